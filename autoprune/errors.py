@@ -1,0 +1,38 @@
+"""Errors a user can act on: what was given, what is allowed, what to do next."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class AutopruneError(Exception):
+    """A mistake in what was asked for. The command line prints it as one paragraph and exits with 2."""
+
+
+class ConfigError(AutopruneError):
+    """A config file or an override that cannot be used."""
+
+
+class FileError(AutopruneError):
+    """A file that is missing, corrupt, or of another version."""
+
+
+class InfeasibleTarget(AutopruneError):
+    """A target no plan can reach; the message carries the best reachable figure."""
+
+
+class StaleTable(AutopruneError):
+    """A latency table measured elsewhere, or under other settings, than it would be used."""
+
+
+class MissingExtra(AutopruneError):
+    """An optional dependency that is not installed; the message carries the command."""
+
+
+def did_you_mean(given: str, allowed: Iterable[str]) -> str:
+    """Returns a hint such as ``Did you mean 'group'? Allowed: channel, group.``."""
+    names = sorted(allowed)
+    near = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
+    hint = f"Did you mean {near[0]!r}? " if near else ""
+    return f"{hint}Allowed: {', '.join(names)}."

@@ -1,0 +1,244 @@
+"""Model + example inputs -> which layers can be pruned, and which stay dense and why.
+
+The model is run once and every candidate's `forward` is watched without hooks (a hook would change the
+path some modules take), so a layer whose weight is read behind its back is found out, not guessed.
+"""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autoprune.errors import AutopruneError
+from autoprune.plan import LayerSpec
+
+MIN_WEIGHTS = 256  # below this a layer's time is dispatch, and its zeros save nothing
+
+
+@dataclass(frozen=True)
+class KeptDense:
+    """A layer that is not offered for pruning, and the reason shown to the user."""
+
+    name: str
+    kind: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """What a model offers: `layers` in the order they first run, `dense` with a reason each."""
+
+    layers: tuple[LayerSpec, ...]
+    dense: tuple[KeptDense, ...]
+
+    def __getitem__(self, name: str) -> LayerSpec:
+        return self.by_name[name]
+
+    @property
+    def by_name(self) -> dict[str, LayerSpec]:
+        return {layer.name: layer for layer in self.layers}
+
+    @property
+    def names(self) -> list[str]:
+        return [layer.name for layer in self.layers]
+
+
+@dataclass
+class _Call:
+    input_shape: tuple[int, ...]
+    positions: int
+    calls: int = 1
+
+
+def as_tuple(inputs: Any) -> tuple[Any, ...]:
+    """A tensor or a tuple of them -> the tuple a model is called with."""
+    return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+
+
+def weighted_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module of a kind this library can prune, by qualified name; the first name of a shared one."""
+    kinds = (nn.Conv2d, nn.Linear, nn.LSTM)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def unfuse_(model: nn.Module) -> nn.Module:
+    """Makes torch's transformer encoders call their Linear layers instead of one fused operator.
+
+    The fused operator reads `linear1.weight` and `linear2.weight` itself, in eval mode only, so a module
+    put in their place would never run. Nothing else about the model changes.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
+        elif isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0
+    return model
+
+
+def copy_for_inference(model: nn.Module) -> nn.Module:
+    """A deep copy in eval mode whose submodules' forwards are really called."""
+    return unfuse_(copy.deepcopy(model).eval())
+
+
+@contextmanager
+def watch_forward(modules: dict[str, nn.Module], seen: Any) -> Iterator[None]:
+    """Calls ``seen(name, args, output)`` after each forward of `modules`, without registering hooks."""
+
+    def watched(name: str, forward: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            output = forward(*args, **kwargs)
+            seen(name, args or tuple(kwargs.values()), output)
+            return output
+
+        return run
+
+    before = [(module, module.__dict__.get("forward")) for module in modules.values()]
+    try:
+        for name, module in modules.items():
+            module.forward = watched(name, module.forward)
+        yield
+    finally:
+        for module, own in before:
+            module.__dict__.pop("forward", None)
+            if own is not None:
+                module.__dict__["forward"] = own
+
+
+def record_inputs(model: nn.Module, example_inputs: Any, names: Sequence[str]) -> dict[str, Tensor]:
+    """Runs `model` once and returns the first input of each named layer; layers never called are left out."""
+    inputs: dict[str, Tensor] = {}
+    modules = {name: module for name, module in weighted_layers(model).items() if name in set(names)}
+
+    def seen(name: str, args: tuple[Any, ...], _: Any) -> None:
+        inputs.setdefault(name, args[0])
+
+    with watch_forward(modules, seen), torch.inference_mode():
+        model(*as_tuple(example_inputs))
+    return inputs
+
+
+def take_inventory(
+    model: nn.Module, example_inputs: Any, *, keep_dense: Sequence[str] = (), min_weights: int = MIN_WEIGHTS
+) -> Inventory:
+    """Runs a copy of `model` once in eval mode and lists its prunable layers.
+
+    Args:
+        model: any module; it is left as it is.
+        example_inputs: a tensor or a tuple of them, as the model is called.
+        keep_dense: glob patterns of layer names never to prune.
+        min_weights: layers with fewer weights stay dense.
+
+    Raises:
+        AutopruneError: when the model does not run on the inputs, or no layer can be pruned.
+    """
+    probe = copy_for_inference(model)
+    candidates = weighted_layers(probe)
+    calls: dict[str, _Call] = {}
+
+    def seen(name: str, args: tuple[Any, ...], output: Any) -> None:
+        tensor = output[0] if isinstance(output, tuple) else output
+        channels = tensor.shape[1] if isinstance(candidates[name], nn.Conv2d) else tensor.shape[-1]
+        positions = tensor.numel() // max(1, channels)
+        if name in calls:
+            calls[name].positions += positions
+            calls[name].calls += 1
+        else:
+            calls[name] = _Call(tuple(args[0].shape), positions)
+
+    try:
+        with watch_forward(candidates, seen), torch.inference_mode():
+            probe(*as_tuple(example_inputs))
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        shapes = ", ".join(str(tuple(x.shape)) for x in as_tuple(example_inputs) if isinstance(x, Tensor))
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise AutopruneError(
+            f"the model does not run on its example inputs of shape {shapes}: {first_line}. "
+            "Give inputs shaped as the model is called, batch included."
+        ) from error
+
+    owners = _weight_owners(probe)
+    layers, dense = [], []
+    order = list(calls) + [name for name in candidates if name not in calls]
+    for name in order:
+        module = candidates[name]
+        kind = type(module).__name__.lower()
+        reason = _reason_to_keep(name, module, calls.get(name), owners, keep_dense, min_weights)
+        if reason:
+            dense.append(KeptDense(name, kind, reason))
+        else:
+            layers.append(_spec(name, module, calls[name]))
+    if not layers:
+        why = "; ".join(f"{row.name}: {row.reason}" for row in dense[:5]) or "it has no Conv2d or Linear layer"
+        raise AutopruneError(f"no layer of this model can be pruned ({why}).")
+    return Inventory(tuple(layers), tuple(dense))
+
+
+def _weight_owners(model: nn.Module) -> dict[int, list[str]]:
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    return owners
+
+
+def _reason_to_keep(
+    name: str,
+    module: nn.Module,
+    call: _Call | None,
+    owners: dict[int, list[str]],
+    keep_dense: Sequence[str],
+    min_weights: int,
+) -> str | None:
+    if any(fnmatch.fnmatch(name, pattern) for pattern in keep_dense):
+        return "the config keeps it dense"
+    if isinstance(module, nn.LSTM):
+        return "recurrent layers are not prunable yet"
+    if call is None:
+        return "its forward never ran: the model reads its weight directly, or does not use it"
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    if weight.dtype != torch.float32:
+        return f"its weight is {str(weight.dtype).removeprefix('torch.')}, not float32"
+    if len(owners.get(id(weight), [])) > 1:
+        return f"its weight is shared with {', '.join(o for o in owners[id(weight)] if o != name + '.weight')}"
+    if isinstance(module, nn.Conv2d):
+        if module.padding_mode != "zeros":
+            return f"padding mode {module.padding_mode!r} has no packed form"
+        if isinstance(module.padding, str) and module.padding == "same" and any(s % 2 == 0 for s in module.kernel_size):
+            return "'same' padding of an even kernel has no packed form"
+    if math.prod(weight.shape) < min_weights:
+        return f"only {math.prod(weight.shape)} weights"
+    return None
+
+
+def conv_padding(module: nn.Conv2d) -> tuple[int, int]:
+    """The zero rows and columns added on each side, for numeric and string paddings alike."""
+    if module.padding == "valid":
+        return (0, 0)
+    if module.padding == "same":
+        high, wide = (d * (k - 1) // 2 for d, k in zip(module.dilation, module.kernel_size, strict=True))
+        return (high, wide)
+    return (int(module.padding[0]), int(module.padding[1]))
+
+
+def _spec(name: str, module: nn.Module, call: _Call) -> LayerSpec:
+    common = {"name": name, "input_shape": call.input_shape, "positions": call.positions, "calls": call.calls}
+    if isinstance(module, nn.Conv2d):
+        return LayerSpec(
+            kind="conv2d",
+            weight_shape=tuple(module.weight.shape),
+            conv_groups=module.groups,
+            stride=(module.stride[0], module.stride[1]),
+            padding=conv_padding(module),
+            dilation=(module.dilation[0], module.dilation[1]),
+            **common,  # type: ignore[arg-type]
+        )
+    assert isinstance(module, nn.Linear)
+    return LayerSpec(kind="linear", weight_shape=tuple(module.weight.shape), **common)  # type: ignore[arg-type]

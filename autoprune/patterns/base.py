@@ -1,0 +1,74 @@
+"""What a pattern is: a rule that turns saliencies and a sparsity into a mask."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import final
+
+import torch
+from torch import Tensor
+
+from autoprune.errors import AutopruneError
+
+
+class Pattern(ABC):
+    """A set of allowed masks. Shapes are a weight's: ``(out, in / conv_groups, kh, kw)`` or ``(out, in)``."""
+
+    @abstractmethod
+    def cells(self, shape: tuple[int, ...], conv_groups: int = 1) -> Tensor:
+        """Returns, in the weight's shape, the number of the cell each weight belongs to (int64, from 0).
+
+        A cell is the set of weights that live or die together.
+        """
+
+    @final
+    def mask(self, saliency: Tensor, sparsity: float, conv_groups: int = 1) -> Tensor:
+        """Keeps the most salient cells; True keeps.
+
+        Args:
+            saliency: scores >= 0, in the weight's shape.
+            sparsity: fraction of zeros asked for, in [0, 1). At least one cell is always kept.
+            conv_groups: groups of a grouped convolution; cells never straddle them.
+        """
+        if not 0.0 <= sparsity < 1.0:
+            raise AutopruneError(f"a sparsity must be in [0, 1), not {sparsity}.")
+        if not bool(torch.isfinite(saliency).all()):
+            raise AutopruneError("the saliency holds NaN or infinity; the model or its gradients have diverged.")
+        return self.select(saliency, sparsity, self.cells(tuple(saliency.shape), conv_groups))
+
+    def select(self, saliency: Tensor, sparsity: float, cells: Tensor) -> Tensor:
+        """Ranks all the layer's cells by mean saliency against one another."""
+        flat = cells.flatten()
+        count = int(flat.max()) + 1
+        size = torch.bincount(flat, minlength=count)  # (cells,)
+        total = torch.zeros(count, dtype=torch.float64).index_add_(0, flat, saliency.detach().flatten().double())
+        order = torch.argsort(total / size, descending=True, stable=True)
+        budget = round((1.0 - sparsity) * flat.numel())
+        kept = torch.cumsum(size[order], 0) <= budget
+        kept[0] = True
+        alive = torch.zeros(count, dtype=torch.bool)
+        alive[order[kept]] = True
+        return alive[cells]
+
+    def feasible(self, shape: tuple[int, ...], sparsity: float, conv_groups: int = 1) -> float:
+        """Returns the sparsity `mask` will have when asked for `sparsity`, exact for equal-sized cells."""
+        cells = self.cells(shape, conv_groups).flatten()
+        size = torch.bincount(cells).double().mean().item()
+        kept = max(1, int(round((1.0 - sparsity) * cells.numel()) / size + 1e-9))
+        return max(0.0, 1.0 - kept * size / cells.numel())
+
+    def check(self, mask: Tensor, conv_groups: int = 1) -> bool:
+        """Whether every cell of `mask` is wholly kept or wholly cut."""
+        cells = self.cells(tuple(mask.shape), conv_groups).flatten()
+        flat = mask.flatten().long()
+        size = torch.bincount(cells)
+        kept = torch.zeros_like(size).index_add_(0, cells, flat)
+        return bool(((kept == 0) | (kept == size)).all())
+
+
+def columns(shape: tuple[int, ...]) -> int:
+    """Weights of one filter: ``in / conv_groups * kh * kw``."""
+    product = 1
+    for extent in shape[1:]:
+        product *= extent
+    return product

@@ -1,0 +1,15 @@
+"""Filter: an output filter (or a neuron) lives or dies as a whole (Li et al. 2017)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from autoprune.patterns.base import Pattern, columns
+
+
+class Filter(Pattern):
+    """Whole rows of the weight are kept or cut; a cut filter still gives its bias."""
+
+    def cells(self, shape: tuple[int, ...], conv_groups: int = 1) -> Tensor:
+        return torch.arange(shape[0])[:, None].expand(shape[0], columns(shape)).reshape(shape).contiguous()

@@ -1,0 +1,143 @@
+"""What is decided (LayerPlan, Plan) about what there is (LayerSpec): frozen data that survives JSON."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from autoprune.errors import ConfigError, FileError, did_you_mean
+from autoprune.files import read_json, write_json
+from autoprune.registry import Choice
+
+PLAN_VERSION = 1
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One prunable layer as it was seen to run on the example input.
+
+    Attributes:
+        name: fully qualified module name.
+        kind: ``conv2d`` or ``linear`` (``lstm`` has its place here).
+        weight_shape: ``(out, in / conv_groups, kh, kw)`` or ``(out, in)``.
+        conv_groups: groups of a grouped convolution; 1 otherwise.
+        input_shape: shape of the layer's input, batch included.
+        positions: output positions an inference (batch x height x width, or tokens), over all calls.
+        calls: how often the layer runs in one inference.
+    """
+
+    name: str
+    kind: str
+    weight_shape: tuple[int, ...]
+    input_shape: tuple[int, ...]
+    positions: int
+    conv_groups: int = 1
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    calls: int = 1
+
+    @property
+    def weights(self) -> int:
+        """Number of weights, bias left out."""
+        return math.prod(self.weight_shape)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of one dense inference."""
+        return self.weights * self.positions
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What is decided for one layer. `sparsity` is the fraction of zeros, in [0, 1)."""
+
+    sparsity: float
+    pattern: Choice
+    criterion: Choice = field(default_factory=lambda: Choice("magnitude"))
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.sparsity, (int, float)) and 0.0 <= self.sparsity < 1.0):
+            raise ConfigError(f"a layer's sparsity must be in [0, 1), not {self.sparsity!r}.")
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "sparsity": self.sparsity,
+            "pattern": self.pattern.to_json(),
+            "criterion": self.criterion.to_json(),
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Per-layer decisions plus the training that applies them: what an agent decides, saved as JSON."""
+
+    layers: Mapping[str, LayerPlan]
+    training: Choice = field(default_factory=lambda: Choice("one_shot"))
+    version: int = PLAN_VERSION
+
+    def with_layer(self, name: str, layer: LayerPlan) -> Plan:
+        """Returns a copy in which `name` is decided as `layer`."""
+        return replace(self, layers={**self.layers, name: layer})
+
+    def with_sparsities(self, sparsities: Mapping[str, float]) -> Plan:
+        """Returns a copy with the given layers' sparsities changed."""
+        changed = {name: replace(self.layers[name], sparsity=value) for name, value in sparsities.items()}
+        return replace(self, layers={**self.layers, **changed})
+
+    @property
+    def key(self) -> str:
+        """A digest of all the plan says: equal plans, equal keys."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "version": self.version,
+            "layers": {name: layer.to_json() for name, layer in self.layers.items()},
+            "training": self.training.to_json(),
+        }
+
+    @classmethod
+    def from_json(cls, data: Any) -> Plan:
+        """Raises ConfigError that says which part of `data` is not a plan."""
+        if not isinstance(data, dict) or not isinstance(data.get("layers"), dict):
+            raise ConfigError("a plan must be an object with 'version', 'layers' and 'training'.")
+        if data.get("version") != PLAN_VERSION:
+            raise ConfigError(f"this release reads plans of version {PLAN_VERSION}, not {data.get('version')!r}.")
+        if extra := set(data) - {"version", "layers", "training"}:
+            raise ConfigError(f"a plan holds 'version', 'layers' and 'training' only, not {sorted(extra)}.")
+        layers = {}
+        for name, layer in data["layers"].items():
+            if not isinstance(layer, dict) or set(layer) != {"sparsity", "pattern", "criterion"}:
+                raise ConfigError(f"layer {name!r} of the plan must hold 'sparsity', 'pattern' and 'criterion'.")
+            if isinstance(layer["sparsity"], bool) or not isinstance(layer["sparsity"], (int, float)):
+                raise ConfigError(f"layer {name!r}: a sparsity must be a number, not {layer['sparsity']!r}.")
+            layers[name] = LayerPlan(
+                float(layer["sparsity"]), Choice.from_json(layer["pattern"]), Choice.from_json(layer["criterion"])
+            )
+        return cls(layers, Choice.from_json(data.get("training")))
+
+    def save(self, path: Path) -> None:
+        write_json(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: Path) -> Plan:
+        """Raises FileError when the file is missing or not a plan."""
+        try:
+            return cls.from_json(read_json(path, "the plan"))
+        except ConfigError as error:
+            raise FileError(f"the plan is corrupt: {path}: {error}") from None
+
+    def check_layers(self, names: list[str]) -> None:
+        """Raises ConfigError when the plan names a layer the model does not have."""
+        for name in self.layers:
+            if name not in names:
+                raise ConfigError(f"the plan names a layer the model does not have: {name!r}. {did_you_mean(name, names)}")
