@@ -78,10 +78,14 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Per-layer decisions plus the training that applies them: what an agent decides, saved as JSON."""
+    """Per-layer decisions plus the training that applies them: what an agent decides, saved as JSON.
+
+    `settings` overrides the run's training settings by name, e.g. ``{"learning_rate": 0.02}``.
+    """
 
     layers: Mapping[str, LayerPlan]
     training: Choice = field(default_factory=lambda: Choice("one_shot"))
+    settings: Mapping[str, float] = field(default_factory=dict)
     version: int = PLAN_VERSION
 
     def with_layer(self, name: str, layer: LayerPlan) -> Plan:
@@ -103,17 +107,21 @@ class Plan:
             "version": self.version,
             "layers": {name: layer.to_json() for name, layer in self.layers.items()},
             "training": self.training.to_json(),
+            "settings": dict(self.settings),
         }
 
     @classmethod
     def from_json(cls, data: Any) -> Plan:
         """Raises ConfigError that says which part of `data` is not a plan."""
         if not isinstance(data, dict) or not isinstance(data.get("layers"), dict):
-            raise ConfigError("a plan must be an object with 'version', 'layers' and 'training'.")
+            raise ConfigError("a plan must be an object with 'version', 'layers', 'training' and 'settings'.")
         if data.get("version") != PLAN_VERSION:
             raise ConfigError(f"this release reads plans of version {PLAN_VERSION}, not {data.get('version')!r}.")
-        if extra := set(data) - {"version", "layers", "training"}:
-            raise ConfigError(f"a plan holds 'version', 'layers' and 'training' only, not {sorted(extra)}.")
+        if extra := set(data) - {"version", "layers", "training", "settings"}:
+            raise ConfigError(f"a plan holds 'version', 'layers', 'training' and 'settings', not {sorted(extra)}.")
+        settings = data.get("settings", {})
+        if not isinstance(settings, dict) or not all(isinstance(value, (int, float)) for value in settings.values()):
+            raise ConfigError(f"a plan's 'settings' must map names to numbers, not {settings!r}.")
         layers = {}
         for name, layer in data["layers"].items():
             if not isinstance(layer, dict) or set(layer) != {"sparsity", "pattern", "criterion"}:
@@ -123,7 +131,7 @@ class Plan:
             layers[name] = LayerPlan(
                 float(layer["sparsity"]), Choice.from_json(layer["pattern"]), Choice.from_json(layer["criterion"])
             )
-        return cls(layers, Choice.from_json(data.get("training")))
+        return cls(layers, Choice.from_json(data.get("training")), settings)
 
     def save(self, path: Path) -> None:
         write_json(path, self.to_json())

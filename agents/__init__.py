@@ -1,0 +1,18 @@
+"""Agents: everything that can search for a plan, in one harness. One file and one row an agent."""
+
+from autoprune.agents.base import Agent
+from autoprune.registry import Registry
+
+AGENTS: Registry[Agent] = Registry(
+    "agent",
+    {
+        "random": "autoprune.agents.random:RandomAgent",
+        "uniform": "autoprune.agents.uniform:UniformAgent",
+        "ppo": "autoprune.agents.ppo:PPOAgent",
+        "sac": "autoprune.agents.sac:SACAgent",
+        "td3": "autoprune.agents.td3:TD3Agent",
+        "ddpg": "autoprune.agents.ddpg:DDPGAgent",
+    },
+)
+
+__all__ = ["AGENTS", "Agent"]

@@ -1,0 +1,116 @@
+"""The harness every agent runs in: one budget, one trial log, one way to stop and go on."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from autoprune.agents.base import Agent, Trial
+from autoprune.envs.prune import PruneEnv
+from autoprune.errors import FileError
+from autoprune.files import append_line, read_lines, write_text
+from autoprune.plan import Plan
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """All trials of a search, in order. `best` breaks ties in favour of the earlier trial."""
+
+    trials: tuple[Trial, ...]
+
+    @property
+    def best(self) -> Trial:
+        return max(self.trials, key=lambda trial: float(trial["reward"]))
+
+    @property
+    def plan(self) -> Plan:
+        return Plan.from_json(self.best["plan"])
+
+
+class TrialLog:
+    """The trials of one search, a JSON line each."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> list[Trial]:
+        trials = read_lines(self.path, "the trial log")
+        try:
+            for trial in trials:
+                _ = (Plan.from_json(trial["plan"]), float(trial["reward"]), float(trial["accuracy"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise FileError(f"the trial log is corrupt: {self.path} ({error}). Delete it to search again.") from None
+        return trials
+
+    def keep_first(self, count: int) -> None:
+        """Drops the trials after `count`: a resumed learner plays them again, from the cache."""
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else []
+        if len(lines) > count:
+            write_text(self.path, "".join(lines[:count]))
+
+    def append(self, trial: Trial) -> None:
+        append_line(self.path, trial)
+
+
+def search(
+    agent: Agent,
+    env: PruneEnv,
+    episodes: int,
+    seed: int,
+    *,
+    directory: Path | None = None,
+    on_trial: Callable[[int, Trial], None] | None = None,
+) -> SearchResult:
+    """Runs `agent` for `episodes` episodes, resuming what `directory` holds.
+
+    Args:
+        directory: where ``trials.jsonl`` and the agent's checkpoint live; None keeps everything in memory.
+        on_trial: called with (index, trial) after each new episode.
+    """
+    log = TrialLog(directory / "trials.jsonl") if directory is not None else None
+    trials: list[Trial] = log.read() if log is not None else []
+    done = 0
+    if log is not None and directory is not None:
+        done = min(episodes, agent.resumable_episodes(directory, len(trials)))
+        log.keep_first(done)
+        del trials[done:]
+
+    def record(trial: Trial) -> None:
+        if log is not None:
+            log.append(trial)
+        trials.append(trial)
+        if on_trial is not None:
+            on_trial(len(trials) - 1, trial)
+
+    with _own_randomness(), _one_thread():
+        agent.search(env, episodes, seed, record, directory, done)
+    return SearchResult(tuple(trials))
+
+
+@contextmanager
+def _own_randomness() -> Iterator[None]:
+    """stable-baselines3 seeds the global generators: the caller gets theirs back."""
+    before = (random.getstate(), np.random.get_state(), torch.get_rng_state())
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Networks this small run slower on two threads than on one; evaluation sets its own count."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

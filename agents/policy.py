@@ -1,0 +1,102 @@
+"""Policy files: what an agent learned, as safetensors + JSON. Loading one runs no code of the file's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+from numpy.typing import NDArray
+from stable_baselines3.common.base_class import BaseAlgorithm
+
+from autoprune.envs.observation import OBSERVATION_VERSION
+from autoprune.envs.prune import PruneEnv
+from autoprune.errors import ConfigError, FileError
+from autoprune.files import read_json, read_tensors, write_json, write_tensors
+from autoprune.registry import Choice
+
+POLICY_VERSION = 1
+
+
+def save_policy(directory: Path, model: BaseAlgorithm, agent: Choice, env: PruneEnv) -> None:
+    """Writes ``policy.safetensors`` and ``policy.json`` into `directory`."""
+    write_tensors(directory / "policy.safetensors", model.policy.state_dict())
+    write_json(
+        directory / "policy.json",
+        {
+            "version": POLICY_VERSION,
+            "agent": agent.to_json(),
+            "observation_version": OBSERVATION_VERSION,
+            "observation_length": int(env.observation_space.shape[0]),  # type: ignore[index]
+            "actions": [choice.to_json() for choice in env.action_choices],
+            "gamma": env.gamma,
+            "shaping": env.shaping,
+        },
+    )
+
+
+class Policy:
+    """A learned policy, ready to act on any problem."""
+
+    def __init__(self, model: BaseAlgorithm, actions: Sequence[Choice]) -> None:
+        self._model = model
+        self.actions = tuple(actions)
+
+    def act(self, observation: NDArray[np.float32], step: int) -> NDArray[np.float32]:
+        """The policy's mean action."""
+        action, _ = self._model.predict(observation, deterministic=True)
+        return np.asarray(action, dtype=np.float32)
+
+    @classmethod
+    def load(cls, path: Path) -> Policy:
+        """Reads a policy from its folder or its ``policy.json``.
+
+        Raises FileError when a file is missing, corrupt, or of another version of observations or actions.
+        """
+        from autoprune.agents import AGENTS
+        from autoprune.agents.sb3 import SB3Agent
+
+        folder = path if path.is_dir() else path.parent
+        about = read_json(folder / "policy.json", "the policy")
+        try:
+            if (about["version"], about["observation_version"]) != (POLICY_VERSION, OBSERVATION_VERSION):
+                raise FileError(
+                    f"the policy {folder} was made for observations of version {about['observation_version']}; this "
+                    f"release reads version {OBSERVATION_VERSION}. Train it again."
+                )
+            actions = [Choice.from_json(data) for data in about["actions"]]
+            agent = AGENTS.create(Choice.from_json(about["agent"]))
+            if not isinstance(agent, SB3Agent):
+                raise ConfigError(f"agent {about['agent']['name']!r} learns no policy.")
+            length = int(about["observation_length"])
+            if not 0 < length < 10_000:
+                raise ValueError(f"observation_length is {length}")
+        except (KeyError, TypeError, ValueError, ConfigError) as error:
+            raise FileError(f"the policy is corrupt: {folder / 'policy.json'} ({error}).") from None
+        tensors, _ = read_tensors(folder / "policy.safetensors", "the policy")
+        model = agent.build(_Spaces(length, len(actions)), seed=0)  # type: ignore[arg-type]
+        try:
+            model.policy.load_state_dict(tensors)
+        except RuntimeError as error:
+            first = str(error).splitlines()[0]
+            raise FileError(f"the policy is corrupt: {folder / 'policy.safetensors'} ({first}).") from None
+        return cls(model, actions)
+
+
+class _Spaces(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
+    """An environment that only has spaces: what building a network needs."""
+
+    def __init__(self, observation_length: int, actions: int) -> None:
+        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (observation_length,), np.float32)
+        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (actions,), np.float32)
+        self.gamma = 1.0
+        self.steps_per_episode = 2
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        super().reset(seed=seed)
+        return np.zeros(self.observation_space.shape or (), np.float32), {}
+
+    def step(self, action: NDArray[np.float32]) -> Any:
+        raise AssertionError("this environment has spaces only")

@@ -1,0 +1,61 @@
+"""SAC (Haarnoja et al. 2018): off-policy, entropy-regularised, updated after every episode."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from stable_baselines3 import SAC
+from stable_baselines3.common.base_class import BaseAlgorithm
+
+from autoprune.agents.sb3 import SB3Agent
+from autoprune.envs.prune import PruneEnv
+
+
+class SACAgent(SB3Agent):
+    """Squashed Gaussian policy with a learned temperature.
+
+    Args:
+        updates_per_step: gradient steps for each step of the environment.
+        temperature: initial entropy coefficient; it adapts.
+    """
+
+    name = "sac"
+
+    def __init__(
+        self,
+        learning_rate: float = 1e-3,
+        net: Sequence[int] = (128, 128),
+        batch_size: int = 128,
+        updates_per_step: int = 1,
+        temperature: float = 0.05,
+    ) -> None:
+        super().__init__()
+        self.learning_rate, self.net, self.batch_size = learning_rate, tuple(net), batch_size
+        self.updates_per_step, self.temperature = updates_per_step, temperature
+
+    def build(self, env: PruneEnv, seed: int) -> BaseAlgorithm:
+        return SAC(
+            "MlpPolicy",
+            env,
+            learning_rate=self.learning_rate,
+            buffer_size=100_000,
+            learning_starts=0,
+            batch_size=self.batch_size,
+            gamma=env.gamma,
+            train_freq=(1, "episode"),
+            gradient_steps=self.updates_per_step * env.steps_per_episode,
+            ent_coef=f"auto_{self.temperature}",
+            policy_kwargs={"net_arch": list(self.net), "log_std_init": -1.0},
+            seed=seed,
+            device="cpu",
+        )
+
+    def arguments(self) -> dict[str, Any]:
+        return {
+            "learning_rate": self.learning_rate,
+            "net": list(self.net),
+            "batch_size": self.batch_size,
+            "updates_per_step": self.updates_per_step,
+            "temperature": self.temperature,
+        }

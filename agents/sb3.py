@@ -1,0 +1,85 @@
+"""The one adapter between stable-baselines3 and the harness."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any
+
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
+
+from autoprune.agents.base import Agent, OnTrial
+from autoprune.agents.checkpoint import checkpoint_episodes, load_checkpoint_, save_checkpoint
+from autoprune.agents.policy import save_policy
+from autoprune.envs.prune import PruneEnv
+from autoprune.registry import Choice
+
+
+class SB3Agent(Agent):
+    """A stable-baselines3 algorithm; members say how to build theirs.
+
+    Attributes:
+        name: the registry row, written into the policy file.
+    """
+
+    name: str
+    checkpoint_every = 10  # episodes; what is lost to a kill is replayed from the cache of evaluated plans
+
+    def __init__(self) -> None:
+        self._model: BaseAlgorithm | None = None
+
+    @abstractmethod
+    def build(self, env: PruneEnv, seed: int) -> BaseAlgorithm:
+        """Returns the untrained algorithm, whose updates start and end at episode boundaries."""
+
+    @abstractmethod
+    def arguments(self) -> dict[str, Any]:
+        """The constructor's arguments, so that a policy file can rebuild the same network."""
+
+    def on_episode(self, model: BaseAlgorithm, progress: float) -> None:
+        """Called before each episode (or batch of them) with the share of the search that is over."""
+
+    def search(self, env: PruneEnv, episodes: int, seed: int, on_trial: OnTrial, directory: Path | None, done: int) -> None:
+        model = self._model = self.build(env, seed)
+        if directory is not None and done:
+            load_checkpoint_(directory, model)
+        remaining = (episodes - done) * env.steps_per_episode
+        if remaining > 0:
+            recorder = _Recorder(self, on_trial, directory, episodes, done)
+            model.learn(remaining, callback=recorder, reset_num_timesteps=False)
+        if directory is not None:
+            save_checkpoint(directory, model, episodes)
+
+    def resumable_episodes(self, directory: Path, logged: int) -> int:
+        saved = checkpoint_episodes(directory)
+        return saved if saved <= logged else 0
+
+    def save_policy(self, directory: Path, env: PruneEnv) -> bool:
+        if self._model is None:
+            return False
+        save_policy(directory, self._model, Choice(self.name, self.arguments()), env)
+        return True
+
+
+class _Recorder(BaseCallback):
+    """Hands trials on, keeps checkpoints between episodes, stops at the budget."""
+
+    def __init__(self, agent: SB3Agent, on_trial: OnTrial, directory: Path | None, episodes: int, done: int) -> None:
+        super().__init__()
+        self._agent, self._on_trial, self._directory = agent, on_trial, directory
+        self._episodes, self._done = episodes, done
+        self._saved = done
+
+    def _on_rollout_start(self) -> None:
+        self._agent.on_episode(self.model, self._done / self._episodes)
+        if self._directory is not None and self._done - self._saved >= self._agent.checkpoint_every:
+            save_checkpoint(self._directory, self.model, self._done)
+            self._saved = self._done
+
+    def _on_step(self) -> bool:
+        for info in self.locals["infos"]:
+            if "trial" in info:
+                self._done += 1
+                self._on_trial(info["trial"])
+        return self._done < self._episodes

@@ -1,0 +1,21 @@
+"""Uniform: every layer alike, at the target; the rule of thumb of most users, with its few settings tried."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+
+from autoprune.agents.base import Agent, OnTrial, run_episode
+from autoprune.envs.prune import PruneEnv
+
+
+class UniformAgent(Agent):
+    """Walks the grid of the components' anchors (criteria x group sizes x ...) and stops at its end."""
+
+    def search(self, env: PruneEnv, episodes: int, seed: int, on_trial: OnTrial, directory: Path | None, done: int) -> None:
+        grid = itertools.product(*(component.anchors() for component in env.actions.components))
+        for units in itertools.islice(grid, done, episodes):
+            action = np.array(units, dtype=np.float32)
+            on_trial(run_episode(env, lambda _, __, action=action: action))

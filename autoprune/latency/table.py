@@ -1,0 +1,174 @@
+"""The latency table: microseconds of every layer, pattern and sparsity, measured here with the real kernels.
+
+A table is good for one machine, one batch size and one thread count; `load` refuses it anywhere else.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from autoprune.errors import AutopruneError, FileError, StaleTable, did_you_mean
+from autoprune.files import read_json, write_json
+from autoprune.latency.machine import differences
+from autoprune.plan import Plan
+
+TABLE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Point:
+    """The fastest backend of one layer at one sparsity, and its time in microseconds a call."""
+
+    sparsity: float
+    latency_us: float
+    backend: str
+
+
+@dataclass(frozen=True)
+class LayerTable:
+    """One layer: torch's dense time, and a curve for each pattern, keyed by ``str(Choice)``, sparsity rising."""
+
+    dense_us: float
+    calls: int
+    curves: Mapping[str, tuple[Point, ...]]
+
+    def curve(self, pattern: str) -> tuple[Point, ...]:
+        if pattern not in self.curves:
+            raise AutopruneError(
+                f"the latency table has no pattern {pattern!r}. {did_you_mean(pattern, self.curves)} "
+                "Profile again with the pattern in the config."
+            )
+        return self.curves[pattern]
+
+    def latency_us(self, pattern: str, sparsity: float) -> float:
+        """Time of one call: linear between measured points, never above dense, never rising with sparsity."""
+        sparsities, falling = self._lines.get(pattern) or self._line(pattern)
+        at = bisect_right(sparsities, sparsity)
+        if at == 0:
+            return self.dense_us
+        if at == len(sparsities):
+            return falling[-1]
+        share = (sparsity - sparsities[at - 1]) / (sparsities[at] - sparsities[at - 1])
+        return falling[at - 1] + share * (falling[at] - falling[at - 1])
+
+    @cached_property
+    def _lines(self) -> dict[str, tuple[list[float], list[float]]]:
+        return {}
+
+    def _line(self, pattern: str) -> tuple[list[float], list[float]]:
+        points = self.curve(pattern)
+        falling = list(accumulate((point.latency_us for point in points), min, initial=self.dense_us))[1:]
+        self._lines[pattern] = ([point.sparsity for point in points], falling)
+        return self._lines[pattern]
+
+    def backend(self, pattern: str, sparsity: float) -> str:
+        """The backend that was fastest at the nearest measured sparsity."""
+        return min(self.curve(pattern), key=lambda point: abs(point.sparsity - sparsity)).backend
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """All layers' curves and what joins them to the whole model's time.
+
+    A repacked model takes about ``rest_ms + scale * sum(layers)``, both fitted to whole models measured end
+    to end when the table was made.
+
+    Attributes:
+        dense_ms: the whole dense model in torch eager, milliseconds.
+        settings: batch, threads and what else the numbers hold for.
+        machine: `latency.machine.machine_identity` of where they were measured.
+    """
+
+    layers: Mapping[str, LayerTable]
+    dense_ms: float
+    rest_ms: float
+    scale: float
+    settings: Mapping[str, Any]
+    machine: Mapping[str, Any]
+
+    def layer_us(self, name: str, pattern: str, sparsity: float) -> float:
+        """Time of all calls of one layer in one inference, microseconds."""
+        layer = self.layers[name]
+        return layer.calls * layer.latency_us(pattern, sparsity)
+
+    def dense_us(self, name: str) -> float:
+        return self.layers[name].calls * self.layers[name].dense_us
+
+    def predict_ms(self, plan: Plan) -> float:
+        """Predicted time of the repacked model, milliseconds."""
+        total_us = sum(
+            self.layer_us(name, str(plan.layers[name].pattern), plan.layers[name].sparsity)
+            if name in plan.layers
+            else self.dense_us(name)
+            for name in self.layers
+        )
+        return self.rest_ms + self.scale * total_us / 1e3
+
+    def predict_speedup(self, plan: Plan) -> float:
+        """Predicted speed-up over the dense model in torch eager."""
+        return self.dense_ms / self.predict_ms(plan)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"version": TABLE_VERSION, **asdict(self)}
+
+    def save(self, path: Path) -> None:
+        write_json(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: Path, *, settings: Mapping[str, Any], machine: Mapping[str, Any]) -> LatencyTable:
+        """Reads a table made for these settings on this machine.
+
+        Raises:
+            FileError: the file is missing or not a table.
+            StaleTable: it was measured on another machine, with other versions or other settings.
+        """
+        table = cls._parse(path, read_json(path, "the latency table"))
+        changed = differences(table.machine, machine) + differences(table.settings, settings)
+        if changed:
+            raise StaleTable(
+                f"the latency table {path} does not hold here: {'; '.join(changed)}. Its numbers would mislead the "
+                "search. Measure again with 'autoprune profile CONFIG --force', or use another run directory."
+            )
+        return table
+
+    @classmethod
+    def _parse(cls, path: Path, data: Any) -> LatencyTable:
+        try:
+            if data["version"] != TABLE_VERSION:
+                raise StaleTable(f"the latency table {path} has version {data['version']!r}, not {TABLE_VERSION}.")
+            layers = {
+                name: LayerTable(
+                    _positive(layer["dense_us"]),
+                    int(layer["calls"]),
+                    {key: _curve(points) for key, points in layer["curves"].items()},
+                )
+                for name, layer in data["layers"].items()
+            }
+            dense_ms, scale = _positive(data["dense_ms"]), _positive(data["scale"])
+            return cls(layers, dense_ms, float(data["rest_ms"]), scale, dict(data["settings"]), dict(data["machine"]))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise FileError(
+                f"the latency table is corrupt: {path} ({type(error).__name__}: {error}). "
+                "Measure again with 'autoprune profile CONFIG --force'."
+            ) from None
+
+
+def _positive(value: Any) -> float:
+    number = float(value)
+    if not (math.isfinite(number) and number > 0):
+        raise ValueError(f"expected a positive number, got {value!r}")
+    return number
+
+
+def _curve(points: Any) -> tuple[Point, ...]:
+    curve = tuple(Point(float(p["sparsity"]), _positive(p["latency_us"]), str(p["backend"])) for p in points)
+    if not curve or any(a.sparsity >= b.sparsity for a, b in zip(curve, curve[1:], strict=False)):
+        raise ValueError("a curve's sparsities must rise")
+    return curve

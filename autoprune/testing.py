@@ -1,0 +1,105 @@
+"""Stand-ins for slow and noisy parts: a fake clock and a problem with analytic latency and accuracy."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from autoprune.envs.problem import Problem, Sensitivity
+from autoprune.evaluation.measurement import Measurement
+from autoprune.inventory import Inventory, take_inventory
+from autoprune.latency.table import LatencyTable, LayerTable, Point
+from autoprune.plan import Plan
+from autoprune.registry import Choice
+from autoprune.target import Target
+
+ANCHORS = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
+
+
+@dataclass
+class FakeClock:
+    """A clock that moves on by `step_s` seconds at each reading."""
+
+    step_s: float = 1e-3
+    now_s: float = 0.0
+
+    def __call__(self) -> float:
+        self.now_s += self.step_s
+        return self.now_s
+
+
+def fake_table(inventory: Inventory, patterns: tuple[Choice, ...], *, fixed_us: float = 5.0) -> LatencyTable:
+    """A latency table in which time follows the kept MACs at 10 per nanosecond, plus a fixed cost a layer."""
+
+    def point(macs: int, sparsity: float) -> Point:
+        return Point(sparsity, fixed_us + (1.0 - sparsity) * macs / 1e4, "fake")
+
+    layers = {
+        layer.name: LayerTable(
+            dense_us=fixed_us + 1.2 * layer.macs / 1e4,
+            calls=1,
+            curves={str(pattern): tuple(point(layer.macs, s) for s in ANCHORS) for pattern in patterns},
+        )
+        for layer in inventory.layers
+    }
+    dense_ms = 0.05 + sum(layer.dense_us for layer in layers.values()) / 1e3
+    return LatencyTable(layers, dense_ms=dense_ms, rest_ms=0.05, scale=1.0, settings={"batch": 1}, machine={})
+
+
+@dataclass(frozen=True)
+class FakeEvaluate:
+    """Analytic accuracy (layers differ in how soon they break) and the table's own latency."""
+
+    inventory: Inventory
+    table: LatencyTable
+    dense_accuracy: float = 0.98
+
+    def layer_drop(self, name: str, sparsity: float) -> float:
+        """Accuracy lost by one layer: late, wide layers bear more."""
+        rank = self.inventory.names.index(name) / max(1, len(self.inventory.layers) - 1)
+        return 0.4 * sparsity ** (2.0 + 8.0 * rank)
+
+    def __call__(self, plan: Plan) -> Measurement:
+        lost = sum(self.layer_drop(name, layer.sparsity) for name, layer in plan.layers.items())
+        latency_ms = self.table.predict_ms(plan)
+        return Measurement(self.dense_accuracy * math.exp(-lost), latency_ms, self.table.dense_ms / latency_ms)
+
+
+def small_cnn() -> nn.Module:
+    """A few convolutions and a classifier over 3x16x16 inputs, 10 classes."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(32, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(32, 10),
+    )
+
+
+def fake_problem(target: Target | None = None, sizes: tuple[int, ...] = (4, 8, 16)) -> Problem:
+    """A whole problem with no training and no timing: episodes take microseconds and never vary."""
+    inventory = take_inventory(small_cnn(), torch.zeros(1, 3, 16, 16))
+    patterns = tuple(Choice("group", {"size": size}) for size in sizes)
+    table = fake_table(inventory, patterns)
+    evaluate = FakeEvaluate(inventory, table)
+    anchors = ANCHORS[1:]
+    drops = {name: tuple(evaluate.layer_drop(name, anchor) for anchor in anchors) for name in inventory.names}
+    return Problem(
+        inventory=inventory,
+        table=table,
+        sensitivity=Sensitivity(anchors, drops),
+        dense_accuracy=evaluate.dense_accuracy,
+        evaluate=evaluate,
+        target=target or Target(speedup=3.0),
+        pattern=patterns[len(patterns) // 2],
+        criterion=Choice("magnitude"),
+        training=Choice("one_shot"),
+    )

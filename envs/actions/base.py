@@ -1,0 +1,72 @@
+"""What an action component is, and how components share one ``Box[-1, 1]``."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar, Literal, TypeVar
+
+import numpy as np
+from gymnasium import spaces
+from numpy.typing import NDArray
+
+from autoprune.envs.problem import Problem
+from autoprune.errors import ConfigError
+from autoprune.plan import Plan
+
+Scope = Literal["run", "layer"]
+Option = TypeVar("Option")
+
+
+class ActionComponent(ABC):
+    """One number of the action, in [-1, 1], and what it changes in a plan.
+
+    Attributes:
+        scope: ``run`` components are read at step 0, ``layer`` components at each layer's step.
+        needs_training: whether the choice only shows in a score whose recovery trains.
+    """
+
+    scope: ClassVar[Scope]
+    needs_training: ClassVar[bool] = False
+
+    @abstractmethod
+    def decode(self, unit: float, problem: Problem, plan: Plan, layer: str | None) -> Plan:
+        """Returns `plan` with this component's choice made, for `layer`, or for the run when it is None."""
+
+    @abstractmethod
+    def anchors(self) -> tuple[float, ...]:
+        """The units a rule that treats every layer alike would try."""
+
+
+def pick(options: Sequence[Option], unit: float) -> Option:
+    """Cuts [-1, 1] into equal parts, one an option."""
+    return options[min(len(options) - 1, int((unit + 1.0) / 2.0 * len(options)))]
+
+
+def centres(count: int) -> tuple[float, ...]:
+    """The middle unit of each of `count` equal parts of [-1, 1]."""
+    return tuple((2 * i + 1) / count - 1.0 for i in range(count))
+
+
+class ActionSpace:
+    """The concatenation of components: which entries of an action are whose."""
+
+    def __init__(self, components: Sequence[tuple[str, ActionComponent]]) -> None:
+        names = [name for name, _ in components]
+        if len(set(names)) != len(names):
+            raise ConfigError(f"an action component is listed twice: {', '.join(names)}.")
+        if not any(component.scope == "layer" for _, component in components):
+            raise ConfigError("the environment needs a layer action such as 'sparsity': nothing to learn otherwise.")
+        self.names = tuple(names)
+        self.components = tuple(component for _, component in components)
+
+    @property
+    def box(self) -> spaces.Box:
+        return spaces.Box(-1.0, 1.0, (len(self.components),), np.float32)
+
+    def decode(self, action: NDArray[np.float32], scope: Scope, problem: Problem, plan: Plan, layer: str | None) -> Plan:
+        """Applies the entries of `action` that belong to `scope`; the others are not read in this step."""
+        for unit, component in zip(action, self.components, strict=True):
+            if component.scope == scope:
+                plan = component.decode(float(np.clip(unit, -1.0, 1.0)), problem, plan, layer)
+        return plan

@@ -1,0 +1,16 @@
+"""The registry of action components."""
+
+from autoprune.envs.actions.base import ActionComponent
+from autoprune.registry import Registry
+
+ACTIONS: Registry[ActionComponent] = Registry(
+    "action",
+    {
+        "sparsity": "autoprune.envs.actions.sparsity:Sparsity",
+        "group_size": "autoprune.envs.actions.group_size:GroupSize",
+        "criterion": "autoprune.envs.actions.criterion:CriterionChoice",
+        "training_method": "autoprune.envs.actions.training_method:TrainingMethod",
+        "learning_rate": "autoprune.envs.actions.learning_rate:LearningRate",
+        "distillation": "autoprune.envs.actions.distillation:Distillation",
+    },
+)

@@ -1,0 +1,34 @@
+"""Run action: the criterion that scores the weights of every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import ClassVar
+
+from autoprune.criteria import CRITERIA
+from autoprune.envs.actions.base import ActionComponent, Scope, centres, pick
+from autoprune.envs.problem import Problem
+from autoprune.errors import ConfigError
+from autoprune.plan import Plan
+from autoprune.registry import Choice
+
+
+class CriterionChoice(ActionComponent):
+    """Picks one of `names` for the whole plan."""
+
+    scope: ClassVar[Scope] = "run"
+
+    def __init__(self, names: Sequence[str] = ("magnitude", "gradient", "activation")) -> None:
+        if not names:
+            raise ConfigError("action 'criterion': names must list at least one criterion.")
+        for name in names:
+            CRITERIA.get(name)
+        self.names = tuple(names)
+
+    def decode(self, unit: float, problem: Problem, plan: Plan, layer: str | None) -> Plan:
+        chosen = Choice(pick(self.names, unit))
+        return replace(plan, layers={name: replace(each, criterion=chosen) for name, each in plan.layers.items()})
+
+    def anchors(self) -> tuple[float, ...]:
+        return centres(len(self.names))

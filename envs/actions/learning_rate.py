@@ -1,0 +1,30 @@
+"""Run action: the learning rate of recovery and fine-tuning."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar
+
+from autoprune.envs.actions.base import ActionComponent, Scope
+from autoprune.envs.problem import Problem
+from autoprune.errors import ConfigError
+from autoprune.plan import Plan
+
+
+class LearningRate(ActionComponent):
+    """Sets ``learning_rate`` on a log scale between `low` and `high`."""
+
+    scope: ClassVar[Scope] = "run"
+    needs_training: ClassVar[bool] = True
+
+    def __init__(self, low: float = 1e-3, high: float = 1e-1) -> None:
+        if not 0.0 < low < high:
+            raise ConfigError(f"action 'learning_rate': needs 0 < low < high, not low={low}, high={high}.")
+        self.low, self.high = low, high
+
+    def decode(self, unit: float, problem: Problem, plan: Plan, layer: str | None) -> Plan:
+        rate = self.low * (self.high / self.low) ** ((unit + 1.0) / 2.0)
+        return replace(plan, settings={**plan.settings, "learning_rate": float(f"{rate:.2g}")})
+
+    def anchors(self) -> tuple[float, ...]:
+        return (0.0,)

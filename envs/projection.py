@@ -1,0 +1,85 @@
+"""Projection: a budget is met by moving a plan onto it, not by punishing the agent for missing it.
+
+All sparsities are shifted together in logit space, which keeps their order and their spread, until the latency
+table says that the plan just meets the target; then every layer that its sparsity would not make faster is
+given its weights back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from autoprune.errors import InfeasibleTarget
+from autoprune.latency.table import LatencyTable
+from autoprune.plan import Plan
+
+GRID = 100  # sparsities are multiples of 1/GRID, so equal plans meet in the cache
+_EDGE = 0.005
+_STEPS = 14  # halvings of the shift's interval: finer than the grid
+
+
+def logit(sparsity: float) -> float:
+    inside = min(max(sparsity, _EDGE), 1.0 - _EDGE)
+    return math.log(inside / (1.0 - inside))
+
+
+def sigmoid(value: float) -> float:
+    return 1.0 / (1.0 + math.exp(-value))
+
+
+def shift(plan: Plan, amount: float, max_sparsity: float) -> Plan:
+    """Moves every sparsity by `amount` in logit space; results are on the grid, in [0, max_sparsity]."""
+    moved = {
+        name: min(max_sparsity, round(sigmoid(logit(layer.sparsity) + amount) * GRID) / GRID)
+        for name, layer in plan.layers.items()
+    }
+    return plan.with_sparsities(moved)
+
+
+def release_useless(plan: Plan, table: LatencyTable) -> Plan:
+    """Gives a layer its weights back where the table shows no gain from its sparsity."""
+    dense = {
+        name: 0.0
+        for name, layer in plan.layers.items()
+        if layer.sparsity > 0
+        and table.layer_us(name, str(layer.pattern), layer.sparsity)
+        >= table.layer_us(name, str(layer.pattern), 0.0) * 0.995
+    }
+    return plan.with_sparsities(dense)
+
+
+def fastest(plan: Plan, table: LatencyTable, max_sparsity: float) -> float:
+    """The best speed-up the table predicts for this plan's patterns: `max_sparsity` everywhere."""
+    return table.predict_speedup(plan.with_sparsities(dict.fromkeys(plan.layers, max_sparsity)))
+
+
+def meet(plan: Plan, table: LatencyTable, speedup: float, max_sparsity: float) -> Plan:
+    """The least common shift of `plan` that the table predicts to reach `speedup`.
+
+    Where even `max_sparsity` everywhere is too slow, that plan is returned: as near as these patterns come.
+    """
+    low, high = -12.0, 12.0
+    for _ in range(_STEPS):
+        middle = (low + high) / 2
+        if table.predict_speedup(shift(plan, middle, max_sparsity)) >= speedup:
+            high = middle
+        else:
+            low = middle
+    return shift(plan, high, max_sparsity)
+
+
+def project(plan: Plan, table: LatencyTable, speedup: float, max_sparsity: float) -> Plan:
+    """Moves a plan onto the budget and gives useless sparsity back."""
+    return release_useless(meet(plan, table, speedup, max_sparsity), table)
+
+
+def check_feasible(plans: Sequence[Plan], table: LatencyTable, speedup: float, max_sparsity: float) -> None:
+    """Raises InfeasibleTarget, with the best reachable figure, when none of `plans`' patterns is fast enough."""
+    best = max(fastest(plan, table, max_sparsity) for plan in plans)
+    if best < speedup:
+        raise InfeasibleTarget(
+            f"no plan reaches a {speedup:g}x speed-up: with every layer at sparsity {max_sparsity:g} the measured "
+            f"latency table predicts {best:.2f}x at best. Ask for less, allow a higher sparsity (env.max_sparsity), or "
+            "let more layers be pruned."
+        )

@@ -1,0 +1,58 @@
+"""Rewards: a measured terminal reward, and potential-based shaping on the way (Ng, Harada & Russell 1999)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from autoprune.envs.problem import Problem
+from autoprune.evaluation.measurement import Measurement
+from autoprune.plan import Plan
+
+ACCURACY_WEIGHT = 10.0  # one point of accuracy is 0.1 of reward: the scale the agents' defaults are made for
+SHORTFALL_WEIGHT = 10.0  # 10% short of the speed-up costs as much as 10 points of accuracy
+TOLERANCE = 0.02  # a speed-up is met within the timer's noise
+
+
+@dataclass(frozen=True)
+class Reward:
+    """The terms of a terminal reward; their sum is what the agent gets."""
+
+    accuracy: float
+    speed: float
+
+    @property
+    def total(self) -> float:
+        return self.accuracy + self.speed
+
+
+def terminal_reward(problem: Problem, measured: Measurement) -> Reward:
+    """Scores a measured plan against the target.
+
+    Speed-up target: accuracy gained over dense, less a penalty for what the *measured* speed-up is short of.
+    Accuracy target: log2 of the measured speed-up, less a penalty for accuracy lost beyond what is allowed.
+    """
+    gained = measured.accuracy - problem.dense_accuracy
+    if problem.target.speedup is not None:
+        short = max(0.0, problem.target.speedup / measured.speedup - 1.0 - TOLERANCE)
+        return Reward(ACCURACY_WEIGHT * gained, -SHORTFALL_WEIGHT * short)
+    allowed = problem.target.accuracy_drop or 0.0
+    return Reward(10 * ACCURACY_WEIGHT * min(0.0, gained + allowed), math.log2(measured.speedup))
+
+
+def potential(problem: Problem, plan: Plan, decided: int) -> float:
+    """How good the decided part of a plan looks before it is measured; 0 before the first layer.
+
+    Minus the accuracy its layers lose one by one (sensitivity curves) plus, for an accuracy target, the time the
+    table says they save.
+    """
+    lost = saved_us = 0.0
+    for name in problem.inventory.names[:decided]:
+        layer = plan.layers[name]
+        lost += problem.sensitivity.drop(name, layer.sparsity)
+        table = problem.table
+        saved_us += table.dense_us(name) - table.layer_us(name, str(layer.pattern), layer.sparsity)
+    value = -ACCURACY_WEIGHT * lost
+    if problem.target.speedup is None:
+        value += problem.table.scale * saved_us / 1e3 / problem.table.dense_ms
+    return value
