@@ -1,0 +1,53 @@
+"""What a dense engine is: something that runs a model as it is, as fast as it can."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from torch import nn
+
+from autoprune.errors import MissingExtra
+from autoprune.inventory import as_tuple
+
+INSTALL = 'pip install "autoprune[engines]"'
+
+Call = Callable[[], object]
+
+
+class DenseEngine(ABC):
+    """One engine. `needs` names the modules it imports beyond autoprune's own dependencies."""
+
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    def available(self) -> str | None:
+        """None when the engine can be used here, else the command that installs what is missing."""
+        return None if all(importlib.util.find_spec(name) for name in self.needs) else INSTALL
+
+    def prepare(self, model: nn.Module, example_inputs: Any, threads: int) -> Call:
+        """Compiles a copy of `model` (in eval mode, weights as they are) for these very shapes.
+
+        Args:
+            model: left as it was.
+            example_inputs: a tensor or a tuple of them, batch included.
+            threads: of one inference; at least 1.
+
+        Returns:
+            A call that runs one inference on `example_inputs` and returns the outputs in the engine's own
+            form: the model's for torch, a sequence of arrays for the others. The next call may overwrite them.
+
+        Raises:
+            MissingExtra: the engine is not installed; the message carries the command.
+            AutopruneError: the engine cannot run the model.
+        """
+        command = self.available()
+        if command is not None:
+            raise MissingExtra(f"this engine needs {', '.join(self.needs)}. Install with: {command}")
+        return self._compile(copy.deepcopy(model).eval(), as_tuple(example_inputs), threads)
+
+    @abstractmethod
+    def _compile(self, model: nn.Module, inputs: tuple[Any, ...], threads: int) -> Call:
+        """`prepare` on a copy of the model that may be changed."""

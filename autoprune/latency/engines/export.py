@@ -1,0 +1,65 @@
+"""A model as an ONNX file, for the engines that read one."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from autoprune.errors import AutopruneError
+
+
+@contextmanager
+def onnx_file(model: nn.Module, inputs: tuple[Any, ...]) -> Iterator[Path]:
+    """Exports `model` for exactly these shapes; the file lasts as long as the block.
+
+    Raises:
+        AutopruneError: torch cannot export the model; the message carries torch's reason.
+    """
+    # A mapped weight file cannot be deleted on Windows while its session lives.
+    with tempfile.TemporaryDirectory(prefix="autoprune-", ignore_cleanup_errors=True) as folder:
+        path = Path(folder) / "model.onnx"
+        try:
+            with _silence(), torch.inference_mode():
+                torch.onnx.export(model, inputs, str(path), dynamo=True, verbose=False)
+        except Exception as error:  # the exporter raises whatever the model's own Python raises
+            lines = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+            raise AutopruneError(
+                f"the model cannot be exported to ONNX: {lines[0]}. "
+                "Leave the engines 'onnxruntime' and 'openvino' out, or make torch.export accept the model."
+            ) from error
+        yield path
+
+
+def arrays(inputs: tuple[Any, ...], expected: int) -> list[NDArray[Any]]:
+    """The example inputs as the engine's, in order; raises AutopruneError when they do not correspond."""
+    if len(inputs) != expected or not all(isinstance(value, Tensor) for value in inputs):
+        kinds = ", ".join(type(value).__name__ for value in inputs)
+        raise AutopruneError(
+            f"the exported model takes {expected} tensors, the example inputs are: {kinds}. "
+            "Give example inputs that are tensors only."
+        )
+    return [np.ascontiguousarray(value.detach().cpu().numpy()) for value in inputs]
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """The exporter logs and warns about its own internals, nothing that a user could act on."""
+    logger = logging.getLogger("torch.onnx")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(before)

@@ -1,0 +1,31 @@
+"""ONNX Runtime on the CPU, all graph optimisations, float32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from autoprune.latency.engines.base import Call, DenseEngine
+from autoprune.latency.engines.export import arrays, onnx_file
+
+
+class OnnxRuntime(DenseEngine):
+    """ONNX Runtime's CPU provider."""
+
+    needs = ("onnx", "onnxscript", "onnxruntime")
+
+    def _compile(self, model: nn.Module, inputs: tuple[Any, ...], threads: int) -> Call:
+        import onnxruntime
+
+        onnxruntime.disable_telemetry_events()
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+        options.log_severity_level = 3  # errors
+        with onnx_file(model, inputs) as path:
+            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        names = [value.name for value in session.get_inputs()]
+        feed = dict(zip(names, arrays(inputs, len(names)), strict=True))
+        return lambda: session.run(None, feed)

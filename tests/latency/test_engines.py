@@ -1,0 +1,160 @@
+"""Every dense engine computes what torch computes, for models with one and with several inputs."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from autoprune.errors import AutopruneError, ConfigError, MissingExtra
+from autoprune.latency.engines import ENGINES, DenseEngine
+from autoprune.latency.engines.openvino import import_openvino
+from autoprune.registry import Choice
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class TwoOfEach(nn.Module):
+    """Two inputs of different kinds, two outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image = nn.Conv2d(3, 4, 3, padding=1)
+        self.words = nn.Embedding(11, 4)
+
+    def forward(self, image: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
+        seen = self.image(image).mean((2, 3))
+        return seen + self.words(words).mean(1), seen
+
+
+def cnn() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    layers = [
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Dropout(),
+        nn.Flatten(),
+        nn.Linear(512, 5),
+    ]
+    model = nn.Sequential(*layers)
+    model(torch.randn(4, 3, 8, 8))  # running statistics that matter
+    return model, (torch.randn(2, 3, 8, 8),)
+
+
+def two_of_each() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    return TwoOfEach(), (torch.randn(2, 3, 8, 8), torch.randint(0, 11, (2, 6)))
+
+
+def transformer() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    return nn.TransformerEncoder(layer, 1, enable_nested_tensor=False), (torch.randn(2, 5, 16),)
+
+
+MODELS = {"cnn": cnn, "two_of_each": two_of_each, "transformer": transformer}
+
+
+def engine(name: str) -> DenseEngine:
+    made = ENGINES.create(Choice(name))
+    if (command := made.available()) is not None:
+        pytest.skip(command)
+    return made
+
+
+def as_arrays(outputs: Any) -> list[np.ndarray[Any, Any]]:
+    """Copies, for an engine may write the next result into the same memory."""
+    values = outputs if isinstance(outputs, (tuple, list)) else [outputs]
+    return [np.array(value.numpy() if isinstance(value, Tensor) else value) for value in values]
+
+
+@pytest.mark.parametrize("kind", list(MODELS))
+@pytest.mark.parametrize("name", list(ENGINES))
+def test_an_engine_computes_what_torch_computes(name: str, kind: str, capfd: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    model, inputs = MODELS[kind]()
+    with torch.inference_mode():
+        expected = as_arrays(copy.deepcopy(model).eval()(*inputs))
+    run = engine(name).prepare(model, inputs, threads=1)
+    for _ in range(2):
+        given = as_arrays(run())
+        assert [value.shape for value in given] == [value.shape for value in expected]
+        for value, right in zip(given, expected, strict=True):
+            assert np.abs(value - right).max() <= 1e-3 * np.abs(right).max()
+    assert model.training, "the caller's model must stay as it was"
+    assert capfd.readouterr() == ("", ""), "engines must be silent"
+
+
+@pytest.mark.parametrize("name", ["eager", "channels_last"])
+def test_torch_engines_run_on_the_threads_asked_for_and_restore_them(name: str) -> None:
+    seen: list[int] = []
+
+    class Watcher(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(torch.get_num_threads())
+            assert torch.is_inference_mode_enabled()
+            return x
+
+    run = engine(name).prepare(Watcher(), torch.zeros(1, 3, 2, 2), threads=2)
+    run()
+    with torch.inference_mode():
+        run()
+    assert seen == [2, 2]
+    assert torch.get_num_threads() == 1
+
+
+def test_openvino_computes_in_float32_on_the_threads_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = engine("openvino")
+    openvino = import_openvino()
+    compiled: list[Any] = []
+    original = openvino.Core.compile_model
+
+    def spy(core: Any, *args: Any) -> Any:
+        compiled.append(original(core, *args))
+        return compiled[-1]
+
+    monkeypatch.setattr(openvino.Core, "compile_model", spy)
+    made.prepare(nn.Linear(4, 4), torch.zeros(1, 4), threads=2)
+    assert compiled[0].get_property("INFERENCE_PRECISION_HINT") == openvino.Type.f32
+    assert compiled[0].get_property("INFERENCE_NUM_THREADS") == 2
+    assert compiled[0].get_property("NUM_STREAMS") == 1
+
+
+def test_openvino_sends_no_usage_statistics(tmp_path: Path) -> None:
+    engine("openvino")
+    script = (
+        "import sys; from autoprune.latency.engines.openvino import import_openvino; import_openvino().Core(); "
+        "assert not any(name.startswith('openvino_telemetry') for name in sys.modules)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "CI"}
+    subprocess.run([sys.executable, "-c", script], env={**environment, "HOME": str(tmp_path)}, check=True, cwd=ROOT)
+    assert not list(tmp_path.iterdir()), "openvino's telemetry leaves a client's id in the home folder"
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_a_missing_engine_says_how_to_install_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    made = ENGINES.create(Choice(name))
+    assert made.available() == 'pip install "autoprune[engines]"'
+    with pytest.raises(MissingExtra, match=r'pip install "autoprune\[engines\]"'):
+        made.prepare(nn.Linear(4, 4), torch.zeros(1, 4), threads=1)
+
+
+def test_a_model_that_cannot_be_exported_is_an_error_that_says_why() -> None:
+    class Branches(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(AutopruneError, match=r"cannot be exported to ONNX: .+ Leave the engines"):
+        engine("onnxruntime").prepare(Branches(), torch.ones(1, 4), threads=1)
+
+
+def test_an_unknown_engine_is_told_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"unknown dense engine 'onnx_runtime'\. Did you mean 'onnxruntime'"):
+        ENGINES.create(Choice("onnx_runtime"))
