@@ -56,9 +56,10 @@ class DeterministicAgent(SB3Agent):
 
     def on_episode(self, model: BaseAlgorithm, progress: float) -> None:
         assert isinstance(model, TD3)
-        size = model.action_space.shape[0]  # type: ignore[index]
+        assert isinstance(model.action_noise, NormalActionNoise)
         start, end = self.noise
-        model.action_noise = NormalActionNoise(np.zeros(size), np.full(size, start * (end / start) ** progress))
+        # In place: the rollout about to start already holds this object.
+        model.action_noise._sigma = np.full_like(model.action_noise._sigma, start * (end / start) ** progress)
 
     def arguments(self) -> dict[str, Any]:
         return {

@@ -31,7 +31,7 @@ class FakeClock:
         return self.now_s
 
 
-def fake_table(inventory: Inventory, patterns: tuple[Choice, ...], *, fixed_us: float = 5.0) -> LatencyTable:
+def fake_table(inventory: Inventory, patterns: tuple[Choice, ...], *, fixed_us: float = 0.5) -> LatencyTable:
     """A latency table in which time follows the kept MACs at 10 per nanosecond, plus a fixed cost a layer."""
 
     def point(macs: int, sparsity: float) -> Point:
@@ -45,8 +45,8 @@ def fake_table(inventory: Inventory, patterns: tuple[Choice, ...], *, fixed_us: 
         )
         for layer in inventory.layers
     }
-    dense_ms = 0.05 + sum(layer.dense_us for layer in layers.values()) / 1e3
-    return LatencyTable(layers, dense_ms=dense_ms, rest_ms=0.05, scale=1.0, settings={"batch": 1}, machine={})
+    dense_ms = 0.005 + sum(layer.dense_us for layer in layers.values()) / 1e3
+    return LatencyTable(layers, dense_ms=dense_ms, rest_ms=0.005, scale=1.0, settings={"batch": 1}, machine={})
 
 
 @dataclass(frozen=True)
@@ -70,18 +70,23 @@ class FakeEvaluate:
 
 def small_cnn() -> nn.Module:
     """A few convolutions and a classifier over 3x16x16 inputs, 10 classes."""
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(16, 32, 3, stride=2, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(32, 32, 3, padding=1),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(32, 10),
-    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv2d(3, 16, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(16, 32, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(32, 32, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(32, 64, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(64, 64, 3, padding=1),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(64, 10),
+        )
 
 
 def fake_problem(target: Target | None = None, sizes: tuple[int, ...] = (4, 8, 16)) -> Problem:

@@ -8,7 +8,6 @@ given its weights back.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 from autoprune.errors import InfeasibleTarget
 from autoprune.latency.table import LatencyTable
@@ -74,12 +73,11 @@ def project(plan: Plan, table: LatencyTable, speedup: float, max_sparsity: float
     return release_useless(meet(plan, table, speedup, max_sparsity), table)
 
 
-def check_feasible(plans: Sequence[Plan], table: LatencyTable, speedup: float, max_sparsity: float) -> None:
-    """Raises InfeasibleTarget, with the best reachable figure, when none of `plans`' patterns is fast enough."""
-    best = max(fastest(plan, table, max_sparsity) for plan in plans)
-    if best < speedup:
+def check_feasible(reachable: float, speedup: float, max_sparsity: float) -> None:
+    """Raises InfeasibleTarget, with the best reachable figure, when `speedup` is out of reach."""
+    if reachable < speedup:
         raise InfeasibleTarget(
             f"no plan reaches a {speedup:g}x speed-up: with every layer at sparsity {max_sparsity:g} the measured "
-            f"latency table predicts {best:.2f}x at best. Ask for less, allow a higher sparsity (env.max_sparsity), or "
-            "let more layers be pruned."
+            f"latency table predicts {reachable:.2f}x at best. Ask for less, allow a higher sparsity "
+            "(env.max_sparsity), or let more layers be pruned."
         )

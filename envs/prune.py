@@ -15,7 +15,7 @@ from autoprune.envs.actions import ACTIONS, ActionSpace
 from autoprune.envs.actions.group_size import GroupSize
 from autoprune.envs.observation import LIMIT, Observer, length
 from autoprune.envs.problem import Problem
-from autoprune.envs.projection import check_feasible, meet, project, release_useless
+from autoprune.envs.projection import check_feasible, fastest, meet, project, release_useless
 from autoprune.envs.rewards import potential, terminal_reward
 from autoprune.plan import Plan
 from autoprune.registry import Choice
@@ -107,15 +107,22 @@ class PruneEnv(gymnasium.Env[Observation, Action]):
             return release_useless(plan, problem.table)
         return project(plan, problem.table, problem.target.speedup, problem.max_sparsity)
 
+    def reachable_speedup(self) -> float:
+        """The best speed-up the latency table predicts for any pattern the actions can set."""
+        problem = self.problem
+        return max(fastest(plan, problem.table, problem.max_sparsity) for plan in self._uniforms())
+
+    def _uniforms(self) -> list[Plan]:
+        sized = [component.patterns for component in self.actions.components if isinstance(component, GroupSize)]
+        patterns = [self.problem.pattern, *(pattern for patterns in sized for pattern in patterns)]
+        return [replace(self.problem, pattern=pattern).uniform(START_SPARSITY) for pattern in patterns]
+
     def _starting_plan(self) -> Plan:
         problem, speedup = self.problem, self.problem.target.speedup
         uniform = problem.uniform(START_SPARSITY)
         if speedup is None:
             return uniform
-        sized = [component.patterns for component in self.actions.components if isinstance(component, GroupSize)]
-        patterns = [problem.pattern, *(pattern for patterns in sized for pattern in patterns)]
-        uniforms = [replace(problem, pattern=pattern).uniform(START_SPARSITY) for pattern in patterns]
-        check_feasible(uniforms, problem.table, speedup, problem.max_sparsity)
+        check_feasible(self.reachable_speedup(), speedup, problem.max_sparsity)
         return meet(uniform, problem.table, speedup, problem.max_sparsity)
 
     def _potential(self) -> float:

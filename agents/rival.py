@@ -1,0 +1,55 @@
+"""The uniform rule at exactly the speed-up an agent reached: the comparison every report carries."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+
+from autoprune.agents.base import Trial, run_episode
+from autoprune.envs.prune import PruneEnv
+from autoprune.envs.rewards import terminal_reward
+from autoprune.evaluation.measurement import Measurement
+from autoprune.target import Target
+
+CLOSE = 0.02  # measured speed-ups this near to each other count as the same
+_CORRECTIONS = 3
+
+
+def uniform_at(env: PruneEnv, speedup: float) -> Trial | None:
+    """The best uniform plan whose *measured* speed-up is `speedup`, within CLOSE below or any amount above.
+
+    Every combination of the actions' other choices is tried, each aimed again until its measurement meets the
+    figure. None when no uniform plan is that fast. The reward is scored against `speedup`.
+    """
+    grid = list(itertools.product(*(component.anchors() for component in env.actions.components)))
+    found: list[Trial] = []
+    for units in grid:
+        action = np.array(units, dtype=np.float32)
+        aim = speedup
+        for _ in range(_CORRECTIONS):
+            trial = _aimed(env, action, max(1.01, aim))
+            measured = float(trial["speedup"])
+            if measured >= speedup * (1 - CLOSE):
+                found.append(trial)
+            if abs(measured / speedup - 1) <= CLOSE:
+                break
+            aim *= speedup / measured
+    if not found:
+        return None
+    best = max(found, key=lambda trial: float(trial["accuracy"]))
+    return {**best, "reward": reward_at(env, best, speedup)}
+
+
+def reward_at(env: PruneEnv, trial: Trial, speedup: float) -> float:
+    """A trial's reward had the target been `speedup`."""
+    measured = Measurement(float(trial["accuracy"]), float(trial["latency_ms"]), float(trial["speedup"]))
+    return terminal_reward(replace(env.problem, target=Target(speedup=speedup)), measured).total
+
+
+def _aimed(env: PruneEnv, action: np.ndarray, aim: float) -> Trial:  # type: ignore[type-arg]
+    problem = env.problem
+    reachable = min(aim, env.reachable_speedup())
+    aimed = PruneEnv(replace(problem, target=Target(speedup=reachable)), env.action_choices, env.shaping, env.gamma)
+    return run_episode(aimed, lambda _, __: action)

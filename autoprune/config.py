@@ -1,0 +1,170 @@
+"""Configs: a validated tree <- a TOML file (a short list of differences) <- ``key=value`` overrides."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
+
+from autoprune.errors import ConfigError, did_you_mean
+from autoprune.files import read_text
+from autoprune.registry import Choice
+from autoprune.settings import TrainingSettings
+from autoprune.target import Target
+
+
+def _parse_choice(value: Any) -> Choice:
+    if isinstance(value, Choice):
+        return value
+    if isinstance(value, str):
+        return Choice(value)
+    if isinstance(value, dict) and isinstance(value.get("name"), str):
+        return Choice(value["name"], {key: inner for key, inner in value.items() if key != "name"})
+    raise ValueError("must be a name, or a table with a 'name' and its arguments, e.g. {name = \"group\", size = 8}")
+
+
+def _write_choice(choice: Choice) -> Any:
+    return {"name": choice.name, **choice.args} if choice.args else choice.name
+
+
+ChoiceField = Annotated[
+    Choice, BeforeValidator(_parse_choice), PlainSerializer(_write_choice), Field(validate_default=False)
+]
+Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A table of the config: unknown keys and wrong types are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, arbitrary_types_allowed=True)
+
+
+class LatencySection(Section):
+    """How latency is measured, everywhere in the run."""
+
+    batch: Count = 1
+    threads: Count = 1
+    samples: Annotated[int, Field(ge=3)] = 100  # rounds of the final table
+    search_samples: Annotated[int, Field(ge=3)] = 25  # rounds of one trial
+    profile_samples: Annotated[int, Field(ge=3)] = 15  # rounds of one cell of the latency table
+    engines: tuple[str, ...] = ()  # dense engines in the final table; all that are installed when empty
+
+
+class EnvSection(Section):
+    """The environment: what the agent may choose and how a plan is scored."""
+
+    actions: tuple[ChoiceField, ...] = (Choice("criterion"), Choice("sparsity"), Choice("group_size"))
+    pattern: ChoiceField = Choice("group", {"size": 8})  # of layers whose pattern no action sets
+    criterion: ChoiceField = Choice("magnitude")
+    max_sparsity: Fraction = 0.95
+    keep_dense: tuple[str, ...] = ()  # glob patterns of layer names
+    min_weights: Count = 256  # smaller layers stay dense
+    recovery: ChoiceField = Choice("batch_norm")  # what happens between masking and scoring
+    shaping: Annotated[float, Field(ge=0.0)] = 1.0
+    gamma: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+
+
+class SearchSection(Section):
+    agent: ChoiceField = Choice("ppo")
+    episodes: Count = 300
+
+
+class FinetuneSection(Section):
+    """Training of the chosen plan's masked model."""
+
+    method: ChoiceField = Choice("one_shot")
+    settings: TrainingSettings = TrainingSettings(epochs=10, learning_rate=0.02)
+
+
+class Config(Section):
+    """Everything a run does; each section's comments say what a key means."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    task: ChoiceField
+    dense: TrainingSettings | None = None  # training of the dense model; the task's own settings when absent
+    target: Target = Target(speedup=2.0)
+    latency: LatencySection = LatencySection()
+    env: EnvSection = EnvSection()
+    search: SearchSection = SearchSection()
+    finetune: FinetuneSection = FinetuneSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _needs_a_task(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "task" not in data:
+            raise ValueError("the key 'task' is missing, e.g. task = \"digits\"")
+        return data
+
+    def to_json(self) -> dict[str, Any]:
+        """The resolved config as plain data; equal configs give equal data."""
+        data: dict[str, Any] = json.loads(self.model_dump_json())
+        return data
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a TOML config and applies overrides such as ``search.episodes=50``.
+
+    Raises FileError when the file is missing and ConfigError for anything in it that cannot be used.
+    """
+    try:
+        data = tomllib.loads(read_text(path, "the config"))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}.") from None
+    for override in overrides:
+        _apply_override_(data, override)
+    return parse_config(data, str(path))
+
+
+def parse_config(data: Mapping[str, Any], where: str) -> Config:
+    """Validates plain data; raises ConfigError that names the key, what was given and what is allowed."""
+    try:
+        return Config.model_validate_json(json.dumps(data))  # JSON mode: lists for tuples, and no other leniency
+    except ValidationError as error:
+        raise ConfigError(f"{where}: " + " ".join(_explain(item) for item in error.errors()[:5])) from None
+    except TypeError as error:
+        raise ConfigError(f"{where}: only numbers, strings, booleans, lists and tables can be used ({error}).") from None
+
+
+def _apply_override_(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set takes KEY=VALUE, e.g. --set search.episodes=50, not {override!r}.")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word is a string
+    *parents, last = key.strip().split(".")
+    table = data
+    for parent in parents:
+        inner = table.setdefault(parent, {})
+        if isinstance(inner, str):  # task = "digits" with --set task.widths=[8,16]
+            inner = table[parent] = {"name": inner}
+        if not isinstance(inner, dict):
+            raise ConfigError(f"--set {override}: {parent!r} is a value, not a table.")
+        table = inner
+    table[last] = value
+
+
+def _explain(item: Any) -> str:
+    path = [str(part) for part in item["loc"]]
+    key, given = ".".join(path), item.get("input")
+    if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return f"unknown key {key!r}. {did_you_mean(path[-1], _keys_at(path[:-1]))}"
+    message = item["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    shown = f" (given: {given!r})" if not isinstance(given, dict) else ""
+    return f"{key or 'the config'}: {message[0].lower()}{message[1:]}{shown}.".replace("..", ".")
+
+
+def _keys_at(path: Sequence[str]) -> list[str]:
+    """The keys allowed in the table at `path`."""
+    table: Any = Config
+    for part in path:
+        annotation = table.model_fields[part].annotation if hasattr(table, "model_fields") else table
+        table = next((kind for kind in get_args(annotation) if isinstance(kind, type) and kind is not type(None)), annotation)
+    fields = table.model_fields if hasattr(table, "model_fields") else table.__dataclass_fields__
+    return list(fields)

@@ -1,0 +1,64 @@
+"""The dense model of a task: trained once, kept in the user's cache, loaded by later runs."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from autoprune.errors import FileError
+from autoprune.files import read_tensors, write_tensors
+from autoprune.progress import Progress
+from autoprune.registry import Choice
+from autoprune.settings import TrainingSettings
+from autoprune.tasks.base import Task
+from autoprune.training.loop import train_
+
+
+def cache_folder() -> Path:
+    """``$AUTOPRUNE_CACHE``, or ``autoprune`` in the user's cache directory."""
+    if folder := os.environ.get("AUTOPRUNE_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "autoprune"
+
+
+def dense_model(task: Task, choice: Choice, settings: TrainingSettings | None, seed: int, progress: Progress) -> nn.Module:
+    """Returns the task's dense model, trained: by the task itself, from the cache, or now.
+
+    An interrupted training goes on from its last whole epoch.
+    """
+    model = copy.deepcopy(task.model)
+    if settings is None:
+        return model.eval()
+    about = {"task": choice.to_json(), "settings": asdict(settings), "seed": seed, "torch": torch.__version__}
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+    path = cache_folder() / f"dense-{task.name}-{digest}.safetensors"
+    if path.exists():
+        tensors, _ = read_tensors(path, "the cached dense model")
+        try:
+            model.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise FileError(f"the cached dense model does not fit the task: {path} ({error}). Delete it.") from None
+        progress.say(f"dense model: loaded from {path}")
+        return model.eval()
+    unfinished = path.with_suffix(".training")
+    train_(
+        model,
+        task.train,
+        task.loss,
+        settings,
+        seed=seed,
+        checkpoint=unfinished,
+        progress=progress,
+        title="dense training",
+    )
+    write_tensors(path, model.state_dict(), {"about": json.dumps(about)})
+    shutil.rmtree(unfinished, ignore_errors=True)
+    return model.eval()

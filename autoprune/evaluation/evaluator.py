@@ -1,0 +1,81 @@
+"""The evaluation of a plan: mask, recover, score, repack, and time end to end in turns with the dense model."""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import dataclass
+
+from torch import nn
+
+from autoprune.evaluation.measurement import Measurement
+from autoprune.evaluation.recovery import Recovery, Subject
+from autoprune.latency.table import LatencyTable
+from autoprune.latency.timer import Clock, Latency, Protocol, measure_together, speedup, torch_threads
+from autoprune.plan import Plan
+from autoprune.repack import LayerForm, RepackedModel, repack
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Callable: plan -> Measurement. Deterministic but for the clock.
+
+    Attributes:
+        protocol: the timing of one trial.
+        batch: batch size of the timed inference.
+        work_threads: torch threads while training and scoring (timing has the protocol's).
+    """
+
+    subject: Subject
+    table: LatencyTable
+    recovery: Recovery
+    protocol: Protocol
+    batch: int = 1
+    work_threads: int = 1
+    clock: Clock = time.perf_counter
+
+    def masked_model(self, plan: Plan) -> nn.Module:
+        """The dense model, masked by `plan` and recovered."""
+        model = copy.deepcopy(self.subject.dense)
+        with torch_threads(self.work_threads):
+            self.recovery.recover_(model, plan, self.subject)
+        return model.eval()
+
+    def repacked(self, model: nn.Module, plan: Plan) -> RepackedModel:
+        """Repacks with the backends the latency table found fastest, without measuring again."""
+        with torch_threads(self.protocol.threads):
+            return repack(model, self.subject.task.example_inputs(self.batch), choose=self.chooser(plan))
+
+    def chooser(self, plan: Plan) -> TableChoice:
+        return TableChoice(self.table, plan)
+
+    def __call__(self, plan: Plan) -> Measurement:
+        model = self.masked_model(plan)
+        with torch_threads(self.work_threads):
+            accuracy = self.subject.task.evaluate(model)
+        dense, packed = self.time(model, plan)
+        return Measurement(accuracy, packed.median_ms, speedup(dense, packed))
+
+    def time(self, model: nn.Module, plan: Plan) -> tuple[Latency, Latency]:
+        """Latency of the dense model in torch eager and of the repacked one, in turns."""
+        fast = self.repacked(model, plan)
+        inputs = self.subject.task.example_inputs(self.batch)
+        dense = self.subject.dense
+        times = measure_together(
+            {"dense": lambda: dense(*inputs), "repacked": lambda: fast(*inputs)}, self.protocol, self.clock
+        )
+        return times["dense"], times["repacked"]
+
+
+@dataclass(frozen=True)
+class TableChoice:
+    """Chooses a layer's backend from the latency table."""
+
+    table: LatencyTable
+    plan: Plan
+
+    def __call__(self, name: str, form: LayerForm) -> str:
+        if name not in self.plan.layers:
+            return "dense"
+        layer = self.plan.layers[name]
+        return self.table.layers[name].backend(str(layer.pattern), layer.sparsity)

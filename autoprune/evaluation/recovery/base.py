@@ -1,0 +1,45 @@
+"""What a recovery is, and what it works on."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from autoprune.criteria import LayerStatistics
+from autoprune.inventory import Inventory
+from autoprune.masks import Masks, make_masks
+from autoprune.plan import Plan
+from autoprune.settings import TrainingSettings
+from autoprune.tasks.base import Task
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is pruned and scored: a task, its trained dense model, and what calibration saw of its layers.
+
+    `settings` are the run's fine-tuning settings; `seed` makes any training repeatable.
+    """
+
+    task: Task
+    dense: nn.Module
+    inventory: Inventory
+    statistics: Mapping[str, LayerStatistics]
+    settings: TrainingSettings
+    seed: int
+
+    def masks(self, plan: Plan) -> Masks:
+        return make_masks(self.dense, self.inventory, plan, self.statistics)
+
+
+class Recovery(ABC):
+    """Turns a plan into a masked model worth scoring."""
+
+    trains: ClassVar[bool] = False
+
+    @abstractmethod
+    def recover_(self, model: nn.Module, plan: Plan, subject: Subject) -> None:
+        """Masks `model`, a fresh copy of the dense one, in place, and lets it recover."""

@@ -1,0 +1,167 @@
+"""Every agent in one harness: repeatable, resumable, saved without pickles; and learning pays."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from autoprune.agents import AGENTS
+from autoprune.agents.base import Agent, run_episode
+from autoprune.agents.harness import SearchResult, search
+from autoprune.agents.policy import Policy
+from autoprune.agents.rival import CLOSE, uniform_at
+from autoprune.agents.sb3 import SB3Agent
+from autoprune.envs import PruneEnv
+from autoprune.errors import ConfigError, FileError
+from autoprune.plan import Plan
+from autoprune.registry import Choice
+from autoprune.testing import fake_problem
+
+TRAINABLE = [name for name in AGENTS if issubclass(AGENTS.get(name), SB3Agent)]
+SEARCHING = [name for name in AGENTS if name != "policy"]  # 'policy' needs a file
+
+
+def build(name: str) -> Agent:
+    small = {"net": [16]} if name in TRAINABLE else {}
+    return AGENTS.create(Choice(name, small))
+
+
+def rewards(result: SearchResult) -> list[float]:
+    return [float(trial["reward"]) for trial in result.trials]
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("name", SEARCHING)
+def test_the_same_seed_gives_the_same_search(name: str) -> None:
+    runs = [search(build(name), PruneEnv(fake_problem()), 7, seed=5) for _ in range(2)]
+    assert runs[0].trials == runs[1].trials
+    assert len(runs[0].trials) == 7
+    assert runs[0].best["reward"] == max(rewards(runs[0]))
+
+
+@pytest.mark.parametrize("name", [name for name in SEARCHING if name != "uniform"])
+def test_another_seed_gives_another_search(name: str) -> None:
+    assert rewards(search(build(name), PruneEnv(fake_problem()), 3, seed=0)) != rewards(
+        search(build(name), PruneEnv(fake_problem()), 3, seed=1)
+    )
+
+
+@pytest.mark.parametrize("name", SEARCHING)
+def test_a_killed_search_resumes_as_if_it_had_never_stopped(name: str, tmp_path: Path) -> None:
+    whole = search(build(name), PruneEnv(fake_problem()), 27, seed=2)
+
+    def kill(index: int, _: object) -> None:
+        if index == (20 if name in TRAINABLE else 5):  # a learner is past a checkpoint, and past what it covers
+            raise Killed
+
+    with pytest.raises(Killed):
+        search(build(name), PruneEnv(fake_problem()), 27, seed=2, directory=tmp_path, on_trial=kill)
+    resumed = search(build(name), PruneEnv(fake_problem()), 27, seed=2, directory=tmp_path)
+    assert resumed.trials == whole.trials
+    lines = (tmp_path / "trials.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == list(whole.trials)
+
+
+def test_a_finished_search_is_not_run_again(tmp_path: Path) -> None:
+    first = search(build("ppo"), PruneEnv(fake_problem()), 9, seed=2, directory=tmp_path)
+    again = search(build("ppo"), PruneEnv(fake_problem()), 9, seed=2, directory=tmp_path, on_trial=lambda *_: 1 / 0)
+    assert again.trials == first.trials
+
+
+def test_a_torn_last_line_is_dropped(tmp_path: Path) -> None:
+    whole = search(build("random"), PruneEnv(fake_problem()), 5, seed=2, directory=tmp_path)
+    log = tmp_path / "trials.jsonl"
+    log.write_bytes(log.read_bytes()[:-20])
+    assert search(build("random"), PruneEnv(fake_problem()), 5, seed=2, directory=tmp_path).trials == whole.trials
+
+
+def test_a_search_leaves_the_callers_randomness_alone() -> None:
+    states = []
+    for run in (True, False):
+        random.seed(1), np.random.seed(1), torch.manual_seed(1)
+        if run:
+            search(build("ppo"), PruneEnv(fake_problem()), 2, seed=0)
+        states.append((random.random(), np.random.rand(), torch.rand(1).item()))
+    assert states[0] == states[1]
+
+
+@pytest.mark.parametrize("name", TRAINABLE)
+def test_a_policy_file_acts_like_the_agent_that_wrote_it(name: str, tmp_path: Path) -> None:
+    agent, env = build(name), PruneEnv(fake_problem())
+    search(agent, env, 4, seed=0)
+    assert agent.save_policy(tmp_path, env)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["policy.json", "policy.safetensors"]
+    policy = Policy.load(tmp_path)
+    assert isinstance(agent, SB3Agent)
+    assert agent._model is not None
+    observation, _ = env.reset()
+    expected, _ = agent._model.predict(observation, deterministic=True)
+    np.testing.assert_array_equal(policy.act(observation, 0), expected)
+    applied = search(AGENTS.create(Choice("policy", {"path": str(tmp_path)})), env, 1, seed=0)
+    assert applied.trials[0] == run_episode(env, policy.act)
+
+
+def test_a_policy_of_other_actions_is_refused(tmp_path: Path) -> None:
+    agent, env = build("ppo"), PruneEnv(fake_problem())
+    search(agent, env, 1, seed=0)
+    agent.save_policy(tmp_path, env)
+    with pytest.raises(ConfigError, match="trained for the actions"):
+        search(
+            AGENTS.create(Choice("policy", {"path": str(tmp_path)})),
+            PruneEnv(fake_problem(), (Choice("sparsity"),)),
+            1,
+            seed=0,
+        )
+
+
+@pytest.mark.parametrize("damage", ["policy.json", "policy.safetensors", "missing", "version", "agent"])
+def test_a_corrupt_policy_is_an_error(damage: str, tmp_path: Path) -> None:
+    agent, env = build("ppo"), PruneEnv(fake_problem())
+    search(agent, env, 1, seed=0)
+    agent.save_policy(tmp_path, env)
+    about = json.loads((tmp_path / "policy.json").read_text())
+    if damage == "missing":
+        (tmp_path / "policy.safetensors").unlink()
+    elif damage == "version":
+        (tmp_path / "policy.json").write_text(json.dumps({**about, "observation_version": 99}))
+    elif damage == "agent":
+        (tmp_path / "policy.json").write_text(json.dumps({**about, "agent": {"name": "uniform", "args": {}}}))
+    else:
+        (tmp_path / damage).write_bytes(b"nonsense")
+    with pytest.raises(FileError):
+        Policy.load(tmp_path)
+
+
+def test_a_checkpoint_of_another_agent_is_an_error(tmp_path: Path) -> None:
+    search(build("ppo"), PruneEnv(fake_problem()), 12, seed=0, directory=tmp_path)
+    with pytest.raises(FileError, match="does not fit"):
+        search(build("sac"), PruneEnv(fake_problem()), 14, seed=0, directory=tmp_path)
+
+
+def test_learning_beats_random_search_and_the_uniform_rule() -> None:
+    problem = fake_problem()
+    learned = search(AGENTS.create(Choice("ppo")), PruneEnv(problem), 150, seed=0)
+    chance = search(build("random"), PruneEnv(problem), 150, seed=0)
+    uniform = uniform_at(PruneEnv(problem), float(learned.best["speedup"]))
+    assert uniform is not None
+    assert learned.best["reward"] > max(chance.best["reward"], uniform["reward"])
+
+
+def test_the_uniform_rival_is_as_fast_as_the_agent() -> None:
+    rival = uniform_at(PruneEnv(fake_problem()), 3.5)
+    assert rival is not None
+    assert rival["speedup"] >= 3.5 * (1 - CLOSE)
+    pruned = {layer["sparsity"] for layer in Plan.from_json(rival["plan"]).to_json()["layers"].values()} - {0.0}
+    assert len(pruned) == 1
+
+
+def test_no_rival_where_none_is_fast_enough() -> None:
+    assert uniform_at(PruneEnv(fake_problem()), 900.0) is None

@@ -1,0 +1,123 @@
+"""The environment's contract, its budget, its shaping, and its determinism."""
+
+from __future__ import annotations
+
+import pickle
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+from hypothesis import given
+from hypothesis import strategies as st
+from stable_baselines3.common.env_checker import check_env as check_env_sb3
+
+from autoprune.agents.base import run_episode
+from autoprune.envs import ENV_ID, PruneEnv
+from autoprune.envs.actions import ACTIONS
+from autoprune.envs.observation import NAMES
+from autoprune.errors import ConfigError, InfeasibleTarget
+from autoprune.plan import Plan
+from autoprune.registry import Choice
+from autoprune.target import Target
+from autoprune.testing import fake_problem
+
+EVERY_ACTION = tuple(Choice(name) for name in ACTIONS)
+TARGETS = [Target(speedup=3.0), Target(accuracy_drop=0.05)]
+
+
+def play(env: PruneEnv, seed: int) -> tuple[dict, float]:  # type: ignore[type-arg]
+    draws = np.random.default_rng(seed)
+    shape = env.action_space.shape
+    env.reset(seed=seed)
+    total, over, info = 0.0, False, {}
+    while not over:
+        _, reward, over, _, info = env.step(draws.uniform(-1, 1, shape).astype(np.float32))
+        total += reward
+    return info["trial"], total
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+@pytest.mark.filterwarnings("ignore:.*Box observation space.*:UserWarning")
+def test_both_checkers_pass(target: Target) -> None:
+    env = gymnasium.make(ENV_ID, problem=fake_problem(target), actions=EVERY_ACTION)
+    check_env(env.unwrapped, skip_render_check=True)
+    check_env_sb3(env.unwrapped)
+
+
+def test_observations_have_one_length_for_any_model_and_stay_in_bounds() -> None:
+    env = PruneEnv(fake_problem(), EVERY_ACTION)
+    observation, _ = env.reset(seed=0)
+    assert observation.shape == (len(NAMES) + len(EVERY_ACTION),)
+    for _ in range(env.steps_per_episode):
+        observation, *_ = env.step(np.ones(len(EVERY_ACTION), np.float32))
+        assert env.observation_space.contains(observation)
+
+
+@given(seed=st.integers(0, 1000))
+def test_every_plan_meets_the_speed_up_it_was_projected_to(seed: int) -> None:
+    problem = fake_problem(Target(speedup=3.0))
+    trial, _ = play(PruneEnv(problem), seed)
+    predicted = problem.table.predict_speedup(Plan.from_json(trial["plan"]))
+    assert predicted >= 2.97  # what is given back changes nothing the table can see
+    assert predicted <= 3.3  # and no plan is pruned much further than it has to be
+
+
+@given(seed=st.integers(0, 1000), weight=st.floats(0.1, 3.0))
+def test_shaping_changes_no_episodes_return(seed: int, weight: float) -> None:
+    for target in TARGETS:
+        plain = play(PruneEnv(fake_problem(target), shaping=0.0), seed)
+        shaped = play(PruneEnv(fake_problem(target), shaping=weight), seed)
+        assert plain[0] == shaped[0]
+        assert plain[1] == pytest.approx(shaped[1], abs=1e-5)
+
+
+def test_the_zero_action_is_the_uniform_plan() -> None:
+    env = PruneEnv(fake_problem(), (Choice("sparsity"),))
+    trial = run_episode(env, lambda *_: np.zeros(1, np.float32))
+    pruned = {layer["sparsity"] for layer in trial["plan"]["layers"].values()} - {0.0}
+    assert len(pruned) == 1
+
+
+def test_an_infeasible_target_is_refused_with_the_best_figure() -> None:
+    with pytest.raises(InfeasibleTarget, match=r"500x speed-up.*predicts \d+\.\d\dx at best"):
+        PruneEnv(fake_problem(Target(speedup=500.0)))
+
+
+def test_the_same_seed_gives_the_same_episode_and_a_pickle_survives() -> None:
+    env = PruneEnv(fake_problem())
+    first = play(env, 3)
+    assert play(env, 3) == first
+    assert play(pickle.loads(pickle.dumps(env)), 3) == first  # noqa: S301 - a worker process gets it this way
+
+
+@pytest.mark.parametrize("name", list(ACTIONS))
+@pytest.mark.parametrize("unit", [-1.0, -0.3, 0.0, 0.999, 1.0])
+def test_every_action_decodes_to_a_valid_plan(name: str, unit: float) -> None:
+    problem = fake_problem()
+    component = ACTIONS.create(Choice(name))
+    layer = problem.inventory.names[0] if component.scope == "layer" else None
+    plan = component.decode(unit, problem, problem.uniform(0.5), layer)
+    assert Plan.from_json(plan.to_json()) == plan
+    assert all(-1.0 <= anchor <= 1.0 for anchor in component.anchors())
+
+
+@pytest.mark.parametrize(
+    ("actions", "text"),
+    [
+        ((Choice("criterion"),), "needs a layer action"),
+        ((Choice("sparsity"), Choice("sparsity")), "listed twice"),
+        ((Choice("sparsty"),), "Did you mean 'sparsity'"),
+        ((Choice("sparsity"), Choice("criterion", {"names": ["magnitud"]})), "Did you mean 'magnitude'"),
+        ((Choice("sparsity"), Choice("group_size", {"sizes": [0]})), "positive integers"),
+    ],
+)
+def test_wrong_actions_say_what_is_allowed(actions: tuple[Choice, ...], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        PruneEnv(fake_problem(), actions)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"speedup": 2.0, "accuracy_drop": 0.1}, {"speedup": 0.5}, {"accuracy_drop": 2.0}])
+def test_a_target_is_one_sensible_number(arguments: dict[str, float]) -> None:
+    with pytest.raises(ConfigError):
+        Target(**arguments)

@@ -1,0 +1,76 @@
+"""What can be pruned is found by running the model; what cannot has a reason."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from autoprune.errors import AutopruneError
+from autoprune.inventory import take_inventory, unfuse_
+
+
+class Odd(nn.Module):
+    """One layer of every kind the inventory has something to say about."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 16, 3, stride=2, padding=1, dilation=1, groups=2)
+        self.same = nn.Conv2d(16, 16, 3, padding="same")
+        self.reflect = nn.Conv2d(16, 16, 3, padding=1, padding_mode="reflect")
+        self.tiny = nn.Conv2d(16, 2, 1)
+        self.twice = nn.Linear(16, 16)
+        self.behind = nn.Linear(16, 16)
+        self.tied = nn.Linear(16, 16)
+        self.tied.weight = self.behind.weight
+        self.unused = nn.Linear(16, 16)
+        self.fc = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.reflect(self.same(self.conv(x)))
+        _ = self.tiny(x)
+        x = self.twice(self.twice(x.mean((2, 3))))
+        x = self.tied(F.linear(x, self.behind.weight, self.behind.bias))
+        return self.fc(x)
+
+
+def test_layers_and_reasons() -> None:
+    model = Odd().train()
+    inventory = take_inventory(model, torch.randn(2, 8, 8, 8), keep_dense=["f*"])
+    assert model.training
+    assert inventory.names == ["conv", "same", "twice"]
+    conv = inventory["conv"]
+    assert (conv.weight_shape, conv.conv_groups, conv.stride, conv.padding) == ((16, 4, 3, 3), 2, (2, 2), (1, 1))
+    assert conv.positions == 2 * 4 * 4
+    assert conv.macs == 16 * 4 * 9 * conv.positions
+    assert inventory["same"].padding == (1, 1)
+    assert inventory["twice"].calls == 2
+    reasons = {row.name: row.reason for row in inventory.dense}
+    assert "padding mode 'reflect'" in reasons["reflect"]
+    assert "only 32 weights" in reasons["tiny"]
+    assert "never ran" in reasons["behind"]
+    assert "shared" in reasons["tied"]
+    assert "never ran" in reasons["unused"]
+    assert "config" in reasons["fc"]
+
+
+def test_a_fused_transformer_layer_offers_its_linears_and_keeps_its_output() -> None:
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 2).eval()
+    x = torch.randn(2, 5, 32)
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    inventory = take_inventory(model, x)
+    assert inventory.names == ["layers.0.linear1", "layers.0.linear2", "layers.1.linear1", "layers.1.linear2"]
+    expected = model(x, src_key_padding_mask=padding)
+    got = unfuse_(model)(x, src_key_padding_mask=padding)
+    torch.testing.assert_close(got[:, :3], expected[:, :3])
+
+
+def test_inputs_of_a_wrong_shape_are_explained() -> None:
+    with pytest.raises(AutopruneError, match=r"\(1, 5, 8, 8\).*batch included"):
+        take_inventory(Odd(), torch.randn(1, 5, 8, 8))
+
+
+def test_a_model_without_prunable_layers_is_refused() -> None:
+    with pytest.raises(AutopruneError, match="no layer of this model can be pruned"):
+        take_inventory(nn.Sequential(nn.ReLU()), torch.randn(1, 4))
