@@ -1,0 +1,17 @@
+"""Tasks: model + data + metric under a name in a config, and the model zoo. One file and one row a task."""
+
+from autoprune.registry import Registry
+from autoprune.tasks.base import Task, accuracy
+from autoprune.tasks.batches import ShiftFlip, TensorBatches
+from autoprune.tasks.zoo import MODELS
+
+TASKS: Registry[Task] = Registry(
+    "task",
+    {
+        "digits": "autoprune.tasks.digits:digits",
+        "fashion_mnist": "autoprune.tasks.fashion_mnist:fashion_mnist",
+        "user": "autoprune.tasks.user:user",
+    },
+)
+
+__all__ = ["MODELS", "TASKS", "ShiftFlip", "Task", "TensorBatches", "accuracy"]

@@ -1,0 +1,153 @@
+"""A task of the user's own: two functions named in a config as ``package.module:function``."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from autoprune.errors import AutopruneError, ConfigError, did_you_mean
+from autoprune.inventory import as_tuple
+from autoprune.masks import Batches
+from autoprune.tasks.base import Task
+
+CALIBRATION_BATCHES = 4
+
+
+def user(model: str, data: str) -> Task:
+    """A trained classifier and its loaders.
+
+    Args:
+        model: names a function without arguments that returns the trained ``nn.Module``.
+        data: names one that returns ``(train, validation)`` or ``(train, validation, test)``: re-iterables, such as a
+            DataLoader, of ``(inputs, target)`` with class indices as int64. Without a test split, the validation
+            split is reported.
+
+    Raises:
+        ConfigError: a function cannot be imported, or returns something else.
+        AutopruneError: the first batch does not run through the model, or does not fit a classifier.
+    """
+    built = _call("model", model)
+    if not isinstance(built, nn.Module):
+        raise ConfigError(f"model={model!r} must return a torch.nn.Module, not {_kind(built)}.")
+    loaders = _call("data", data)
+    if not isinstance(loaders, (tuple, list)) or len(loaders) not in (2, 3):
+        count = f" of {len(loaders)}" if isinstance(loaders, (tuple, list)) else ""
+        raise ConfigError(
+            f"data={data!r} must return (train, validation) or (train, validation, test), not {_kind(loaders)}{count}."
+        )
+    for split, loader in zip(("train", "validation", "test"), loaders, strict=False):
+        _check_split(f"the {split} split of data={data!r}", loader, built)
+    return Task(
+        name="user",
+        model=built.cpu(),
+        train=loaders[0],
+        calibration=_calibration(loaders[0]),
+        validation=loaders[1],
+        testing=loaders[-1],
+        loss=functional.cross_entropy,
+        dense_training=None,
+    )
+
+
+def _calibration(train: Batches) -> tuple[tuple[Any, Tensor], ...]:
+    with torch.random.fork_rng(devices=[]):  # a shuffling loader gives the same batches in every process
+        torch.manual_seed(0)
+        return tuple((inputs, target) for inputs, target in islice(train, CALIBRATION_BATCHES))
+
+
+def _call(argument: str, path: str) -> Any:
+    module_name, _, function_name = path.partition(":") if isinstance(path, str) else ("", "", "")
+    if not module_name or not function_name:
+        raise ConfigError(
+            f"{argument} must be 'package.module:function', such as 'my_project.models:build', not {path!r}."
+        )
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"{argument}={path!r} cannot be imported: {error}. Run from the folder that holds it, or install it."
+        ) from error
+    except Exception as error:
+        raise ConfigError(f"{argument}={path!r}: importing {module_name} failed: {_told(error)}.") from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+        hint = did_you_mean(function_name, names) if names else "It defines no function."
+        raise ConfigError(f"{argument}={path!r}: {module_name} has no function {function_name!r}. {hint}")
+    try:
+        return function()
+    except Exception as error:
+        raise ConfigError(f"{argument}={path!r} failed when called without arguments: {_told(error)}.") from error
+
+
+def _check_split(what: str, loader: Any, model: nn.Module) -> None:
+    batch = _first_batch(what, loader)
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[1], Tensor):
+        raise AutopruneError(f"{what} must give (inputs, target) pairs with a tensor as target, not {_kind(batch)}.")
+    inputs, target = as_tuple(batch[0]), batch[1]
+    if not all(isinstance(x, Tensor) for x in inputs):
+        raise AutopruneError(f"{what}: inputs must be a tensor or a tuple of them, not {_kind(batch[0])}.")
+    if any(x.is_floating_point() and not bool(torch.isfinite(x).all()) for x in inputs):
+        raise AutopruneError(f"{what} holds NaN or infinity in its first batch; clean the data.")
+    if target.dtype != torch.int64:
+        raise AutopruneError(
+            f"{what}: targets must be class indices of type int64, not {target.dtype}; use target.long()."
+        )
+    logits = _run(what, model, inputs)
+    if not isinstance(logits, Tensor) or logits.shape[:-1] != target.shape:
+        got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else _kind(logits)
+        raise AutopruneError(
+            f"{what}: for targets of shape {tuple(target.shape)} the model must give logits of that "
+            f"shape and one more dimension, the classes; it gave {got}."
+        )
+    if int(target.min()) < 0 or int(target.max()) >= logits.shape[-1]:
+        raise AutopruneError(
+            f"{what}: targets must be class indices from 0 to {logits.shape[-1] - 1}, the model's classes, "
+            f"not {int(target.min())} to {int(target.max())}."
+        )
+
+
+def _first_batch(what: str, loader: Any) -> Any:
+    if isinstance(loader, Iterator) or not hasattr(loader, "__iter__"):
+        raise ConfigError(
+            f"{what} must be iterable again and again, such as a DataLoader or a list, not {_kind(loader)}."
+        )
+    with torch.random.fork_rng(devices=[]):
+        batch = next(iter(loader), None)
+    if batch is None:
+        raise AutopruneError(f"{what} is empty.")
+    return batch
+
+
+def _run(what: str, model: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with torch.inference_mode():
+            return model.eval()(*inputs)
+    except Exception as error:
+        shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
+        raise AutopruneError(
+            f"{what} does not run through the model: inputs of shape {shapes}: {_told(error)}."
+        ) from error
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _kind(value: Any) -> str:
+    return f"a {type(value).__name__}"
+
+
+def _told(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

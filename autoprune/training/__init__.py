@@ -1,0 +1,15 @@
+"""Sparse training: the one training loop, and the methods that prune while it runs. One file and one row a method."""
+
+from autoprune.registry import Registry
+from autoprune.training.base import Pruner, SparseTraining
+from autoprune.training.loop import TrainingResult, recalibrate_batch_norm_, train_
+
+TRAINING: Registry[SparseTraining] = Registry(
+    "training method",
+    {
+        "one_shot": "autoprune.training.one_shot:OneShot",
+        "gradual": "autoprune.training.gradual:Gradual",
+    },
+)
+
+__all__ = ["TRAINING", "Pruner", "SparseTraining", "TrainingResult", "recalibrate_batch_norm_", "train_"]

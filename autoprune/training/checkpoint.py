@@ -1,0 +1,97 @@
+"""A training run on disk: one safetensors file, replaced after every epoch, that a killed run resumes from.
+
+Everything is in one file (numbers as its metadata), so weights and epoch can never be of different moments.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autoprune.errors import AutopruneError, FileError
+from autoprune.files import read_tensors, write_tensors
+from autoprune.training.base import SparseTraining
+
+VERSION = 1
+_FILE = "training.safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The live objects a checkpoint holds.
+
+    Attributes:
+        folder: where the file is kept.
+        run: what the run is, as JSON values; only the same run resumes.
+        model, optimizer, method: written after an epoch, overwritten when resuming.
+    """
+
+    folder: Path
+    run: Mapping[str, Any]
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    method: SparseTraining | None
+
+    def save(self, losses: list[float]) -> None:
+        """Writes the state after ``len(losses)`` epochs."""
+        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        if odd := [name for name, value in tensors.items() if not isinstance(value, Tensor)]:
+            raise AutopruneError(f"this model cannot be checkpointed: {', '.join(odd)} of its state is not a tensor.")
+        for index, values in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{key}": v for key, v in values.items() if isinstance(v, Tensor)}
+        if self.method is not None:
+            tensors |= {f"method.{name}": value for name, value in self.method.state().items()}
+        about = {"version": VERSION, "losses": losses, "run": self.run}
+        write_tensors(self.folder / _FILE, tensors, {"training": json.dumps(about)})
+
+    def load_(self) -> list[float]:
+        """Restores the objects and returns the losses so far; an empty list when there is nothing to resume.
+
+        Raises:
+            FileError: the file is corrupt, or was written by another run.
+        """
+        path = self.folder / _FILE
+        if not path.exists():
+            return []
+        tensors, metadata = read_tensors(path, "the training checkpoint")
+        losses = self._check(path, metadata)
+        state: dict[int, dict[str, Tensor]] = {}
+        try:
+            for name, value in _under("optimizer", tensors).items():
+                index, _, key = name.partition(".")
+                state.setdefault(int(index), {})[key] = value
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+            self.model.load_state_dict(_under("model", tensors))
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise FileError(f"the training checkpoint {path} does not fit this model ({error}). Delete it.") from None
+        if self.method is not None:
+            self.method.load_state(_under("method", tensors))
+        return losses
+
+    def _check(self, path: Path, metadata: Mapping[str, str]) -> list[float]:
+        try:
+            about = json.loads(metadata["training"])
+            version, losses, run = about["version"], [float(loss) for loss in about["losses"]], dict(about["run"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise FileError(f"the training checkpoint is corrupt: {path} ({error!r}). Delete it.") from None
+        if version != VERSION:
+            raise FileError(f"the training checkpoint {path} is of version {version}, not {VERSION}. Delete it.")
+        here = json.loads(json.dumps(self.run))
+        for name in sorted(here.keys() | run.keys()):
+            if here.get(name) != run.get(name):
+                raise FileError(
+                    f"the training checkpoint {path} is of another run: its {name} is {run.get(name)!r}, "
+                    f"here it is {here.get(name)!r}. Delete it, or name another folder."
+                )
+        return losses
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix + "."): v for name, v in tensors.items() if name.startswith(prefix + ".")}

@@ -1,0 +1,259 @@
+"""The only training loop: dense training, recovery, sparse training and distillation all run through `train_`."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from autoprune.errors import AutopruneError
+from autoprune.inventory import as_tuple
+from autoprune.masks import Batches, Loss, Masks
+from autoprune.progress import SILENT, Progress
+from autoprune.settings import TrainingSettings, learning_rate, make_optimizer
+from autoprune.training.base import Pruner, SparseTraining
+from autoprune.training.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a run did.
+
+    Attributes:
+        losses: mean training loss of each epoch, those before a resume included.
+        masks: what the method cut; None without a method.
+        epochs: epochs trained, the last perhaps cut short by `max_steps`.
+        steps: optimizer steps.
+    """
+
+    losses: tuple[float, ...]
+    masks: Masks | None
+    epochs: int
+    steps: int
+
+
+def train_(
+    model: nn.Module,
+    batches: Batches,
+    loss: Loss,
+    settings: TrainingSettings,
+    *,
+    seed: int,
+    method: SparseTraining | None = None,
+    pruner: Pruner | None = None,
+    teacher: nn.Module | None = None,
+    checkpoint: Path | None = None,
+    progress: Progress = SILENT,
+    title: str = "training",
+    on_epoch: Callable[[int, dict[str, float]], None] | None = None,
+) -> TrainingResult:
+    """Trains `model` in place; the global random state and the model's mode are left as they were.
+
+    Each epoch's randomness comes from (seed, epoch) alone, so a run resumed from its checkpoint ends with the very
+    weights of an uninterrupted one.
+
+    Args:
+        model: the model; with a method, `pruner.model` is this same one.
+        batches: a re-iterable of ``(inputs, target)``; inputs a tensor or a tuple.
+        loss: ``loss(model(*inputs), target)`` is a scalar.
+        settings: epochs, learning rate and so on.
+        seed: of shuffling, augmentation and dropout (torch's global generator).
+        method: prunes while training; needs `pruner`.
+        pruner: the plan the method reaches.
+        teacher: the model to distil from; needed when ``settings.distillation_weight > 0``, unused at 0.
+        checkpoint: a folder written after each epoch and resumed from; whoever names it removes it.
+        progress: where the steps are shown.
+        title: of the progress bar.
+        on_epoch: called after each epoch, counted from 1, with its loss and last learning rate.
+
+    Raises:
+        AutopruneError: `batches` cannot be iterated again, the loss diverged, or arguments do not go together.
+        FileError: the checkpoint is corrupt or of another run.
+    """
+    _check_arguments(model, settings, method, pruner, teacher)
+    per_epoch = count_batches(batches)
+    all_steps = settings.epochs * per_epoch
+    total_steps = min(all_steps, settings.max_steps or all_steps)
+    epochs = math.ceil(total_steps / per_epoch)
+    objective = distilled(loss, teacher, settings) if teacher and settings.distillation_weight > 0 else None
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = make_optimizer(parameters, settings)
+    run = {"seed": seed, "settings": settings.to_json(), "batches": per_epoch}
+    run |= {"method": type(method).__name__, "plan": pruner.plan.key if method and pruner else None}
+
+    with _kept_as_it_was(model, teacher), progress.bar(title, total_steps) as bar:
+        torch.manual_seed(epoch_seed(seed, 0))
+        if method and pruner:
+            method.start(pruner, total_steps)
+        saved = Checkpoint(checkpoint, run, model, optimizer, method) if checkpoint else None
+        losses = saved.load_() if saved else []
+        bar.advance(min(len(losses) * per_epoch, total_steps))
+
+        for epoch in range(len(losses) + 1, epochs + 1):
+            torch.manual_seed(epoch_seed(seed, epoch))
+            model.train()
+            first = step = (epoch - 1) * per_epoch
+            epoch_loss = 0.0
+            for inputs, target in islice(batches, total_steps - first):
+                step += 1
+                rate = learning_rate(settings, step, total_steps)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                output = model(*as_tuple(inputs))
+                value = objective(output, inputs, target) if objective else loss(output, target)
+                _check_finite(value, step, total_steps, rate)
+                optimizer.zero_grad()
+                value.backward()  # type: ignore[no-untyped-call]
+                if settings.clip_norm is not None:
+                    nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
+                optimizer.step()
+                if method:
+                    method.after_step(step)
+                epoch_loss += value.item()
+                bar.advance(1, f"loss {value.item():.3f}")
+            _check_count(step - first, min(per_epoch, total_steps - first), epoch)
+            losses.append(epoch_loss / (step - first))
+            if saved:
+                saved.save(losses)
+            if on_epoch:
+                on_epoch(epoch, {"loss": losses[-1], "learning_rate": rate})
+        optimizer.zero_grad()
+        return TrainingResult(tuple(losses), method.finish() if method else None, epochs, total_steps)
+
+
+def count_batches(batches: Batches) -> int:
+    """Batches of one pass: their ``len`` where they have one, else counted by iterating.
+
+    Raises:
+        AutopruneError: there are none, or `batches` is an iterator that a second epoch would find exhausted.
+    """
+    if isinstance(batches, Iterator):
+        raise AutopruneError(
+            f"batches must be iterable again every epoch, but this {type(batches).__name__} can be read once only. "
+            "Give a list, a DataLoader, or an object whose __iter__ starts anew."
+        )
+    try:
+        count = len(batches)  # type: ignore[arg-type]
+    except TypeError:
+        count = sum(1 for _ in batches)
+    if count == 0:
+        raise AutopruneError("there are no batches to train on: the data is empty, or smaller than one batch.")
+    return count
+
+
+def epoch_seed(seed: int, epoch: int) -> int:
+    """The torch seed of an epoch: unrelated streams for neighbouring seeds and epochs. Epoch 0 is the start."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{epoch}".encode()).digest()[:8]) >> 1
+
+
+def distilled(loss: Loss, teacher: nn.Module, settings: TrainingSettings) -> Callable[[Tensor, Any, Tensor], Tensor]:
+    """The loss mixed with the divergence from the teacher's softened logits (Hinton et al. 2015).
+
+    Logits have the classes last: (..., classes). Returns ``objective(output, inputs, target)``.
+    """
+    weight, temperature = settings.distillation_weight, settings.distillation_temperature
+
+    def objective(output: Tensor, inputs: Any, target: Tensor) -> Tensor:
+        with torch.no_grad():
+            wanted = teacher(*as_tuple(inputs))
+        own, soft = (functional.log_softmax(x.flatten(0, -2) / temperature, dim=-1) for x in (output, wanted))
+        divergence = functional.kl_div(own, soft, reduction="batchmean", log_target=True)
+        # T^2 keeps the soft term's gradients at the size of the hard one's
+        return (1.0 - weight) * loss(output, target) + weight * temperature**2 * divergence
+
+    return objective
+
+
+def recalibrate_batch_norm_(model: nn.Module, batches: Batches) -> nn.Module:
+    """Recomputes every running mean and variance as the plain average over `batches`; weights stay as they are.
+
+    The statistics of a pruned model are not the dense one's (Li et al. 2020, EagleEye). A model without batch norm is
+    not even run. Modes and momenta are left as they were.
+
+    Raises:
+        AutopruneError: `batches` is empty.
+    """
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    if not norms:
+        return model
+    training = {module: module.training for module in model.modules()}
+    momenta = [norm.momentum for norm in norms]
+    model.eval()  # dropout must not disturb what the norms see
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a cumulative average
+        norm.train()
+    seen = 0
+    try:
+        with torch.no_grad():
+            for inputs, _ in batches:
+                model(*as_tuple(inputs))
+                seen += 1
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        for module, mode in training.items():
+            module.training = mode
+    if seen == 0:
+        raise AutopruneError("batch norm cannot be recalibrated on no batches; give at least one.")
+    return model
+
+
+@contextmanager
+def _kept_as_it_was(model: nn.Module, teacher: nn.Module | None) -> Iterator[None]:
+    modules = [*model.modules(), *(teacher.modules() if teacher else ())]
+    modes = [module.training for module in modules]
+    if teacher:
+        teacher.eval()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode
+
+
+def _check_arguments(
+    model: nn.Module,
+    settings: TrainingSettings,
+    method: SparseTraining | None,
+    pruner: Pruner | None,
+    teacher: nn.Module | None,
+) -> None:
+    if (method is None) != (pruner is None):
+        raise AutopruneError("a training method and a pruner go together: give both, or neither to train densely.")
+    if pruner is not None and pruner.model is not model:
+        raise AutopruneError("the pruner was made for another model: build it from the model that is trained.")
+    if settings.distillation_weight > 0 and teacher is None:
+        raise AutopruneError(
+            f"distillation_weight is {settings.distillation_weight} but there is no teacher: "
+            "give the dense model as teacher, or set distillation_weight to 0."
+        )
+    if teacher is model:
+        raise AutopruneError("the teacher is the model itself: give a copy of the dense model.")
+
+
+def _check_finite(value: Tensor, step: int, total_steps: int, rate: float) -> None:
+    if not math.isfinite(value.item()):
+        raise AutopruneError(
+            f"training diverged: the loss is {value.item()} at step {step} of {total_steps}, learning rate {rate:.3g}. "
+            "Lower learning_rate, raise warmup, or set clip_norm; if this is step 1, look for NaN in the data."
+        )
+
+
+def _check_count(counted: int, expected: int, epoch: int) -> None:
+    if counted != expected:
+        raise AutopruneError(
+            f"epoch {epoch} gave {counted} batches where {expected} were expected: batches must give as many as "
+            "their len, again every epoch."
+        )
