@@ -32,6 +32,11 @@ def write_text(path: Path, text: str) -> None:
     _replace(path, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes `data` to the side and renames it into place."""
+    _replace(path, lambda aside: aside.write_bytes(data))
+
+
 def write_json(path: Path, data: Any) -> None:
     """Writes `data` as indented JSON, to the side and renamed into place."""
     write_text(path, json.dumps(data, indent=2, sort_keys=True, allow_nan=False) + "\n")

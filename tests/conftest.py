@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 
-import matplotlib
 import torch
 from hypothesis import settings
 
-matplotlib.use("Agg")
 torch.set_num_threads(1)
 settings.register_profile("dev", deadline=None, max_examples=50)
 settings.register_profile("ci", deadline=None, max_examples=50, derandomize=True, print_blob=True)

@@ -1,0 +1,92 @@
+"""What a report is made of: plain data, gathered by those who measured it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from autoprune.inventory import KeptDense
+from autoprune.latency.timer import Latency
+
+
+@dataclass(frozen=True)
+class ResultRow:
+    """One form of the model in the final table; None where a figure was not taken.
+
+    Attributes:
+        name: e.g. ``dense, onnxruntime`` or ``pruned, repacked``.
+        accuracy: on the test split, in [0, 1].
+        latency: of the whole model, from the run's one `measure_together`.
+        speedup: over the dense model in torch eager.
+        speedup_over_best: over the fastest dense engine of the same run.
+        parameters: weights that are not zero, and all other parameters.
+        size_bytes: of the file on disk.
+    """
+
+    name: str
+    accuracy: float | None = None
+    latency: Latency | None = None
+    speedup: float | None = None
+    speedup_over_best: float | None = None
+    parameters: int | None = None
+    size_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One layer of the plan and what runs it; latencies in microseconds an inference, None if not measured."""
+
+    layer: str
+    weights: int
+    sparsity: float
+    pattern: str
+    criterion: str
+    backend: str
+    dense_us: float | None = None
+    latency_us: float | None = None
+
+
+@dataclass(frozen=True)
+class SearchRow:
+    """The best plan one agent found, and in how many episodes."""
+
+    agent: str
+    episodes: int
+    reward: float
+    accuracy: float
+    latency_ms: float
+    speedup: float
+
+
+@dataclass(frozen=True)
+class MeasuredPoint:
+    """One plan (or model) in the plane of the front plot; accuracy in [0, 1]."""
+
+    latency_ms: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that the page of a run says.
+
+    Attributes:
+        headline: the result in one or two sentences.
+        facts: what was run: task, target, agent, training, seed, ...
+        kept_dense: layers that were not pruned, and why.
+        protocol: how latency was measured.
+        machine: `autoprune.latency.machine.machine_identity`.
+        figures: caption -> file name beside the page.
+    """
+
+    title: str
+    headline: str
+    facts: Mapping[str, Any]
+    results: tuple[ResultRow, ...]
+    plan: tuple[PlanRow, ...]
+    kept_dense: tuple[KeptDense, ...]
+    searches: tuple[SearchRow, ...]
+    protocol: Mapping[str, Any]
+    machine: Mapping[str, Any]
+    figures: Mapping[str, str] = field(default_factory=dict)

@@ -1,0 +1,127 @@
+"""Tables: markdown whose columns are aligned, so that it reads as well in a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.cells import cell_len
+
+from autoprune.report.data import PlanRow, ResultRow, SearchRow
+
+MISSING = "-"
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
+    """Aligns `rows` under `header`: the first `left` columns to the left, the others (figures) to the right.
+
+    Raises:
+        ValueError: a row is longer or shorter than the header.
+    """
+    cells = [[_cell(value) for value in row] for row in (header, *rows)]
+    widths = [max(3, *(cell_len(value) for value in column)) for column in zip(*cells, strict=True)]
+    rule = ["-" * width if at < left else "-" * (width - 1) + ":" for at, width in enumerate(widths)]
+    return "\n".join(_line(row, widths, left) for row in (cells[0], rule, *cells[1:])) + "\n"
+
+
+def result_table(rows: Sequence[ResultRow]) -> str:
+    """The final table: accuracy, latency, speed-ups, parameters, size."""
+    header = (
+        "model",
+        "accuracy",
+        "latency ms (p10-p90)",
+        "speed-up",
+        "vs best dense",
+        "parameters",
+        "size on disk",
+    )
+    cells = [
+        (
+            row.name,
+            percent(row.accuracy, 2),
+            MISSING if row.latency is None else str(row.latency),
+            times(row.speedup),
+            times(row.speedup_over_best),
+            MISSING if row.parameters is None else f"{row.parameters:,}",
+            size(row.size_bytes),
+        )
+        for row in rows
+    ]
+    return markdown_table(header, cells)
+
+
+def plan_table(rows: Sequence[PlanRow]) -> str:
+    """The plan layer by layer; the last row is the sparsity over all their weights."""
+    header = ("layer", "pattern", "criterion", "backend", "weights", "sparsity", "dense us", "pruned us")
+    cells = [
+        (
+            row.layer,
+            row.pattern,
+            row.criterion,
+            row.backend,
+            f"{row.weights:,}",
+            percent(row.sparsity, 1),
+            microseconds(row.dense_us),
+            microseconds(row.latency_us),
+        )
+        for row in rows
+    ]
+    weights = sum(row.weights for row in rows)
+    zeros = sum(row.weights * row.sparsity for row in rows)
+    total = ("all of these", "", "", "", f"{weights:,}", percent(zeros / max(1, weights), 1), "", "")
+    return markdown_table(header, [*cells, total], left=4)
+
+
+def search_table(rows: Sequence[SearchRow]) -> str:
+    """The agent beside its rivals, each with the best plan of its own budget."""
+    header = ("agent", "episodes", "best reward", "accuracy", "latency ms", "speed-up")
+    cells = [
+        (
+            row.agent,
+            f"{row.episodes:,}",
+            f"{row.reward:.4f}",
+            percent(row.accuracy, 2),
+            f"{row.latency_ms:.3f}",
+            times(row.speedup),
+        )
+        for row in rows
+    ]
+    return markdown_table(header, cells)
+
+
+def percent(value: float | None, digits: int) -> str:
+    """A fraction as a percentage."""
+    return MISSING if value is None else f"{100 * value:.{digits}f}%"
+
+
+def times(value: float | None) -> str:
+    """A ratio, e.g. ``2.31x``."""
+    return MISSING if value is None else f"{value:.2f}x"
+
+
+def microseconds(value: float | None) -> str:
+    return MISSING if value is None else f"{value:,.1f}"
+
+
+def size(size_bytes: int | None) -> str:
+    """Bytes in decimal units, e.g. ``1.25 MB``."""
+    if size_bytes is None:
+        return MISSING
+    if size_bytes < 1000:
+        return f"{size_bytes} B"
+    value, unit = size_bytes / 1e3, "kB"
+    for larger in ("MB", "GB"):
+        if value >= 999.5:
+            value, unit = value / 1e3, larger
+    return f"{value:.3g} {unit}"
+
+
+def _cell(value: str) -> str:
+    return " ".join(value.split()).replace("|", "\\|")
+
+
+def _line(row: Sequence[str], widths: Sequence[int], left: int) -> str:
+    padded = [
+        value + " " * (width - cell_len(value)) if at < left else " " * (width - cell_len(value)) + value
+        for at, (value, width) in enumerate(zip(row, widths, strict=True))
+    ]
+    return f"| {' | '.join(padded)} |"

@@ -1,0 +1,99 @@
+"""TensorBoard: what a search did, trial by trial."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard import summary as summaries
+
+from autoprune.report.plots import pixels, sparsity_figure
+
+FIGURES = ("accuracy", "latency_ms", "speedup", "reward")
+
+
+class TrialWriter:
+    """Writes a search's trials as they come; a resumed search goes on in the same folder.
+
+    The folder is opened by the first thing written. What an interrupted run wrote at or after that trial is
+    marked as void, so nothing shows twice.
+
+    Args:
+        directory: one run in TensorBoard.
+        config: shown as text, once.
+        logged: the trials of an earlier, interrupted run, in order; they are not written again.
+    """
+
+    def __init__(self, directory: Path, config: str = "", logged: Sequence[Mapping[str, Any]] = ()) -> None:
+        self._directory, self._config, self._logged = directory, config, logged
+        self._writer: SummaryWriter | None = None
+        self._next = len(logged)
+        self._best = float("-inf")
+
+    def __enter__(self) -> TrialWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def trial(self, index: int, trial: Mapping[str, Any]) -> None:
+        """Writes one trial: ``reward``, its ``terms``, ``accuracy``, ``latency_ms``, ``speedup``, and its plan if best.
+
+        Args:
+            index: of the trial in the search, counted from 0.
+            trial: what the environment reports at the end of an episode.
+        """
+        writer = self._open(index)
+        self._next = index + 1
+        for name in FIGURES:
+            writer.add_scalar(f"trial/{name}", float(trial[name]), index)
+        for name, value in trial["terms"].items():
+            writer.add_scalar(f"reward/{name}", float(value), index)
+        if float(trial["reward"]) > self._best:
+            self._best = float(trial["reward"])
+            for name in FIGURES:
+                writer.add_scalar(f"best/{name}", float(trial[name]), index)
+            layers = trial["plan"]["layers"]
+            self.plan(index, {name: float(layer["sparsity"]) for name, layer in layers.items()})
+        writer.add_scalar("trial/best_reward", self._best, index)
+        writer.flush()
+
+    def plan(self, index: int, sparsities: Mapping[str, float]) -> None:
+        """Writes a plan's sparsity, a scalar a layer and an image."""
+        writer = self._open(index)
+        for name, value in sparsities.items():
+            writer.add_scalar(f"sparsity/{name}", value, index)
+        writer.add_image("plan", pixels(sparsity_figure(sparsities)), index, dataformats="HWC")
+
+    def front(self, index: int, figure: Figure) -> None:
+        """Writes the accuracy-latency figure (`autoprune.report.plots.front_figure`)."""
+        self._open(index).add_image("front", pixels(figure), index, dataformats="HWC")
+
+    def hparams(self, values: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+        """Writes the row of this run in the table of hyper-parameters."""
+        plain = {
+            name: value if isinstance(value, (bool, int, float, str)) else str(value) for name, value in values.items()
+        }
+        measured = {f"final/{name}": value for name, value in metrics.items()}
+        writer: Any = self._open(self._next)
+        # `add_hparams` would write to a second event file, which a resumed run could not mark as void for sure.
+        for summary in summaries.hparams(plain, measured):  # type: ignore[no-untyped-call]
+            writer.file_writer.add_summary(summary)
+        for name, value in measured.items():
+            writer.add_scalar(name, value, self._next)
+
+    def close(self) -> None:
+        """Writes what is left to the disk."""
+        if self._writer is not None:
+            self._writer.close()
+
+    def _open(self, index: int) -> SummaryWriter:
+        if self._writer is None:
+            self._writer = SummaryWriter(str(self._directory), purge_step=index)
+            self._best = max((float(trial["reward"]) for trial in self._logged[:index]), default=float("-inf"))
+            if index == 0 and self._config:
+                self._writer.add_text("config", f"```\n{self._config}\n```", 0)
+        return self._writer

@@ -1,0 +1,73 @@
+"""Tables are aligned markdown, whatever is in them."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.cells import cell_len
+
+from autoprune.latency.timer import Latency
+from autoprune.report.data import PlanRow, ResultRow, SearchRow
+from autoprune.report.table import markdown_table, plan_table, result_table, search_table, size
+
+# No control characters: rich counts some of them as zero cells wide and so do terminals.
+TEXT = st.text(st.characters(exclude_categories=["C", "M"]), max_size=12)
+
+
+@given(st.integers(1, 4).flatmap(lambda width: st.lists(st.lists(TEXT, min_size=width, max_size=width), min_size=1)))
+def test_every_line_has_the_same_width_and_the_same_number_of_cells(rows: list[list[str]]) -> None:
+    lines = markdown_table(rows[0], rows[1:]).splitlines()
+    assert len(lines) == len(rows) + 1
+    assert len({cell_len(line) for line in lines}) == 1
+    assert {line.replace("\\|", "").count("|") for line in lines} == {len(rows[0]) + 1}
+
+
+def test_figures_are_aligned_to_the_right() -> None:
+    table = markdown_table(("name", "ms"), [("dense", "10.5"), ("pruned", "3.1")])
+    assert table == "| name   |   ms |\n| ------ | ---: |\n| dense  | 10.5 |\n| pruned |  3.1 |\n"
+
+
+def test_a_ragged_row_is_an_error() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        markdown_table(("a", "b"), [("1",)])
+
+
+def test_the_result_table() -> None:
+    rows = [
+        ResultRow("dense, eager", 0.9812, Latency(3.2, 3.1, 3.4, (3.2,), 1), 1.0, 0.5, 1_234_567, 4_938_268),
+        ResultRow("dense, openvino", latency=Latency(1.6, 1.55, 1.7, (1.6,), 1), speedup=2.0, speedup_over_best=1.0),
+    ]
+    assert result_table(rows).splitlines() == [
+        "| model           | accuracy | latency ms (p10-p90) | speed-up | vs best dense | parameters | size on disk |",
+        "| --------------- | -------: | -------------------: | -------: | ------------: | ---------: | -----------: |",
+        "| dense, eager    |   98.12% |  3.200 (3.100-3.400) |    1.00x |         0.50x |  1,234,567 |      4.94 MB |",
+        "| dense, openvino |        - |  1.600 (1.550-1.700) |    2.00x |         1.00x |          - |            - |",
+    ]
+
+
+def test_the_plan_table_ends_with_the_sparsity_of_all_weights() -> None:
+    rows = [
+        PlanRow("conv1", 100, 0.5, "group(size=8)", "magnitude", "jit", 12.0, 7.25),
+        PlanRow("conv2", 300, 0.9, "group(size=8)", "magnitude", "jit"),
+    ]
+    last = plan_table(rows).splitlines()[-1]
+    assert "all of these" in last
+    assert "80.0%" in last
+    assert " 400 " in last
+
+
+def test_the_search_table() -> None:
+    row = SearchRow("ppo", 300, -0.25, 0.9765, 1.5, 3.02)
+    assert search_table([row]).splitlines()[-1] == (
+        "| ppo   |      300 |     -0.2500 |   97.65% |      1.500 |    3.02x |"
+    )
+
+
+@pytest.mark.parametrize(
+    ("size_bytes", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (999_499, "999 kB"), (999_500, "1 MB"), (1_234_567, "1.23 MB"),
+     (999_600_000, "1 GB"), (45_000_000_000, "45 GB"), (None, "-")],
+)  # fmt: skip
+def test_sizes_read_well(size_bytes: int | None, text: str) -> None:
+    assert size(size_bytes) == text
