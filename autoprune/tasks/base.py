@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,48 +13,6 @@ from autoprune.errors import AutopruneError
 from autoprune.inventory import as_tuple
 from autoprune.masks import Batches, Loss
 from autoprune.settings import TrainingSettings
-
-
-@dataclass(frozen=True)
-class Task:
-    """A model to prune and the data that says how good it is.
-
-    Attributes:
-        name: the registry row.
-        model: the dense model, on the CPU; trained already when `dense_training` is None.
-        train: re-iterable batches of ``(inputs, target)``, shuffled and augmented.
-        calibration: a few fixed batches of the train split, without augmentation.
-        validation: the only split a search sees.
-        testing: the split of reported figures.
-        loss: ``loss(model(*inputs), target)`` is a scalar.
-        dense_training: how the dense model is trained; None when it comes trained.
-        metric: what `evaluate` and `test` return.
-    """
-
-    name: str
-    model: nn.Module
-    train: Batches
-    calibration: tuple[tuple[Any, Tensor], ...]
-    validation: Batches
-    testing: Batches
-    loss: Loss
-    dense_training: TrainingSettings | None
-    metric: str = "accuracy"
-
-    def evaluate(self, model: nn.Module) -> float:
-        """Accuracy of `model` on the validation split, in [0, 1]."""
-        return accuracy(model, self.validation)
-
-    def test(self, model: nn.Module) -> float:
-        """Accuracy of `model` on the test split, in [0, 1]."""
-        return accuracy(model, self.testing)
-
-    def example_inputs(self, batch: int = 1) -> tuple[Tensor, ...]:
-        """The model's inputs for `batch` samples of the calibration data, repeated where there are too few."""
-        if batch < 1:
-            raise AutopruneError(f"a batch holds at least one sample, not {batch}.")
-        first = as_tuple(self.calibration[0][0])
-        return tuple(torch.cat([x] * -(-batch // len(x)))[:batch].clone() for x in first)
 
 
 def accuracy(model: nn.Module, batches: Batches) -> float:
@@ -75,3 +34,47 @@ def accuracy(model: nn.Module, batches: Batches) -> float:
     if count == 0:
         raise AutopruneError("there is no data to evaluate on; give at least one batch.")
     return right / count
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model to prune and the data that says how good it is.
+
+    Attributes:
+        name: the registry row.
+        model: the dense model, on the CPU; trained already when `dense_training` is None.
+        train: re-iterable batches of ``(inputs, target)``, shuffled and augmented.
+        calibration: a few fixed batches of the train split, without augmentation.
+        validation: the only split a search sees.
+        testing: the split of reported figures.
+        loss: ``loss(model(*inputs), target)`` is a scalar.
+        dense_training: how the dense model is trained; None when it comes trained.
+        score: (model, split) -> figure in [0, 1], higher is better.
+        examples: inputs to run and time the model on; taken from `calibration` when None.
+    """
+
+    name: str
+    model: nn.Module
+    train: Batches
+    calibration: tuple[tuple[Any, Tensor], ...]
+    validation: Batches
+    testing: Batches
+    loss: Loss
+    dense_training: TrainingSettings | None
+    score: Callable[[nn.Module, Batches], float] = accuracy
+    examples: tuple[Tensor, ...] | None = None
+
+    def evaluate(self, model: nn.Module) -> float:
+        """Score of `model` on the validation split, in [0, 1]."""
+        return self.score(model, self.validation)
+
+    def test(self, model: nn.Module) -> float:
+        """Score of `model` on the test split, in [0, 1]."""
+        return self.score(model, self.testing)
+
+    def example_inputs(self, batch: int = 1) -> tuple[Tensor, ...]:
+        """The model's inputs for `batch` samples, repeated where there are too few."""
+        if batch < 1:
+            raise AutopruneError(f"a batch holds at least one sample, not {batch}.")
+        first = self.examples or as_tuple(self.calibration[0][0])
+        return tuple(torch.cat([x] * -(-batch // len(x)))[:batch].clone() for x in first)

@@ -27,7 +27,7 @@ def digits(
     batch_size: int = 64,
     seed: int = 0,
 ) -> Task:
-    """Ten classes of 1x32x32 images; 1,078 to train, 359 to validate, 360 to test, the same ones always.
+    """Ten classes of 1x32x32 images; 1,078 to train, 360 to validate, 359 to test, the same ones always.
 
     Args:
         model: a name of the zoo.

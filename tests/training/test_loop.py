@@ -1,0 +1,345 @@
+"""The training loop: equal to a plain one, resumed bit for bit, and clear about what it cannot do."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
+
+from autoprune.errors import AutopruneError, FileError
+from autoprune.inventory import take_inventory
+from autoprune.plan import LayerPlan, Plan
+from autoprune.progress import Bar, Progress
+from autoprune.registry import Choice
+from autoprune.settings import TrainingSettings
+from autoprune.training import TRAINING, Pruner, TrainingResult, recalibrate_batch_norm_, train_
+
+LOSS = functional.cross_entropy
+
+
+def model(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Dropout(0.2), nn.Linear(128, 5)
+    )
+
+
+def loader(count: int = 40) -> DataLoader[tuple[Tensor, ...]]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(count, 1, 6, 6, generator=generator)
+    y = torch.randint(0, 5, (count,), generator=generator)
+    return DataLoader(TensorDataset(x, y), batch_size=16, shuffle=True)  # draws from the global generator
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+class Killed(Exception):
+    """Stands for a killed process."""
+
+
+def test_equals_a_plain_loop() -> None:
+    batches = [(x, y) for x, y in loader()]
+    subject = nn.Sequential(nn.Flatten(), nn.Linear(36, 5))
+    reference = copy.deepcopy(subject)
+    settings = TrainingSettings(epochs=2, learning_rate=0.1, weight_decay=0.01, schedule="constant", clip_norm=0.5)
+    result = train_(subject, batches, LOSS, settings, seed=0)
+
+    bias, weight = reference[1].bias, reference[1].weight
+    groups = [{"params": [weight], "weight_decay": 0.01}, {"params": [bias], "weight_decay": 0.0}]
+    optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True)
+    losses = []
+    for _ in range(2):
+        for x, y in batches:
+            optimizer.zero_grad()
+            value = LOSS(reference(x), y)
+            value.backward()
+            nn.utils.clip_grad_norm_(reference.parameters(), 0.5)
+            optimizer.step()
+            losses.append(value.item())
+    assert all(
+        torch.allclose(a, b, atol=1e-7) for a, b in zip(subject.parameters(), reference.parameters(), strict=True)
+    )
+    assert result.losses == pytest.approx([sum(losses[:3]) / 3, sum(losses[3:]) / 3])
+    assert (result.epochs, result.steps, result.masks) == (2, 6, None)
+
+
+def run(settings: TrainingSettings, method: str | None, folder: Path | None, stop: int = 0) -> tuple[Any, ...]:
+    """Trains anew, killed after epoch `stop`; returns the model, the result and the epochs that ran."""
+    subject = model()
+    pruner = None
+    if method:
+        inventory = take_inventory(subject, torch.zeros(1, 1, 6, 6), min_weights=1)
+        plan = Plan({name: LayerPlan(0.6, Choice("unstructured")) for name in inventory.names}, Choice(method))
+        pruner = Pruner(subject, inventory, plan, [], LOSS)
+    ran: list[int] = []
+
+    def on_epoch(epoch: int, figures: dict[str, float]) -> None:
+        ran.append(epoch)
+        assert set(figures) == {"loss", "learning_rate"}
+        if epoch == stop:
+            raise Killed
+
+    result: TrainingResult | None = None
+    try:
+        result = train_(
+            subject,
+            loader(),
+            LOSS,
+            settings,
+            seed=7,
+            method=TRAINING.create(Choice(method)) if method else None,
+            pruner=pruner,
+            checkpoint=folder,
+            on_epoch=on_epoch,
+        )
+    except Killed:
+        assert stop
+    return subject, result, ran
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("method", [None, *TRAINING])
+@pytest.mark.parametrize("stop", [1, 3, 4])
+def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path, optimizer: str, method: str | None, stop: int) -> None:
+    settings = TrainingSettings(epochs=4, learning_rate=0.01, optimizer=optimizer, warmup=0.2, max_steps=11)
+    whole, result, ran = run(settings, method, None)
+    assert ran == [1, 2, 3, 4]
+    run(settings, method, tmp_path / "run", stop)
+    resumed, again, ran = run(settings, method, tmp_path / "run")
+    assert ran == list(range(stop + 1, 5))
+    assert same(whole, resumed)
+    assert result.losses == again.losses
+    if method:
+        assert all(torch.equal(result.masks[name], again.masks[name]) for name in result.masks)
+        assert set(result.masks) == set(again.masks)
+
+
+def test_seeds_differ_and_the_global_generator_is_left_alone() -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    ends = []
+    for seed in (0, 0, 1):
+        subject = model()
+        torch.set_rng_state(before)
+        subject.eval()
+        train_(subject, loader(), LOSS, TrainingSettings(epochs=1), seed=seed)
+        assert torch.equal(torch.get_rng_state(), before)
+        assert not any(module.training for module in subject.modules())
+        assert all(parameter.grad is None for parameter in subject.parameters())
+        ends.append(subject)
+    assert same(ends[0], ends[1])
+    assert not same(ends[0], ends[2])
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    run(TrainingSettings(epochs=2), None, tmp_path, 1)
+    with pytest.raises(
+        FileError, match=r"is of another run: its settings is .*'epochs': 2.*, here it is .*'epochs': 3"
+    ):
+        run(TrainingSettings(epochs=3), None, tmp_path)
+    with pytest.raises(FileError, match="its method is 'NoneType', here it is 'OneShot'"):
+        run(TrainingSettings(epochs=2), "one_shot", tmp_path)
+    with pytest.raises(FileError, match="its batches is 3, here it is 2"):
+        train_(model(), loader(32), LOSS, TrainingSettings(epochs=2), seed=7, checkpoint=tmp_path)
+    other = nn.Sequential(nn.Flatten(), nn.Linear(36, 5))
+    with pytest.raises(FileError, match="does not fit this model"):
+        train_(other, loader(), LOSS, TrainingSettings(epochs=2), seed=7, checkpoint=tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["cut", "swapped", "unmarked"])
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path, damage: str) -> None:
+    run(TrainingSettings(epochs=2), None, tmp_path, 1)
+    (file,) = tmp_path.iterdir()
+    raw = file.read_bytes()
+    damaged = {
+        "cut": raw[: len(raw) // 2],
+        "swapped": raw[:8] + b"]" + raw[9:],
+        "unmarked": raw.replace(b'"training"', b'"unmarked"', 1),
+    }
+    file.write_bytes(damaged[damage])
+    with pytest.raises(FileError, match="the training checkpoint is corrupt"):
+        run(TrainingSettings(epochs=2), None, tmp_path)
+
+
+def test_a_checkpoint_needs_tensors(tmp_path: Path) -> None:
+    class Odd(nn.Linear):
+        def get_extra_state(self) -> Any:
+            return "a string"
+
+        def set_extra_state(self, state: Any) -> None:
+            assert state == "a string"
+
+    with pytest.raises(AutopruneError, match=r"cannot be checkpointed: model.1._extra_state"):
+        train_(nn.Sequential(nn.Flatten(), Odd(36, 5)), loader(), LOSS, TrainingSettings(epochs=1), seed=0,
+               checkpoint=tmp_path)  # fmt: skip
+
+
+def divergence(student: nn.Module, teacher: nn.Module, batches: Any) -> float:
+    with torch.no_grad():
+        terms = [
+            functional.kl_div(student(x).log_softmax(-1), teacher(x).log_softmax(-1), reduction="sum", log_target=True)
+            for x, _ in batches
+        ]
+    return float(sum(terms))
+
+
+def test_distillation_lowers_the_divergence_from_the_teacher() -> None:
+    teacher, batches = model(1).eval(), loader()
+    ends = {}
+    for weight in (0.0, 1.0):
+        student = model(2).eval()
+        start = divergence(student, teacher, batches)
+        settings = TrainingSettings(epochs=6, learning_rate=0.02, distillation_weight=weight)
+        train_(student, batches, LOSS, settings, seed=0, teacher=teacher)
+        ends[weight] = divergence(student, teacher, batches)
+    assert ends[1.0] < 0.5 * start
+    assert ends[1.0] < 0.5 * ends[0.0]
+
+
+def test_distilling_from_oneself_changes_nothing() -> None:
+    student = nn.Sequential(nn.Flatten(), nn.Linear(36, 5))
+    teacher = copy.deepcopy(student)
+    teacher.train()
+    settings = TrainingSettings(epochs=1, learning_rate=1.0, weight_decay=0.0, distillation_weight=1.0)
+    result = train_(student, loader(), LOSS, settings, seed=0, teacher=teacher)
+    assert result.losses == pytest.approx([0.0], abs=1e-6)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(student.parameters(), teacher.parameters(), strict=True))
+    assert teacher.training
+
+
+def test_the_distillation_loss_is_hintons() -> None:
+    batches = [(torch.randn(4, 36), torch.randint(0, 5, (4,)))]
+    student, teacher = nn.Linear(36, 5), nn.Linear(36, 5)
+    with torch.no_grad():
+        p, q = (functional.softmax(net(batches[0][0]) / 3.0, -1) for net in (teacher, student))
+        soft = float((p * (p / q).log()).sum(-1).mean()) * 9.0
+        hard = float(LOSS(student(batches[0][0]), batches[0][1]))
+    settings = TrainingSettings(epochs=1, distillation_weight=0.3, distillation_temperature=3.0)
+    result = train_(student, batches, LOSS, settings, seed=0, teacher=teacher)
+    assert result.losses[0] == pytest.approx(0.7 * hard + 0.3 * soft, rel=1e-5)
+
+
+class Once:
+    """Says it has three batches, and has them in its first epoch alone."""
+
+    def __init__(self) -> None:
+        self.left = list(loader())
+
+    def __len__(self) -> int:
+        return 3
+
+    def __iter__(self) -> Any:
+        left, self.left = self.left, []
+        return iter(left)
+
+
+class Unsized:
+    """Re-iterable, without a length."""
+
+    def __iter__(self) -> Any:
+        return iter(loader())
+
+
+def test_batches_need_no_length() -> None:
+    a, b = model(), model()
+    train_(a, Unsized(), LOSS, TrainingSettings(epochs=2), seed=0)
+    train_(b, loader(), LOSS, TrainingSettings(epochs=2), seed=0)
+    assert same(a, b)
+
+
+@pytest.mark.parametrize(
+    ("batches", "said"),
+    [
+        ([], "there are no batches to train on"),
+        (iter(loader()), "can be read once only. Give a list, a DataLoader"),
+        (Once(), "epoch 2 gave 0 batches where 3 were expected"),
+    ],
+)
+def test_batches_that_cannot_be_used(batches: Any, said: str) -> None:
+    with pytest.raises(AutopruneError) as caught:
+        train_(model(), batches, LOSS, TrainingSettings(epochs=2), seed=0)
+    assert said in str(caught.value)
+
+
+def test_divergence_is_an_error_that_says_where() -> None:
+    batches = [(x, y) for x, y in loader()]
+    batches[1] = (torch.full_like(batches[1][0], math.nan), batches[1][1])
+    subject = model().eval()
+    with pytest.raises(AutopruneError, match=r"the loss is nan at step 2 of 6, learning rate 0\.0\d+. Lower"):
+        train_(subject, batches, LOSS, TrainingSettings(epochs=2), seed=0)
+    assert not subject.training
+    assert all(torch.isfinite(parameter).all() for parameter in subject.parameters())
+
+
+def test_arguments_that_do_not_go_together() -> None:
+    subject = model()
+    settings = TrainingSettings(epochs=1)
+    inventory = take_inventory(subject, torch.zeros(1, 1, 6, 6), min_weights=1)
+    pruner = Pruner(subject, inventory, Plan({}), [], LOSS)
+    method = TRAINING.create(Choice("one_shot"))
+    with pytest.raises(AutopruneError, match="go together"):
+        train_(subject, loader(), LOSS, settings, seed=0, method=method)
+    with pytest.raises(AutopruneError, match="go together"):
+        train_(subject, loader(), LOSS, settings, seed=0, pruner=pruner)
+    with pytest.raises(AutopruneError, match="made for another model"):
+        train_(model(), loader(), LOSS, settings, seed=0, method=method, pruner=pruner)
+    with pytest.raises(AutopruneError, match="there is no teacher"):
+        train_(subject, loader(), LOSS, TrainingSettings(distillation_weight=0.5), seed=0)
+    with pytest.raises(AutopruneError, match="the teacher is the model itself"):
+        train_(subject, loader(), LOSS, TrainingSettings(distillation_weight=0.5), seed=0, teacher=subject)
+
+
+def test_progress_sees_every_step(tmp_path: Path) -> None:
+    class Count(Bar):
+        steps = 0
+
+        def advance(self, steps: int = 1, note: str = "") -> None:
+            self.steps += steps
+
+    class Counting(Progress):
+        @contextmanager
+        def bar(self, title: str, total: int) -> Iterator[Bar]:
+            assert (title, total) == ("recovery", 5)
+            yield shown
+
+    shown = Count()
+    train_(
+        model(), loader(), LOSS, TrainingSettings(epochs=9, max_steps=5), seed=0, progress=Counting(), title="recovery",
+        checkpoint=tmp_path,
+    )  # fmt: skip
+    assert shown.steps == 5
+
+
+def test_batch_norm_is_recalibrated_to_the_average_of_batches() -> None:
+    subject = model()
+    subject[1].momentum = 0.3
+    subject.eval()
+    subject[4].train()  # modes are restored one by one
+    weights = [parameter.clone() for parameter in subject.parameters()]
+    batches = [(x, y) for x, y in loader(32)]
+    assert recalibrate_batch_norm_(subject, batches) is subject
+    maps = [subject[0](x) for x, _ in batches]
+    wanted = torch.stack([m.mean((0, 2, 3)) for m in maps]).mean(0)
+    spread = torch.stack([m.transpose(0, 1).flatten(1).var(1) for m in maps]).mean(0)
+    assert torch.allclose(subject[1].running_mean, wanted, atol=1e-5)
+    assert torch.allclose(subject[1].running_var, spread, atol=1e-5)
+    assert subject[1].momentum == 0.3
+    assert [module.training for module in subject] == [False, False, False, False, True, False]
+    assert all(torch.equal(a, b) for a, b in zip(weights, subject.parameters(), strict=True))
+
+
+def test_batch_norm_recalibration_needs_batches_only_where_there_are_norms() -> None:
+    recalibrate_batch_norm_(nn.Linear(3, 3), [])
+    with pytest.raises(AutopruneError, match="on no batches"):
+        recalibrate_batch_norm_(model(), [])
