@@ -83,7 +83,7 @@ def save_png(figure: Figure, path: Path) -> None:
 
 def pixels(figure: Figure) -> NDArray[np.uint8]:
     """The figure as ``(height, width, 3)`` RGB."""
-    canvas: Any = FigureCanvasAgg(figure)
+    canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 

@@ -80,7 +80,7 @@ class TrialWriter:
         measured = {f"final/{name}": value for name, value in metrics.items()}
         writer: Any = self._open(self._next)
         # `add_hparams` would write to a second event file, which a resumed run could not mark as void for sure.
-        for summary in summaries.hparams(plain, measured):  # type: ignore[no-untyped-call]
+        for summary in summaries.hparams(plain, measured):
             writer.file_writer.add_summary(summary)
         for name, value in measured.items():
             writer.add_scalar(name, value, self._next)
