@@ -85,7 +85,7 @@ def train_(
     all_steps = settings.epochs * per_epoch
     total_steps = min(all_steps, settings.max_steps or all_steps)
     epochs = math.ceil(total_steps / per_epoch)
-    objective = distilled(loss, teacher, settings) if teacher and settings.distillation_weight > 0 else None
+    objective = distilled(loss, teacher, settings) if teacher is not None and settings.distillation_weight > 0 else None
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(parameters, settings)
     run = {"seed": seed, "settings": settings.to_json(), "batches": per_epoch}
@@ -145,7 +145,8 @@ def count_batches(batches: Batches) -> int:
     try:
         count = len(batches)  # type: ignore[arg-type]
     except TypeError:
-        count = sum(1 for _ in batches)
+        with torch.random.fork_rng(devices=[]):  # a loader draws when it is iterated
+            count = sum(1 for _ in batches)
     if count == 0:
         raise AutopruneError("there are no batches to train on: the data is empty, or smaller than one batch.")
     return count
@@ -211,9 +212,9 @@ def recalibrate_batch_norm_(model: nn.Module, batches: Batches) -> nn.Module:
 
 @contextmanager
 def _kept_as_it_was(model: nn.Module, teacher: nn.Module | None) -> Iterator[None]:
-    modules = [*model.modules(), *(teacher.modules() if teacher else ())]
+    modules = [*model.modules(), *(teacher.modules() if teacher is not None else ())]
     modes = [module.training for module in modules]
-    if teacher:
+    if teacher is not None:
         teacher.eval()
     try:
         with torch.random.fork_rng(devices=[]):

@@ -253,7 +253,9 @@ class Unsized:
 
 def test_batches_need_no_length() -> None:
     a, b = model(), model()
+    before = torch.get_rng_state()
     train_(a, Unsized(), LOSS, TrainingSettings(epochs=2), seed=0)
+    assert torch.equal(torch.get_rng_state(), before)
     train_(b, loader(), LOSS, TrainingSettings(epochs=2), seed=0)
     assert same(a, b)
 
