@@ -113,7 +113,7 @@ def train_(
                 value = objective(output, inputs, target) if objective else loss(output, target)
                 _check_finite(value, step, total_steps, rate)
                 optimizer.zero_grad()
-                value.backward()  # type: ignore[no-untyped-call]
+                value.backward()
                 if settings.clip_norm is not None:
                     nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
                 optimizer.step()
