@@ -1,0 +1,154 @@
+"""The packed weight: only the kept positions, in the order a kernel reads them.
+
+Filters lie in groups. The filters of a group share their kept positions, so a position is stored once a group, and its
+values, one a filter, lie side by side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from autoprune.errors import FileError
+
+GROUP_SIZES = (16, 8, 4, 2, 1)  # the kernels' sizes
+TOLERANCE = 0.05  # share of stray zeros stored as values rather than given up the larger group for
+MAX_EXTENT = 2**31 - 1  # indices are int32
+
+Ints = NDArray[np.int32]
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """One layer's weight, packed.
+
+    Attributes:
+        shape: of the dense weight, ``(out, in / conv_groups, kh, kw)`` or ``(out, in)``.
+        conv_groups: groups of a grouped convolution.
+        group_size: filters in a group.
+        group_pointer: ``(groups + 1,)``; group g keeps positions ``group_pointer[g] .. group_pointer[g + 1]``.
+        index: ``(kept,)`` positions ``channel * kh * kw + tap``, channel counted over the whole input.
+        values: ``(kept, group_size)``; zero where a group has fewer filters.
+        out_index: ``(groups, group_size)``; the filter each row is, -1 where a group has fewer.
+    """
+
+    shape: tuple[int, ...]
+    conv_groups: int
+    group_size: int
+    group_pointer: Ints
+    index: Ints
+    values: Floats
+    out_index: Ints
+
+    @property
+    def taps(self) -> int:
+        """Kernel positions, ``kh * kw``."""
+        return int(np.prod(self.shape[2:], dtype=np.int64))
+
+    @property
+    def groups(self) -> int:
+        return len(self.group_pointer) - 1
+
+    def unpack(self) -> Tensor:
+        """The dense weight, zeros and all."""
+        out, columns = self.shape[0], int(np.prod(self.shape[1:], dtype=np.int64))
+        dense = np.zeros((out, columns), np.float32)
+        kept = np.diff(self.group_pointer)
+        rows = np.repeat(self.out_index, kept, axis=0)  # (kept, group_size)
+        position = np.broadcast_to(self.index[:, None], rows.shape)
+        real = rows >= 0
+        first = rows // (out // self.conv_groups) * columns  # where the filter's own channels begin
+        dense[rows[real], (position - first)[real]] = self.values[real]
+        return torch.from_numpy(dense).reshape(self.shape)
+
+    def validate(self) -> PackedWeight:
+        """Checks everything native code relies on; raises FileError that says what is wrong.
+
+        Returns itself, so that what comes from a file is validated where it is made.
+        """
+        shape, groups = self.shape, self.conv_groups
+        _require(len(shape) in (2, 4) and all(0 < extent <= MAX_EXTENT for extent in shape), f"shape {shape}")
+        _require(int(np.prod([float(extent) for extent in shape])) <= MAX_EXTENT, f"shape {shape}")
+        _require(0 < groups <= shape[0] and shape[0] % groups == 0, f"{groups} groups of {shape[0]} filters")
+        _require(len(shape) == 4 or groups == 1, "groups of a Linear")
+        _require(self.group_size in GROUP_SIZES, f"group size {self.group_size}")
+        arrays = {"group_pointer": self.group_pointer, "index": self.index, "out_index": self.out_index}
+        for name, array in arrays.items():
+            _require(array.dtype == np.int32 and array.flags.c_contiguous, f"{name} is {array.dtype}")
+        _require(self.values.dtype == np.float32 and self.values.flags.c_contiguous, f"values are {self.values.dtype}")
+        pointer, index, rows = self.group_pointer, self.index, self.out_index
+        _require(pointer.ndim == 1 and len(pointer) >= 1 and index.ndim == 1, "array dimensions")
+        _require(int(pointer[0]) == 0 and int(pointer[-1]) == len(index), "group_pointer's ends")
+        _require(bool((np.diff(pointer) >= 0).all()), "group_pointer falls")
+        _require(self.values.shape == (len(index), self.group_size), f"values have shape {self.values.shape}")
+        _require(rows.shape == (self.groups, self.group_size), f"out_index has shape {rows.shape}")
+        real = rows[rows >= 0]
+        _require(bool((rows >= -1).all()) and len(real) == shape[0], "out_index misses a filter")
+        _require(bool((np.sort(real) == np.arange(shape[0])).all()), "out_index is no permutation")
+        per_group, columns = shape[0] // groups, int(np.prod(shape[1:], dtype=np.int64))
+        last = np.where(rows >= 0, rows, rows.max(axis=1, keepdims=True, initial=-1)) // per_group
+        _require(bool((rows.max(axis=1, initial=-1) >= 0).all()), "an empty group")
+        owner = last[:, 0]
+        _require(bool((last == owner[:, None]).all()), "a group straddles groups of the convolution")
+        low = np.repeat(owner.astype(np.int64) * columns, np.diff(pointer))
+        _require(bool(((index >= low) & (index < low + columns)).all()), "an index is out of range")
+        return self
+
+
+def _require(fine: bool, what: str) -> None:
+    if not fine:
+        raise FileError(f"a packed weight is corrupt: {what}.")
+
+
+def pack(weight: Tensor, conv_groups: int = 1) -> PackedWeight:
+    """Packs a weight with zeros, in the largest groups its zeros allow.
+
+    Filters that are all zero come last, in groups that keep nothing; the others keep their order.
+    """
+    dense = weight.detach().reshape(weight.shape[0], -1).numpy()
+    size = find_group_size(weight, conv_groups)
+    rows = _out_index(dense.any(axis=1), conv_groups, size)  # (groups, size)
+    real = rows >= 0
+    blocks = np.where(real[:, :, None], dense[rows], 0.0).astype(np.float32)  # (groups, size, columns)
+    alive = blocks.any(axis=1)  # (groups, columns)
+    group, column = np.nonzero(alive)
+    pointer = np.concatenate([[0], np.cumsum(alive.sum(axis=1))]).astype(np.int32)
+    owner = rows.max(axis=1) // (weight.shape[0] // conv_groups)
+    index = (column + owner[group] * dense.shape[1]).astype(np.int32)
+    values = np.ascontiguousarray(blocks[group, :, column])
+    return PackedWeight(tuple(weight.shape), conv_groups, size, pointer, index, values, rows)
+
+
+def find_group_size(weight: Tensor, conv_groups: int = 1) -> int:
+    """The largest of GROUP_SIZES whose consecutive live filters share their zeros, up to a few stray ones."""
+    support = weight.detach().reshape(weight.shape[0], -1).numpy() != 0  # (out, columns)
+    live = support.any(axis=1)
+    nonzeros = int(support.sum())
+    for size in GROUP_SIZES:
+        rows = _out_index(live, conv_groups, size)
+        real = rows >= 0
+        shared = (support[rows] & real[:, :, None]).any(axis=1).sum(axis=1)  # (groups,)
+        stored = int((shared * real.sum(axis=1)).sum())
+        padded = int((shared * size).sum())
+        if stored <= nonzeros * (1 + TOLERANCE) and (padded <= 1.5 * max(1, nonzeros) or size == 1):
+            return size
+    return 1
+
+
+def _out_index(live: NDArray[np.bool_], conv_groups: int, size: int) -> Ints:
+    """Rows of groups: the live filters of each convolution group in order, then its dead ones; -1 pads."""
+    per_group = len(live) // conv_groups
+    rows = []
+    for first in range(0, len(live), per_group):
+        own = np.arange(first, first + per_group)
+        mask = live[first : first + per_group]
+        for members in (own[mask], own[~mask]):
+            padded = np.full(-(-len(members) // size) * size, -1)
+            padded[: len(members)] = members
+            rows.append(padded)
+    return np.concatenate(rows).reshape(-1, size).astype(np.int32)

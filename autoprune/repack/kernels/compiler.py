@@ -1,0 +1,97 @@
+"""Compiles IR for the host (or for narrower vectors, in tests) and keeps what was compiled."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import llvmlite.binding as llvm
+import llvmlite.ir as ir
+
+_LOCK = threading.Lock()  # LLVM's global state is not thread-safe
+_ENGINES: list[Any] = []  # a compiled function lives as long as its engine
+_WIDTHS = (("avx512f", 16), ("avx", 8))  # floats in a vector register, by feature
+
+
+@dataclass(frozen=True)
+class Target:
+    """What kernels are compiled for.
+
+    Attributes:
+        lanes: floats in a vector register: 4, 8 or 16.
+        cpu: LLVM's name of the CPU.
+        features: LLVM's feature string.
+    """
+
+    lanes: int
+    cpu: str
+    features: str
+
+    def tile(self, rows: int) -> tuple[int, int]:
+        """Register tile for groups of `rows` filters: (rows, vectors of positions) that fit the registers."""
+        if self.lanes == 16:  # 32 registers
+            return (8, 3) if rows >= 8 else (4, 6) if rows >= 4 else (2, 10) if rows >= 2 else (1, 12)
+        return (4, 3) if rows >= 4 else (2, 5) if rows >= 2 else (1, 8)  # 16 registers
+
+
+@cache
+def host() -> Target:
+    """This machine."""
+    features = llvm.get_host_cpu_features()
+    lanes = next((lanes for name, lanes in _WIDTHS if features.get(name)), 4)
+    return Target(lanes, llvm.get_host_cpu_name(), features.flatten())
+
+
+def narrowed(lanes: int) -> Target:
+    """This machine restricted to narrower vectors; 4 also forgets AVX, as on a plain x86-64."""
+    full = host()
+    off = [name for name, on in llvm.get_host_cpu_features().items() if on and name.startswith("avx512")]
+    if lanes == 4:
+        off = [name for name, on in llvm.get_host_cpu_features().items() if on and name.startswith(("avx", "fma", "f16c"))]
+    features = ",".join([full.features, *(f"-{name}" for name in off)])
+    return Target(min(lanes, full.lanes), full.cpu, features)
+
+
+def compile_function(module: ir.Module, name: str, target: Target, arguments: int) -> Callable[..., None]:
+    """Returns the module's function `name`, taking `arguments` addresses (or integers), as a Python callable."""
+    with _LOCK:
+        _initialise()
+        machine = llvm.Target.from_default_triple().create_target_machine(
+            cpu=target.cpu, features=target.features, opt=3
+        )
+        parsed = llvm.parse_assembly(str(module))
+        parsed.verify()
+        options = llvm.create_pipeline_tuning_options(speed_level=3)
+        options.loop_vectorization = True
+        options.slp_vectorization = True
+        options.loop_unrolling = True
+        builder = llvm.create_pass_builder(machine, options)
+        builder.getModulePassManager().run(parsed, builder)
+        engine = llvm.create_mcjit_compiler(parsed, machine)
+        engine.finalize_object()
+        _ENGINES.append(engine)
+        prototype = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * arguments)
+        return prototype(engine.get_function_address(name))
+
+
+@cache
+def _initialise() -> None:
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+
+
+@cache
+def unavailable() -> str | None:
+    """Why kernels cannot be compiled on this machine; None when they can."""
+    try:
+        module = ir.Module()
+        function = ir.Function(module, ir.FunctionType(ir.VoidType(), []), "nothing")
+        ir.IRBuilder(function.append_basic_block()).ret_void()
+        compile_function(module, "nothing", host(), 0)()
+    except (RuntimeError, OSError) as error:
+        return f"llvmlite cannot compile here: {error}"
+    return None

@@ -1,0 +1,85 @@
+"""A few words of LLVM IR: loops as context managers, vectors, splats."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import llvmlite.ir as ir
+
+F32, I8, I32, I64 = ir.FloatType(), ir.IntType(8), ir.IntType(32), ir.IntType(64)
+FLOATS, INTS, LONGS = F32.as_pointer(), I32.as_pointer(), I64.as_pointer()
+
+
+def const(value: int) -> ir.Constant:
+    """An i64."""
+    return ir.Constant(I64, value)
+
+
+@contextmanager
+def loop(b: ir.IRBuilder, start: ir.Value, stop: ir.Value, step: int = 1) -> Iterator[ir.Value]:
+    """``for i in range(start, stop, step)``; the block is the body and gets i."""
+    before = b.block
+    head, body, done = (b.append_basic_block(name) for name in ("head", "body", "done"))
+    b.branch(head)
+    b.position_at_end(head)
+    i = b.phi(I64)
+    i.add_incoming(start, before)
+    b.cbranch(b.icmp_signed("<", i, stop), body, done)
+    b.position_at_end(body)
+    yield i
+    i.add_incoming(b.add(i, const(step)), b.block)
+    b.branch(head)
+    b.position_at_end(done)
+
+
+def smaller(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
+    return b.select(b.icmp_signed("<", x, y), x, y)
+
+
+def at(b: ir.IRBuilder, pointer: ir.Value, index: ir.Value) -> ir.Value:
+    """``pointer + index``, in elements."""
+    return b.gep(pointer, [index])
+
+
+def long_at(b: ir.IRBuilder, pointer: ir.Value, index: ir.Value) -> ir.Value:
+    """The int32 at ``pointer[index]``, widened."""
+    return b.sext(b.load(at(b, pointer, index)), I64)
+
+
+def vector(lanes: int) -> ir.Type:
+    """``lanes`` floats; a plain float for one lane."""
+    return ir.VectorType(F32, lanes) if lanes > 1 else F32
+
+
+def splat(b: ir.IRBuilder, scalar: ir.Value, lanes: int) -> ir.Value:
+    if lanes == 1:
+        return scalar
+    undefined = ir.Constant(vector(lanes), ir.Undefined)
+    first = b.insert_element(undefined, scalar, ir.Constant(I32, 0))
+    return b.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(I32, lanes), [0] * lanes))
+
+
+def load_vector(b: ir.IRBuilder, pointer: ir.Value, lanes: int) -> ir.Value:
+    """`lanes` floats from `pointer`, which need not be aligned to more than a float."""
+    loaded = b.load(b.bitcast(pointer, vector(lanes).as_pointer()))
+    loaded.align = 4
+    return loaded
+
+
+def store_vector(b: ir.IRBuilder, value: ir.Value, pointer: ir.Value, lanes: int) -> None:
+    stored = b.store(value, b.bitcast(pointer, vector(lanes).as_pointer()))
+    stored.align = 4
+
+
+def fma(module: ir.Module, lanes: int) -> ir.Function:
+    """``llvm.fma`` for `lanes` floats, declared once a module."""
+    name = f"llvm.fma.v{lanes}f32" if lanes > 1 else "llvm.fma.f32"
+    kind = vector(lanes)
+    return module.globals.get(name) or ir.Function(module, ir.FunctionType(kind, [kind] * 3), name)
+
+
+def relu_if(b: ir.IRBuilder, value: ir.Value, wanted: ir.Value) -> ir.Value:
+    """``max(value, 0)`` of a scalar when `wanted`; NaN stays NaN, as in torch."""
+    negative = b.fcmp_ordered("<", value, ir.Constant(F32, 0.0))
+    return b.select(b.and_(wanted, negative), ir.Constant(F32, 0.0), value)
