@@ -91,6 +91,19 @@ def test_an_engine_computes_what_torch_computes(name: str, kind: str, capfd: pyt
     assert capfd.readouterr() == ("", ""), "engines must be silent"
 
 
+@pytest.mark.parametrize("name", list(ENGINES))
+def test_a_prepared_call_keeps_its_inputs(name: str) -> None:
+    """The caller's inputs, here of a layout that must be copied, may go away."""
+    torch.manual_seed(0)
+    model, inputs = nn.Conv2d(3, 4, 3), torch.randn(1, 32, 32, 3).permute(0, 3, 1, 2)
+    with torch.inference_mode():
+        expected = as_arrays(model(inputs))[0]
+    run = engine(name).prepare(model, inputs, threads=1)
+    del inputs
+    rubbish = [np.full((1, 3, 32, 32), np.nan, np.float32) for _ in range(50)]
+    assert np.allclose(as_arrays(run())[0], expected, atol=1e-5), len(rubbish)
+
+
 @pytest.mark.parametrize("name", ["eager", "channels_last"])
 def test_torch_engines_run_on_the_threads_asked_for_and_restore_them(name: str) -> None:
     seen: list[int] = []
