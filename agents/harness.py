@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,12 +66,14 @@ def search(
     *,
     directory: Path | None = None,
     on_trial: Callable[[int, Trial], None] | None = None,
+    on_resumed: Callable[[Sequence[Trial]], None] | None = None,
 ) -> SearchResult:
     """Runs `agent` for `episodes` episodes, resuming what `directory` holds.
 
     Args:
         directory: where ``trials.jsonl`` and the agent's checkpoint live; None keeps everything in memory.
         on_trial: called with (index, trial) after each new episode.
+        on_resumed: called once, before the first, with the trials of the interrupted search.
     """
     log = TrialLog(directory / "trials.jsonl") if directory is not None else None
     trials: list[Trial] = log.read() if log is not None else []
@@ -80,6 +82,8 @@ def search(
         done = min(episodes, agent.resumable_episodes(directory, len(trials)))
         log.keep_first(done)
         del trials[done:]
+    if on_resumed is not None:
+        on_resumed(trials)
 
     def record(trial: Trial) -> None:
         if log is not None:

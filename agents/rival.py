@@ -14,6 +14,7 @@ from autoprune.evaluation.measurement import Measurement
 from autoprune.target import Target
 
 CLOSE = 0.02  # measured speed-ups this near to each other count as the same
+SLOWEST = 1.01  # a target must be above 1
 _CORRECTIONS = 3
 
 
@@ -23,13 +24,16 @@ def uniform_at(env: PruneEnv, speedup: float) -> Trial | None:
     Every combination of the actions' other choices is tried, each aimed again until its measurement meets the
     figure. None when no uniform plan is that fast. The reward is scored against `speedup`.
     """
+    reachable = env.reachable_speedup()
+    if reachable <= SLOWEST:
+        return None
     grid = list(itertools.product(*(component.anchors() for component in env.actions.components)))
     found: list[Trial] = []
     for units in grid:
         action = np.array(units, dtype=np.float32)
         aim = speedup
         for _ in range(_CORRECTIONS):
-            trial = _aimed(env, action, max(1.01, aim))
+            trial = _aimed(env, action, min(max(SLOWEST, aim), reachable))
             measured = float(trial["speedup"])
             if measured >= speedup * (1 - CLOSE):
                 found.append(trial)
@@ -49,7 +53,5 @@ def reward_at(env: PruneEnv, trial: Trial, speedup: float) -> float:
 
 
 def _aimed(env: PruneEnv, action: np.ndarray, aim: float) -> Trial:  # type: ignore[type-arg]
-    problem = env.problem
-    reachable = min(aim, env.reachable_speedup())
-    aimed = PruneEnv(replace(problem, target=Target(speedup=reachable)), env.action_choices, env.shaping, env.gamma)
+    aimed = PruneEnv(replace(env.problem, target=Target(speedup=aim)), env.action_choices, env.shaping, env.gamma)
     return run_episode(aimed, lambda _, __: action)

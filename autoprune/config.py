@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 
 from autoprune.errors import ConfigError, did_you_mean
 from autoprune.files import read_text
@@ -31,9 +31,7 @@ def _write_choice(choice: Choice) -> Any:
     return {"name": choice.name, **choice.args} if choice.args else choice.name
 
 
-ChoiceField = Annotated[
-    Choice, BeforeValidator(_parse_choice), PlainSerializer(_write_choice), Field(validate_default=False)
-]
+ChoiceField = Annotated[Choice, BeforeValidator(_parse_choice), PlainSerializer(_write_choice)]
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 Count = Annotated[int, Field(ge=1)]
 
@@ -93,13 +91,6 @@ class Config(Section):
     search: SearchSection = SearchSection()
     finetune: FinetuneSection = FinetuneSection()
 
-    @model_validator(mode="before")
-    @classmethod
-    def _needs_a_task(cls, data: Any) -> Any:
-        if isinstance(data, dict) and "task" not in data:
-            raise ValueError("the key 'task' is missing, e.g. task = \"digits\"")
-        return data
-
     def to_json(self) -> dict[str, Any]:
         """The resolved config as plain data; equal configs give equal data."""
         data: dict[str, Any] = json.loads(self.model_dump_json())
@@ -115,9 +106,12 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         data = tomllib.loads(read_text(path, "the config"))
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not valid TOML: {error}.") from None
-    for override in overrides:
-        _apply_override_(data, override)
-    return parse_config(data, str(path))
+    return parse_config(_with_overrides(data, overrides), str(path))
+
+
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """Overrides such as ``search.episodes=50`` as nested plain data."""
+    return _with_overrides({}, overrides)
 
 
 def parse_config(data: Mapping[str, Any], where: str) -> Config:
@@ -128,6 +122,12 @@ def parse_config(data: Mapping[str, Any], where: str) -> Config:
         raise ConfigError(f"{where}: " + " ".join(_explain(item) for item in error.errors()[:5])) from None
     except TypeError as error:
         raise ConfigError(f"{where}: only numbers, strings, booleans, lists and tables can be used ({error}).") from None
+
+
+def _with_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    for override in overrides:
+        _apply_override_(data, override)
+    return data
 
 
 def _apply_override_(data: dict[str, Any], override: str) -> None:
@@ -155,6 +155,8 @@ def _explain(item: Any) -> str:
     key, given = ".".join(path), item.get("input")
     if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"unknown key {key!r}. {did_you_mean(path[-1], _keys_at(path[:-1]))}"
+    if item["type"] == "missing":
+        return f"the key {key!r} is missing."
     message = item["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     shown = f" (given: {given!r})" if not isinstance(given, dict) else ""
     return f"{key or 'the config'}: {message[0].lower()}{message[1:]}{shown}.".replace("..", ".")

@@ -1,0 +1,43 @@
+"""autoprune: reinforcement-learning auto-pruning for PyTorch, run by repacked inference."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from autoprune.errors import AutopruneError
+from autoprune.plan import Plan
+
+# Not lazily: the name must be bound after the package of the same name, or that would shadow the function.
+from autoprune.repack import RepackedModel, load_packed, repack, save_packed
+from autoprune.target import Target
+from autoprune.version import __version__
+
+if TYPE_CHECKING:
+    from autoprune.api import Compressed, compress
+
+# Imported when first asked for: whoever only repacks should not wait for the agents.
+_LAZY = {"Compressed": "autoprune.api", "compress": "autoprune.api"}
+
+__all__ = [
+    "AutopruneError",
+    "Compressed",
+    "Plan",
+    "RepackedModel",
+    "Target",
+    "__version__",
+    "compress",
+    "load_packed",
+    "repack",
+    "save_packed",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'autoprune' has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,129 @@
+"""The verbs a user composes in Python. The command line calls these and prints what they say."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from autoprune.agents.policy import Policy
+from autoprune.config import Config, parse_config
+from autoprune.masks import Batches, Loss
+from autoprune.plan import Plan
+from autoprune.progress import SILENT, Progress
+from autoprune.repack import RepackedModel
+from autoprune.report.data import ResultRow
+from autoprune.results import results, write_report
+from autoprune.run import Run
+from autoprune.target import Target
+from autoprune.tasks.base import Task
+
+CALIBRATION_BATCHES = 4
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """What `compress` returns.
+
+    Attributes:
+        model: the fast model, called like the original.
+        plan: what was decided for each layer.
+        rows: the final table.
+        report: the whole report as markdown.
+    """
+
+    model: RepackedModel
+    plan: Plan
+    rows: tuple[ResultRow, ...]
+    report: str
+
+
+def compress(
+    model: nn.Module,
+    train: Batches,
+    evaluate: Callable[[nn.Module], float],
+    example_inputs: Tensor | tuple[Tensor, ...],
+    target: Target | float = 2.0,
+    *,
+    loss: Loss = functional.cross_entropy,
+    config: Mapping[str, Any] | None = None,
+    directory: Path | str | None = None,
+    progress: Progress = SILENT,
+) -> Compressed:
+    """Prunes a trained model to a target and returns it repacked, with its report.
+
+    Args:
+        model: a trained module; left as it is.
+        train: re-iterable batches of ``(inputs, target)``, for calibration and fine-tuning.
+        evaluate: model -> score in [0, 1], higher is better; called once a trial.
+        example_inputs: as the model is called, at the batch size latency matters for.
+        target: a `Target`, or the speed-up wanted over dense torch eager.
+        loss: ``loss(model(*inputs), target)`` is a scalar.
+        config: sections of a config that differ from the defaults, e.g. ``{"search": {"episodes": 50}}``.
+        directory: where the run is kept and resumed from; a temporary folder when None.
+        progress: where long work is shown.
+
+    Raises:
+        AutopruneError: bad input, or a target out of reach; the message says what to do.
+    """
+    wanted = target if isinstance(target, Target) else Target(speedup=float(target))
+    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    chosen = {key: value for key, value in vars(wanted).items() if value is not None}
+    sections = {"target": chosen, **(config or {}), "task": "given"}
+    latency = {**sections.get("latency", {}), "batch": len(inputs[0])}
+    parsed = parse_config({**sections, "latency": latency}, "compress")
+    task = Task(
+        name="given",
+        model=copy.deepcopy(model).cpu(),
+        train=train,
+        calibration=tuple(islice(train, CALIBRATION_BATCHES)),
+        validation=(),
+        testing=(),
+        loss=loss,
+        dense_training=None,
+        score=lambda candidate, _: evaluate(candidate),
+        examples=inputs,
+    )
+    if directory is not None:
+        return _compressed(Run(parsed, Path(directory), task=task, progress=progress))
+    with tempfile.TemporaryDirectory() as folder:
+        return _compressed(Run(parsed, Path(folder), task=task, progress=progress))
+
+
+def _compressed(run: Run) -> Compressed:
+    report = write_report(run)
+    return Compressed(run.repacked, run.plan, results(run), report)
+
+
+def apply_config(
+    policy: Path, model: str, data: str, target: Target, episodes: int, overrides: Mapping[str, Any] | None = None
+) -> Config:
+    """The config of a run that applies a saved policy to a user's own model.
+
+    Args:
+        policy: the policy's folder.
+        model: ``package.module:function`` returning the trained module.
+        data: ``package.module:function`` returning ``(train_loader, validation_loader)``.
+        target: what is asked for.
+        episodes: 1 takes the policy's plan; more look around it.
+        overrides: sections of the config that differ.
+    """
+    actions = [{"name": choice.name, **choice.args} for choice in Policy.load(policy).actions]
+    given = dict(overrides or {})
+    env = {"actions": actions, **given.pop("env", {})}
+    search = {"agent": {"name": "policy", "path": str(policy)}, "episodes": episodes, **given.pop("search", {})}
+    sections = {
+        "task": {"name": "user", "model": model, "data": data},
+        "target": {key: value for key, value in vars(target).items() if value is not None},
+        "env": env,
+        "search": search,
+        **given,
+    }
+    return parse_config(sections, "apply")

@@ -1,0 +1,145 @@
+"""Profiling: every layer, pattern and anchor sparsity timed with the real kernels, and whole models end to end."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from autoprune.criteria import LayerStatistics
+from autoprune.criteria.magnitude import Magnitude
+from autoprune.evaluation.evaluator import Evaluator
+from autoprune.evaluation.recovery import Subject
+from autoprune.evaluation.recovery.none import NoRecovery
+from autoprune.inventory import copy_for_inference, record_inputs
+from autoprune.latency.machine import machine_identity
+from autoprune.latency.table import LatencyTable, LayerTable, Point
+from autoprune.latency.timer import Clock, Protocol, measure_together, torch_threads
+from autoprune.patterns import PATTERNS
+from autoprune.plan import LayerPlan, Plan
+from autoprune.progress import SILENT, Progress
+from autoprune.registry import Choice
+from autoprune.repack import lower_layer
+
+ANCHORS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
+WHOLE_ANCHORS = (0.5, 0.8, 0.95)  # uniform models timed end to end, to join the layers' times to the model's
+
+
+def profile_settings(subject: Subject, patterns: Sequence[Choice], batch: int, threads: int) -> dict[str, Any]:
+    """What a latency table holds for, besides the machine: a table made for other settings is stale."""
+    return {
+        "batch": batch,
+        "threads": threads,
+        "patterns": [str(pattern) for pattern in patterns],
+        "layers": {layer.name: list(layer.weight_shape) + list(layer.input_shape) for layer in subject.inventory.layers},
+    }
+
+
+def profile_table(
+    subject: Subject,
+    patterns: Sequence[Choice],
+    settings: Mapping[str, Any],
+    protocol: Protocol,
+    clock: Clock,
+    progress: Progress = SILENT,
+) -> LatencyTable:
+    """Measures the whole table.
+
+    Args:
+        subject: the model and its prunable layers.
+        patterns: what a plan may hold; the last is the default one, used for the whole models.
+        settings: `profile_settings`, kept with the table.
+        protocol: of one cell.
+    """
+    batch = int(settings["batch"])
+    inputs = record_inputs(
+        copy_for_inference(subject.dense), subject.task.example_inputs(batch), subject.inventory.names
+    )
+    layers = {}
+    with progress.bar("latency table", len(subject.inventory.layers)) as bar, torch_threads(protocol.threads):
+        for spec in subject.inventory.layers:
+            module = subject.dense.get_submodule(spec.name)
+            layers[spec.name] = _layer(
+                module, inputs[spec.name], patterns, spec.conv_groups, spec.calls, protocol, clock
+            )
+            bar.advance()
+    return _joined(subject, layers, patterns[-1], settings, protocol, clock)
+
+
+def _layer(
+    module: nn.Module,
+    x: Tensor,
+    patterns: Sequence[Choice],
+    conv_groups: int,
+    calls: int,
+    protocol: Protocol,
+    clock: Clock,
+) -> LayerTable:
+    dense_us: list[float] = []
+
+    def fastest(masked: nn.Module, sparsity: float) -> Point:
+        options = lower_layer(masked)
+        timed = {name: _call(option, x) for name, option in options.items()}
+        times = measure_together(timed, protocol, clock)
+        dense_us.append(times["dense"].median_ms * 1e3)
+        best = min(times, key=lambda name: times[name].median_ms)
+        return Point(sparsity, times[best].median_ms * 1e3, best)
+
+    whole = fastest(module, 0.0)
+    curves = {}
+    for choice in patterns:
+        points = [whole]
+        pattern = PATTERNS.create(choice)
+        for anchor in ANCHORS:
+            masked = copy.deepcopy(module)
+            weight = masked.weight
+            assert isinstance(weight, Tensor)
+            saliency = Magnitude().saliency(weight, LayerStatistics(), conv_groups)
+            with torch.no_grad():
+                weight.mul_(pattern.mask(saliency, anchor, conv_groups))
+            points.append(fastest(masked, anchor))
+        curves[str(choice)] = tuple(points)
+    return LayerTable(statistics.median(dense_us), calls, curves)
+
+
+def _call(module: nn.Module, x: Tensor) -> Any:
+    return lambda: module(x)
+
+
+def _joined(
+    subject: Subject,
+    layers: Mapping[str, LayerTable],
+    pattern: Choice,
+    settings: Mapping[str, Any],
+    protocol: Protocol,
+    clock: Clock,
+) -> LatencyTable:
+    """Fits ``rest + scale * sum of layers`` to uniform models timed end to end."""
+    unit = LatencyTable(layers, dense_ms=1.0, rest_ms=0.0, scale=1.0, settings=settings, machine=machine_identity())
+    evaluator = Evaluator(subject, unit, NoRecovery(), protocol, int(settings["batch"]), clock=clock)
+    sums, whole, dense = [], [], []
+    for sparsity in WHOLE_ANCHORS:
+        plan = Plan({name: LayerPlan(sparsity, pattern) for name in layers})
+        dense_time, packed_time = evaluator.time(evaluator.masked_model(plan), plan)
+        sums.append(unit.predict_ms(plan))
+        whole.append(packed_time.median_ms)
+        dense.append(dense_time.median_ms)
+    dense_ms = statistics.median(dense)
+    # Each model was timed in turns with the dense one: in units of it, drift of the machine cancels.
+    rest_ms, scale = _line(sums, [w / d * dense_ms for w, d in zip(whole, dense, strict=True)])
+    return LatencyTable(layers, dense_ms, rest_ms, scale, settings, machine_identity())
+
+
+def _line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
+    """Least squares of ``y = rest + scale * x``, kept physical: neither side of the sum can be negative."""
+    scale, rest = np.polyfit(x, y, 1) if max(x) > min(x) else (1.0, 0.0)
+    if rest < 0 or scale <= 0:
+        scale, rest = (statistics.fmean(y) / statistics.fmean(x), 0.0) if scale > 0 else (1.0, max(0.0, min(y) - max(x)))
+    return float(rest), float(scale)
+
+

@@ -1,0 +1,53 @@
+"""What a user sees of a search while it runs: the progress bar and TensorBoard."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from autoprune.progress import Bar
+from autoprune.report.data import MeasuredPoint
+from autoprune.report.plots import front_figure
+from autoprune.report.tensorboard import TrialWriter
+
+FRONT_EVERY = 25  # trials between two pictures of the front
+
+
+def point(trial: Mapping[str, Any]) -> MeasuredPoint:
+    """A trial in the plane of accuracy and latency."""
+    return MeasuredPoint(float(trial["latency_ms"]), float(trial["accuracy"]))
+
+
+class SearchMonitor:
+    """Shows trials as they come; `resumed` comes first, once, with those of an interrupted search."""
+
+    def __init__(self, directory: Path, config: str, dense: MeasuredPoint, bar: Bar) -> None:
+        self._directory, self._config, self._dense, self._bar = directory, config, dense, bar
+        self._trials: list[Mapping[str, Any]] = []
+        self._writer = TrialWriter(directory, config)
+
+    def resumed(self, trials: Sequence[Mapping[str, Any]]) -> None:
+        self._writer = TrialWriter(self._directory, self._config, trials)
+        self._trials = list(trials)
+        self._advance(len(trials))
+
+    def trial(self, index: int, trial: Mapping[str, Any]) -> None:
+        self._trials.append(trial)
+        self._writer.trial(index, trial)
+        if index % FRONT_EVERY == FRONT_EVERY - 1:
+            figure = front_figure([point(each) for each in self._trials], point(self._best), self._dense)
+            self._writer.front(index, figure)
+        self._advance(1)
+
+    def close(self) -> None:
+        self._writer.close()
+
+    @property
+    def _best(self) -> Mapping[str, Any]:
+        return max(self._trials, key=lambda trial: float(trial["reward"]))
+
+    def _advance(self, steps: int) -> None:
+        if self._trials:
+            best = self._best
+            self._bar.advance(steps, f"best {100 * best['accuracy']:.2f}% at {best['speedup']:.2f}x")

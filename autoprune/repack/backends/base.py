@@ -1,0 +1,78 @@
+"""What a backend is, and the form of a layer that it lowers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from autoprune.inventory import conv_padding
+from autoprune.repack.formats import PackedWeight, pack
+
+
+@dataclass(frozen=True)
+class LayerForm:
+    """One layer with zeros in its weight, and what is fused behind it.
+
+    Attributes:
+        module: a Conv2d or Linear, float32, in eval mode; never changed.
+        relu: whether the layer's output goes through a ReLU that the lowered module must apply.
+    """
+
+    module: nn.Conv2d | nn.Linear
+    relu: bool = False
+
+    @property
+    def kind(self) -> str:
+        return "conv2d" if isinstance(self.module, nn.Conv2d) else "linear"
+
+    @property
+    def weight(self) -> Tensor:
+        return self.module.weight.detach()
+
+    @property
+    def bias(self) -> Tensor | None:
+        return None if self.module.bias is None else self.module.bias.detach()
+
+    @property
+    def conv_groups(self) -> int:
+        return self.module.groups if isinstance(self.module, nn.Conv2d) else 1
+
+    @property
+    def sparsity(self) -> float:
+        return 1.0 - int(torch.count_nonzero(self.weight)) / self.weight.numel()
+
+    @cached_property
+    def packed(self) -> PackedWeight:
+        """The structure found from the zeros."""
+        return pack(self.weight, self.conv_groups)
+
+    @property
+    def window(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+        """Stride, padding and dilation of a convolution."""
+        assert isinstance(self.module, nn.Conv2d)
+        stride, dilation = self.module.stride, self.module.dilation
+        return (stride[0], stride[1]), conv_padding(self.module), (dilation[0], dilation[1])
+
+
+@dataclass(frozen=True)
+class Support:
+    """Whether a backend can lower a layer; `why` not."""
+
+    ok: bool
+    why: str = ""
+
+
+class Backend(ABC):
+    """Packs one layer. The lowered module is called like the layer and gives the same output."""
+
+    @abstractmethod
+    def supports(self, form: LayerForm) -> Support:
+        """Whether this backend can lower the layer; cheap."""
+
+    @abstractmethod
+    def lower(self, form: LayerForm) -> nn.Module:
+        """Returns the module that runs the layer."""

@@ -1,0 +1,296 @@
+"""`repack`: a model whose weights hold zeros, pruned by anyone -> the same model, really faster.
+
+Works on the model's own modules: batch norms are folded into the convolutions before them, ReLUs are fused behind them,
+and every Conv2d and Linear becomes the fastest of its backends. What was done is checked against the original
+on the example inputs; whatever does not hold is undone and said in the report.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autoprune.errors import AutopruneError
+from autoprune.inventory import as_tuple, copy_for_inference, watch_forward
+from autoprune.latency.timer import Clock, Protocol, measure_together
+from autoprune.masks import Masks, apply_masks_
+from autoprune.repack.backends import BACKENDS, LayerForm
+from autoprune.repack.fusion import Fusion, find_fusions, fold_batch_norm_
+
+GAIN = 0.97  # a packed layer must take at most this share of the dense one's time: less is noise
+TOLERANCE = 1e-4  # of the output's largest value
+DENSE = "dense"
+
+Choose = Callable[[str, LayerForm], str]
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What became of one Conv2d or Linear.
+
+    Attributes:
+        sparsity: fraction of zeros in its weight.
+        group_size: filters that share their kept positions.
+        backend: what runs it; ``dense`` is torch's own layer.
+        dense_us: microseconds a call of the dense layer, None when nothing was measured.
+        packed_us: likewise of the fastest packed form.
+        fused: what was folded into it: ``batch norm``, ``relu``, both or nothing.
+        why: the reason for the choice.
+    """
+
+    name: str
+    kind: str
+    sparsity: float
+    group_size: int
+    backend: str
+    dense_us: float | None
+    packed_us: float | None
+    fused: str
+    why: str
+
+
+class RepackedModel(nn.Module):
+    """A repacked model, called like the original; inference only.
+
+    Attributes:
+        model: the original's architecture with packed layers in it.
+        report: a row a layer.
+        relus: layer -> whether its backend applies the ReLU that followed it.
+        removed: modules that became ``nn.Identity`` because they were folded or fused.
+    """
+
+    def __init__(
+        self, model: nn.Module, report: Sequence[LayerReport], relus: Mapping[str, bool], removed: Sequence[str]
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.report = tuple(report)
+        self.relus, self.removed = dict(relus), tuple(removed)
+        self.eval()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> RepackedModel:
+        """Stays in eval mode: its norms are folded and its layers cannot be trained."""
+        super().train(False)
+        return self
+
+
+def lower_layer(module: nn.Module, relu: bool = False) -> dict[str, nn.Module]:
+    """Every backend's form of one layer; those that do not support it are left out."""
+    if not isinstance(module, (nn.Conv2d, nn.Linear)):
+        raise AutopruneError(f"only Conv2d and Linear layers can be lowered, not {type(module).__name__}.")
+    form = LayerForm(module, relu)
+    backends = {name: BACKENDS.get(name)() for name in BACKENDS}
+    return {name: backend.lower(form) for name, backend in backends.items() if backend.supports(form).ok}
+
+
+def repack(
+    model: nn.Module,
+    example_inputs: Any,
+    masks: Masks | None = None,
+    *,
+    backends: Sequence[str] | None = None,
+    choose: Choose | None = None,
+    protocol: Protocol | None = None,
+    clock: Clock = time.perf_counter,
+) -> RepackedModel:
+    """Repacks a model for inference on this machine.
+
+    Args:
+        model: any module with zeros in its weights; left as it is.
+        example_inputs: a tensor or a tuple of them, as the model is called, at the batch size that matters.
+        masks: applied first when given; zeros in the weights alone are enough.
+        backends: rows of BACKENDS to choose from besides ``dense``; all when None.
+        choose: names a layer's backend without measuring, e.g. from a latency table.
+        protocol: how layers are timed; ignored with `choose`.
+        clock: seconds; likewise.
+
+    Raises:
+        AutopruneError: the model does not run on its example inputs, or cannot be reproduced.
+    """
+    for name in backends or ():
+        BACKENDS.get(name)
+    inputs = as_tuple(example_inputs)
+    original = copy_for_inference(model)
+    if masks:
+        apply_masks_(original, masks)
+    seen = _watch(original, inputs)
+    job = _Job(original, inputs, seen, tuple(backends or BACKENDS), choose, protocol or Protocol(samples=15), clock)
+    return job.verified()
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """One run of the original: its output, each layer's first input, and what can be fused."""
+
+    output: Any
+    inputs: dict[str, Tensor]
+    fusions: dict[str, Fusion]
+
+
+def _watch(model: nn.Module, inputs: tuple[Any, ...]) -> _Seen:
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    first: dict[str, Tensor] = {}
+
+    def keep(name: str, args: tuple[Any, ...], _: Any) -> None:
+        first.setdefault(name, args[0])
+
+    try:
+        with torch.inference_mode():
+            with watch_forward(layers, keep):
+                output = model(*inputs)
+            fusions = find_fusions(model, inputs)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise AutopruneError(f"the model does not run on its example inputs: {error}") from error
+    return _Seen(output, first, fusions)
+
+
+@dataclass
+class _Job:
+    original: nn.Module
+    inputs: tuple[Any, ...]
+    seen: _Seen
+    backends: tuple[str, ...]
+    choose: Choose | None
+    protocol: Protocol
+    clock: Clock
+
+    def verified(self) -> RepackedModel:
+        """Tries everything; where the result differs, without fusing; then without the layers at fault."""
+        refused: dict[str, str] = {}
+        for fuse in (True, False):
+            candidate = self.assemble(fuse, refused)
+            never_ran = self.check(candidate)
+            if never_ran is None:
+                continue
+            if not never_ran:
+                return candidate
+            refused |= dict.fromkeys(never_ran, "its packed form never ran: the model reads its weight directly")
+            candidate = self.assemble(fuse, refused)
+            if self.check(candidate) == []:
+                return candidate
+        for name in self.seen.inputs:
+            if name not in refused and self.check(self.assemble(False, self.all_but(name))) is None:
+                refused[name] = "its packed form gives another output inside this model"
+        candidate = self.assemble(False, refused)
+        if self.check(candidate) is None:
+            raise AutopruneError("the model's copy does not reproduce its output: it is not deterministic in eval mode.")
+        return candidate
+
+    def all_but(self, name: str) -> dict[str, str]:
+        return {other: "left out" for other in self.seen.inputs if other != name}
+
+    def check(self, candidate: RepackedModel) -> list[str] | None:
+        """Packed layers that never ran; None when the output is not the original's."""
+        packed = {row.name: candidate.model.get_submodule(row.name) for row in candidate.report if row.backend != DENSE}
+        ran: set[str] = set()
+        try:
+            with torch.inference_mode(), watch_forward(packed, lambda name, *_: ran.add(name)):
+                output = candidate(*self.inputs)
+        except (RuntimeError, TypeError, ValueError, AttributeError, AutopruneError):
+            return None
+        return [name for name in packed if name not in ran] if same_output(output, self.seen.output) else None
+
+    def assemble(self, fuse: bool, refused: Mapping[str, str]) -> RepackedModel:
+        model = copy_for_inference(self.original)
+        rows, relus, removed = [], {}, []
+        for name, module in list(model.named_modules()):
+            if not isinstance(module, (nn.Conv2d, nn.Linear)):
+                continue
+            fusion = self.seen.fusions.get(name, Fusion()) if fuse else Fusion()
+            if fusion.batch_norm:
+                assert isinstance(module, nn.Conv2d)
+                fold_batch_norm_(module, model.get_submodule(fusion.batch_norm))
+                model = with_submodule(model, fusion.batch_norm, nn.Identity())
+                removed.append(fusion.batch_norm)
+            form = LayerForm(module, fusion.relu is not None)
+            row, lowered = self.lower(name, form, refused)
+            relu = form.relu and row.backend != DENSE
+            if relu:
+                assert fusion.relu is not None
+                model = with_submodule(model, fusion.relu, nn.Identity())
+                removed.append(fusion.relu)
+            fused = " + ".join([*(["batch norm"] if fusion.batch_norm else []), *(["relu"] if relu else [])])
+            rows.append(LayerReport(**{**vars(row), "fused": fused}))
+            if row.backend != DENSE:
+                model = with_submodule(model, name, lowered)
+                relus[name] = relu
+        return RepackedModel(model, rows, relus, removed)
+
+    def lower(self, name: str, form: LayerForm, refused: Mapping[str, str]) -> tuple[LayerReport, nn.Module]:
+        def row(backend: str, why: str, dense: float | None = None, packed: float | None = None) -> LayerReport:
+            size = 1 if backend == DENSE else form.packed.group_size
+            return LayerReport(name, form.kind, form.sparsity, size, backend, dense, packed, "", why)
+
+        if name in refused or (reason := _unfit(form, self.seen.inputs.get(name))):
+            return row(DENSE, refused.get(name) or reason), form.module
+        if self.choose is not None:
+            chosen = self.choose(name, form)
+            support = BACKENDS.get(chosen)().supports(form)
+            if not support.ok or chosen == DENSE:
+                return row(DENSE, support.why or "chosen"), form.module
+            return row(chosen, "chosen"), BACKENDS.get(chosen)().lower(form)
+        options = {key: BACKENDS.get(key)() for key in self.backends if key != DENSE}
+        lowered = {key: backend.lower(form) for key, backend in options.items() if backend.supports(form).ok}
+        if not lowered:
+            return row(DENSE, "; ".join(backend.supports(form).why for backend in options.values())), form.module
+        timed = {DENSE: BACKENDS.get(DENSE)().lower(form), **lowered}
+        x = self.seen.inputs[name]
+        times = measure_together({key: _call(each, x) for key, each in timed.items()}, self.protocol, self.clock)
+        dense_us = times.pop(DENSE).median_ms * 1e3
+        best = min(times, key=lambda key: times[key].median_ms)
+        packed_us = times[best].median_ms * 1e3
+        if packed_us > GAIN * dense_us:
+            return row(DENSE, f"no backend is faster here ({best}: {packed_us:.0f} us)", dense_us, packed_us), form.module
+        return row(best, f"{dense_us / packed_us:.2f}x faster than dense", dense_us, packed_us), lowered[best]
+
+
+def with_submodule(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
+    """Puts `module` in the place called `name`; a model that is one layer is replaced as a whole."""
+    if not name:
+        return module
+    model.set_submodule(name, module)
+    return model
+
+
+def _call(module: nn.Module, x: Tensor) -> Callable[[], object]:
+    return lambda: module(x)
+
+
+def _unfit(form: LayerForm, x: Tensor | None) -> str | None:
+    """Why no backend can take the layer, whatever its zeros."""
+    if x is None:
+        return "its forward never ran"
+    if form.weight.dtype != torch.float32 or x.dtype != torch.float32:
+        return f"it runs in {x.dtype}"
+    if isinstance(form.module, nn.Conv2d):
+        if form.module.padding_mode != "zeros":
+            return f"padding mode {form.module.padding_mode!r} has no packed form"
+        if form.module.padding == "same" and any(
+            (d * (k - 1)) % 2 for d, k in zip(form.module.dilation, form.module.kernel_size, strict=True)
+        ):
+            return "'same' padding of an even kernel has no packed form"
+    return None
+
+
+def same_output(got: Any, wanted: Any) -> bool:
+    """Whether two outputs (tensors, or tuples, lists and dicts of them) are equal up to float rounding."""
+    if isinstance(wanted, Tensor):
+        if not isinstance(got, Tensor) or got.shape != wanted.shape or got.dtype != wanted.dtype:
+            return False
+        if not wanted.is_floating_point():
+            return bool(torch.equal(got, wanted))
+        close = (got - wanted).abs() <= TOLERANCE * wanted[wanted.isfinite()].abs().amax() if wanted.numel() else None
+        return close is None or bool((close | (got == wanted) | (got.isnan() & wanted.isnan())).all())
+    if isinstance(wanted, Mapping):
+        return isinstance(got, Mapping) and set(got) == set(wanted) and all(same_output(got[k], wanted[k]) for k in wanted)
+    if isinstance(wanted, (tuple, list)):
+        return len(got) == len(wanted) and all(same_output(a, b) for a, b in zip(got, wanted, strict=True))
+    return bool(got == wanted)

@@ -1,0 +1,264 @@
+"""The last stage of a run: dense engines, masked and repacked model timed in turns, the table, the report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from autoprune.agents.base import Trial
+from autoprune.errors import AutopruneError, FileError, MissingExtra
+from autoprune.files import read_json, write_json, write_tensors, write_text
+from autoprune.inventory import KeptDense
+from autoprune.latency.engines import ENGINES
+from autoprune.latency.machine import machine_identity
+from autoprune.latency.table import LatencyTable
+from autoprune.latency.timer import Latency, Protocol, measure_together, speedup
+from autoprune.masks import nonzero_parameters
+from autoprune.monitor import point
+from autoprune.repack import RepackedModel
+from autoprune.report.data import MeasuredPoint, PlanRow, Report, ResultRow, SearchRow
+from autoprune.report.page import report_page
+from autoprune.report.plots import front_figure, reward_figure, save_png, sparsity_figure
+from autoprune.report.table import markdown_table, microseconds
+from autoprune.report.tensorboard import TrialWriter
+from autoprune.run import Run
+
+EAGER = "dense, torch eager"
+MASKED = "masked"
+REPACKED = "repacked"
+
+
+def results(run: Run, *, again: bool = False) -> tuple[ResultRow, ...]:
+    """Measures the final table, or reads it from the directory when it is there and not wanted `again`."""
+    path = run.directory / "results.json"
+    if path.exists() and not again:
+        return _read(path)
+    latency = run.config.latency
+    inputs = run.task.example_inputs(latency.batch)
+    calls: dict[str, Callable[[], object]] = {EAGER: ENGINES.get("eager")().prepare(run.dense, inputs, latency.threads)}
+    calls |= _engine_calls(run, inputs)
+    masked, repacked = run.masked, run.repacked
+    calls[MASKED] = lambda: masked(*inputs)
+    calls[REPACKED] = lambda: repacked(*inputs)
+    run.progress.say(f"measuring: batch {latency.batch}, {latency.threads} thread(s), {latency.samples} rounds in turns")
+    times = measure_together(calls, Protocol(samples=latency.samples, threads=latency.threads), run.clock)
+
+    dense_file = run.directory / "dense.safetensors"
+    write_tensors(dense_file, run.dense.state_dict())
+    dense_accuracy = run.task.test(run.dense)
+    size, parameters = dense_file.stat().st_size, sum(p.numel() for p in run.dense.parameters())
+    best = min((name for name in times if name not in (MASKED, REPACKED)), key=lambda name: times[name].median_ms)
+
+    def row(name: str, label: str, accuracy: float, count: int, size_bytes: int) -> ResultRow:
+        took = times[name]
+        return ResultRow(
+            label, accuracy, took, speedup(times[EAGER], took), speedup(times[best], took), count, size_bytes
+        )
+
+    rows = [row(EAGER, EAGER, dense_accuracy, parameters, size)]
+    for name in times:
+        if name not in (EAGER, MASKED, REPACKED):
+            label = f"{name}, best engine" if name == best else name
+            rows.append(row(name, label, dense_accuracy, parameters, size))
+    kept = nonzero_parameters(masked)
+    packed_size = (run.directory / "repacked.safetensors").stat().st_size
+    rows.append(row(MASKED, MASKED, run.task.test(masked), kept, size))
+    rows.append(row(REPACKED, REPACKED, run.task.test(repacked), kept, packed_size))
+    write_json(path, [asdict(each) for each in rows])
+    return tuple(rows)
+
+
+def _engine_calls(run: Run, inputs: tuple[Any, ...]) -> dict[str, Callable[[], object]]:
+    """The dense engines asked for; those that are missing or fail are said, not hidden."""
+    wanted = run.config.latency.engines
+    calls: dict[str, Callable[[], object]] = {}
+    for name in wanted or tuple(ENGINES):
+        if name == "eager":
+            continue
+        try:
+            calls[f"dense, {name}"] = ENGINES.get(name)().prepare(run.dense, inputs, run.config.latency.threads)
+        except MissingExtra as error:
+            if wanted:
+                raise
+            run.progress.say(f"dense engine {name} left out: {error}")
+        except AutopruneError as error:
+            run.progress.say(f"dense engine {name} left out, it cannot run this model: {error}")
+    return calls
+
+
+def _read(path: Path) -> tuple[ResultRow, ...]:
+    data = read_json(path, "the results")
+    try:
+        return tuple(
+            ResultRow(**{**row, "latency": Latency(**{**row["latency"], "samples_ms": tuple(row["latency"]["samples_ms"])})})
+            for row in data
+        )
+    except (KeyError, TypeError) as error:
+        raise FileError(f"the results are corrupt: {path} ({error}). Delete the file to measure again.") from None
+
+
+def latency_text(table: LatencyTable) -> str:
+    """The latency table for reading: a row a layer and pattern, microseconds a call at each measured sparsity."""
+    rows, sparsities = [], []
+    for name, layer in table.layers.items():
+        for pattern, curve in layer.curves.items():
+            sparsities = [f"{100 * point.sparsity:.0f}%" for point in curve]
+            cells = [f"{point.latency_us:.1f} {point.backend}" for point in curve]
+            rows.append([name, pattern, f"{layer.dense_us:.1f}", *cells])
+    return markdown_table(("layer", "pattern", "torch dense us", *sparsities), rows, left=2)
+
+
+def repack_text(model: RepackedModel) -> str:
+    """What became of each layer."""
+    rows = [
+        [row.name, f"{100 * row.sparsity:.0f}%", str(row.group_size), row.backend, microseconds(row.dense_us),
+         microseconds(row.packed_us), row.why]
+        for row in model.report
+    ]
+    return markdown_table(("layer", "sparsity", "group", "backend", "dense us", "packed us", "why"), rows)
+
+
+def write_report(run: Run) -> str:
+    """Writes ``report.md`` and its figures and returns the page."""
+    rows = results(run)
+    page = report_page(
+        Report(
+            title=f"{run.task.name}: {run.config.target}",
+            headline=_headline(rows),
+            facts=_facts(run),
+            results=rows,
+            plan=_plan_rows(run),
+            kept_dense=_kept_dense(run),
+            searches=_search_rows(run),
+            protocol={
+                "batch": run.config.latency.batch,
+                "threads": run.config.latency.threads,
+                "device": "cpu",
+                "rounds, all rows in turns": run.config.latency.samples,
+            },
+            machine=machine_identity(),
+            figures=_figures(run),
+        )
+    )
+    write_text(run.directory / "report.md", page)
+    _write_hparams(run, rows)
+    return page
+
+
+def _row(rows: tuple[ResultRow, ...], name: str) -> ResultRow:
+    return next(row for row in rows if row.name == name)
+
+
+def _headline(rows: tuple[ResultRow, ...]) -> str:
+    dense, fast = _row(rows, EAGER), _row(rows, REPACKED)
+    assert fast.accuracy is not None
+    assert dense.accuracy is not None
+    assert fast.speedup is not None
+    assert fast.speedup_over_best is not None
+    lost = 100 * (dense.accuracy - fast.accuracy)
+    change = f"{lost:.2f} points of accuracy lost" if lost > 0 else f"{-lost:.2f} points of accuracy gained"
+    text = f"The repacked model is **{fast.speedup:.2f}x** faster than dense torch eager, {change}"
+    text += f"; against the best dense engine of the same run it is {fast.speedup_over_best:.2f}x."
+    if fast.speedup_over_best < 1.0:
+        text += " The best dense engine is faster than the repacked model: prefer it for this model."
+    return text
+
+
+def _facts(run: Run) -> dict[str, Any]:
+    config = run.config
+    return {
+        "task": config.task,
+        "target": config.target,
+        "agent": config.search.agent,
+        "episodes": config.search.episodes,
+        "actions": ", ".join(map(str, config.env.actions)),
+        "recovery before scoring": config.env.recovery,
+        "training": run.plan.training,
+        "fine-tuning epochs": config.finetune.settings.epochs,
+        "settings of the plan": dict(run.plan.settings) or "none",
+        "seed": config.seed,
+    }
+
+
+def _plan_rows(run: Run) -> tuple[PlanRow, ...]:
+    rows = []
+    lowered = {row.name: row for row in run.repacked.report}
+    for name, layer in run.plan.layers.items():
+        made = lowered[name]
+        rows.append(
+            PlanRow(
+                layer=name,
+                weights=run.inventory[name].weights,
+                sparsity=layer.sparsity,
+                pattern=str(layer.pattern),
+                criterion=str(layer.criterion),
+                backend=made.backend,
+                dense_us=made.dense_us,
+                latency_us=made.packed_us if made.backend != "dense" else made.dense_us,
+            )
+        )
+    return tuple(rows)
+
+
+def _kept_dense(run: Run) -> tuple[KeptDense, ...]:
+    """Layers that were never offered, and planned ones that no backend makes faster."""
+    lost = [
+        KeptDense(row.name, row.kind, row.why)
+        for row in run.repacked.report
+        if row.backend == "dense" and row.name in run.plan.layers
+    ]
+    return (*run.inventory.dense, *lost)
+
+
+def _search_rows(run: Run) -> tuple[SearchRow, ...]:
+    if not (run.directory / "search" / "trials.jsonl").exists():
+        return ()  # the plan was given, not searched
+    compared = run.uniform
+
+    def row(agent: str, episodes: int, trial: Trial) -> SearchRow:
+        return SearchRow(
+            agent, episodes, trial["reward"], trial["accuracy"], trial["latency_ms"], trial["speedup"]
+        )
+
+    rows = [row(str(run.config.search.agent.name), len(run.found.trials), compared["agent"])]
+    if compared["uniform"] is not None:
+        rows.append(row("uniform, same speed-up", math.prod(_grid_sizes(run)), compared["uniform"]))
+    return tuple(rows)
+
+
+def _grid_sizes(run: Run) -> list[int]:
+    return [len(component.anchors()) for component in run.env.actions.components]
+
+
+def _figures(run: Run) -> dict[str, str]:
+    figures = {"Sparsity of each layer": "sparsity.png"}
+    sparsities = {name: layer.sparsity for name, layer in run.plan.layers.items()}
+    save_png(sparsity_figure(sparsities), run.directory / "sparsity.png")
+    if not (run.directory / "search" / "trials.jsonl").exists():
+        return figures
+    trials, compared = run.found.trials, run.uniform
+    uniform = point(compared["uniform"]) if compared["uniform"] else None
+    dense = MeasuredPoint(run.table.dense_ms, run.dense_accuracy)
+    save_png(front_figure([point(t) for t in trials], point(run.found.best), dense, uniform), run.directory / "front.png")
+    rewards = {run.config.search.agent.name: [float(trial["reward"]) for trial in trials]}
+    save_png(reward_figure(rewards), run.directory / "reward.png")
+    return {**figures, "Accuracy and latency of every trial": "front.png", "Reward": "reward.png"}
+
+
+def _write_hparams(run: Run, rows: tuple[ResultRow, ...]) -> None:
+    fast = _row(rows, REPACKED)
+    flat = {
+        "agent": str(run.config.search.agent),
+        "episodes": run.config.search.episodes,
+        "target": str(run.config.target),
+        "recovery": str(run.config.env.recovery),
+        "training": str(run.plan.training),
+        "learning_rate": run.config.finetune.settings.learning_rate,
+        "seed": run.config.seed,
+    }
+    with TrialWriter(run.directory / "tensorboard" / "final") as writer:
+        writer.hparams(flat, {"accuracy": fast.accuracy or 0.0, "speedup": fast.speedup or 0.0})
+

@@ -1,0 +1,376 @@
+"""A run: one config, one directory, and the stages from a task to a fast model.
+
+Every stage writes its result before the next one starts and loads it when it is there already, so a stopped run
+goes on where it was, and every verb of the command line is "run the stages up to this one".
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import time
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from autoprune.agents import AGENTS
+from autoprune.agents.harness import SearchResult, search
+from autoprune.agents.rival import reward_at, uniform_at
+from autoprune.config import Config
+from autoprune.criteria import CRITERIA
+from autoprune.envs import Problem, PruneEnv, Sensitivity
+from autoprune.envs.actions import ACTIONS
+from autoprune.envs.actions.criterion import CriterionChoice
+from autoprune.envs.actions.group_size import GroupSize
+from autoprune.errors import ConfigError, FileError
+from autoprune.evaluation.dense import dense_model
+from autoprune.evaluation.evaluator import Evaluator
+from autoprune.evaluation.measurement import CachedEvaluate
+from autoprune.evaluation.profile import profile_settings, profile_table
+from autoprune.evaluation.recovery import RECOVERIES, Subject
+from autoprune.evaluation.recovery.batch_norm import BatchNorm
+from autoprune.evaluation.sensitivity import ANCHORS, probe_sensitivity
+from autoprune.files import read_json, read_tensors, write_json, write_tensors
+from autoprune.inventory import Inventory, take_inventory
+from autoprune.latency.engines import ENGINES
+from autoprune.latency.machine import machine_identity
+from autoprune.latency.table import LatencyTable
+from autoprune.latency.timer import Clock, Protocol, torch_threads
+from autoprune.masks import collect_statistics
+from autoprune.monitor import SearchMonitor
+from autoprune.patterns import PATTERNS
+from autoprune.plan import Plan
+from autoprune.progress import SILENT, Progress
+from autoprune.registry import Choice
+from autoprune.repack import RepackedModel, load_packed, repack, save_packed
+from autoprune.report.data import MeasuredPoint
+from autoprune.tasks import TASKS, Task
+from autoprune.training import TRAINING
+from autoprune.training.base import Pruner
+from autoprune.training.loop import train_
+
+
+def check_names(config: Config) -> None:
+    """Raises ConfigError when the config names a row no registry has, or choices that do not go together."""
+    PATTERNS.create(config.env.pattern)
+    CRITERIA.create(config.env.criterion)
+    TRAINING.create(config.finetune.method)
+    recovery = RECOVERIES.create(config.env.recovery)
+    for engine in config.latency.engines:
+        ENGINES.get(engine)
+    for choice in config.env.actions:
+        component = ACTIONS.create(choice)
+        if component.needs_training and not recovery.trains:
+            raise ConfigError(
+                f"the action {choice.name!r} would never reach the reward: recovery {config.env.recovery.name!r} does "
+                'not train. Set env.recovery = {name = "train", steps = 20}, or drop the action.'
+            )
+    TASKS.get(config.task.name)
+    AGENTS.create(config.search.agent)
+
+
+class Run:
+    """The stages of one run. Each property or method does its stage, and those before it, once.
+
+    Args:
+        config: what to do.
+        directory: where everything is written; a directory of another config is refused.
+        task: in place of the task the config names.
+        fresh_table: measure the latency table again even if there is one.
+
+    Raises:
+        ConfigError: the config names what does not exist, or the directory holds a run of another config.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        directory: Path,
+        *,
+        task: Task | None = None,
+        progress: Progress = SILENT,
+        clock: Clock = time.perf_counter,
+        fresh_table: bool = False,
+    ) -> None:
+        check_names(config)
+        self.config, self.directory, self.progress, self.clock = config, directory, progress, clock
+        self._given_task, self._fresh_table = task, fresh_table
+        self._work_threads = torch.get_num_threads()
+        self._claim()
+
+    def _claim(self) -> None:
+        path = self.directory / "config.json"
+        resolved = self.config.to_json()
+        if path.exists():
+            changed = _changed_keys(read_json(path, "the run's config"), resolved)
+            if changed:
+                raise ConfigError(
+                    f"{self.directory} holds a run of another config; these keys differ: {', '.join(changed)}. Nothing "
+                    "was changed. Use another --run-dir, give the same config, or delete that directory."
+                )
+        elif self.directory.exists() and not self.directory.is_dir():
+            raise ConfigError(f"{self.directory} is a file: give a run directory, or a name that is free.")
+        else:
+            write_json(path, resolved)
+
+    @cached_property
+    def task(self) -> Task:
+        if self._given_task is not None:
+            return self._given_task
+        return TASKS.create(self.config.task)  # type: ignore[return-value]
+
+    @cached_property
+    def dense(self) -> nn.Module:
+        """The trained dense model, in eval mode."""
+        settings = self.config.dense or self.task.dense_training
+        with torch_threads(self._work_threads):
+            return dense_model(self.task, self.config.task, settings, self.config.seed, self.progress)
+
+    @cached_property
+    def dense_accuracy(self) -> float:
+        """On the validation split."""
+        return self.task.evaluate(self.dense)
+
+    @cached_property
+    def inventory(self) -> Inventory:
+        env = self.config.env
+        inputs = self.task.example_inputs(self.config.latency.batch)
+        inventory = take_inventory(self.dense, inputs, keep_dense=env.keep_dense, min_weights=env.min_weights)
+        self.progress.say(f"{len(inventory.layers)} prunable layers:")
+        for layer in inventory.layers:
+            shape = "x".join(map(str, layer.weight_shape))
+            self.progress.say(f"  {layer.name:<32} {layer.kind:<8} {shape:<16} {layer.macs / 1e6:8.2f} M MACs")
+        for row in inventory.dense:
+            self.progress.say(f"  {row.name:<32} stays dense: {row.reason}")
+        return inventory
+
+    @cached_property
+    def patterns(self) -> tuple[Choice, ...]:
+        """Every pattern a plan of this run can hold."""
+        components = [ACTIONS.create(choice) for choice in self.config.env.actions]
+        sized = [pattern for c in components if isinstance(c, GroupSize) for pattern in c.patterns]
+        return tuple(dict.fromkeys([*sized, self.config.env.pattern]))
+
+    @cached_property
+    def subject(self) -> Subject:
+        config = self.config
+        components = [ACTIONS.create(choice) for choice in config.env.actions]
+        criteria = {config.env.criterion.name}.union(*(c.names for c in components if isinstance(c, CriterionChoice)))
+        needs = frozenset[str]().union(*(CRITERIA.get(name).needs for name in criteria))
+        statistics = collect_statistics(
+            self.dense, self.inventory.names, self.task.calibration, self.task.loss, needs
+        )
+        return Subject(
+            self.task, self.dense, self.inventory, statistics, config.finetune.settings, config.seed
+        )
+
+    @cached_property
+    def table(self) -> LatencyTable:
+        """The measured latency table, from the directory when it holds one for this machine."""
+        path = self.directory / "latency.json"
+        settings = profile_settings(self.subject, self.patterns, self.config.latency.batch, self.config.latency.threads)
+        if path.exists() and not self._fresh_table:
+            return LatencyTable.load(path, settings=settings, machine=machine_identity())
+        protocol = self._protocol(self.config.latency.profile_samples)
+        table = profile_table(self.subject, self.patterns, settings, protocol, self.clock, self.progress)
+        table.save(path)
+        self._fresh_table = False
+        self.progress.say(
+            f"latency table: dense {table.dense_ms:.3f} ms, of which prunable layers "
+            f"{sum(table.dense_us(name) for name in table.layers) / 1e3:.3f} ms ({path})"
+        )
+        return table
+
+    @cached_property
+    def problem(self) -> Problem:
+        env = self.config.env
+        evaluator = self.evaluator
+        probe = replace(evaluator, recovery=BatchNorm())
+        drops = probe_sensitivity(
+            probe,
+            self.dense_accuracy,
+            env.pattern,
+            env.criterion,
+            path=self.directory / "sensitivity.json",
+            progress=self.progress,
+        )
+        return Problem(
+            inventory=self.inventory,
+            table=self.table,
+            sensitivity=Sensitivity(ANCHORS, drops),
+            dense_accuracy=self.dense_accuracy,
+            evaluate=CachedEvaluate(evaluator, self.directory / "search" / "evaluations.jsonl"),
+            target=self.config.target,
+            pattern=env.pattern,
+            criterion=env.criterion,
+            training=self.config.finetune.method,
+            max_sparsity=env.max_sparsity,
+        )
+
+    @cached_property
+    def evaluator(self) -> Evaluator:
+        latency = self.config.latency
+        return Evaluator(
+            subject=self.subject,
+            table=self.table,
+            recovery=RECOVERIES.create(self.config.env.recovery),
+            protocol=self._protocol(latency.search_samples),
+            batch=latency.batch,
+            work_threads=self._work_threads,
+            clock=self.clock,
+        )
+
+    @cached_property
+    def env(self) -> PruneEnv:
+        env = self.config.env
+        return PruneEnv(self.problem, env.actions, env.shaping, env.gamma)
+
+    @cached_property
+    def found(self) -> SearchResult:
+        """The search's trials; only those that are missing are run."""
+        config, directory = self.config, self.directory / "search"
+        agent, env = AGENTS.create(config.search.agent), self.env
+        self.progress.say(f"search: {config.search.agent}, {config.search.episodes} episodes, {config.target}")
+        with self.progress.bar("search", config.search.episodes) as bar:
+            dense = MeasuredPoint(self.table.dense_ms, self.dense_accuracy)
+            monitor = SearchMonitor(self.directory / "tensorboard", self._config_text(), dense, bar)
+            try:
+                result = search(
+                    agent,
+                    env,
+                    config.search.episodes,
+                    config.seed,
+                    directory=directory,
+                    on_trial=monitor.trial,
+                    on_resumed=monitor.resumed,
+                )
+            finally:
+                monitor.close()
+        agent.save_policy(self.directory / "policy", env)
+        return result
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The plan to apply: the directory's, or the best one found."""
+        path = self.directory / "plan.json"
+        if path.exists():
+            plan = Plan.load(path)
+            plan.check_layers(self.inventory.names)
+            return plan
+        plan = self.found.plan
+        plan.save(path)
+        best = self.found.best
+        self.progress.say(f"best plan: accuracy {best['accuracy']:.4f}, {best['speedup']:.2f}x, reward {best['reward']:.3f}")
+        return plan
+
+    def adopt(self, path: Path) -> None:
+        """Takes the plan of a file in place of a searched one; refused when the run has another already."""
+        plan = Plan.load(path)
+        plan.check_layers(self.inventory.names)
+        own = self.directory / "plan.json"
+        if own.exists() and Plan.load(own) != plan:
+            raise ConfigError(f"{self.directory} has a plan already, and it differs from {path}. Use another --run-dir.")
+        plan.save(own)
+
+    @cached_property
+    def uniform(self) -> dict[str, Any]:
+        """The best trial as ``agent`` and the ``uniform`` rule at its measured speed-up (None: not that fast)."""
+        path = self.directory / "uniform.json"
+        if not path.exists():
+            best = self.found.best
+            speedup = float(best["speedup"])
+            rival = uniform_at(self.env, speedup)
+            write_json(path, {"agent": {**best, "reward": reward_at(self.env, best, speedup)}, "uniform": rival})
+        data: dict[str, Any] = read_json(path, "the comparison with uniform")
+        return data
+
+    @cached_property
+    def pruned(self) -> nn.Module:
+        """The dense model under the plan's masks, recovered as in the search, not fine-tuned."""
+        path = self.directory / "pruned.safetensors"
+        if (model := self._load(path)) is None:
+            model = self.evaluator.masked_model(self.plan)
+            write_tensors(path, model.state_dict())
+        return model
+
+    @cached_property
+    def masked(self) -> nn.Module:
+        """The masked model, fine-tuned by the plan's method."""
+        path = self.directory / "masked.safetensors"
+        if (model := self._load(path)) is None:
+            model = self._finetuned()
+            write_tensors(path, model.state_dict())
+            shutil.rmtree(self.directory / "finetune", ignore_errors=True)
+        return model
+
+    @cached_property
+    def repacked(self) -> RepackedModel:
+        """The fast model, its backends chosen by measurement here."""
+        path = self.directory / "repacked.safetensors"
+        if path.exists():
+            return load_packed(path, copy.deepcopy(self.task.model))
+        latency = self.config.latency
+        with torch_threads(latency.threads):
+            model = repack(
+                self.masked,
+                self.task.example_inputs(latency.batch),
+                protocol=self._protocol(latency.search_samples),
+                clock=self.clock,
+            )
+        save_packed(model, path)
+        return model
+
+    def _finetuned(self) -> nn.Module:
+        plan, task = self.plan, self.task
+        settings = replace(self.config.finetune.settings, **plan.settings)
+        model = copy.deepcopy(self.dense)
+        with torch_threads(self._work_threads):
+            train_(
+                model,
+                task.train,
+                task.loss,
+                settings,
+                seed=self.config.seed,
+                method=TRAINING.create(plan.training),
+                pruner=Pruner(model, self.inventory, plan, task.calibration, task.loss),
+                teacher=self.dense if settings.distillation_weight > 0 else None,
+                checkpoint=self.directory / "finetune",
+                progress=self.progress,
+                title="fine-tuning",
+            )
+        return model.eval()
+
+    def _load(self, path: Path) -> nn.Module | None:
+        if not path.exists():
+            return None
+        tensors, _ = read_tensors(path, "the saved model")
+        model = copy.deepcopy(self.task.model)
+        try:
+            model.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise FileError(f"the saved model {path} does not fit the task ({error}). Delete it to redo its stage.") from None
+        return model.eval()
+
+    def _protocol(self, samples: int) -> Protocol:
+        return Protocol(samples=samples, threads=self.config.latency.threads)
+
+    def _config_text(self) -> str:
+        return "\n".join(f"{key} = {value}" for key, value in sorted(_flat(self.config.to_json()).items()))
+
+
+def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _changed_keys(before: Any, now: dict[str, Any]) -> list[str]:
+    if not isinstance(before, dict):
+        return ["(the saved config is corrupt)"]
+    old, new = _flat(before), _flat(now)
+    return sorted(key for key in {*old, *new} if old.get(key) != new.get(key))

@@ -1,0 +1,105 @@
+"""Configs: every shipped one is valid; a wrong key, type or value is an error that names the nearest key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from autoprune.config import Config, load_config, parse_config, parse_overrides
+from autoprune.errors import ConfigError, FileError
+from autoprune.registry import Choice
+from autoprune.run import check_names
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configs_are_valid_and_survive_json(path: Path) -> None:
+    config = load_config(path)
+    check_names(config)
+    assert parse_config(config.to_json(), "again") == config
+
+
+def test_there_are_shipped_configs() -> None:
+    assert {"digits", "fashion_mnist"} <= {path.stem for path in CONFIGS}
+
+
+WRONG = [
+    ({"serch": {}}, "unknown key 'serch'. Did you mean 'search'"),
+    ({"search": {"episods": 5}}, "Did you mean 'episodes'"),
+    ({"finetune": {"settings": {"momentm": 0.5}}}, "Did you mean 'momentum'"),
+    ({"target": {"sped": 2.0}}, "Did you mean 'speedup'"),
+    ({"search": {"episodes": "5"}}, "search.episodes: .*valid integer.*'5'"),
+    ({"search": {"episodes": 0}}, "greater than or equal to 1"),
+    ({"env": {"max_sparsity": 1.5}}, "less than 1"),
+    ({"target": {}}, "exactly one"),
+    ({"target": {"speedup": 0.5}}, "above 1"),
+    ({"dense": {"epochs": 0}}, "epochs"),
+    ({"task": 5}, "must be a name"),
+    ({"env": {"actions": [{"sizes": [4]}]}}, "must be a name"),
+]
+
+
+@pytest.mark.parametrize(("change", "text"), WRONG, ids=lambda value: str(value)[:40])
+def test_a_wrong_config_is_one_clear_error(change: dict[str, object], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        parse_config({"task": "digits", **change}, "x.toml")
+
+
+def test_a_missing_task_is_said() -> None:
+    with pytest.raises(ConfigError, match="'task' is missing"):
+        parse_config({}, "x.toml")
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"task": "digit"}, "unknown task 'digit'. Did you mean 'digits'"),
+        ({"search": {"agent": "pp0"}}, "Did you mean 'ppo'"),
+        ({"search": {"agent": {"name": "ppo", "net_size": 3}}}, "no argument 'net_size'"),
+        ({"env": {"pattern": {"name": "group", "size": 0}}}, "1 to 1024"),
+        ({"env": {"recovery": "batchnorm"}}, "Did you mean 'batch_norm'"),
+        ({"env": {"actions": ["sparsity", "learning_rate"]}}, "would never reach the reward"),
+        ({"latency": {"engines": ["onnx"]}}, "unknown dense engine 'onnx'"),
+    ],
+)
+def test_names_are_checked_before_any_work(change: dict[str, object], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        check_names(parse_config({"task": "digits", **change}, "x.toml"))
+
+
+def test_overrides(tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text('task = "digits"\n[search]\nepisodes = 3\n')
+    config = load_config(
+        path, ["search.episodes=50", "search.agent=sac", "task.widths=[8, 16]", "env.recovery={name='train', steps=3}"]
+    )
+    assert config.search.episodes == 50
+    assert config.search.agent == Choice("sac")
+    assert config.task == Choice("digits", {"widths": [8, 16]})
+    assert config.env.recovery == Choice("train", {"steps": 3})
+    assert parse_overrides(["a.b=1"]) == {"a": {"b": 1}}
+
+
+@pytest.mark.parametrize(
+    ("override", "text"),
+    [("search.episodes", "KEY=VALUE"), ("seed.x=1", "not a table"), ("search.episods=1", "Did you mean 'episodes'")],
+)
+def test_a_wrong_override_is_one_clear_error(tmp_path: Path, override: str, text: str) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text('task = "digits"\nseed = 1\n')
+    with pytest.raises(ConfigError, match=text):
+        load_config(path, [override])
+
+
+def test_a_missing_or_broken_file_is_one_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(FileError, match="not found"):
+        load_config(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("task = [")
+    with pytest.raises(ConfigError, match="not valid TOML"):
+        load_config(tmp_path / "bad.toml")
+
+
+def test_defaults_are_those_of_the_class() -> None:
+    assert parse_config({"task": "digits"}, "x") == Config(task=Choice("digits"))

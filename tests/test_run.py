@@ -1,0 +1,241 @@
+"""The main job end to end on a small task, its resumption, and the errors of the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from autoprune.agents.base import Trial
+from autoprune.cli import app, main
+from autoprune.config import Config, parse_config
+from autoprune.errors import AutopruneError, ConfigError, FileError, InfeasibleTarget, StaleTable
+from autoprune.plan import Plan
+from autoprune.results import write_report
+from autoprune.run import Run
+
+SMALL = {
+    "task": {"name": "digits", "widths": [8, 16]},
+    "dense": {"epochs": 1, "learning_rate": 0.1},
+    "target": {"speedup": 1.05},
+    "latency": {"samples": 5, "search_samples": 3, "profile_samples": 3, "engines": ["eager"]},
+    "env": {"actions": ["sparsity"]},
+    "search": {"agent": {"name": "ppo", "net": [8], "episodes_per_update": 2}, "episodes": 4},
+    "finetune": {"settings": {"epochs": 1, "learning_rate": 0.05, "distillation_weight": 0.5}},
+}
+FILES = [
+    "config.json",
+    "front.png",
+    "latency.json",
+    "masked.safetensors",
+    "plan.json",
+    "policy/policy.json",
+    "policy/policy.safetensors",
+    "repacked.safetensors",
+    "report.md",
+    "results.json",
+    "reward.png",
+    "search/trials.jsonl",
+    "sensitivity.json",
+    "sparsity.png",
+]
+
+
+def config(**changes: object) -> Config:
+    return parse_config({**SMALL, **changes}, "test")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole run, made once."""
+    folder = tmp_path_factory.mktemp("run")
+    os.environ["AUTOPRUNE_CACHE"] = str(folder / "cache")
+    write_report(Run(config(), folder / "digits"))
+    return folder / "digits"
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "digits"))
+
+
+def test_a_run_leaves_everything_it_promises_and_no_pickle(finished: Path) -> None:
+    assert [name for name in FILES if not (finished / name).exists()] == []
+    assert list(finished.rglob("events.out.tfevents*"))
+    assert not [path for path in finished.rglob("*") if path.suffix in {".pt", ".pth", ".pkl", ".zip", ".part"}]
+    page = (finished / "report.md").read_text()
+    for text in ("dense, torch eager", "masked", "repacked", "uniform, same speed-up", "speed-up", "Machine"):
+        assert text in page
+
+
+def test_the_repacked_model_of_a_run_equals_its_masked_one(finished: Path) -> None:
+    run = Run(config(), finished)
+    x = run.task.example_inputs(7)
+    torch.testing.assert_close(run.repacked(*x), run.masked(*x), rtol=1e-3, atol=1e-4)
+    zeros = {name: layer.sparsity for name, layer in run.plan.layers.items() if layer.sparsity > 0}
+    assert zeros
+    for name in zeros:
+        assert (run.masked.get_submodule(name).weight == 0).float().mean() == pytest.approx(zeros[name], abs=0.05)
+
+
+def test_a_finished_run_does_no_work_again(finished: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")}
+    run = Run(config(), finished)
+    assert len(run.found.trials) == 4
+    _ = (run.table, run.masked, run.repacked)
+    assert {path: path.stat().st_mtime_ns for path in before if "agent" not in path.name} == {
+        path: when for path, when in before.items() if "agent" not in path.name
+    }
+
+
+def test_stages_run_alone_and_a_lost_result_is_made_again(copied: Path) -> None:
+    (copied / "masked.safetensors").unlink()
+    again = Run(config(), copied)
+    first = {name: value.clone() for name, value in again.masked.state_dict().items()}
+    (copied / "masked.safetensors").unlink()
+    second = Run(config(), copied).masked.state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_directory_of_another_config_is_refused(finished: Path) -> None:
+    before = (finished / "config.json").read_bytes()
+    with pytest.raises(ConfigError, match="another config; these keys differ: seed"):
+        Run(config(seed=5), finished)
+    assert (finished / "config.json").read_bytes() == before
+
+
+def test_a_stale_latency_table_is_refused(copied: Path) -> None:
+    table = json.loads((copied / "latency.json").read_text())
+    table["machine"]["cpu"] = "another CPU"
+    (copied / "latency.json").write_text(json.dumps(table))
+    with pytest.raises(StaleTable, match="cpu was 'another CPU'"):
+        _ = Run(config(), copied).table
+    fresh = Run(config(), copied, fresh_table=True).table
+    assert fresh.machine["cpu"] != "another CPU"
+
+
+@pytest.mark.parametrize(
+    ("name", "stage"),
+    [
+        ("latency.json", "table"),
+        ("sensitivity.json", "problem"),
+        ("plan.json", "plan"),
+        ("masked.safetensors", "masked"),
+        ("repacked.safetensors", "repacked"),
+        ("search/trials.jsonl", "found"),
+        ("search/evaluations.jsonl", "problem"),
+        ("search/agent.json", "found"),
+    ],
+)
+def test_a_corrupt_file_is_a_file_error_that_names_it(copied: Path, name: str, stage: str) -> None:
+    (copied / name).write_bytes(b"nonsense\n")
+    with pytest.raises(FileError, match=name.rsplit("/", 1)[-1].split(".")[0]):
+        getattr(Run(config(), copied), stage)
+
+
+def test_an_infeasible_target_is_refused_before_the_search(copied: Path) -> None:
+    shutil.rmtree(copied / "search")
+    (copied / "config.json").unlink()
+    (copied / "plan.json").unlink()
+    run = Run(config(target={"speedup": 900.0}), copied)
+    with pytest.raises(InfeasibleTarget, match="at best"):
+        _ = run.found
+    assert not (copied / "search" / "trials.jsonl").exists()
+
+
+def test_a_plan_can_be_given_in_place_of_a_search(finished: Path, tmp_path: Path) -> None:
+    run = Run(config(), tmp_path / "given")
+    run.adopt(finished / "plan.json")
+    assert run.plan == Plan.load(finished / "plan.json")
+    other = run.plan.with_sparsities(dict.fromkeys(run.plan.layers, 0.5))
+    other.save(tmp_path / "other.json")
+    with pytest.raises(ConfigError, match="has a plan already"):
+        run.adopt(tmp_path / "other.json")
+
+
+def test_a_killed_run_resumes(finished: Path, tmp_path: Path) -> None:
+    path = tmp_path / "small.json"
+    path.write_text(json.dumps(config(search={**SMALL["search"], "episodes": 400}).to_json()))  # type: ignore[dict-item]
+    code = (
+        "import json, sys; from pathlib import Path; from autoprune.config import parse_config; from autoprune.run "
+        "import Run; Run(parse_config(json.loads(Path(sys.argv[1]).read_text()), 'x'), Path(sys.argv[2])).found"
+    )
+    shutil.copytree(finished, tmp_path / "killed", ignore=shutil.ignore_patterns("search", "plan.json", "config.json"))
+    log = tmp_path / "killed" / "search" / "trials.jsonl"
+    process = subprocess.Popen([sys.executable, "-c", code, str(path), str(tmp_path / "killed")])
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if log.exists() and log.read_bytes().count(b"\n") >= 13:
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = [json.loads(line) for line in log.read_bytes().splitlines()[:10]]
+    assert len(done) == 10
+    short = parse_config(json.loads(path.read_text()), "x")
+    trials: list[Trial] = []
+    run = Run(short, tmp_path / "killed")
+    run.env.problem.evaluate  # noqa: B018 - the stages before the search load without work
+    from autoprune.agents import AGENTS
+    from autoprune.agents.harness import search
+
+    result = search(AGENTS.create(short.search.agent), run.env, 16, 0, directory=log.parent, on_resumed=trials.extend)
+    assert len(trials) == 10, "the checkpoint every ten episodes is where a killed search goes on"
+    assert list(result.trials[:10]) == done
+
+
+def cli(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, list(arguments))
+    text = result.output + (str(result.exception) if result.exception else "")
+    return result.exit_code, text
+
+
+@pytest.mark.parametrize(
+    "command", ["run", "profile", "train", "apply", "prune", "finetune", "repack", "bench", "report"]
+)
+def test_every_command_has_help_with_an_example(command: str) -> None:
+    code, text = cli(command, "--help")
+    assert code == 0
+    assert "Example" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "text"),
+    [
+        (["run", "no.toml"], FileError, "not found"),
+        (["report", "no-such-run"], FileError, "not found"),
+        (["apply", "--policy", "none", "--model", "a:b", "--data", "c:d", "--speedup", "2"], FileError, "policy"),
+        (["apply", "--policy", "none", "--model", "a:b", "--data", "c:d"], ConfigError, "exactly one"),
+    ],
+)
+def test_bad_input_is_one_error_and_writes_nothing(
+    arguments: list[str], kind: type[Exception], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(kind, match=text):
+        CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_process_prints_one_paragraph_and_exits_with_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["autoprune", "run", "no.toml"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.strip() == "error: the config not found: no.toml."
+
+
+def test_errors_share_a_base() -> None:
+    assert all(issubclass(kind, AutopruneError) for kind in (ConfigError, FileError, InfeasibleTarget, StaleTable))
