@@ -63,7 +63,7 @@ def differences(measured: Mapping[str, Any], here: Mapping[str, Any]) -> list[st
 
 
 def _shown(values: Mapping[str, Any], key: str) -> str:
-    return json.dumps(values[key], sort_keys=True) if key in values else "not recorded"
+    return repr(json.loads(json.dumps(values[key], sort_keys=True))) if key in values else "not recorded"
 
 
 def _cpu_model(cpuinfo: Path) -> str:

@@ -32,8 +32,8 @@ def test_a_difference_names_both_sides() -> None:
     del there["vector"]
     told = differences(there, machine_identity())
     assert len(told) == 2
-    assert told[0].startswith('cpu was "Pentium", here it is "')
-    assert told[1].startswith("vector was not recorded, here it is ")
+    assert told[0].startswith("cpu was 'Pentium', here it is '")
+    assert told[1].startswith("vector was not recorded, here it is '")
 
 
 def test_a_tuple_equals_the_list_it_became_in_a_file() -> None:
