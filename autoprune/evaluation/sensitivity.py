@@ -7,7 +7,6 @@ from pathlib import Path
 from autoprune.errors import FileError
 from autoprune.evaluation.evaluator import Evaluator
 from autoprune.files import read_json, write_json
-from autoprune.latency.timer import torch_threads
 from autoprune.plan import LayerPlan, Plan
 from autoprune.progress import SILENT, Progress
 from autoprune.registry import Choice
@@ -46,9 +45,8 @@ def probe_sensitivity(
 
 
 def _score(evaluator: Evaluator, name: str, layer: LayerPlan) -> float:
-    model = evaluator.masked_model(Plan({name: layer}))
-    with torch_threads(evaluator.work_threads):
-        return evaluator.subject.task.evaluate(model)
+    plan = Plan({name: layer})
+    return evaluator.score(evaluator.repacked(evaluator.masked_model(plan), plan))
 
 
 def _read(path: Path | None, pattern: Choice, criterion: Choice) -> Drops:

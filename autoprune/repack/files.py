@@ -74,7 +74,7 @@ def load_packed(path: Path, model: nn.Module) -> RepackedModel:
         return _assembled(tensors, json.loads(metadata["autoprune"]), copy_for_inference(model))
     except FileError as error:
         raise FileError(f"the packed model is corrupt: {path} ({error})") from None
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError, RecursionError, AutopruneError) as error:
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError, AutopruneError) as error:
         told = str(error).splitlines()[0] if str(error) else ""
         raise FileError(
             f"the packed model {path} is corrupt, or was made of another model ({type(error).__name__}: {told}). "
@@ -115,9 +115,15 @@ def _lowered(name: str, layer: Any, tensors: dict[str, Tensor], model: nn.Module
     values = tensors[f"{name}|values"]
     if values.dtype != torch.float32:
         raise FileError(f"the values of {name} are {values.dtype}")
-    shape = tuple(int(extent) for extent in layer["shape"])
+    shape = tuple(_integer(extent) for extent in layer["shape"])
     packed = PackedWeight(
-        shape, int(layer["conv_groups"]), int(layer["group_size"]), arrays[0], arrays[1], values.numpy(), arrays[2]
+        shape,
+        _integer(layer["conv_groups"]),
+        _integer(layer["group_size"]),
+        arrays[0],
+        arrays[1],
+        values.numpy(),
+        arrays[2],
     ).validate()
     groups = module.groups if isinstance(module, nn.Conv2d) else 1
     if shape != tuple(module.weight.shape) or packed.conv_groups != groups:
@@ -150,6 +156,12 @@ def _load_rest(model: nn.Module, rest: dict[str, Tensor], packed: tuple[str, ...
 def _flag(value: Any) -> bool:
     if not isinstance(value, bool):
         raise FileError(f"a flag is {value!r}")
+    return value
+
+
+def _integer(value: Any) -> int:
+    if type(value) is not int:  # JSON holds true, 1.5 and Infinity too
+        raise FileError(f"an integer is {value!r}")
     return value
 
 

@@ -84,7 +84,7 @@ class PackedWeight:
         pointer, index, rows = self.group_pointer, self.index, self.out_index
         _require(pointer.ndim == 1 and len(pointer) >= 1 and index.ndim == 1, "array dimensions")
         _require(int(pointer[0]) == 0 and int(pointer[-1]) == len(index), "group_pointer's ends")
-        _require(bool((np.diff(pointer) >= 0).all()), "group_pointer falls")
+        _require(bool((pointer[1:] >= pointer[:-1]).all()), "group_pointer falls")  # a difference could wrap
         _require(self.values.shape == (len(index), self.group_size), f"values have shape {self.values.shape}")
         _require(rows.shape == (self.groups, self.group_size), f"out_index has shape {rows.shape}")
         real = rows[rows >= 0]

@@ -1,11 +1,11 @@
 """Drop-in modules that run a packed weight: called like the Conv2d or Linear they replace, inference only.
 
-A call needs no state but the packed arrays: scratch and output are allocated by the call, so several threads may use
-one model. What depends on the input's shape alone is computed once a shape.
+A call needs no state but the packed arrays and its thread's scratch, so several threads may use one model. What depends on the input's shape alone is computed once a shape.
 """
 
 from __future__ import annotations
 
+import threading
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from autoprune.errors import AutopruneError
+from autoprune.errors import AutopruneError, FileError
 from autoprune.repack.formats import PackedWeight
 from autoprune.repack.kernels import convolution, linear
 from autoprune.repack.kernels.compiler import Target, host
@@ -38,6 +38,25 @@ class Geometry:
     arrays: tuple[Any, ...]
 
 
+class _Scratch(threading.local):
+    """One growing buffer a thread: warm in its cache, and never shared by two calls at a time."""
+
+    def __init__(self) -> None:
+        self.size, self.address = 0, 0
+        self.buffer = np.empty(0, np.float32)
+
+
+_SCRATCH = _Scratch()
+
+
+def _scratch(size: int) -> int:
+    """The address of at least `size` floats of this thread's scratch."""
+    if _SCRATCH.size < size:
+        _SCRATCH.buffer = np.empty(size, np.float32)
+        _SCRATCH.size, _SCRATCH.address = size, _SCRATCH.buffer.ctypes.data
+    return _SCRATCH.address
+
+
 class PackedLayer(nn.Module):
     """What the packed layers share: the packed arrays as buffers, and the dense weight rebuilt on request."""
 
@@ -52,7 +71,8 @@ class PackedLayer(nn.Module):
         self.shape, self.conv_groups, self.group_size = packed.shape, packed.conv_groups, packed.group_size
         self.has_bias, self.relu, self.target = bias is not None, relu, target or host()
         rows = torch.from_numpy(packed.out_index)
-        full = torch.zeros(packed.shape[0]) if bias is None else bias.detach().float()
+        full = torch.zeros(packed.shape[0]) if bias is None else bias.detach()
+        full = full.to(torch.float32)  # whatever the default dtype is
         self.register_buffer("group_pointer", torch.from_numpy(packed.group_pointer))
         self.register_buffer("index", torch.from_numpy(packed.index))
         self.register_buffer("values", torch.from_numpy(packed.values))
@@ -76,7 +96,7 @@ class PackedLayer(nn.Module):
         if not self.has_bias:
             return None
         real = self.out_index >= 0
-        full = torch.empty(self.shape[0])
+        full = self.bias_rows.new_empty(self.shape[0])
         full[self.out_index[real].long()] = self.bias_rows[real]
         return full
 
@@ -84,8 +104,12 @@ class PackedLayer(nn.Module):
         if torch.compiler.is_compiling():
             return self._traced(x)
         if x.requires_grad and torch.is_grad_enabled():
-            raise AutopruneError("a repacked model is for inference: call it under torch.inference_mode() or no_grad().")
-        geometry = self._geometries.get(x.shape) or self._prepare(x)
+            raise AutopruneError(
+                "a repacked model is for inference: call it under torch.inference_mode() or no_grad()."
+            )
+        if x.dtype != torch.float32 or not x.is_cpu:  # of a known shape too: native code takes what it gets for floats
+            raise AutopruneError(f"a packed layer takes float32 on the CPU; the input is {x.dtype} on {x.device}.")
+        geometry = self._geometries.get(x.shape) or self._prepare(tuple(x.shape))
         return self._call(geometry, x.contiguous())
 
     @abstractmethod
@@ -100,14 +124,38 @@ class PackedLayer(nn.Module):
     def _call(self, geometry: Geometry, x: Tensor) -> Tensor:
         """Runs the kernel."""
 
-    def _prepare(self, x: Tensor) -> Geometry:
-        if x.dtype != torch.float32 or x.device.type != "cpu" or self.values.dtype != torch.float32:
+    def _prepare(self, shape: tuple[int, ...]) -> Geometry:
+        if self.values.dtype != torch.float32 or not self.values.is_cpu:
             raise AutopruneError(
-                f"a packed layer runs in float32 on the CPU; the input is {x.dtype} on {x.device}, its values are "
-                f"{self.values.dtype}."
+                "a packed layer runs in float32 on the CPU; its values are "
+                f"{self.values.dtype} on {self.values.device}."
             )
-        geometry = self._geometries[tuple(x.shape)] = self._geometry(tuple(x.shape))
+        geometry = self._geometries[shape] = self._geometry(shape)
         return geometry
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
+        unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        """Loads only arrays that are alike and valid together: native code follows their indices."""
+        own = dict(self.named_buffers(recurse=False))
+        given = {name: state_dict.get(prefix + name, buffer) for name, buffer in own.items()}
+        try:
+            for name, buffer in own.items():
+                each = given[name]
+                if each.shape != buffer.shape or each.dtype != buffer.dtype or not each.is_contiguous():
+                    raise FileError(
+                        f"{name} is {each.dtype} {tuple(each.shape)}, not {buffer.dtype} {tuple(buffer.shape)}"
+                    )
+            arrays = (given[name].numpy() for name in ("group_pointer", "index", "values", "out_index"))
+            PackedWeight(self.shape, self.conv_groups, self.group_size, *arrays).validate()
+        except FileError as error:
+            error_msgs.append(f"{prefix.rstrip('.') or 'a packed layer'}: {error}")
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        self._geometries = {}  # offsets and addresses of what it had
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLayer:
         self._geometries = {}  # addresses change when tensors move
@@ -148,8 +196,8 @@ class PackedConv2d(PackedLayer):
         return out
 
     def _call(self, geometry: Geometry, x: Tensor) -> Tensor:
-        y = torch.empty(geometry.output)
-        scratch = torch.empty(geometry.scratch)
+        y = x.new_empty(geometry.output)
+        scratch = x.new_empty(geometry.scratch)
         at = scratch.data_ptr()
         geometry.kernel(geometry.address, x.data_ptr(), y.data_ptr(), at, at + geometry.results_at)
         return y
@@ -161,9 +209,10 @@ class PackedConv2d(PackedLayer):
             )
         batch, (channels, height, width) = (shape[0] if len(shape) == 4 else 1), shape[-3:]
         (kh, kw), (sh, sw), (ph, pw), (dh, dw) = self.kernel_size, self.stride, self.padding, self.dilation
-        out_h, out_w = ((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in (
-            (height, ph, dh, kh, sh), (width, pw, dw, kw, sw)
-        ))
+        out_h, out_w = (
+            (n + 2 * p - d * (k - 1) - 1) // s + 1
+            for n, p, d, k, s in ((height, ph, dh, kh, sh), (width, pw, dw, kw, sw))
+        )
         if out_h < 1 or out_w < 1:
             raise AutopruneError(f"an input of {height}x{width} is smaller than the {kh}x{kw} kernel.")
         rows = self.group_size
@@ -188,9 +237,12 @@ class PackedConv2d(PackedLayer):
         y_pitch = -(-block // tile) * tile + tile
         taps = np.arange(kh * kw)
         dy, dx = taps // kw * dh, taps % kw * dw
-        tap_at = ((dy % sh) * sw + dx % sw) * plane + dy // sh * pitch + dx // sw
+        plane_of = (dy % sh) * sw + dx % sw
+        tap_at = plane_of * plane + dy // sh * pitch + dx // sw
         channel, tap = np.divmod(self.index.numpy(), kh * kw)
         offsets = (channel.astype(np.int64) * sh * sw * plane + tap_at[tap]).astype(np.int32)
+        # A plane no kept tap reads need not be filled; with more planes than bits, all are.
+        phases = int(np.bitwise_or.reduce(1 << plane_of[tap], initial=0)) if sh * sw < 63 else -1
         f = convolution.Field
         values, bias, out_index = self._pointers()
         given = {
@@ -201,6 +253,7 @@ class PackedConv2d(PackedLayer):
             f.X_IMAGE: channels * height * width, f.Y_IMAGE: self.out_channels * out_h * out_w,
             f.Y_CHANNEL: out_h * out_w, f.GROUP_POINTER: self.group_pointer.data_ptr(),
             f.OFFSETS: offsets.ctypes.data, f.VALUES: values, f.BIAS: bias, f.OUT_INDEX: out_index, f.Y_MARGIN: tile,
+            f.ZEROED: int(ph > 0 or pw > 0), f.PHASES: phases,
         }  # fmt: skip
         fields = np.array([given[field] for field in f], dtype=np.int64)
         output = (*shape[:-3], self.out_channels, out_h, out_w)
@@ -225,7 +278,7 @@ class PackedLinear(PackedLayer):
         return out
 
     def _call(self, geometry: Geometry, x: Tensor) -> Tensor:
-        y = torch.empty(geometry.output)
+        y = x.new_empty(geometry.output)
         geometry.kernel(geometry.address, x.data_ptr(), y.data_ptr())
         return y
 
@@ -249,10 +302,8 @@ def _rebuilt(
     arrays: tuple[Tensor, ...], shape: tuple[int, ...], conv_groups: int, size: int
 ) -> tuple[PackedWeight, Tensor]:
     pointer, index, values, out_index, bias_rows = arrays
-    packed = PackedWeight(
-        shape, conv_groups, size, pointer.numpy(), index.numpy(), values.numpy(), out_index.numpy()
-    )
-    bias = torch.zeros(shape[0])
+    packed = PackedWeight(shape, conv_groups, size, pointer.numpy(), index.numpy(), values.numpy(), out_index.numpy())
+    bias = bias_rows.new_zeros(shape[0])
     real = out_index >= 0
     bias[out_index[real].long()] = bias_rows[real]
     return packed, bias

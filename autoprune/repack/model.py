@@ -270,14 +270,7 @@ def _unfit(form: LayerForm, x: Tensor | None) -> str | None:
         return "its forward never ran"
     if form.weight.dtype != torch.float32 or x.dtype != torch.float32:
         return f"it runs in {x.dtype}"
-    if isinstance(form.module, nn.Conv2d):
-        if form.module.padding_mode != "zeros":
-            return f"padding mode {form.module.padding_mode!r} has no packed form"
-        if form.module.padding == "same" and any(
-            (d * (k - 1)) % 2 for d, k in zip(form.module.dilation, form.module.kernel_size, strict=True)
-        ):
-            return "'same' padding of an even kernel has no packed form"
-    return None
+    return form.odd_padding
 
 
 def same_output(got: Any, wanted: Any) -> bool:

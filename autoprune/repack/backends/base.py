@@ -57,6 +57,18 @@ class LayerForm:
         stride, dilation = self.module.stride, self.module.dilation
         return (stride[0], stride[1]), conv_padding(self.module), (dilation[0], dilation[1])
 
+    @property
+    def odd_padding(self) -> str | None:
+        """Why `window` does not say all of the layer's padding; None when it does."""
+        if isinstance(self.module, nn.Linear):
+            return None
+        if self.module.padding_mode != "zeros":
+            return f"padding mode {self.module.padding_mode!r} has no packed form"
+        extents = zip(self.module.dilation, self.module.kernel_size, strict=True)
+        if self.module.padding == "same" and any(d * (k - 1) % 2 for d, k in extents):
+            return "'same' padding of an even kernel has no packed form"
+        return None
+
 
 @dataclass(frozen=True)
 class Support:

@@ -15,7 +15,7 @@ class Jit(Backend):
     def supports(self, form: LayerForm) -> Support:
         if form.weight.device.type != "cpu":
             return Support(False, f"its weight is on {form.weight.device}; the kernels run on the CPU")
-        reason = unavailable()
+        reason = form.odd_padding or unavailable()
         return Support(reason is None, reason or "")
 
     def lower(self, form: LayerForm) -> nn.Module:

@@ -23,6 +23,8 @@ class Portable(Backend):
     """Plain torch; grouped convolutions have no portable form yet."""
 
     def supports(self, form: LayerForm) -> Support:
+        if form.odd_padding:
+            return Support(False, form.odd_padding)
         if form.conv_groups > 1:
             return Support(False, "grouped convolutions have no portable form")
         if not bool(form.weight.any()):
@@ -156,4 +158,4 @@ class GatheredLinear(_Gathered):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.reshape(-1, x.shape[-1])  # (tokens, in)
-        return self._multiply(tokens.t()[None])[0].t().reshape(*x.shape[:-1], -1)
+        return self._multiply(tokens.t()[None])[0].t().reshape(*x.shape[:-1], len(self.order))

@@ -69,6 +69,8 @@ class Field(IntEnum):
     BIAS = 26
     OUT_INDEX = 27
     Y_MARGIN = 28  # floats before the result scratch, for a tile that was pulled back
+    ZEROED = 29  # 1 when the scratch has a border to clear
+    PHASES = 30  # bit p: some kept tap reads phase plane p, so it must be filled
 
 
 def convolution_kernel(rows: int, target: Target) -> Callable[..., None]:
@@ -158,14 +160,15 @@ def _driver(module: ir.Module, rows: int, tile_rows: int, tiles: list[ir.Functio
 def _copy_in(module: ir.Module, b: ir.IRBuilder, get: dict[Field, ir.Value], x: ir.Value, scratch: ir.Value) -> None:
     """The image into zero-bordered planes, one a channel and phase."""
     zero = module.declare_intrinsic("llvm.memset", [I8.as_pointer(), I64])
-    size = b.mul(get[Field.SCRATCH], const(4))
+    size = b.mul(b.mul(get[Field.SCRATCH], get[Field.ZEROED]), const(4))
     b.call(zero, [b.bitcast(scratch, I8.as_pointer()), ir.Constant(I8, 0), size, ir.Constant(ir.IntType(1), 0)])
     high, wide = get[Field.STRIDE_H], get[Field.STRIDE_W]
     with loop(b, const(0), get[Field.CHANNELS]) as channel:
         planes = b.mul(b.mul(channel, b.mul(high, wide)), get[Field.PLANE])
         with loop(b, const(0), get[Field.HEIGHT]) as row:
             padded = b.add(row, get[Field.PAD_H])
-            plane = b.add(planes, b.mul(b.mul(b.srem(padded, high), wide), get[Field.PLANE]))
+            first_phase = b.mul(b.srem(padded, high), wide)
+            plane = b.add(planes, b.mul(first_phase, get[Field.PLANE]))
             target = at(b, scratch, b.add(plane, b.mul(b.sdiv(padded, high), get[Field.PITCH])))
             line = at(b, x, b.mul(b.add(b.mul(channel, get[Field.HEIGHT]), row), get[Field.WIDTH]))
             with b.if_else(b.icmp_signed("==", wide, const(1))) as (contiguous, strided):
@@ -174,7 +177,9 @@ def _copy_in(module: ir.Module, b: ir.IRBuilder, get: dict[Field, ir.Value], x: 
                     with loop(b, const(0), get[Field.WIDTH]) as column:
                         b.store(b.load(at(b, line, column)), at(b, shifted, column))
                 with strided, loop(b, const(0), wide) as phase:
-                    _copy_phase(b, get, line, at(b, target, b.mul(phase, get[Field.PLANE])), phase)
+                    bit = b.shl(const(1), b.add(first_phase, phase))
+                    with b.if_then(b.icmp_signed("!=", b.and_(get[Field.PHASES], bit), const(0))):
+                        _copy_phase(b, get, line, at(b, target, b.mul(phase, get[Field.PLANE])), phase)
 
 
 def _copy_phase(b: ir.IRBuilder, get: dict[Field, ir.Value], line: ir.Value, target: ir.Value, phase: ir.Value) -> None:
