@@ -21,10 +21,16 @@ class Agent(ABC):
     """Searches by running episodes; the harness keeps the trials."""
 
     @abstractmethod
-    def search(self, env: PruneEnv, episodes: int, seed: int, on_trial: OnTrial, directory: Path | None, done: int) -> None:
+    def search(
+        self, env: PruneEnv, episodes: int, seed: int, on_trial: OnTrial, directory: Path | None, done: int
+    ) -> None:
         """Runs episodes `done` .. `episodes` and calls `on_trial` after each, in order.
 
         Args:
+            env: the problem, as episodes.
+            episodes: the whole budget.
+            seed: of everything the agent draws.
+            on_trial: takes each trial.
             directory: where a learner keeps its checkpoint; None keeps none.
             done: episodes that an earlier, interrupted call has already reported.
         """
@@ -41,7 +47,8 @@ class Agent(ABC):
 def run_episode(env: PruneEnv, act: Actor) -> Trial:
     """Plays one episode and returns its trial."""
     observation, _ = env.reset()
-    step, info, over = 0, {}, False
+    step, over = 0, False
+    info: dict[str, Any] = {}
     while not over:
         observation, _, over, _, info = env.step(act(observation, step))
         step += 1

@@ -71,6 +71,10 @@ def search(
     """Runs `agent` for `episodes` episodes, resuming what `directory` holds.
 
     Args:
+        agent: who chooses the actions.
+        env: the problem, as episodes.
+        episodes: the whole budget, those of an interrupted search included.
+        seed: of everything the agent draws.
         directory: where ``trials.jsonl`` and the agent's checkpoint live; None keeps everything in memory.
         on_trial: called with (index, trial) after each new episode.
         on_resumed: called once, before the first, with the trials of the interrupted search.

@@ -25,7 +25,9 @@ class PretrainedAgent(Agent):
         self.policy = Policy.load(Path(path))
         self.noise = noise
 
-    def search(self, env: PruneEnv, episodes: int, seed: int, on_trial: OnTrial, directory: Path | None, done: int) -> None:
+    def search(
+        self, env: PruneEnv, episodes: int, seed: int, on_trial: OnTrial, directory: Path | None, done: int
+    ) -> None:
         if env.action_choices != self.policy.actions:
             ours, theirs = (", ".join(map(str, choices)) for choices in (env.action_choices, self.policy.actions))
             raise ConfigError(f"the policy was trained for the actions {theirs}; this environment has {ours}.")

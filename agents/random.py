@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from autoprune.agents.base import Agent, OnTrial, run_episode
 from autoprune.envs.prune import PruneEnv
@@ -13,8 +15,14 @@ from autoprune.envs.prune import PruneEnv
 class RandomAgent(Agent):
     """Each episode draws its actions from its own seed, so that a resumed search needs no state."""
 
-    def search(self, env: PruneEnv, episodes: int, seed: int, on_trial: OnTrial, directory: Path | None, done: int) -> None:
-        shape = env.action_space.shape
+    def search(
+        self, env: PruneEnv, episodes: int, seed: int, on_trial: OnTrial, directory: Path | None, done: int
+    ) -> None:
         for episode in range(done, episodes):
-            draws = np.random.default_rng([seed, episode])
-            on_trial(run_episode(env, lambda _, __, draws=draws: draws.uniform(-1, 1, shape).astype(np.float32)))
+            on_trial(run_episode(env, partial(_draw, np.random.default_rng([seed, episode]), env.action_space.shape)))
+
+
+def _draw(
+    draws: np.random.Generator, shape: tuple[int, ...], observation: NDArray[np.float32], step: int
+) -> NDArray[np.float32]:
+    return draws.uniform(-1.0, 1.0, shape).astype(np.float32)

@@ -6,6 +6,7 @@ import itertools
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from autoprune.agents.base import Trial, run_episode
 from autoprune.envs.prune import PruneEnv
@@ -52,6 +53,6 @@ def reward_at(env: PruneEnv, trial: Trial, speedup: float) -> float:
     return terminal_reward(replace(env.problem, target=Target(speedup=speedup)), measured).total
 
 
-def _aimed(env: PruneEnv, action: np.ndarray, aim: float) -> Trial:  # type: ignore[type-arg]
+def _aimed(env: PruneEnv, action: NDArray[np.float32], aim: float) -> Trial:
     aimed = PruneEnv(replace(env.problem, target=Target(speedup=aim)), env.action_choices, env.shaping, env.gamma)
     return run_episode(aimed, lambda _, __: action)

@@ -8,6 +8,7 @@ from typing import Any
 
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import Logger
 
 from autoprune.agents.base import Agent, OnTrial
 from autoprune.agents.checkpoint import checkpoint_episodes, load_checkpoint_, save_checkpoint
@@ -40,8 +41,11 @@ class SB3Agent(Agent):
     def on_episode(self, model: BaseAlgorithm, progress: float) -> None:
         """Called before each episode (or batch of them) with the share of the search that is over."""
 
-    def search(self, env: PruneEnv, episodes: int, seed: int, on_trial: OnTrial, directory: Path | None, done: int) -> None:
+    def search(
+        self, env: PruneEnv, episodes: int, seed: int, on_trial: OnTrial, directory: Path | None, done: int
+    ) -> None:
         model = self._model = self.build(env, seed)
+        model.set_logger(Logger(folder=None, output_formats=[]))  # the default one leaves a folder behind each search
         if directory is not None and done:
             load_checkpoint_(directory, model)
         remaining = (episodes - done) * env.steps_per_episode

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from autoprune.agents.base import Agent, OnTrial, run_episode
 from autoprune.envs.prune import PruneEnv
@@ -14,8 +16,14 @@ from autoprune.envs.prune import PruneEnv
 class UniformAgent(Agent):
     """Walks the grid of the components' anchors (criteria x group sizes x ...) and stops at its end."""
 
-    def search(self, env: PruneEnv, episodes: int, seed: int, on_trial: OnTrial, directory: Path | None, done: int) -> None:
+    def search(
+        self, env: PruneEnv, episodes: int, seed: int, on_trial: OnTrial, directory: Path | None, done: int
+    ) -> None:
         grid = itertools.product(*(component.anchors() for component in env.actions.components))
         for units in itertools.islice(grid, done, episodes):
             action = np.array(units, dtype=np.float32)
-            on_trial(run_episode(env, lambda _, __, action=action: action))
+            on_trial(run_episode(env, partial(_always, action)))
+
+
+def _always(action: NDArray[np.float32], observation: NDArray[np.float32], step: int) -> NDArray[np.float32]:
+    return action

@@ -29,7 +29,7 @@ Overrides = Annotated[
 ]
 
 
-def _run(config: Path, run_dir: Path | None, overrides: list[str] | None, *, fresh_table: bool = False):  # type: ignore[no-untyped-def]  # noqa: ANN202
+def _run(config: Path, run_dir: Path | None, overrides: list[str] | None, *, fresh_table: bool = False):  # type: ignore[no-untyped-def]
     from autoprune.config import load_config
     from autoprune.report.console import Console
     from autoprune.run import Run
@@ -169,8 +169,12 @@ def apply(
     model: Annotated[str, typer.Option(help="package.module:function returning the trained nn.Module.")],
     data: Annotated[str, typer.Option(help="package.module:function returning (train_loader, validation_loader).")],
     speedup: Annotated[float | None, typer.Option(help="At least this speed-up over dense torch eager.")] = None,
-    accuracy_drop: Annotated[float | None, typer.Option(help="At most this drop, as a fraction: 0.01 is a point.")] = None,
-    out: Annotated[Path, typer.Option(help="Where the pruned, repacked model and the report go.")] = Path("runs/applied"),
+    accuracy_drop: Annotated[
+        float | None, typer.Option(help="At most this drop, as a fraction: 0.01 is a point.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Where the pruned, repacked model and the report go.")] = Path(
+        "runs/applied"
+    ),
     episodes: Annotated[int, typer.Option(help="1 takes the policy's plan; more try plans around it.", min=1)] = 1,
     overrides: Overrides = None,
 ) -> None:

@@ -121,7 +121,9 @@ def parse_config(data: Mapping[str, Any], where: str) -> Config:
     except ValidationError as error:
         raise ConfigError(f"{where}: " + " ".join(_explain(item) for item in error.errors()[:5])) from None
     except TypeError as error:
-        raise ConfigError(f"{where}: only numbers, strings, booleans, lists and tables can be used ({error}).") from None
+        raise ConfigError(
+            f"{where}: only numbers, strings, booleans, lists and tables can be used ({error})."
+        ) from None
 
 
 def _with_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -167,6 +169,8 @@ def _keys_at(path: Sequence[str]) -> list[str]:
     table: Any = Config
     for part in path:
         annotation = table.model_fields[part].annotation if hasattr(table, "model_fields") else table
-        table = next((kind for kind in get_args(annotation) if isinstance(kind, type) and kind is not type(None)), annotation)
+        table = next(
+            (kind for kind in get_args(annotation) if isinstance(kind, type) and kind is not type(None)), annotation
+        )
     fields = table.model_fields if hasattr(table, "model_fields") else table.__dataclass_fields__
     return list(fields)

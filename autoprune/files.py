@@ -57,7 +57,9 @@ def read_json(path: Path, what: str) -> Any:
     try:
         return json.loads(read_text(path, what))
     except (json.JSONDecodeError, RecursionError) as error:
-        raise FileError(f"{what} is corrupt: {path} is not valid JSON ({error}). Delete it or restore a copy.") from None
+        raise FileError(
+            f"{what} is corrupt: {path} is not valid JSON ({error}). Delete it or restore a copy."
+        ) from None
 
 
 def append_line(path: Path, data: Any) -> None:

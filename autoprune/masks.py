@@ -61,9 +61,7 @@ def collect_statistics(
         model.train(was_training)
     if missing := [name for name in names if name not in squares]:
         raise AutopruneError(f"calibration never reached {', '.join(missing)}: give batches that run the whole model.")
-    return {
-        name: LayerStatistics(gradient=gradient[name], input_norm=squares[name].sqrt().float()) for name in names
-    }
+    return {name: LayerStatistics(gradient=gradient[name], input_norm=squares[name].sqrt().float()) for name in names}
 
 
 def _add_gradients(model: nn.Module, into: dict[str, Tensor], loss: Loss, inputs: Any, target: Tensor) -> None:
@@ -81,9 +79,7 @@ def criteria_needs(plan: Plan) -> frozenset[str]:
     return frozenset().union(*(CRITERIA.get(layer.criterion.name).needs for layer in plan.layers.values()))
 
 
-def make_masks(
-    model: nn.Module, inventory: Inventory, plan: Plan, statistics: Mapping[str, LayerStatistics]
-) -> Masks:
+def make_masks(model: nn.Module, inventory: Inventory, plan: Plan, statistics: Mapping[str, LayerStatistics]) -> Masks:
     """Turns a plan into one mask a planned layer; layers at sparsity 0 get none."""
     plan.check_layers(inventory.names)
     masks: Masks = {}

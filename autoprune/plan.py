@@ -148,4 +148,6 @@ class Plan:
         """Raises ConfigError when the plan names a layer the model does not have."""
         for name in self.layers:
             if name not in names:
-                raise ConfigError(f"the plan names a layer the model does not have: {name!r}. {did_you_mean(name, names)}")
+                raise ConfigError(
+                    f"the plan names a layer the model does not have: {name!r}. {did_you_mean(name, names)}"
+                )

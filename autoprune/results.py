@@ -43,7 +43,9 @@ def results(run: Run, *, again: bool = False) -> tuple[ResultRow, ...]:
     masked, repacked = run.masked, run.repacked
     calls[MASKED] = lambda: masked(*inputs)
     calls[REPACKED] = lambda: repacked(*inputs)
-    run.progress.say(f"measuring: batch {latency.batch}, {latency.threads} thread(s), {latency.samples} rounds in turns")
+    run.progress.say(
+        f"measuring: batch {latency.batch}, {latency.threads} thread(s), {latency.samples} rounds in turns"
+    )
     times = measure_together(calls, Protocol(samples=latency.samples, threads=latency.threads), run.clock)
 
     dense_file = run.directory / "dense.safetensors"
@@ -93,7 +95,9 @@ def _read(path: Path) -> tuple[ResultRow, ...]:
     data = read_json(path, "the results")
     try:
         return tuple(
-            ResultRow(**{**row, "latency": Latency(**{**row["latency"], "samples_ms": tuple(row["latency"]["samples_ms"])})})
+            ResultRow(
+                **{**row, "latency": Latency(**{**row["latency"], "samples_ms": tuple(row["latency"]["samples_ms"])})}
+            )
             for row in data
         )
     except (KeyError, TypeError) as error:
@@ -114,8 +118,15 @@ def latency_text(table: LatencyTable) -> str:
 def repack_text(model: RepackedModel) -> str:
     """What became of each layer."""
     rows = [
-        [row.name, f"{100 * row.sparsity:.0f}%", str(row.group_size), row.backend, microseconds(row.dense_us),
-         microseconds(row.packed_us), row.why]
+        [
+            row.name,
+            f"{100 * row.sparsity:.0f}%",
+            str(row.group_size),
+            row.backend,
+            microseconds(row.dense_us),
+            microseconds(row.packed_us),
+            row.why,
+        ]
         for row in model.report
     ]
     return markdown_table(("layer", "sparsity", "group", "backend", "dense us", "packed us", "why"), rows)
@@ -219,9 +230,7 @@ def _search_rows(run: Run) -> tuple[SearchRow, ...]:
     compared = run.uniform
 
     def row(agent: str, episodes: int, trial: Trial) -> SearchRow:
-        return SearchRow(
-            agent, episodes, trial["reward"], trial["accuracy"], trial["latency_ms"], trial["speedup"]
-        )
+        return SearchRow(agent, episodes, trial["reward"], trial["accuracy"], trial["latency_ms"], trial["speedup"])
 
     rows = [row(str(run.config.search.agent.name), len(run.found.trials), compared["agent"])]
     if compared["uniform"] is not None:
@@ -242,7 +251,9 @@ def _figures(run: Run) -> dict[str, str]:
     trials, compared = run.found.trials, run.uniform
     uniform = point(compared["uniform"]) if compared["uniform"] else None
     dense = MeasuredPoint(run.table.dense_ms, run.dense_accuracy)
-    save_png(front_figure([point(t) for t in trials], point(run.found.best), dense, uniform), run.directory / "front.png")
+    save_png(
+        front_figure([point(t) for t in trials], point(run.found.best), dense, uniform), run.directory / "front.png"
+    )
     rewards = {run.config.search.agent.name: [float(trial["reward"]) for trial in trials]}
     save_png(reward_figure(rewards), run.directory / "reward.png")
     return {**figures, "Accuracy and latency of every trial": "front.png", "Reward": "reward.png"}
@@ -261,4 +272,3 @@ def _write_hparams(run: Run, rows: tuple[ResultRow, ...]) -> None:
     }
     with TrialWriter(run.directory / "tensorboard" / "final") as writer:
         writer.hparams(flat, {"accuracy": fast.accuracy or 0.0, "speedup": fast.speedup or 0.0})
-

@@ -121,7 +121,7 @@ class Run:
     def task(self) -> Task:
         if self._given_task is not None:
             return self._given_task
-        return TASKS.create(self.config.task)  # type: ignore[return-value]
+        return TASKS.create(self.config.task)
 
     @cached_property
     def dense(self) -> nn.Module:
@@ -161,12 +161,8 @@ class Run:
         components = [ACTIONS.create(choice) for choice in config.env.actions]
         criteria = {config.env.criterion.name}.union(*(c.names for c in components if isinstance(c, CriterionChoice)))
         needs = frozenset[str]().union(*(CRITERIA.get(name).needs for name in criteria))
-        statistics = collect_statistics(
-            self.dense, self.inventory.names, self.task.calibration, self.task.loss, needs
-        )
-        return Subject(
-            self.task, self.dense, self.inventory, statistics, config.finetune.settings, config.seed
-        )
+        statistics = collect_statistics(self.dense, self.inventory.names, self.task.calibration, self.task.loss, needs)
+        return Subject(self.task, self.dense, self.inventory, statistics, config.finetune.settings, config.seed)
 
     @cached_property
     def table(self) -> LatencyTable:
@@ -250,7 +246,8 @@ class Run:
                 )
             finally:
                 monitor.close()
-        agent.save_policy(self.directory / "policy", env)
+        if not (self.directory / "policy" / "policy.json").exists():
+            agent.save_policy(self.directory / "policy", env)
         return result
 
     @cached_property
@@ -264,7 +261,9 @@ class Run:
         plan = self.found.plan
         plan.save(path)
         best = self.found.best
-        self.progress.say(f"best plan: accuracy {best['accuracy']:.4f}, {best['speedup']:.2f}x, reward {best['reward']:.3f}")
+        self.progress.say(
+            f"best plan: accuracy {best['accuracy']:.4f}, {best['speedup']:.2f}x, reward {best['reward']:.3f}"
+        )
         return plan
 
     def adopt(self, path: Path) -> None:
@@ -273,7 +272,9 @@ class Run:
         plan.check_layers(self.inventory.names)
         own = self.directory / "plan.json"
         if own.exists() and Plan.load(own) != plan:
-            raise ConfigError(f"{self.directory} has a plan already, and it differs from {path}. Use another --run-dir.")
+            raise ConfigError(
+                f"{self.directory} has a plan already, and it differs from {path}. Use another --run-dir."
+            )
         plan.save(own)
 
     @cached_property
@@ -326,7 +327,7 @@ class Run:
 
     def _finetuned(self) -> nn.Module:
         plan, task = self.plan, self.task
-        settings = replace(self.config.finetune.settings, **plan.settings)
+        settings = self.config.finetune.settings.changed(plan.settings)
         model = copy.deepcopy(self.dense)
         with torch_threads(self._work_threads):
             train_(
@@ -352,7 +353,9 @@ class Run:
         try:
             model.load_state_dict(tensors)
         except RuntimeError as error:
-            raise FileError(f"the saved model {path} does not fit the task ({error}). Delete it to redo its stage.") from None
+            raise FileError(
+                f"the saved model {path} does not fit the task ({error}). Delete it to redo its stage."
+            ) from None
         return model.eval()
 
     def _protocol(self, samples: int) -> Protocol:

@@ -60,6 +60,10 @@ class TrainingSettings:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
+    def changed(self, settings: Mapping[str, Any]) -> TrainingSettings:
+        """A copy with the named settings changed; raises ConfigError like `from_json`."""
+        return self.from_json({**self.to_json(), **settings})
+
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> TrainingSettings:
         """Raises ConfigError on a name that is not a setting, or a value out of range."""

@@ -60,7 +60,7 @@ class FakeEvaluate:
     def layer_drop(self, name: str, sparsity: float) -> float:
         """Accuracy lost by one layer: late, wide layers bear more."""
         rank = self.inventory.names.index(name) / max(1, len(self.inventory.layers) - 1)
-        return 0.4 * sparsity ** (2.0 + 8.0 * rank)
+        return float(0.4 * sparsity ** (2.0 + 8.0 * rank))
 
     def __call__(self, plan: Plan) -> Measurement:
         lost = sum(self.layer_drop(name, layer.sparsity) for name, layer in plan.layers.items())

@@ -53,4 +53,4 @@ class Problem:
     def uniform(self, sparsity: float) -> Plan:
         """The plan that treats every layer alike."""
         layer = LayerPlan(sparsity, self.pattern, self.criterion)
-        return Plan({name: layer for name in self.inventory.names}, self.training)
+        return Plan(dict.fromkeys(self.inventory.names, layer), self.training)

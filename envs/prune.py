@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -29,8 +29,8 @@ Action = NDArray[np.float32]
 class PruneEnv(gymnasium.Env[Observation, Action]):
     """One episode makes and measures one plan.
 
-    Observation: `observation.NAMES` and the previous action, fixed length, scale-free. Action: ``Box[-1, 1]``, one entry a component
-    of `actions`. Reward: potential-based shaping on the way, the measured terminal reward at the end. The last
+    Observation: `observation.NAMES` and the previous action, fixed length, scale-free. Action: ``Box[-1, 1]``, one
+    entry a component of `actions`. Reward: potential-based shaping on the way, the measured terminal reward at the end. The last
     step's ``info["trial"]`` holds the plan, its measurement and the reward's terms as JSON.
 
     Args:
@@ -43,7 +43,7 @@ class PruneEnv(gymnasium.Env[Observation, Action]):
         InfeasibleTarget: before any episode, when no plan can reach the target.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": []}
+    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 - Gymnasium declares it so
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class PruneEnv(gymnasium.Env[Observation, Action]):
         self.action_choices = tuple(actions)
         self.actions = ActionSpace([(choice.name, ACTIONS.create(choice)) for choice in actions])
         self.shaping, self.gamma = shaping, gamma
-        self.action_space: spaces.Box = self.actions.box
+        self.action_space = self.actions.box
         size = length(len(self.actions.components))
         self.observation_space = spaces.Box(-LIMIT, LIMIT, (size,), np.float32)
         self._observer = Observer(problem)
@@ -70,7 +70,9 @@ class PruneEnv(gymnasium.Env[Observation, Action]):
         """Step 0 and one a layer."""
         return 1 + len(self.problem.inventory.layers)
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Observation, dict[str, Any]]:
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
         super().reset(seed=seed)
         self._plan, self._step = self._start, 0
         self._previous = np.zeros(len(self.actions.components), np.float32)

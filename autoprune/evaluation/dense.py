@@ -29,7 +29,9 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "autoprune"
 
 
-def dense_model(task: Task, choice: Choice, settings: TrainingSettings | None, seed: int, progress: Progress) -> nn.Module:
+def dense_model(
+    task: Task, choice: Choice, settings: TrainingSettings | None, seed: int, progress: Progress
+) -> nn.Module:
     """Returns the task's dense model, trained: by the task itself, from the cache, or now.
 
     An interrupted training goes on from its last whole epoch.

@@ -36,7 +36,9 @@ def profile_settings(subject: Subject, patterns: Sequence[Choice], batch: int, t
         "batch": batch,
         "threads": threads,
         "patterns": [str(pattern) for pattern in patterns],
-        "layers": {layer.name: list(layer.weight_shape) + list(layer.input_shape) for layer in subject.inventory.layers},
+        "layers": {
+            layer.name: list(layer.weight_shape) + list(layer.input_shape) for layer in subject.inventory.layers
+        },
     }
 
 
@@ -55,6 +57,8 @@ def profile_table(
         patterns: what a plan may hold; the last is the default one, used for the whole models.
         settings: `profile_settings`, kept with the table.
         protocol: of one cell.
+        clock: seconds.
+        progress: shows a bar over the layers.
     """
     batch = int(settings["batch"])
     inputs = record_inputs(
@@ -139,7 +143,7 @@ def _line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
     """Least squares of ``y = rest + scale * x``, kept physical: neither side of the sum can be negative."""
     scale, rest = np.polyfit(x, y, 1) if max(x) > min(x) else (1.0, 0.0)
     if rest < 0 or scale <= 0:
-        scale, rest = (statistics.fmean(y) / statistics.fmean(x), 0.0) if scale > 0 else (1.0, max(0.0, min(y) - max(x)))
+        scale, rest = (
+            (statistics.fmean(y) / statistics.fmean(x), 0.0) if scale > 0 else (1.0, max(0.0, min(y) - max(x)))
+        )
     return float(rest), float(scale)
-
-

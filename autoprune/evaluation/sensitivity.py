@@ -28,7 +28,12 @@ def probe_sensitivity(
     """Prunes each layer alone to each anchor and scores it: layer -> accuracy dropped at ANCHORS, in [0, 1].
 
     Args:
+        evaluator: masks, recovers and scores.
+        dense_accuracy: what nothing pruned scores.
+        pattern: of the probes; likewise `criterion`.
+        criterion: scores the weights.
         path: a JSON file that keeps finished layers, so that an interrupted probe goes on where it stopped.
+        progress: shows a bar over the layers.
     """
     names = evaluator.subject.inventory.names
     drops = _read(path, pattern, criterion)

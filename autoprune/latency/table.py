@@ -10,7 +10,7 @@ from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +169,6 @@ def _positive(value: Any) -> float:
 
 def _curve(points: Any) -> tuple[Point, ...]:
     curve = tuple(Point(float(p["sparsity"]), _positive(p["latency_us"]), str(p["backend"])) for p in points)
-    if not curve or any(a.sparsity >= b.sparsity for a, b in zip(curve, curve[1:], strict=False)):
+    if not curve or any(a.sparsity >= b.sparsity for a, b in pairwise(curve)):
         raise ValueError("a curve's sparsities must rise")
     return curve

@@ -26,7 +26,7 @@ class NOfM(Pattern):
     def select(self, saliency: Tensor, sparsity: float, cells: Tensor) -> Tensor:
         if sparsity < self._sparsity / 2:
             return torch.ones_like(saliency, dtype=torch.bool)
-        blocks, extra = self._blocks(saliency.detach() + 1.0)  # +1: padding ranks below a zero saliency
+        blocks, extra = self._blocks(saliency.detach().double() + 1.0)  # +1: padding ranks below a zero saliency
         kept = torch.zeros_like(blocks, dtype=torch.bool)
         kept.scatter_(-1, blocks.argsort(dim=-1, descending=True, stable=True)[..., : self.n], True)
         return self._unblocks(kept, saliency.shape, extra)

@@ -112,7 +112,8 @@ def pack(weight: Tensor, conv_groups: int = 1) -> PackedWeight:
     """
     dense = weight.detach().reshape(weight.shape[0], -1).numpy()
     size = find_group_size(weight, conv_groups)
-    rows = _out_index(dense.any(axis=1), conv_groups, size)  # (groups, size)
+    live: NDArray[np.bool_] = np.asarray(dense.any(axis=1))
+    rows = _out_index(live, conv_groups, size)  # (groups, size)
     real = rows >= 0
     blocks = np.where(real[:, :, None], dense[rows], 0.0).astype(np.float32)  # (groups, size, columns)
     alive = blocks.any(axis=1)  # (groups, columns)

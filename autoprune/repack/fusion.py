@@ -27,7 +27,7 @@ class Fusion:
 def find_fusions(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Fusion]:
     """Runs `model` once and returns layer name -> what follows it and can be fused."""
     kinds = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.ReLU)
-    modules = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    modules: dict[str, nn.Module] = {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
     produced: dict[int, tuple[str, Tensor]] = {}  # keeps the tensors alive, so that ids stay theirs
     follows: dict[str, str] = {}
     calls: dict[str, int] = {}

@@ -1,6 +1,7 @@
 """Drop-in modules that run a packed weight: called like the Conv2d or Linear they replace, inference only.
 
-A call needs no state but the packed arrays and its thread's scratch, so several threads may use one model. What depends on the input's shape alone is computed once a shape.
+A call needs no state but the packed arrays and its thread's scratch, so several threads may use one model. What
+depends on the input's shape alone is computed once a shape.
 """
 
 from __future__ import annotations
@@ -159,7 +160,7 @@ class PackedLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLayer:
         self._geometries = {}  # addresses change when tensors move
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -216,7 +217,7 @@ class PackedConv2d(PackedLayer):
         if out_h < 1 or out_w < 1:
             raise AutopruneError(f"an input of {height}x{width} is smaller than the {kh}x{kw} kernel.")
         rows = self.group_size
-        tile_rows, vectors = self.target.tile(rows)
+        _, vectors = self.target.tile(rows)
         tile = vectors * self.target.lanes
         flat = (kh, kw, sh, sw, ph, pw) == (1, 1, 1, 1, 0, 0) and height * width >= tile
         if flat:

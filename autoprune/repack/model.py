@@ -136,7 +136,9 @@ class _Seen:
 
 
 def _watch(model: nn.Module, inputs: tuple[Any, ...]) -> _Seen:
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    layers: dict[str, nn.Module] = {
+        name: m for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))
+    }
     first: dict[str, Tensor] = {}
 
     def keep(name: str, args: tuple[Any, ...], _: Any) -> None:
@@ -181,7 +183,9 @@ class _Job:
                 refused[name] = "its packed form gives another output inside this model"
         candidate = self.assemble(False, refused)
         if self.check(candidate) is None:
-            raise AutopruneError("the model's copy does not reproduce its output: it is not deterministic in eval mode.")
+            raise AutopruneError(
+                "the model's copy does not reproduce its output: it is not deterministic in eval mode."
+            )
         return candidate
 
     def all_but(self, name: str) -> dict[str, str]:
@@ -229,8 +233,8 @@ class _Job:
             size = 1 if backend == DENSE else form.packed.group_size
             return LayerReport(name, form.kind, form.sparsity, size, backend, dense, packed, "", why)
 
-        if name in refused or (reason := _unfit(form, self.seen.inputs.get(name))):
-            return row(DENSE, refused.get(name) or reason), form.module
+        if reason := refused.get(name) or _unfit(form, self.seen.inputs.get(name)):
+            return row(DENSE, reason), form.module
         if self.choose is not None:
             chosen = self.choose(name, form)
             support = BACKENDS.get(chosen)().supports(form)
@@ -248,7 +252,9 @@ class _Job:
         best = min(times, key=lambda key: times[key].median_ms)
         packed_us = times[best].median_ms * 1e3
         if packed_us > GAIN * dense_us:
-            return row(DENSE, f"no backend is faster here ({best}: {packed_us:.0f} us)", dense_us, packed_us), form.module
+            return row(
+                DENSE, f"no backend is faster here ({best}: {packed_us:.0f} us)", dense_us, packed_us
+            ), form.module
         return row(best, f"{dense_us / packed_us:.2f}x faster than dense", dense_us, packed_us), lowered[best]
 
 
@@ -283,7 +289,9 @@ def same_output(got: Any, wanted: Any) -> bool:
         close = (got - wanted).abs() <= TOLERANCE * wanted[wanted.isfinite()].abs().amax() if wanted.numel() else None
         return close is None or bool((close | (got == wanted) | (got.isnan() & wanted.isnan())).all())
     if isinstance(wanted, Mapping):
-        return isinstance(got, Mapping) and set(got) == set(wanted) and all(same_output(got[k], wanted[k]) for k in wanted)
+        return (
+            isinstance(got, Mapping) and set(got) == set(wanted) and all(same_output(got[k], wanted[k]) for k in wanted)
+        )
     if isinstance(wanted, (tuple, list)):
         return len(got) == len(wanted) and all(same_output(a, b) for a, b in zip(got, wanted, strict=True))
     return bool(got == wanted)

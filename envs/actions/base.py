@@ -64,7 +64,9 @@ class ActionSpace:
     def box(self) -> spaces.Box:
         return spaces.Box(-1.0, 1.0, (len(self.components),), np.float32)
 
-    def decode(self, action: NDArray[np.float32], scope: Scope, problem: Problem, plan: Plan, layer: str | None) -> Plan:
+    def decode(
+        self, action: NDArray[np.float32], scope: Scope, problem: Problem, plan: Plan, layer: str | None
+    ) -> Plan:
         """Applies the entries of `action` that belong to `scope`; the others are not read in this step."""
         for unit, component in zip(action, self.components, strict=True):
             if component.scope == scope:

@@ -117,7 +117,9 @@ def test_wrong_actions_say_what_is_allowed(actions: tuple[Choice, ...], text: st
         PruneEnv(fake_problem(), actions)
 
 
-@pytest.mark.parametrize("arguments", [{}, {"speedup": 2.0, "accuracy_drop": 0.1}, {"speedup": 0.5}, {"accuracy_drop": 2.0}])
+@pytest.mark.parametrize(
+    "arguments", [{}, {"speedup": 2.0, "accuracy_drop": 0.1}, {"speedup": 0.5}, {"accuracy_drop": 2.0}]
+)
 def test_a_target_is_one_sensible_number(arguments: dict[str, float]) -> None:
     with pytest.raises(ConfigError):
         Target(**arguments)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import ClassVar
 
 from torch import nn
@@ -27,7 +26,7 @@ class Train(Recovery):
 
     def recover_(self, model: nn.Module, plan: Plan, subject: Subject) -> None:
         task = subject.task
-        settings = replace(subject.settings, max_steps=self.steps, **plan.settings)
+        settings = subject.settings.changed({**plan.settings, "max_steps": self.steps})
         pruner = Pruner(model, subject.inventory, plan, task.calibration, task.loss)
         teacher = subject.dense if settings.distillation_weight > 0 else None
         train_(

@@ -51,7 +51,9 @@ def narrowed(lanes: int) -> Target:
     full = host()
     off = [name for name, on in llvm.get_host_cpu_features().items() if on and name.startswith("avx512")]
     if lanes == 4:
-        off = [name for name, on in llvm.get_host_cpu_features().items() if on and name.startswith(("avx", "fma", "f16c"))]
+        off = [
+            name for name, on in llvm.get_host_cpu_features().items() if on and name.startswith(("avx", "fma", "f16c"))
+        ]
     features = ",".join([full.features, *(f"-{name}" for name in off)])
     return Target(min(lanes, full.lanes), full.cpu, features)
 

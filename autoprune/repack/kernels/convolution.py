@@ -281,4 +281,3 @@ def _copy_out(
 
 def _pointer(b: ir.IRBuilder, get: dict[Field, ir.Value], field: Field, kind: ir.Type) -> ir.Value:
     return b.inttoptr(get[field], kind)
-
