@@ -44,7 +44,7 @@ class _Scratch(threading.local):
 
     def __init__(self) -> None:
         self.size, self.address = 0, 0
-        self.buffer = np.empty(0, np.float32)
+        self.buffer: Tensor | None = None
 
 
 _SCRATCH = _Scratch()
@@ -53,8 +53,8 @@ _SCRATCH = _Scratch()
 def _scratch(size: int) -> int:
     """The address of at least `size` floats of this thread's scratch."""
     if _SCRATCH.size < size:
-        _SCRATCH.buffer = np.empty(size, np.float32)
-        _SCRATCH.size, _SCRATCH.address = size, _SCRATCH.buffer.ctypes.data
+        _SCRATCH.buffer = torch.empty(size, dtype=torch.float32, device="cpu")  # aligned to a vector, unlike numpy's
+        _SCRATCH.size, _SCRATCH.address = size, _SCRATCH.buffer.data_ptr()
     return _SCRATCH.address
 
 
@@ -198,8 +198,7 @@ class PackedConv2d(PackedLayer):
 
     def _call(self, geometry: Geometry, x: Tensor) -> Tensor:
         y = x.new_empty(geometry.output)
-        scratch = x.new_empty(geometry.scratch)
-        at = scratch.data_ptr()
+        at = _scratch(geometry.scratch)
         geometry.kernel(geometry.address, x.data_ptr(), y.data_ptr(), at, at + geometry.results_at)
         return y
 

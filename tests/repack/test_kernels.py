@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from autoprune.errors import AutopruneError, FileError
 from autoprune.patterns import PATTERNS
 from autoprune.registry import Choice
-from autoprune.repack import pack
+from autoprune.repack import layers, pack
 from autoprune.repack.kernels.compiler import Target, host, narrowed
 from autoprune.repack.layers import PackedConv2d, PackedLayer, PackedLinear
 
@@ -96,11 +96,12 @@ def test_the_narrow_targets_are_narrow() -> None:
 
 
 class Walled:
-    """Stands in for new_empty while a layer runs: every buffer lies between NaN walls that are checked afterwards."""
+    """Stands in for what a layer allocates: every buffer is NaN between NaN walls that are checked afterwards."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, wall: int = 4096) -> None:
         self.wall, self.buffers = wall, list[tuple[Tensor, int]]()
         monkeypatch.setattr(torch.Tensor, "new_empty", lambda _, shape: self.allocate(shape))
+        monkeypatch.setattr(layers, "_scratch", lambda size: self.allocate(size).data_ptr())
 
     def allocate(self, shape: int | tuple[int, ...]) -> Tensor:
         count = int(np.prod(shape))
