@@ -37,7 +37,7 @@ class DeterministicAgent(SB3Agent):
         self.updates_per_step, self.noise = updates_per_step, (float(noise[0]), float(noise[1]))
 
     def build(self, env: PruneEnv, seed: int) -> BaseAlgorithm:
-        size = env.action_space.shape[0]
+        size = len(env.action_space.low)
         return self.algorithm(
             "MlpPolicy",
             env,

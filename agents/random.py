@@ -23,6 +23,6 @@ class RandomAgent(Agent):
 
 
 def _draw(
-    draws: np.random.Generator, shape: tuple[int, ...], observation: NDArray[np.float32], step: int
+    draws: np.random.Generator, shape: tuple[int, ...] | None, observation: NDArray[np.float32], step: int
 ) -> NDArray[np.float32]:
-    return draws.uniform(-1.0, 1.0, shape).astype(np.float32)
+    return np.asarray(draws.uniform(-1.0, 1.0, shape), np.float32)

@@ -180,7 +180,7 @@ def _headline(rows: tuple[ResultRow, ...]) -> str:
 
 def _facts(run: Run) -> dict[str, Any]:
     config = run.config
-    return {
+    facts = {
         "task": config.task,
         "target": config.target,
         "agent": config.search.agent,
@@ -192,6 +192,16 @@ def _facts(run: Run) -> dict[str, Any]:
         "settings of the plan": dict(run.plan.settings) or "none",
         "seed": config.seed,
     }
+    if _searched(run) and run.uniform["uniform"] is None:
+        facts["uniform, same speed-up"] = "no uniform plan was measured to be as fast as the agent's"
+    if run.task.testing is run.task.validation:
+        facts["test split"] = "none was given: accuracies are of the validation split that the search saw"
+    return facts
+
+
+def _searched(run: Run) -> bool:
+    """Whether the plan was searched for here, and not given."""
+    return (run.directory / "search" / "trials.jsonl").exists()
 
 
 def _plan_rows(run: Run) -> tuple[PlanRow, ...]:
@@ -225,8 +235,8 @@ def _kept_dense(run: Run) -> tuple[KeptDense, ...]:
 
 
 def _search_rows(run: Run) -> tuple[SearchRow, ...]:
-    if not (run.directory / "search" / "trials.jsonl").exists():
-        return ()  # the plan was given, not searched
+    if not _searched(run):
+        return ()
     compared = run.uniform
 
     def row(agent: str, episodes: int, trial: Trial) -> SearchRow:
@@ -246,7 +256,7 @@ def _figures(run: Run) -> dict[str, str]:
     figures = {"Sparsity of each layer": "sparsity.png"}
     sparsities = {name: layer.sparsity for name, layer in run.plan.layers.items()}
     save_png(sparsity_figure(sparsities), run.directory / "sparsity.png")
-    if not (run.directory / "search" / "trials.jsonl").exists():
+    if not _searched(run):
         return figures
     trials, compared = run.found.trials, run.uniform
     uniform = point(compared["uniform"]) if compared["uniform"] else None

@@ -30,7 +30,7 @@ class PruneEnv(gymnasium.Env[Observation, Action]):
     """One episode makes and measures one plan.
 
     Observation: `observation.NAMES` and the previous action, fixed length, scale-free. Action: ``Box[-1, 1]``, one
-    entry a component of `actions`. Reward: potential-based shaping on the way, the measured terminal reward at the end. The last
+    entry a component of `actions`. Reward: potential-based shaping on the way, the measured one at the end. The last
     step's ``info["trial"]`` holds the plan, its measurement and the reward's terms as JSON.
 
     Args:
@@ -56,7 +56,7 @@ class PruneEnv(gymnasium.Env[Observation, Action]):
         self.action_choices = tuple(actions)
         self.actions = ActionSpace([(choice.name, ACTIONS.create(choice)) for choice in actions])
         self.shaping, self.gamma = shaping, gamma
-        self.action_space = self.actions.box
+        self.action_space: spaces.Box = self.actions.box  # type: ignore[assignment]  # narrower than Gymnasium's
         size = length(len(self.actions.components))
         self.observation_space = spaces.Box(-LIMIT, LIMIT, (size,), np.float32)
         self._observer = Observer(problem)

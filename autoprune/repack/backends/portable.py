@@ -150,7 +150,8 @@ class GatheredConv2d(_Gathered):
             for n, p, d, k, s in zip(x.shape[2:], self.padding, self.dilation, self.kernel, self.stride, strict=True)
         )
         columns = functional.unfold(x, self.kernel, self.dilation, self.padding, self.stride)
-        return self._multiply(columns).unflatten(2, (high, wide))
+        y: Tensor = self._multiply(columns).unflatten(2, (high, wide))
+        return y
 
 
 class GatheredLinear(_Gathered):
@@ -158,4 +159,5 @@ class GatheredLinear(_Gathered):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.reshape(-1, x.shape[-1])  # (tokens, in)
-        return self._multiply(tokens.t()[None])[0].t().reshape(*x.shape[:-1], len(self.order))
+        y: Tensor = self._multiply(tokens.t()[None])[0].t().reshape(*x.shape[:-1], len(self.order))
+        return y
