@@ -54,7 +54,7 @@ from autoprune.training.base import Pruner
 from autoprune.training.loop import train_
 
 
-def check_names(config: Config) -> None:
+def check_names(config: Config, task_given: bool = False) -> None:
     """Raises ConfigError when the config names a row no registry has, or choices that do not go together."""
     PATTERNS.create(config.env.pattern)
     CRITERIA.create(config.env.criterion)
@@ -69,7 +69,8 @@ def check_names(config: Config) -> None:
                 f"the action {choice.name!r} would never reach the reward: recovery {config.env.recovery.name!r} does "
                 'not train. Set env.recovery = {name = "train", steps = 20}, or drop the action.'
             )
-    TASKS.get(config.task.name)
+    if not task_given:
+        TASKS.get(config.task.name)
     AGENTS.create(config.search.agent)
 
 
@@ -96,7 +97,7 @@ class Run:
         clock: Clock = time.perf_counter,
         fresh_table: bool = False,
     ) -> None:
-        check_names(config)
+        check_names(config, task_given=task is not None)
         self.config, self.directory, self.progress, self.clock = config, directory, progress, clock
         self._given_task, self._fresh_table = task, fresh_table
         self._work_threads = torch.get_num_threads()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -110,7 +111,8 @@ def main() -> None:
         "GFLOP/s of useful work, that is of kept weights), for filters pruned in groups of G. Dense: the faster of",
         "contiguous and channels_last (GFLOP/s).",
         "",
-        f"threads={PROTOCOL.threads}, batch={BATCH}, float32; median of {PROTOCOL.samples} interleaved samples.",
+        f"threads={PROTOCOL.threads}, batch={BATCH}, float32; median of {PROTOCOL.samples} interleaved samples; "
+        f"other load on the machine when it began: {os.getloadavg()[0]:.1f}.",
         "",
         f"{about}.",
         "",
