@@ -71,7 +71,7 @@ class RepackedModel(nn.Module):
         self.model = model
         self.report = tuple(report)
         self.relus, self.removed = dict(relus), tuple(removed)
-        self.eval()
+        self.eval().requires_grad_(False)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
