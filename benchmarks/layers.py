@@ -112,7 +112,7 @@ def main() -> None:
         "contiguous and channels_last (GFLOP/s).",
         "",
         f"threads={PROTOCOL.threads}, batch={BATCH}, float32; median of {PROTOCOL.samples} interleaved samples; "
-        f"other load on the machine when it began: {os.getloadavg()[0]:.1f}.",
+        f"load average when it began: {os.getloadavg()[0]:.1f}.",
         "",
         f"{about}.",
         "",
