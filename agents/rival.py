@@ -50,7 +50,7 @@ def uniform_at(env: PruneEnv, speedup: float) -> Trial | None:
 def reward_at(env: PruneEnv, trial: Trial, speedup: float) -> float:
     """A trial's reward had the target been `speedup`."""
     measured = Measurement(float(trial["accuracy"]), float(trial["latency_ms"]), float(trial["speedup"]))
-    return terminal_reward(replace(env.problem, target=Target(speedup=speedup)), measured).total
+    return terminal_reward(replace(env.problem, target=Target(speedup=max(SLOWEST, speedup))), measured).total
 
 
 def _aimed(env: PruneEnv, action: NDArray[np.float32], aim: float) -> Trial:

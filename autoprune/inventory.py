@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from autoprune.errors import AutopruneError
 from autoprune.plan import LayerSpec
 
-MIN_WEIGHTS = 256  # below this a layer's time is dispatch, and its zeros save nothing
+MIN_WEIGHTS = 64  # below this a layer's time is dispatch, and its zeros save nothing
 
 
 @dataclass(frozen=True)

@@ -231,7 +231,7 @@ def _kept_dense(run: Run) -> tuple[KeptDense, ...]:
         for row in run.repacked.report
         if row.backend == "dense" and row.name in run.plan.layers
     ]
-    return (*run.inventory.dense, *lost)
+    return (*run.offered.dense, *lost)
 
 
 def _search_rows(run: Run) -> tuple[SearchRow, ...]:

@@ -30,7 +30,7 @@ from autoprune.errors import ConfigError, FileError
 from autoprune.evaluation.dense import dense_model
 from autoprune.evaluation.evaluator import Evaluator
 from autoprune.evaluation.measurement import CachedEvaluate
-from autoprune.evaluation.profile import profile_settings, profile_table
+from autoprune.evaluation.profile import profile_settings, profile_table, worth_pruning
 from autoprune.evaluation.recovery import RECOVERIES, Subject
 from autoprune.evaluation.recovery.batch_norm import BatchNorm
 from autoprune.evaluation.sensitivity import ANCHORS, probe_sensitivity
@@ -183,12 +183,22 @@ class Run:
         return table
 
     @cached_property
+    def offered(self) -> Inventory:
+        """The layers a plan decides: those whose pruning can save time that is worth having."""
+        env = self.config.env
+        offered = worth_pruning(self.inventory, self.table, env.max_sparsity, env.min_saving)
+        for row in offered.dense[len(self.inventory.dense) :]:
+            self.progress.say(f"  {row.name:<32} is left whole: {row.reason}")
+        return offered
+
+    @cached_property
     def problem(self) -> Problem:
         env = self.config.env
         evaluator = self.evaluator
         probe = replace(evaluator, recovery=BatchNorm())
         drops = probe_sensitivity(
             probe,
+            self.offered.names,
             self.dense_accuracy,
             env.pattern,
             env.criterion,
@@ -196,7 +206,7 @@ class Run:
             progress=self.progress,
         )
         return Problem(
-            inventory=self.inventory,
+            inventory=self.offered,
             table=self.table,
             sensitivity=Sensitivity(ANCHORS, drops),
             dense_accuracy=self.dense_accuracy,

@@ -79,7 +79,9 @@ class TableChoice:
     plan: Plan
 
     def __call__(self, name: str, form: LayerForm) -> str:
-        if name not in self.plan.layers:
+        if name not in self.table.layers:
             return "dense"
+        if name not in self.plan.layers:
+            return self.table.layers[name].whole_backend
         layer = self.plan.layers[name]
         return self.table.layers[name].backend(str(layer.pattern), layer.sparsity)

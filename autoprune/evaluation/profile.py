@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from autoprune.criteria import LayerStatistics
 from autoprune.criteria.magnitude import Magnitude
+from autoprune.errors import AutopruneError
 from autoprune.evaluation.evaluator import Evaluator
 from autoprune.evaluation.recovery import Subject
 from autoprune.evaluation.recovery.none import NoRecovery
-from autoprune.inventory import copy_for_inference, record_inputs
+from autoprune.inventory import Inventory, KeptDense, copy_for_inference, record_inputs
 from autoprune.latency.machine import machine_identity
 from autoprune.latency.table import LatencyTable, LayerTable, Point
 from autoprune.latency.timer import Clock, Protocol, measure_together, torch_threads
@@ -147,3 +148,30 @@ def _line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
             (statistics.fmean(y) / statistics.fmean(x), 0.0) if scale > 0 else (1.0, max(0.0, min(y) - max(x)))
         )
     return float(rest), float(scale)
+
+
+def worth_pruning(inventory: Inventory, table: LatencyTable, max_sparsity: float, min_saving: float) -> Inventory:
+    """Leaves out the layers that could save too little: their weights are worth more than their time.
+
+    Args:
+        inventory: what could be pruned.
+        table: what pruning it saves.
+        max_sparsity: of any layer.
+        min_saving: least share of the dense model's time that a layer must be able to save.
+
+    Raises:
+        AutopruneError: when nothing is left.
+    """
+    layers, dense = [], list(inventory.dense)
+    for layer in inventory.layers:
+        share = table.saving_us(layer.name, max_sparsity) / 1e3 / table.dense_ms
+        if share >= min_saving:
+            layers.append(layer)
+        else:
+            dense.append(KeptDense(layer.name, layer.kind, f"pruning it saves at most {100 * share:.1f}% of the time"))
+    if not layers:
+        raise AutopruneError(
+            f"no layer is worth pruning: none could save {100 * min_saving:g}% of the dense model's "
+            f"{table.dense_ms:.3f} ms on this machine. Use repack alone, or lower env.min_saving."
+        )
+    return Inventory(tuple(layers), tuple(dense))

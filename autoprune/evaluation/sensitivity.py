@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from autoprune.errors import FileError
@@ -18,6 +19,7 @@ Drops = dict[str, tuple[float, ...]]
 
 def probe_sensitivity(
     evaluator: Evaluator,
+    names: Sequence[str],
     dense_accuracy: float,
     pattern: Choice,
     criterion: Choice,
@@ -29,13 +31,13 @@ def probe_sensitivity(
 
     Args:
         evaluator: masks, recovers and scores.
+        names: the layers.
         dense_accuracy: what nothing pruned scores.
         pattern: of the probes; likewise `criterion`.
         criterion: scores the weights.
         path: a JSON file that keeps finished layers, so that an interrupted probe goes on where it stopped.
         progress: shows a bar over the layers.
     """
-    names = evaluator.subject.inventory.names
     drops = _read(path, pattern, criterion)
     with progress.bar("sensitivity", len(names)) as bar:
         for name in names:
@@ -46,7 +48,7 @@ def probe_sensitivity(
                     about = {"anchors": ANCHORS, "pattern": str(pattern), "criterion": str(criterion)}
                     write_json(path, {**about, "drops": drops})
             bar.advance()
-    return drops
+    return {name: drops[name] for name in names}
 
 
 def _score(evaluator: Evaluator, name: str, layer: LayerPlan) -> float:

@@ -72,6 +72,11 @@ class LayerTable:
         """The backend that was fastest at the nearest measured sparsity."""
         return min(self.curve(pattern), key=lambda point: abs(point.sparsity - sparsity)).backend
 
+    @property
+    def whole_backend(self) -> str:
+        """The backend that was fastest with all weights."""
+        return next(iter(self.curves.values()))[0].backend
+
 
 @dataclass(frozen=True)
 class LatencyTable:
@@ -98,7 +103,18 @@ class LatencyTable:
         layer = self.layers[name]
         return layer.calls * layer.latency_us(pattern, sparsity)
 
+    def whole_us(self, name: str) -> float:
+        """Time of all calls of one layer with all its weights, by whatever runs it fastest."""
+        layer = self.layers[name]
+        return layer.calls * layer.latency_us(next(iter(layer.curves)), 0.0)
+
+    def saving_us(self, name: str, sparsity: float) -> float:
+        """The most that pruning a layer to `sparsity` can save, over all patterns."""
+        layer = self.layers[name]
+        return self.whole_us(name) - layer.calls * min(layer.latency_us(key, sparsity) for key in layer.curves)
+
     def dense_us(self, name: str) -> float:
+        """Time of all calls of one layer as torch runs it."""
         return self.layers[name].calls * self.layers[name].dense_us
 
     def predict_ms(self, plan: Plan) -> float:
@@ -106,7 +122,7 @@ class LatencyTable:
         total_us = sum(
             self.layer_us(name, str(plan.layers[name].pattern), plan.layers[name].sparsity)
             if name in plan.layers
-            else self.dense_us(name)
+            else self.whole_us(name)
             for name in self.layers
         )
         return self.rest_ms + self.scale * total_us / 1e3
