@@ -23,6 +23,7 @@ from autoprune.repack.kernels import convolution, linear
 from autoprune.repack.kernels.compiler import Target, host
 
 RESULT_BYTES = 16 * 1024  # of results in flight: they must stay in the nearest cache until they are copied out
+MAX_SHAPES = 64  # input shapes remembered a layer
 _FAR = 2**62
 
 
@@ -131,6 +132,8 @@ class PackedLayer(nn.Module):
                 "a packed layer runs in float32 on the CPU; its values are "
                 f"{self.values.dtype} on {self.values.device}."
             )
+        if len(self._geometries) >= MAX_SHAPES:
+            self._geometries = {}
         geometry = self._geometries[shape] = self._geometry(shape)
         return geometry
 
