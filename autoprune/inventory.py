@@ -12,10 +12,11 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
 
 from autoprune.errors import AutopruneError
 from autoprune.plan import LayerSpec
@@ -83,9 +84,33 @@ def unfuse_(model: nn.Module) -> nn.Module:
     return model
 
 
+def settle_(model: nn.Module) -> nn.Module:
+    """Makes every weight a plain parameter: other tools keep a mask beside it and multiply at each call.
+
+    Covers ``torch.nn.utils.prune`` and ``torch.nn.utils.parametrize``.
+    """
+    for module in model.modules():
+        held = {name for name, _ in module.named_parameters(recurse=False)}
+        for name in [name.removesuffix("_mask") for name, _ in module.named_buffers(recurse=False)]:
+            if f"{name}_orig" in held and prune.is_pruned(module):
+                prune.remove(module, name)
+        if parametrize.is_parametrized(module):
+            names = list(cast("nn.ModuleDict", module.parametrizations))
+            values = {name: getattr(module, name).detach().clone() for name in names}
+            # Not remove_parametrizations: it changes the class, which copies of the module share.
+            module.__class__ = parametrize.type_before_parametrizations(module)
+            del module.parametrizations
+            for name, value in values.items():
+                module.register_parameter(name, nn.Parameter(value, requires_grad=False))
+    return model
+
+
 def copy_for_inference(model: nn.Module) -> nn.Module:
-    """A deep copy in eval mode whose submodules' forwards are really called."""
-    return unfuse_(copy.deepcopy(model).eval())
+    """A deep copy in eval mode whose submodules' forwards are really called and whose weights are plain."""
+    # torch refuses to copy a tensor that was computed, such as the product of a weight and its mask.
+    attributes = (value for module in model.modules() for value in vars(module).values())
+    computed = {id(x): x.detach().clone() for x in attributes if isinstance(x, Tensor) and not x.is_leaf}
+    return unfuse_(settle_(copy.deepcopy(model, cast("dict[int, Any]", computed)).eval()))
 
 
 @contextmanager

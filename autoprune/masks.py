@@ -79,16 +79,43 @@ def criteria_needs(plan: Plan) -> frozenset[str]:
     return frozenset().union(*(CRITERIA.get(layer.criterion.name).needs for layer in plan.layers.values()))
 
 
-def make_masks(model: nn.Module, inventory: Inventory, plan: Plan, statistics: Mapping[str, LayerStatistics]) -> Masks:
-    """Turns a plan into one mask a planned layer; layers at sparsity 0 get none."""
+def make_masks(
+    model: nn.Module,
+    inventory: Inventory,
+    plan: Plan,
+    statistics: Mapping[str, LayerStatistics],
+    fraction: float = 1.0,
+    within: Mapping[str, Tensor] | None = None,
+) -> Masks:
+    """Turns a plan into one mask a planned layer; layers at sparsity 0 get none.
+
+    Args:
+        model: whose weights are scored.
+        inventory: its prunable layers.
+        plan: per-layer sparsity, pattern and criterion.
+        statistics: of each planned layer, as its criterion needs.
+        fraction: of the plan's sparsities, in [0, 1].
+        within: earlier masks of the same plan; what they cut stays cut.
+
+    Raises:
+        ConfigError: the plan names a layer the model does not have.
+        AutopruneError: `fraction` is out of range.
+    """
+    if not 0.0 <= fraction <= 1.0:
+        raise AutopruneError(f"a fraction of a plan must be in [0, 1], not {fraction}.")
     plan.check_layers(inventory.names)
+    before = within or {}
     masks: Masks = {}
     for name, layer in plan.layers.items():
-        if layer.sparsity <= 0.0:
+        if layer.sparsity * fraction <= 0.0:
             continue
         groups = inventory[name].conv_groups
-        saliency = CRITERIA.create(layer.criterion).saliency(weight_of(model, name), statistics[name], groups)
-        masks[name] = PATTERNS.create(layer.pattern).mask(saliency, layer.sparsity, groups)
+        criterion = CRITERIA.create(layer.criterion)
+        saliency = criterion.saliency(weight_of(model, name), statistics[name], groups).double()
+        if name in before:
+            saliency = saliency.masked_fill(~before[name], -1.0)  # below every score: ties cannot bring it back
+        mask = PATTERNS.create(layer.pattern).mask(saliency, layer.sparsity * fraction, groups)
+        masks[name] = mask & before[name] if name in before else mask
     return masks
 
 

@@ -24,6 +24,7 @@ from autoprune.repack.kernels.compiler import Target, host
 
 RESULT_BYTES = 16 * 1024  # of results in flight: they must stay in the nearest cache until they are copied out
 MAX_SHAPES = 64  # input shapes remembered a layer
+MAX_SHAPES = 64  # remembered a layer
 _FAR = 2**62
 
 
@@ -102,7 +103,8 @@ class PackedLayer(nn.Module):
         full[self.out_index[real].long()] = self.bias_rows[real]
         return full
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # named as torch's layers name it
+        x = input
         if torch.compiler.is_compiling():
             return self._traced(x)
         if x.requires_grad and torch.is_grad_enabled():
@@ -133,6 +135,8 @@ class PackedLayer(nn.Module):
                 f"{self.values.dtype} on {self.values.device}."
             )
         if len(self._geometries) >= MAX_SHAPES:
+            self._geometries = {}
+        if len(self._geometries) >= MAX_SHAPES:  # inputs of ever new shapes must not fill the memory
             self._geometries = {}
         geometry = self._geometries[shape] = self._geometry(shape)
         return geometry

@@ -7,9 +7,10 @@ on the example inputs; whatever does not hold is undone and said in the report.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,9 +22,9 @@ from autoprune.latency.timer import Clock, Protocol, measure_together
 from autoprune.masks import Masks, apply_masks_
 from autoprune.repack.backends import BACKENDS, LayerForm
 from autoprune.repack.fusion import Fusion, find_fusions, fold_batch_norm_
+from autoprune.repack.outputs import same_output
 
 GAIN = 0.97  # a packed layer must take at most this share of the dense one's time: less is noise
-TOLERANCE = 1e-4  # of the output's largest value
 DENSE = "dense"
 
 Choose = Callable[[str, LayerForm], str]
@@ -122,7 +123,8 @@ def repack(
     if masks:
         apply_masks_(original, masks)
     seen = _watch(original, inputs)
-    job = _Job(original, inputs, seen, tuple(backends or BACKENDS), choose, protocol or Protocol(samples=15), clock)
+    allowed = tuple(BACKENDS if backends is None else backends)
+    job = _Job(original, inputs, seen, allowed, choose, protocol or Protocol(samples=15), clock)
     return job.verified()
 
 
@@ -133,6 +135,11 @@ class _Seen:
     output: Any
     inputs: dict[str, Tensor]
     fusions: dict[str, Fusion]
+
+
+def _fresh(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Copies: a model may change what it is given."""
+    return tuple(x.detach().clone() if isinstance(x, Tensor) else copy.deepcopy(x) for x in inputs)
 
 
 def _watch(model: nn.Module, inputs: tuple[Any, ...]) -> _Seen:
@@ -147,9 +154,9 @@ def _watch(model: nn.Module, inputs: tuple[Any, ...]) -> _Seen:
     try:
         with torch.inference_mode():
             with watch_forward(layers, keep):
-                output = model(*inputs)
-            fusions = find_fusions(model, inputs)
-    except (RuntimeError, TypeError, ValueError) as error:
+                output = model(*_fresh(inputs))
+            fusions = find_fusions(model, _fresh(inputs))
+    except Exception as error:  # the model is the user's: it may raise anything
         raise AutopruneError(f"the model does not run on its example inputs: {error}") from error
     return _Seen(output, first, fusions)
 
@@ -163,33 +170,37 @@ class _Job:
     choose: Choose | None
     protocol: Protocol
     clock: Clock
+    decided: dict[tuple[str, bool], tuple[LayerReport, nn.Module]] = field(default_factory=dict)
 
     def verified(self) -> RepackedModel:
-        """Tries everything; where the result differs, without fusing; then without the layers at fault."""
+        """Tries everything; where the output differs, without fusing; then a layer at a time."""
         refused: dict[str, str] = {}
         for fuse in (True, False):
             candidate = self.assemble(fuse, refused)
             never_ran = self.check(candidate)
-            if never_ran is None:
-                continue
-            if not never_ran:
+            if never_ran:
+                refused |= dict.fromkeys(never_ran, "its packed form never ran: the model reads its weight directly")
+                candidate = self.assemble(fuse, refused)
+                never_ran = self.check(candidate)
+            if never_ran == []:
                 return candidate
-            refused |= dict.fromkeys(never_ran, "its packed form never ran: the model reads its weight directly")
-            candidate = self.assemble(fuse, refused)
-            if self.check(candidate) == []:
-                return candidate
-        for name in self.seen.inputs:
-            if name not in refused and self.check(self.assemble(False, self.all_but(name))) is None:
-                refused[name] = "its packed form gives another output inside this model"
+        return self.one_by_one(refused)
+
+    def one_by_one(self, refused: Mapping[str, str]) -> RepackedModel:
+        """Packs one layer after another; those that change the model's output stay dense."""
+        waiting = [name for name in self.seen.inputs if name not in refused]
+        refused = {**refused, **dict.fromkeys(waiting, "its packed form changes what this model computes")}
         candidate = self.assemble(False, refused)
         if self.check(candidate) is None:
             raise AutopruneError(
                 "the model's copy does not reproduce its output: it is not deterministic in eval mode."
             )
+        for name in waiting:
+            fewer = {other: why for other, why in refused.items() if other != name}
+            trial = self.assemble(False, fewer)
+            if self.check(trial) == []:
+                refused, candidate = fewer, trial
         return candidate
-
-    def all_but(self, name: str) -> dict[str, str]:
-        return {other: "left out" for other in self.seen.inputs if other != name}
 
     def check(self, candidate: RepackedModel) -> list[str] | None:
         """Packed layers that never ran; None when the output is not the original's."""
@@ -197,8 +208,8 @@ class _Job:
         ran: set[str] = set()
         try:
             with torch.inference_mode(), watch_forward(packed, lambda name, *_: ran.add(name)):
-                output = candidate(*self.inputs)
-        except (RuntimeError, TypeError, ValueError, AttributeError, AutopruneError):
+                output = candidate(*_fresh(self.inputs))
+        except Exception:  # the model's own code met a layer of another type: whatever it raises, it is undone
             return None
         return [name for name in packed if name not in ran] if same_output(output, self.seen.output) else None
 
@@ -215,36 +226,50 @@ class _Job:
                 model = with_submodule(model, fusion.batch_norm, nn.Identity())
                 removed.append(fusion.batch_norm)
             form = LayerForm(module, fusion.relu is not None)
-            row, lowered = self.lower(name, form, refused)
+            row, lowered = self.lower(name, form, fuse, refused)
             relu = form.relu and row.backend != DENSE
             if relu:
                 assert fusion.relu is not None
                 model = with_submodule(model, fusion.relu, nn.Identity())
                 removed.append(fusion.relu)
             fused = " + ".join([*(["batch norm"] if fusion.batch_norm else []), *(["relu"] if relu else [])])
-            rows.append(LayerReport(**{**vars(row), "fused": fused}))
+            lost = "; not fused: that changes what this model computes" if self.fuses(name) and not fuse else ""
+            rows.append(replace(row, fused=fused, why=row.why + lost))
             if row.backend != DENSE:
                 model = with_submodule(model, name, lowered)
                 relus[name] = relu
         return RepackedModel(model, rows, relus, removed)
 
-    def lower(self, name: str, form: LayerForm, refused: Mapping[str, str]) -> tuple[LayerReport, nn.Module]:
-        def row(backend: str, why: str, dense: float | None = None, packed: float | None = None) -> LayerReport:
-            size = 1 if backend == DENSE else form.packed.group_size
-            return LayerReport(name, form.kind, form.sparsity, size, backend, dense, packed, "", why)
+    def fuses(self, name: str) -> bool:
+        return self.seen.fusions.get(name, Fusion()) != Fusion()
 
+    def lower(
+        self, name: str, form: LayerForm, fuse: bool, refused: Mapping[str, str]
+    ) -> tuple[LayerReport, nn.Module]:
+        """The layer's row and what runs it; decided once, however often the model is assembled."""
         if reason := refused.get(name) or _unfit(form, self.seen.inputs.get(name)):
-            return row(DENSE, reason), form.module
-        if self.choose is not None:
-            chosen = self.choose(name, form)
-            support = BACKENDS.get(chosen)().supports(form)
-            if not support.ok or chosen == DENSE:
-                return row(DENSE, support.why or "chosen"), form.module
-            return row(chosen, "chosen"), BACKENDS.get(chosen)().lower(form)
+            return _row(name, form, DENSE, reason), form.module
+        if (name, fuse) not in self.decided:
+            decide = self.fastest if self.choose is None else self.chosen
+            self.decided[name, fuse] = decide(name, form)
+        row, lowered = self.decided[name, fuse]
+        return row, form.module if row.backend == DENSE else lowered
+
+    def chosen(self, name: str, form: LayerForm) -> tuple[LayerReport, nn.Module]:
+        assert self.choose is not None
+        backend = self.choose(name, form)
+        member = BACKENDS.get(backend)()
+        support = member.supports(form)
+        if not support.ok or backend == DENSE:
+            return _row(name, form, DENSE, support.why or "chosen"), form.module
+        return _row(name, form, backend, "chosen"), member.lower(form)
+
+    def fastest(self, name: str, form: LayerForm) -> tuple[LayerReport, nn.Module]:
         options = {key: BACKENDS.get(key)() for key in self.backends if key != DENSE}
         lowered = {key: backend.lower(form) for key, backend in options.items() if backend.supports(form).ok}
         if not lowered:
-            return row(DENSE, "; ".join(backend.supports(form).why for backend in options.values())), form.module
+            why = "; ".join(backend.supports(form).why for backend in options.values())
+            return _row(name, form, DENSE, why or "no other backend was allowed"), form.module
         timed = {DENSE: BACKENDS.get(DENSE)().lower(form), **lowered}
         x = self.seen.inputs[name]
         times = measure_together({key: _call(each, x) for key, each in timed.items()}, self.protocol, self.clock)
@@ -252,10 +277,15 @@ class _Job:
         best = min(times, key=lambda key: times[key].median_ms)
         packed_us = times[best].median_ms * 1e3
         if packed_us > GAIN * dense_us:
-            return row(
-                DENSE, f"no backend is faster here ({best}: {packed_us:.0f} us)", dense_us, packed_us
-            ), form.module
-        return row(best, f"{dense_us / packed_us:.2f}x faster than dense", dense_us, packed_us), lowered[best]
+            why = f"no backend is faster here ({best}: {packed_us:.0f} us)"
+            return replace(_row(name, form, DENSE, why), dense_us=dense_us, packed_us=packed_us), form.module
+        row = _row(name, form, best, f"{dense_us / packed_us:.2f}x faster than dense")
+        return replace(row, dense_us=dense_us, packed_us=packed_us), lowered[best]
+
+
+def _row(name: str, form: LayerForm, backend: str, why: str) -> LayerReport:
+    size = 1 if backend == DENSE else form.packed.group_size
+    return LayerReport(name, form.kind, form.sparsity, size, backend, None, None, "", why)
 
 
 def with_submodule(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
@@ -277,21 +307,3 @@ def _unfit(form: LayerForm, x: Tensor | None) -> str | None:
     if form.weight.dtype != torch.float32 or x.dtype != torch.float32:
         return f"it runs in {x.dtype}"
     return form.odd_padding
-
-
-def same_output(got: Any, wanted: Any) -> bool:
-    """Whether two outputs (tensors, or tuples, lists and dicts of them) are equal up to float rounding."""
-    if isinstance(wanted, Tensor):
-        if not isinstance(got, Tensor) or got.shape != wanted.shape or got.dtype != wanted.dtype:
-            return False
-        if not wanted.is_floating_point():
-            return bool(torch.equal(got, wanted))
-        close = (got - wanted).abs() <= TOLERANCE * wanted[wanted.isfinite()].abs().amax() if wanted.numel() else None
-        return close is None or bool((close | (got == wanted) | (got.isnan() & wanted.isnan())).all())
-    if isinstance(wanted, Mapping):
-        return (
-            isinstance(got, Mapping) and set(got) == set(wanted) and all(same_output(got[k], wanted[k]) for k in wanted)
-        )
-    if isinstance(wanted, (tuple, list)):
-        return len(got) == len(wanted) and all(same_output(a, b) for a, b in zip(got, wanted, strict=True))
-    return bool(got == wanted)

@@ -9,11 +9,8 @@ from typing import final
 
 from torch import Tensor, nn
 
-from autoprune.criteria import CRITERIA
-from autoprune.errors import AutopruneError
 from autoprune.inventory import Inventory
-from autoprune.masks import Batches, Loss, Masks, apply_masks_, collect_statistics, criteria_needs, weight_of
-from autoprune.patterns import PATTERNS
+from autoprune.masks import Batches, Loss, Masks, apply_masks_, collect_statistics, criteria_needs, make_masks
 from autoprune.plan import Plan
 
 
@@ -45,23 +42,9 @@ class Pruner:
         Raises:
             AutopruneError: `fraction` out of range, or the plan does not fit the model.
         """
-        if not 0.0 <= fraction <= 1.0:
-            raise AutopruneError(f"a fraction of a plan must be in [0, 1], not {fraction}.")
-        self.plan.check_layers(self.inventory.names)
-        before = within or {}
-        cut = {name: layer for name, layer in self.plan.layers.items() if layer.sparsity * fraction > 0.0}
-        needs = criteria_needs(self.plan) if cut else frozenset()
-        statistics = collect_statistics(self.model, cut, self.batches, self.loss, needs)
-        masks: Masks = {}
-        for name, layer in cut.items():
-            groups = self.inventory[name].conv_groups
-            criterion = CRITERIA.create(layer.criterion)
-            saliency = criterion.saliency(weight_of(self.model, name), statistics[name], groups).double()
-            if name in before:
-                saliency = saliency.masked_fill(~before[name], -1.0)  # below every score: ties cannot bring it back
-            mask = PATTERNS.create(layer.pattern).mask(saliency, layer.sparsity * fraction, groups)
-            masks[name] = mask & before[name] if name in before else mask
-        return masks
+        needs = criteria_needs(self.plan) if fraction > 0.0 else frozenset()
+        statistics = collect_statistics(self.model, self.plan.layers, self.batches, self.loss, needs)
+        return make_masks(self.model, self.inventory, self.plan, statistics, fraction, within)
 
     def apply_(self, masks: Mapping[str, Tensor]) -> None:
         """Zeroes the weights of the model that `masks` cut."""

@@ -83,7 +83,8 @@ class Compacted(_Portable):
             layer.in_features, layer.out_features = int(channels.sum()), int(filters.sum())
         self.layer = layer
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        x = input
         axis = x.dim() - 3 if self.axis == 1 else x.dim() - 1  # a convolution may come without a batch
         if not self.all_channels:
             x = x.index_select(axis, self.channels)
@@ -142,9 +143,10 @@ class GatheredConv2d(_Gathered):
         self.kernel = (form.weight.shape[2], form.weight.shape[3])
         self.stride, self.padding, self.dilation = form.window
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.dim() == 3:
-            return self.forward(x[None])[0]
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dim() == 3:
+            return self.forward(input[None])[0]
+        x = input
         high, wide = (
             (n + 2 * p - d * (k - 1) - 1) // s + 1
             for n, p, d, k, s in zip(x.shape[2:], self.padding, self.dilation, self.kernel, self.stride, strict=True)
@@ -157,7 +159,7 @@ class GatheredConv2d(_Gathered):
 class GatheredLinear(_Gathered):
     """A Linear as gathered features."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = x.reshape(-1, x.shape[-1])  # (tokens, in)
-        y: Tensor = self._multiply(tokens.t()[None])[0].t().reshape(*x.shape[:-1], len(self.order))
+    def forward(self, input: Tensor) -> Tensor:
+        tokens = input.reshape(-1, input.shape[-1])  # (tokens, in)
+        y: Tensor = self._multiply(tokens.t()[None])[0].t().reshape(*input.shape[:-1], len(self.order))
         return y

@@ -1,0 +1,39 @@
+"""Comparing what two forms of a model return."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TOLERANCE = 1e-4  # of the output's largest value
+
+
+def same_output(got: Any, wanted: Any, tolerance: float = TOLERANCE) -> bool:
+    """Whether two outputs (tensors, or any nesting of them) are equal up to `tolerance` of their largest value."""
+    if isinstance(wanted, Tensor):
+        return isinstance(got, Tensor) and _same_tensor(got, wanted, tolerance)
+    if got is wanted:
+        return True
+    if type(got) is not type(wanted):
+        return False
+    if isinstance(wanted, Mapping):
+        return set(got) == set(wanted) and all(same_output(got[key], wanted[key], tolerance) for key in wanted)
+    if isinstance(wanted, (tuple, list)):
+        return len(got) == len(wanted) and all(same_output(a, b, tolerance) for a, b in zip(got, wanted, strict=True))
+    inside = getattr(wanted, "__dict__", None)  # a dataclass, a distribution
+    return same_output(vars(got), inside, tolerance) if inside else bool(got == wanted)
+
+
+def _same_tensor(got: Tensor, wanted: Tensor, tolerance: float) -> bool:
+    if got.shape != wanted.shape or got.dtype != wanted.dtype:
+        return False
+    if wanted.is_complex():
+        return _same_tensor(torch.view_as_real(got), torch.view_as_real(wanted), tolerance)
+    if not wanted.is_floating_point() or wanted.numel() == 0:
+        return bool(torch.equal(got, wanted))
+    largest = torch.where(wanted.isfinite(), wanted, 0).abs().amax()
+    close = (got - wanted).abs() <= tolerance * largest
+    return bool((close | (got == wanted) | (got.isnan() & wanted.isnan())).all())
