@@ -24,7 +24,6 @@ from autoprune.repack.kernels.compiler import Target, host
 
 RESULT_BYTES = 16 * 1024  # of results in flight: they must stay in the nearest cache until they are copied out
 MAX_SHAPES = 64  # input shapes remembered a layer
-MAX_SHAPES = 64  # remembered a layer
 _FAR = 2**62
 
 
@@ -134,8 +133,6 @@ class PackedLayer(nn.Module):
                 "a packed layer runs in float32 on the CPU; its values are "
                 f"{self.values.dtype} on {self.values.device}."
             )
-        if len(self._geometries) >= MAX_SHAPES:
-            self._geometries = {}
         if len(self._geometries) >= MAX_SHAPES:  # inputs of ever new shapes must not fill the memory
             self._geometries = {}
         geometry = self._geometries[shape] = self._geometry(shape)
