@@ -23,6 +23,7 @@ from autoprune.repack.kernels import convolution, linear
 from autoprune.repack.kernels.compiler import Target, host
 
 RESULT_BYTES = 16 * 1024  # of results in flight: they must stay in the nearest cache until they are copied out
+MANY_TOKENS = 16  # from here on a Linear with small groups is vectorised over its tokens
 MAX_SHAPES = 64  # input shapes remembered a layer
 _FAR = 2**62
 
@@ -174,6 +175,62 @@ class PackedLayer(nn.Module):
         return tuple(tensor.data_ptr() for tensor in (self.values, self.bias_rows, self.out_index))
 
 
+def _convolution(
+    layer: PackedLayer,
+    window: tuple[tuple[int, ...], ...],
+    image: tuple[int, int, int, int],
+    out: tuple[int, int],
+    output: tuple[int, ...],
+) -> Geometry:
+    """What the convolution kernel needs for (N, C, H, W) images; `window` is kernel, stride, padding, dilation."""
+    (kh, kw), (sh, sw), (ph, pw), (dh, dw) = window
+    (batch, channels, height, width), (out_h, out_w) = image, out
+    rows = layer.group_size
+    _, vectors = layer.target.tile(rows)
+    tile = vectors * layer.target.lanes
+    flat = (kh, kw, sh, sw, ph, pw) == (1, 1, 1, 1, 0, 0) and height * width >= tile
+    if flat:
+        positions, end, copied = height * width, height * width, 0
+        pitch = out_columns = tile * max(1, RESULT_BYTES // (4 * rows * tile))
+        out_rows, block_rows, plane = -(-positions // pitch), 1, positions
+        block = pitch
+    else:
+        pitch = width + pw if sw == 1 else -(-(width + 2 * pw) // sw)
+        plane = -(-(height + 2 * ph) // sh) * pitch
+        positions, end, copied = (out_h - 1) * pitch + out_w, _FAR, 1
+        out_rows, out_columns = out_h, out_w
+        block_rows = min(out_h, max(1, RESULT_BYTES // (4 * rows * pitch)))
+        block = (block_rows - 1) * pitch + out_w
+    scratch = channels * sh * sw * plane + pw + tile if copied else 0
+    if max(scratch, channels * height * width) > 2**31 - 1:
+        raise AutopruneError(f"an image of shape {(channels, height, width)} is too large for 32-bit offsets.")
+    y_pitch = -(-block // tile) * tile + tile
+    taps = np.arange(kh * kw)
+    dy, dx = taps // kw * dh, taps % kw * dw
+    plane_of = (dy % sh) * sw + dx % sw
+    tap_at = plane_of * plane + dy // sh * pitch + dx // sw
+    channel, tap = np.divmod(layer.index.numpy(), kh * kw)
+    offsets = (channel.astype(np.int64) * sh * sw * plane + tap_at[tap]).astype(np.int32)
+    # A plane no kept tap reads need not be filled; with more planes than bits, all are.
+    phases = int(np.bitwise_or.reduce(1 << plane_of[tap], initial=0)) if sh * sw < 63 else -1
+    f = convolution.Field
+    values, bias, out_index = layer._pointers()
+    given = {
+        f.BATCH: batch, f.CHANNELS: channels, f.HEIGHT: height, f.WIDTH: width, f.STRIDE_H: sh, f.STRIDE_W: sw,
+        f.PAD_H: ph, f.PAD_W: pw, f.PITCH: pitch, f.PLANE: plane, f.COPY: copied, f.SCRATCH: scratch,
+        f.OUT_ROWS: out_rows, f.OUT_COLUMNS: out_columns, f.POSITIONS: positions, f.END: end,
+        f.BLOCK_ROWS: block_rows, f.GROUPS: len(layer.out_index), f.RELU: int(layer.relu), f.Y_PITCH: y_pitch,
+        f.X_IMAGE: channels * height * width, f.Y_IMAGE: layer.shape[0] * out_h * out_w,
+        f.Y_CHANNEL: out_h * out_w, f.GROUP_POINTER: layer.group_pointer.data_ptr(),
+        f.OFFSETS: offsets.ctypes.data, f.VALUES: values, f.BIAS: bias, f.OUT_INDEX: out_index, f.Y_MARGIN: tile,
+        f.ZEROED: int(ph > 0 or pw > 0), f.PHASES: phases,
+    }  # fmt: skip
+    fields = np.array([given[field] for field in f], dtype=np.int64)
+    total = scratch + tile + rows * y_pitch
+    kernel = convolution.convolution_kernel(rows, layer.target)
+    return Geometry(kernel, fields, fields.ctypes.data, output, total, 4 * scratch, (offsets,))
+
+
 class PackedConv2d(PackedLayer):
     """A Conv2d of any stride, padding, dilation and groups. (N, C, H, W) or (C, H, W), as Conv2d."""
 
@@ -219,51 +276,9 @@ class PackedConv2d(PackedLayer):
         )
         if out_h < 1 or out_w < 1:
             raise AutopruneError(f"an input of {height}x{width} is smaller than the {kh}x{kw} kernel.")
-        rows = self.group_size
-        _, vectors = self.target.tile(rows)
-        tile = vectors * self.target.lanes
-        flat = (kh, kw, sh, sw, ph, pw) == (1, 1, 1, 1, 0, 0) and height * width >= tile
-        if flat:
-            positions, end, copied = height * width, height * width, 0
-            pitch = out_columns = tile * max(1, RESULT_BYTES // (4 * rows * tile))
-            out_rows, block_rows, plane = -(-positions // pitch), 1, positions
-            block = pitch
-        else:
-            pitch = width + pw if sw == 1 else -(-(width + 2 * pw) // sw)
-            plane = -(-(height + 2 * ph) // sh) * pitch
-            positions, end, copied = (out_h - 1) * pitch + out_w, _FAR, 1
-            out_rows, out_columns = out_h, out_w
-            block_rows = min(out_h, max(1, RESULT_BYTES // (4 * rows * pitch)))
-            block = (block_rows - 1) * pitch + out_w
-        scratch = channels * sh * sw * plane + pw + tile if copied else 0
-        if max(scratch, channels * height * width) > 2**31 - 1:
-            raise AutopruneError(f"an image of shape {(channels, height, width)} is too large for 32-bit offsets.")
-        y_pitch = -(-block // tile) * tile + tile
-        taps = np.arange(kh * kw)
-        dy, dx = taps // kw * dh, taps % kw * dw
-        plane_of = (dy % sh) * sw + dx % sw
-        tap_at = plane_of * plane + dy // sh * pitch + dx // sw
-        channel, tap = np.divmod(self.index.numpy(), kh * kw)
-        offsets = (channel.astype(np.int64) * sh * sw * plane + tap_at[tap]).astype(np.int32)
-        # A plane no kept tap reads need not be filled; with more planes than bits, all are.
-        phases = int(np.bitwise_or.reduce(1 << plane_of[tap], initial=0)) if sh * sw < 63 else -1
-        f = convolution.Field
-        values, bias, out_index = self._pointers()
-        given = {
-            f.BATCH: batch, f.CHANNELS: channels, f.HEIGHT: height, f.WIDTH: width, f.STRIDE_H: sh, f.STRIDE_W: sw,
-            f.PAD_H: ph, f.PAD_W: pw, f.PITCH: pitch, f.PLANE: plane, f.COPY: copied, f.SCRATCH: scratch,
-            f.OUT_ROWS: out_rows, f.OUT_COLUMNS: out_columns, f.POSITIONS: positions, f.END: end,
-            f.BLOCK_ROWS: block_rows, f.GROUPS: len(self.out_index), f.RELU: int(self.relu), f.Y_PITCH: y_pitch,
-            f.X_IMAGE: channels * height * width, f.Y_IMAGE: self.out_channels * out_h * out_w,
-            f.Y_CHANNEL: out_h * out_w, f.GROUP_POINTER: self.group_pointer.data_ptr(),
-            f.OFFSETS: offsets.ctypes.data, f.VALUES: values, f.BIAS: bias, f.OUT_INDEX: out_index, f.Y_MARGIN: tile,
-            f.ZEROED: int(ph > 0 or pw > 0), f.PHASES: phases,
-        }  # fmt: skip
-        fields = np.array([given[field] for field in f], dtype=np.int64)
+        window = (self.kernel_size, self.stride, self.padding, self.dilation)
         output = (*shape[:-3], self.out_channels, out_h, out_w)
-        total = scratch + tile + rows * y_pitch
-        kernel = convolution.convolution_kernel(rows, self.target)
-        return Geometry(kernel, fields, fields.ctypes.data, output, total, 4 * scratch, (offsets,))
+        return _convolution(self, window, (batch, channels, height, width), (out_h, out_w), output)
 
 
 class PackedLinear(PackedLayer):
@@ -282,14 +297,28 @@ class PackedLinear(PackedLayer):
         return out
 
     def _call(self, geometry: Geometry, x: Tensor) -> Tensor:
+        if geometry.scratch:
+            return self._call_transposed(geometry, x)
         y = x.new_empty(geometry.output)
         geometry.kernel(geometry.address, x.data_ptr(), y.data_ptr())
         return y
 
+    def _call_transposed(self, geometry: Geometry, x: Tensor) -> Tensor:
+        """As a 1x1 convolution over the tokens."""
+        image = x.view(-1, self.in_features).t().contiguous()  # (in, tokens)
+        y = x.new_empty((self.out_features, image.shape[1]))
+        at = _scratch(geometry.scratch)
+        geometry.kernel(geometry.address, image.data_ptr(), y.data_ptr(), at, at + geometry.results_at)
+        return y.t().contiguous().view(geometry.output)
+
     def _geometry(self, shape: tuple[int, ...]) -> Geometry:
         if not shape or shape[-1] != self.in_features:
             raise AutopruneError(f"this Linear takes (..., {self.in_features}), not an input of shape {shape}.")
-        tokens = int(np.prod(shape[:-1], dtype=np.int64))
+        tokens, output = int(np.prod(shape[:-1], dtype=np.int64)), (*shape[:-1], self.out_features)
+        if tokens >= MANY_TOKENS and self.group_size < self.target.lanes:
+            # A group would not fill a vector, the tokens do.
+            window = ((1, 1), (1, 1), (0, 0), (1, 1))
+            return _convolution(self, window, (1, self.in_features, 1, tokens), (1, tokens), output)
         f = linear.Field
         values, bias, out_index = self._pointers()
         given = {
@@ -299,7 +328,7 @@ class PackedLinear(PackedLayer):
         }  # fmt: skip
         fields = np.array([given[field] for field in f], dtype=np.int64)
         kernel = linear.linear_kernel(self.group_size, self.target)
-        return Geometry(kernel, fields, fields.ctypes.data, (*shape[:-1], self.out_features), 0, 0, ())
+        return Geometry(kernel, fields, fields.ctypes.data, output, 0, 0, ())
 
 
 def _rebuilt(
