@@ -22,7 +22,7 @@ from autoprune.repack.formats import PackedWeight
 from autoprune.repack.kernels import convolution, linear
 from autoprune.repack.kernels.compiler import Target, host
 
-RESULT_BYTES = 16 * 1024  # of results in flight: they must stay in the nearest cache until they are copied out
+RESULT_BYTES = 8 * 1024  # of results in flight: with their inputs, they must stay in the nearest caches
 MANY_TOKENS = 16  # from here on a Linear with small groups is vectorised over its tokens
 MAX_SHAPES = 64  # input shapes remembered a layer
 _FAR = 2**62

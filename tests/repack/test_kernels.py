@@ -159,7 +159,7 @@ def test_a_convolution_stays_inside_its_buffers(
 
 
 @pytest.mark.parametrize("size", GROUP_SIZES)
-@pytest.mark.parametrize("tokens", [1, 3, 8, 13])
+@pytest.mark.parametrize("tokens", [1, 3, 8, 13, 16, 75])
 def test_a_linear_stays_inside_its_buffers(size: int, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     linear = make_linear(size, out=37)
     around = torch.full((tokens + 2, 33), NAN)
@@ -211,7 +211,7 @@ def test_nan_reaches_every_output_that_keeps_its_weight(relu: bool) -> None:
 
 
 @pytest.mark.parametrize("relu", [False, True])
-@pytest.mark.parametrize("tokens", [1, 9])
+@pytest.mark.parametrize("tokens", [1, 9, 20])
 def test_nan_passes_a_linear(relu: bool, tokens: int) -> None:
     linear = make_linear()
     x = torch.randn(tokens, 33)
@@ -226,7 +226,7 @@ def test_threads_share_a_layer() -> None:
     conv, linear = make_conv(padding=1), make_linear()
     layer, flat = packed_conv(conv), packed_linear(linear)
     maps = [torch.randn(1 + i % 2, 8, 5 + i, 9 + 2 * i) for i in range(8)]
-    tokens = [torch.randn(1 + i, 33) for i in range(8)]
+    tokens = [torch.randn(1 + 5 * i, 33) for i in range(8)]
 
     def work(seed: int) -> None:
         rng = random.Random(seed)
