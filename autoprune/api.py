@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from torch.nn import functional
 
 from autoprune.agents.policy import Policy
 from autoprune.config import Config, parse_config
+from autoprune.inventory import copy_for_inference
 from autoprune.masks import Batches, Loss
 from autoprune.plan import Plan
 from autoprune.progress import SILENT, Progress
@@ -81,7 +81,7 @@ def compress(
     parsed = parse_config({**sections, "latency": latency}, "compress")
     task = Task(
         name="given",
-        model=copy.deepcopy(model).cpu(),
+        model=copy_for_inference(model).cpu(),
         train=train,
         calibration=tuple(islice(train, CALIBRATION_BATCHES)),
         validation=(),

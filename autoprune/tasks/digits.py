@@ -50,7 +50,7 @@ def digits(
         name="digits",
         model=build_model(model, model_args(widths, blocks), in_channels=1, size=SIDE, classes=10, seed=seed),
         train=train,
-        calibration=train.first(256, 64),
+        calibration=train.first(128, 64),
         validation=TensorBatches(validation_x, validation_y),
         testing=TensorBatches(test_x, test_y),
         loss=functional.cross_entropy,
