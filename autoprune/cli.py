@@ -11,6 +11,8 @@ import typer
 from autoprune.errors import AutopruneError
 from autoprune.version import __version__
 
+INTERRUPTED = 130  # the status typer exits with after Ctrl-C
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -211,6 +213,7 @@ def main() -> None:
     except AutopruneError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo("stopped; give the same command again to go on from here.", err=True)
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:
+            typer.echo("stopped; give the same command again to go on from here.", err=True)
+        raise

@@ -241,5 +241,17 @@ def test_the_process_prints_one_paragraph_and_exits_with_2(
     assert capsys.readouterr().err.strip() == "error: the config not found: no.toml."
 
 
+def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("autoprune.config.load_config", interrupted)
+    monkeypatch.setattr(sys, "argv", ["autoprune", "run", "any.toml"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 130
+    assert "same command again" in capsys.readouterr().err
+
+
 def test_errors_share_a_base() -> None:
     assert all(issubclass(kind, AutopruneError) for kind in (ConfigError, FileError, InfeasibleTarget, StaleTable))
