@@ -25,10 +25,12 @@ from autoprune.report.plots import front_figure, reward_figure, save_png, sparsi
 from autoprune.report.table import markdown_table, microseconds
 from autoprune.report.tensorboard import TrialWriter
 from autoprune.run import Run
+from autoprune.target import Target
 
 EAGER = "dense, torch eager"
 MASKED = "masked"
 REPACKED = "repacked"
+MISSED = 0.02  # a speed-up this much short is within the timer's noise
 
 
 def results(run: Run, *, again: bool = False) -> tuple[ResultRow, ...]:
@@ -138,7 +140,7 @@ def write_report(run: Run) -> str:
     page = report_page(
         Report(
             title=f"{run.task.name}: {run.config.target}",
-            headline=_headline(rows),
+            headline=_headline(rows, run.config.target),
             facts=_facts(run),
             results=rows,
             plan=_plan_rows(run),
@@ -163,16 +165,20 @@ def _row(rows: tuple[ResultRow, ...], name: str) -> ResultRow:
     return next(row for row in rows if row.name == name)
 
 
-def _headline(rows: tuple[ResultRow, ...]) -> str:
+def _headline(rows: tuple[ResultRow, ...], target: Target) -> str:
     dense, fast = _row(rows, EAGER), _row(rows, REPACKED)
     assert fast.accuracy is not None
     assert dense.accuracy is not None
     assert fast.speedup is not None
     assert fast.speedup_over_best is not None
     lost = 100 * (dense.accuracy - fast.accuracy)
-    change = f"{lost:.2f} points of accuracy lost" if lost > 0 else f"{-lost:.2f} points of accuracy gained"
+    change = f"{lost:.2f} points of accuracy lost" if lost > 0 else f"{abs(lost):.2f} points of accuracy gained"
     text = f"The repacked model is **{fast.speedup:.2f}x** faster than dense torch eager, {change}"
     text += f"; against the best dense engine of the same run it is {fast.speedup_over_best:.2f}x."
+    if target.speedup is not None and fast.speedup < target.speedup * (1 - MISSED):
+        text += f" The target of {target.speedup:g}x was missed in this measurement: ask for more, or search longer."
+    if target.accuracy_drop is not None and lost > 100 * target.accuracy_drop:
+        text += f" The target of at most {100 * target.accuracy_drop:g} points was missed: fine-tune longer."
     if fast.speedup_over_best < 1.0:
         text += " The best dense engine is faster than the repacked model: prefer it for this model."
     return text
