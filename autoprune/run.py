@@ -101,9 +101,10 @@ class Run:
         self.config, self.directory, self.progress, self.clock = config, directory, progress, clock
         self._given_task, self._fresh_table = task, fresh_table
         self._work_threads = torch.get_num_threads()
-        self._claim()
+        self._check_directory()
 
-    def _claim(self) -> None:
+    def _check_directory(self) -> None:
+        """Refuses a directory of another run. It is claimed only when the task has proved to work (`inventory`)."""
         path = self.directory / "config.json"
         resolved = self.config.to_json()
         if path.exists():
@@ -115,8 +116,6 @@ class Run:
                 )
         elif self.directory.exists() and not self.directory.is_dir():
             raise ConfigError(f"{self.directory} is a file: give a run directory, or a name that is free.")
-        else:
-            write_json(path, resolved)
 
     @cached_property
     def task(self) -> Task:
@@ -141,6 +140,7 @@ class Run:
         env = self.config.env
         inputs = self.task.example_inputs(self.config.latency.batch)
         inventory = take_inventory(self.dense, inputs, keep_dense=env.keep_dense, min_weights=env.min_weights)
+        write_json(self.directory / "config.json", self.config.to_json())
         self.progress.say(f"{len(inventory.layers)} prunable layers:")
         for layer in inventory.layers:
             shape = "x".join(map(str, layer.weight_shape))

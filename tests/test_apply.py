@@ -92,6 +92,7 @@ def test_apply_says_what_is_wrong_with_a_users_model(
     (tmp_path / "my_wrong_project.py").write_text(PROJECT)
     with pytest.raises(AutopruneError, match=text):
         apply(policy, "--model", model, "--data", data, "--speedup", "1.5")
+    assert not (tmp_path / "out").exists(), "a mistake claims no directory"
 
 
 class Rows(nn.Module):
