@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from autoprune.errors import AutopruneError
 from autoprune.version import __version__
+
+if TYPE_CHECKING:  # imported by the commands that need it: --help does not wait for the agents
+    from autoprune.run import Run
 
 INTERRUPTED = 130  # the status typer exits with after Ctrl-C
 
@@ -31,7 +34,7 @@ Overrides = Annotated[
 ]
 
 
-def _run(config: Path, run_dir: Path | None, overrides: list[str] | None, *, fresh_table: bool = False):  # type: ignore[no-untyped-def]
+def _run(config: Path, run_dir: Path | None, overrides: list[str] | None, *, fresh_table: bool = False) -> Run:
     from autoprune.config import load_config
     from autoprune.report.console import Console
     from autoprune.run import Run

@@ -23,7 +23,7 @@ from autoprune.agents.rival import reward_at, uniform_at
 from autoprune.config import Config
 from autoprune.criteria import CRITERIA
 from autoprune.envs import Problem, PruneEnv, Sensitivity
-from autoprune.envs.actions import ACTIONS
+from autoprune.envs.actions import ACTIONS, ActionComponent
 from autoprune.envs.actions.criterion import CriterionChoice
 from autoprune.envs.actions.group_size import GroupSize
 from autoprune.errors import ConfigError, FileError
@@ -150,17 +150,20 @@ class Run:
         return inventory
 
     @cached_property
+    def _components(self) -> list[ActionComponent]:
+        return [ACTIONS.create(choice) for choice in self.config.env.actions]
+
+    @cached_property
     def patterns(self) -> tuple[Choice, ...]:
         """Every pattern a plan of this run can hold."""
-        components = [ACTIONS.create(choice) for choice in self.config.env.actions]
-        sized = [pattern for c in components if isinstance(c, GroupSize) for pattern in c.patterns]
+        sized = [pattern for c in self._components if isinstance(c, GroupSize) for pattern in c.patterns]
         return tuple(dict.fromkeys([*sized, self.config.env.pattern]))
 
     @cached_property
     def subject(self) -> Subject:
         config = self.config
-        components = [ACTIONS.create(choice) for choice in config.env.actions]
-        criteria = {config.env.criterion.name}.union(*(c.names for c in components if isinstance(c, CriterionChoice)))
+        chosen = (c.names for c in self._components if isinstance(c, CriterionChoice))
+        criteria = {config.env.criterion.name}.union(*chosen)
         needs = frozenset[str]().union(*(CRITERIA.get(name).needs for name in criteria))
         statistics = collect_statistics(self.dense, self.inventory.names, self.task.calibration, self.task.loss, needs)
         return Subject(self.task, self.dense, self.inventory, statistics, config.finetune.settings, config.seed)

@@ -6,7 +6,7 @@ import ctypes
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -56,6 +56,18 @@ def narrowed(lanes: int) -> Target:
         ]
     features = ",".join([full.features, *(f"-{name}" for name in off)])
     return Target(min(lanes, full.lanes), full.cpu, features)
+
+
+def once_a_process(build: Callable[[int, Target], Callable[..., None]]) -> Callable[[int, Target], Callable[..., None]]:
+    """Makes ``build(rows, target)`` run once for each pair, whichever thread asks first."""
+    lock, cached = threading.Lock(), cache(build)
+
+    @wraps(build)
+    def kernel(rows: int, target: Target) -> Callable[..., None]:
+        with lock:
+            return cached(rows, target)
+
+    return kernel
 
 
 def compile_function(module: ir.Module, name: str, target: Target, arguments: int) -> Callable[..., None]:

@@ -10,14 +10,12 @@ outputs read neighbouring inputs again. For stride 1 the left border of a row is
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from enum import IntEnum
-from functools import cache
 
 import llvmlite.ir as ir
 
-from autoprune.repack.kernels.compiler import Target, compile_function
+from autoprune.repack.kernels.compiler import Target, compile_function, once_a_process
 from autoprune.repack.kernels.ir import (
     FLOATS,
     I8,
@@ -73,17 +71,9 @@ class Field(IntEnum):
     PHASES = 30  # bit p: some kept tap reads phase plane p, so it must be filled
 
 
+@once_a_process
 def convolution_kernel(rows: int, target: Target) -> Callable[..., None]:
     """kernel(fields, x, y, x_scratch, y_scratch) for groups of `rows` filters; compiled once a process."""
-    with _LOCK:
-        return _compiled(rows, target)
-
-
-_LOCK = threading.Lock()
-
-
-@cache
-def _compiled(rows: int, target: Target) -> Callable[..., None]:
     module = ir.Module()
     tile_rows, vectors = target.tile(rows)
     tiles = [_tile(module, tile_rows, count, target.lanes) for count in range(1, vectors + 1)]

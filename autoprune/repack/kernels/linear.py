@@ -6,14 +6,12 @@ the fused multiply-add is hidden in both cases.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from enum import IntEnum
-from functools import cache
 
 import llvmlite.ir as ir
 
-from autoprune.repack.kernels.compiler import Target, compile_function
+from autoprune.repack.kernels.compiler import Target, compile_function, once_a_process
 from autoprune.repack.kernels.ir import (
     F32,
     FLOATS,
@@ -48,17 +46,9 @@ class Field(IntEnum):
     OUT_INDEX = 9
 
 
+@once_a_process
 def linear_kernel(rows: int, target: Target) -> Callable[..., None]:
     """kernel(fields, x, y) for groups of `rows` filters; compiled once a process."""
-    with _LOCK:
-        return _compiled(rows, target)
-
-
-_LOCK = threading.Lock()
-
-
-@cache
-def _compiled(rows: int, target: Target) -> Callable[..., None]:
     module = ir.Module()
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [LONGS, FLOATS, FLOATS]), "linear")
     fields, x, y = function.args
