@@ -7,10 +7,13 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, wraps
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import llvmlite.binding as llvm
 import llvmlite.ir as ir
+
+Arguments = ParamSpec("Arguments")
+Kernel = TypeVar("Kernel")
 
 _LOCK = threading.Lock()  # LLVM's global state is not thread-safe
 _ENGINES: list[Any] = []  # a compiled function lives as long as its engine
@@ -58,20 +61,26 @@ def narrowed(lanes: int) -> Target:
     return Target(min(lanes, full.lanes), full.cpu, features)
 
 
-def once_a_process(build: Callable[[int, Target], Callable[..., None]]) -> Callable[[int, Target], Callable[..., None]]:
-    """Makes ``build(rows, target)`` run once for each pair, whichever thread asks first."""
+def once_a_process(build: Callable[Arguments, Kernel]) -> Callable[Arguments, Kernel]:
+    """Makes `build` run once for each set of arguments, whichever thread asks first."""
     lock, cached = threading.Lock(), cache(build)
 
     @wraps(build)
-    def kernel(rows: int, target: Target) -> Callable[..., None]:
+    def kernel(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Kernel:
         with lock:
-            return cached(rows, target)
+            return cached(*args, **kwargs)  # type: ignore[arg-type]
 
     return kernel
 
 
 def compile_function(module: ir.Module, name: str, target: Target, arguments: int) -> Callable[..., None]:
     """Returns the module's function `name`, taking `arguments` addresses (or integers), as a Python callable."""
+    prototype = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * arguments)
+    return prototype(compile_op(module, name, target))
+
+
+def compile_op(module: ir.Module, name: str, target: Target) -> int:
+    """Returns the address of the module's function `name`; it stays valid as long as the process."""
     with _LOCK:
         _initialise()
         machine = llvm.Target.from_default_triple().create_target_machine(
@@ -88,8 +97,12 @@ def compile_function(module: ir.Module, name: str, target: Target, arguments: in
         engine = llvm.create_mcjit_compiler(parsed, machine)
         engine.finalize_object()
         _ENGINES.append(engine)
-        prototype = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * arguments)
-        return prototype(engine.get_function_address(name))
+        return int(engine.get_function_address(name))
+
+
+def call_op(address: int, fields: int, slots: int, item: int, thread: int = 0) -> None:
+    """Calls one native op ``op(fields, slots, item, thread)`` for one item; fields and slots are addresses."""
+    ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)(address)(fields, slots, item, thread)
 
 
 @cache

@@ -83,3 +83,24 @@ def relu_if(b: ir.IRBuilder, value: ir.Value, wanted: ir.Value) -> ir.Value:
     """``max(value, 0)`` of a scalar when `wanted`; NaN stays NaN, as in torch."""
     negative = b.fcmp_ordered("<", value, ir.Constant(F32, 0.0))
     return b.select(b.and_(wanted, negative), ir.Constant(F32, 0.0), value)
+
+
+def op_function(module: ir.Module) -> tuple[ir.IRBuilder, ir.Value, ir.Value, ir.Value, ir.Value]:
+    """Starts the native op ``op(fields, slots, item, thread)``: builder and arguments."""
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [LONGS, LONGS, I64, I64]), "op")
+    return ir.IRBuilder(function.append_basic_block("entry")), *function.args
+
+
+def address(b: ir.IRBuilder, slots: ir.Value, slot: ir.Value, offset: ir.Value) -> ir.Value:
+    """The floats `offset` bytes into the buffer in `slot`."""
+    return b.inttoptr(b.add(b.load(at(b, slots, slot)), offset), FLOATS)
+
+
+def pointer_field(b: ir.IRBuilder, value: ir.Value, kind: ir.Type) -> ir.Value:
+    """A field that holds an address."""
+    return b.inttoptr(value, kind)
+
+
+def float_field(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    """A field that holds a float's bits."""
+    return b.bitcast(b.trunc(value, I32), F32)
