@@ -10,7 +10,11 @@ from torch import nn
 
 from autoprune.errors import ConfigError
 from autoprune.inventory import take_inventory
-from autoprune.tasks.zoo import MODELS, build_model, residual_cnn
+from autoprune.tasks.zoo import MODELS, build_model
+from autoprune.tasks.zoo.initialise import randomise_norms_
+from autoprune.tasks.zoo.small import residual_cnn
+from autoprune.tasks.zoo.standard import STANDARD, standard_input, standard_model
+from autoprune.tasks.zoo.transformer import Attention, bert_mini
 
 
 def build(name: str, seed: int = 0, **args: Any) -> nn.Module:
@@ -62,9 +66,76 @@ def test_residual_cnn_has_a_norm_and_a_relu_a_convolution() -> None:
         ("residual_cnn", {"blocks": True}, "blocks must be a positive integer, not True"),
         ("tiny_transformer", {"heads": 5}, "heads must divide width"),
         ("tiny_transformer", {"patch": 5}, "patch must divide the image's side"),
+        ("vit_small", {"heads": 5}, "heads must divide width"),
+        ("vit_small", {"blocks": 0}, "must be a positive integer, not 0"),
+        ("vit_small", {"patch": 5}, "patch must divide the image's side"),
     ],
 )
 def test_refuses(name: str, args: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError) as caught:
         build(name, **args)
     assert said in str(caught.value)
+
+
+# Of the papers' models, as every implementation of them counts.
+PARAMETERS = {
+    "resnet18": 11_689_512,
+    "resnet20": 272_474,  # projection shortcuts; the paper's own have no weights
+    "resnet50": 25_557_032,
+    "mobilenet_v2": 3_504_872,
+    "vit_small": 22_050_664,
+    "bert_mini": 11_006_466,  # without token types and pooler
+}
+
+
+@pytest.mark.parametrize("name", list(STANDARD))
+def test_a_standard_model_has_the_published_size_and_finite_outputs(name: str) -> None:
+    model, x = standard_model(name), standard_input(name, 2)
+    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
+    assert not model.training
+    with torch.inference_mode():
+        logits = model(x)
+    assert logits.shape == (2, 2 if name == "bert_mini" else 10 if name == "resnet20" else 1000)
+    assert bool(torch.isfinite(logits).all())
+    assert not torch.allclose(logits[0], logits[1]), "the input must matter"
+    assert all(row.weights >= 64 for row in take_inventory(model, x).layers)
+
+
+@pytest.mark.parametrize("name", list(STANDARD))
+def test_a_standard_model_comes_from_its_seed(name: str) -> None:
+    before = torch.get_rng_state()
+    a, b = standard_model(name).state_dict(), standard_model(name).state_dict()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert torch.equal(standard_input(name, 1), standard_input(name, 1))
+    assert not torch.equal(standard_input(name, 1), standard_input(name, 1, seed=1))
+    assert torch.equal(torch.get_rng_state(), before)
+    other = standard_model(name, seed=1).state_dict()
+    assert all(not torch.equal(a[key], other[key]) for key in a if "norm" in key and key.endswith("weight"))
+
+
+def test_randomised_norms_are_far_from_the_identity() -> None:
+    norm = randomise_norms_(nn.BatchNorm2d(64), 0).eval()
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    for values, new in ((norm.running_mean, 0), (norm.running_var, 1), (norm.weight, 1), (norm.bias, 0)):
+        assert (values - new).abs().median() > 0.02
+    assert float(norm.running_var.min()) >= 0.5
+
+
+def test_an_unknown_standard_model_is_told_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"unknown standard model 'resnet19'\. Did you mean 'resnet18'"):
+        standard_model("resnet19")
+    with pytest.raises(ConfigError, match="heads must divide width"):
+        bert_mini(heads=3)
+
+
+def test_attention_is_what_torch_computes() -> None:
+    """Against torch's own multi-head attention with the same weights."""
+    torch.manual_seed(0)
+    attention, other = Attention(16, 4), nn.MultiheadAttention(16, 4, batch_first=True)
+    with torch.no_grad():
+        other.in_proj_weight.copy_(attention.qkv.weight)
+        other.in_proj_bias.copy_(attention.qkv.bias)
+        other.out_proj.load_state_dict(attention.proj.state_dict())
+        x = torch.randn(2, 5, 16)
+        assert torch.allclose(attention(x), other(x, x, x, need_weights=False)[0], atol=1e-6)

@@ -1,4 +1,4 @@
-"""The model zoo: small image classifiers that train in minutes on a CPU.
+"""Small image classifiers that train in minutes on a CPU.
 
 Every convolution is followed by its own BatchNorm2d and its own ReLU module, so a tool that folds, fuses or
 prunes finds one of each.
@@ -6,54 +6,13 @@ prunes finds one of each.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from autoprune.errors import ConfigError
-from autoprune.registry import Choice, Registry
-
-MODELS: Registry[nn.Module] = Registry(
-    "model",
-    {
-        "residual_cnn": "autoprune.tasks.zoo:residual_cnn",
-        "plain_cnn": "autoprune.tasks.zoo:plain_cnn",
-        "mlp": "autoprune.tasks.zoo:mlp",
-        "tiny_transformer": "autoprune.tasks.zoo:tiny_transformer",
-    },
-)
-
-
-def build_model(
-    name: str, args: Mapping[str, Any], *, in_channels: int, size: int, classes: int, seed: int
-) -> nn.Module:
-    """Builds the zoo's model called `name` for ``(batch, in_channels, size, size)`` images, initialised from `seed`.
-
-    Raises:
-        ConfigError: unknown model, or an argument it does not take.
-    """
-    data = {"in_channels": in_channels, "classes": classes}
-    if "size" in inspect.signature(MODELS.get(name)).parameters:  # convolutions take any size
-        data["size"] = size
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return MODELS.create(Choice(name, {**args, **data}))
-
-
-def model_args(widths: Sequence[int] | None, blocks: int | None) -> dict[str, Any]:
-    """The arguments that were given; a model that lacks one refuses it."""
-    given = {"widths": widths, "blocks": blocks}
-    return {name: value for name, value in given.items() if value is not None}
-
-
-def positive(what: str, *values: int) -> None:
-    """Raises ConfigError unless every value is a positive integer."""
-    for value in values:
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"{what} must be a positive integer, not {value!r}.")
+from autoprune.tasks.zoo.arguments import positive
 
 
 def _widths(widths: Sequence[int]) -> tuple[int, ...]:
