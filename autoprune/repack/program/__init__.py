@@ -1,0 +1,1 @@
+"""The whole-model program: a model captured as a small graph of our own, simplified, and run by native kernels."""

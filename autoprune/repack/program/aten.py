@@ -1,0 +1,154 @@
+"""The torch operators a graph may hold, looked up by name in an allow-list, and their arguments as JSON.
+
+A name in a file never resolves to anything that writes, reads files, draws random numbers, hands out uninitialised
+memory or reinterprets a tensor's storage.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autoprune.errors import FileError
+
+GETITEM = "getitem"  # takes one of an operator's several results
+
+# Operators that torch.export leaves whole and that are not tagged core.
+_NAMES = """
+    _log_softmax.default _softmax.default adaptive_avg_pool1d.default adaptive_avg_pool2d.default
+    adaptive_max_pool2d.default add.Scalar addbmm.default addcdiv.default addcmul.default addmv.default
+    all.default any.default baddbmm.default batch_norm.default broadcast_to.default bucketize.Tensor
+    channel_shuffle.default chunk.default conv1d.default conv1d.padding conv2d.default conv2d.padding
+    conv3d.default conv_transpose1d.default conv_transpose2d.input count_nonzero.default einsum.default
+    expand_as.default flatten.using_ints floor_divide.default full_like.default glu.default group_norm.default
+    hardshrink.default hardsigmoid.default hardswish.default layer_norm.default lerp.Scalar lerp.Tensor
+    linalg_vector_norm.default linear.default linspace.default log_sigmoid.default log_softmax.int
+    logsumexp.default masked_fill.Scalar masked_fill.Tensor matmul.default max.dim mean.default meshgrid.default
+    meshgrid.indexing min.dim mish.default mm.default movedim.int mv.default narrow.default norm.ScalarOpt_dim
+    ones.default ones_like.default outer.default pad.default pixel_shuffle.default pixel_unshuffle.default
+    prelu.default relu6.default repeat_interleave.self_int reshape.default rms_norm.default roll.default
+    rsub.Scalar rsub.Tensor selu.default silu.default softmax.int softplus.default split.Tensor split.default
+    square.default stack.default std.correction std.dim sum.default t.default take_along_dim.default
+    tile.default transpose.int tril.default triu.default type_as.default unbind.int unflatten.int unfold.default
+    upsample_bicubic2d.vec upsample_bilinear2d.vec upsample_nearest2d.vec var.default zeros.default
+    zeros_like.default
+"""
+_WHOLE = frozenset(_NAMES.split())
+_ATTENTION = "scaled_dot_product_attention.default"  # tagged as random for the sake of its dropout
+_REFUSED_TAGS = (torch.Tag.nondeterministic_seeded, torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+_REFUSED_WORDS = tuple("empty as_strided _backward resize set_ _local_scalar sym_ embedding_bag dist_".split())
+_DTYPES: Mapping[str, torch.dtype] = {
+    name: getattr(torch, name)
+    for name in ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
+}
+
+
+def is_allowed(operator: object) -> bool:
+    """Whether an operator may stand in a graph: of aten, functional, deterministic, and core or on our list."""
+    if not isinstance(operator, torch._ops.OpOverload) or operator.namespace != "aten":
+        return False
+    name = operator_name(operator).removeprefix("aten.")
+    schema = operator._schema
+    if schema.is_mutable or any(argument.is_out for argument in schema.arguments):
+        return False
+    if name == _ATTENTION:
+        return True
+    if any(word in name for word in _REFUSED_WORDS) or any(tag in operator.tags for tag in _REFUSED_TAGS):
+        return False
+    return torch.Tag.core in operator.tags or name in _WHOLE
+
+
+def operator_name(operator: torch._ops.OpOverload) -> str:
+    """``aten.softmax.int`` and the like."""
+    return str(operator)
+
+
+@functools.lru_cache(maxsize=512)
+def resolve(name: str) -> torch._ops.OpOverload:
+    """Returns the operator called e.g. ``aten.softmax.int``; raises FileError unless it is allowed."""
+    parts = name.split(".")
+    refused = FileError(f"the operator {name!r} is not one that a graph may hold.")
+    if len(parts) != 3 or parts[0] != "aten" or not all(part.isidentifier() for part in parts):
+        raise refused
+    packet = getattr(torch.ops.aten, parts[1], None)
+    if not isinstance(packet, torch._ops.OpOverloadPacket) or parts[2] not in packet.overloads():
+        raise refused
+    operator = getattr(packet, parts[2])
+    if not isinstance(operator, torch._ops.OpOverload) or not is_allowed(operator):
+        raise refused
+    return operator
+
+
+def encode_number(value: float) -> Any:
+    """A float as JSON, which knows no infinity."""
+    return value if math.isfinite(value) else {"float": repr(float(value))}
+
+
+def encode_dtype(dtype: torch.dtype) -> str:
+    """Raises KeyError for a type no graph holds, such as a complex one."""
+    return {value: name for name, value in _DTYPES.items()}[dtype]
+
+
+def decode_dtype(name: object) -> torch.dtype:
+    """``float32`` and the like; raises FileError for anything else."""
+    if not isinstance(name, str) or name not in _DTYPES:
+        raise FileError(f"{name!r} is no element type of a graph.")
+    return _DTYPES[name]
+
+
+def decode(value: Any, values: Mapping[str, Any]) -> Any:
+    """Turns an encoded argument into what the operator takes; ``{"ref": name}`` is looked up in `values`."""
+    if isinstance(value, (list, tuple)):
+        return [decode(each, values) for each in value]
+    if not isinstance(value, dict):
+        return value
+    ((tag, content),) = value.items()
+    if tag == "ref":
+        return values[content]
+    return float(content) if tag == "float" else decode_dtype(content)
+
+
+_FLOATS = ("inf", "-inf", "nan")
+
+
+def check_encoded(value: Any, what: str) -> None:
+    """Raises FileError unless `value` is a well-formed encoded argument."""
+    if isinstance(value, (list, tuple)):
+        for each in value:
+            check_encoded(each, what)
+    elif isinstance(value, dict):
+        tag, content = next(iter(value.items())) if len(value) == 1 else ("", None)
+        fine = {"ref": isinstance(content, str), "float": content in _FLOATS, "dtype": isinstance(content, str)}
+        if not fine.get(tag, False):
+            raise FileError(f"{what} holds the argument {value!r}.")
+        if tag == "dtype":
+            decode_dtype(content)
+    elif value is not None and type(value) not in (bool, int, float, str):
+        raise FileError(f"{what} holds the argument {value!r}.")
+    elif type(value) is float and not math.isfinite(value):
+        raise FileError(f"{what} holds the number {value!r}.")
+
+
+def references(value: Any) -> list[str]:
+    """The names an encoded argument refers to, in order."""
+    if isinstance(value, (list, tuple)):
+        return [name for each in value for name in references(each)]
+    if isinstance(value, dict) and isinstance(value.get("ref"), str):
+        return [value["ref"]]
+    return []
+
+
+def call(name: str, args: Any, kwargs: Mapping[str, Any], values: Mapping[str, Any]) -> Tensor | tuple[Tensor, ...]:
+    """Runs an allowed operator, or takes one of several results, on encoded arguments."""
+    positional = decode(args, values)
+    if name == GETITEM:
+        results, index = positional
+        one: Tensor = results[index]
+        return one
+    result = resolve(name)(*positional, **{key: decode(value, values) for key, value in kwargs.items()})
+    return tuple(result) if isinstance(result, list) else result

@@ -1,0 +1,210 @@
+"""A model as a small graph: named values, a dozen kinds of operations, weights beside it. It is what our files hold.
+
+Everything in it but the weights is plain JSON, so a graph that comes from a file is data that `Graph.validate` checks,
+never code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from autoprune.errors import FileError
+from autoprune.repack.program import aten, checks
+from autoprune.repack.program.kinds import ACTIVATIONS, KINDS, SCALARS, Values
+
+__all__ = ["ACTIVATIONS", "KINDS", "SCALARS", "Graph", "Input", "Op", "build_outputs", "evaluate_op", "reference"]
+
+
+@dataclass(frozen=True)
+class Input:
+    """A tensor the model is called with.
+
+    Attributes:
+        shape: of the example; where `batched`, the first extent may be any at a call, one for all batched inputs.
+        dtype: e.g. ``float32``.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    batched: bool = False
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operation.
+
+    Attributes:
+        kind: a key of `KINDS`.
+        output: the value it defines. Operators with several results define a tuple, taken apart by ``getitem``.
+        inputs: the values it works on; see `KINDS`.
+        attributes: plain JSON (lists, not tuples).
+        tensors: its weights: role -> name of a constant.
+    """
+
+    kind: str
+    output: str
+    inputs: tuple[str, ...]
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    tensors: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Every name it depends on but its weights: its inputs, and the integers in the shape of a reshape."""
+        return tuple(dict.fromkeys([*self.inputs, *aten.references(self.attributes.get("shape"))]))
+
+    @property
+    def activation(self) -> str | None:
+        name: str | None = self.attributes.get("activation")
+        return name
+
+    def with_attributes(self, **changed: Any) -> Op:
+        return replace(self, attributes={**self.attributes, **changed})
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """Operations in the order they run.
+
+    Attributes:
+        outputs: what the model returns: the name of a value, a plain number or None, or one of ``{"tuple": [...]}``,
+            ``{"list": [...]}`` and ``{"dict": [[key, ...], ...]}`` holding more of them.
+        constants: weights, by name; names of values and of constants do not overlap.
+    """
+
+    inputs: tuple[Input, ...]
+    ops: tuple[Op, ...]
+    outputs: Any
+    constants: Mapping[str, Tensor]
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether a call may have another batch size than the example."""
+        return any(each.batched for each in self.inputs)
+
+    def producers(self) -> dict[str, Op]:
+        """Value -> the operation that defines it; the model's inputs have none."""
+        return {op.output: op for op in self.ops}
+
+    def consumers(self) -> dict[str, list[Op]]:
+        """Value -> the operations that read it, each once. What is returned is in `output_names`."""
+        readers: dict[str, list[Op]] = {each.name: [] for each in self.inputs}
+        readers |= {op.output: [] for op in self.ops}
+        for op in self.ops:
+            for name in op.reads:
+                readers.setdefault(name, []).append(op)
+        return readers
+
+    def output_names(self) -> list[str]:
+        """The values the model returns, in order."""
+        return list(_leaves(self.outputs))
+
+    def validate(self) -> Graph:
+        """Returns itself; raises FileError unless every name is defined before use and every operation well formed."""
+        known = set(self.constants)
+        for each in self.inputs:
+            checks.check_input(each)
+            checks.define(each.name, known)
+        for op in self.ops:
+            checks.check_op(op, self.constants)
+            for name in op.reads:
+                if name not in known:
+                    raise FileError(f"{op.output!r} reads {name!r} before it is defined.")
+            checks.define(op.output, known)
+        checks.check_outputs(self.outputs)
+        for name in self.output_names():
+            if name not in known:
+                raise FileError(f"the graph returns {name!r}, which is never defined.")
+        return self
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the constants."""
+        return {
+            "inputs": [{**vars(each), "shape": list(each.shape)} for each in self.inputs],
+            "ops": [
+                {
+                    "kind": op.kind,
+                    "output": op.output,
+                    "inputs": list(op.inputs),
+                    "attributes": dict(op.attributes),
+                    "tensors": dict(op.tensors),
+                }
+                for op in self.ops
+            ],
+            "outputs": self.outputs,
+        }
+
+    @classmethod
+    def from_json(cls, data: Any, constants: Mapping[str, Tensor]) -> Graph:
+        """Rebuilds and validates a graph; raises FileError when `data` is no graph."""
+        top = checks.fields(data, {"inputs": list, "ops": list, "outputs": object}, "the graph")
+        inputs = []
+        for row in top["inputs"]:
+            row = checks.fields(row, {"name": str, "shape": list, "dtype": str, "batched": bool}, "an input")
+            inputs.append(Input(row["name"], tuple(row["shape"]), row["dtype"], row["batched"]))
+        ops = []
+        types = {"kind": str, "output": str, "inputs": list, "attributes": dict, "tensors": dict}
+        for row in top["ops"]:
+            row = checks.fields(row, types, "an operation")
+            ops.append(Op(row["kind"], row["output"], tuple(row["inputs"]), row["attributes"], row["tensors"]))
+        try:
+            return cls(tuple(inputs), tuple(ops), top["outputs"], dict(constants)).validate()
+        except RecursionError:
+            raise FileError("the graph is nested too deeply.") from None
+
+
+def build_outputs(outputs: Any, values: Values) -> Any:
+    """What the model returns: the structure `outputs` of a graph with `values` in place of their names."""
+    if isinstance(outputs, str):
+        return values[outputs]
+    if not isinstance(outputs, dict):
+        return outputs
+    ((tag, content),) = outputs.items()
+    if tag == "dict":
+        return {key: build_outputs(each, values) for key, each in content}
+    rebuilt = [build_outputs(each, values) for each in content]
+    return tuple(rebuilt) if tag == "tuple" else rebuilt
+
+
+def _leaves(outputs: Any) -> Iterator[str]:
+    if isinstance(outputs, str):
+        yield outputs
+    elif isinstance(outputs, dict):
+        ((tag, content),) = outputs.items()
+        for each in content:
+            yield from _leaves(each[1] if tag == "dict" else each)
+
+
+class _Both(Mapping[str, Any]):
+    """Values, and constants behind them."""
+
+    def __init__(self, values: Values, constants: Values) -> None:
+        self.values_, self.constants = values, constants
+
+    def __getitem__(self, name: str) -> Any:
+        return self.values_[name] if name in self.values_ else self.constants[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((*self.values_, *self.constants))
+
+    def __len__(self) -> int:
+        return len(self.values_) + len(self.constants)
+
+
+def evaluate_op(op: Op, values: Values, constants: Mapping[str, Tensor]) -> Any:
+    """The output of one operation by torch's own functions, given the values so far; works on meta tensors too."""
+    both = _Both(values, constants)
+    weights = {role: constants[name] for role, name in op.tensors.items()}
+    return KINDS[op.kind](op, [both[name] for name in op.inputs], weights, both)
+
+
+def reference(graph: Graph, inputs: tuple[Tensor, ...]) -> Any:
+    """Runs a whole graph by torch's own functions: what every other way of running it is compared with."""
+    values: dict[str, Any] = {each.name: x for each, x in zip(graph.inputs, inputs, strict=True)}
+    for op in graph.ops:
+        values[op.output] = evaluate_op(op, values, graph.constants)
+    return build_outputs(graph.outputs, _Both(values, graph.constants))

@@ -1,0 +1,117 @@
+"""What each kind of operation in a graph computes, in torch's own functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from autoprune.repack.program import aten
+
+if TYPE_CHECKING:
+    from autoprune.repack.program.graph import Op
+
+Values = Mapping[str, Any]
+
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "hardswish": F.hardswish,
+    "hardsigmoid": F.hardsigmoid,
+}
+
+
+def activate(x: Tensor, name: str | None) -> Tensor:
+    """Applies the activation called `name`; none when None."""
+    return x if name is None else ACTIVATIONS[name](x)
+
+
+def _conv2d(op: Op, x: list[Any], w: Mapping[str, Tensor], _: Values) -> Tensor:
+    a = op.attributes
+    y = F.conv2d(x[0], w["weight"], w.get("bias"), a["stride"], a["padding"], a["dilation"], a["groups"])
+    return activate(y if len(x) == 1 else y + x[1], op.activation)
+
+
+def _linear(op: Op, x: list[Any], w: Mapping[str, Tensor], _: Values) -> Tensor:
+    y = F.linear(x[0], w["weight"], w.get("bias"))
+    return activate(y if len(x) == 1 else y + x[1], op.activation)
+
+
+def _max_pool2d(op: Op, x: list[Any], w: Mapping[str, Tensor], _: Values) -> Tensor:
+    a = op.attributes
+    return F.max_pool2d(x[0], a["kernel"], a["stride"], a["padding"], a["dilation"])
+
+
+def _avg_pool2d(op: Op, x: list[Any], w: Mapping[str, Tensor], _: Values) -> Tensor:
+    a = op.attributes
+    return F.avg_pool2d(x[0], a["kernel"], a["stride"], a["padding"], False, a["count_include_pad"])
+
+
+def _global_avg_pool(op: Op, x: list[Any], w: Mapping[str, Tensor], _: Values) -> Tensor:
+    mean: Tensor = x[0].mean((2, 3), keepdim=op.attributes["keepdim"])
+    return mean
+
+
+def _activation(op: Op, x: list[Any], w: Mapping[str, Tensor], _: Values) -> Tensor:
+    return activate(x[0], op.attributes["name"])
+
+
+def _add(op: Op, x: list[Any], w: Mapping[str, Tensor], _: Values) -> Tensor:
+    return activate(x[0] + x[1], op.activation)
+
+
+def _layer_norm(op: Op, x: list[Any], w: Mapping[str, Tensor], _: Values) -> Tensor:
+    return F.layer_norm(x[0], (op.attributes["size"],), w.get("weight"), w.get("bias"), op.attributes["eps"])
+
+
+def _attention(op: Op, x: list[Any], w: Mapping[str, Tensor], _: Values) -> Tensor:
+    return F.scaled_dot_product_attention(x[0], x[1], x[2], scale=op.attributes["scale"])
+
+
+def _reshape(op: Op, x: list[Any], w: Mapping[str, Tensor], values: Values) -> Tensor:
+    reshaped: Tensor = x[0].reshape(aten.decode(op.attributes["shape"], values))
+    return reshaped
+
+
+def _scalar(op: Op, x: list[Any], w: Mapping[str, Tensor], values: Values) -> int:
+    a, b = (values[each] if isinstance(each, str) else each for each in op.attributes["args"])
+    return SCALARS[op.attributes["fn"]](a, b)
+
+
+def _torch(op: Op, x: list[Any], w: Mapping[str, Tensor], values: Values) -> Any:
+    return aten.call(op.attributes["op"], op.attributes["args"], op.attributes["kwargs"], values)
+
+
+SCALARS: Mapping[str, Callable[[Any, Any], int]] = {
+    "size": lambda x, axis: int(x.shape[axis]),
+    "add": lambda a, b: int(a + b),
+    "mul": lambda a, b: int(a * b),
+    "sub": lambda a, b: int(a - b),
+    "floordiv": lambda a, b: int(a // b),
+}
+
+Evaluate = Callable[[Op, list[Any], Mapping[str, Tensor], Values], Any]
+"""(operation, its inputs, its weights by role, every value so far) -> its output."""
+
+KINDS: Mapping[str, Evaluate] = {
+    "conv2d": _conv2d,
+    "linear": _linear,
+    "max_pool2d": _max_pool2d,
+    "avg_pool2d": _avg_pool2d,
+    "global_avg_pool": _global_avg_pool,
+    "activation": _activation,
+    "add": _add,
+    "layer_norm": _layer_norm,
+    "attention": _attention,
+    "reshape": _reshape,
+    "scalar": _scalar,
+    "torch": _torch,
+}
