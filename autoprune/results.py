@@ -12,7 +12,7 @@ from autoprune.agents.base import Trial
 from autoprune.errors import AutopruneError, FileError, MissingExtra
 from autoprune.files import read_json, write_json, write_tensors, write_text
 from autoprune.inventory import KeptDense
-from autoprune.latency.engines import ENGINES
+from autoprune.latency.engines import ENGINES, baselines
 from autoprune.latency.machine import machine_identity
 from autoprune.latency.table import LatencyTable
 from autoprune.latency.timer import Latency, Protocol, measure_together, speedup
@@ -54,7 +54,8 @@ def results(run: Run, *, again: bool = False) -> tuple[ResultRow, ...]:
     write_tensors(dense_file, run.dense.state_dict())
     dense_accuracy = run.task.test(run.dense)
     size, parameters = dense_file.stat().st_size, sum(p.numel() for p in run.dense.parameters())
-    best = min((name for name in times if name not in (MASKED, REPACKED)), key=lambda name: times[name].median_ms)
+    same_work = {EAGER, *(f"dense, {name}" for name in baselines())}
+    best = min(same_work & set(times), key=lambda name: times[name].median_ms)
 
     def row(name: str, label: str, accuracy: float, count: int, size_bytes: int) -> ResultRow:
         took = times[name]
@@ -79,7 +80,7 @@ def _engine_calls(run: Run, inputs: tuple[Any, ...]) -> dict[str, Callable[[], o
     """The dense engines asked for; those that are missing or fail are said, not hidden."""
     wanted = run.config.latency.engines
     calls: dict[str, Callable[[], object]] = {}
-    for name in wanted or tuple(ENGINES):
+    for name in wanted or baselines():
         if name == "eager":
             continue
         try:

@@ -19,9 +19,15 @@ Call = Callable[[], object]
 
 
 class DenseEngine(ABC):
-    """One engine. `needs` names the modules it imports beyond autoprune's own dependencies."""
+    """One engine.
+
+    Attributes:
+        needs: the modules it imports beyond autoprune's own dependencies.
+        float32: whether it computes in float32 throughout; one that does not is shown, never compared with.
+    """
 
     needs: ClassVar[tuple[str, ...]] = ()
+    float32: ClassVar[bool] = True
 
     def available(self) -> str | None:
         """None when the engine can be used here, else the command that installs what is missing."""
@@ -45,7 +51,7 @@ class DenseEngine(ABC):
         """
         command = self.available()
         if command is not None:
-            raise MissingExtra(f"this engine needs {', '.join(self.needs)}. Install with: {command}")
+            raise MissingExtra(f"this engine needs what is not installed here. Install it with: {command}")
         return self._compile(copy.deepcopy(model).eval(), as_tuple(example_inputs), threads)
 
     @abstractmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ class Eager(DenseEngine):
         return torch_call(model, inputs, threads)
 
 
-def torch_call(model: nn.Module, inputs: tuple[Any, ...], threads: int) -> Call:
+def torch_call(model: Callable[..., object], inputs: tuple[Any, ...], threads: int) -> Call:
     """One inference in torch; the modes are set only where the caller has not, since that takes time."""
 
     def run() -> object:

@@ -29,7 +29,7 @@ def onnx_file(model: nn.Module, inputs: tuple[Any, ...]) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="autoprune-", ignore_cleanup_errors=True) as folder:
         path = Path(folder) / "model.onnx"
         try:
-            with _silence(), torch.inference_mode():
+            with silence("torch.onnx"), torch.inference_mode():
                 torch.onnx.export(model, inputs, str(path), dynamo=True, verbose=False)
         except Exception as error:  # the exporter raises whatever the model's own Python raises
             lines = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
@@ -52,9 +52,9 @@ def arrays(inputs: tuple[Any, ...], expected: int) -> list[NDArray[Any]]:
 
 
 @contextmanager
-def _silence() -> Iterator[None]:
-    """The exporter logs and warns about its own internals, nothing that a user could act on."""
-    logger = logging.getLogger("torch.onnx")
+def silence(part: str) -> Iterator[None]:
+    """Keeps torch's compilers quiet: they log (as `part`) and warn about their internals, of no use to anyone else."""
+    logger = logging.getLogger(part)
     before = logger.level
     logger.setLevel(logging.CRITICAL)
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
@@ -19,21 +20,21 @@ class OpenVino(DenseEngine):
     needs = ("onnx", "onnxscript", "openvino")
 
     def _compile(self, model: nn.Module, inputs: tuple[Any, ...], threads: int) -> Call:
-        openvino = import_openvino()
-        settings = {
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": "f32",
-            "INFERENCE_NUM_THREADS": threads,
-            "NUM_STREAMS": 1,
-        }
-        with onnx_file(model, inputs) as path:
-            compiled = openvino.Core().compile_model(str(path), "CPU", settings)
-        request = compiled.create_infer_request()
-        for at, array in enumerate(arrays(inputs, len(compiled.inputs))):
-            # Bound once: giving the arrays with each call costs a tenth of a millisecond. Copied, because a request
-            # does not keep an array alive whose memory it shares.
-            request.set_input_tensor(at, openvino.Tensor(array, shared_memory=False))
-        return lambda: tuple(request.infer(share_outputs=True).values())
+        return openvino_call(model, inputs, threads, {"INFERENCE_PRECISION_HINT": "f32"})
+
+
+def openvino_call(model: nn.Module, inputs: tuple[Any, ...], threads: int, precision: Mapping[str, str]) -> Call:
+    """One request of the CPU plugin, with the settings of `precision` besides those for latency."""
+    openvino = import_openvino()
+    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, **precision}
+    with onnx_file(model, inputs) as path:
+        compiled = openvino.Core().compile_model(str(path), "CPU", settings)
+    request = compiled.create_infer_request()
+    for at, array in enumerate(arrays(inputs, len(compiled.inputs))):
+        # Bound once: giving the arrays with each call costs a tenth of a millisecond. Copied, because a request
+        # does not keep an array alive whose memory it shares.
+        request.set_input_tensor(at, openvino.Tensor(array, shared_memory=False))
+    return lambda: tuple(request.infer(share_outputs=True).values())
 
 
 def import_openvino() -> ModuleType:
