@@ -98,7 +98,7 @@ SCALARS: Mapping[str, Callable[[Any, Any], int]] = {
     "floordiv": lambda a, b: int(a // b),
 }
 
-Evaluate = Callable[[Op, list[Any], Mapping[str, Tensor], Values], Any]
+Evaluate = Callable[["Op", list[Any], Mapping[str, Tensor], Values], Any]
 """(operation, its inputs, its weights by role, every value so far) -> its output."""
 
 KINDS: Mapping[str, Evaluate] = {

@@ -1,0 +1,315 @@
+"""Capturing a model: torch.export -> our graph.
+
+The exported program is functional (nothing is written in place) and keeps convolutions, norms and attention whole.
+What `lifting` has no kind for stays a torch operator; what no file could hold is a CaptureError.
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.utils import _pytree as pytree
+
+from autoprune.errors import AutopruneError
+from autoprune.inventory import copy_for_inference
+from autoprune.repack.program import aten, lifting
+from autoprune.repack.program.graph import Graph, Input, Op
+from autoprune.repack.program.lifting import Alias, Lifted, Site
+
+FOLD_LIMIT = 1 << 16  # elements a constant computed from smaller ones may have
+
+_SCALARS: Mapping[Any, str] = {
+    operator.add: "add",
+    operator.mul: "mul",
+    operator.sub: "sub",
+    operator.floordiv: "floordiv",
+}
+_PLACES = ("device", "layout", "pin_memory", "memory_format")  # arguments that say where, not what
+_WEIGHTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+
+
+class CaptureError(AutopruneError):
+    """A model that cannot be captured as a graph; it can still be repacked a layer at a time."""
+
+
+def capture(model: nn.Module, inputs: Sequence[Any]) -> Graph:
+    """Captures what `model` computes in eval mode, for any batch size where the model allows it.
+
+    Args:
+        model: left as it is.
+        inputs: the tensors the model is called with; those whose first extent is that of the first are batched.
+
+    Raises:
+        CaptureError: its control flow depends on data, it writes to its inputs or buffers, draws random numbers,
+            or takes or returns what is no tensor, list, tuple or dictionary.
+    """
+    for x in inputs:
+        if not isinstance(x, Tensor) or x.device.type != "cpu" or x.layout != torch.strided:
+            raise CaptureError(f"only dense tensors on the CPU can be inputs of a program, not {_describe(x)}.")
+    copied = copy_for_inference(model)
+    batch = inputs[0].shape[0] if inputs and inputs[0].ndim else None
+    batched = [x.ndim > 0 and x.shape[0] == batch for x in inputs]
+    if any(batched):
+        try:
+            return _captured(copied, inputs, batched)
+        except CaptureError:  # it is made for one batch size
+            pass
+    return _captured(copied, inputs, [False] * len(inputs))
+
+
+def _describe(x: Any) -> str:
+    return f"a tensor on {x.device} with layout {x.layout}" if isinstance(x, Tensor) else type(x).__name__
+
+
+def _captured(model: nn.Module, inputs: Sequence[Tensor], batched: Sequence[bool]) -> Graph:
+    program = _export(model, inputs, batched)
+    described = []
+    names = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind == InputKind.USER_INPUT]
+    for name, x, any_batch in zip(names, inputs, batched, strict=True):
+        try:
+            described.append(Input(name, tuple(x.shape), aten.encode_dtype(x.dtype), any_batch))
+        except KeyError:
+            raise CaptureError(f"an input of type {x.dtype} is not supported.") from None
+    return _Translation(program, described).graph().validate()
+
+
+def _export(model: nn.Module, inputs: Sequence[Tensor], batched: Sequence[bool]) -> ExportedProgram:
+    # torch takes a batch of 1 for a constant
+    examples = tuple(
+        torch.cat([x, x]) if dynamic and x.shape[0] == 1 else x for x, dynamic in zip(inputs, batched, strict=True)
+    )
+    batch = Dim("batch")
+    shapes = tuple({0: batch} if dynamic else None for dynamic in batched) if any(batched) else None
+    try:
+        with _quiet(), _plain_attention(), torch.no_grad():
+            exported = torch.export.export(model, examples, dynamic_shapes=shapes, strict=False)
+            # nothing is decomposed; in-place operators become functional ones
+            functional: ExportedProgram = exported.run_decompositions({})
+            return functional
+    except Exception as error:  # the model is the user's, and export raises whatever it likes
+        told = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        raise CaptureError(f"torch.export cannot capture the model ({type(error).__name__}: {told[:300]}).") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch.export has to say about its own future."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Keeps torch's modules from calling one fused operator that hides their Linear layers."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+class _Translation:
+    """One pass over an exported program; `graph` gives the result."""
+
+    def __init__(self, program: ExportedProgram, inputs: Sequence[Input]) -> None:
+        self.program = program
+        self.inputs = tuple(inputs)
+        self.ops: list[Op] = []
+        self.constants: dict[str, Tensor] = {}
+        self.names: dict[fx.Node, str] = {}  # of the value or constant that stands for a node
+        self.taken = {node.name for node in program.graph.nodes}
+        self.outputs: Any = None
+
+    def graph(self) -> Graph:
+        for spec in self.program.graph_signature.output_specs:
+            if spec.kind != OutputKind.USER_OUTPUT:
+                raise CaptureError("the model writes to its inputs or its buffers, which a program cannot.")
+        weights = self.weights()
+        for node in self.program.graph.nodes:
+            if node.op == "placeholder":
+                self.names[node] = node.name
+                if node.name in weights:
+                    self.names[node] = self.constant(*weights[node.name])
+            elif node.op == "call_function":
+                self.translate(node)
+            elif node.op == "output":
+                self.outputs = self.structure(node.args[0])
+            else:
+                raise CaptureError(f"the model holds a {node.op} ({node.target}), which a program cannot.")
+        read = {name for op in self.ops for name in (*op.reads, *op.tensors.values())}
+        graph = Graph(self.inputs, tuple(self.ops), self.outputs, self.constants)
+        read |= set(graph.output_names())
+        kept = {name: value for name, value in self.constants.items() if name in read}
+        return Graph(graph.inputs, graph.ops, graph.outputs, kept)
+
+    def weights(self) -> dict[str, tuple[str, Tensor]]:
+        """Placeholder -> (qualified name, tensor) of each parameter, buffer and literal tensor."""
+        found = {}
+        for spec in self.program.graph_signature.input_specs:
+            if spec.kind == InputKind.USER_INPUT:
+                continue
+            target = spec.target
+            held = {**self.program.constants, **self.program.state_dict}
+            if spec.kind not in _WEIGHTS or target is None or not isinstance(held.get(target), Tensor):
+                raise CaptureError(f"the model reads {spec.arg}, which is neither a tensor nor a weight.")
+            found[spec.arg.name] = (target, held[target])
+        return found
+
+    def constant(self, name: str, value: Tensor) -> str:
+        """Adds a constant and returns the name it got."""
+        while name in self.taken or name in self.constants:
+            name += "_"
+        if value.device.type != "cpu" or value.layout != torch.strided:
+            raise CaptureError(f"only dense tensors on the CPU can be weights of a program, not {_describe(value)}.")
+        self.constants[name] = value.detach().contiguous()
+        return name
+
+    def translate(self, node: fx.Node) -> None:
+        if node.target in _SCALARS or node.target is torch.ops.aten.sym_size.int:
+            self.scalar(node)
+        elif node.target is operator.getitem:
+            self.getitem(node)
+        elif isinstance(node.target, torch._ops.OpOverload):
+            self.operator(node, node.target)
+        else:
+            raise CaptureError(f"the model uses {node.target}, which a program cannot.")
+
+    def scalar(self, node: fx.Node) -> None:
+        args = [self.names[x] if isinstance(x, fx.Node) else x for x in node.args]
+        fn = _SCALARS.get(node.target, "size")
+        if any(type(x) not in (str, int) for x in args):
+            raise CaptureError(f"the model computes {node.name} from {args}, which a program cannot.")
+        read = tuple(dict.fromkeys(x for x in args if isinstance(x, str)))
+        self.emit(node, Op("scalar", node.name, read, {"fn": fn, "args": args}))
+
+    def getitem(self, node: fx.Node) -> None:
+        source, index = node.args
+        assert isinstance(source, fx.Node)
+        if lifting.is_norm(source.target):  # its other results are empty outside training
+            self.names[node] = self.names[source]
+            return
+        name = self.names[source]
+        self.emit(node, Op("torch", node.name, (name,), _torch(aten.GETITEM, [{"ref": name}, index], {})))
+
+    def operator(self, node: fx.Node, target: torch._ops.OpOverload) -> None:
+        if target is torch.ops.aten._assert_tensor_metadata.default:
+            return
+        if lifting.lifts(target):
+            lifted = lifting.lift(Site(self, node, _bind(node, target)))
+            if isinstance(lifted, Alias):
+                self.names[node] = lifted.name
+                return
+            if isinstance(lifted, Lifted):
+                self.emit(node, Op(lifted.kind, node.name, lifted.inputs, lifted.attributes, lifted.tensors))
+                return
+        if not aten.is_allowed(target):
+            raise CaptureError(f"the model uses the operator {target}, which a program cannot.")
+        if not self.folded(node, target):
+            self.emit(node, self.as_torch(node, target))
+
+    def as_torch(self, node: fx.Node, target: torch._ops.OpOverload) -> Op:
+        for argument in (*node.args, *node.kwargs.values()):
+            if isinstance(argument, torch.device) and argument.type != "cpu":
+                raise CaptureError(f"the model uses the device {argument}; a program runs on the CPU.")
+        args = [self.encode(x) for x in node.args]
+        kwargs = {key: self.encode(value) for key, value in node.kwargs.items() if key not in _PLACES}
+        read = tuple(dict.fromkeys(aten.references([args, list(kwargs.values())])))
+        return Op("torch", node.name, read, _torch(aten.operator_name(target), args, kwargs))
+
+    def encode(self, value: Any) -> Any:
+        """An operator's argument as JSON."""
+        if isinstance(value, fx.Node):
+            return {"ref": self.names[value]}
+        if isinstance(value, (list, tuple)):
+            return [self.encode(each) for each in value]
+        if isinstance(value, torch.dtype):
+            try:
+                return {"dtype": aten.encode_dtype(value)}
+            except KeyError:
+                raise CaptureError(f"the model uses tensors of type {value}, which a program cannot.") from None
+        if value is None or type(value) in (bool, int, str):
+            return value
+        if isinstance(value, float):
+            return aten.encode_number(value)
+        raise CaptureError(f"the model passes {value!r} to an operator, which a program cannot hold.")
+
+    def folded(self, node: fx.Node, target: torch._ops.OpOverload) -> bool:
+        """Computes now what depends on constants alone, unless that would blow them up."""
+        read = node.all_input_nodes
+        value = node.meta.get("val")
+        if any(self.names[x] not in self.constants for x in read) or not isinstance(value, Tensor):
+            return False
+        if not all(isinstance(extent, int) for extent in value.shape):
+            return False
+        if value.numel() > max(FOLD_LIMIT, sum(self.constants[self.names[x]].numel() for x in read)):
+            return False
+        op = self.as_torch(node, target)
+        with torch.no_grad():
+            computed = aten.call(op.attributes["op"], op.attributes["args"], op.attributes["kwargs"], self.constants)
+        assert isinstance(computed, Tensor)
+        self.names[node] = self.constant(f"{node.name}.folded", computed.clone())
+        return True
+
+    def size(self, node: fx.Node, axis: int) -> str:
+        """Emits the extent of a value along an axis and returns its name."""
+        name = f"{self.names[node]}.size{axis}"
+        if name not in self.taken:
+            self.taken.add(name)
+            self.ops.append(Op("scalar", name, (self.names[node],), {"fn": "size", "args": [self.names[node], axis]}))
+        return name
+
+    def emit(self, node: fx.Node, op: Op) -> None:
+        self.ops.append(op)
+        self.names[node] = op.output
+
+    def structure(self, leaves: Any) -> Any:
+        """The outputs in the form `Graph.outputs` describes."""
+        leaves = [_Leaf(self.names[x]) if isinstance(x, fx.Node) else x for x in leaves]
+        spec = self.program.call_spec.out_spec
+        assert spec is not None
+        return _structure(pytree.tree_unflatten(leaves, spec))
+
+
+class _Leaf:
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+def _structure(value: Any) -> Any:
+    if isinstance(value, _Leaf):
+        return value.name
+    if value is None or type(value) in (bool, int, float):
+        return value
+    if type(value) in (tuple, list):
+        return {type(value).__name__: [_structure(each) for each in value]}
+    if type(value) is dict and all(isinstance(key, str) for key in value):
+        return {"dict": [[key, _structure(each)] for key, each in value.items()]}
+    raise CaptureError(f"the model returns a {type(value).__name__}; a program returns tensors, tuples, lists, dicts.")
+
+
+def _torch(name: str, args: list[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {"op": name, "args": args, "kwargs": kwargs}
+
+
+def _bind(node: fx.Node, target: torch._ops.OpOverload) -> dict[str, Any]:
+    """An operator's arguments by name, defaults filled in."""
+    schema = target._schema.arguments
+    bound = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
+    bound |= dict(zip((argument.name for argument in schema), node.args, strict=False))
+    return bound | dict(node.kwargs)
