@@ -17,8 +17,6 @@ from torch import Tensor
 
 from autoprune.errors import FileError
 
-GETITEM = "getitem"  # takes one of an operator's several results
-
 # Operators that torch.export leaves whole and that are not tagged core.
 _NAMES = """
     _log_softmax.default _softmax.default adaptive_avg_pool1d.default adaptive_avg_pool2d.default
@@ -144,12 +142,12 @@ def references(value: Any) -> list[str]:
     return []
 
 
-def call(name: str, args: Any, kwargs: Mapping[str, Any], values: Mapping[str, Any]) -> Tensor | tuple[Tensor, ...]:
-    """Runs an allowed operator, or takes one of several results, on encoded arguments."""
-    positional = decode(args, values)
-    if name == GETITEM:
-        results, index = positional
-        one: Tensor = results[index]
-        return one
-    result = resolve(name)(*positional, **{key: decode(value, values) for key, value in kwargs.items()})
-    return tuple(result) if isinstance(result, list) else result
+def call(name: str, args: Any, kwargs: Mapping[str, Any], values: Mapping[str, Any], item: int | None = None) -> Any:
+    """Runs an allowed operator on encoded arguments; of several results it returns the one numbered `item`."""
+    operator = resolve(name)
+    given = {key: decode(value, values) for key, value in kwargs.items()}
+    if any(argument.name == "device" for argument in operator._schema.arguments):  # real or meta, like the rest
+        devices = (value.device for value in values.values() if isinstance(value, Tensor))
+        given["device"] = next(devices, None)
+    result = operator(*decode(args, values), **given)
+    return result if item is None else result[item]

@@ -11,6 +11,7 @@ import operator
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch.utils import _pytree as pytree
 from autoprune.errors import AutopruneError
 from autoprune.inventory import copy_for_inference
 from autoprune.repack.program import aten, lifting
-from autoprune.repack.program.graph import Graph, Input, Op
+from autoprune.repack.program.graph import Graph, Input, Op, evaluate_op
 from autoprune.repack.program.lifting import Alias, Lifted, Site
 
 FOLD_LIMIT = 1 << 16  # elements a constant computed from smaller ones may have
@@ -201,11 +202,13 @@ class _Translation:
     def getitem(self, node: fx.Node) -> None:
         source, index = node.args
         assert isinstance(source, fx.Node)
-        if lifting.is_norm(source.target):  # its other results are empty outside training
+        if source in self.names:  # a batch norm, whose other results are empty outside training
             self.names[node] = self.names[source]
             return
-        name = self.names[source]
-        self.emit(node, Op("torch", node.name, (name,), _torch(aten.GETITEM, [{"ref": name}, index], {})))
+        assert isinstance(source.target, torch._ops.OpOverload)
+        if not isinstance(node.meta.get("val"), Tensor):
+            raise CaptureError(f"the model uses the operator {source.target}, which a program cannot.")
+        self.emit(node, replace(self.as_torch(source, source.target), output=node.name).with_attributes(item=index))
 
     def operator(self, node: fx.Node, target: torch._ops.OpOverload) -> None:
         if target is torch.ops.aten._assert_tensor_metadata.default:
@@ -220,6 +223,8 @@ class _Translation:
                 return
         if not aten.is_allowed(target):
             raise CaptureError(f"the model uses the operator {target}, which a program cannot.")
+        if isinstance(node.meta.get("val"), (tuple, list)):
+            return  # each of its results becomes an operation of its own
         if not self.folded(node, target):
             self.emit(node, self.as_torch(node, target))
 
@@ -261,7 +266,7 @@ class _Translation:
             return False
         op = self.as_torch(node, target)
         with torch.no_grad():
-            computed = aten.call(op.attributes["op"], op.attributes["args"], op.attributes["kwargs"], self.constants)
+            computed = evaluate_op(op, {}, self.constants)
         assert isinstance(computed, Tensor)
         self.names[node] = self.constant(f"{node.name}.folded", computed.clone())
         return True

@@ -103,6 +103,7 @@ SCHEMAS: Mapping[str, Schema] = {
     "torch": Schema(
         (0, LARGEST),
         {"op": _text, "args": lambda args: isinstance(args, list), "kwargs": lambda kwargs: isinstance(kwargs, dict)},
+        {"item": _integer(0)},
     ),
 }
 
@@ -184,10 +185,7 @@ def _check_torch(op: Op, constants: Mapping[str, Tensor], what: str) -> None:
         aten.check_encoded(value, what)
     if op.inputs != tuple(dict.fromkeys(aten.references([args, list(kwargs.values())]))):
         raise FileError(f"{what} has the inputs {list(op.inputs)!r} for other arguments.")
-    if name != aten.GETITEM:
-        aten.resolve(name)
-    elif kwargs or len(args) != 2 or len(aten.references(args[:1])) != 1 or not _integer(0)(args[1]):
-        raise FileError(f"{what} takes {args!r}.")
+    aten.resolve(name)
 
 
 _MORE: Mapping[str, Callable[[Op, Mapping[str, Tensor], str], None]] = {

@@ -40,7 +40,7 @@ class Op:
 
     Attributes:
         kind: a key of `KINDS`.
-        output: the value it defines. Operators with several results define a tuple, taken apart by ``getitem``.
+        output: the value it defines: one tensor, or an integer where the kind is ``scalar``.
         inputs: the values it works on; see `KINDS`.
         attributes: plain JSON (lists, not tuples).
         tensors: its weights: role -> name of a constant.

@@ -87,7 +87,8 @@ def _scalar(op: Op, x: list[Any], w: Mapping[str, Tensor], values: Values) -> in
 
 
 def _torch(op: Op, x: list[Any], w: Mapping[str, Tensor], values: Values) -> Any:
-    return aten.call(op.attributes["op"], op.attributes["args"], op.attributes["kwargs"], values)
+    a = op.attributes
+    return aten.call(a["op"], a["args"], a["kwargs"], values, a.get("item"))
 
 
 SCALARS: Mapping[str, Callable[[Any, Any], int]] = {

@@ -379,8 +379,3 @@ def lifts(target: torch._ops.OpOverload) -> bool:
 def lift(site: Site) -> Result:
     """What a call of an operator with a lifting is; None when it is left to torch."""
     return _LIFTINGS[str(site.node.target).removeprefix("aten.")](site)
-
-
-def is_norm(target: object) -> bool:
-    """Whether the operator is the batch norm that returns a tuple."""
-    return target is torch.ops.aten._native_batch_norm_legit_no_training.default
