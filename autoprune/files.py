@@ -15,6 +15,13 @@ from safetensors.torch import save_file
 from autoprune.errors import FileError
 
 
+def cache_folder() -> Path:
+    """``$AUTOPRUNE_CACHE``, or ``autoprune`` in the user's cache directory."""
+    if folder := os.environ.get("AUTOPRUNE_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "autoprune"
+
+
 def _replace(path: Path, write: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")

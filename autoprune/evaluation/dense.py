@@ -5,28 +5,19 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
 import shutil
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from autoprune.errors import FileError
-from autoprune.files import read_tensors, write_tensors
+from autoprune.files import cache_folder, read_tensors, write_tensors
 from autoprune.progress import Progress
 from autoprune.registry import Choice
 from autoprune.settings import TrainingSettings
 from autoprune.tasks.base import Task
 from autoprune.training.loop import train_
-
-
-def cache_folder() -> Path:
-    """``$AUTOPRUNE_CACHE``, or ``autoprune`` in the user's cache directory."""
-    if folder := os.environ.get("AUTOPRUNE_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "autoprune"
 
 
 def dense_model(

@@ -104,3 +104,29 @@ def pointer_field(b: ir.IRBuilder, value: ir.Value, kind: ir.Type) -> ir.Value:
 def float_field(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
     """A field that holds a float's bits."""
     return b.bitcast(b.trunc(value, I32), F32)
+
+
+def prefetch(b: ir.IRBuilder, module: ir.Module, pointer: ir.Value, write: bool = False) -> None:
+    """Asks for the cache line at `pointer`; harmless whatever the address."""
+    kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
+    name = "llvm.prefetch.p0i8"
+    function = module.globals.get(name) or ir.Function(module, kind, name)
+    b.call(function, [b.bitcast(pointer, I8.as_pointer()), *(ir.Constant(I32, n) for n in (int(write), 3, 1))])
+
+
+def larger(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
+    return b.select(b.icmp_signed(">", x, y), x, y)
+
+
+def clamp(b: ir.IRBuilder, value: ir.Value, low: ir.Value, high: ir.Value) -> ir.Value:
+    """Between `low` and `high`; NaN stays NaN, as in torch."""
+    value = b.select(b.fcmp_ordered("<", value, low), low, value)
+    return b.select(b.fcmp_ordered(">", value, high), high, value)
+
+
+def masked(b: ir.IRBuilder, value: ir.Value, mask: ir.Value, lanes: int) -> ir.Value:
+    """`value` where the int32s at `mask` are -1, zero where they are 0, whatever `value` is there."""
+    integers = ir.VectorType(I32, lanes)
+    kept = b.load(b.bitcast(mask, integers.as_pointer()))
+    kept.align = 4
+    return b.bitcast(b.and_(b.bitcast(value, integers), kept), vector(lanes))

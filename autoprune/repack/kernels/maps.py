@@ -1,0 +1,134 @@
+"""Native ops on whole feature maps: sums, products and activations a position, and the mean of each channel."""
+
+from __future__ import annotations
+
+from enum import Enum, IntEnum
+
+import llvmlite.ir as ir
+
+from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
+from autoprune.repack.kernels.ir import (
+    F32,
+    I64,
+    INTS,
+    address,
+    at,
+    clamp,
+    const,
+    float_field,
+    load_vector,
+    loop,
+    masked,
+    op_function,
+    pointer_field,
+    smaller,
+    splat,
+    store_vector,
+    vector,
+)
+from autoprune.repack.kernels.math import ACTIVATIONS
+
+
+class Combine(Enum):
+    """How two maps become one; NONE reads the first alone."""
+
+    NONE = "none"
+    ADD = "add"
+
+
+class Field(IntEnum):
+    """Entries of the int64 array that describes one op; sizes in floats."""
+
+    X_SLOT = 0
+    X_OFFSET = 1  # bytes, of position (0, 0) in channel 0
+    OTHER_SLOT = 2
+    OTHER_OFFSET = 3
+    Y_SLOT = 4
+    Y_OFFSET = 5
+    X_IMAGE = 6
+    OTHER_IMAGE = 7
+    Y_IMAGE = 8
+    X_CHANNEL = 9
+    OTHER_CHANNEL = 10
+    Y_CHANNEL = 11
+    POSITIONS = 12
+    CHANNELS = 13
+    CHUNK = 14  # channels an item
+    CHUNKS = 15
+    MASK = 16  # address of int32 a position: -1 inside the map, 0 on its border
+    LOW = 17  # float bits: results are clamped
+    HIGH = 18
+    SCALE = 19  # float bits: of a channel's sum
+
+
+def _start(
+    module: ir.Module,
+) -> tuple[ir.IRBuilder, dict[Field, ir.Value], ir.Value, ir.Value, tuple[ir.Value, ir.Value]]:
+    """Builder, fields, slots, image, and the channels of the item."""
+    b, fields, slots, item, _ = op_function(module)
+    get = {field: b.load(at(b, fields, const(field))) for field in Field}
+    chunk, image = b.srem(item, get[Field.CHUNKS]), b.sdiv(item, get[Field.CHUNKS])
+    first = b.mul(chunk, get[Field.CHUNK])
+    return b, get, slots, image, (first, smaller(b, b.add(first, get[Field.CHUNK]), get[Field.CHANNELS]))
+
+
+@once_a_process
+def elementwise(combine: Combine, target: Target, activation: str = "") -> int:
+    """Y = activation(clamp(x [+ other])); the maps have one pitch. An item is some channels of an image."""
+    module, lanes = ir.Module(), target.lanes
+    b, get, slots, image, channels = _start(module)
+    low, high = (splat(b, float_field(b, get[field]), lanes) for field in (Field.LOW, Field.HIGH))
+    mask = pointer_field(b, get[Field.MASK], INTS)
+
+    def base(slot: Field, offset: Field, stride: Field) -> ir.Value:
+        return at(b, address(b, slots, get[slot], get[offset]), b.mul(image, get[stride]))
+
+    x = base(Field.X_SLOT, Field.X_OFFSET, Field.X_IMAGE)
+    y = base(Field.Y_SLOT, Field.Y_OFFSET, Field.Y_IMAGE)
+    other = base(Field.OTHER_SLOT, Field.OTHER_OFFSET, Field.OTHER_IMAGE)
+    with loop(b, *channels) as channel:
+        given, out = at(b, x, b.mul(channel, get[Field.X_CHANNEL])), at(b, y, b.mul(channel, get[Field.Y_CHANNEL]))
+        second = at(b, other, b.mul(channel, get[Field.OTHER_CHANNEL]))
+        with loop(b, const(0), get[Field.POSITIONS], lanes) as position:
+            value = load_vector(b, at(b, given, position), lanes)
+            if combine is Combine.ADD:
+                value = b.fadd(value, load_vector(b, at(b, second, position), lanes))
+            value = clamp(b, value, low, high)
+            if activation:
+                value = ACTIVATIONS[activation](b, module, value, lanes)
+            store_vector(b, masked(b, value, at(b, mask, position), lanes), at(b, out, position), lanes)
+    b.ret_void()
+    return compile_op(module, "op", target)
+
+
+@once_a_process
+def channel_mean(target: Target) -> int:
+    """Each channel's sum times SCALE to Y, a float a channel. An item is some channels of an image."""
+    module, lanes = ir.Module(), target.lanes
+    b, get, slots, image, channels = _start(module)
+    mask = pointer_field(b, get[Field.MASK], INTS)
+    x = at(b, address(b, slots, get[Field.X_SLOT], get[Field.X_OFFSET]), b.mul(image, get[Field.X_IMAGE]))
+    y = at(b, address(b, slots, get[Field.Y_SLOT], get[Field.Y_OFFSET]), b.mul(image, get[Field.Y_IMAGE]))
+    scale = float_field(b, get[Field.SCALE])
+    with loop(b, *channels) as channel:
+        plane = at(b, x, b.mul(channel, get[Field.X_CHANNEL]))
+        before = b.block
+        head, body, done = (b.append_basic_block(name) for name in ("sum", "more", "summed"))
+        b.branch(head)
+        b.position_at_end(head)
+        position, total = b.phi(I64), b.phi(vector(lanes))
+        position.add_incoming(const(0), before)
+        total.add_incoming(ir.Constant(vector(lanes), None), before)
+        b.cbranch(b.icmp_signed("<", position, get[Field.POSITIONS]), body, done)
+        b.position_at_end(body)
+        given = masked(b, load_vector(b, at(b, plane, position), lanes), at(b, mask, position), lanes)
+        total.add_incoming(b.fadd(total, given), body)
+        position.add_incoming(b.add(position, const(lanes)), body)
+        b.branch(head)
+        b.position_at_end(done)
+        result = ir.Constant(F32, 0.0)
+        for lane in range(lanes):
+            result = b.fadd(result, b.extract_element(total, const(lane)))
+        b.store(b.fmul(result, scale), at(b, y, b.mul(channel, get[Field.Y_CHANNEL])))
+    b.ret_void()
+    return compile_op(module, "op", target)

@@ -1,0 +1,240 @@
+"""Group-wise sparse Linear over rows of features, a native op.
+
+The filters of a group share their inputs, so a vector holds the filters of a group: k walks the group's kept features,
+one broadcast of each token's feature meets the group's weights. Several tokens stay in registers together; a single
+one is summed in several independent parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+
+import llvmlite.ir as ir
+
+from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
+from autoprune.repack.kernels.ir import (
+    F32,
+    FLOATS,
+    I32,
+    I64,
+    INTS,
+    address,
+    at,
+    clamp,
+    const,
+    float_field,
+    fma,
+    load_vector,
+    long_at,
+    loop,
+    op_function,
+    pointer_field,
+    smaller,
+    splat,
+    store_vector,
+    vector,
+)
+from autoprune.repack.kernels.math import ACTIVATIONS
+
+
+class Field(IntEnum):
+    """Entries of the int64 array that describes one op; sizes in floats."""
+
+    X_SLOT = 0
+    X_OFFSET = 1  # bytes
+    Y_SLOT = 2
+    Y_OFFSET = 3
+    RESIDUAL_SLOT = 4
+    RESIDUAL_OFFSET = 5
+    RESIDUAL = 6  # 1 when there is one
+    TOKENS = 7
+    X_TOKEN = 8  # from a token to the next
+    Y_TOKEN = 9
+    RESIDUAL_TOKEN = 10
+    GROUP_POINTER = 11
+    INDEX = 12  # address of int32 a kept position: the feature
+    VALUES = 13
+    BIAS = 14
+    OUT_INDEX = 15  # address of int32 a row: the filter, -1 for none
+    FIRST = 16  # address of int32 a group: its first filter when its filters are neighbours, else -1
+    LOW = 17  # float bits: results are clamped
+    HIGH = 18
+    GROUPS = 19
+    CHUNK = 20  # groups an item
+    CHUNKS = 21
+    BLOCK = 22  # tokens an item
+
+
+def tokens_together(rows: int, target: Target) -> int:
+    """Tokens whose sums stay in registers."""
+    registers = -(-rows // target.lanes)
+    return max(1, (24 if target.lanes == 16 else 12) // registers)
+
+
+@once_a_process
+def rows_gemm(rows: int, target: Target, activation: str = "") -> int:
+    """The op for groups of `rows` filters; an item is some groups by some tokens."""
+    module = ir.Module()
+    most = tokens_together(rows, target)
+    counts = sorted({most, max(1, most // 2), max(1, most // 4), 1}, reverse=True)
+    built = {count: _tile(module, rows, count, target, activation) for count in counts}
+    b, fields, slots, item, _ = op_function(module)
+    get = {field: b.load(at(b, fields, const(field))) for field in Field}
+    chunk, block = b.srem(item, get[Field.CHUNKS]), b.sdiv(item, get[Field.CHUNKS])
+    first_token = b.mul(block, get[Field.BLOCK])
+    last_token = smaller(b, b.add(first_token, get[Field.BLOCK]), get[Field.TOKENS])
+    x = address(b, slots, get[Field.X_SLOT], get[Field.X_OFFSET])
+    y = address(b, slots, get[Field.Y_SLOT], get[Field.Y_OFFSET])
+    residual = address(b, slots, get[Field.RESIDUAL_SLOT], get[Field.RESIDUAL_OFFSET])
+    low, high = float_field(b, get[Field.LOW]), float_field(b, get[Field.HIGH])
+    pointer = pointer_field(b, get[Field.GROUP_POINTER], INTS)
+    first = b.mul(chunk, get[Field.CHUNK])
+    with loop(b, first, smaller(b, b.add(first, get[Field.CHUNK]), get[Field.GROUPS])) as group:
+        begin = long_at(b, pointer, group)
+        kept = b.sub(long_at(b, pointer, b.add(group, const(1))), begin)
+        index = at(b, pointer_field(b, get[Field.INDEX], INTS), begin)
+        values = at(b, pointer_field(b, get[Field.VALUES], FLOATS), b.mul(begin, const(rows)))
+        row0 = b.mul(group, const(rows))
+        bias = at(b, pointer_field(b, get[Field.BIAS], FLOATS), row0)
+        out_index = at(b, pointer_field(b, get[Field.OUT_INDEX], INTS), row0)
+        neighbours = long_at(b, pointer_field(b, get[Field.FIRST], INTS), group)
+
+        start = first_token
+        for count in counts:
+            stop = b.add(start, b.mul(b.sdiv(b.sub(last_token, start), const(count)), const(count)))
+            with loop(b, start, stop, count) as token:
+                b.call(
+                    built[count],
+                    [
+                        at(b, x, b.mul(token, get[Field.X_TOKEN])), get[Field.X_TOKEN], index, kept, values, bias,
+                        at(b, y, b.mul(token, get[Field.Y_TOKEN])), get[Field.Y_TOKEN],
+                        at(b, residual, b.mul(token, get[Field.RESIDUAL_TOKEN])), get[Field.RESIDUAL_TOKEN],
+                        get[Field.RESIDUAL], out_index, neighbours, low, high,
+                    ],
+                )  # fmt: skip
+            start = stop
+    b.ret_void()
+    return compile_op(module, "op", target)
+
+
+def _tile(module: ir.Module, rows: int, tokens: int, target: Target, activation: str) -> ir.Function:
+    """All filters of a group for `tokens` tokens."""
+    kinds = [
+        FLOATS, I64, INTS, I64, FLOATS, FLOATS, FLOATS, I64, FLOATS, I64, I64, INTS, I64, F32, F32,
+    ]  # fmt: skip
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), kinds), f"tile_{rows}x{tokens}")
+    function.linkage = "internal"
+    (x, x_token, index, kept, values, bias, y, y_token, residual, residual_token, has_residual, out_index, neighbours,
+     low, high) = function.args  # fmt: skip
+    b = ir.IRBuilder(function.append_basic_block("entry"))
+    wide = min(rows, target.lanes)  # filters in a register
+    parts = range(0, rows, wide)
+    chains = max(1, tokens_together(rows, target) // 2) if tokens == 1 else 1
+    sources = [at(b, x, b.mul(x_token, const(t))) for t in range(tokens)]
+    zero = ir.Constant(vector(wide), None) if wide > 1 else ir.Constant(F32, 0.0)
+    initial = [load_vector(b, at(b, bias, const(part)), wide) for part in parts]
+    start = [initial] * tokens + [[zero] * len(initial)] * (chains - 1)
+    whole = b.mul(b.sdiv(kept, const(chains)), const(chains))
+    sums = _walk(b, module, start, sources * chains if chains > 1 else sources, index, values, rows, wide,
+                 const(0), whole, chains)  # fmt: skip
+    if chains > 1:
+        total = list(sums[0])
+        for chain in sums[1:]:
+            total = [b.fadd(one, other) for one, other in zip(total, chain, strict=True)]
+        sums = _walk(b, module, [total], sources, index, values, rows, wide, whole, kept, 1)
+
+    together = b.icmp_signed(">=", neighbours, const(0))
+    added = b.icmp_signed("!=", has_residual, const(0))
+    lows, highs = splat(b, low, wide), splat(b, high, wide)
+    with b.if_else(together) as (side_by_side, scattered):
+        with side_by_side:
+            for t in range(tokens):
+                place = b.add(b.mul(y_token, const(t)), neighbours)
+                other = at(b, residual, b.add(b.mul(residual_token, const(t)), neighbours))
+                for part, value in zip(parts, sums[t], strict=True):
+                    addition = _if_added(b, added, zero, lambda p=part, o=other: load_vector(b, at(b, o, const(p)), wide))
+                    value = _finish(b, module, b.fadd(value, addition), lows, highs, activation, wide)
+                    store_vector(b, value, at(b, y, b.add(place, const(part))), wide)
+        with scattered:
+            _scatter(b, module, sums, rows, wide, y, y_token, residual, residual_token, added, out_index,
+                     (low, high), activation)  # fmt: skip
+    b.ret_void()
+    return function
+
+
+def _if_added(b: ir.IRBuilder, added: ir.Value, zero: ir.Value, read) -> ir.Value:
+    """The residual, or zero where there is none and nothing may be read."""
+    before = b.block
+    with b.if_then(added):
+        value = read()
+        inside = b.block
+    result = b.phi(value.type)
+    result.add_incoming(zero, before)
+    result.add_incoming(value, inside)
+    return result
+
+
+def _finish(
+    b: ir.IRBuilder, module: ir.Module, value: ir.Value, low: ir.Value, high: ir.Value, activation: str, lanes: int
+) -> ir.Value:
+    value = clamp(b, value, low, high)
+    return ACTIVATIONS[activation](b, module, value, lanes) if activation else value
+
+
+def _scatter(
+    b: ir.IRBuilder, module: ir.Module, sums: Sequence[Sequence[ir.Value]], rows: int, wide: int, y: ir.Value,
+    y_token: ir.Value, residual: ir.Value, residual_token: ir.Value, added: ir.Value, out_index: ir.Value,
+    bounds: tuple[ir.Value, ir.Value], activation: str,
+) -> None:  # fmt: skip
+    """Each filter's result to its place; a row of a padded group has none."""
+    tokens = len(sums)
+    with b.goto_entry_block():
+        kept = b.alloca(F32, size=tokens * rows)
+    for t, values in enumerate(sums):
+        for part, value in enumerate(values):
+            store_vector(b, value, at(b, kept, const(t * rows + part * wide)), wide)
+    zero = ir.Constant(F32, 0.0)
+    with loop(b, const(0), const(rows)) as row:
+        filter_ = long_at(b, out_index, row)
+        with b.if_then(b.icmp_signed(">=", filter_, const(0))), loop(b, const(0), const(tokens)) as t:
+            value = b.load(at(b, kept, b.add(b.mul(t, const(rows)), row)))
+            line = at(b, residual, b.add(b.mul(residual_token, t), filter_))
+            value = b.fadd(value, _if_added(b, added, zero, lambda line=line: b.load(line)))
+            value = _finish(b, module, value, *bounds, activation, 1)
+            b.store(value, at(b, y, b.add(b.mul(y_token, t), filter_)))
+
+
+def _walk(
+    b: ir.IRBuilder, module: ir.Module, start: Sequence[Sequence[ir.Value]], sources: Sequence[ir.Value],
+    index: ir.Value, values: ir.Value, rows: int, wide: int, first: ir.Value, last: ir.Value, step: int,
+) -> list[list[ir.Value]]:  # fmt: skip
+    """``start[t] + sum_k values[k] * sources[t][index[k]]``; with ``step > 1``, chain t takes every step-th k + t."""
+    fused = fma(module, wide)
+    before = b.block
+    head, body, done = (b.append_basic_block(name) for name in ("k_head", "k_body", "k_done"))
+    b.branch(head)
+    b.position_at_end(head)
+    k = b.phi(I64)
+    k.add_incoming(first, before)
+    sums = [[b.phi(vector(wide)) for _ in each] for each in start]
+    for phis, initial in zip(sums, start, strict=True):
+        for phi, value in zip(phis, initial, strict=True):
+            phi.add_incoming(value, before)
+    b.cbranch(b.icmp_signed("<", k, last), body, done)
+    b.position_at_end(body)
+    weights: list[ir.Value] = []
+    feature = k
+    for t, phis in enumerate(sums):
+        if t == 0 or step > 1:
+            here = b.add(k, const(t)) if step > 1 else k
+            line = at(b, values, b.mul(here, const(rows)))
+            weights = [load_vector(b, at(b, line, const(part * wide)), wide) for part in range(len(phis))]
+            feature = long_at(b, index, here)
+        given = splat(b, b.load(at(b, sources[t], feature)), wide)
+        for phi, weight in zip(phis, weights, strict=True):
+            phi.add_incoming(b.call(fused, [weight, given, phi]), body)
+    k.add_incoming(b.add(k, const(step)), body)
+    b.branch(head)
+    b.position_at_end(done)
+    return [list(phis) for phis in sums]

@@ -1,0 +1,107 @@
+"""Where a value lies in memory: feature maps with a zero border kept around them, tokens as plain rows.
+
+A map's rows are `pitch` floats apart, and the columns beyond its width are its right border and the next row's left
+one; the rows above the first of a channel are its top border and the bottom one of the channel before. So a
+neighbour of any position lies a constant distance away, inside the border where the map ends.
+
+A map read with a stride is stored as phase planes: padded position (y, x) in plane (y mod s, x mod s), where what
+neighbouring outputs read are neighbours again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+ALIGN = 16  # floats: a cache line, the widest vector
+FLOAT_BYTES = 4
+
+
+def aligned(floats: int) -> int:
+    return -(-floats // ALIGN) * ALIGN
+
+
+@dataclass(frozen=True)
+class MapLayout:
+    """A feature map (N, C, H, W) in memory; all sizes in floats.
+
+    Attributes:
+        channels: of one image.
+        height, width: of the image, its border not counted.
+        pitch: from a row to the next; in a phase plane, of the plane.
+        pad_h, pad_w: border rows and columns that may be read; the border's value is 0, or `border`.
+        stride_h, stride_w: 1, or the number of phases.
+        border: what lies around the map.
+    """
+
+    channels: int
+    height: int
+    width: int
+    pitch: int
+    pad_h: int = 0
+    pad_w: int = 0
+    stride_h: int = 1
+    stride_w: int = 1
+    border: float = 0.0
+
+    @property
+    def phases(self) -> int:
+        return self.stride_h * self.stride_w
+
+    @property
+    def rows(self) -> int:
+        """Of one plane, its own border counted, the one it shares with the next plane not."""
+        if self.phases == 1:
+            return self.height + self.pad_h
+        return -(-(self.height + 2 * self.pad_h) // self.stride_h)
+
+    @property
+    def plane(self) -> int:
+        """From a plane to the next; whole vectors written from the last row's positions stay inside."""
+        plane = aligned(max(self.rows * self.pitch, self.positions - self.width + aligned(self.width)))
+        return plane + ALIGN if plane % 256 == 0 else plane  # else every channel meets the same cache sets
+
+    @property
+    def origin(self) -> int:
+        """Position (0, 0) of channel 0, aligned to a vector."""
+        return aligned(self.pad_h * self.pitch + self.pad_w) if self.phases == 1 else 0
+
+    @property
+    def image(self) -> int:
+        """From an image to the next."""
+        return self.channels * self.phases * self.plane
+
+    def size(self, batch: int) -> int:
+        """Floats of the whole buffer: room before the first row and behind the last for what a tile reads beyond."""
+        return aligned(2 * self.origin + batch * self.image + self.pitch + 16 * ALIGN)
+
+    def channel(self, index: int) -> int:
+        """From the origin to a channel's position (0, 0)."""
+        return index * self.phases * self.plane
+
+    def tap(self, dy: int, dx: int) -> int:
+        """From a position of a channel's result to what lies (dy, dx) from it in the (padded) input, floats.
+
+        `dy` and `dx` count from the image's position (0, 0); an output position (y, x) stands for input position
+        (y * stride_h, x * stride_w).
+        """
+        if self.phases == 1:
+            return dy * self.pitch + dx
+        y, x = dy + self.pad_h, dx + self.pad_w
+        plane = y % self.stride_h * self.stride_w + x % self.stride_w
+        return plane * self.plane + y // self.stride_h * self.pitch + x // self.stride_w
+
+    @property
+    def positions(self) -> int:
+        """Flat positions from (0, 0) to the last of a channel, those on the border between rows counted."""
+        return (self.height - 1) * self.pitch + self.width
+
+    def mask(self) -> NDArray[np.int32]:
+        """-1 inside the map, 0 on its border, for every flat position and the width of a tile beyond."""
+        mask = np.zeros(aligned(self.positions) + 16 * ALIGN, np.int32)
+        inside = np.arange(self.pitch) < self.width
+        rows = np.tile(inside, self.height)[: self.positions]
+        mask[: self.positions] = -rows.astype(np.int32)
+        return mask

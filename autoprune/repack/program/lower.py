@@ -1,0 +1,481 @@
+"""Lowering: graph + packed weights + input shapes -> native ops, torch calls between them, and a memory plan.
+
+Every value is tracked as torch would hold it, on the meta device: shape, strides, and which storage it is a view of.
+So an operator that only views its input costs nothing, and a kernel that takes strides reads through the view. A value
+a convolution works on lies in a feature map with a border instead (`layout`); it is copied from one form into the
+other only where both are needed. Maps that one kernel reads and writes at the same flat positions need one pitch:
+they form a class, whose pitch is what its widest member needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autoprune.errors import AutopruneError
+from autoprune.repack.kernels.compiler import Target
+from autoprune.repack.kernels.window import Mode
+from autoprune.repack.program import nodes
+from autoprune.repack.program.graph import Graph, Op, evaluate_op
+from autoprune.repack.program.layout import FLOAT_BYTES, MapLayout
+from autoprune.repack.program.memory import Arena, Buffer, place
+from autoprune.repack.program.native import NativeOp
+from autoprune.repack.program.weights import Weights
+
+ARENA = 1  # slot of the arena; slot 0 holds 0
+WIDEST_STRIDE = 4  # of a sliding window's kernel
+NOT_NEGATIVE = ("relu", "relu6", "sigmoid", "hardsigmoid")
+
+
+@dataclass(eq=False)
+class _Class:
+    """Maps of one pitch; `parent` is where a class went that was joined with another."""
+
+    width: int = 0
+    parent: _Class | None = None
+
+    def root(self) -> _Class:
+        return self if self.parent is None else self.parent.root()
+
+    def join(self, other: _Class) -> None:
+        mine, theirs = self.root(), other.root()
+        if mine is not theirs:
+            theirs.parent = mine
+            mine.width = max(mine.width, theirs.width)
+
+
+@dataclass(eq=False)
+class _Map:
+    """A value as a feature map; its layout stands when every reader is known."""
+
+    shape: tuple[int, int, int, int]
+    stride: tuple[int, int]
+    border: float
+    pitch: _Class = field(default_factory=_Class)
+    pad: tuple[int, int] = (0, 0)
+    buffer: Buffer = field(default_factory=lambda: Buffer(0))
+
+    def padded(self, padding: tuple[int, int]) -> _Map:
+        """Makes room for a reader that looks `padding` beyond the map."""
+        self.pad = (max(self.pad[0], padding[0]), max(self.pad[1], padding[1]))
+        width, wide = self.shape[3], self.stride[1]
+        needed = width + self.pad[1] if self.stride == (1, 1) else -(-(width + 2 * self.pad[1]) // wide)
+        root = self.pitch.root()
+        root.width = max(root.width, needed)
+        return self
+
+    @property
+    def layout(self) -> MapLayout:
+        _, channels, height, width = self.shape
+        return MapLayout(channels, height, width, self.pitch.root().width, *self.pad, *self.stride, self.border)
+
+    @property
+    def at(self) -> nodes.MapAt:
+        return nodes.MapAt(self.buffer, self.layout)
+
+
+@dataclass(eq=False)
+class NativeStep:
+    """A native op.
+
+    Attributes:
+        build: from the layer's weights and tiling, where it has them.
+        layer: the graph's operation where it has a packed weight.
+        size: (positions or tokens, batch) of such a layer.
+    """
+
+    name: str
+    reads: list[Buffer]
+    writes: Buffer
+    build: Callable[[Weights | None, nodes.Tiling], NativeOp]
+    layer: Op | None = None
+    size: tuple[int, int] = (0, 0)
+
+
+@dataclass(eq=False)
+class TorchStep:
+    """An operation torch runs; its result goes to `slot`, at these strides."""
+
+    op: Op
+    reads: dict[str, View]
+    slot: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class View:
+    """A tensor somewhere in a slot: element offset from the slot's base, shape and strides."""
+
+    buffer: Buffer
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @property
+    def start(self) -> int:
+        """Elements from the slot's base."""
+        return self.buffer.offset // FLOAT_BYTES + self.offset
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A program for one set of input shapes.
+
+    Attributes:
+        steps: in order.
+        arena: memory plan of slot ARENA.
+        slots: how many base addresses a call has.
+        inputs: the slot of each input.
+        outputs: slot -> shape of the results native ops write into.
+        constants: slot -> name of a constant that native ops read as a value.
+        returned: value -> where it lies when the last step is done.
+    """
+
+    steps: tuple[NativeStep | TorchStep, ...]
+    arena: Arena
+    slots: int
+    inputs: tuple[int, ...]
+    outputs: Mapping[int, tuple[int, ...]]
+    constants: Mapping[int, str]
+    returned: Mapping[str, View]
+
+
+def lower(graph: Graph, weights: Mapping[str, Weights], shapes: tuple[tuple[int, ...], ...], target: Target) -> Lowered:
+    """Lowers `graph` for inputs of `shapes`.
+
+    Args:
+        weights: of every convolution and Linear that is packed, by the name of its output.
+
+    Raises:
+        AutopruneError: a shape the model does not take.
+    """
+    return _Lowering(graph, weights, target).run(shapes)
+
+
+class _Lowering:
+    def __init__(self, graph: Graph, weights: Mapping[str, Weights], target: Target) -> None:
+        self.graph, self.weights, self.target = graph, weights, target
+        self.steps: list[NativeStep | TorchStep] = []
+        self.values: dict[str, Any] = {}  # meta tensors, and plain integers
+        self.maps: dict[tuple[str, tuple[int, int], float], _Map] = {}
+        self.buffers: dict[int, Buffer] = {}  # storage of a meta tensor -> where it lies
+        self.positive: set[str] = set()
+        self.slots = ARENA + 1
+        self.fixed: dict[int, str] = {}
+        self.constants = {name: tensor.to("meta") for name, tensor in graph.constants.items()}
+
+    def run(self, shapes: tuple[tuple[int, ...], ...]) -> Lowered:
+        inputs = []
+        for given, shape in zip(self.graph.inputs, shapes, strict=True):
+            meta = torch.empty(shape, dtype=getattr(torch, given.dtype), device="meta")
+            self.values[given.name] = meta
+            self.buffers[_storage(meta)] = self.in_slot()
+            inputs.append(self.slots - 1)
+        for name, tensor in self.constants.items():
+            self.values[name] = tensor
+        for op in self.graph.ops:
+            self.lower_op(op)
+        outputs: dict[int, tuple[int, ...]] = {}
+        returned = {name: self.returned(name, outputs) for name in self.graph.output_names()}
+        for index, step in enumerate(self.steps):
+            reads = step.reads if isinstance(step, NativeStep) else [view.buffer for view in step.reads.values()]
+            for buffer in [*reads, *([step.writes] if isinstance(step, NativeStep) else [])]:
+                buffer.used(index)
+        for view in returned.values():
+            view.buffer.used(len(self.steps))
+        arena = place(self.native_buffers(), ARENA)
+        return Lowered(tuple(self.steps), arena, self.slots, tuple(inputs), outputs, self.fixed, returned)
+
+    def native_buffers(self) -> list[Buffer]:
+        """Buffers that lie in the arena, sized now that every layout stands."""
+        for each in self.maps.values():
+            if each.buffer.slot < 0:
+                each.buffer.layout = each.layout
+                each.buffer.size = each.layout.size(each.shape[0])
+                if each.layout.image > 2**31 - 1:
+                    raise AutopruneError(f"a feature map of shape {each.shape} is too large for 32-bit offsets.")
+        known = [*(each.buffer for each in self.maps.values()), *self.buffers.values()]
+        return [buffer for buffer in known if buffer.slot < 0]
+
+    # Values ---------------------------------------------------------------------------------------------------------
+
+    def in_slot(self) -> Buffer:
+        """A buffer that is a slot of its own."""
+        self.slots += 1
+        return Buffer(0, slot=self.slots - 1)
+
+    def define(self, name: str, shape: tuple[int, ...], order: tuple[int, ...] | None = None) -> Tensor:
+        """A new float value: contiguous, or contiguous after permuting its axes into `order`."""
+        if order is None:
+            meta = torch.empty(shape, device="meta", dtype=torch.float32)
+        else:
+            meta = torch.empty([shape[axis] for axis in order], device="meta", dtype=torch.float32)
+            meta = meta.permute([order.index(axis) for axis in range(len(order))])
+        self.values[name] = meta
+        return meta
+
+    def plain(self, name: str) -> View:
+        """The value as torch holds it; a map is copied into rows first."""
+        meta = self.values[name]
+        key = _storage(meta)
+        if key not in self.buffers and name in self.constants:
+            self.buffers[key] = self.in_slot()
+            self.fixed[self.slots - 1] = name
+        if key not in self.buffers:
+            source = self.maps[name, (1, 1), 0.0]
+            buffer = self.buffers[key] = Buffer(meta.numel())
+            batch, channels, height, width = source.shape
+            strides = (channels * height * width, height * width, width)
+
+            def build(*_: Any) -> NativeOp:
+                layout = source.layout
+                x = (source.buffer.slot, source.at.offset, (layout.image, layout.channel(1), layout.pitch))
+                y = (buffer.slot, buffer.offset, strides)
+                return nodes.copied(name, batch, x, y, (channels, height, width), None, self.target)
+
+            self.steps.append(NativeStep(name, [source.buffer], buffer, build))
+        return View(self.buffers[key], meta.storage_offset(), tuple(meta.shape), tuple(meta.stride()))
+
+    def rows(self, name: str) -> View:
+        """The value as contiguous rows; torch copies it where it is not."""
+        view = self.plain(name)
+        if self.values[name].is_contiguous():
+            return view
+        meta = self.values[name].contiguous()
+        self.values[f"{name} contiguous"] = meta
+        op = Op("torch", f"{name} contiguous", (name,), {"op": "aten.contiguous.default", "args": [{"ref": name}], "kwargs": {}})  # noqa: E501
+        return self.torch_step(op, meta)
+
+    def map(
+        self, name: str, padding: tuple[int, int] = (0, 0), stride: tuple[int, int] = (1, 1), border: float = 0.0
+    ) -> _Map:
+        """The value as a map with room for `padding`, in phase planes where `stride` is given."""
+        if name in self.positive and border < 0:
+            border = 0.0  # a maximum over values that are not negative
+        key = (name, stride, border)
+        if key not in self.maps:
+            self.convert(name, key)
+        return self.maps[key].padded(padding)
+
+    def convert(self, name: str, key: tuple[str, tuple[int, int], float]) -> None:
+        batch, channels, height, width = self.values[name].shape
+        made = self.maps[key] = _Map((batch, channels, height, width), key[1], key[2])
+        source = self.maps.get((name, (1, 1), 0.0)) if key[1:] != ((1, 1), 0.0) else None
+        view = None if source is not None else self.plain(name)
+        if view is not None and view.stride[3] != 1:
+            view = self.rows(name)
+
+        def build(*_: Any) -> NativeOp:
+            layout = made.layout
+            if source is not None:
+                given = source.layout
+                x = (source.buffer.slot, source.at.offset, (given.image, given.channel(1), given.pitch))
+            else:
+                assert view is not None
+                x = (view.buffer.slot, view.start * FLOAT_BYTES, (view.stride[0], view.stride[1], view.stride[2]))
+            y = (made.buffer.slot, made.at.offset, (layout.image, layout.channel(1), layout.pitch))
+            phases = layout if layout.phases > 1 else None
+            return nodes.copied(name, batch, x, y, (channels, height, width), phases, self.target)
+
+        read = source.buffer if source is not None else view.buffer if view is not None else Buffer(0)
+        self.steps.append(NativeStep(name, [read], made.buffer, build))
+
+    def new_map(self, op: Op, shape: tuple[int, ...]) -> _Map:
+        """The map a native op writes."""
+        self.define(op.output, shape)
+        batch, channels, height, width = shape
+        made = self.maps[op.output, (1, 1), 0.0] = _Map((batch, channels, height, width), (1, 1), 0.0)
+        name = op.attributes.get("name") if op.kind == "activation" else op.activation
+        if name in NOT_NEGATIVE:
+            self.positive.add(op.output)
+        return made.padded((0, 0))
+
+    def returned(self, name: str, outputs: dict[int, tuple[int, ...]]) -> View:
+        """Where an output of the model lies; what native ops computed goes straight into a fresh tensor."""
+        view, meta = self.plain(name), self.values[name]
+        whole = meta.is_contiguous() and meta.storage_offset() == 0 and view.buffer.size == meta.numel()
+        if view.buffer.slot < 0 and whole:
+            view.buffer.slot = self.in_slot().slot
+            outputs[view.buffer.slot] = tuple(meta.shape)
+        return view
+
+    # Operations -----------------------------------------------------------------------------------------------------
+
+    def lower_op(self, op: Op) -> None:
+        if op.kind == "scalar":
+            self.values[op.output] = evaluate_op(op, self.values, self.constants)
+            return
+        rule = _RULES.get(op.kind)
+        if rule is not None and all(_is_float(self.values[name]) for name in op.inputs) and rule(self, op):
+            return
+        meta = evaluate_op(op, self.values, self.constants)
+        self.values[op.output] = meta
+        if not isinstance(meta, Tensor):
+            self.torch_step(op, meta)
+            return
+        for name in op.reads:
+            source = self.values.get(name)
+            if isinstance(source, Tensor) and _storage(source) == _storage(meta):
+                self.plain(name)  # a view: nothing to run
+                return
+        self.torch_step(op, meta)
+
+    def torch_step(self, op: Op, meta: Any) -> View:
+        if not isinstance(meta, Tensor):
+            raise AutopruneError(f"{op.kind} {op.attributes.get('op', '')} returns several tensors")
+        reads = {}
+        for name in op.reads:
+            if isinstance(self.values[name], Tensor) and name not in self.constants:
+                reads[name] = self.plain(name)
+        buffer = self.buffers[_storage(meta)] = self.in_slot()
+        self.steps.append(TorchStep(op, reads, buffer.slot, tuple(meta.shape), tuple(meta.stride())))
+        return View(buffer, 0, tuple(meta.shape), tuple(meta.stride()))
+
+    def conv2d(self, op: Op) -> bool:
+        a = op.attributes
+        weight, x = self.constants[op.tensors["weight"]], op.inputs[0]
+        batch, channels, height, width = self.values[x].shape
+        window = nodes.Window(
+            (weight.shape[2], weight.shape[3]), *((a[key][0], a[key][1]) for key in ("stride", "padding", "dilation"))
+        )
+        shape = (batch, weight.shape[0], *window.outputs(height, width))
+        if channels != weight.shape[1] * a["groups"] or min(shape) < 1:
+            raise AutopruneError(f"a convolution takes no input of shape {tuple(self.values[x].shape)}.")
+        if op.output not in self.weights:
+            self.depthwise(op, window, shape)
+            return True
+        strided = window.stride != (1, 1)
+        given = self.map(x, window.padding, window.stride if strided else (1, 1))
+        residual = self.map(op.inputs[1]) if len(op.inputs) > 1 else None
+        made = self.new_map(op, shape)
+        made.pitch.join(given.pitch)
+        if residual is not None:
+            made.pitch.join(residual.pitch)
+
+        def build(weights: Weights | None, tiling: nodes.Tiling) -> NativeOp:
+            assert weights is not None
+            other = None if residual is None else residual.at
+            return nodes.convolution(
+                op.output, weights, window, op.activation, tiling, batch, given.at, made.at, other, self.target
+            )
+
+        reads = [given.buffer, *([residual.buffer] if residual is not None else [])]
+        positions = (shape[2] - 1) * (shape[3] + window.padding[1]) + shape[3]  # about: the pitch is not known yet
+        self.steps.append(NativeStep(op.output, reads, made.buffer, build, op, (positions, batch)))
+        return True
+
+    def depthwise(self, op: Op, window: nodes.Window, shape: tuple[int, ...]) -> None:
+        weight = self.graph.constants[op.tensors["weight"]]
+        bias = self.graph.constants[op.tensors["bias"]] if "bias" in op.tensors else torch.zeros(weight.shape[0])
+        self.slide(op, window, shape, Mode.DEPTHWISE, weights=weight.flatten(1).contiguous().numpy(),
+                   bias=bias.contiguous().numpy(), activation=op.activation)  # fmt: skip
+
+    def slide(
+        self, op: Op, window: nodes.Window, shape: tuple[int, ...], mode: Mode, border: float = 0.0, **rest: Any
+    ) -> None:
+        given = self.map(op.inputs[0], window.padding, border=border)
+        if op.inputs[0] in self.positive and mode is not Mode.DEPTHWISE:
+            self.positive.add(op.output)
+        made = self.new_map(op, shape)
+        if window.stride == (1, 1):
+            made.pitch.join(given.pitch)
+
+        def build(*_: Any) -> NativeOp:
+            return nodes.sliding(op.output, mode, window, shape[0], given.at, made.at, self.target, **rest)
+
+        self.steps.append(NativeStep(op.output, [given.buffer], made.buffer, build))
+
+    def pool(self, op: Op) -> bool:
+        a = op.attributes
+        x = self.values[op.inputs[0]]
+        dilation = a.get("dilation", [1, 1])
+        pairs = ((a[key][0], a[key][1]) for key in ("kernel", "stride", "padding"))
+        window = nodes.Window(*pairs, (dilation[0], dilation[1]))
+        if x.dim() != 4 or window.stride[1] > WIDEST_STRIDE:
+            return False
+        shape = (*x.shape[:2], *window.outputs(x.shape[2], x.shape[3]))
+        if op.kind == "max_pool2d":
+            self.slide(op, window, shape, Mode.MAX, border=float("-inf"))
+        else:
+            self.slide(op, window, shape, Mode.AVERAGE, count_padding=bool(a["count_include_pad"]))
+        return True
+
+    def global_avg_pool(self, op: Op) -> bool:
+        given = self.map(op.inputs[0])
+        batch, channels, _, _ = given.shape
+        meta = self.define(op.output, (batch, channels, 1, 1) if op.attributes["keepdim"] else (batch, channels))
+        buffer = self.buffers[_storage(meta)] = Buffer(meta.numel())
+
+        def build(*_: Any) -> NativeOp:
+            return nodes.mean(op.output, batch, given.at, buffer, self.target)
+
+        self.steps.append(NativeStep(op.output, [given.buffer], buffer, build))
+        return True
+
+    def elementwise(self, op: Op) -> bool:
+        """On maps; values that lie in rows are left to torch."""
+        shape = tuple(self.values[op.inputs[0]].shape)
+        if not all((name, (1, 1), 0.0) in self.maps for name in op.inputs):
+            return False
+        given = [self.map(name) for name in op.inputs]
+        made = self.new_map(op, shape)
+        for each in given:
+            made.pitch.join(each.pitch)
+        activation = op.attributes["name"] if op.kind == "activation" else op.activation
+
+        def build(*_: Any) -> NativeOp:
+            other = given[1].at if len(given) > 1 else None
+            return nodes.combine(op.output, shape[0], given[0].at, other, made.at, activation, self.target)
+
+        self.steps.append(NativeStep(op.output, [each.buffer for each in given], made.buffer, build))
+        return True
+
+    def linear(self, op: Op) -> bool:
+        if op.output not in self.weights:
+            return False
+        weight = self.constants[op.tensors["weight"]]
+        x = self.rows(op.inputs[0])
+        if x.shape[-1] != weight.shape[1]:
+            raise AutopruneError(f"a Linear takes {weight.shape[1]} features, not an input of shape {x.shape}.")
+        residual = self.rows(op.inputs[1]) if len(op.inputs) > 1 else None
+        shape = (*x.shape[:-1], weight.shape[0])
+        meta = self.define(op.output, shape)
+        buffer = self.buffers[_storage(meta)] = Buffer(meta.numel())
+        tokens = meta.numel() // weight.shape[0]
+
+        def build(weights: Weights | None, tiling: nodes.Tiling) -> NativeOp:
+            assert weights is not None
+            places = [(v.buffer.slot, v.start * FLOAT_BYTES, v.shape[-1]) for v in (x, residual) if v is not None]
+            y = (buffer.slot, buffer.offset, weight.shape[0])
+            other = places[1] if residual is not None else None
+            return nodes.linear(op.output, weights, op.activation, tiling, tokens, places[0], y, other, self.target)
+
+        reads = [x.buffer, *([residual.buffer] if residual is not None else [])]
+        self.steps.append(NativeStep(op.output, reads, buffer, build, op, (tokens, 1)))
+        return True
+
+
+def _storage(meta: Tensor) -> int:
+    """What tells whether two tensors share memory."""
+    return int(meta.untyped_storage()._cdata)
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.float32
+
+
+_RULES: Mapping[str, Callable[[_Lowering, Op], bool]] = {
+    "conv2d": _Lowering.conv2d,
+    "linear": _Lowering.linear,
+    "max_pool2d": _Lowering.pool,
+    "avg_pool2d": _Lowering.pool,
+    "global_avg_pool": _Lowering.global_avg_pool,
+    "activation": _Lowering.elementwise,
+    "add": _Lowering.elementwise,
+}
+"""Kind -> the rule that lowers it to native ops; False when torch has to run it."""

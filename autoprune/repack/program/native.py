@@ -1,0 +1,143 @@
+"""Runs a sequence of native ops with one call, by one thread or several.
+
+Threads take an op's items from a shared counter and go on to the next op when all items are done, so a thread that is
+late, or that the system takes away between two items, holds up nobody: what it would have done the others do.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import llvmlite.ir as ir
+import numpy as np
+from numpy.typing import NDArray
+
+from autoprune.repack.kernels.compiler import compile_op, host, once_a_process
+from autoprune.repack.kernels.ir import I64, LONGS, at, const, loop
+
+_LINE = 8  # int64 in a cache line
+_SPINS = 4000  # looks at a counter before the thread gives its core away
+
+
+@dataclass(frozen=True)
+class NativeOp:
+    """One op of a sequence.
+
+    Attributes:
+        name: of the value it computes, for reports.
+        kernel: the native function's address.
+        fields: its description.
+        items: independent pieces of work.
+        keep: what the addresses in `fields` point to.
+    """
+
+    name: str
+    kernel: int
+    fields: NDArray[np.int64]
+    items: int
+    keep: tuple[Any, ...] = ()
+
+
+@once_a_process
+def _runner() -> Any:
+    """run(table, first, last, slots, counters, thread, threads, give_way)."""
+    module = ir.Module()
+    kind = ir.FunctionType(ir.VoidType(), [LONGS, I64, I64, LONGS, LONGS, I64, I64, I64])
+    function = ir.Function(module, kind, "run")
+    table, first, last, slots, counters, thread, threads, give_way = function.args
+    b = ir.IRBuilder(function.append_basic_block("entry"))
+    op_kind = ir.FunctionType(ir.VoidType(), [LONGS, LONGS, I64, I64]).as_pointer()
+    idle = b.inttoptr(give_way, ir.FunctionType(ir.VoidType(), []).as_pointer())
+    with loop(b, first, last) as index:
+        row = at(b, table, b.mul(index, const(3)))
+        kernel = b.inttoptr(b.load(row), op_kind)
+        fields = b.inttoptr(b.load(at(b, row, const(1))), LONGS)
+        items = b.load(at(b, row, const(2)))
+        with b.if_else(b.icmp_signed("==", threads, const(1))) as (alone, shared):
+            with alone, loop(b, const(0), items) as item:
+                b.call(kernel, [fields, slots, item, thread])
+            with shared:
+                ticket = at(b, counters, b.mul(index, const(2 * _LINE)))
+                done = at(b, ticket, const(_LINE))
+                _take(b, kernel, fields, slots, items, ticket, done, thread)
+                _wait(b, done, items, idle)
+    b.ret_void()
+    address = compile_op(module, "run", host())
+    return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 8)(address)
+
+
+def _take(
+    b: ir.IRBuilder, kernel: ir.Value, fields: ir.Value, slots: ir.Value, items: ir.Value, ticket: ir.Value,
+    done: ir.Value, thread: ir.Value,
+) -> None:  # fmt: skip
+    """Works on items as long as there are any."""
+    head, body, end = (b.append_basic_block(name) for name in ("take", "work", "taken"))
+    b.branch(head)
+    b.position_at_end(head)
+    item = b.atomic_rmw("add", ticket, const(1), "acq_rel")
+    b.cbranch(b.icmp_signed("<", item, items), body, end)
+    b.position_at_end(body)
+    b.call(kernel, [fields, slots, item, thread])
+    b.atomic_rmw("add", done, const(1), "acq_rel")
+    b.branch(head)
+    b.position_at_end(end)
+
+
+def _wait(b: ir.IRBuilder, done: ir.Value, items: ir.Value, idle: ir.Value) -> None:
+    """Until every item is done."""
+    before = b.block
+    head, again, way, end = (b.append_basic_block(name) for name in ("wait", "again", "way", "waited"))
+    b.branch(head)
+    b.position_at_end(head)
+    spins = b.phi(I64)
+    spins.add_incoming(const(0), before)
+    finished = b.load_atomic(done, "acquire", 8)
+    b.cbranch(b.icmp_signed(">=", finished, items), end, again)
+    b.position_at_end(again)
+    more = b.add(spins, const(1))
+    b.cbranch(b.icmp_signed("<", more, const(_SPINS)), head, way)
+    spins.add_incoming(more, again)
+    b.position_at_end(way)
+    b.call(idle, [])
+    b.branch(head)
+    spins.add_incoming(const(0), way)
+    b.position_at_end(end)
+
+
+@cache
+def _give_way() -> int:
+    """The address of the system's function that lets another thread run."""
+    if sys.platform == "win32":
+        function = ctypes.windll.kernel32.SwitchToThread
+    else:
+        function = ctypes.CDLL(None).sched_yield
+    return int(ctypes.cast(function, ctypes.c_void_p).value or 0)
+
+
+class NativeSequence:
+    """Ops that run one after another."""
+
+    def __init__(self, ops: Sequence[NativeOp]) -> None:
+        self.ops = tuple(ops)
+        rows = [(op.kernel, op.fields.ctypes.data, op.items) for op in self.ops]
+        self._table = np.array(rows, np.int64).reshape(len(rows), 3)
+        self._address = self._table.ctypes.data
+        self._run = _runner()
+        self._idle = _give_way()
+
+    def new_counters(self) -> NDArray[np.int64]:
+        """The threads' shared counters for one call at a time."""
+        return np.zeros(max(1, len(self.ops)) * 2 * _LINE, np.int64)
+
+    def run(self, slots: int, counters: int, thread: int = 0, threads: int = 1) -> None:
+        """Runs all ops; `slots` and `counters` are addresses. Returns when all items of the last op are done."""
+        self._run(self._address, 0, len(self.ops), slots, counters, thread, threads, self._idle)
+
+    def run_op(self, index: int, slots: int) -> None:
+        """Runs one op alone, for timing it; what it reads must have been computed."""
+        self._run(self._address, index, index + 1, slots, 0, 0, 1, self._idle)

@@ -1,0 +1,264 @@
+"""Builds the native ops of a program: graph operation + places in memory -> kernel and fields."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoprune.repack.kernels import copy, maps, offset_gemm, rows_gemm, window
+from autoprune.repack.kernels.compiler import Target
+from autoprune.repack.kernels.math import clamp_bounds
+from autoprune.repack.program.layout import FLOAT_BYTES, MapLayout
+from autoprune.repack.program.memory import Buffer, float_bits
+from autoprune.repack.program.native import NativeOp
+from autoprune.repack.program.weights import Weights
+
+CHUNK_FLOATS = 16384  # of a map that an item of an element-wise op works on
+
+
+@dataclass(frozen=True)
+class Window:
+    """How a convolution or pooling slides: pairs (vertical, horizontal)."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+
+    def taps(self) -> list[tuple[int, int]]:
+        """What an output position (y, x) reads: (dy, dx) from input position (y * stride, x * stride)."""
+        (kh, kw), (ph, pw), (dh, dw) = self.kernel, self.padding, self.dilation
+        return [(y * dh - ph, x * dw - pw) for y in range(kh) for x in range(kw)]
+
+    def outputs(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of the output."""
+        (kh, kw), (sh, sw), (ph, pw), (dh, dw) = self.kernel, self.stride, self.padding, self.dilation
+        return (height + 2 * ph - dh * (kh - 1) - 1) // sh + 1, (width + 2 * pw - dw * (kw - 1) - 1) // sw + 1
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a convolution's or Linear's work is cut into items.
+
+    Attributes:
+        group_size: filters in a packed group; 0: as the weight is packed.
+        block: positions (or tokens) an item.
+        chunk: groups an item; 0: all.
+        inputs_first: whether the items of one block follow each other, so that the input stays in the cache; else
+            those of one chunk, so that the weights do.
+    """
+
+    group_size: int = 0
+    block: int = 192
+    chunk: int = 0
+    inputs_first: bool = True
+
+
+@dataclass(frozen=True)
+class MapAt:
+    """A feature map in its buffer."""
+
+    buffer: Buffer
+    layout: MapLayout
+
+    @property
+    def offset(self) -> int:
+        """Bytes from the slot's base to position (0, 0) of the first channel."""
+        return self.buffer.offset + self.layout.origin * FLOAT_BYTES
+
+
+def _fields(kinds: type[IntEnum], given: Mapping[IntEnum, Any]) -> NDArray[np.int64]:
+    """The array a kernel reads; arrays become their addresses."""
+    values = np.zeros(len(kinds), np.int64)
+    for field, value in given.items():
+        values[field] = value.ctypes.data if isinstance(value, np.ndarray) else value
+    return values
+
+
+def _op(name: str, kernel: int, kinds: type[IntEnum], given: Mapping[IntEnum, Any], items: int) -> NativeOp:
+    arrays = tuple(value for value in given.values() if isinstance(value, np.ndarray))
+    return NativeOp(name, kernel, _fields(kinds, given), items, arrays)
+
+
+def _clamped(activation: str | None) -> tuple[int, int, str]:
+    """Bounds as float bits, and the activation that is no clamp."""
+    bounds = clamp_bounds(activation or "")
+    low, high = bounds if bounds is not None else (-np.inf, np.inf)
+    return float_bits(low), float_bits(high), "" if bounds is not None else activation or ""
+
+
+def convolution(
+    name: str, weights: Weights, window_: Window, activation: str | None, tiling: Tiling, batch: int,
+    x: MapAt, y: MapAt, residual: MapAt | None, target: Target,
+) -> NativeOp:  # fmt: skip
+    """A packed convolution; x is padded, or in phase planes for a stride."""
+    f = offset_gemm.Field
+    packed = weights.packed
+    taps = np.array([x.layout.tap(dy, dx) for dy, dx in window_.taps()], np.int64)
+    channel, tap = np.divmod(packed.index, packed.taps)
+    plane = x.layout.channel(1)
+    offsets = (channel.astype(np.int64) * plane + taps[tap]).astype(np.int32)
+    low, high, other = _clamped(activation)
+    positions = y.layout.positions
+    lanes = target.lanes
+    block = min(-(-tiling.block // lanes) * lanes, -(-positions // lanes) * lanes)
+    chunk = min(tiling.chunk or packed.groups, packed.groups)
+    blocks, chunks = -(-positions // block), -(-packed.groups // chunk)
+    given: dict[IntEnum, Any] = {
+        f.X_SLOT: x.buffer.slot, f.X_OFFSET: x.offset, f.Y_SLOT: y.buffer.slot, f.Y_OFFSET: y.offset,
+        f.X_IMAGE: x.layout.image, f.Y_IMAGE: y.layout.image, f.MASK: y.layout.mask(),
+        f.GROUP_POINTER: packed.group_pointer, f.OFFSETS: offsets, f.VALUES: packed.values,
+        f.BIAS: weights.bias_rows, f.Y_CHANNEL: _channels(weights, y.layout), f.LOW: low, f.HIGH: high,
+        f.GROUPS: packed.groups, f.POSITIONS: positions, f.CHUNK: chunk, f.BLOCK: block, f.CHUNKS: chunks,
+        f.BLOCKS: blocks, f.BATCH: batch,
+    }  # fmt: skip
+    if tiling.inputs_first:
+        given |= {f.CHUNK_STRIDE: 1, f.BLOCK_STRIDE: chunks, f.IMAGE_STRIDE: chunks * blocks}
+    else:
+        given |= {f.BLOCK_STRIDE: 1, f.IMAGE_STRIDE: blocks, f.CHUNK_STRIDE: blocks * batch}
+    given[f.RESIDUAL_CHANNEL] = given[f.Y_CHANNEL]
+    if residual is not None:
+        given |= {
+            f.RESIDUAL: 1, f.RESIDUAL_SLOT: residual.buffer.slot, f.RESIDUAL_OFFSET: residual.offset,
+            f.RESIDUAL_IMAGE: residual.layout.image, f.RESIDUAL_CHANNEL: _channels(weights, residual.layout),
+        }  # fmt: skip
+    kernel = offset_gemm.offset_gemm(packed.group_size, target, other)
+    return _op(name, kernel, f, given, batch * blocks * chunks)
+
+
+def _channels(weights: Weights, layout: MapLayout) -> NDArray[np.int32]:
+    """Where each row's channel lies."""
+    return (weights.rows.astype(np.int64) * layout.channel(1)).astype(np.int32)
+
+
+def linear(
+    name: str, weights: Weights, activation: str | None, tiling: Tiling, tokens: int,
+    x: tuple[int, int, int], y: tuple[int, int, int], residual: tuple[int, int, int] | None, target: Target,
+) -> NativeOp:  # fmt: skip
+    """A packed Linear; x, y and residual are (slot, bytes, floats from a token to the next)."""
+    f = rows_gemm.Field
+    packed = weights.packed
+    low, high, other = _clamped(activation)
+    together = rows_gemm.tokens_together(packed.group_size, target)
+    block = min(-(-tiling.block // together) * together, max(1, tokens))
+    chunk = min(tiling.chunk or packed.groups, packed.groups)
+    chunks = -(-packed.groups // chunk)
+    given: dict[IntEnum, Any] = {
+        f.X_SLOT: x[0], f.X_OFFSET: x[1], f.X_TOKEN: x[2], f.Y_SLOT: y[0], f.Y_OFFSET: y[1], f.Y_TOKEN: y[2],
+        f.TOKENS: tokens, f.GROUP_POINTER: packed.group_pointer, f.INDEX: packed.index, f.VALUES: packed.values,
+        f.BIAS: weights.bias_rows, f.OUT_INDEX: np.ascontiguousarray(packed.out_index), f.FIRST: weights.first,
+        f.LOW: low, f.HIGH: high, f.GROUPS: packed.groups, f.CHUNK: chunk, f.CHUNKS: chunks, f.BLOCK: block,
+    }  # fmt: skip
+    if residual is not None:
+        given |= {
+            f.RESIDUAL: 1, f.RESIDUAL_SLOT: residual[0], f.RESIDUAL_OFFSET: residual[1], f.RESIDUAL_TOKEN: residual[2],
+        }  # fmt: skip
+    kernel = rows_gemm.rows_gemm(packed.group_size, target, other)
+    return _op(name, kernel, f, given, -(-tokens // block) * chunks)
+
+
+def sliding(
+    name: str, mode: window.Mode, window_: Window, batch: int, x: MapAt, y: MapAt, target: Target, *,
+    activation: str | None = None, weights: NDArray[np.float32] | None = None, bias: NDArray[np.float32] | None = None,
+    count_padding: bool = True,
+) -> NativeOp:  # fmt: skip
+    """Depthwise convolution (weights (channels, taps), bias (channels,)) or pooling; x is padded."""
+    f = window.Field
+    (sh, sw), layout, out = window_.stride, x.layout, y.layout
+    flat = (sh, sw) == (1, 1)  # then input and output have one pitch
+    low, high, other = _clamped(activation)
+    chunk = max(1, min(out.channels, CHUNK_FLOATS // max(1, out.positions)))
+    chunks = -(-out.channels // chunk)
+    offsets = np.array([layout.tap(dy, dx) for dy, dx in window_.taps()], np.int32)
+    scale = _shares(window_, layout, out, count_padding) if mode is window.Mode.AVERAGE else np.zeros(1, np.float32)
+    given: dict[IntEnum, Any] = {
+        f.X_SLOT: x.buffer.slot, f.X_OFFSET: x.offset, f.Y_SLOT: y.buffer.slot, f.Y_OFFSET: y.offset,
+        f.X_IMAGE: layout.image, f.Y_IMAGE: out.image, f.X_CHANNEL: layout.channel(1), f.Y_CHANNEL: out.channel(1),
+        f.X_ROW: sh * layout.pitch, f.Y_ROW: out.pitch, f.ROWS: 1 if flat else out.height,
+        f.COLUMNS: out.positions if flat else out.width, f.CHANNELS: out.channels, f.CHUNK: chunk, f.CHUNKS: chunks,
+        f.TAPS: len(offsets), f.OFFSETS: offsets, f.SCALE: scale, f.MASK: out.mask(), f.LOW: low, f.HIGH: high,
+    }  # fmt: skip
+    if weights is not None and bias is not None:
+        given |= {f.WEIGHTS: weights, f.BIAS: bias}
+    return _op(name, window.window(mode, sw, target, other), f, given, batch * chunks)
+
+
+def _shares(window_: Window, layout: MapLayout, out: MapLayout, count_padding: bool) -> NDArray[np.float32]:
+    """One over the number of floats averaged, for every flat position of the output."""
+    inside = np.zeros((out.height, out.width), np.float32)
+    (sh, sw), (kh, kw) = window_.stride, window_.kernel
+    y, x = np.arange(out.height)[:, None] * sh, np.arange(out.width)[None] * sw
+    for dy, dx in window_.taps():
+        inside += (y + dy >= 0) & (y + dy < layout.height) & (x + dx >= 0) & (x + dx < layout.width)
+    shares = np.full_like(inside, 1 / (kh * kw)) if count_padding else 1 / inside
+    padded = np.zeros((out.height, out.pitch), np.float32)
+    padded[:, : out.width] = shares
+    flat = np.zeros(len(out.mask()), np.float32)
+    flat[: padded.size] = padded.ravel()[: len(flat)]
+    return flat
+
+
+def combine(
+    name: str, batch: int, x: MapAt, other: MapAt | None, y: MapAt, activation: str | None, target: Target
+) -> NativeOp:
+    """The sum of two maps of one pitch, or one alone, through an activation."""
+    f = maps.Field
+    low, high, function = _clamped(activation)
+    given = _channelwise(x, y.layout.positions) | {
+        f.Y_SLOT: y.buffer.slot, f.Y_OFFSET: y.offset, f.Y_IMAGE: y.layout.image, f.Y_CHANNEL: y.layout.channel(1),
+        f.MASK: y.layout.mask(), f.LOW: low, f.HIGH: high,
+    }  # fmt: skip
+    if other is not None:
+        given |= {
+            f.OTHER_SLOT: other.buffer.slot, f.OTHER_OFFSET: other.offset, f.OTHER_IMAGE: other.layout.image,
+            f.OTHER_CHANNEL: other.layout.channel(1),
+        }  # fmt: skip
+    how = maps.Combine.NONE if other is None else maps.Combine.ADD
+    return _op(name, maps.elementwise(how, target, function), f, given, batch * given[f.CHUNKS])
+
+
+def _channelwise(x: MapAt, positions: int) -> dict[IntEnum, Any]:
+    f = maps.Field
+    channels = x.layout.channels
+    chunk = max(1, min(channels, CHUNK_FLOATS // max(1, positions)))
+    return {
+        f.X_SLOT: x.buffer.slot, f.X_OFFSET: x.offset, f.X_IMAGE: x.layout.image, f.X_CHANNEL: x.layout.channel(1),
+        f.POSITIONS: positions, f.CHANNELS: channels, f.CHUNK: chunk, f.CHUNKS: -(-channels // chunk),
+    }  # fmt: skip
+
+
+def mean(name: str, batch: int, x: MapAt, y: Buffer, target: Target) -> NativeOp:
+    """The mean of each channel, to (N, C)."""
+    f = maps.Field
+    layout = x.layout
+    given = _channelwise(x, layout.positions) | {
+        f.Y_SLOT: y.slot, f.Y_OFFSET: y.offset, f.Y_IMAGE: layout.channels, f.Y_CHANNEL: 1, f.MASK: layout.mask(),
+        f.SCALE: float_bits(1 / (layout.height * layout.width)),
+    }  # fmt: skip
+    return _op(name, maps.channel_mean(target), f, given, batch * given[f.CHUNKS])
+
+
+def copied(
+    name: str, batch: int, x: tuple[int, int, tuple[int, int, int]], y: tuple[int, int, tuple[int, int, int]],
+    size: tuple[int, int, int], phases: MapLayout | None, target: Target,
+) -> NativeOp:  # fmt: skip
+    """Another layout of a map of `size` (channels, height, width).
+
+    Args:
+        x: slot, bytes, and floats from an image, channel and row to the next; likewise y.
+        phases: y's layout where y is in phase planes.
+    """
+    f = copy.Field
+    given: dict[IntEnum, Any] = dict(zip(f, (x[0], x[1], y[0], y[1], *size, *x[2], *y[2]), strict=False))
+    given |= {f.STRIDE_H: 1, f.STRIDE_W: 1}
+    if phases is not None:
+        given |= {
+            f.STRIDE_H: phases.stride_h, f.STRIDE_W: phases.stride_w, f.PAD_H: phases.pad_h, f.PAD_W: phases.pad_w,
+            f.Y_PLANE: phases.plane,
+        }  # fmt: skip
+    return _op(name, copy.copy_map(target), f, given, batch * size[0])

@@ -1,0 +1,202 @@
+"""A program: a graph and its packed weights, run natively. Needs neither the model's class nor its code."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from autoprune.errors import AutopruneError
+from autoprune.repack.kernels.compiler import Target, host
+from autoprune.repack.program.graph import Graph, build_outputs, evaluate_op
+from autoprune.repack.program.lower import ARENA, Lowered, NativeStep, TorchStep, View, lower
+from autoprune.repack.program.native import NativeOp, NativeSequence
+from autoprune.repack.program.nodes import Tiling
+from autoprune.repack.program.team import team
+from autoprune.repack.program.weights import Weights
+
+MAX_PLANS = 16  # input shapes remembered: inputs of ever new shapes must not fill the memory
+
+
+@dataclass(eq=False)
+class _Frame:
+    """The memory of one call at a time."""
+
+    slots: NDArray[np.int64]
+    holders: list[Tensor]
+    counters: list[NDArray[np.int64]]
+    helpers: int = 0  # that may still look at the counters
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class Plan:
+    """A program made ready for one set of input shapes."""
+
+    def __init__(
+        self, graph: Graph, lowered: Lowered, weights: Mapping[str, Weights], tilings: Mapping[str, Tiling],
+        threads: int,
+    ) -> None:  # fmt: skip
+        self.graph, self.lowered, self.threads = graph, lowered, threads
+        self.parts: list[NativeSequence | TorchStep] = []
+        ops: list[NativeOp] = []
+        for step in lowered.steps:
+            if isinstance(step, NativeStep):
+                ops.append(step.build(weights.get(step.name), tilings.get(step.name, Tiling())))
+                continue
+            self.parts += [NativeSequence(ops), step] if ops else [step]
+            ops = []
+        if ops:
+            self.parts.append(NativeSequence(ops))
+        self._free: list[_Frame] = []
+        self._lock = threading.Lock()
+
+    def frame(self) -> _Frame:
+        """Memory that no other call uses."""
+        with self._lock:
+            for index, frame in enumerate(self._free):
+                if frame.helpers == 0:
+                    return self._free.pop(index)
+        slots = np.zeros(self.lowered.slots, np.int64)
+        holders = [torch.empty(0)] * self.lowered.slots
+        holders[ARENA] = self.lowered.arena.allocate()
+        for slot, name in self.lowered.constants.items():
+            holders[slot] = self.graph.constants[name]
+        for slot, holder in enumerate(holders):
+            slots[slot] = holder.data_ptr() if holder.numel() else 0
+        counters = [part.new_counters() for part in self.parts if isinstance(part, NativeSequence)]
+        return _Frame(slots, holders, counters)
+
+    def release(self, frame: _Frame) -> None:
+        """Gives a call's memory back."""
+        with self._lock:
+            self._free.append(frame)
+
+    def fill(self, frame: _Frame, inputs: tuple[Tensor, ...]) -> None:
+        """Points the frame to a call's inputs, and to fresh tensors for its outputs."""
+        holders, slots = frame.holders, frame.slots
+        for slot, x in zip(self.lowered.inputs, inputs, strict=True):
+            holders[slot] = x = x.contiguous()
+            slots[slot] = x.data_ptr()
+        for slot, shape in self.lowered.outputs.items():
+            holders[slot] = y = torch.empty(shape)
+            slots[slot] = y.data_ptr()
+
+    def run(self, inputs: tuple[Tensor, ...]) -> Any:
+        """One call's outputs."""
+        frame = self.frame()
+        self.fill(frame, inputs)
+        holders = frame.holders
+        values: dict[str, Any] = {}
+        sequence = 0
+        for part in self.parts:
+            if isinstance(part, NativeSequence):
+                self.run_native(part, frame, sequence)
+                sequence += 1
+            else:
+                self.run_torch(part, frame, values)
+        result = build_outputs(self.graph.outputs, self.returned(holders))
+        for slot in (*self.lowered.inputs, *self.lowered.outputs):
+            holders[slot] = holders[0]  # what the caller holds may be freed
+        self.release(frame)
+        return result
+
+    def run_native(self, part: NativeSequence, frame: _Frame, sequence: int) -> None:
+        slots, counters = frame.slots.ctypes.data, frame.counters[sequence]
+        if self.threads == 1:
+            part.run(slots, counters.ctypes.data)
+            return
+        counters[:] = 0
+
+        def joined(helpers: int) -> None:
+            with frame.lock:
+                frame.helpers += helpers
+
+        def work(number: int) -> None:
+            part.run(slots, counters.ctypes.data, number, self.threads)
+            if number:
+                with frame.lock:
+                    frame.helpers -= 1
+
+        team(self.threads).call(work, joined)
+
+    def run_torch(self, step: TorchStep, frame: _Frame, values: dict[str, Any]) -> None:
+        given = {name: _tensor(frame.holders, view) for name, view in step.reads.items()}
+        result = evaluate_op(step.op, {**values, **given}, self.graph.constants)
+        if tuple(result.stride()) != step.stride:
+            result = torch.empty_strided(step.shape, step.stride, dtype=result.dtype).copy_(result)
+        frame.holders[step.slot] = result
+        frame.slots[step.slot] = result.data_ptr()
+
+    def returned(self, holders: list[Tensor]) -> dict[str, Tensor]:
+        """The model's results; nothing that is returned lies in memory that the next call writes to."""
+        results = {}
+        for name, view in self.lowered.returned.items():
+            tensor = _tensor(holders, view)
+            results[name] = tensor.clone() if view.buffer.slot == ARENA else tensor
+        return results
+
+
+def _tensor(holders: list[Tensor], view: View) -> Tensor:
+    holder = holders[view.buffer.slot]
+    if view.start == 0 and holder.shape == view.shape and holder.stride() == view.stride:
+        return holder
+    return holder.as_strided(view.shape, view.stride, holder.storage_offset() + view.start)
+
+
+class Program:
+    """Runs a graph with packed weights; several threads may call it at once.
+
+    Args:
+        graph: simplified; its packed weights need only have their shapes.
+        weights: of every packed convolution and Linear, by the name of its output.
+        tilings: how each is cut into items; the default where none is given.
+        threads: of one inference.
+    """
+
+    def __init__(
+        self, graph: Graph, weights: Mapping[str, Weights], tilings: Mapping[str, Tiling] | None = None,
+        threads: int = 1, target: Target | None = None,
+    ) -> None:  # fmt: skip
+        self.graph, self.weights, self.tilings = graph, dict(weights), dict(tilings or {})
+        self.threads, self.target = threads, target or host()
+        self._plans: dict[tuple[tuple[int, ...], ...], Plan] = {}
+        self._lock = threading.Lock()
+
+    def plan(self, shapes: tuple[tuple[int, ...], ...]) -> Plan:
+        """The program made ready for inputs of `shapes`; raises AutopruneError when the model does not take them."""
+        with self._lock:
+            if shapes not in self._plans:
+                if len(self._plans) >= MAX_PLANS:
+                    self._plans.clear()
+                lowered = lower(self.graph, self.weights, shapes, self.target)
+                self._plans[shapes] = Plan(self.graph, lowered, self.weights, self.tilings, self.threads)
+            return self._plans[shapes]
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        shapes = tuple(tuple(x.shape) for x in inputs)
+        plan = self._plans.get(shapes)
+        if plan is None:
+            self._check(inputs)
+            plan = self.plan(shapes)
+        return plan.run(inputs)
+
+    def _check(self, inputs: tuple[Tensor, ...]) -> None:
+        given = self.graph.inputs
+        if len(inputs) != len(given):
+            raise AutopruneError(f"this model takes {len(given)} inputs, not {len(inputs)}.")
+        for x, expected in zip(inputs, given, strict=True):
+            free = 1 if expected.batched else 0
+            if x.dim() != len(expected.shape) or tuple(x.shape[free:]) != expected.shape[free:]:
+                raise AutopruneError(
+                    f"this program was made for an input of shape {tuple(expected.shape)}"
+                    f"{' (any batch size)' if free else ''}, not {tuple(x.shape)}."
+                )
+        batches = {x.shape[0] for x, expected in zip(inputs, given, strict=True) if expected.batched}
+        if len(batches) > 1:
+            raise AutopruneError(f"the inputs' batch sizes differ: {sorted(batches)}.")

@@ -1,0 +1,69 @@
+"""The threads that work on one inference together.
+
+A call hands its work to the helpers that are idle and does its own part at once. It does not wait for a helper to come
+or to leave: the work's items are taken from shared counters, and a helper that comes late finds none.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from functools import cache
+
+Task = Callable[[int], None]
+
+
+class _Helper(threading.Thread):
+    def __init__(self, number: int) -> None:
+        super().__init__(name=f"autoprune-{number}", daemon=True)
+        self.number = number
+        self.task: Task | None = None
+        self.wake = threading.Semaphore(0)
+
+    def run(self) -> None:
+        while True:
+            self.wake.acquire()
+            task = self.task
+            if task is not None:
+                task(self.number)
+            self.task = None
+
+
+class Team:
+    """The caller and `size - 1` helpers."""
+
+    def __init__(self, size: int) -> None:
+        self._helpers = [_Helper(number) for number in range(1, size)]
+        self._turn = threading.Lock()  # held while helpers are chosen
+        for helper in self._helpers:
+            helper.start()
+
+    def call(self, task: Task, joined: Callable[[int], None]) -> None:
+        """Runs ``task(0)`` here and ``task(number)`` on every idle helper.
+
+        Args:
+            task: a thread's part of the work; returns when all of the work is done.
+            joined: told, before any of them starts, how many helpers will run the task.
+        """
+        with self._turn:
+            idle = [helper for helper in self._helpers if helper.task is None]
+            joined(len(idle))
+            for helper in idle:
+                helper.task = task
+                helper.wake.release()
+        task(0)
+
+
+@cache
+def _team(size: int, process: int) -> Team:
+    return Team(size)
+
+
+_LOCK = threading.Lock()
+
+
+def team(size: int) -> Team:
+    """This process's team of `size` threads; a forked process has its own."""
+    with _LOCK:
+        return _team(size, os.getpid())

@@ -1,0 +1,207 @@
+"""Autotuning: how each packed layer is grouped and cut into items, found by running it where it will run.
+
+Every candidate is timed in the program's own memory, on the layer's own input, in turns. What won is remembered for the
+CPU, the shape and the sparsity, so the next model with such a layer starts at once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autoprune.errors import FileError
+from autoprune.files import cache_folder, read_json, write_json
+from autoprune.latency.machine import machine_identity
+from autoprune.latency.timer import Clock
+from autoprune.repack.formats import GROUP_SIZES, pack, stored_density
+from autoprune.repack.program.graph import Op
+from autoprune.repack.program.lower import NativeStep
+from autoprune.repack.program.native import NativeSequence
+from autoprune.repack.program.nodes import Tiling
+from autoprune.repack.program.program import Plan, Program
+from autoprune.repack.program.weights import Weights
+
+VERSION = 1  # of the kernels: what was tuned for others is not used
+ROUNDS = 4
+# What a kept weight costs in groups of this size, relative to the largest: smaller groups load more for each.
+COST = {16: 1.0, 8: 1.0, 4: 1.08, 2: 1.6, 1: 2.4}
+WORTH_TRYING = 1.35  # candidates up to this much dearer than the cheapest are timed
+ITEMS_A_THREAD = 4  # so that threads finish together
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a packed layer is made of.
+
+    Attributes:
+        weight: dense, ``(out, in / groups, kh, kw)`` or ``(out, in)``, with its zeros.
+        bias: ``(out,)`` or None.
+        groups: of a grouped convolution.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    groups: int
+
+    def pack(self, size: int) -> Weights:
+        """Its weights in groups of `size`; 0: in the largest that its zeros allow."""
+        return Weights.of(pack(self.weight, self.groups, size or None), self.bias)
+
+    def sizes(self) -> list[int]:
+        """Group sizes worth timing, the most promising first."""
+        cost = {size: stored_density(self.weight, self.groups, size) * COST[size] for size in GROUP_SIZES}
+        best = min(cost.values())
+        return sorted((size for size in GROUP_SIZES if cost[size] <= best * WORTH_TRYING + 1e-9), key=cost.__getitem__)
+
+
+class TuningCache:
+    """What was found on this CPU, in one JSON file; a broken or foreign file is started anew."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path or cache_folder() / "tuning.json"
+        identity = machine_identity()
+        self.machine = {key: identity[key] for key in ("cpu", "vector", "llvmlite")} | {"version": VERSION}
+        self.found: dict[str, Tiling] = {}
+        self.changed = False
+        try:
+            data = read_json(self.path, "the tuning cache")
+            if data["machine"] == self.machine:
+                self.found = {str(key): _tiling(row) for key, row in data["found"].items()}
+        except (FileError, KeyError, TypeError, AttributeError, ValueError):
+            self.found = {}
+
+    def save(self) -> None:
+        """Writes what is new; a cache that cannot be written costs time, not correctness."""
+        if not self.changed:
+            return
+        rows = {key: asdict(tiling) for key, tiling in self.found.items()}
+        try:
+            write_json(self.path, {"machine": self.machine, "found": rows})
+        except OSError:
+            return
+        self.changed = False
+
+
+def _tiling(row: Mapping[str, Any]) -> Tiling:
+    tiling = Tiling(**row)
+    numbers = (tiling.block, tiling.chunk)
+    fine = tiling.group_size in (0, *GROUP_SIZES) and all(isinstance(n, int) and 0 <= n < 2**31 for n in numbers)
+    if not fine or tiling.block < 1 or not isinstance(tiling.inputs_first, bool):
+        raise ValueError("no tiling")
+    return tiling
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The outcome: each layer's weights and tiling, and microseconds where it was timed."""
+
+    weights: Mapping[str, Weights]
+    tilings: Mapping[str, Tiling]
+    times_us: Mapping[str, float]
+
+
+def tune(
+    program: Program, layers: Mapping[str, Layer], inputs: tuple[Tensor, ...], cache: TuningCache | None = None,
+    clock: Clock = time.perf_counter, progress: Callable[[str], None] = lambda _: None,
+) -> Tuned:  # fmt: skip
+    """Finds the fastest grouping and tiling of every packed layer of `program`.
+
+    Args:
+        program: lowered with any weights of the layers' shapes; left as it is.
+        layers: by the name of their output.
+        inputs: example inputs; timings hold for their shapes.
+        cache: what is known already; new findings are added and saved.
+    """
+    cache = cache if cache is not None else TuningCache()
+    plan = program.plan(tuple(tuple(x.shape) for x in inputs))
+    weights, tilings, times = dict(program.weights), dict(program.tilings), {}
+    keys = {step.name: key_of(step, layers[step.name], plan) for step in _tunable(plan, layers)}
+    unknown = [step for step in _tunable(plan, layers) if keys[step.name] not in cache.found]
+    if unknown:
+        with torch.inference_mode():
+            plan.run(inputs)  # so that every layer has an input
+        frame = plan.frame()
+        bench = _Bench(plan, frame, inputs, clock)
+        for step in unknown:
+            progress(step.name)
+            if keys[step.name] not in cache.found:
+                cache.found[keys[step.name]], times[step.name] = bench.fastest(step, layers[step.name])
+                cache.changed = True
+        plan.release(frame)
+        cache.save()
+    for name, key in keys.items():
+        tilings[name] = cache.found[key]
+        size = tilings[name].group_size
+        if weights[name].packed.group_size != size:
+            weights[name] = layers[name].pack(size)
+    return Tuned(weights, tilings, times)
+
+
+def _tunable(plan: Plan, layers: Mapping[str, Layer]) -> list[NativeStep]:
+    return [step for step in plan.lowered.steps if isinstance(step, NativeStep) and step.name in layers and step.layer]
+
+
+def key_of(step: NativeStep, layer: Layer, plan: Plan) -> str:
+    """What a layer's fastest tiling depends on, as text."""
+    op = step.layer
+    assert op is not None
+    densities = [round(stored_density(layer.weight, layer.groups, size) * 20) / 20 for size in GROUP_SIZES]
+    what = [op.kind, list(layer.weight.shape), layer.groups, _geometry(op), step.size, densities, plan.threads]
+    return json.dumps(what)
+
+
+def _geometry(op: Op) -> list[Any]:
+    return [op.attributes.get(key) for key in ("stride", "padding", "dilation")] + [len(op.inputs)]
+
+
+@dataclass
+class _Bench:
+    plan: Plan
+    frame: Any
+    inputs: tuple[Tensor, ...]
+    clock: Clock
+
+    def __post_init__(self) -> None:
+        self.plan.fill(self.frame, self.inputs)
+
+    def fastest(self, step: NativeStep, layer: Layer) -> tuple[Tiling, float]:
+        """The best tiling and its microseconds."""
+        candidates: dict[Tiling, NativeSequence] = {}
+        for size in layer.sizes():
+            weights = layer.pack(size)
+            for tiling in tilings(step, weights, self.plan.threads):
+                candidates[tiling] = NativeSequence([step.build(weights, tiling)])
+        best = dict.fromkeys(candidates, math.inf)
+        slots = self.frame.slots.ctypes.data
+        for _ in range(ROUNDS):
+            for tiling, sequence in candidates.items():
+                if best[tiling] > 2 * min(best.values()) < math.inf:
+                    continue
+                start = self.clock()
+                sequence.run_op(0, slots)
+                best[tiling] = min(best[tiling], self.clock() - start)
+        winner = min(best, key=best.__getitem__)
+        return winner, best[winner] * 1e6
+
+
+def tilings(step: NativeStep, weights: Weights, threads: int) -> Iterable[Tiling]:
+    """The ways to cut a layer's work that are worth timing."""
+    groups, size = weights.packed.groups, weights.packed.group_size
+    positions, batch = step.size
+    least = ITEMS_A_THREAD * threads if threads > 1 else 1
+    blocks = [positions] if step.layer is not None and step.layer.kind == "linear" else [48, 96, 192, positions]
+    made = []
+    for block in dict.fromkeys(min(block, positions) for block in blocks):
+        items = batch * -(-positions // block)
+        chunk = -(-groups // max(1, -(-least // items)))
+        made.append(Tiling(size, block, chunk, True))
+    whole = Tiling(size, positions, -(-groups // max(least, -(-groups // 4))), False)
+    return dict.fromkeys([*made, whole])

@@ -1,0 +1,51 @@
+"""A layer's packed weight as the kernels read it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from autoprune.repack.formats import PackedWeight
+
+Ints = NDArray[np.int32]
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """Packed weight and bias.
+
+    Attributes:
+        packed: the weight, validated.
+        bias: ``(out,)``.
+    """
+
+    packed: PackedWeight
+    bias: Floats
+
+    @classmethod
+    def of(cls, packed: PackedWeight, bias: Tensor | None) -> Weights:
+        """Takes a layer's own bias; zeros where it has none."""
+        zeros = np.zeros(packed.shape[0], np.float32)
+        return cls(packed, zeros if bias is None else np.ascontiguousarray(bias.detach().numpy(), np.float32))
+
+    @property
+    def rows(self) -> Ints:
+        """The filter of each row, ``(groups * group_size,)``; a row without one repeats its group's first."""
+        index = self.packed.out_index
+        return np.where(index < 0, index[:, :1], index).ravel().astype(np.int32)
+
+    @property
+    def bias_rows(self) -> Floats:
+        """The bias of each row."""
+        return np.ascontiguousarray(self.bias[self.rows])
+
+    @property
+    def first(self) -> Ints:
+        """A group's first filter where its filters are neighbours, else -1."""
+        index = self.packed.out_index
+        neighbours = (index == index[:, :1] + np.arange(index.shape[1])).all(axis=1)
+        return np.where(neighbours, index[:, 0], -1).astype(np.int32)
