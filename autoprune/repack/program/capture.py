@@ -134,6 +134,7 @@ class _Translation:
         self.ops: list[Op] = []
         self.constants: dict[str, Tensor] = {}
         self.names: dict[fx.Node, str] = {}  # of the value or constant that stands for a node
+        self.sizes: dict[str, str] = {}  # symbolic extent -> name
         self.taken = {node.name for node in program.graph.nodes}
         self.outputs: Any = None
 
@@ -198,6 +199,7 @@ class _Translation:
             raise CaptureError(f"the model computes {node.name} from {args}, which a program cannot.")
         read = tuple(dict.fromkeys(x for x in args if isinstance(x, str)))
         self.emit(node, Op("scalar", node.name, read, {"fn": fn, "args": args}))
+        self.sizes.setdefault(str(node.meta["val"]), node.name)
 
     def getitem(self, node: fx.Node) -> None:
         source, index = node.args
@@ -272,12 +274,13 @@ class _Translation:
         return True
 
     def size(self, node: fx.Node, axis: int) -> str:
-        """Emits the extent of a value along an axis and returns its name."""
-        name = f"{self.names[node]}.size{axis}"
-        if name not in self.taken:
-            self.taken.add(name)
-            self.ops.append(Op("scalar", name, (self.names[node],), {"fn": "size", "args": [self.names[node], axis]}))
-        return name
+        """The name of an extent that depends on the batch; emitted unless one like it is known already."""
+        extent = str(node.meta["val"].shape[axis])
+        if extent not in self.sizes:
+            source = self.names[node]
+            self.sizes[extent] = name = f"{source}.size{axis}"
+            self.ops.append(Op("scalar", name, (source,), {"fn": "size", "args": [source, axis]}))
+        return self.sizes[extent]
 
     def emit(self, node: fx.Node, op: Op) -> None:
         self.ops.append(op)

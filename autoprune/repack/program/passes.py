@@ -1,0 +1,137 @@
+"""Making a graph smaller without changing what it computes, up to the last bits of float32.
+
+Batch norms go into the convolutions before them, activations and residual sums behind them, reshapes into each other,
+and channels that nobody needs away (see `channels`). What the graph returns is never touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autoprune.repack.program.channels import drop_dead_channels
+from autoprune.repack.program.editor import Editor
+from autoprune.repack.program.graph import Graph, Op
+
+LAYERS = ("conv2d", "linear")
+_NORM = "aten.batch_norm.default"
+
+
+def simplify(graph: Graph) -> Graph:
+    """Applies every pass until none finds anything more to do."""
+    edited = Editor(graph)
+    for step in (*_PASSES, _standalone_norms):
+        _exhaust(edited, step)
+    while True:
+        for step in _PASSES:
+            _exhaust(edited, step)
+        if not drop_dead_channels(edited):
+            return edited.graph().validate()
+
+
+def _exhaust(edited: Editor, step: Callable[[Editor, Op], bool]) -> None:
+    """Runs a pass over every operation, again as long as it changes one."""
+    changed = True
+    while changed:
+        changed = False
+        for name in list(edited.ops):
+            op = edited.ops.get(name)
+            changed |= op is not None and step(edited, op)
+
+
+def _fold_norm(edited: Editor, op: Op) -> bool:
+    """A batch norm scales the filters of the layer before it; zeros stay zeros."""
+    if op.attributes.get("op") != _NORM:
+        return False
+    layer = edited.ops.get(op.inputs[0])
+    if layer is None or layer.kind not in LAYERS or not edited.only_reader(layer, op) or _is_fused(layer):
+        return False
+    if layer.kind == "linear" and len(edited.shapes[layer.output]) != 2:
+        return False  # it normalises the second axis, which is not the Linear's
+    scale, shift = _affine(edited, op)
+    weight = edited.weight(layer, "weight")
+    bias = edited.weights(layer).get("bias", torch.zeros(len(weight))).double() * scale + shift
+    scaled = weight.double() * scale.reshape(-1, *[1] * (weight.ndim - 1))
+    merged = replace(layer, output=op.output)
+    edited.merge(layer, op, edited.with_weights(merged, weight=scaled.to(weight.dtype), bias=bias.to(weight.dtype)))
+    return True
+
+
+def _affine(edited: Editor, op: Op) -> tuple[Tensor, Tensor]:
+    """What a batch norm multiplies each channel by and adds, in float64."""
+    args = op.attributes["args"]
+    weight, bias, mean, var = (None if x is None else edited.constants[x["ref"]].double() for x in args[1:5])
+    assert mean is not None
+    assert var is not None
+    scale = torch.rsqrt(var + args[7])
+    scale = scale if weight is None else scale * weight
+    shift = -mean * scale
+    return scale, shift if bias is None else shift + bias
+
+
+def _is_fused(op: Op) -> bool:
+    return op.activation is not None or len(op.inputs) > 1
+
+
+def _standalone_norms(edited: Editor, op: Op) -> bool:
+    """A batch norm with no layer to go into is a depthwise convolution with one tap."""
+    if op.attributes.get("op") != _NORM or len(edited.shapes[op.output]) != 4:
+        return False
+    scale, shift = (x.float() for x in _affine(edited, op))
+    attributes: dict[str, Any] = {"stride": [1, 1], "padding": [0, 0], "dilation": [1, 1], "groups": len(scale)}
+    made = Op("conv2d", op.output, op.inputs[:1], {**attributes, "activation": None})
+    edited.replace(op, edited.with_weights(made, weight=scale[:, None, None, None], bias=shift))
+    return True
+
+
+def _fuse_activation(edited: Editor, op: Op) -> bool:
+    """An activation becomes part of the layer or sum whose only reader it is."""
+    if op.kind != "activation":
+        return False
+    before = edited.ops.get(op.inputs[0])
+    if before is None or before.kind not in (*LAYERS, "add") or before.activation is not None:
+        return False
+    if not edited.only_reader(before, op):
+        return False
+    edited.merge(before, op, replace(before.with_attributes(activation=op.attributes["name"]), output=op.output))
+    return True
+
+
+def _fuse_add(edited: Editor, op: Op) -> bool:
+    """A sum becomes the residual of the layer it alone reads; the layer then runs in the sum's place."""
+    if op.kind != "add":
+        return False
+    for name, residual in (op.inputs, op.inputs[::-1]):
+        layer = edited.ops.get(name)
+        if layer is None or layer.kind not in LAYERS or _is_fused(layer) or name == residual:
+            continue
+        if edited.only_reader(layer, op):
+            merged = replace(layer, output=op.output, inputs=(*layer.inputs, residual))
+            edited.merge(layer, op, merged.with_attributes(activation=op.activation))
+            return True
+    return False
+
+
+def _merge_reshapes(edited: Editor, op: Op) -> bool:
+    """Of two reshapes in a row the first does not matter; one to the same shape does nothing."""
+    if op.kind != "reshape":
+        return False
+    source = op.inputs[0]
+    before = edited.ops.get(source)
+    if before is not None and before.kind == "reshape":
+        edited.replace(op, replace(op, inputs=before.inputs))
+        return True
+    given, shape = edited.shapes[source], edited.shapes[op.output]
+    if shape == given:
+        return edited.bypass(op, source)
+    if before is None or before.kind != "global_avg_pool" or shape != given[:2] or not edited.only_reader(before, op):
+        return False
+    edited.merge(before, op, replace(before.with_attributes(keepdim=False), output=op.output))
+    return True
+
+
+_PASSES: tuple[Callable[[Editor, Op], bool], ...] = (_fold_norm, _fuse_activation, _fuse_add, _merge_reshapes)
