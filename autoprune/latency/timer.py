@@ -23,12 +23,15 @@ class Protocol:
         warmup: untimed calls of each candidate before the first round.
         threads: torch intra-op threads while measuring.
         min_sample_ms: calls are repeated within a sample until it lasts about this long, in milliseconds.
+        lead: untimed calls before each sample. One gives every candidate warm caches, and lets the idle threads of
+            the candidate before it fall asleep: some keep a core busy for milliseconds after their work is done.
     """
 
     samples: int = 50
     warmup: int = 5
     threads: int = 1
     min_sample_ms: float = 0.5
+    lead: int = 0
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,8 @@ def measure_together(
         for _ in range(protocol.samples):
             for name in order:
                 call, count = candidates[name], repeats[name]
+                for _ in range(protocol.lead):
+                    call()
                 start = clock()
                 for _ in range(count):
                     call()

@@ -1,0 +1,247 @@
+"""What benchmarks/engine.py keeps and shows: a row a cell, the table, the plots."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from autoprune.errors import FileError
+from autoprune.files import read_lines, write_text
+from autoprune.latency.engines import ENGINES, baselines
+from autoprune.latency.machine import machine_identity
+from autoprune.report.plots import save_png
+from autoprune.report.table import MISSING, markdown_table
+
+RESULTS = Path(__file__).parent / "results"
+REPACKED = "repacked"
+NOT_SLOWER = 0.97  # below this a cell is slower than dense, not noise
+# Speed-ups over the best dense engine that the project set out for: model -> sparsity -> at batch 1, G=8.
+GOALS: Mapping[str, Mapping[float, float]] = {
+    "resnet18": {0.0: 0.9, 0.5: 1.7, 0.75: 3.0, 0.9: 5.0},
+    "resnet50": {0.5: 1.6, 0.75: 2.6, 0.9: 4.0},
+    "mobilenet_v2": {0.5: 1.3, 0.75: 1.8, 0.9: 2.5},
+    "vit_small": {0.5: 1.4, 0.75: 2.0, 0.9: 2.8},
+    "bert_mini": {0.5: 1.4, 0.75: 2.0, 0.9: 2.8},
+}
+GOAL_GROUP = 8
+HEAD = """\
+# Repacked models against dense engines
+
+Written by `python benchmarks/engine.py`. Random weights, float32, milliseconds an inference; all engines and the
+repacked model of a row were timed in turns in one run. The best dense engine is in bold. **Speed-up: over that
+engine**, the median over the rounds (p10-p90).
+
+Pruned by magnitude in groups of G filters, each layer to the same sparsity: every convolution but the first and the
+depthwise ones (so the 1x1 convolutions of MobileNetV2), every Linear but the classifier. Dense engines run the model
+before pruning: zeros do not change their speed.
+"""
+
+
+@dataclass(frozen=True, order=True)
+class Cell:
+    """What is measured at a time."""
+
+    model: str
+    sparsity: float
+    group: int
+    batch: int
+    threads: int
+
+    def __str__(self) -> str:
+        return f"{self.model} {self.sparsity:.0%} G={self.group} batch {self.batch} threads {self.threads}"
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and tenth and ninetieth percentile."""
+
+    median: float
+    p10: float
+    p90: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured cell.
+
+    Attributes:
+        times_ms: of the dense engines and of the repacked model.
+        deepsparse_ms: of DeepSparse on the same zeros, in a process of its own right after the others.
+        left_out: engine -> why it is missing.
+        best: the fastest dense float32 engine.
+        speedup: median over the rounds of the best engine's time by the repacked model's.
+        relative_error: largest difference to the masked model's outputs by the largest of these.
+        repack_s: seconds that `autoprune.repack` took.
+        load: the machine's load average before.
+        commit: the revision measured.
+    """
+
+    cell: Cell
+    times_ms: dict[str, Spread]
+    deepsparse_ms: Spread | None
+    left_out: dict[str, str]
+    best: str
+    speedup: float
+    speedup_spread: Spread
+    relative_error: float
+    repack_s: float
+    rounds: int
+    load: float
+    commit: str
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Row:
+        sparse = data["deepsparse_ms"]
+        read = {
+            "cell": Cell(**data["cell"]),
+            "times_ms": {name: Spread(**value) for name, value in data["times_ms"].items()},
+            "deepsparse_ms": sparse and Spread(**sparse),
+            "speedup_spread": Spread(**data["speedup_spread"]),
+        }
+        return cls(**{**data, **read})
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Percentiles as the timer takes them."""
+    ordered, last = sorted(values), len(values) - 1
+    return Spread(statistics.median(ordered), ordered[round(0.1 * last)], ordered[round(0.9 * last)])
+
+
+def identity() -> dict[str, Any]:
+    """The machine, and the versions of the engines that are installed."""
+    found = {}
+    for name in ("onnxruntime", "openvino"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return {**machine_identity(), **found}
+
+
+def machine_key() -> str:
+    """A file name that differs where figures cannot be compared."""
+    here = identity()
+    digest = hashlib.sha256(json.dumps(here, sort_keys=True).encode()).hexdigest()[:8]
+    return f"{re.sub('[^a-z0-9]+', '-', here['cpu'].lower()).strip('-')}-{here['cores']}-{digest}"
+
+
+def results_file(key: str) -> Path:
+    return RESULTS / "engine" / f"{key}.jsonl"
+
+
+def read_rows(path: Path) -> dict[Cell, Row]:
+    """The measured cells; the last measurement of each.
+
+    Raises:
+        FileError: the file is no such file.
+    """
+    try:
+        rows = [Row.from_json(data) for data in read_lines(path, "the results of the engine benchmark")]
+    except (KeyError, TypeError) as error:
+        raise FileError(f"{path} is not what this benchmark writes ({error!r}). Delete it to measure again.") from None
+    return {row.cell: row for row in rows}
+
+
+def report(key: str) -> str:
+    """Writes engine.md and the plots from the rows of one machine; returns the text."""
+    rows = [row for _, row in sorted(read_rows(results_file(key)).items(), key=lambda item: _order(item[0]))]
+    if not rows:
+        return f"nothing is measured yet in {results_file(key)}"
+    parts = [HEAD, machine_text(), goals_table(rows), slowest(rows), table(rows)]
+    models = list(dict.fromkeys(row.cell.model for row in rows))
+    for model in models:
+        save_png(figure([row for row in rows if row.cell.model == model]), RESULTS / f"engine_{model}.png")
+        parts.append(f"![{model}](engine_{model}.png)\n")
+    text = "\n".join(parts)
+    write_text(RESULTS / "engine.md", text)
+    return text
+
+
+def _order(cell: Cell) -> tuple[Any, ...]:
+    return (cell.batch, cell.threads, cell.model, cell.sparsity, cell.group)
+
+
+def machine_text() -> str:
+    return ", ".join(f"{name} {value}" for name, value in identity().items()) + ".\n"
+
+
+def goals_table(rows: Sequence[Row]) -> str:
+    """Speed-ups at batch 1 and G=8, and in brackets what the project set out for."""
+    sparsities = sorted({row.cell.sparsity for row in rows})
+    found = {row.cell: row.speedup for row in rows}
+    lines = []
+    for model, threads in sorted({(row.cell.model, row.cell.threads) for row in rows if row.cell.batch == 1}):
+        line = [model, str(threads)]
+        for sparsity in sparsities:
+            group = GOAL_GROUP if sparsity > 0 else 1
+            value = found.get(Cell(model, sparsity, group, 1, threads))
+            goal = GOALS.get(model, {}).get(sparsity)
+            asked = f" ({goal:.1f}x)" if goal is not None else ""
+            line.append(MISSING if value is None else f"{value:.2f}x{asked}")
+        lines.append(line)
+    header = ("batch 1, G=8: speed-up (goal)", "threads", *(f"{sparsity:.0%}" for sparsity in sparsities))
+    return markdown_table(header, lines)
+
+
+def slowest(rows: Sequence[Row]) -> str:
+    """The lowest speed-up, and every cell that is slower than dense."""
+    lowest = min(rows, key=lambda row: row.speedup)
+    below = [f"- {row.cell}: {row.speedup:.2f}x" for row in rows if row.speedup < NOT_SLOWER]
+    head = f"{len(rows)} cells; the lowest speed-up is {lowest.speedup:.2f}x ({lowest.cell}). "
+    return "\n".join([head + f"Below {NOT_SLOWER}x: {len(below)}.", "", *below, ""])
+
+
+def table(rows: Sequence[Row]) -> str:
+    """A row a cell."""
+    engines = [name for name in ENGINES if any(name in row.times_ms for row in rows)]
+    titles = [name if name in baselines() else f"{name} (not compared)" for name in engines]
+    sparse = ["deepsparse (own process)"] if any(row.deepsparse_ms for row in rows) else []
+    lines = []
+    for row in rows:
+        cell = row.cell
+        line = [cell.model, f"{cell.sparsity:.0%}", str(cell.group) if cell.sparsity else MISSING]
+        line += [str(cell.batch), str(cell.threads)]
+        line += [_ms(row.times_ms.get(name), bold=name == row.best) for name in engines]
+        line += [_ms(row.deepsparse_ms)] if sparse else []
+        line += [_ms(row.times_ms[REPACKED])]
+        line += [f"{row.speedup:.2f}x ({row.speedup_spread.p10:.2f}-{row.speedup_spread.p90:.2f})"]
+        line += [f"{row.relative_error:.0e}", f"{row.repack_s:.1f}", f"{row.load:.1f}", row.commit]
+        lines.append(line)
+    header = ("model", "sparsity", "G", "batch", "threads", *titles, *sparse, REPACKED, "speed-up")
+    return markdown_table((*header, "error", "repack s", "load", "revision"), lines)
+
+
+def _ms(value: Spread | None, bold: bool = False) -> str:
+    if value is None:
+        return MISSING
+    text = f"{value.median:.2f}"
+    return f"**{text}**" if bold else text
+
+
+def figure(rows: Sequence[Row]) -> Figure:
+    """Speed-up over the best dense engine against sparsity, a line a G; a panel a batch and number of threads."""
+    panels = sorted({(row.cell.batch, row.cell.threads) for row in rows})
+    made = Figure(figsize=(1.2 + 4.0 * len(panels), 4.2), dpi=120, layout="constrained")
+    made.suptitle(f"{rows[0].cell.model}: repacked over the best dense engine")
+    for axes, panel in zip(made.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True):
+        inside = [row for row in rows if (row.cell.batch, row.cell.threads) == panel]
+        dense = [row for row in inside if row.cell.sparsity == 0]
+        for group in sorted({row.cell.group for row in inside if row.cell.sparsity > 0}):
+            line = dense + [row for row in inside if row.cell.sparsity > 0 and row.cell.group == group]
+            places = [100 * row.cell.sparsity for row in line]
+            axes.plot(places, [row.speedup for row in line], marker="o", label=f"G={group}")
+        axes.axhline(1.0, color="k", linewidth=0.8, linestyle="--")
+        axes.set(xlabel="sparsity (%)", ylabel="speed-up", title=f"batch {panel[0]}, {panel[1]} thread(s)")
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend()
+    return made

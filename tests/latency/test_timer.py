@@ -1,0 +1,42 @@
+"""The timer, on a clock that moves only when a call says so."""
+
+from __future__ import annotations
+
+import pytest
+
+from autoprune.latency.timer import Protocol, measure_together, speedup
+
+
+@pytest.mark.parametrize("lead", [0, 1, 3])
+def test_lead_calls_are_made_before_each_sample_and_not_timed(lead: int) -> None:
+    now, calls = 0.0, [0, 0]
+
+    def call(which: int, took_s: float) -> None:
+        nonlocal now
+        calls[which] += 1
+        now += took_s
+
+    protocol = Protocol(samples=4, warmup=2, min_sample_ms=0.0, lead=lead)
+    candidates = {"slow": lambda: call(0, 0.006), "fast": lambda: call(1, 0.002)}
+    times = measure_together(candidates, protocol, lambda: now)
+    assert times["slow"].samples_ms == pytest.approx([6.0] * 4)
+    assert times["fast"].samples_ms == pytest.approx([2.0] * 4)
+    assert speedup(times["slow"], times["fast"]) == pytest.approx(3.0)
+    assert calls == [2 + 4 * (1 + lead)] * 2
+
+
+def test_a_cold_call_after_another_candidate_is_not_timed_with_a_lead() -> None:
+    now, last = 0.0, ""
+
+    def call(name: str) -> None:
+        nonlocal now, last
+        now += 0.001 if last == name else 0.005  # somebody else's data was in the caches
+        last = name
+
+    def times(lead: int) -> list[float]:
+        candidates = {"a": lambda: call("a"), "b": lambda: call("b")}
+        protocol = Protocol(samples=3, warmup=2, min_sample_ms=0.0, lead=lead)
+        return [taken.median_ms for taken in measure_together(candidates, protocol, lambda: now).values()]
+
+    assert times(1) == pytest.approx([1.0, 1.0])
+    assert max(times(0)) == pytest.approx(5.0)

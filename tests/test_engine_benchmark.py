@@ -1,0 +1,136 @@
+"""benchmarks/engine.py: which cells and masks there are, that it goes on where it stopped, what it writes."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import itertools
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from autoprune.errors import AutopruneError, FileError
+from autoprune.masks import sparsity
+from autoprune.progress import SILENT
+from autoprune.tasks.zoo.standard import standard_model
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    module = importlib.import_module("engine")
+    monkeypatch.setattr(importlib.import_module("engine_report"), "RESULTS", tmp_path)
+    return module
+
+
+def row(engine: ModuleType, cell: Any, speedup: float = 2.0) -> Any:
+    report = importlib.import_module("engine_report")
+    ms = report.spread([4.0, 2.0, 3.0])
+    return report.Row(
+        cell=cell,
+        times_ms={"eager": ms, "openvino": ms, engine.REPACKED: ms},
+        deepsparse_ms=None,
+        left_out={"compile": "no compiler"},
+        best="openvino",
+        speedup=speedup,
+        speedup_spread=report.spread([speedup]),
+        relative_error=1e-6,
+        repack_s=0.5,
+        rounds=3,
+        load=0.1,
+        commit="abc",
+    )
+
+
+def test_the_table_has_every_cell_once(engine: ModuleType) -> None:
+    found = list(engine.cells(("a", "b"), (0.0, 0.5, 0.9), (1, 8), (1, 16), (1, 2)))
+    assert len(found) == len(set(found)) == 2 * (1 + 2 * 2) * 2 * 2
+    shared = [(cell.model, cell.batch, cell.threads) for cell in found]
+    changes = sum(a != b for a, b in itertools.pairwise(shared))
+    assert changes == 2 * 2 * 2 - 1, "engines are prepared once for the cells that share them"
+
+
+@pytest.mark.parametrize(("name", "layers"), [("resnet18", 19), ("mobilenet_v2", 34), ("vit_small", 48)])
+def test_what_is_pruned(engine: ModuleType, name: str, layers: int) -> None:
+    model = standard_model(name)
+    masks = engine.group_masks(model, 0.75, 8)
+    assert len(masks) == layers
+    assert all(abs(sparsity(mask) - 0.75) < 0.01 for mask in masks.values())
+    assert not any(module in masks for module in ("head", "0", "embed"))
+    if name == "mobilenet_v2":
+        assert all(mask.shape[2:] == (1, 1) for mask in masks.values())
+    assert engine.group_masks(model, 0.0, 1) == {}
+
+
+def test_goes_on_with_the_first_missing_cell(engine: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = list(engine.cells(("resnet18",), (0.0, 0.5), (1, 8), (1,), (1,)))
+    prepared, measured = [], []
+
+    def measure(cell: Any, *_: Any) -> Any:
+        measured.append(cell)
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        return row(engine, cell)
+
+    monkeypatch.setattr(engine, "prepare", lambda cell, _: prepared.append(cell) or object())
+    monkeypatch.setattr(engine, "measure", measure)
+    with pytest.raises(KeyboardInterrupt):
+        engine.run(wanted, 1.0, False, None, SILENT)
+    assert engine.run(wanted, 1.0, False, None, SILENT) == 0
+    assert measured == [wanted[0], wanted[1], wanted[1], wanted[2]]
+    assert prepared == [wanted[0], wanted[1]]
+    assert engine.run(wanted, 1.0, False, None, SILENT) == 0
+    assert len(measured) == 4, "all is measured"
+    engine.run(wanted, 1.0, True, None, SILENT)
+    assert len(measured) == 7
+
+
+def test_a_cell_that_fails_is_counted_and_tried_again(engine: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = list(engine.cells(("resnet18",), (0.5,), (1, 8), (1,), (1,)))
+
+    def measure(cell: Any, *_: Any) -> Any:
+        if cell.group == 1:
+            raise AutopruneError("no")
+        return row(engine, cell)
+
+    monkeypatch.setattr(engine, "prepare", lambda *_: object())
+    monkeypatch.setattr(engine, "measure", measure)
+    assert engine.run(wanted, 1.0, False, None, SILENT) == 1
+    assert engine.run(wanted, 1.0, False, None, SILENT) == 1
+    assert list(engine.read_rows(engine.results_file(engine.machine_key()))) == [wanted[1]]
+
+
+def test_report_says_the_goal_the_best_engine_and_what_is_slower(engine: ModuleType, tmp_path: Path) -> None:
+    path = engine.results_file("here")
+    for at, cell in enumerate(engine.cells(("resnet18",), (0.0, 0.5), (8, 16), (1,), (1, 2))):
+        engine.append_line(path, dataclasses.asdict(row(engine, cell, speedup=0.5 + at)))
+    with path.open("a") as torn:
+        torn.write('{"cell": ')
+    text = engine.report("here")
+    assert (tmp_path / "engine.md").read_text() == text
+    assert "1.50x (1.7x)" in text
+    assert "**3.00**" in text
+    assert "6 cells; the lowest speed-up is 0.50x (resnet18 0% G=1 batch 1 threads 1). Below 0.97x: 1." in text
+    assert (tmp_path / "engine_resnet18.png").read_bytes().startswith(b"\x89PNG")
+    assert engine.report("elsewhere").startswith("nothing is measured yet")
+
+
+def test_a_file_of_something_else_is_refused(engine: ModuleType) -> None:
+    path = engine.results_file("here")
+    engine.append_line(path, {"cell": {"model": "resnet18"}})
+    with pytest.raises(FileError, match="not what this benchmark writes"):
+        engine.read_rows(path)
+
+
+def test_the_error_is_relative_to_the_largest_output(engine: ModuleType) -> None:
+    x = torch.tensor([[1.0, -4.0]])
+    half = torch.nn.Linear(2, 2)
+    with torch.no_grad():
+        half.weight.copy_(0.5 * torch.eye(2))
+        half.bias.zero_()
+    assert engine.relative_error(half, torch.nn.Identity(), x) == pytest.approx(0.5)
