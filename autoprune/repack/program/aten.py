@@ -33,9 +33,9 @@ _NAMES = """
     prelu.default relu6.default repeat_interleave.self_int reshape.default rms_norm.default roll.default
     rsub.Scalar rsub.Tensor selu.default silu.default softmax.int softplus.default split.Tensor split.default
     square.default stack.default std.correction std.dim sum.default t.default take_along_dim.default
-    tile.default transpose.int tril.default triu.default type_as.default unbind.int unflatten.int unfold.default
-    upsample_bicubic2d.vec upsample_bilinear2d.vec upsample_nearest2d.vec var.default zeros.default
-    zeros_like.default
+    tile.default to.dtype to.dtype_layout transpose.int tril.default triu.default type_as.default unbind.int
+    unflatten.int unfold.default upsample_bicubic2d.vec upsample_bilinear2d.vec upsample_nearest2d.vec
+    var.default zeros.default zeros_like.default
 """
 _WHOLE = frozenset(_NAMES.split())
 _ATTENTION = "scaled_dot_product_attention.default"  # tagged as random for the sake of its dropout

@@ -6,23 +6,20 @@ What `lifting` has no kind for stays a torch operator; what no file could hold i
 
 from __future__ import annotations
 
-import logging
 import operator
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
-from autoprune.errors import AutopruneError
 from autoprune.inventory import copy_for_inference
-from autoprune.repack.program import aten, lifting
+from autoprune.repack.program import aten, exporting, lifting
+from autoprune.repack.program.exporting import CaptureError
 from autoprune.repack.program.graph import Graph, Input, Op, evaluate_op
 from autoprune.repack.program.lifting import Alias, Lifted, Site
 
@@ -36,10 +33,6 @@ _SCALARS: Mapping[Any, str] = {
 }
 _PLACES = ("device", "layout", "pin_memory", "memory_format")  # arguments that say where, not what
 _WEIGHTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
-
-
-class CaptureError(AutopruneError):
-    """A model that cannot be captured as a graph; it can still be repacked a layer at a time."""
 
 
 def capture(model: nn.Module, inputs: Sequence[Any]) -> Graph:
@@ -72,7 +65,17 @@ def _describe(x: Any) -> str:
 
 
 def _captured(model: nn.Module, inputs: Sequence[Tensor], batched: Sequence[bool]) -> Graph:
-    program = _export(model, inputs, batched)
+    program = exporting.export(model, inputs, batched)
+    described = _described(program, inputs, batched)
+    if exporting.is_functional(program.graph):
+        try:
+            return _Translation(program, described).graph().validate()
+        except CaptureError:  # an operator that is one of several simpler ones
+            pass
+    return _Translation(exporting.functional(program), described).graph().validate()
+
+
+def _described(program: ExportedProgram, inputs: Sequence[Tensor], batched: Sequence[bool]) -> list[Input]:
     described = []
     names = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind == InputKind.USER_INPUT]
     for name, x, any_batch in zip(names, inputs, batched, strict=True):
@@ -80,49 +83,7 @@ def _captured(model: nn.Module, inputs: Sequence[Tensor], batched: Sequence[bool
             described.append(Input(name, tuple(x.shape), aten.encode_dtype(x.dtype), any_batch))
         except KeyError:
             raise CaptureError(f"an input of type {x.dtype} is not supported.") from None
-    return _Translation(program, described).graph().validate()
-
-
-def _export(model: nn.Module, inputs: Sequence[Tensor], batched: Sequence[bool]) -> ExportedProgram:
-    # torch takes a batch of 1 for a constant
-    examples = tuple(
-        torch.cat([x, x]) if dynamic and x.shape[0] == 1 else x for x, dynamic in zip(inputs, batched, strict=True)
-    )
-    batch = Dim("batch")
-    shapes = tuple({0: batch} if dynamic else None for dynamic in batched) if any(batched) else None
-    try:
-        with _quiet(), _plain_attention(), torch.no_grad():
-            exported = torch.export.export(model, examples, dynamic_shapes=shapes, strict=False)
-            # nothing is decomposed; in-place operators become functional ones
-            functional: ExportedProgram = exported.run_decompositions({})
-            return functional
-    except Exception as error:  # the model is the user's, and export raises whatever it likes
-        told = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        raise CaptureError(f"torch.export cannot capture the model ({type(error).__name__}: {told[:300]}).") from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what torch.export has to say about its own future."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
-
-
-@contextmanager
-def _plain_attention() -> Iterator[None]:
-    """Keeps torch's modules from calling one fused operator that hides their Linear layers."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+    return described
 
 
 class _Translation:
@@ -134,6 +95,7 @@ class _Translation:
         self.ops: list[Op] = []
         self.constants: dict[str, Tensor] = {}
         self.names: dict[fx.Node, str] = {}  # of the value or constant that stands for a node
+        self.batches: dict[str, tuple[str, int]] = {}  # symbolic extent -> the input and axis it comes from
         self.sizes: dict[str, str] = {}  # symbolic extent -> name
         self.taken = {node.name for node in program.graph.nodes}
         self.outputs: Any = None
@@ -145,9 +107,7 @@ class _Translation:
         weights = self.weights()
         for node in self.program.graph.nodes:
             if node.op == "placeholder":
-                self.names[node] = node.name
-                if node.name in weights:
-                    self.names[node] = self.constant(*weights[node.name])
+                self.placeholder(node, weights)
             elif node.op == "call_function":
                 self.translate(node)
             elif node.op == "output":
@@ -159,6 +119,15 @@ class _Translation:
         read |= set(graph.output_names())
         kept = {name: value for name, value in self.constants.items() if name in read}
         return Graph(graph.inputs, graph.ops, graph.outputs, kept)
+
+    def placeholder(self, node: fx.Node, weights: Mapping[str, tuple[str, Tensor]]) -> None:
+        self.names[node] = node.name
+        if node.name in weights:
+            self.names[node] = self.constant(*weights[node.name])
+            return
+        for axis, extent in enumerate(node.meta["val"].shape):
+            if not isinstance(extent, int):
+                self.batches.setdefault(str(extent), (node.name, axis))
 
     def weights(self) -> dict[str, tuple[str, Tensor]]:
         """Placeholder -> (qualified name, tensor) of each parameter, buffer and literal tensor."""
@@ -215,8 +184,11 @@ class _Translation:
     def operator(self, node: fx.Node, target: torch._ops.OpOverload) -> None:
         if target is torch.ops.aten._assert_tensor_metadata.default:
             return
+        target, bound = exporting.IN_PLACE.get(target, target), _bind(node, target)
+        if bound.get("dropout_p"):
+            raise CaptureError(f"the model draws random numbers ({target}), which a program cannot.")
         if lifting.lifts(target):
-            lifted = lifting.lift(Site(self, node, _bind(node, target)))
+            lifted = lifting.lift(target, Site(self, node, bound))
             if isinstance(lifted, Alias):
                 self.names[node] = lifted.name
                 return
@@ -277,7 +249,7 @@ class _Translation:
         """The name of an extent that depends on the batch; emitted unless one like it is known already."""
         extent = str(node.meta["val"].shape[axis])
         if extent not in self.sizes:
-            source = self.names[node]
+            source, axis = self.batches.get(extent, (self.names[node], axis))
             self.sizes[extent] = name = f"{source}.size{axis}"
             self.ops.append(Op("scalar", name, (source,), {"fn": "size", "args": [source, axis]}))
         return self.sizes[extent]

@@ -321,8 +321,9 @@ def _same_type(site: Site) -> Result:
     return _nothing(site) if same else None
 
 
-def _expand(site: Site) -> Result:
-    return _nothing(site) if extents(site.node) == site.shape("self") else None
+def _whole(site: Site) -> Result:
+    """An expansion or a slice that leaves the shape as it is."""
+    return _nothing(site) if extents(site.node) == site.shape("self") and site.args.get("step", 1) == 1 else None
 
 
 _LIFTINGS: Mapping[str, Callable[[Site], Result]] = {
@@ -367,7 +368,10 @@ _LIFTINGS: Mapping[str, Callable[[Site], Result]] = {
     "lift_fresh_copy.default": _nothing,
     "dropout.default": _dropout,
     "_to_copy.default": _same_type,
-    "expand.default": _expand,
+    "to.dtype": _same_type,
+    "to.dtype_layout": _same_type,
+    "slice.Tensor": _whole,
+    "expand.default": _whole,
 }
 
 
@@ -376,6 +380,6 @@ def lifts(target: torch._ops.OpOverload) -> bool:
     return str(target).removeprefix("aten.") in _LIFTINGS
 
 
-def lift(site: Site) -> Result:
+def lift(target: torch._ops.OpOverload, site: Site) -> Result:
     """What a call of an operator with a lifting is; None when it is left to torch."""
-    return _LIFTINGS[str(site.node.target).removeprefix("aten.")](site)
+    return _LIFTINGS[str(target).removeprefix("aten.")](site)
