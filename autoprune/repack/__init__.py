@@ -3,7 +3,9 @@
 from autoprune.repack.backends import BACKENDS, Backend, LayerForm, Support
 from autoprune.repack.files import load_packed, save_packed
 from autoprune.repack.formats import PackedWeight, pack
-from autoprune.repack.model import LayerReport, RepackedModel, lower_layer, repack
+from autoprune.repack.model import repack
+from autoprune.repack.report import LayerReport, ProgramModel, RepackedModel, SwappedModel
+from autoprune.repack.swap import lower_layer
 
 __all__ = [
     "BACKENDS",
@@ -11,8 +13,10 @@ __all__ = [
     "LayerForm",
     "LayerReport",
     "PackedWeight",
+    "ProgramModel",
     "RepackedModel",
     "Support",
+    "SwappedModel",
     "load_packed",
     "lower_layer",
     "pack",

@@ -20,14 +20,15 @@ from autoprune.files import read_tensors, write_tensors
 from autoprune.inventory import copy_for_inference
 from autoprune.repack.backends import BACKENDS, LayerForm
 from autoprune.repack.formats import PackedWeight
-from autoprune.repack.model import DENSE, LayerReport, RepackedModel, with_submodule
+from autoprune.repack.report import DENSE, LayerReport, SwappedModel
+from autoprune.repack.swap import with_submodule
 
 FILE_VERSION = 1
 _INTEGERS = (torch.uint8, torch.int16, torch.int32)
 _ARRAYS = ("group_pointer", "index", "out_index")
 
 
-def save_packed(model: RepackedModel, path: Path) -> None:
+def save_packed(model: SwappedModel, path: Path) -> None:
     """Writes a repacked model; `load_packed` needs the original architecture, not its weights."""
     tensors: dict[str, Tensor] = {}
     layers: dict[str, Any] = {}
@@ -59,7 +60,7 @@ def save_packed(model: RepackedModel, path: Path) -> None:
     write_tensors(path, tensors, {"autoprune": json.dumps(about, sort_keys=True)})
 
 
-def load_packed(path: Path, model: nn.Module) -> RepackedModel:
+def load_packed(path: Path, model: nn.Module) -> SwappedModel:
     """Reads a repacked model.
 
     Args:
@@ -82,7 +83,7 @@ def load_packed(path: Path, model: nn.Module) -> RepackedModel:
         ) from None
 
 
-def _assembled(tensors: dict[str, Tensor], about: Any, model: nn.Module) -> RepackedModel:
+def _assembled(tensors: dict[str, Tensor], about: Any, model: nn.Module) -> SwappedModel:
     if about["version"] != FILE_VERSION:
         raise FileError(f"this release reads version {FILE_VERSION}, not {about['version']!r}")
     if set(tensors) != set(about["checksums"]):
@@ -103,7 +104,7 @@ def _assembled(tensors: dict[str, Tensor], about: Any, model: nn.Module) -> Repa
         model = with_submodule(model, name, lowered)
     rest = {key: value for key, value in tensors.items() if "|" not in key}
     _load_rest(model, rest, tuple(f"{name}." if name else "" for name in relus))
-    return RepackedModel(model, report, relus, about["removed"])
+    return SwappedModel(model, report, relus, about["removed"])
 
 
 def _lowered(name: str, layer: Any, tensors: dict[str, Tensor], model: nn.Module, backend: str) -> nn.Module:

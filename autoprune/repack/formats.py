@@ -105,13 +105,13 @@ def _require(fine: bool, what: str) -> None:
         raise FileError(f"a packed weight is corrupt: {what}.")
 
 
-def pack(weight: Tensor, conv_groups: int = 1) -> PackedWeight:
-    """Packs a weight with zeros, in the largest groups its zeros allow.
+def pack(weight: Tensor, conv_groups: int = 1, size: int | None = None) -> PackedWeight:
+    """Packs a weight with zeros, in groups of `size`; in the largest groups its zeros allow when None.
 
-    Filters that are all zero come last, in groups that keep nothing; the others keep their order.
+    A group stores what any of its filters keeps. Filters that are all zero come last, in groups that keep nothing; the others keep their order.
     """
     dense = weight.detach().reshape(weight.shape[0], -1).numpy()
-    size = find_group_size(weight, conv_groups)
+    size = find_group_size(weight, conv_groups) if size is None else size
     live: NDArray[np.bool_] = np.asarray(dense.any(axis=1))
     rows = _out_index(live, conv_groups, size)  # (groups, size)
     real = rows >= 0
@@ -139,6 +139,14 @@ def find_group_size(weight: Tensor, conv_groups: int = 1) -> int:
         if stored <= nonzeros * (1 + TOLERANCE) and (padded <= 1.5 * max(1, nonzeros) or size == 1):
             return size
     return 1
+
+
+def stored_density(weight: Tensor, conv_groups: int, size: int) -> float:
+    """What `pack` in groups of `size` stores, padding included, as a share of the weight."""
+    support = weight.detach().reshape(weight.shape[0], -1).numpy() != 0  # (out, columns)
+    rows = _out_index(support.any(axis=1), conv_groups, size)
+    shared = (support[rows] & (rows >= 0)[:, :, None]).any(axis=1).sum()
+    return float(shared) * size / support.size
 
 
 def _out_index(live: NDArray[np.bool_], conv_groups: int, size: int) -> Ints:

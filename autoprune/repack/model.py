@@ -1,95 +1,35 @@
 """`repack`: a model whose weights hold zeros, pruned by anyone -> the same model, really faster.
 
-Works on the model's own modules: batch norms are folded into the convolutions before them, ReLUs are fused behind them,
-and every Conv2d and Linear becomes the fastest of its backends. What was done is checked against the original
-on the example inputs; whatever does not hold is undone and said in the report.
+A model that torch.export captures becomes a program of its own; any other keeps its modules and gets packed layers in
+the places of its own. Either is checked against the original on the example inputs before it is returned.
 """
 
 from __future__ import annotations
 
-import copy
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from autoprune.errors import AutopruneError
-from autoprune.inventory import as_tuple, copy_for_inference, watch_forward
-from autoprune.latency.timer import Clock, Protocol, measure_together
+from autoprune.inventory import as_tuple, copy_for_inference
+from autoprune.latency.timer import Clock, Protocol
 from autoprune.masks import Masks, apply_masks_
-from autoprune.repack.backends import BACKENDS, LayerForm
-from autoprune.repack.fusion import Fusion, find_fusions, fold_batch_norm_
+from autoprune.repack.kernels.compiler import unavailable
 from autoprune.repack.outputs import same_output
+from autoprune.repack.program.capture import CaptureError, capture
+from autoprune.repack.program.graph import Graph, Op
+from autoprune.repack.program.lower import WIDEST_STRIDE
+from autoprune.repack.program.passes import simplify
+from autoprune.repack.program.program import Program
+from autoprune.repack.program.tuning import Layer, Tuned, TuningCache, tune
+from autoprune.repack.report import DENSE, LayerReport, ProgramModel, RepackedModel
+from autoprune.repack.swap import Choose, fresh, swap_layers
 
-GAIN = 0.97  # a packed layer must take at most this share of the dense one's time: less is noise
-DENSE = "dense"
-
-Choose = Callable[[str, LayerForm], str]
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """What became of one Conv2d or Linear.
-
-    Attributes:
-        sparsity: fraction of zeros in its weight.
-        group_size: filters that share their kept positions.
-        backend: what runs it; ``dense`` is torch's own layer.
-        dense_us: microseconds a call of the dense layer, None when nothing was measured.
-        packed_us: likewise of the fastest packed form.
-        fused: what was folded into it: ``batch norm``, ``relu``, both or nothing.
-        why: the reason for the choice.
-    """
-
-    name: str
-    kind: str
-    sparsity: float
-    group_size: int
-    backend: str
-    dense_us: float | None
-    packed_us: float | None
-    fused: str
-    why: str
-
-
-class RepackedModel(nn.Module):
-    """A repacked model, called like the original; inference only.
-
-    Attributes:
-        model: the original's architecture with packed layers in it.
-        report: a row a layer.
-        relus: layer -> whether its backend applies the ReLU that followed it.
-        removed: modules that became ``nn.Identity`` because they were folded or fused.
-    """
-
-    def __init__(
-        self, model: nn.Module, report: Sequence[LayerReport], relus: Mapping[str, bool], removed: Sequence[str]
-    ) -> None:
-        super().__init__()
-        self.model = model
-        self.report = tuple(report)
-        self.relus, self.removed = dict(relus), tuple(removed)
-        self.eval().requires_grad_(False)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
-
-    def train(self, mode: bool = True) -> RepackedModel:
-        """Stays in eval mode: its norms are folded and its layers cannot be trained."""
-        super().train(False)
-        return self
-
-
-def lower_layer(module: nn.Module, relu: bool = False) -> dict[str, nn.Module]:
-    """Every backend's form of one layer; those that do not support it are left out."""
-    if not isinstance(module, (nn.Conv2d, nn.Linear)):
-        raise AutopruneError(f"only Conv2d and Linear layers can be lowered, not {type(module).__name__}.")
-    form = LayerForm(module, relu)
-    backends = {name: BACKENDS.get(name)() for name in BACKENDS}
-    return {name: backend.lower(form) for name, backend in backends.items() if backend.supports(form).ok}
+Form = Literal["program", "modules"]
 
 
 def repack(
@@ -97,10 +37,14 @@ def repack(
     example_inputs: Any,
     masks: Masks | None = None,
     *,
+    threads: int | None = None,
+    form: Form | None = None,
     backends: Sequence[str] | None = None,
     choose: Choose | None = None,
     protocol: Protocol | None = None,
     clock: Clock = time.perf_counter,
+    cache: TuningCache | None = None,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> RepackedModel:
     """Repacks a model for inference on this machine.
 
@@ -108,202 +52,119 @@ def repack(
         model: any module with zeros in its weights; left as it is.
         example_inputs: a tensor or a tuple of them, as the model is called, at the batch size that matters.
         masks: applied first when given; zeros in the weights alone are enough.
-        backends: rows of BACKENDS to choose from besides ``dense``; all when None.
-        choose: names a layer's backend without measuring, e.g. from a latency table.
-        protocol: how layers are timed; ignored with `choose`.
-        clock: seconds; likewise.
+        threads: of one inference; as many as torch uses at the call when None.
+        form: ``program``: the whole model as one program; ``modules``: packed layers in the model's own modules, which
+            torch.export and torch.compile accept; None: a program where the model can be captured.
+        backends: rows of BACKENDS that a layer of the ``modules`` form may have besides ``dense``; all when None.
+        choose: names a layer's backend in the ``modules`` form without measuring.
+        protocol: how layers of the ``modules`` form are timed.
+        clock: seconds.
+        cache: what autotuning knows already; this user's file when None.
+        progress: told what is being done.
 
     Raises:
-        AutopruneError: the model does not run on its example inputs, or cannot be reproduced.
+        AutopruneError: the model does not run on its example inputs, or cannot be reproduced, or a program was asked
+            for and the model cannot be captured.
     """
-    for name in backends or ():
-        BACKENDS.get(name)
+    if threads is not None and (isinstance(threads, bool) or threads < 1):
+        raise AutopruneError(f"threads must be a positive integer or None, not {threads!r}.")
     inputs = as_tuple(example_inputs)
     original = copy_for_inference(model)
     if masks:
         apply_masks_(original, masks)
-    seen = _watch(original, inputs)
-    allowed = tuple(BACKENDS if backends is None else backends)
-    job = _Job(original, inputs, seen, allowed, choose, protocol or Protocol(samples=15), clock)
-    return job.verified()
+    only_modules = form == "modules" or (form is None and (backends is not None or choose is not None))
+    why = ""
+    if not only_modules:
+        try:
+            return _as_program(original, inputs, threads, clock, cache, progress)
+        except CaptureError as error:
+            if form == "program":
+                raise
+            why = f"; layer by layer, since {str(error).rstrip('.')}"
+    swapped = swap_layers(original, inputs, backends=backends, choose=choose, protocol=protocol, clock=clock)
+    if why:
+        swapped.report = tuple(replace(row, why=row.why + why) for row in swapped.report)
+    return swapped
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """One run of the original: its output, each layer's first input, and what can be fused."""
-
-    output: Any
-    inputs: dict[str, Tensor]
-    fusions: dict[str, Fusion]
-
-
-def _fresh(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Copies: a model may change what it is given."""
-    return tuple(x.detach().clone() if isinstance(x, Tensor) else copy.deepcopy(x) for x in inputs)
-
-
-def _watch(model: nn.Module, inputs: tuple[Any, ...]) -> _Seen:
-    layers: dict[str, nn.Module] = {
-        name: m for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))
-    }
-    first: dict[str, Tensor] = {}
-
-    def keep(name: str, args: tuple[Any, ...], _: Any) -> None:
-        first.setdefault(name, args[0])
-
+def _as_program(
+    original: nn.Module, inputs: tuple[Any, ...], threads: int | None, clock: Clock, cache: TuningCache | None,
+    progress: Callable[[str], None],
+) -> ProgramModel:  # fmt: skip
+    if reason := unavailable():
+        raise CaptureError(reason)
     try:
         with torch.inference_mode():
-            with watch_forward(layers, keep):
-                output = model(*_fresh(inputs))
-            fusions = find_fusions(model, _fresh(inputs))
+            wanted = original(*fresh(inputs))
     except Exception as error:  # the model is the user's: it may raise anything
         raise AutopruneError(f"the model does not run on its example inputs: {error}") from error
-    return _Seen(output, first, fusions)
+    progress("capturing the model")
+    graph = simplify(capture(original, inputs))
+    layers = packable(graph)
+    made = build_program(graph, layers, inputs, threads, clock, cache, progress)
+    with torch.inference_mode():
+        if not same_output(made[0](*fresh(inputs)), wanted):
+            raise CaptureError("the captured program does not reproduce the model's output.")
+    return ProgramModel(made[0], _report(original, graph, layers, made[1]))
 
 
-@dataclass
-class _Job:
-    original: nn.Module
-    inputs: tuple[Any, ...]
-    seen: _Seen
-    backends: tuple[str, ...]
-    choose: Choose | None
-    protocol: Protocol
-    clock: Clock
-    decided: dict[tuple[str, bool], tuple[LayerReport, nn.Module]] = field(default_factory=dict)
-
-    def verified(self) -> RepackedModel:
-        """Tries everything; where the output differs, without fusing; then a layer at a time."""
-        refused: dict[str, str] = {}
-        for fuse in (True, False):
-            candidate = self.assemble(fuse, refused)
-            never_ran = self.check(candidate)
-            if never_ran:
-                refused |= dict.fromkeys(never_ran, "its packed form never ran: the model reads its weight directly")
-                candidate = self.assemble(fuse, refused)
-                never_ran = self.check(candidate)
-            if never_ran == []:
-                return candidate
-        return self.one_by_one(refused)
-
-    def one_by_one(self, refused: Mapping[str, str]) -> RepackedModel:
-        """Packs one layer after another; those that change the model's output stay dense."""
-        waiting = [name for name in self.seen.inputs if name not in refused]
-        refused = {**refused, **dict.fromkeys(waiting, "its packed form changes what this model computes")}
-        candidate = self.assemble(False, refused)
-        if self.check(candidate) is None:
-            raise AutopruneError(
-                "the model's copy does not reproduce its output: it is not deterministic in eval mode."
-            )
-        for name in waiting:
-            fewer = {other: why for other, why in refused.items() if other != name}
-            trial = self.assemble(False, fewer)
-            if self.check(trial) == []:
-                refused, candidate = fewer, trial
-        return candidate
-
-    def check(self, candidate: RepackedModel) -> list[str] | None:
-        """Packed layers that never ran; None when the output is not the original's."""
-        packed = {row.name: candidate.model.get_submodule(row.name) for row in candidate.report if row.backend != DENSE}
-        ran: set[str] = set()
-        try:
-            with torch.inference_mode(), watch_forward(packed, lambda name, *_: ran.add(name)):
-                output = candidate(*_fresh(self.inputs))
-        except Exception:  # the model's own code met a layer of another type: whatever it raises, it is undone
-            return None
-        return [name for name in packed if name not in ran] if same_output(output, self.seen.output) else None
-
-    def assemble(self, fuse: bool, refused: Mapping[str, str]) -> RepackedModel:
-        model = copy_for_inference(self.original)
-        rows, relus, removed = [], {}, []
-        for name, module in list(model.named_modules()):
-            if not isinstance(module, (nn.Conv2d, nn.Linear)):
-                continue
-            fusion = self.seen.fusions.get(name, Fusion()) if fuse else Fusion()
-            if fusion.batch_norm:
-                assert isinstance(module, nn.Conv2d)
-                fold_batch_norm_(module, model.get_submodule(fusion.batch_norm))
-                model = with_submodule(model, fusion.batch_norm, nn.Identity())
-                removed.append(fusion.batch_norm)
-            form = LayerForm(module, fusion.relu is not None)
-            row, lowered = self.lower(name, form, fuse, refused)
-            relu = form.relu and row.backend != DENSE
-            if relu:
-                assert fusion.relu is not None
-                model = with_submodule(model, fusion.relu, nn.Identity())
-                removed.append(fusion.relu)
-            fused = " + ".join([*(["batch norm"] if fusion.batch_norm else []), *(["relu"] if relu else [])])
-            lost = "; not fused: that changes what this model computes" if self.fuses(name) and not fuse else ""
-            rows.append(replace(row, fused=fused, why=row.why + lost))
-            if row.backend != DENSE:
-                model = with_submodule(model, name, lowered)
-                relus[name] = relu
-        return RepackedModel(model, rows, relus, removed)
-
-    def fuses(self, name: str) -> bool:
-        return self.seen.fusions.get(name, Fusion()) != Fusion()
-
-    def lower(
-        self, name: str, form: LayerForm, fuse: bool, refused: Mapping[str, str]
-    ) -> tuple[LayerReport, nn.Module]:
-        """The layer's row and what runs it; decided once, however often the model is assembled."""
-        if reason := refused.get(name) or _unfit(form, self.seen.inputs.get(name)):
-            return _row(name, form, DENSE, reason), form.module
-        if (name, fuse) not in self.decided:
-            decide = self.fastest if self.choose is None else self.chosen
-            self.decided[name, fuse] = decide(name, form)
-        row, lowered = self.decided[name, fuse]
-        return row, form.module if row.backend == DENSE else lowered
-
-    def chosen(self, name: str, form: LayerForm) -> tuple[LayerReport, nn.Module]:
-        assert self.choose is not None
-        backend = self.choose(name, form)
-        member = BACKENDS.get(backend)()
-        support = member.supports(form)
-        if not support.ok or backend == DENSE:
-            return _row(name, form, DENSE, support.why or "chosen"), form.module
-        return _row(name, form, backend, "chosen"), member.lower(form)
-
-    def fastest(self, name: str, form: LayerForm) -> tuple[LayerReport, nn.Module]:
-        options = {key: BACKENDS.get(key)() for key in self.backends if key != DENSE}
-        lowered = {key: backend.lower(form) for key, backend in options.items() if backend.supports(form).ok}
-        if not lowered:
-            why = "; ".join(backend.supports(form).why for backend in options.values())
-            return _row(name, form, DENSE, why or "no other backend was allowed"), form.module
-        timed = {DENSE: BACKENDS.get(DENSE)().lower(form), **lowered}
-        x = self.seen.inputs[name]
-        times = measure_together({key: _call(each, x) for key, each in timed.items()}, self.protocol, self.clock)
-        dense_us = times.pop(DENSE).median_ms * 1e3
-        best = min(times, key=lambda key: times[key].median_ms)
-        packed_us = times[best].median_ms * 1e3
-        if packed_us > GAIN * dense_us:
-            why = f"no backend is faster here ({best}: {packed_us:.0f} us)"
-            return replace(_row(name, form, DENSE, why), dense_us=dense_us, packed_us=packed_us), form.module
-        row = _row(name, form, best, f"{dense_us / packed_us:.2f}x faster than dense")
-        return replace(row, dense_us=dense_us, packed_us=packed_us), lowered[best]
+def packable(graph: Graph) -> dict[str, Layer]:
+    """The convolutions and Linears that are packed, by the name of their output; depthwise ones have their own kernel."""
+    layers = {}
+    for op in graph.ops:
+        if op.kind in ("conv2d", "linear") and op.tensors["weight"] in graph.constants:
+            weight = graph.constants[op.tensors["weight"]]
+            if weight.dtype == torch.float32 and not is_depthwise(op, weight):
+                bias = graph.constants[op.tensors["bias"]] if "bias" in op.tensors else None
+                layers[op.output] = Layer(weight, bias, op.attributes.get("groups", 1))
+    return layers
 
 
-def _row(name: str, form: LayerForm, backend: str, why: str) -> LayerReport:
-    size = 1 if backend == DENSE else form.packed.group_size
-    return LayerReport(name, form.kind, form.sparsity, size, backend, None, None, "", why)
+def is_depthwise(op: Op, weight: Tensor) -> bool:
+    """Whether each channel is convolved alone, by the kernel for that."""
+    groups = op.attributes.get("groups", 1)
+    narrow = op.attributes.get("stride", [1, 1])[1] <= WIDEST_STRIDE
+    return groups > 1 and groups == weight.shape[0] and weight.shape[1] == 1 and len(op.inputs) == 1 and narrow
 
 
-def with_submodule(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
-    """Puts `module` in the place called `name`; a model that is one layer is replaced as a whole."""
-    if not name:
-        return module
-    model.set_submodule(name, module)
-    return model
+def build_program(
+    graph: Graph, layers: dict[str, Layer], inputs: tuple[Tensor, ...], threads: int | None, clock: Clock,
+    cache: TuningCache | None, progress: Callable[[str], None],
+) -> tuple[Program, Tuned]:  # fmt: skip
+    """Packs and tunes; the program keeps no dense weight of a packed layer."""
+    weights = {name: layer.pack(layer.sizes()[0]) for name, layer in layers.items()}
+    packed = {op.tensors["weight"] for op in graph.ops if op.output in layers}
+    constants = {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") if name in packed else tensor
+        for name, tensor in graph.constants.items()
+    }
+    light = replace(graph, constants=constants)
+    draft = Program(light, weights, threads=threads)
+    tuned = tune(draft, layers, inputs, cache, clock, progress)
+    return Program(light, tuned.weights, tuned.tilings, threads), tuned
 
 
-def _call(module: nn.Module, x: Tensor) -> Callable[[], object]:
-    return lambda: module(x)
+def _report(original: nn.Module, graph: Graph, layers: dict[str, Layer], tuned: Tuned) -> list[LayerReport]:
+    by_layer = {op.attributes["layer"]: op for op in graph.ops if op.attributes.get("layer") is not None}
+    rows = []
+    for name, module in original.named_modules():
+        if not isinstance(module, (nn.Conv2d, nn.Linear)):
+            continue
+        kind = "conv2d" if isinstance(module, nn.Conv2d) else "linear"
+        sparsity = 1.0 - int(torch.count_nonzero(module.weight)) / max(1, module.weight.numel())
+        op = by_layer.get(name)
+        if op is None:
+            rows.append(LayerReport(name, kind, sparsity, 1, DENSE, None, None, "", "the program does not call it"))
+        elif op.output in layers:
+            size, time_us = tuned.weights[op.output].packed.group_size, tuned.times_us.get(op.output)
+            rows.append(LayerReport(name, kind, sparsity, size, "jit", None, time_us, _fused(op), "packed"))
+        elif op.kind == "conv2d":
+            rows.append(LayerReport(name, kind, sparsity, 1, "jit", None, None, _fused(op), "depthwise: not packed"))
+        else:
+            why = "its weight is not a float32 constant"
+            rows.append(LayerReport(name, kind, sparsity, 1, DENSE, None, None, "", why))
+    return rows
 
 
-def _unfit(form: LayerForm, x: Tensor | None) -> str | None:
-    """Why no backend can take the layer, whatever its zeros."""
-    if x is None:
-        return "its forward never ran"
-    if form.weight.dtype != torch.float32 or x.dtype != torch.float32:
-        return f"it runs in {x.dtype}"
-    return form.odd_padding
+def _fused(op: Op) -> str:
+    return " + ".join([*(["sum"] if len(op.inputs) > 1 else []), *([op.activation] if op.activation else [])])

@@ -37,7 +37,7 @@ _NAMES = """
     unflatten.int unfold.default upsample_bicubic2d.vec upsample_bilinear2d.vec upsample_nearest2d.vec
     var.default zeros.default zeros_like.default
 """
-_WHOLE = frozenset(_NAMES.split())
+WHOLE = frozenset(_NAMES.split())
 _ATTENTION = "scaled_dot_product_attention.default"  # tagged as random for the sake of its dropout
 _REFUSED_TAGS = (torch.Tag.nondeterministic_seeded, torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 _REFUSED = re.compile("empty|as_strided|_backward|resize|set_|_local_scalar|sym_|embedding_bag|dist_")
@@ -59,7 +59,7 @@ def is_allowed(operator: object) -> bool:
         return True
     if _REFUSED.search(name) or any(tag in operator.tags for tag in _REFUSED_TAGS):
         return False
-    return torch.Tag.core in operator.tags or name in _WHOLE
+    return torch.Tag.core in operator.tags or name in WHOLE
 
 
 def operator_name(operator: torch._ops.OpOverload) -> str:

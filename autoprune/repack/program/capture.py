@@ -23,6 +23,8 @@ from autoprune.repack.program.exporting import CaptureError
 from autoprune.repack.program.graph import Graph, Input, Op, evaluate_op
 from autoprune.repack.program.lifting import Alias, Lifted, Site
 
+__all__ = ["CaptureError", "capture"]
+
 FOLD_LIMIT = 1 << 16  # elements a constant computed from smaller ones may have
 
 _SCALARS: Mapping[Any, str] = {

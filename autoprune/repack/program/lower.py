@@ -344,8 +344,11 @@ class _Lowering:
             (weight.shape[2], weight.shape[3]), *((a[key][0], a[key][1]) for key in ("stride", "padding", "dilation"))
         )
         shape = (batch, weight.shape[0], *window.outputs(height, width))
-        if channels != weight.shape[1] * a["groups"] or min(shape) < 1:
-            raise AutopruneError(f"a convolution takes no input of shape {tuple(self.values[x].shape)}.")
+        if channels != weight.shape[1] * a["groups"] or min(shape[1:]) < 1:
+            raise AutopruneError(
+                f"a convolution of {weight.shape[1] * a['groups']} channels by a {window.kernel} kernel takes no input "
+                f"of shape {tuple(self.values[x].shape)}: its channels differ or it is smaller than the kernel."
+            )
         if op.output not in self.weights:
             self.depthwise(op, window, shape)
             return True

@@ -70,7 +70,7 @@ class Arena:
 
     def allocate(self) -> Tensor:
         """Zeroed memory, its borders filled; aligned to a cache line."""
-        memory = torch.zeros(self.size + ALIGN)
+        memory = torch.zeros(self.size + ALIGN, dtype=torch.float32)
         shift = -(memory.data_ptr() // FLOAT_BYTES) % ALIGN
         memory = memory[shift : shift + self.size]
         for start, size, value in self.borders:

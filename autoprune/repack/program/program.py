@@ -40,9 +40,9 @@ class Plan:
 
     def __init__(
         self, graph: Graph, lowered: Lowered, weights: Mapping[str, Weights], tilings: Mapping[str, Tiling],
-        threads: int,
+        threads: int | None,
     ) -> None:  # fmt: skip
-        self.graph, self.lowered, self.threads = graph, lowered, threads
+        self.graph, self.lowered, self._threads = graph, lowered, threads
         self.parts: list[NativeSequence | TorchStep] = []
         ops: list[NativeOp] = []
         for step in lowered.steps:
@@ -55,6 +55,10 @@ class Plan:
             self.parts.append(NativeSequence(ops))
         self._free: list[_Frame] = []
         self._lock = threading.Lock()
+
+    @property
+    def threads(self) -> int:
+        return self._threads or torch.get_num_threads()
 
     def frame(self) -> _Frame:
         """Memory that no other call uses."""
@@ -84,7 +88,7 @@ class Plan:
             holders[slot] = x = x.contiguous()
             slots[slot] = x.data_ptr()
         for slot, shape in self.lowered.outputs.items():
-            holders[slot] = y = torch.empty(shape)
+            holders[slot] = y = torch.empty(shape, dtype=torch.float32)
             slots[slot] = y.data_ptr()
 
     def run(self, inputs: tuple[Tensor, ...]) -> Any:
@@ -108,7 +112,8 @@ class Plan:
 
     def run_native(self, part: NativeSequence, frame: _Frame, sequence: int) -> None:
         slots, counters = frame.slots.ctypes.data, frame.counters[sequence]
-        if self.threads == 1:
+        threads = self.threads
+        if threads == 1:
             part.run(slots, counters.ctypes.data)
             return
         counters[:] = 0
@@ -118,12 +123,12 @@ class Plan:
                 frame.helpers += helpers
 
         def work(number: int) -> None:
-            part.run(slots, counters.ctypes.data, number, self.threads)
+            part.run(slots, counters.ctypes.data, number, threads)
             if number:
                 with frame.lock:
                     frame.helpers -= 1
 
-        team(self.threads).call(work, joined)
+        team(threads).call(work, joined)
 
     def run_torch(self, step: TorchStep, frame: _Frame, values: dict[str, Any]) -> None:
         given = {name: _tensor(frame.holders, view) for name, view in step.reads.items()}
@@ -156,35 +161,44 @@ class Program:
         graph: simplified; its packed weights need only have their shapes.
         weights: of every packed convolution and Linear, by the name of its output.
         tilings: how each is cut into items; the default where none is given.
-        threads: of one inference.
+        threads: of one inference; as many as torch uses at the call when None.
     """
 
     def __init__(
         self, graph: Graph, weights: Mapping[str, Weights], tilings: Mapping[str, Tiling] | None = None,
-        threads: int = 1, target: Target | None = None,
+        threads: int | None = None, target: Target | None = None,
     ) -> None:  # fmt: skip
         self.graph, self.weights, self.tilings = graph, dict(weights), dict(tilings or {})
         self.threads, self.target = threads, target or host()
         self._plans: dict[tuple[tuple[int, ...], ...], Plan] = {}
+        self._dtypes = [getattr(torch, each.dtype) for each in graph.inputs]
         self._lock = threading.Lock()
 
     def plan(self, shapes: tuple[tuple[int, ...], ...]) -> Plan:
         """The program made ready for inputs of `shapes`; raises AutopruneError when the model does not take them."""
+        if ready := self._plans.get(shapes):
+            return ready
         with self._lock:
-            if shapes not in self._plans:
+            plan = self._plans.get(shapes)
+            if plan is None:
                 if len(self._plans) >= MAX_PLANS:
                     self._plans.clear()
                 lowered = lower(self.graph, self.weights, shapes, self.target)
-                self._plans[shapes] = Plan(self.graph, lowered, self.weights, self.tilings, self.threads)
-            return self._plans[shapes]
+                plan = self._plans[shapes] = Plan(self.graph, lowered, self.weights, self.tilings, self.threads)
+            return plan
 
     def __call__(self, *inputs: Tensor) -> Any:
         shapes = tuple(tuple(x.shape) for x in inputs)
-        plan = self._plans.get(shapes)
-        if plan is None:
+        if shapes not in self._plans:
             self._check(inputs)
-            plan = self.plan(shapes)
-        return plan.run(inputs)
+        for x, dtype in zip(inputs, self._dtypes, strict=True):  # native code takes what it gets for these
+            if x.dtype != dtype or not x.is_cpu:
+                raise AutopruneError(f"a program takes {dtype} on the CPU; the input is {x.dtype} on {x.device}.")
+            if x.requires_grad and torch.is_grad_enabled():
+                raise AutopruneError(
+                    "a repacked model is for inference: call it under torch.inference_mode() or no_grad()."
+                )
+        return self.plan(shapes).run(inputs)
 
     def _check(self, inputs: tuple[Tensor, ...]) -> None:
         given = self.graph.inputs

@@ -183,7 +183,7 @@ class _Bench:
         slots = self.frame.slots.ctypes.data
         for _ in range(ROUNDS):
             for tiling, sequence in candidates.items():
-                if best[tiling] > 2 * min(best.values()) < math.inf:
+                if 1.5 * min(best.values()) < best[tiling] < math.inf:
                     continue
                 start = self.clock()
                 sequence.run_op(0, slots)
