@@ -9,7 +9,7 @@ from autoprune.errors import AutopruneError
 from autoprune.plan import Plan
 
 # Not lazily: the name must be bound after the package of the same name, or that would shadow the function.
-from autoprune.repack import RepackedModel, load_packed, repack, save_packed
+from autoprune.repack import RepackedModel, load, repack, save
 from autoprune.target import Target
 from autoprune.version import __version__
 
@@ -27,9 +27,9 @@ __all__ = [
     "Target",
     "__version__",
     "compress",
-    "load_packed",
+    "load",
     "repack",
-    "save_packed",
+    "save",
 ]
 
 

@@ -46,7 +46,7 @@ from autoprune.patterns import PATTERNS
 from autoprune.plan import Plan
 from autoprune.progress import SILENT, Progress
 from autoprune.registry import Choice
-from autoprune.repack import RepackedModel, load_packed, repack, save_packed
+from autoprune.repack import RepackedModel, load, repack, save
 from autoprune.report.data import MeasuredPoint
 from autoprune.tasks import TASKS, Task
 from autoprune.training import TRAINING
@@ -334,7 +334,7 @@ class Run:
         """The fast model, its backends chosen by measurement here."""
         path = self.directory / "repacked.safetensors"
         if path.exists():
-            return load_packed(path, copy.deepcopy(self.task.model))
+            return load(path, copy.deepcopy(self.task.model))
         latency = self.config.latency
         with torch_threads(latency.threads):
             model = repack(
@@ -343,7 +343,7 @@ class Run:
                 protocol=self._protocol(latency.search_samples),
                 clock=self.clock,
             )
-        save_packed(model, path)
+        save(model, path)
         return model
 
     def _finetuned(self) -> nn.Module:

@@ -73,7 +73,7 @@ def test_apply_prunes_a_users_own_model(policy: Path, tmp_path: Path, monkeypatc
     assert (tmp_path / "out" / "repacked.safetensors").exists()
     from my_apply_project import build  # type: ignore[import-not-found]
 
-    fast = autoprune.load_packed(tmp_path / "out" / "repacked.safetensors", build())
+    fast = autoprune.load(tmp_path / "out" / "repacked.safetensors", build())
     assert fast(torch.randn(2, 1, 24, 24)).shape == (2, 4)
 
 

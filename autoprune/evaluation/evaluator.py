@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import nn
 
@@ -13,7 +14,7 @@ from autoprune.evaluation.recovery import Recovery, Subject
 from autoprune.latency.table import LatencyTable
 from autoprune.latency.timer import Clock, Latency, Protocol, measure_together, speedup, torch_threads
 from autoprune.plan import Plan
-from autoprune.repack import LayerForm, RepackedModel, repack
+from autoprune.repack import CaptureError, Graph, LayerForm, RepackedModel, capture, repack
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,20 @@ class Evaluator:
         return model.eval()
 
     def repacked(self, model: nn.Module, plan: Plan) -> RepackedModel:
-        """Repacks with the backends the latency table found fastest, without measuring again."""
+        """Repacks for the measurement: as a program, or with the backends the latency table found fastest."""
+        inputs = self.subject.task.example_inputs(self.batch)
         with torch_threads(self.protocol.threads):
-            return repack(model, self.subject.task.example_inputs(self.batch), choose=self.chooser(plan))
+            if self.graph is None:
+                return repack(model, inputs, choose=self.chooser(plan))
+            return repack(model, inputs, graph=self.graph, clock=self.clock)
+
+    @cached_property
+    def graph(self) -> Graph | None:
+        """The model's graph, captured once for all trials; None when it cannot be captured."""
+        try:
+            return capture(self.subject.dense, self.subject.task.example_inputs(self.batch))
+        except CaptureError:
+            return None
 
     def chooser(self, plan: Plan) -> TableChoice:
         return TableChoice(self.table, plan)

@@ -1,15 +1,19 @@
 """Repacked inference: masked weights, reassembled once into smaller dense work, run without a sparse library."""
 
 from autoprune.repack.backends import BACKENDS, Backend, LayerForm, Support
-from autoprune.repack.files import load_packed, save_packed
+from autoprune.repack.files import load, save
 from autoprune.repack.formats import PackedWeight, pack
 from autoprune.repack.model import repack
+from autoprune.repack.program.capture import CaptureError, capture
+from autoprune.repack.program.graph import Graph
 from autoprune.repack.report import LayerReport, ProgramModel, RepackedModel, SwappedModel
 from autoprune.repack.swap import lower_layer
 
 __all__ = [
     "BACKENDS",
     "Backend",
+    "CaptureError",
+    "Graph",
     "LayerForm",
     "LayerReport",
     "PackedWeight",
@@ -17,9 +21,10 @@ __all__ = [
     "RepackedModel",
     "Support",
     "SwappedModel",
-    "load_packed",
+    "capture",
+    "load",
     "lower_layer",
     "pack",
     "repack",
-    "save_packed",
+    "save",
 ]

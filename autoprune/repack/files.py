@@ -1,13 +1,18 @@
 """The packed file: one safetensors file, its description as JSON in the metadata; smaller as sparsity grows.
 
-Packed layers are stored by their packed weight whatever their backend, everything else as in a state dict. A file is
-data: loading one runs no code of the file's, and every index is checked before native code sees it.
+Packed layers are stored by their packed weight, everything else as in a state dict. A file is data: loading one runs
+no code of the file's, and every index is checked before native code sees it.
+
+A program's file holds its graph too, so it needs neither the model's class nor its code. The file of a model in the
+``modules`` form holds its weights alone and goes with the original architecture.
 """
 
 from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,70 +25,77 @@ from autoprune.files import read_tensors, write_tensors
 from autoprune.inventory import copy_for_inference
 from autoprune.repack.backends import BACKENDS, LayerForm
 from autoprune.repack.formats import PackedWeight
-from autoprune.repack.report import DENSE, LayerReport, SwappedModel
+from autoprune.repack.program.graph import Graph
+from autoprune.repack.program.program import Program
+from autoprune.repack.program.tuning import tiling_from_json
+from autoprune.repack.program.weights import Weights
+from autoprune.repack.report import DENSE, LayerReport, ProgramModel, RepackedModel, SwappedModel
 from autoprune.repack.swap import with_submodule
 
-FILE_VERSION = 1
+FILE_VERSION = 2
 _INTEGERS = (torch.uint8, torch.int16, torch.int32)
 _ARRAYS = ("group_pointer", "index", "out_index")
+_PROGRAM, _MODULES = "program", "modules"
 
 
-def save_packed(model: SwappedModel, path: Path) -> None:
-    """Writes a repacked model; `load_packed` needs the original architecture, not its weights."""
+def save(model: RepackedModel, path: Path | str) -> None:
+    """Writes a repacked model; `load` reads it.
+
+    Raises:
+        AutopruneError: `model` is no repacked model.
+    """
     tensors: dict[str, Tensor] = {}
-    layers: dict[str, Any] = {}
-    for name, relu in model.relus.items():
-        module: Any = model.model.get_submodule(name)
-        packed: PackedWeight = module.packed
-        layers[name] = {
-            "shape": list(packed.shape),
-            "conv_groups": packed.conv_groups,
-            "group_size": packed.group_size,
-            "relu": relu,
-        }
-        for field in _ARRAYS:
-            tensors[f"{name}|{field}"] = _narrow(torch.from_numpy(getattr(packed, field)))
-        tensors[f"{name}|values"] = torch.from_numpy(packed.values)
-        if module.bias is not None:
-            tensors[f"{name}|bias"] = module.bias
-    inside = tuple(f"{name}." if name else "" for name in layers)
-    for key, value in model.model.state_dict().items():
-        if not (inside and key.startswith(inside)):
-            tensors[key] = value
-    about = {
+    if isinstance(model, ProgramModel):
+        about = _describe_program(model.program, tensors)
+    elif isinstance(model, SwappedModel):
+        about = _describe_modules(model, tensors)
+    else:
+        raise AutopruneError(f"save takes a model that repack returned, not {type(model).__name__}.")
+    about |= {
         "version": FILE_VERSION,
-        "layers": layers,
-        "removed": list(model.removed),
-        "report": [vars(row) for row in model.report],
+        "report": [asdict(row) for row in model.report],
         "checksums": {key: _checksum(value) for key, value in tensors.items()},
     }
-    write_tensors(path, tensors, {"autoprune": json.dumps(about, sort_keys=True)})
+    write_tensors(Path(path), tensors, {"autoprune": json.dumps(about, sort_keys=True)})
 
 
-def load_packed(path: Path, model: nn.Module) -> SwappedModel:
+def load(path: Path | str, model: nn.Module | None = None, *, threads: int | None = None) -> RepackedModel:
     """Reads a repacked model.
 
     Args:
-        path: a file of `save_packed`.
-        model: the original architecture, freshly built; its weights do not matter and it is left as it is.
+        path: a file of `save`.
+        model: for a file of the ``modules`` form, the original architecture, freshly built: its weights do not matter
+            and it is left as it is. A program needs none.
+        threads: of one inference of a program; as many as torch uses at the call when None.
 
     Raises:
-        FileError: the file is missing, corrupt, of another version, or of another model.
+        FileError: the file is missing, corrupt, of another version, of another model, or needs `model`.
     """
+    path = Path(path)
     tensors, metadata = read_tensors(path, "the packed model")
     try:
-        return _assembled(tensors, json.loads(metadata["autoprune"]), copy_for_inference(model))
+        about = json.loads(metadata["autoprune"])
+        _check(tensors, about)
+        report = [_report_row(row) for row in about["report"]]
+        if about["form"] == _PROGRAM:
+            return ProgramModel(_read_program(tensors, about, threads), report)
+        if about["form"] != _MODULES:
+            raise FileError(f"its form is {about['form']!r}")
+        if model is not None:
+            return _read_modules(tensors, about, copy_for_inference(model), report)
     except FileError as error:
         raise FileError(f"the packed model is corrupt: {path} ({error})") from None
-    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError, AutopruneError) as error:
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError, RecursionError,
+            AutopruneError) as error:  # fmt: skip
         told = str(error).splitlines()[0] if str(error) else ""
         raise FileError(
             f"the packed model {path} is corrupt, or was made of another model ({type(error).__name__}: {told}). "
             "Repack again, or give the model it was made of."
         ) from None
+    raise FileError(f"{path} holds weights alone: give load the model they belong to, as load(path, model).")
 
 
-def _assembled(tensors: dict[str, Tensor], about: Any, model: nn.Module) -> SwappedModel:
+def _check(tensors: Mapping[str, Tensor], about: Any) -> None:
     if about["version"] != FILE_VERSION:
         raise FileError(f"this release reads version {FILE_VERSION}, not {about['version']!r}")
     if set(tensors) != set(about["checksums"]):
@@ -91,7 +103,101 @@ def _assembled(tensors: dict[str, Tensor], about: Any, model: nn.Module) -> Swap
     for key, value in tensors.items():
         if _checksum(value) != about["checksums"][key]:
             raise FileError(f"the checksum of {key} does not match")
-    report = [LayerReport(**row) for row in about["report"]]
+
+
+_ROW = {"name": str, "kind": str, "sparsity": float, "group_size": int, "backend": str, "fused": str, "why": str}
+
+
+def _report_row(row: Any) -> LayerReport:
+    for name, kind in _ROW.items():
+        if not isinstance(row[name], kind):
+            raise FileError(f"the report's {name} is {row[name]!r}")
+    for name in ("dense_us", "packed_us"):
+        if not (row[name] is None or isinstance(row[name], float)):
+            raise FileError(f"the report's {name} is {row[name]!r}")
+    return LayerReport(**row)
+
+
+# Packed weights ------------------------------------------------------------------------------------------------------
+
+
+def _put(packed: PackedWeight, key: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    for field in _ARRAYS:
+        tensors[f"{key}|{field}"] = _narrow(torch.from_numpy(getattr(packed, field)))
+    tensors[f"{key}|values"] = torch.from_numpy(packed.values)
+    return {"shape": list(packed.shape), "conv_groups": packed.conv_groups, "group_size": packed.group_size}
+
+
+def _get(key: str, about: Any, tensors: Mapping[str, Tensor]) -> PackedWeight:
+    """One packed weight, validated."""
+    pointer, index, out_index = (_widen(tensors[f"{key}|{field}"], field) for field in _ARRAYS)
+    values = tensors[f"{key}|values"]
+    if values.dtype != torch.float32:
+        raise FileError(f"the values of {key} are {values.dtype}")
+    shape = tuple(_integer(extent) for extent in about["shape"])
+    size, groups = _integer(about["group_size"]), _integer(about["conv_groups"])
+    return PackedWeight(shape, groups, size, pointer, index, values.numpy(), out_index).validate()
+
+
+# Programs ------------------------------------------------------------------------------------------------------------
+
+
+def _describe_program(program: Program, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    layers = {name: _put(weights.packed, f"layer|{name}", tensors) for name, weights in program.weights.items()}
+    packed = {op.tensors["weight"] for op in program.graph.ops if op.output in layers}
+    for name, tensor in program.graph.constants.items():
+        if name not in packed:
+            tensors[f"constant|{name}"] = tensor
+    tilings = {name: asdict(tiling) for name, tiling in program.tilings.items()}
+    return {"form": _PROGRAM, "graph": program.graph.to_json(), "layers": layers, "tilings": tilings}
+
+
+def _read_program(tensors: Mapping[str, Tensor], about: Any, threads: int | None) -> Program:
+    constants = {key.partition("|")[2]: value for key, value in tensors.items() if key.startswith("constant|")}
+    packed = {name: _get(f"layer|{name}", layer, tensors) for name, layer in about["layers"].items()}
+    for row in about["graph"]["ops"]:
+        if row["output"] in packed:
+            constants[row["tensors"]["weight"]] = torch.empty(packed[row["output"]].shape, device="meta")
+    graph = Graph.from_json(about["graph"], constants)
+    weights = {}
+    for op in graph.ops:
+        if op.output in packed:
+            if op.kind not in ("conv2d", "linear") or op.attributes.get("groups", 1) != packed[op.output].conv_groups:
+                raise FileError(f"{op.output!r} is not the layer that was packed")
+            bias = constants[op.tensors["bias"]] if "bias" in op.tensors else None
+            weights[op.output] = Weights.of(packed[op.output], bias)
+    if set(weights) != set(packed):
+        raise FileError("it packs layers that the graph does not have")
+    for name, tensor in constants.items():
+        if tensor.is_meta and any(name in op.reads or _unpacked_reader(op, name, packed) for op in graph.ops):
+            raise FileError(f"{name!r} is stored packed and read unpacked")
+    tilings = {name: tiling_from_json(row) for name, row in about["tilings"].items() if name in weights}
+    return Program(graph, weights, tilings, threads)
+
+
+def _unpacked_reader(op: Any, name: str, packed: Mapping[str, PackedWeight]) -> bool:
+    """Whether `op` reads the constant `name` as anything but its packed weight."""
+    return any(each == name and not (role == "weight" and op.output in packed) for role, each in op.tensors.items())
+
+
+# Modules -------------------------------------------------------------------------------------------------------------
+
+
+def _describe_modules(model: SwappedModel, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    layers: dict[str, Any] = {}
+    for name, relu in model.relus.items():
+        module: Any = model.model.get_submodule(name)
+        layers[name] = {**_put(module.packed, name, tensors), "relu": relu}
+        if module.bias is not None:
+            tensors[f"{name}|bias"] = module.bias
+    inside = tuple(f"{name}." if name else "" for name in layers)
+    for key, value in model.model.state_dict().items():
+        if not (inside and key.startswith(inside)):
+            tensors[key] = value
+    return {"form": _MODULES, "layers": layers, "removed": list(model.removed)}
+
+
+def _read_modules(tensors: dict[str, Tensor], about: Any, model: nn.Module, report: list[LayerReport]) -> SwappedModel:
     chosen = {row.name: row.backend for row in report}
     for name in about["removed"]:
         if not isinstance(model.get_submodule(name), (nn.BatchNorm2d, nn.ReLU)):
@@ -112,25 +218,12 @@ def _lowered(name: str, layer: Any, tensors: dict[str, Tensor], model: nn.Module
     module = model.get_submodule(name)
     if not isinstance(module, (nn.Conv2d, nn.Linear)) or backend == DENSE:
         raise FileError(f"{name!r} is no layer that can be packed in this model")
-    arrays = [_widen(tensors[f"{name}|{field}"], field) for field in _ARRAYS]
-    values = tensors[f"{name}|values"]
-    if values.dtype != torch.float32:
-        raise FileError(f"the values of {name} are {values.dtype}")
-    shape = tuple(_integer(extent) for extent in layer["shape"])
-    packed = PackedWeight(
-        shape,
-        _integer(layer["conv_groups"]),
-        _integer(layer["group_size"]),
-        arrays[0],
-        arrays[1],
-        values.numpy(),
-        arrays[2],
-    ).validate()
+    packed = _get(name, layer, tensors)
     groups = module.groups if isinstance(module, nn.Conv2d) else 1
-    if shape != tuple(module.weight.shape) or packed.conv_groups != groups:
-        raise FileError(f"{name} has shape {shape}, the model's has {tuple(module.weight.shape)}")
+    if packed.shape != tuple(module.weight.shape) or packed.conv_groups != groups:
+        raise FileError(f"{name} has shape {packed.shape}, the model's has {tuple(module.weight.shape)}")
     bias = tensors.get(f"{name}|bias")
-    if bias is not None and (bias.dtype != torch.float32 or bias.shape != shape[:1]):
+    if bias is not None and (bias.dtype != torch.float32 or bias.shape != packed.shape[:1]):
         raise FileError(f"the bias of {name} has shape {tuple(bias.shape)}")
     module.weight = nn.Parameter(packed.unpack(), requires_grad=False)
     module.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)

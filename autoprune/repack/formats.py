@@ -108,7 +108,8 @@ def _require(fine: bool, what: str) -> None:
 def pack(weight: Tensor, conv_groups: int = 1, size: int | None = None) -> PackedWeight:
     """Packs a weight with zeros, in groups of `size`; in the largest groups its zeros allow when None.
 
-    A group stores what any of its filters keeps. Filters that are all zero come last, in groups that keep nothing; the others keep their order.
+    A group stores what any of its filters keeps. Filters that are all zero come last, in groups that keep nothing; the
+    others keep their order.
     """
     dense = weight.detach().reshape(weight.shape[0], -1).numpy()
     size = find_group_size(weight, conv_groups) if size is None else size
@@ -145,8 +146,8 @@ def stored_density(weight: Tensor, conv_groups: int, size: int) -> float:
     """What `pack` in groups of `size` stores, padding included, as a share of the weight."""
     support = weight.detach().reshape(weight.shape[0], -1).numpy() != 0  # (out, columns)
     rows = _out_index(support.any(axis=1), conv_groups, size)
-    shared = (support[rows] & (rows >= 0)[:, :, None]).any(axis=1).sum()
-    return float(shared) * size / support.size
+    shared = int((support[rows] & (rows >= 0)[:, :, None]).any(axis=1).sum())
+    return shared * size / support.size
 
 
 def _out_index(live: NDArray[np.bool_], conv_groups: int, size: int) -> Ints:

@@ -43,6 +43,7 @@ def repack(
     choose: Choose | None = None,
     protocol: Protocol | None = None,
     clock: Clock = time.perf_counter,
+    graph: Graph | None = None,
     cache: TuningCache | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> RepackedModel:
@@ -59,6 +60,7 @@ def repack(
         choose: names a layer's backend in the ``modules`` form without measuring.
         protocol: how layers of the ``modules`` form are timed.
         clock: seconds.
+        graph: of this architecture, captured before with other weights: saves the time of capturing.
         cache: what autotuning knows already; this user's file when None.
         progress: told what is being done.
 
@@ -76,7 +78,7 @@ def repack(
     why = ""
     if not only_modules:
         try:
-            return _as_program(original, inputs, threads, clock, cache, progress)
+            return _as_program(original, inputs, graph, threads, clock, cache, progress)
         except CaptureError as error:
             if form == "program":
                 raise
@@ -88,8 +90,8 @@ def repack(
 
 
 def _as_program(
-    original: nn.Module, inputs: tuple[Any, ...], threads: int | None, clock: Clock, cache: TuningCache | None,
-    progress: Callable[[str], None],
+    original: nn.Module, inputs: tuple[Any, ...], graph: Graph | None, threads: int | None, clock: Clock,
+    cache: TuningCache | None, progress: Callable[[str], None],
 ) -> ProgramModel:  # fmt: skip
     if reason := unavailable():
         raise CaptureError(reason)
@@ -99,7 +101,8 @@ def _as_program(
     except Exception as error:  # the model is the user's: it may raise anything
         raise AutopruneError(f"the model does not run on its example inputs: {error}") from error
     progress("capturing the model")
-    graph = simplify(capture(original, inputs))
+    known = graph.rebound(original) if graph is not None else None
+    graph = simplify(known if known is not None else capture(original, inputs))
     layers = packable(graph)
     made = build_program(graph, layers, inputs, threads, clock, cache, progress)
     with torch.inference_mode():
@@ -109,7 +112,7 @@ def _as_program(
 
 
 def packable(graph: Graph) -> dict[str, Layer]:
-    """The convolutions and Linears that are packed, by the name of their output; depthwise ones have their own kernel."""
+    """The convolutions and Linears that are packed, by their output's name; depthwise ones have a kernel of their own."""
     layers = {}
     for op in graph.ops:
         if op.kind in ("conv2d", "linear") and op.tensors["weight"] in graph.constants:

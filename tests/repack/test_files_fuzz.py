@@ -18,7 +18,7 @@ from autoprune.errors import FileError
 from autoprune.files import read_tensors, write_tensors
 from autoprune.patterns import PATTERNS
 from autoprune.registry import Choice
-from autoprune.repack import RepackedModel, load_packed, repack, save_packed
+from autoprune.repack import RepackedModel, load, repack, save
 from autoprune.repack.files import _checksum
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -63,14 +63,14 @@ def repacked() -> RepackedModel:
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     path = tmp_path / "model.safetensors"
-    save_packed(repacked(), path)
+    save(repacked(), path)
     return path
 
 
 def outcome(path: Path) -> str:
     """Loads and runs; any exception but FileError fails the test."""
     try:
-        loaded = load_packed(path, build())
+        loaded = load(path, build())
     except FileError:
         return "refused"
     with torch.inference_mode():
@@ -79,12 +79,12 @@ def outcome(path: Path) -> str:
 
 
 def test_a_round_trip_is_equal_bit_for_bit(saved: Path, tmp_path: Path) -> None:
-    loaded = load_packed(saved, build())
+    loaded = load(saved, build())
     with torch.inference_mode():
         assert torch.equal(loaded(X), repacked()(X))
     assert loaded.report == repacked().report
     again = tmp_path / "again.safetensors"
-    save_packed(loaded, again)
+    save(loaded, again)
     assert again.read_bytes() == saved.read_bytes()
 
 
@@ -115,12 +115,12 @@ def strided() -> nn.Module:
 )
 def test_another_architecture_is_refused(saved: Path, other: Callable[[], nn.Module]) -> None:
     with pytest.raises(FileError, match=r"model\.safetensors"):
-        load_packed(saved, other())
+        load(saved, other())
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileError, match="not found"):
-        load_packed(tmp_path / "none.safetensors", build())
+        load(tmp_path / "none.safetensors", build())
 
 
 def test_a_safetensors_file_of_something_else_is_refused(tmp_path: Path) -> None:
@@ -305,7 +305,7 @@ def test_hostile_arrays_with_right_checksums_are_refused_or_harmless(saved: Path
 def test_a_loaded_file_leaves_the_given_model_as_it_is(saved: Path) -> None:
     model = build()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    load_packed(saved, model)
+    load(saved, model)
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
@@ -318,6 +318,6 @@ def test_a_failed_save_leaves_the_old_file(saved: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr("autoprune.files.save_file", full_disk)
     with pytest.raises(OSError, match="no space"):
-        save_packed(repacked(), saved)
+        save(repacked(), saved)
     assert saved.read_bytes() == sound
     assert [each.name for each in saved.parent.iterdir()] == [saved.name]

@@ -19,8 +19,8 @@ from autoprune.errors import AutopruneError
 
 
 @contextmanager
-def onnx_file(model: nn.Module, inputs: tuple[Any, ...]) -> Iterator[Path]:
-    """Exports `model` for exactly these shapes; the file lasts as long as the block.
+def onnx_file(model: nn.Module, inputs: tuple[Any, ...], opset: int | None = None) -> Iterator[Path]:
+    """Exports `model` for exactly these shapes; the file lasts as long as the block. `opset` None takes torch's own.
 
     Raises:
         AutopruneError: torch cannot export the model; the message carries torch's reason.
@@ -30,7 +30,7 @@ def onnx_file(model: nn.Module, inputs: tuple[Any, ...]) -> Iterator[Path]:
         path = Path(folder) / "model.onnx"
         try:
             with silence("torch.onnx"), torch.inference_mode():
-                torch.onnx.export(model, inputs, str(path), dynamo=True, verbose=False)
+                torch.onnx.export(model, inputs, str(path), dynamo=True, verbose=False, opset_version=opset)
         except Exception as error:  # the exporter raises whatever the model's own Python raises
             lines = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
             raise AutopruneError(

@@ -94,6 +94,8 @@ def offset_gemm(rows: int, target: Target, activation: str = "") -> int:
     """The op for groups of `rows` filters; compiled once a process.
 
     Args:
+        rows: filters in a group.
+        target: what to compile for.
         activation: a row of ACTIVATIONS that is no clamp; applied to what an item has just stored.
     """
     module = ir.Module()

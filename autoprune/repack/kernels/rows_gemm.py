@@ -16,7 +16,6 @@ from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
 from autoprune.repack.kernels.ir import (
     F32,
     FLOATS,
-    I32,
     I64,
     INTS,
     address,
@@ -153,7 +152,7 @@ def _tile(module: ir.Module, rows: int, tokens: int, target: Target, activation:
                 place = b.add(b.mul(y_token, const(t)), neighbours)
                 other = at(b, residual, b.add(b.mul(residual_token, const(t)), neighbours))
                 for part, value in zip(parts, sums[t], strict=True):
-                    addition = _if_added(b, added, zero, lambda p=part, o=other: load_vector(b, at(b, o, const(p)), wide))
+                    addition = _if_added(b, added, zero, at(b, other, const(part)), wide)
                     value = _finish(b, module, b.fadd(value, addition), lows, highs, activation, wide)
                     store_vector(b, value, at(b, y, b.add(place, const(part))), wide)
         with scattered:
@@ -163,11 +162,11 @@ def _tile(module: ir.Module, rows: int, tokens: int, target: Target, activation:
     return function
 
 
-def _if_added(b: ir.IRBuilder, added: ir.Value, zero: ir.Value, read) -> ir.Value:
+def _if_added(b: ir.IRBuilder, added: ir.Value, zero: ir.Value, pointer: ir.Value, lanes: int) -> ir.Value:
     """The residual, or zero where there is none and nothing may be read."""
     before = b.block
     with b.if_then(added):
-        value = read()
+        value = load_vector(b, pointer, lanes)
         inside = b.block
     result = b.phi(value.type)
     result.add_incoming(zero, before)
@@ -200,7 +199,7 @@ def _scatter(
         with b.if_then(b.icmp_signed(">=", filter_, const(0))), loop(b, const(0), const(tokens)) as t:
             value = b.load(at(b, kept, b.add(b.mul(t, const(rows)), row)))
             line = at(b, residual, b.add(b.mul(residual_token, t), filter_))
-            value = b.fadd(value, _if_added(b, added, zero, lambda line=line: b.load(line)))
+            value = b.fadd(value, _if_added(b, added, zero, line, 1))
             value = _finish(b, module, value, *bounds, activation, 1)
             b.store(value, at(b, y, b.add(b.mul(y_token, t), filter_)))
 

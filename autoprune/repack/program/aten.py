@@ -27,15 +27,16 @@ _NAMES = """
     expand_as.default flatten.using_ints floor_divide.default full_like.default glu.default group_norm.default
     hardshrink.default hardsigmoid.default hardswish.default layer_norm.default lerp.Scalar lerp.Tensor
     linalg_vector_norm.default linear.default linspace.default log_sigmoid.default log_softmax.int
-    logsumexp.default masked_fill.Scalar masked_fill.Tensor matmul.default max.dim mean.default meshgrid.default
-    meshgrid.indexing min.dim mish.default mm.default movedim.int mv.default narrow.default norm.ScalarOpt_dim
-    ones.default ones_like.default outer.default pad.default pixel_shuffle.default pixel_unshuffle.default
-    prelu.default relu6.default repeat_interleave.self_int reshape.default rms_norm.default roll.default
-    rsub.Scalar rsub.Tensor selu.default silu.default softmax.int softplus.default split.Tensor split.default
-    square.default stack.default std.correction std.dim sum.default t.default take_along_dim.default
-    tile.default to.dtype to.dtype_layout transpose.int tril.default triu.default type_as.default unbind.int
-    unflatten.int unfold.default upsample_bicubic2d.vec upsample_bilinear2d.vec upsample_nearest2d.vec
-    var.default zeros.default zeros_like.default
+    logsumexp.default masked_fill.Scalar masked_fill.Tensor matmul.default max.dim max_pool1d.default
+    max_pool2d.default max_pool3d.default mean.default meshgrid.default meshgrid.indexing min.dim mish.default
+    mm.default movedim.int mv.default narrow.default norm.ScalarOpt_dim ones.default ones_like.default
+    outer.default pad.default pixel_shuffle.default pixel_unshuffle.default prelu.default relu6.default
+    repeat_interleave.self_int reshape.default rms_norm.default roll.default rsub.Scalar rsub.Tensor
+    selu.default silu.default softmax.int softplus.default split.Tensor split.default square.default
+    stack.default std.correction std.dim sum.default t.default take_along_dim.default tile.default to.dtype
+    to.dtype_layout transpose.int tril.default triu.default type_as.default unbind.int unflatten.int
+    unfold.default upsample_bicubic2d.vec upsample_bilinear2d.vec upsample_nearest2d.vec var.default
+    zeros.default zeros_like.default
 """
 WHOLE = frozenset(_NAMES.split())
 _ATTENTION = "scaled_dot_product_attention.default"  # tagged as random for the sake of its dropout

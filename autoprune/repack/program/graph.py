@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from autoprune.errors import FileError
 from autoprune.repack.program import aten, checks
@@ -102,6 +102,20 @@ class Graph:
     def output_names(self) -> list[str]:
         """The values the model returns, in order."""
         return list(_leaves(self.outputs))
+
+    def rebound(self, model: nn.Module) -> Graph | None:
+        """The same graph with the weights of `model`, which has the architecture it was captured from.
+
+        None when the graph holds a constant that is no parameter or buffer of that name and shape.
+        """
+        held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        constants = {}
+        for name, old in self.constants.items():
+            new = held.get(name)
+            if new is None or new.shape != old.shape or new.dtype != old.dtype:
+                return None
+            constants[name] = new.detach().contiguous()
+        return replace(self, constants=constants)
 
     def validate(self) -> Graph:
         """Returns itself; raises FileError unless every name is defined before use and every operation well formed."""

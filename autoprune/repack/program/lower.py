@@ -248,7 +248,12 @@ class _Lowering:
             return view
         meta = self.values[name].contiguous()
         self.values[f"{name} contiguous"] = meta
-        op = Op("torch", f"{name} contiguous", (name,), {"op": "aten.contiguous.default", "args": [{"ref": name}], "kwargs": {}})  # noqa: E501
+        op = Op(
+            "torch",
+            f"{name} contiguous",
+            (name,),
+            {"op": "aten.contiguous.default", "args": [{"ref": name}], "kwargs": {}},
+        )
         return self.torch_step(op, meta)
 
     def map(
@@ -349,6 +354,7 @@ class _Lowering:
                 f"a convolution of {weight.shape[1] * a['groups']} channels by a {window.kernel} kernel takes no input "
                 f"of shape {tuple(self.values[x].shape)}: its channels differ or it is smaller than the kernel."
             )
+        self.same_shape(op, shape)
         if op.output not in self.weights:
             self.depthwise(op, window, shape)
             return True
@@ -372,8 +378,24 @@ class _Lowering:
         self.steps.append(NativeStep(op.output, reads, made.buffer, build, op, (positions, batch)))
         return True
 
+    def same_shape(self, op: Op, shape: tuple[int, ...]) -> None:
+        """Raises AutopruneError unless the second operand, where there is one, has `shape`."""
+        for name in op.inputs[1:]:
+            if tuple(self.values[name].shape) != shape:
+                raise AutopruneError(
+                    f"{op.output!r} adds a value of shape {tuple(self.values[name].shape)} to one of {shape}."
+                )
+
     def depthwise(self, op: Op, window: nodes.Window, shape: tuple[int, ...]) -> None:
         weight = self.graph.constants[op.tensors["weight"]]
+        if (
+            weight.is_meta
+            or weight.shape[:2] != (shape[1], 1)
+            or op.attributes["groups"] != shape[1]
+            or window.stride[1] > WIDEST_STRIDE
+            or len(op.inputs) > 1
+        ):
+            raise AutopruneError(f"the convolution {op.output!r} is neither packed nor depthwise.")
         bias = self.graph.constants[op.tensors["bias"]] if "bias" in op.tensors else torch.zeros(weight.shape[0])
         self.slide(op, window, shape, Mode.DEPTHWISE, weights=weight.flatten(1).contiguous().numpy(),
                    bias=bias.contiguous().numpy(), activation=op.activation)  # fmt: skip
@@ -402,6 +424,8 @@ class _Lowering:
         if x.dim() != 4 or window.stride[1] > WIDEST_STRIDE:
             return False
         shape = (*x.shape[:2], *window.outputs(x.shape[2], x.shape[3]))
+        if min(shape[1:]) < 1:
+            raise AutopruneError(f"a pooling by a {window.kernel} kernel takes no input of shape {tuple(x.shape)}.")
         if op.kind == "max_pool2d":
             self.slide(op, window, shape, Mode.MAX, border=float("-inf"))
         else:
@@ -425,6 +449,7 @@ class _Lowering:
         shape = tuple(self.values[op.inputs[0]].shape)
         if not all((name, (1, 1), 0.0) in self.maps for name in op.inputs):
             return False
+        self.same_shape(op, shape)
         given = [self.map(name) for name in op.inputs]
         made = self.new_map(op, shape)
         for each in given:
@@ -447,6 +472,7 @@ class _Lowering:
             raise AutopruneError(f"a Linear takes {weight.shape[1]} features, not an input of shape {x.shape}.")
         residual = self.rows(op.inputs[1]) if len(op.inputs) > 1 else None
         shape = (*x.shape[:-1], weight.shape[0])
+        self.same_shape(op, shape)
         meta = self.define(op.output, shape)
         buffer = self.buffers[_storage(meta)] = Buffer(meta.numel())
         tokens = meta.numel() // weight.shape[0]

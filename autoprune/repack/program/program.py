@@ -133,6 +133,10 @@ class Plan:
     def run_torch(self, step: TorchStep, frame: _Frame, values: dict[str, Any]) -> None:
         given = {name: _tensor(frame.holders, view) for name, view in step.reads.items()}
         result = evaluate_op(step.op, {**values, **given}, self.graph.constants)
+        if tuple(result.shape) != step.shape:
+            raise AutopruneError(
+                f"{step.op.output!r} has shape {tuple(result.shape)}, not {step.shape} as was planned."
+            )
         if tuple(result.stride()) != step.stride:
             result = torch.empty_strided(step.shape, step.stride, dtype=result.dtype).copy_(result)
         frame.holders[step.slot] = result

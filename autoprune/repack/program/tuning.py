@@ -74,7 +74,7 @@ class TuningCache:
         try:
             data = read_json(self.path, "the tuning cache")
             if data["machine"] == self.machine:
-                self.found = {str(key): _tiling(row) for key, row in data["found"].items()}
+                self.found = {str(key): tiling_from_json(row) for key, row in data["found"].items()}
         except (FileError, KeyError, TypeError, AttributeError, ValueError):
             self.found = {}
 
@@ -90,10 +90,11 @@ class TuningCache:
         self.changed = False
 
 
-def _tiling(row: Mapping[str, Any]) -> Tiling:
+def tiling_from_json(row: Mapping[str, Any]) -> Tiling:
+    """Checks what a file says; raises ValueError or TypeError."""
     tiling = Tiling(**row)
     numbers = (tiling.block, tiling.chunk)
-    fine = tiling.group_size in (0, *GROUP_SIZES) and all(isinstance(n, int) and 0 <= n < 2**31 for n in numbers)
+    fine = tiling.group_size in (0, *GROUP_SIZES) and all(type(n) is int and 0 <= n < 2**31 for n in numbers)
     if not fine or tiling.block < 1 or not isinstance(tiling.inputs_first, bool):
         raise ValueError("no tiling")
     return tiling

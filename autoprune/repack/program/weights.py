@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from autoprune.errors import FileError
 from autoprune.repack.formats import PackedWeight
 
 Ints = NDArray[np.int32]
@@ -30,6 +31,10 @@ class Weights:
     def of(cls, packed: PackedWeight, bias: Tensor | None) -> Weights:
         """Takes a layer's own bias; zeros where it has none."""
         zeros = np.zeros(packed.shape[0], np.float32)
+        if bias is not None and tuple(bias.shape) != packed.shape[:1]:
+            raise FileError(f"a bias has shape {tuple(bias.shape)}, not {packed.shape[:1]}.")
+        if (packed.out_index[:, 0] < 0).any():
+            raise FileError("a packed group begins with a row that has no filter.")
         return cls(packed, zeros if bias is None else np.ascontiguousarray(bias.detach().numpy(), np.float32))
 
     @property
