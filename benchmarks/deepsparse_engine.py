@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from autoprune.errors import AutopruneError
 from autoprune.latency.engines.export import onnx_file
 
-IR_VERSION = 9  # the newest that it reads
+IR_VERSION, OPSET = 9, 18  # the newest that it reads
 ENVIRONMENT = {**os.environ, "NM_DISABLE_ANALYTICS": "True"}
 SCRIPT = """
 import json, sys, time
@@ -57,7 +57,7 @@ class DeepSparse:
         """
         import onnx
 
-        with onnx_file(model, (x,)) as exported, tempfile.TemporaryDirectory(prefix="autoprune-") as folder:
+        with onnx_file(model, (x,), OPSET) as exported, tempfile.TemporaryDirectory(prefix="autoprune-") as folder:
             graph = onnx.load(exported)
             graph.ir_version = min(graph.ir_version, IR_VERSION)
             onnx.save(graph, Path(folder) / "model.onnx")
