@@ -147,7 +147,7 @@ def stored_density(weight: Tensor, conv_groups: int, size: int) -> float:
     support = weight.detach().reshape(weight.shape[0], -1).numpy() != 0  # (out, columns)
     rows = _out_index(support.any(axis=1), conv_groups, size)
     shared = int((support[rows] & (rows >= 0)[:, :, None]).any(axis=1).sum())
-    return shared * size / support.size
+    return float(shared * size / support.size)
 
 
 def _out_index(live: NDArray[np.bool_], conv_groups: int, size: int) -> Ints:

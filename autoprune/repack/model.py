@@ -22,7 +22,7 @@ from autoprune.repack.kernels.compiler import unavailable
 from autoprune.repack.outputs import same_output
 from autoprune.repack.program.capture import CaptureError, capture
 from autoprune.repack.program.graph import Graph, Op
-from autoprune.repack.program.lower import WIDEST_STRIDE
+from autoprune.repack.program.lower import is_depthwise
 from autoprune.repack.program.passes import simplify
 from autoprune.repack.program.program import Program
 from autoprune.repack.program.tuning import Layer, Tuned, TuningCache, tune
@@ -112,7 +112,7 @@ def _as_program(
 
 
 def packable(graph: Graph) -> dict[str, Layer]:
-    """The convolutions and Linears that are packed, by their output's name; depthwise ones have a kernel of their own."""
+    """The convolutions and Linears that are packed, by their output's name; depthwise ones have their own kernel."""
     layers = {}
     for op in graph.ops:
         if op.kind in ("conv2d", "linear") and op.tensors["weight"] in graph.constants:
@@ -121,13 +121,6 @@ def packable(graph: Graph) -> dict[str, Layer]:
                 bias = graph.constants[op.tensors["bias"]] if "bias" in op.tensors else None
                 layers[op.output] = Layer(weight, bias, op.attributes.get("groups", 1))
     return layers
-
-
-def is_depthwise(op: Op, weight: Tensor) -> bool:
-    """Whether each channel is convolved alone, by the kernel for that."""
-    groups = op.attributes.get("groups", 1)
-    narrow = op.attributes.get("stride", [1, 1])[1] <= WIDEST_STRIDE
-    return groups > 1 and groups == weight.shape[0] and weight.shape[1] == 1 and len(op.inputs) == 1 and narrow
 
 
 def build_program(

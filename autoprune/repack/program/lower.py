@@ -133,6 +133,7 @@ class Lowered:
         inputs: the slot of each input.
         outputs: slot -> shape of the results native ops write into.
         constants: slot -> name of a constant that native ops read as a value.
+        scalars: the integers that torch's operators are given.
         returned: value -> where it lies when the last step is done.
     """
 
@@ -142,6 +143,7 @@ class Lowered:
     inputs: tuple[int, ...]
     outputs: Mapping[int, tuple[int, ...]]
     constants: Mapping[int, str]
+    scalars: Mapping[str, int]
     returned: Mapping[str, View]
 
 
@@ -149,12 +151,22 @@ def lower(graph: Graph, weights: Mapping[str, Weights], shapes: tuple[tuple[int,
     """Lowers `graph` for inputs of `shapes`.
 
     Args:
+        graph: simplified.
+        shapes: of its inputs.
+        target: what the kernels are compiled for.
         weights: of every convolution and Linear that is packed, by the name of its output.
 
     Raises:
         AutopruneError: a shape the model does not take.
     """
     return _Lowering(graph, weights, target).run(shapes)
+
+
+def is_depthwise(op: Op, weight: Tensor) -> bool:
+    """Whether each channel is convolved alone, in a way that has a kernel of its own."""
+    groups = op.attributes.get("groups", 1)
+    narrow = op.attributes.get("stride", [1, 1])[1] <= WIDEST_STRIDE
+    return groups > 1 and tuple(weight.shape[:2]) == (groups, 1) and len(op.inputs) == 1 and narrow
 
 
 class _Lowering:
@@ -188,8 +200,9 @@ class _Lowering:
                 buffer.used(index)
         for view in returned.values():
             view.buffer.used(len(self.steps))
+        scalars = {name: value for name, value in self.values.items() if isinstance(value, int)}
         arena = place(self.native_buffers(), ARENA)
-        return Lowered(tuple(self.steps), arena, self.slots, tuple(inputs), outputs, self.fixed, returned)
+        return Lowered(tuple(self.steps), arena, self.slots, tuple(inputs), outputs, self.fixed, scalars, returned)
 
     def native_buffers(self) -> list[Buffer]:
         """Buffers that lie in the arena, sized now that every layout stands."""
@@ -345,9 +358,8 @@ class _Lowering:
         a = op.attributes
         weight, x = self.constants[op.tensors["weight"]], op.inputs[0]
         batch, channels, height, width = self.values[x].shape
-        window = nodes.Window(
-            (weight.shape[2], weight.shape[3]), *((a[key][0], a[key][1]) for key in ("stride", "padding", "dilation"))
-        )
+        stride, padding, dilation = ((a[key][0], a[key][1]) for key in ("stride", "padding", "dilation"))
+        window = nodes.Window((weight.shape[2], weight.shape[3]), stride, padding, dilation)
         shape = (batch, weight.shape[0], *window.outputs(height, width))
         if channels != weight.shape[1] * a["groups"] or min(shape[1:]) < 1:
             raise AutopruneError(
@@ -388,13 +400,7 @@ class _Lowering:
 
     def depthwise(self, op: Op, window: nodes.Window, shape: tuple[int, ...]) -> None:
         weight = self.graph.constants[op.tensors["weight"]]
-        if (
-            weight.is_meta
-            or weight.shape[:2] != (shape[1], 1)
-            or op.attributes["groups"] != shape[1]
-            or window.stride[1] > WIDEST_STRIDE
-            or len(op.inputs) > 1
-        ):
+        if not is_depthwise(op, weight) or weight.is_meta:
             raise AutopruneError(f"the convolution {op.output!r} is neither packed nor depthwise.")
         bias = self.graph.constants[op.tensors["bias"]] if "bias" in op.tensors else torch.zeros(weight.shape[0])
         self.slide(op, window, shape, Mode.DEPTHWISE, weights=weight.flatten(1).contiguous().numpy(),
@@ -419,8 +425,8 @@ class _Lowering:
         a = op.attributes
         x = self.values[op.inputs[0]]
         dilation = a.get("dilation", [1, 1])
-        pairs = ((a[key][0], a[key][1]) for key in ("kernel", "stride", "padding"))
-        window = nodes.Window(*pairs, (dilation[0], dilation[1]))
+        kernel, stride, padding = ((a[key][0], a[key][1]) for key in ("kernel", "stride", "padding"))
+        window = nodes.Window(kernel, stride, padding, (dilation[0], dilation[1]))
         if x.dim() != 4 or window.stride[1] > WIDEST_STRIDE:
             return False
         shape = (*x.shape[:2], *window.outputs(x.shape[2], x.shape[3]))

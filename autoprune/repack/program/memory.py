@@ -1,4 +1,4 @@
-"""Which buffers share memory: each call's values lie in one arena, and a value's place is used again after its last use.
+"""Which buffers share memory: a call's values lie in one arena; a value's place is used again after its last use.
 
 A feature map only takes the place of one whose borders lie at the same addresses: the borders are filled once, when the
 arena is made, and nothing ever writes to them.

@@ -249,9 +249,8 @@ def copied(
 ) -> NativeOp:  # fmt: skip
     """Another layout of a map of `size` (channels, height, width).
 
-    Args:
-        x: slot, bytes, and floats from an image, channel and row to the next; likewise y.
-        phases: y's layout where y is in phase planes.
+    x and y are (slot, bytes, floats from an image, channel and row to the next); `phases` is y's layout where y is in
+    phase planes.
     """
     f = copy.Field
     given: dict[IntEnum, Any] = dict(zip(f, (x[0], x[1], y[0], y[1], *size, *x[2], *y[2]), strict=False))

@@ -96,7 +96,7 @@ class Plan:
         frame = self.frame()
         self.fill(frame, inputs)
         holders = frame.holders
-        values: dict[str, Any] = {}
+        values: dict[str, Any] = dict(self.lowered.scalars)
         sequence = 0
         for part in self.parts:
             if isinstance(part, NativeSequence):
@@ -134,9 +134,7 @@ class Plan:
         given = {name: _tensor(frame.holders, view) for name, view in step.reads.items()}
         result = evaluate_op(step.op, {**values, **given}, self.graph.constants)
         if tuple(result.shape) != step.shape:
-            raise AutopruneError(
-                f"{step.op.output!r} has shape {tuple(result.shape)}, not {step.shape} as was planned."
-            )
+            raise AutopruneError(f"{step.op.output!r} has shape {tuple(result.shape)}, not {step.shape} as planned.")
         if tuple(result.stride()) != step.stride:
             result = torch.empty_strided(step.shape, step.stride, dtype=result.dtype).copy_(result)
         frame.holders[step.slot] = result

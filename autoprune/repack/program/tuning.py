@@ -120,6 +120,8 @@ def tune(
         layers: by the name of their output.
         inputs: example inputs; timings hold for their shapes.
         cache: what is known already; new findings are added and saved.
+        clock: seconds.
+        progress: told the name of each layer that is timed.
     """
     cache = cache if cache is not None else TuningCache()
     plan = program.plan(tuple(tuple(x.shape) for x in inputs))
