@@ -200,9 +200,9 @@ def run(wanted: Sequence[Cell], seconds: float, redo: bool, deepsparse: DeepSpar
                     row = measure(cell, dense, seconds, deepsparse)
                     append_line(path, asdict(row))
                     note += f": {row.speedup:.2f}x over {row.best}"
-                except AutopruneError as error:
+                except Exception as error:  # a bug in one cell must not cost the hours of the others
                     failed += 1
-                    progress.say(f"failed: {cell}: {error}")
+                    progress.say(f"failed: {cell}: {type(error).__name__}: {error}")
                 bar.advance(note=note)
     return failed
 
