@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from autoprune.errors import AutopruneError
+from autoprune.repack.kernels.attention import scratch as scratch_size
 from autoprune.repack.kernels.compiler import Target
 from autoprune.repack.kernels.window import Mode
 from autoprune.repack.program import nodes
@@ -133,6 +134,7 @@ class Lowered:
         inputs: the slot of each input.
         outputs: slot -> shape of the results native ops write into.
         constants: slot -> name of a constant that native ops read as a value.
+        threads: the most that may work on one call.
         scalars: the integers that torch's operators are given.
         returned: value -> where it lies when the last step is done.
     """
@@ -144,22 +146,26 @@ class Lowered:
     outputs: Mapping[int, tuple[int, ...]]
     constants: Mapping[int, str]
     scalars: Mapping[str, int]
+    threads: int
     returned: Mapping[str, View]
 
 
-def lower(graph: Graph, weights: Mapping[str, Weights], shapes: tuple[tuple[int, ...], ...], target: Target) -> Lowered:
+def lower(
+    graph: Graph, weights: Mapping[str, Weights], shapes: tuple[tuple[int, ...], ...], target: Target, threads: int
+) -> Lowered:
     """Lowers `graph` for inputs of `shapes`.
 
     Args:
         graph: simplified.
         shapes: of its inputs.
         target: what the kernels are compiled for.
+        threads: the most that will work on one call.
         weights: of every convolution and Linear that is packed, by the name of its output.
 
     Raises:
         AutopruneError: a shape the model does not take.
     """
-    return _Lowering(graph, weights, target).run(shapes)
+    return _Lowering(graph, weights, target, threads).run(shapes)
 
 
 def is_depthwise(op: Op, weight: Tensor) -> bool:
@@ -170,8 +176,8 @@ def is_depthwise(op: Op, weight: Tensor) -> bool:
 
 
 class _Lowering:
-    def __init__(self, graph: Graph, weights: Mapping[str, Weights], target: Target) -> None:
-        self.graph, self.weights, self.target = graph, weights, target
+    def __init__(self, graph: Graph, weights: Mapping[str, Weights], target: Target, threads: int) -> None:
+        self.graph, self.weights, self.target, self.threads = graph, weights, target, threads
         self.steps: list[NativeStep | TorchStep] = []
         self.values: dict[str, Any] = {}  # meta tensors, and plain integers
         self.maps: dict[tuple[str, tuple[int, int], float], _Map] = {}
@@ -179,6 +185,7 @@ class _Lowering:
         self.positive: set[str] = set()
         self.slots = ARENA + 1
         self.fixed: dict[int, str] = {}
+        self.scratches: list[Buffer] = []
         self.constants = {name: tensor.to("meta") for name, tensor in graph.constants.items()}
 
     def run(self, shapes: tuple[tuple[int, ...], ...]) -> Lowered:
@@ -202,7 +209,9 @@ class _Lowering:
             view.buffer.used(len(self.steps))
         scalars = {name: value for name, value in self.values.items() if isinstance(value, int)}
         arena = place(self.native_buffers(), ARENA)
-        return Lowered(tuple(self.steps), arena, self.slots, tuple(inputs), outputs, self.fixed, scalars, returned)
+        return Lowered(
+            tuple(self.steps), arena, self.slots, tuple(inputs), outputs, self.fixed, scalars, self.threads, returned
+        )
 
     def native_buffers(self) -> list[Buffer]:
         """Buffers that lie in the arena, sized now that every layout stands."""
@@ -212,7 +221,7 @@ class _Lowering:
                 each.buffer.size = each.layout.size(each.shape[0])
                 if each.layout.image > 2**31 - 1:
                     raise AutopruneError(f"a feature map of shape {each.shape} is too large for 32-bit offsets.")
-        known = [*(each.buffer for each in self.maps.values()), *self.buffers.values()]
+        known = [*(each.buffer for each in self.maps.values()), *self.buffers.values(), *self.scratches]
         return [buffer for buffer in known if buffer.slot < 0]
 
     # Values ---------------------------------------------------------------------------------------------------------
@@ -469,6 +478,49 @@ class _Lowering:
         self.steps.append(NativeStep(op.output, [each.buffer for each in given], made.buffer, build))
         return True
 
+    def layer_norm(self, op: Op) -> bool:
+        x, features = self.rows(op.inputs[0]), op.attributes["size"]
+        arrays = {role: self.graph.constants[name] for role, name in op.tensors.items()}
+        if x.shape[-1:] != (features,) or any(each.shape != (features,) for each in arrays.values()):
+            return False
+        weight = arrays.get("weight", torch.ones(features)).contiguous().numpy()
+        bias = arrays.get("bias", torch.zeros(features)).contiguous().numpy()
+        meta = self.define(op.output, x.shape)
+        buffer = self.buffers[_storage(meta)] = Buffer(meta.numel())
+
+        def build(*_: Any) -> NativeOp:
+            given, made = (x.buffer.slot, x.start * FLOAT_BYTES), (buffer.slot, buffer.offset)
+            tokens = meta.numel() // features
+            return nodes.layer_norm(op.output, given, made, tokens, weight, bias, op.attributes["eps"], self.target)
+
+        self.steps.append(NativeStep(op.output, [x.buffer], buffer, build))
+        return True
+
+    def attention(self, op: Op) -> bool:
+        views = [self.plain(name) for name in op.inputs]
+        q, k, v = views
+        if any(len(each.shape) != 4 or each.stride[3] != 1 for each in views):
+            return False
+        batch, heads, queries, width = q.shape
+        keys = k.shape[2]
+        if k.shape != (batch, heads, keys, width) or v.shape != k.shape or keys < 1:
+            return False
+        meta = self.define(op.output, q.shape, order=(0, 2, 1, 3))
+        buffer = self.buffers[_storage(meta)] = Buffer(meta.numel())
+        scratch = Buffer(self.threads * scratch_size(keys, width, self.target))
+        self.scratches.append(scratch)
+        scale = op.attributes["scale"]
+        scale = width**-0.5 if scale is None else scale
+
+        def build(*_: Any) -> NativeOp:
+            q_at, k_at, v_at = (_strided(view) for view in views)
+            y_at = (buffer.slot, buffer.offset, (meta.stride(0), meta.stride(1), meta.stride(2)))
+            size = (batch, heads, queries, keys, width)
+            return nodes.attend(op.output, q_at, k_at, v_at, y_at, scratch, size, scale, self.target)
+
+        self.steps.append(NativeStep(op.output, [*(each.buffer for each in views), scratch], buffer, build))
+        return True
+
     def linear(self, op: Op) -> bool:
         if op.output not in self.weights:
             return False
@@ -500,6 +552,10 @@ def _storage(meta: Tensor) -> int:
     return int(meta.untyped_storage()._cdata)
 
 
+def _strided(view: View) -> nodes.Strided:
+    return view.buffer.slot, view.start * FLOAT_BYTES, (view.stride[0], view.stride[1], view.stride[2])
+
+
 def _is_float(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dtype == torch.float32
 
@@ -509,6 +565,8 @@ _RULES: Mapping[str, Callable[[_Lowering, Op], bool]] = {
     "linear": _Lowering.linear,
     "max_pool2d": _Lowering.pool,
     "avg_pool2d": _Lowering.pool,
+    "layer_norm": _Lowering.layer_norm,
+    "attention": _Lowering.attention,
     "global_avg_pool": _Lowering.global_avg_pool,
     "activation": _Lowering.elementwise,
     "add": _Lowering.elementwise,

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from autoprune.repack.kernels import copy, maps, offset_gemm, rows_gemm, window
+from autoprune.repack.kernels import attention, copy, maps, offset_gemm, rows, rows_gemm, window
 from autoprune.repack.kernels.compiler import Target
 from autoprune.repack.kernels.math import clamp_bounds
 from autoprune.repack.program.layout import FLOAT_BYTES, MapLayout
@@ -261,3 +261,40 @@ def copied(
             f.Y_PLANE: phases.plane,
         }  # fmt: skip
     return _op(name, copy.copy_map(target), f, given, batch * size[0])
+
+
+def layer_norm(
+    name: str, x: tuple[int, int], y: tuple[int, int], tokens: int, weight: NDArray[np.float32],
+    bias: NDArray[np.float32], epsilon: float, target: Target,
+) -> NativeOp:  # fmt: skip
+    """Each row of (tokens, features) normalised; x and y are (slot, bytes)."""
+    f = rows.Field
+    features = len(weight)
+    block = max(1, min(tokens, CHUNK_FLOATS // (4 * features)))
+    given: dict[IntEnum, Any] = {
+        f.X_SLOT: x[0], f.X_OFFSET: x[1], f.Y_SLOT: y[0], f.Y_OFFSET: y[1], f.ROWS: tokens, f.FEATURES: features,
+        f.BLOCK: block, f.WEIGHT: weight, f.BIAS: bias, f.EPSILON: float_bits(epsilon),
+        f.SHARE: float_bits(1 / features),
+    }  # fmt: skip
+    return _op(name, rows.layer_norm(target), f, given, -(-tokens // block))
+
+
+Strided = tuple[int, int, tuple[int, int, int]]
+"""Slot, bytes, and floats from an image, head and token to the next."""
+
+
+def attend(
+    name: str, q: Strided, k: Strided, v: Strided, y: Strided, scratch: Buffer, size: tuple[int, int, int, int, int],
+    scale: float, target: Target,
+) -> NativeOp:  # fmt: skip
+    """Attention; `size` is batch, heads, queries, keys and the width of a head."""
+    f = attention.Field
+    batch, heads, queries, keys, width = size
+    places = [number for slot, offset, strides in (q, k, v, y) for number in (slot, offset, *strides)]
+    given: dict[IntEnum, Any] = dict(zip(f, places, strict=False))
+    given |= {
+        f.SCRATCH_SLOT: scratch.slot, f.SCRATCH_OFFSET: scratch.offset,
+        f.SCRATCH: attention.scratch(keys, width, target), f.HEADS: heads, f.QUERIES: queries, f.KEYS: keys,
+        f.WIDTH: width, f.SCALE: float_bits(scale),
+    }  # fmt: skip
+    return _op(name, attention.attention(target), f, given, batch * heads)

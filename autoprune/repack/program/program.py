@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -42,7 +43,7 @@ class Plan:
         self, graph: Graph, lowered: Lowered, weights: Mapping[str, Weights], tilings: Mapping[str, Tiling],
         threads: int | None,
     ) -> None:  # fmt: skip
-        self.graph, self.lowered, self._threads = graph, lowered, threads
+        self.graph, self.lowered, self._threads, self._most = graph, lowered, threads, lowered.threads
         self.parts: list[NativeSequence | TorchStep] = []
         ops: list[NativeOp] = []
         for step in lowered.steps:
@@ -58,7 +59,7 @@ class Plan:
 
     @property
     def threads(self) -> int:
-        return self._threads or torch.get_num_threads()
+        return min(self._threads or torch.get_num_threads(), self._most)
 
     def frame(self) -> _Frame:
         """Memory that no other call uses."""
@@ -185,7 +186,8 @@ class Program:
             if plan is None:
                 if len(self._plans) >= MAX_PLANS:
                     self._plans.clear()
-                lowered = lower(self.graph, self.weights, shapes, self.target)
+                most = max(self.threads or 1, torch.get_num_threads(), os.cpu_count() or 1)
+                lowered = lower(self.graph, self.weights, shapes, self.target, most)
                 plan = self._plans[shapes] = Plan(self.graph, lowered, self.weights, self.tilings, self.threads)
             return plan
 

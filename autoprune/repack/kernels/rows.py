@@ -1,0 +1,125 @@
+"""Native ops on rows of features (tokens): layer norm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import IntEnum
+
+import llvmlite.ir as ir
+
+from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
+from autoprune.repack.kernels.ir import (
+    F32,
+    FLOATS,
+    I64,
+    address,
+    at,
+    const,
+    float_field,
+    fma,
+    load_vector,
+    loop,
+    op_function,
+    pointer_field,
+    smaller,
+    splat,
+    store_vector,
+    vector,
+)
+
+
+class Field(IntEnum):
+    """Entries of the int64 array that describes one op; sizes in floats."""
+
+    X_SLOT = 0
+    X_OFFSET = 1  # bytes
+    Y_SLOT = 2
+    Y_OFFSET = 3
+    ROWS = 4
+    FEATURES = 5
+    BLOCK = 6  # rows an item
+    WEIGHT = 7  # address of floats, (features,)
+    BIAS = 8
+    EPSILON = 9  # float bits
+    SHARE = 10  # float bits: one over the number of features
+
+
+def fold(
+    b: ir.IRBuilder, count: ir.Value, lanes: int, start: float, step: Callable[[ir.Value, ir.Value, int], ir.Value],
+    join: Callable[[ir.Value, ir.Value], ir.Value],
+) -> ir.Value:  # fmt: skip
+    """``step(total, position, lanes)`` over `count` floats, whole vectors first; `join` unites the lanes."""
+
+    def run(first: ir.Value, last: ir.Value, wide: int, initial: ir.Value) -> ir.Value:
+        before = b.block
+        head, body, done = (b.append_basic_block(name) for name in ("fold", "more", "folded"))
+        b.branch(head)
+        b.position_at_end(head)
+        position, total = b.phi(I64), b.phi(vector(wide))
+        position.add_incoming(first, before)
+        total.add_incoming(initial, before)
+        b.cbranch(b.icmp_signed("<", position, last), body, done)
+        b.position_at_end(body)
+        total.add_incoming(step(total, position, wide), b.block)
+        position.add_incoming(b.add(position, const(wide)), b.block)
+        b.branch(head)
+        b.position_at_end(done)
+        return total
+
+    whole = b.mul(b.sdiv(count, const(lanes)), const(lanes))
+    scalar = ir.Constant(F32, start)
+    total = run(const(0), whole, lanes, splat(b, scalar, lanes))
+    single: ir.Value = scalar
+    for lane in range(lanes):
+        single = join(single, b.extract_element(total, const(lane)))
+    return run(whole, count, 1, single)
+
+
+def each(b: ir.IRBuilder, count: ir.Value, lanes: int, body: Callable[[ir.Value, int], None]) -> None:
+    """``body(position, lanes)`` over `count` floats: whole vectors, then single floats."""
+    whole = b.mul(b.sdiv(count, const(lanes)), const(lanes))
+    with loop(b, const(0), whole, lanes) as position:
+        body(position, lanes)
+    with loop(b, whole, count) as position:
+        body(position, 1)
+
+
+@once_a_process
+def layer_norm(target: Target) -> int:
+    """Y = (x - mean) / sqrt(variance + epsilon) * weight + bias, a row at a time; an item is some rows."""
+    module, lanes = ir.Module(), target.lanes
+    b, fields, slots, item, _ = op_function(module)
+    get = {field: b.load(at(b, fields, const(field))) for field in Field}
+    first = b.mul(item, get[Field.BLOCK])
+    x0 = address(b, slots, get[Field.X_SLOT], get[Field.X_OFFSET])
+    y0 = address(b, slots, get[Field.Y_SLOT], get[Field.Y_OFFSET])
+    weight, bias = (pointer_field(b, get[field], FLOATS) for field in (Field.WEIGHT, Field.BIAS))
+    features, share = get[Field.FEATURES], float_field(b, get[Field.SHARE])
+    root = ir.Function(module, ir.FunctionType(F32, [F32]), "llvm.sqrt.f32")
+    with loop(b, first, smaller(b, b.add(first, get[Field.BLOCK]), get[Field.ROWS])) as row:
+        x, y = (at(b, base, b.mul(row, features)) for base in (x0, y0))
+
+        def add(total: ir.Value, position: ir.Value, wide: int, x: ir.Value = x) -> ir.Value:
+            return b.fadd(total, load_vector(b, at(b, x, position), wide))
+
+        mean = b.fmul(fold(b, features, lanes, 0.0, add, b.fadd), share)
+
+        def square(total: ir.Value, position: ir.Value, wide: int, x: ir.Value = x, mean: ir.Value = mean) -> ir.Value:
+            away = b.fsub(load_vector(b, at(b, x, position), wide), splat(b, mean, wide))
+            return b.call(fma(module, wide), [away, away, total])
+
+        variance = b.fmul(fold(b, features, lanes, 0.0, square, b.fadd), share)
+        scale = b.fdiv(ir.Constant(F32, 1.0), b.call(root, [b.fadd(variance, float_field(b, get[Field.EPSILON]))]))
+
+        def write(
+            position: ir.Value, wide: int, x: ir.Value = x, y: ir.Value = y, mean: ir.Value = mean,
+            scale: ir.Value = scale,
+        ) -> None:  # fmt: skip
+            away = b.fsub(load_vector(b, at(b, x, position), wide), splat(b, mean, wide))
+            value = b.fmul(away, splat(b, scale, wide))
+            gain, shift = (load_vector(b, at(b, array, position), wide) for array in (weight, bias))
+            store_vector(b, b.call(fma(module, wide), [value, gain, shift]), at(b, y, position), wide)
+
+        each(b, features, lanes, write)
+    b.ret_void()
+    return compile_op(module, "op", target)
