@@ -144,7 +144,7 @@ def _get(key: str, about: Any, tensors: Mapping[str, Tensor]) -> PackedWeight:
 
 def _describe_program(program: Program, tensors: dict[str, Tensor]) -> dict[str, Any]:
     layers = {name: _put(weights.packed, f"layer|{name}", tensors) for name, weights in program.weights.items()}
-    packed = {op.tensors["weight"] for op in program.graph.ops if op.output in layers}
+    packed = program.graph.packed_weights(layers)
     for name, tensor in program.graph.constants.items():
         if name not in packed:
             tensors[f"constant|{name}"] = tensor
@@ -157,27 +157,28 @@ def _read_program(tensors: Mapping[str, Tensor], about: Any, threads: int | None
     packed = {name: _get(f"layer|{name}", layer, tensors) for name, layer in about["layers"].items()}
     for row in about["graph"]["ops"]:
         if row["output"] in packed:
-            constants[row["tensors"]["weight"]] = torch.empty(packed[row["output"]].shape, device="meta")
+            shape = packed[row["output"]].shape
+            constants.setdefault(row["tensors"]["weight"], torch.empty(shape, dtype=torch.float32, device="meta"))
     graph = Graph.from_json(about["graph"], constants)
     weights = {}
     for op in graph.ops:
         if op.output in packed:
-            if op.kind not in ("conv2d", "linear") or op.attributes.get("groups", 1) != packed[op.output].conv_groups:
+            dense, groups = constants[op.tensors["weight"]], op.attributes.get("groups", 1)
+            if op.kind not in ("conv2d", "linear") or (dense.shape, groups) != _described(packed[op.output]):
                 raise FileError(f"{op.output!r} is not the layer that was packed")
             bias = constants[op.tensors["bias"]] if "bias" in op.tensors else None
             weights[op.output] = Weights.of(packed[op.output], bias)
     if set(weights) != set(packed):
         raise FileError("it packs layers that the graph does not have")
-    for name, tensor in constants.items():
-        if tensor.is_meta and any(name in op.reads or _unpacked_reader(op, name, packed) for op in graph.ops):
-            raise FileError(f"{name!r} is stored packed and read unpacked")
+    missing = {name for name, tensor in constants.items() if tensor.is_meta} - graph.packed_weights(packed)
+    if missing:
+        raise FileError(f"it reads {sorted(missing)[0]!r}, which it stores packed alone")
     tilings = {name: tiling_from_json(row) for name, row in about["tilings"].items() if name in weights}
     return Program(graph, weights, tilings, threads)
 
 
-def _unpacked_reader(op: Any, name: str, packed: Mapping[str, PackedWeight]) -> bool:
-    """Whether `op` reads the constant `name` as anything but its packed weight."""
-    return any(each == name and not (role == "weight" and op.output in packed) for role, each in op.tensors.items())
+def _described(packed: PackedWeight) -> tuple[tuple[int, ...], int]:
+    return packed.shape, packed.conv_groups
 
 
 # Modules -------------------------------------------------------------------------------------------------------------

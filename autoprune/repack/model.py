@@ -104,7 +104,10 @@ def _as_program(
     known = graph.rebound(original) if graph is not None else None
     graph = simplify(known if known is not None else capture(original, inputs))
     layers = packable(graph)
-    made = build_program(graph, layers, inputs, threads, clock, cache, progress)
+    try:
+        made = build_program(graph, layers, inputs, threads, clock, cache, progress)
+    except AutopruneError as error:
+        raise CaptureError(f"the captured program cannot run: {error}") from error
     with torch.inference_mode():
         if not same_output(made[0](*fresh(inputs)), wanted):
             raise CaptureError("the captured program does not reproduce the model's output.")
@@ -127,9 +130,9 @@ def build_program(
     graph: Graph, layers: dict[str, Layer], inputs: tuple[Tensor, ...], threads: int | None, clock: Clock,
     cache: TuningCache | None, progress: Callable[[str], None],
 ) -> tuple[Program, Tuned]:  # fmt: skip
-    """Packs and tunes; the program keeps no dense weight of a packed layer."""
+    """Packs and tunes; the program keeps no dense weight of a packed layer that nothing else reads."""
     weights = {name: layer.pack(layer.sizes()[0]) for name, layer in layers.items()}
-    packed = {op.tensors["weight"] for op in graph.ops if op.output in layers}
+    packed = graph.packed_weights(layers)
     constants = {
         name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") if name in packed else tensor
         for name, tensor in graph.constants.items()

@@ -21,7 +21,8 @@ from autoprune.errors import FileError
 _NAMES = """
     _log_softmax.default _softmax.default adaptive_avg_pool1d.default adaptive_avg_pool2d.default
     adaptive_max_pool2d.default add.Scalar addbmm.default addcdiv.default addcmul.default addmv.default
-    all.default any.default baddbmm.default batch_norm.default broadcast_to.default bucketize.Tensor contiguous.default
+    all.default any.default arange.default arange.start baddbmm.default batch_norm.default
+    broadcast_to.default bucketize.Tensor contiguous.default
     channel_shuffle.default chunk.default conv1d.default conv1d.padding conv2d.default conv2d.padding
     conv3d.default conv_transpose1d.default conv_transpose2d.input count_nonzero.default einsum.default
     expand_as.default flatten.using_ints floor_divide.default full_like.default glu.default group_norm.default

@@ -6,7 +6,7 @@ never code.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -98,6 +98,15 @@ class Graph:
             for name in op.reads:
                 readers.setdefault(name, []).append(op)
         return readers
+
+    def packed_weights(self, layers: Collection[str]) -> set[str]:
+        """The constants that nothing reads but the layers with these outputs, as their weight."""
+        weights, read = set(), set(self.output_names())
+        for op in self.ops:
+            packed = {"weight"} if op.output in layers else set()
+            weights |= {op.tensors[role] for role in packed}
+            read |= {*op.reads, *(name for role, name in op.tensors.items() if role not in packed)}
+        return weights - read
 
     def output_names(self) -> list[str]:
         """The values the model returns, in order."""

@@ -29,6 +29,8 @@ from autoprune.repack.program.weights import Weights
 
 ARENA = 1  # slot of the arena; slot 0 holds 0
 WIDEST_STRIDE = 4  # of a sliding window's kernel
+# What torch and unpacking raise for values that do not fit an operation; a graph from a file may hold any.
+FAILURES = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
 NOT_NEGATIVE = ("relu", "relu6", "sigmoid", "hardsigmoid")
 
 
@@ -106,6 +108,7 @@ class TorchStep:
     slot: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -182,6 +185,7 @@ class _Lowering:
         self.values: dict[str, Any] = {}  # meta tensors, and plain integers
         self.maps: dict[tuple[str, tuple[int, int], float], _Map] = {}
         self.buffers: dict[int, Buffer] = {}  # storage of a meta tensor -> where it lies
+        self.copies: dict[str, tuple[Tensor, View]] = {}  # in rows; holds the tensor, so that its storage is no other's
         self.positive: set[str] = set()
         self.slots = ARENA + 1
         self.fixed: dict[int, str] = {}
@@ -198,7 +202,11 @@ class _Lowering:
         for name, tensor in self.constants.items():
             self.values[name] = tensor
         for op in self.graph.ops:
-            self.lower_op(op)
+            try:
+                self.lower_op(op)
+            except FAILURES as error:
+                told = f"the operation {op.output!r} ({op.kind}) does not take what it is given"
+                raise AutopruneError(f"{told}: {error}") from error
         outputs: dict[int, tuple[int, ...]] = {}
         returned = {name: self.returned(name, outputs) for name in self.graph.output_names()}
         for index, step in enumerate(self.steps):
@@ -265,18 +273,14 @@ class _Lowering:
 
     def rows(self, name: str) -> View:
         """The value as contiguous rows; torch copies it where it is not."""
-        view = self.plain(name)
         if self.values[name].is_contiguous():
-            return view
-        meta = self.values[name].contiguous()
-        self.values[f"{name} contiguous"] = meta
-        op = Op(
-            "torch",
-            f"{name} contiguous",
-            (name,),
-            {"op": "aten.contiguous.default", "args": [{"ref": name}], "kwargs": {}},
-        )
-        return self.torch_step(op, meta)
+            return self.plain(name)
+        if name not in self.copies:
+            meta = self.values[name].contiguous()
+            attributes = {"op": "aten.contiguous.default", "args": [{"ref": name}], "kwargs": {}}
+            op = Op("torch", f"{name} contiguous", (name,), attributes)
+            self.copies[name] = (meta, self.torch_step(op, meta))
+        return self.copies[name][1]
 
     def map(
         self, name: str, padding: tuple[int, int] = (0, 0), stride: tuple[int, int] = (1, 1), border: float = 0.0
@@ -360,7 +364,7 @@ class _Lowering:
             if isinstance(self.values[name], Tensor) and name not in self.constants:
                 reads[name] = self.plain(name)
         buffer = self.buffers[_storage(meta)] = self.in_slot()
-        self.steps.append(TorchStep(op, reads, buffer.slot, tuple(meta.shape), tuple(meta.stride())))
+        self.steps.append(TorchStep(op, reads, buffer.slot, tuple(meta.shape), tuple(meta.stride()), meta.dtype))
         return View(buffer, 0, tuple(meta.shape), tuple(meta.stride()))
 
     def conv2d(self, op: Op) -> bool:
@@ -409,9 +413,9 @@ class _Lowering:
 
     def depthwise(self, op: Op, window: nodes.Window, shape: tuple[int, ...]) -> None:
         weight = self.graph.constants[op.tensors["weight"]]
-        if not is_depthwise(op, weight) or weight.is_meta:
-            raise AutopruneError(f"the convolution {op.output!r} is neither packed nor depthwise.")
-        bias = self.graph.constants[op.tensors["bias"]] if "bias" in op.tensors else torch.zeros(weight.shape[0])
+        if not is_depthwise(op, weight) or weight.is_meta or weight.dtype != torch.float32:
+            raise AutopruneError(f"the convolution {op.output!r} is neither packed nor depthwise in float32.")
+        bias = self.graph.constants[op.tensors["bias"]] if "bias" in op.tensors else weight.new_zeros(weight.shape[0])
         self.slide(op, window, shape, Mode.DEPTHWISE, weights=weight.flatten(1).contiguous().numpy(),
                    bias=bias.contiguous().numpy(), activation=op.activation)  # fmt: skip
 
@@ -481,10 +485,11 @@ class _Lowering:
     def layer_norm(self, op: Op) -> bool:
         x, features = self.rows(op.inputs[0]), op.attributes["size"]
         arrays = {role: self.graph.constants[name] for role, name in op.tensors.items()}
-        if x.shape[-1:] != (features,) or any(each.shape != (features,) for each in arrays.values()):
+        fitting = all(_is_float(each) and each.shape == (features,) for each in arrays.values())
+        if x.shape[-1:] != (features,) or not fitting:
             return False
-        weight = arrays.get("weight", torch.ones(features)).contiguous().numpy()
-        bias = arrays.get("bias", torch.zeros(features)).contiguous().numpy()
+        weight = arrays.get("weight", torch.ones(features, dtype=torch.float32)).contiguous().numpy()
+        bias = arrays.get("bias", torch.zeros(features, dtype=torch.float32)).contiguous().numpy()
         meta = self.define(op.output, x.shape)
         buffer = self.buffers[_storage(meta)] = Buffer(meta.numel())
 

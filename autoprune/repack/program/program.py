@@ -16,7 +16,7 @@ from torch import Tensor
 from autoprune.errors import AutopruneError
 from autoprune.repack.kernels.compiler import Target, host
 from autoprune.repack.program.graph import Graph, build_outputs, evaluate_op
-from autoprune.repack.program.lower import ARENA, Lowered, NativeStep, TorchStep, View, lower
+from autoprune.repack.program.lower import ARENA, FAILURES, Lowered, NativeStep, TorchStep, View, lower
 from autoprune.repack.program.native import NativeOp, NativeSequence
 from autoprune.repack.program.nodes import Tiling
 from autoprune.repack.program.team import team
@@ -44,6 +44,8 @@ class Plan:
         threads: int | None,
     ) -> None:  # fmt: skip
         self.graph, self.lowered, self._threads, self._most = graph, lowered, threads, lowered.threads
+        # The weights of packed layers are shapes alone: torch must not meet them.
+        self._constants = {name: value for name, value in graph.constants.items() if not value.is_meta}
         self.parts: list[NativeSequence | TorchStep] = []
         ops: list[NativeOp] = []
         for step in lowered.steps:
@@ -95,6 +97,12 @@ class Plan:
     def run(self, inputs: tuple[Tensor, ...]) -> Any:
         """One call's outputs."""
         frame = self.frame()
+        result = self.run_in(frame, inputs)
+        self.release(frame)
+        return result
+
+    def run_in(self, frame: _Frame, inputs: tuple[Tensor, ...]) -> Any:
+        """One call's outputs; what lies in the frame's arena stays there."""
         self.fill(frame, inputs)
         holders = frame.holders
         values: dict[str, Any] = dict(self.lowered.scalars)
@@ -108,7 +116,6 @@ class Plan:
         result = build_outputs(self.graph.outputs, self.returned(holders))
         for slot in (*self.lowered.inputs, *self.lowered.outputs):
             holders[slot] = holders[0]  # what the caller holds may be freed
-        self.release(frame)
         return result
 
     def run_native(self, part: NativeSequence, frame: _Frame, sequence: int) -> None:
@@ -133,9 +140,15 @@ class Plan:
 
     def run_torch(self, step: TorchStep, frame: _Frame, values: dict[str, Any]) -> None:
         given = {name: _tensor(frame.holders, view) for name, view in step.reads.items()}
-        result = evaluate_op(step.op, {**values, **given}, self.graph.constants)
-        if tuple(result.shape) != step.shape:
-            raise AutopruneError(f"{step.op.output!r} has shape {tuple(result.shape)}, not {step.shape} as planned.")
+        try:
+            result = evaluate_op(step.op, {**values, **given}, self._constants)
+        except FAILURES as error:
+            raise AutopruneError(f"the operation {step.op.output!r} does not take these values: {error}") from error
+        if tuple(result.shape) != step.shape or result.dtype != step.dtype or not result.is_cpu:
+            raise AutopruneError(
+                f"{step.op.output!r} is {result.dtype} {tuple(result.shape)} on {result.device}, "
+                f"not {step.dtype} {step.shape} on the CPU as planned."
+            )
         if tuple(result.stride()) != step.stride:
             result = torch.empty_strided(step.shape, step.stride, dtype=result.dtype).copy_(result)
         frame.holders[step.slot] = result
@@ -191,7 +204,15 @@ class Program:
                 plan = self._plans[shapes] = Plan(self.graph, lowered, self.weights, self.tilings, self.threads)
             return plan
 
+    def __deepcopy__(self, memo: object) -> Program:
+        """A program of its own memory; the weights, which nothing changes, are shared."""
+        return Program(self.graph, self.weights, self.tilings, self.threads, self.target)
+
     def __call__(self, *inputs: Tensor) -> Any:
+        for x in inputs:
+            if not isinstance(x, Tensor) or x.layout is not torch.strided:
+                given = f"one of layout {x.layout}" if isinstance(x, Tensor) else type(x).__name__
+                raise AutopruneError(f"a program takes dense tensors, not {given}.")
         shapes = tuple(tuple(x.shape) for x in inputs)
         if shapes not in self._plans:
             self._check(inputs)

@@ -93,8 +93,8 @@ class TuningCache:
 def tiling_from_json(row: Mapping[str, Any]) -> Tiling:
     """Checks what a file says; raises ValueError or TypeError."""
     tiling = Tiling(**row)
-    numbers = (tiling.block, tiling.chunk)
-    fine = tiling.group_size in (0, *GROUP_SIZES) and all(type(n) is int and 0 <= n < 2**31 for n in numbers)
+    numbers = (tiling.group_size, tiling.block, tiling.chunk)
+    fine = all(type(n) is int and 0 <= n < 2**31 for n in numbers) and tiling.group_size in (0, *GROUP_SIZES)
     if not fine or tiling.block < 1 or not isinstance(tiling.inputs_first, bool):
         raise ValueError("no tiling")
     return tiling
@@ -129,9 +129,9 @@ def tune(
     keys = {step.name: key_of(step, layers[step.name], plan) for step in _tunable(plan, layers)}
     unknown = [step for step in _tunable(plan, layers) if keys[step.name] not in cache.found]
     if unknown:
-        with torch.inference_mode():
-            plan.run(inputs)  # so that every layer has an input
         frame = plan.frame()
+        with torch.inference_mode():
+            plan.run_in(frame, inputs)  # so that every layer has an input
         bench = _Bench(plan, frame, inputs, clock)
         for step in unknown:
             progress(step.name)
