@@ -20,6 +20,7 @@ from autoprune.repack.kernels.ir import (
     const,
     float_field,
     fma,
+    inner_function,
     load_vector,
     loop,
     op_function,
@@ -186,8 +187,7 @@ def _softmax(b: ir.IRBuilder, module: ir.Module, line: ir.Value, count: ir.Value
 def _product(module: ir.Module, rows: int, vectors: int, lanes: int) -> ir.Function:
     """C = A B for `rows` rows and `vectors` vectors of columns: (a, a's pitch, b, b's pitch, inner, c, c's pitch)."""
     kinds = [FLOATS, I64, FLOATS, I64, I64, FLOATS, I64]
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), kinds), f"product_{rows}")
-    function.linkage = "internal"
+    function = inner_function(module, f"product_{rows}", kinds)
     left, left_pitch, right, right_pitch, inner, out, out_pitch = function.args
     entry, head, body, done = (function.append_basic_block(name) for name in ("entry", "head", "body", "done"))
     b = ir.IRBuilder(entry)

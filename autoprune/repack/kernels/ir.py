@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import llvmlite.ir as ir
@@ -89,6 +89,14 @@ def op_function(module: ir.Module) -> tuple[ir.IRBuilder, ir.Value, ir.Value, ir
     """Starts the native op ``op(fields, slots, item, thread)``: builder and arguments."""
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [LONGS, LONGS, I64, I64]), "op")
     return ir.IRBuilder(function.append_basic_block("entry")), *function.args
+
+
+def inner_function(module: ir.Module, name: str, kinds: Sequence[ir.Type]) -> ir.Function:
+    """A function that an op calls from several places; inlining it would take three times as long to compile."""
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), kinds), name)
+    function.linkage = "internal"
+    function.attributes.add("noinline")
+    return function
 
 
 def address(b: ir.IRBuilder, slots: ir.Value, slot: ir.Value, offset: ir.Value) -> ir.Value:

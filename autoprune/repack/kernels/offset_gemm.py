@@ -28,6 +28,7 @@ from autoprune.repack.kernels.ir import (
     const,
     float_field,
     fma,
+    inner_function,
     load_vector,
     long_at,
     loop,
@@ -107,8 +108,7 @@ def offset_gemm(rows: int, target: Target, activation: str = "") -> int:
 def _tile(module: ir.Module, rows: int, vectors: int, lanes: int, activation: str) -> ir.Function:
     """`rows` filters by `vectors` x `lanes` positions: sums, residual, clamp, mask, store."""
     kinds = [FLOATS, INTS, I64, FLOATS, I64, FLOATS, FLOATS, INTS, FLOATS, INTS, I64, INTS, F32, F32]
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), kinds), f"tile_{rows}x{vectors}")
-    function.linkage = "internal"
+    function = inner_function(module, f"tile_{rows}x{vectors}", kinds)
     (x, offsets, kept, w, pitch, bias, y, y_channel, residual, residual_channel, has_residual, mask, low, high) = (
         function.args
     )

@@ -24,6 +24,7 @@ from autoprune.repack.kernels.ir import (
     const,
     float_field,
     fma,
+    inner_function,
     load_vector,
     long_at,
     loop,
@@ -122,8 +123,7 @@ def _tile(module: ir.Module, rows: int, tokens: int, target: Target, activation:
     kinds = [
         FLOATS, I64, INTS, I64, FLOATS, FLOATS, FLOATS, I64, FLOATS, I64, I64, INTS, I64, F32, F32,
     ]  # fmt: skip
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), kinds), f"tile_{rows}x{tokens}")
-    function.linkage = "internal"
+    function = inner_function(module, f"tile_{rows}x{tokens}", kinds)
     (x, x_token, index, kept, values, bias, y, y_token, residual, residual_token, has_residual, out_index, neighbours,
      low, high) = function.args  # fmt: skip
     b = ir.IRBuilder(function.append_basic_block("entry"))

@@ -21,6 +21,7 @@ from autoprune.repack.kernels.ir import (
     const,
     float_field,
     fma,
+    inner_function,
     load_vector,
     long_at,
     loop,
@@ -115,8 +116,7 @@ def window(mode: Mode, stride: int, target: Target, activation: str = "") -> int
 def _run(module: ir.Module, mode: Mode, stride: int, vectors: int, lanes: int, activation: str) -> ir.Function:
     """`vectors` x `lanes` neighbouring results of a row."""
     kinds = [FLOATS, INTS, const(0).type, FLOATS, FLOATS, FLOATS, INTS, FLOATS, F32, F32]
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), kinds), f"run_{vectors}")
-    function.linkage = "internal"
+    function = inner_function(module, f"run_{vectors}", kinds)
     x, offsets, taps, weights, bias, scale, mask, y, low, high = function.args
     entry, head, body, done = (function.append_basic_block(name) for name in ("entry", "head", "body", "done"))
     b = ir.IRBuilder(entry)
