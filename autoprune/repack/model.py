@@ -153,7 +153,9 @@ def _report(original: nn.Module, graph: Graph, layers: dict[str, Layer], tuned: 
         sparsity = 1.0 - int(torch.count_nonzero(module.weight)) / max(1, module.weight.numel())
         op = by_layer.get(name)
         if op is None:
-            rows.append(LayerReport(name, kind, sparsity, 1, DENSE, None, None, "", "the program does not call it"))
+            dtype = module.weight.dtype
+            why = "the program does not call it" if dtype == torch.float32 else f"it runs in {dtype}"
+            rows.append(LayerReport(name, kind, sparsity, 1, DENSE, None, None, "", why))
         elif op.output in layers:
             size, time_us = tuned.weights[op.output].packed.group_size, tuned.times_us.get(op.output)
             rows.append(LayerReport(name, kind, sparsity, size, "jit", None, time_us, _fused(op), "packed"))

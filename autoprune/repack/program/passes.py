@@ -81,6 +81,8 @@ def _standalone_norms(edited: Editor, op: Op) -> bool:
     """A batch norm with no layer to go into is a depthwise convolution with one tap."""
     if op.attributes.get("op") != _NORM or len(edited.shapes[op.output]) != 4:
         return False
+    if edited.constants[op.attributes["args"][3]["ref"]].dtype != torch.float32:
+        return False
     scale, shift = (x.float() for x in _affine(edited, op))
     attributes: dict[str, Any] = {"stride": [1, 1], "padding": [0, 0], "dilation": [1, 1], "groups": len(scale)}
     made = Op("conv2d", op.output, op.inputs[:1], {**attributes, "activation": None})
