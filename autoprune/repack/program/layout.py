@@ -23,6 +23,11 @@ def aligned(floats: int) -> int:
     return -(-floats // ALIGN) * ALIGN
 
 
+def _spread(floats: int) -> int:
+    """An odd number of cache lines: so far apart, the same position of many channels meets every set of a cache."""
+    return floats + ALIGN if floats // ALIGN % 2 == 0 else floats
+
+
 @dataclass(frozen=True)
 class MapLayout:
     """A feature map (N, C, H, W) in memory; all sizes in floats.
@@ -60,8 +65,7 @@ class MapLayout:
     @property
     def plane(self) -> int:
         """From a plane to the next; whole vectors written from the last row's positions stay inside."""
-        plane = aligned(max(self.rows * self.pitch, self.positions - self.width + aligned(self.width)))
-        return plane + ALIGN if plane % 256 == 0 else plane  # else every channel meets the same cache sets
+        return _spread(aligned(max(self.rows * self.pitch, self.positions - self.width + aligned(self.width))))
 
     @property
     def origin(self) -> int:
@@ -71,7 +75,7 @@ class MapLayout:
     @property
     def image(self) -> int:
         """From an image to the next."""
-        return self.channels * self.phases * self.plane
+        return self.channel(self.channels)
 
     def size(self, batch: int) -> int:
         """Floats of the whole buffer: room before the first row and behind the last for what a tile reads beyond."""
@@ -79,7 +83,7 @@ class MapLayout:
 
     def channel(self, index: int) -> int:
         """From the origin to a channel's position (0, 0)."""
-        return index * self.phases * self.plane
+        return index * (self.plane if self.phases == 1 else _spread(self.phases * self.plane))
 
     def tap(self, dy: int, dx: int) -> int:
         """From a position of a channel's result to what lies (dy, dx) from it in the (padded) input, floats.

@@ -10,7 +10,7 @@ they form a class, whose pitch is what its widest member needs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -383,8 +383,10 @@ class _Lowering:
         if op.output not in self.weights:
             self.depthwise(op, window, shape)
             return True
-        strided = window.stride != (1, 1)
-        given = self.map(x, window.padding, window.stride if strided else (1, 1))
+        if self.skips(x, window):
+            given, window = self.subsampled(x, window.stride), replace(window, stride=(1, 1))
+        else:
+            given = self.map(x, window.padding, window.stride)
         residual = self.map(op.inputs[1]) if len(op.inputs) > 1 else None
         made = self.new_map(op, shape)
         made.pitch.join(given.pitch)
@@ -402,6 +404,27 @@ class _Lowering:
         positions = (shape[2] - 1) * (shape[3] + window.padding[1]) + shape[3]  # about: the pitch is not known yet
         self.steps.append(NativeStep(op.output, reads, made.buffer, build, op, (positions, batch)))
         return True
+
+    def skips(self, x: str, window: nodes.Window) -> bool:
+        """Whether a convolution reads some positions alone, which no other needs in phase planes."""
+        points = window.kernel == (1, 1) and window.padding == (0, 0) and window.stride != (1, 1)
+        return points and window.stride[1] <= WIDEST_STRIDE and (x, window.stride, 0.0) not in self.maps
+
+    def subsampled(self, x: str, stride: tuple[int, int]) -> _Map:
+        """Every `stride`-th position of the value, as a map of its own."""
+        name = f"{x} by {stride[0]} {stride[1]}"
+        if name not in self.values:
+            given, window = self.map(x), nodes.Window((1, 1), stride, (0, 0), (1, 1))
+            batch, channels, height, width = given.shape
+            shape = (batch, channels, *window.outputs(height, width))
+            self.define(name, shape)
+            made = self.maps[name, (1, 1), 0.0] = _Map(shape, (1, 1), 0.0)
+
+            def build(*_: Any) -> NativeOp:
+                return nodes.sliding(name, Mode.MAX, window, batch, given.at, made.at, self.target)
+
+            self.steps.append(NativeStep(name, [given.buffer], made.buffer, build))
+        return self.map(name)
 
     def same_shape(self, op: Op, shape: tuple[int, ...]) -> None:
         """Raises AutopruneError unless the second operand, where there is one, has `shape`."""

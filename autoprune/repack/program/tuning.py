@@ -34,7 +34,7 @@ ROUNDS = 4
 # What a kept weight costs in groups of this size, relative to the largest: smaller groups load more for each.
 COST = {16: 1.0, 8: 1.0, 4: 1.08, 2: 1.6, 1: 2.4}
 WORTH_TRYING = 1.35  # candidates up to this much dearer than the cheapest are timed
-ITEMS_A_THREAD = 4  # so that threads finish together
+ITEMS_A_THREAD = 8  # so that threads finish together
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ def tilings(step: NativeStep, weights: Weights, threads: int) -> Iterable[Tiling
     groups, size = weights.packed.groups, weights.packed.group_size
     positions, batch = step.size
     least = ITEMS_A_THREAD * threads if threads > 1 else 1
-    blocks = [positions] if step.layer is not None and step.layer.kind == "linear" else [48, 96, 192, positions]
+    blocks = [positions] if step.layer is not None and step.layer.kind == "linear" else [24, 48, 192, positions]
     made = []
     for block in dict.fromkeys(min(block, positions) for block in blocks):
         items = batch * -(-positions // block)
