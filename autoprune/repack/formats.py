@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from autoprune.errors import FileError
+from autoprune.repack.grouping import GROUP_SIZES as GROUP_SIZES
+from autoprune.repack.grouping import Grouping
 
-GROUP_SIZES = (16, 8, 4, 2, 1)  # the kernels' sizes
-TOLERANCE = 0.05  # share of stray zeros stored as values rather than given up the larger group for
 MAX_EXTENT = 2**31 - 1  # indices are int32
 
 Ints = NDArray[np.int32]
@@ -105,60 +105,39 @@ def _require(fine: bool, what: str) -> None:
         raise FileError(f"a packed weight is corrupt: {what}.")
 
 
-def pack(weight: Tensor, conv_groups: int = 1, size: int | None = None) -> PackedWeight:
+def pack(
+    weight: Tensor, conv_groups: int = 1, size: int | None = None, grouping: Grouping | None = None
+) -> PackedWeight:
     """Packs a weight with zeros, in groups of `size`; in the largest groups its zeros allow when None.
 
-    A group stores what any of its filters keeps. Filters that are all zero come last, in groups that keep nothing; the
-    others keep their order.
+    A group stores what any of its filters keeps. Which filters share one is found from their zeros; filters that are
+    all zero come last, in groups that keep nothing.
+
+    Args:
+        weight: dense, ``(out, in / conv_groups, kh, kw)`` or ``(out, in)``, with its zeros.
+        conv_groups: groups of a grouped convolution.
+        size: one of GROUP_SIZES.
+        grouping: of this weight, when it is known already.
     """
+    grouping = grouping or Grouping(weight, conv_groups)
+    size = grouping.best_size() if size is None else size
+    rows = grouping.rows(size)  # (groups, size)
     dense = weight.detach().reshape(weight.shape[0], -1).numpy()
-    size = find_group_size(weight, conv_groups) if size is None else size
-    live: NDArray[np.bool_] = np.asarray(dense.any(axis=1))
-    rows = _out_index(live, conv_groups, size)  # (groups, size)
-    real = rows >= 0
-    blocks = np.where(real[:, :, None], dense[rows], 0.0).astype(np.float32)  # (groups, size, columns)
-    alive = blocks.any(axis=1)  # (groups, columns)
-    group, column = np.nonzero(alive)
-    pointer = np.concatenate([[0], np.cumsum(alive.sum(axis=1))]).astype(np.int32)
+    kept = grouping.kept(size)  # (groups, columns)
+    group, column = np.nonzero(kept)
+    pointer = np.concatenate([[0], np.cumsum(kept.sum(axis=1))]).astype(np.int32)
     owner = rows.max(axis=1) // (weight.shape[0] // conv_groups)
     index = (column + owner[group] * dense.shape[1]).astype(np.int32)
-    values = np.ascontiguousarray(blocks[group, :, column])
+    members = rows[group]  # (kept, size)
+    values = np.where(members >= 0, dense[members, column[:, None]], 0).astype(np.float32, copy=False)
     return PackedWeight(tuple(weight.shape), conv_groups, size, pointer, index, values, rows)
 
 
 def find_group_size(weight: Tensor, conv_groups: int = 1) -> int:
-    """The largest of GROUP_SIZES whose consecutive live filters share their zeros, up to a few stray ones."""
-    support = weight.detach().reshape(weight.shape[0], -1).numpy() != 0  # (out, columns)
-    live = support.any(axis=1)
-    nonzeros = int(support.sum())
-    for size in GROUP_SIZES:
-        rows = _out_index(live, conv_groups, size)
-        real = rows >= 0
-        shared = (support[rows] & real[:, :, None]).any(axis=1).sum(axis=1)  # (groups,)
-        stored = int((shared * real.sum(axis=1)).sum())
-        padded = int((shared * size).sum())
-        if stored <= nonzeros * (1 + TOLERANCE) and (padded <= 1.5 * max(1, nonzeros) or size == 1):
-            return size
-    return 1
+    """The largest of GROUP_SIZES in which filters that share their zeros can be grouped, up to a few stray ones."""
+    return Grouping(weight, conv_groups).best_size()
 
 
 def stored_density(weight: Tensor, conv_groups: int, size: int) -> float:
     """What `pack` in groups of `size` stores, padding included, as a share of the weight."""
-    support = weight.detach().reshape(weight.shape[0], -1).numpy() != 0  # (out, columns)
-    rows = _out_index(support.any(axis=1), conv_groups, size)
-    shared = int((support[rows] & (rows >= 0)[:, :, None]).any(axis=1).sum())
-    return float(shared * size / support.size)
-
-
-def _out_index(live: NDArray[np.bool_], conv_groups: int, size: int) -> Ints:
-    """Rows of groups: the live filters of each convolution group in order, then its dead ones; -1 pads."""
-    per_group = len(live) // conv_groups
-    rows = []
-    for first in range(0, len(live), per_group):
-        own = np.arange(first, first + per_group)
-        mask = live[first : first + per_group]
-        for members in (own[mask], own[~mask]):
-            padded = np.full(-(-len(members) // size) * size, -1)
-            padded[: len(members)] = members
-            rows.append(padded)
-    return np.concatenate(rows).reshape(-1, size).astype(np.int32)
+    return Grouping(weight, conv_groups).density(size)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from autoprune.repack.formats import find_group_size
+from autoprune.repack.grouping import Grouping
 from autoprune.repack.program.editor import Editor, infer_shapes
 from autoprune.repack.program.graph import Op
 from autoprune.repack.program.kinds import activate
@@ -142,7 +142,9 @@ def _whole_groups(weight: Tensor, dead: Tensor) -> Tensor:
     if not (dead & live).any() or weight[live].all():
         return dead
     spared = dead.clone()
-    for group in live.nonzero().flatten().split(find_group_size(weight)):
+    grouping = Grouping(weight)
+    for rows in grouping.rows(grouping.best_size()):
+        group = torch.from_numpy(rows[rows >= 0]).long()
         spared[group] = dead[group].all()
     return spared
 

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from autoprune.errors import FileError
 from autoprune.files import cache_folder, read_json, write_json
 from autoprune.latency.machine import machine_identity
 from autoprune.latency.timer import Clock
-from autoprune.repack.formats import GROUP_SIZES, pack, stored_density
+from autoprune.repack.formats import pack
+from autoprune.repack.grouping import GROUP_SIZES, Grouping
 from autoprune.repack.program.graph import Op
 from autoprune.repack.program.lower import NativeStep
 from autoprune.repack.program.native import NativeSequence
@@ -51,13 +53,18 @@ class Layer:
     bias: Tensor | None
     groups: int
 
+    @cached_property
+    def grouping(self) -> Grouping:
+        """Its filters in groups of each size."""
+        return Grouping(self.weight, self.groups)
+
     def pack(self, size: int) -> Weights:
         """Its weights in groups of `size`; 0: in the largest that its zeros allow."""
-        return Weights.of(pack(self.weight, self.groups, size or None), self.bias)
+        return Weights.of(pack(self.weight, self.groups, size or None, self.grouping), self.bias)
 
     def sizes(self) -> list[int]:
         """Group sizes worth timing, the most promising first."""
-        cost = {size: stored_density(self.weight, self.groups, size) * COST[size] for size in GROUP_SIZES}
+        cost = {size: self.grouping.density(size) * COST[size] for size in GROUP_SIZES}
         best = min(cost.values())
         return sorted((size for size in GROUP_SIZES if cost[size] <= best * WORTH_TRYING + 1e-9), key=cost.__getitem__)
 
@@ -156,7 +163,7 @@ def key_of(step: NativeStep, layer: Layer, plan: Plan) -> str:
     """What a layer's fastest tiling depends on, as text."""
     op = step.layer
     assert op is not None
-    densities = [round(stored_density(layer.weight, layer.groups, size) * 20) / 20 for size in GROUP_SIZES]
+    densities = [round(layer.grouping.density(size) * 20) / 20 for size in GROUP_SIZES]
     what = [op.kind, list(layer.weight.shape), layer.groups, _geometry(op), step.size, densities, plan.threads]
     return json.dumps(what)
 
