@@ -89,6 +89,7 @@ class NativeStep:
         build: from the layer's weights and tiling, where it has them.
         layer: the graph's operation where it has a packed weight.
         size: (positions or tokens, batch) of such a layer.
+        op: the graph's operation; None: it brings the value `name` into another layout.
     """
 
     name: str
@@ -97,6 +98,7 @@ class NativeStep:
     build: Callable[[Weights | None, nodes.Tiling], NativeOp]
     layer: Op | None = None
     size: tuple[int, int] = (0, 0)
+    op: Op | None = None
 
 
 @dataclass(eq=False)
@@ -343,6 +345,9 @@ class _Lowering:
             return
         rule = _RULES.get(op.kind)
         if rule is not None and all(_is_float(self.values[name]) for name in op.inputs) and rule(self, op):
+            step = self.steps[-1]  # those before it bring its inputs into the layouts it reads
+            assert isinstance(step, NativeStep)
+            step.op = op
             return
         meta = evaluate_op(op, self.values, self.constants)
         self.values[op.output] = meta
