@@ -7,6 +7,10 @@ array of the same pitch as the input's, so that a tile is stored as it is; a mas
 
 An item is some groups by some positions of one image. How many, and which runs fastest, is tuned: few positions by
 all groups keep the input in the nearest cache, few groups by all positions the weights.
+
+Where many groups read the same input, what one tile of positions reads is first copied into a panel, some inputs at a
+time: there it is aligned, and stays in the nearest cache until all groups are done with it (after Goto & van de Geijn
+2008). The sums lie in scratch between one panel and the next.
 """
 
 from __future__ import annotations
@@ -43,6 +47,8 @@ from autoprune.repack.kernels.ir import (
 )
 from autoprune.repack.kernels.math import ACTIVATIONS
 
+CARRY_IN, CARRY_OUT = 1, 2  # bits: sums go on from a panel before; to a panel after
+
 
 class Field(IntEnum):
     """Entries of the int64 array that describes one op."""
@@ -58,8 +64,8 @@ class Field(IntEnum):
     Y_IMAGE = 8
     RESIDUAL_IMAGE = 9
     MASK = 10  # address of int32 a position: -1 inside the map, 0 on its border
-    GROUP_POINTER = 11
-    OFFSETS = 12  # address of int32 a kept position: floats from an output position to the input it reads
+    GROUP_POINTER = 11  # address of int32 a group: its first kept position; with panels, a group and panel
+    OFFSETS = 12  # address of int32 a kept position: floats from an output position (or the panel) to what it reads
     VALUES = 13
     BIAS = 14
     Y_CHANNEL = 15  # address of int32 a row: floats from Y to the row's channel
@@ -76,6 +82,13 @@ class Field(IntEnum):
     CHUNK_STRIDE = 26  # items from a chunk to the next
     BLOCK_STRIDE = 27
     IMAGE_STRIDE = 28
+    SCRATCH_SLOT = 29  # from here on: with panels alone
+    SCRATCH_OFFSET = 30
+    SCRATCH = 31  # floats from a thread's scratch to the next: see `scratch`
+    SOURCES = 32  # address of int32 an input: floats from an output position to it
+    INPUTS = 33
+    PANEL = 34  # inputs a panel
+    PANELS = 35
 
 
 def tiles(rows: int, target: Target) -> dict[int, int]:
@@ -90,28 +103,42 @@ def tiles(rows: int, target: Target) -> dict[int, int]:
     return {count: height(count) for count in range(1, widest + 1)}
 
 
+def panel_width(rows: int, target: Target) -> int:
+    """Floats of an input in a panel: the positions of the widest tile."""
+    return max(tiles(rows, target)) * target.lanes
+
+
+def scratch(rows: int, groups: int, panel: int, target: Target) -> int:
+    """Floats of scratch a thread needs for items of `groups` groups and panels of `panel` inputs."""
+    return (panel + groups * rows) * panel_width(rows, target)
+
+
 @once_a_process
-def offset_gemm(rows: int, target: Target, activation: str = "") -> int:
+def offset_gemm(rows: int, target: Target, activation: str = "", panels: bool = False) -> int:
     """The op for groups of `rows` filters; compiled once a process.
 
     Args:
         rows: filters in a group.
         target: what to compile for.
-        activation: a row of ACTIVATIONS that is no clamp; applied to what an item has just stored.
+        activation: a row of ACTIVATIONS that is no clamp.
+        panels: whether the input is copied into panels.
     """
     module = ir.Module()
     built = {count: _tile(module, each, count, target.lanes, activation) for count, each in tiles(rows, target).items()}
-    _op(module, rows, built, tiles(rows, target), target.lanes)
+    _op(module, rows, built, tiles(rows, target), target.lanes, panels)
     return compile_op(module, "op", target)
 
 
 def _tile(module: ir.Module, rows: int, vectors: int, lanes: int, activation: str) -> ir.Function:
-    """`rows` filters by `vectors` x `lanes` positions: sums, residual, clamp, mask, store."""
-    kinds = [FLOATS, INTS, I64, FLOATS, I64, FLOATS, FLOATS, INTS, FLOATS, INTS, I64, INTS, F32, F32]
+    """`rows` filters by `vectors` x `lanes` positions: sums, residual, clamp, mask, store.
+
+    Sums start from the bias, or where `carry` says so from what the panel before left in `partial`; they end in the
+    output, or there.
+    """
+    kinds = [FLOATS, INTS, I64, FLOATS, I64, FLOATS, FLOATS, INTS, FLOATS, INTS, I64, INTS, F32, F32, FLOATS, I64]
     function = inner_function(module, f"tile_{rows}x{vectors}", kinds)
-    (x, offsets, kept, w, pitch, bias, y, y_channel, residual, residual_channel, has_residual, mask, low, high) = (
-        function.args
-    )
+    (x, offsets, kept, w, pitch, bias, y, y_channel, residual, residual_channel, has_residual, mask, low, high,
+     partial, carry) = function.args  # fmt: skip
     fused = fma(module, lanes)
     entry, head, body, done = (function.append_basic_block(name) for name in ("entry", "head", "body", "done"))
     add, finish = (function.append_basic_block(name) for name in ("add", "finish"))
@@ -120,15 +147,24 @@ def _tile(module: ir.Module, rows: int, vectors: int, lanes: int, activation: st
         line = at(b, y, long_at(b, y_channel, const(row)))
         for v in range(0, vectors * lanes, 16):
             prefetch(b, module, at(b, line, const(v)), write=True)
+    fresh, carried = (function.append_basic_block(name) for name in ("fresh", "carried"))
+    b.cbranch(b.icmp_signed("==", b.and_(carry, const(CARRY_IN)), const(0)), fresh, carried)
+    b.position_at_end(fresh)
     start = [splat(b, b.load(at(b, bias, const(row))), lanes) for row in range(rows)]
+    b.branch(head)
+    b.position_at_end(carried)
+    places = [[at(b, partial, const((row * vectors + v) * lanes)) for v in range(vectors)] for row in range(rows)]
+    before = [[load_vector(b, place, lanes) for place in line] for line in places]
     b.branch(head)
     b.position_at_end(head)
     k = b.phi(I64)
-    k.add_incoming(const(0), entry)
+    k.add_incoming(const(0), fresh)
+    k.add_incoming(const(0), carried)
     sums = [[b.phi(vector(lanes)) for _ in range(vectors)] for _ in range(rows)]
     for row, first in enumerate(start):
-        for each in sums[row]:
-            each.add_incoming(first, entry)
+        for v, each in enumerate(sums[row]):
+            each.add_incoming(first, fresh)
+            each.add_incoming(before[row][v], carried)
     b.cbranch(b.icmp_signed("<", k, kept), body, done)
     b.position_at_end(body)
     source = at(b, x, long_at(b, offsets, k))
@@ -142,6 +178,14 @@ def _tile(module: ir.Module, rows: int, vectors: int, lanes: int, activation: st
     b.branch(head)
 
     b.position_at_end(done)
+    keep, give = (function.append_basic_block(name) for name in ("keep", "give"))
+    b.cbranch(b.icmp_signed("==", b.and_(carry, const(CARRY_OUT)), const(0)), give, keep)
+    b.position_at_end(keep)
+    for row in range(rows):
+        for v in range(vectors):
+            store_vector(b, sums[row][v], at(b, partial, const((row * vectors + v) * lanes)), lanes)
+    b.ret_void()
+    b.position_at_end(give)
     b.cbranch(b.icmp_signed("!=", has_residual, const(0)), add, finish)
     b.position_at_end(add)
     added = []
@@ -156,7 +200,7 @@ def _tile(module: ir.Module, rows: int, vectors: int, lanes: int, activation: st
     for row in range(rows):
         for v in range(vectors):
             value = b.phi(vector(lanes))
-            value.add_incoming(sums[row][v], done)
+            value.add_incoming(sums[row][v], give)
             value.add_incoming(added[row][v], add)
             results.append(value)
     lows, highs = splat(b, low, lanes), splat(b, high, lanes)
@@ -173,8 +217,10 @@ def _tile(module: ir.Module, rows: int, vectors: int, lanes: int, activation: st
     return function
 
 
-def _op(module: ir.Module, rows: int, built: dict[int, ir.Function], heights: dict[int, int], lanes: int) -> None:
-    b, fields, slots, item, _ = op_function(module)
+def _op(
+    module: ir.Module, rows: int, built: dict[int, ir.Function], heights: dict[int, int], lanes: int, panels: bool
+) -> None:
+    b, fields, slots, item, thread = op_function(module)
     get = {field: b.load(at(b, fields, const(field))) for field in Field}
 
     def index(stride: Field, count: Field) -> ir.Value:
@@ -196,29 +242,65 @@ def _op(module: ir.Module, rows: int, built: dict[int, ir.Function], heights: di
     pointer = pointer_field(b, get[Field.GROUP_POINTER], INTS)
     first = b.mul(chunk, get[Field.CHUNK])
     last = smaller(b, b.add(first, get[Field.CHUNK]), get[Field.GROUPS])
-    with loop(b, first, last) as group:
-        begin = long_at(b, pointer, group)
-        kept = b.sub(long_at(b, pointer, b.add(group, const(1))), begin)
+
+    def compute(
+        group: ir.Value, list_: ir.Value, source: ir.Value, position: ir.Value, count: int, partial: ir.Value,
+        carry: ir.Value,
+    ) -> None:  # fmt: skip
+        """A group's sums over one list of kept positions, for `count` vectors from `position` on."""
+        begin = long_at(b, pointer, list_)
+        kept = b.sub(long_at(b, pointer, b.add(list_, const(1))), begin)
         row0 = b.mul(group, const(rows))
         offsets = at(b, pointer_field(b, get[Field.OFFSETS], INTS), begin)
         values = at(b, pointer_field(b, get[Field.VALUES], FLOATS), b.mul(begin, const(rows)))
         bias = at(b, pointer_field(b, get[Field.BIAS], FLOATS), row0)
         y_channel = at(b, pointer_field(b, get[Field.Y_CHANNEL], INTS), row0)
         residual_channel = at(b, pointer_field(b, get[Field.RESIDUAL_CHANNEL], INTS), row0)
+        for row in reversed(range(0, rows, heights[count])):
+            step = const(row)
+            b.call(
+                built[count],
+                [
+                    source, offsets, kept, at(b, values, step), const(rows), at(b, bias, step), at(b, y, position),
+                    at(b, y_channel, step), at(b, residual, position), at(b, residual_channel, step),
+                    get[Field.RESIDUAL], at(b, mask, position), low, high,
+                    at(b, partial, const(row * count * lanes)), carry,
+                ],
+            )  # fmt: skip
 
-        def compute(count: int, position: ir.Value) -> None:
-            for row in reversed(range(0, rows, heights[count])):
-                step = const(row)
-                b.call(
-                    built[count],
-                    [
-                        at(b, x, position), offsets, kept, at(b, values, step), const(rows), at(b, bias, step),
-                        at(b, y, position), at(b, y_channel, step), at(b, residual, position),
-                        at(b, residual_channel, step), get[Field.RESIDUAL], at(b, mask, position), low, high,
-                    ],
-                )  # fmt: skip
+    if not panels:
+        with loop(b, first, last) as group:
+            _cover(b, length, lanes, max(built), lambda count, position: compute(
+                group, group, at(b, x, position), position, count, y, const(0)))  # fmt: skip
+        b.ret_void()
+        return
 
-        _cover(b, length, lanes, max(built), compute)
+    wide = max(built) * lanes
+    panel = address(b, slots, get[Field.SCRATCH_SLOT], get[Field.SCRATCH_OFFSET])
+    panel = at(b, panel, b.mul(thread, get[Field.SCRATCH]))
+    partials = at(b, panel, b.mul(get[Field.PANEL], const(wide)))
+    final = b.sub(get[Field.PANELS], const(1))
+
+    def through_panels(count: int, position: ir.Value) -> None:
+        with loop(b, const(0), get[Field.PANELS]) as index_:
+            begin = b.mul(index_, get[Field.PANEL])
+            inputs = smaller(b, get[Field.PANEL], b.sub(get[Field.INPUTS], begin))
+            sources = at(b, pointer_field(b, get[Field.SOURCES], INTS), begin)
+            with loop(b, const(0), inputs) as number:
+                source = at(b, x, b.add(position, long_at(b, sources, number)))
+                line = at(b, panel, b.mul(number, const(wide)))
+                for v in range(count):
+                    store_vector(
+                        b, load_vector(b, at(b, source, const(v * lanes)), lanes), at(b, line, const(v * lanes)), lanes
+                    )
+            came = b.select(b.icmp_signed(">", index_, const(0)), const(CARRY_IN), const(0))
+            goes = b.select(b.icmp_signed("<", index_, final), const(CARRY_OUT), const(0))
+            with loop(b, first, last) as group:
+                partial = at(b, partials, b.mul(b.sub(group, first), const(rows * wide)))
+                list_ = b.add(b.mul(group, get[Field.PANELS]), index_)
+                compute(group, list_, panel, position, count, partial, b.or_(came, goes))
+
+    _cover(b, length, lanes, max(built), through_panels)
     b.ret_void()
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from autoprune.errors import AutopruneError
+from autoprune.repack.formats import GROUP_SIZES
 from autoprune.repack.kernels.attention import scratch as scratch_size
 from autoprune.repack.kernels.compiler import Target
 from autoprune.repack.kernels.window import Mode
@@ -394,6 +395,10 @@ class _Lowering:
             given = self.map(x, window.padding, window.stride)
         residual = self.map(op.inputs[1]) if len(op.inputs) > 1 else None
         made = self.new_map(op, shape)
+        packed = self.weights[op.output].packed
+        sizes = {size: -(-shape[1] // size) + 2 * packed.conv_groups for size in GROUP_SIZES}  # and what tuning may try
+        sizes[packed.group_size] = max(sizes[packed.group_size], packed.groups)
+        scratch = self.scratch(max(nodes.panel_scratch(size, groups, self.target) for size, groups in sizes.items()))
         made.pitch.join(given.pitch)
         if residual is not None:
             made.pitch.join(residual.pitch)
@@ -402,10 +407,10 @@ class _Lowering:
             assert weights is not None
             other = None if residual is None else residual.at
             return nodes.convolution(
-                op.output, weights, window, op.activation, tiling, batch, given.at, made.at, other, self.target
+                op.output, weights, window, op.activation, tiling, batch, given.at, made.at, other, scratch, self.target
             )
 
-        reads = [given.buffer, *([residual.buffer] if residual is not None else [])]
+        reads = [given.buffer, scratch, *([residual.buffer] if residual is not None else [])]
         positions = (shape[2] - 1) * (shape[3] + window.padding[1]) + shape[3]  # about: the pitch is not known yet
         self.steps.append(NativeStep(op.output, reads, made.buffer, build, op, (positions, batch)))
         return True
@@ -430,6 +435,11 @@ class _Lowering:
 
             self.steps.append(NativeStep(name, [given.buffer], made.buffer, build))
         return self.map(name)
+
+    def scratch(self, floats: int) -> Buffer:
+        """Room for every thread to work in."""
+        self.scratches.append(Buffer(self.threads * floats))
+        return self.scratches[-1]
 
     def same_shape(self, op: Op, shape: tuple[int, ...]) -> None:
         """Raises AutopruneError unless the second operand, where there is one, has `shape`."""
@@ -540,8 +550,7 @@ class _Lowering:
             return False
         meta = self.define(op.output, q.shape, order=(0, 2, 1, 3))
         buffer = self.buffers[_storage(meta)] = Buffer(meta.numel())
-        scratch = Buffer(self.threads * scratch_size(keys, width, self.target))
-        self.scratches.append(scratch)
+        scratch = self.scratch(scratch_size(keys, width, self.target))
         scale = op.attributes["scale"]
         scale = width**-0.5 if scale is None else scale
 

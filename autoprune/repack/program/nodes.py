@@ -18,6 +18,7 @@ from autoprune.repack.program.memory import Buffer, float_bits
 from autoprune.repack.program.native import NativeOp
 from autoprune.repack.program.weights import Weights
 
+LARGEST_PANEL = 512  # inputs; beyond, they do not even stay in the second cache
 CHUNK_FLOATS = 16384  # of a map that an item of an element-wise op works on
 
 
@@ -51,12 +52,14 @@ class Tiling:
         chunk: groups an item; 0: all.
         inputs_first: whether the items of one block follow each other, so that the input stays in the cache; else
             those of one chunk, so that the weights do.
+        panel: inputs copied into a panel at a time; 0: they are read where they lie.
     """
 
     group_size: int = 0
     block: int = 192
     chunk: int = 0
     inputs_first: bool = True
+    panel: int = 0
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ def _clamped(activation: str | None) -> tuple[int, int, str]:
 
 def convolution(
     name: str, weights: Weights, window_: Window, activation: str | None, tiling: Tiling, batch: int,
-    x: MapAt, y: MapAt, residual: MapAt | None, target: Target,
+    x: MapAt, y: MapAt, residual: MapAt | None, scratch: Buffer, target: Target,
 ) -> NativeOp:  # fmt: skip
     """A packed convolution; x is padded, or in phase planes for a stride."""
     f = offset_gemm.Field
@@ -121,14 +124,44 @@ def convolution(
         given |= {f.CHUNK_STRIDE: 1, f.BLOCK_STRIDE: chunks, f.IMAGE_STRIDE: chunks * blocks}
     else:
         given |= {f.BLOCK_STRIDE: 1, f.IMAGE_STRIDE: blocks, f.CHUNK_STRIDE: blocks * batch}
+    if tiling.panel:
+        given |= _panels(weights, offsets, chunk, tiling.panel, scratch, target)
     given[f.RESIDUAL_CHANNEL] = given[f.Y_CHANNEL]
     if residual is not None:
         given |= {
             f.RESIDUAL: 1, f.RESIDUAL_SLOT: residual.buffer.slot, f.RESIDUAL_OFFSET: residual.offset,
             f.RESIDUAL_IMAGE: residual.layout.image, f.RESIDUAL_CHANNEL: _channels(weights, residual.layout),
         }  # fmt: skip
-    kernel = offset_gemm.offset_gemm(packed.group_size, target, other)
+    kernel = offset_gemm.offset_gemm(packed.group_size, target, other, tiling.panel > 0)
     return _op(name, kernel, f, given, batch * blocks * chunks)
+
+
+def _panels(
+    weights: Weights, offsets: NDArray[np.int32], chunk: int, panel: int, scratch: Buffer, target: Target
+) -> dict[IntEnum, Any]:
+    """The kept positions, a list for each group and panel, and what the panels hold."""
+    f = offset_gemm.Field
+    packed, panel = weights.packed, min(panel, LARGEST_PANEL)
+    _, first, number = np.unique(packed.index, return_index=True, return_inverse=True)
+    panels = -(-len(first) // panel) or 1
+    group = np.repeat(np.arange(packed.groups), np.diff(packed.group_pointer))
+    lists, values = group * panels + number // panel, packed.values
+    if (np.diff(lists) < 0).any():  # a group whose positions are in another order than ours
+        order = np.argsort(lists, kind="stable")
+        number, values = number[order], np.ascontiguousarray(values[order])
+    width = offset_gemm.panel_width(packed.group_size, target)
+    pointer = np.concatenate([[0], np.cumsum(np.bincount(lists, minlength=packed.groups * panels))])
+    return {
+        f.GROUP_POINTER: pointer.astype(np.int32), f.OFFSETS: (number % panel * width).astype(np.int32),
+        f.VALUES: values, f.SOURCES: offsets[first], f.INPUTS: len(first), f.PANEL: panel, f.PANELS: panels,
+        f.SCRATCH_SLOT: scratch.slot, f.SCRATCH_OFFSET: scratch.offset,
+        f.SCRATCH: offset_gemm.scratch(packed.group_size, chunk, panel, target),
+    }  # fmt: skip
+
+
+def panel_scratch(rows: int, groups: int, target: Target) -> int:
+    """Floats of scratch a thread needs for any tiling of `groups` groups of `rows` filters."""
+    return offset_gemm.scratch(rows, groups, LARGEST_PANEL, target)
 
 
 def _channels(weights: Weights, layout: MapLayout) -> NDArray[np.int32]:

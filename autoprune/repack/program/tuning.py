@@ -31,11 +31,12 @@ from autoprune.repack.program.nodes import Tiling
 from autoprune.repack.program.program import Plan, Program
 from autoprune.repack.program.weights import Weights
 
-VERSION = 1  # of the kernels: what was tuned for others is not used
-ROUNDS = 4
+VERSION = 2  # of the kernels: what was tuned for others is not used
+ROUNDS = 5
 # What a kept weight costs in groups of this size, relative to the largest: smaller groups load more for each.
 COST = {16: 1.0, 8: 1.0, 4: 1.08, 2: 1.6, 1: 2.4}
 WORTH_TRYING = 1.35  # candidates up to this much dearer than the cheapest are timed
+MANY_GROUPS = 4  # that read the same input: from here on, copying it into panels may pay
 ITEMS_A_THREAD = 8  # so that threads finish together
 
 
@@ -214,4 +215,8 @@ def tilings(step: NativeStep, weights: Weights, threads: int) -> Iterable[Tiling
         chunk = -(-groups // max(1, -(-least // items)))
         made.append(Tiling(size, block, chunk, True))
     whole = Tiling(size, positions, -(-groups // max(least, -(-groups // 4))), False)
+    if step.layer is not None and step.layer.kind == "conv2d" and size >= 4 and groups >= MANY_GROUPS:
+        items = batch * -(-positions // 48)
+        chunk = -(-groups // max(1, -(-least // items)))
+        made += [Tiling(size, 48, chunk, True, panel) for panel in (256, 384)]
     return dict.fromkeys([*made, whole])
