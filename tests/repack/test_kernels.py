@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import copy
+import ctypes
+import math
+import mmap
 import random
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -16,9 +21,15 @@ from torch import Tensor, nn
 from autoprune.errors import AutopruneError, FileError
 from autoprune.patterns import PATTERNS
 from autoprune.registry import Choice
-from autoprune.repack import layers, pack
+from autoprune.repack import pack
 from autoprune.repack.kernels.compiler import Target, host, narrowed
 from autoprune.repack.layers import PackedConv2d, PackedLayer, PackedLinear
+from autoprune.repack.program import memory
+from autoprune.repack.program.graph import Graph, Input, Op, reference
+from autoprune.repack.program.layout import ALIGN
+from autoprune.repack.program.lower import is_depthwise
+from autoprune.repack.program.program import Program
+from autoprune.repack.program.weights import Weights
 
 GROUP_SIZES = (1, 2, 4, 8, 16)
 LANES = (4, 8, 16)
@@ -100,98 +111,225 @@ def test_the_narrow_targets_are_narrow() -> None:
     assert narrowed(8).lanes == min(8, host().lanes)
 
 
-class Walled:
-    """Stands in for what a layer allocates: every buffer is NaN between NaN walls that are checked afterwards."""
+class NanWalls:
+    """Buffers between walls of NaN: what is written outside is seen, and what is read there and counts."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, wall: int = 4096) -> None:
-        self.wall, self.buffers = wall, list[tuple[Tensor, int]]()
-        monkeypatch.setattr(torch.Tensor, "new_empty", lambda _, shape: self.allocate(shape))
-        monkeypatch.setattr(layers, "_scratch", lambda size: self.allocate(size).data_ptr())
+    wall = 4096
 
-    def allocate(self, shape: int | tuple[int, ...]) -> Tensor:
-        count = int(np.prod(shape))
-        whole = torch.full((count + 2 * self.wall,), NAN)
-        self.buffers.append((whole, count))
-        return whole[self.wall : self.wall + count].view(shape)
+    def __init__(self) -> None:
+        self.buffers: list[tuple[Tensor, int, int]] = []
+
+    def allocate(self, count: int) -> Tensor:
+        whole = torch.full((count + 2 * self.wall + ALIGN,), NAN)
+        first = self.wall - whole.data_ptr() // 4 % ALIGN
+        self.buffers.append((whole, first, count))
+        return whole[first : first + count]
 
     def assert_intact(self) -> None:
         assert self.buffers
-        for whole, count in self.buffers:
-            assert whole[: self.wall].isnan().all()
-            assert whole[self.wall + count :].isnan().all()
+        for whole, first, count in self.buffers:
+            assert whole[:first].isnan().all()
+            assert whole[first + count :].isnan().all()
+
+
+class GuardPages:
+    """Buffers that begin or end where memory does: to touch what lies outside kills the process."""
+
+    def __init__(self, side: Literal["before", "behind"]) -> None:
+        self.side = side
+        self.regions: list[mmap.mmap] = []
+
+    def allocate(self, count: int) -> Tensor:
+        page, used = mmap.PAGESIZE, max(count, 1) * 4
+        size = -(-used // page) * page
+        region = mmap.mmap(-1, size + 2 * page)
+        self.regions.append(region)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(region))
+        for guard in (start, start + page + size):
+            assert LIBC.mprotect(ctypes.c_void_p(guard), ctypes.c_size_t(page), 0) == 0
+        offset = page if self.side == "before" else page + size - used
+        return torch.frombuffer(region, dtype=torch.float32, count=max(count, 1), offset=offset)[:count]
+
+    def assert_intact(self) -> None:
+        assert self.regions
+
+
+LIBC: Any = ctypes.CDLL(None) if sys.platform != "win32" else None
+
+
+def enclosures() -> list[NanWalls | GuardPages]:
+    """One of each kind that this system has."""
+    return [NanWalls(), *([GuardPages("before"), GuardPages("behind")] if LIBC is not None else [])]
+
+
+def program_of(ops: list[Op], constants: dict[str, Tensor], inputs: list[Tensor], size: int, lanes: int) -> Program:
+    """A program whose layers are packed in groups of `size`, returning the last op's value."""
+    described = tuple(Input(f"x{i}", tuple(x.shape), "float32") for i, x in enumerate(inputs))
+    graph = Graph(described, tuple(ops), ops[-1].output, constants).validate()
+    weights = {}
+    for op in ops:
+        weight = constants[op.tensors["weight"]] if "weight" in op.tensors else None
+        if weight is not None and op.kind in ("conv2d", "linear") and not is_depthwise(op, weight):
+            packed = pack(weight, op.attributes.get("groups", 1), size)
+            weights[op.output] = Weights.of(packed, constants.get(op.tensors.get("bias", "")))
+    return Program(graph, weights, threads=1, target=target_of(lanes))
+
+
+@torch.inference_mode()
+def assert_stays_inside(program: Program, inputs: list[Tensor]) -> None:
+    """Runs with arena, inputs and outputs enclosed; first on NaN, of which nothing may be left."""
+    wanted = reference(program.graph, tuple(inputs))
+    plan = program.plan(tuple(tuple(x.shape) for x in inputs))
+    poison = tuple(torch.full_like(x, NAN) for x in inputs)
+    allocate = memory.Arena.allocate
+    for made in enclosures():
+        given = tuple(made.allocate(x.numel()).view(x.shape).copy_(x) for x in inputs)
+
+        def arena(self: memory.Arena, made: NanWalls | GuardPages = made) -> Tensor:
+            return made.allocate(self.size).copy_(allocate(self))
+
+        def empty(
+            shape: int | tuple[int, ...], dtype: torch.dtype = torch.float32, made: NanWalls | GuardPages = made
+        ) -> Tensor:
+            shape = (shape,) if isinstance(shape, int) else shape
+            return made.allocate(math.prod(shape)).view(shape)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(plan, "_free", [])
+            patch.setattr(memory.Arena, "allocate", arena)
+            patch.setattr(torch, "empty", empty)
+            plan.run(poison)
+            got = plan.run(given)
+        made.assert_intact()
+        assert all(torch.equal(x, y) for x, y in zip(given, inputs, strict=True))
+        assert got.shape == wanted.shape
+        assert (got - wanted).abs().max() <= 1e-4 * wanted.abs().max() + 1e-7
+
+
+def window_op(kind: str, output: str, inputs: tuple[str, ...], window: dict[str, Any], **more: Any) -> Op:
+    pairs = {"stride": 1, "padding": 0, "dilation": 1, **window}
+    attributes = {key: list(value) if isinstance(value, tuple) else [value, value] for key, value in pairs.items()}
+    return Op(kind, output, inputs, attributes | {key: value for key, value in more.items() if key != "tensors"},
+              more.get("tensors", {}))  # fmt: skip
+
+
+CONVOLUTIONS: list[tuple[tuple[int, int], dict[str, Any], int, tuple[int, int]]] = [
+    ((1, 1), {}, 1, (17, 23)),
+    ((1, 1), {}, 1, (4, 3)),
+    ((1, 1), {}, 1, (1, 192)),
+    ((1, 1), {}, 1, (1, 1)),
+    ((1, 1), {"stride": 2}, 1, (9, 8)),
+    ((3, 3), {"padding": 1}, 1, (7, 7)),
+    ((3, 3), {"padding": 1, "stride": 2}, 1, (16, 15)),
+    ((3, 3), {"padding": 3, "dilation": 2, "stride": 3}, 1, (11, 13)),
+    ((5, 5), {"padding": 2}, 2, (40, 60)),
+    ((3, 3), {"padding": (2, 0), "stride": (1, 2)}, 4, (5, 32)),
+    ((2, 5), {"padding": (0, 4), "dilation": (3, 1), "stride": (3, 1)}, 1, (8, 3)),
+    ((1, 7), {"padding": (0, 3)}, 8, (3, 31)),
+    ((3, 3), {"padding": 5, "stride": 3}, 1, (1, 1)),
+]
 
 
 @pytest.mark.parametrize("lanes", LANES)
 @pytest.mark.parametrize("size", GROUP_SIZES)
-@pytest.mark.parametrize(
-    ("window", "extent"),
-    [
-        ({"kernel": 1}, (17, 23)),
-        ({"kernel": 1}, (4, 3)),
-        ({"kernel": 1}, (1, 16 * 12)),
-        ({"kernel": 1, "stride": 2}, (9, 8)),
-        ({"kernel": 3, "padding": 1}, (7, 7)),
-        ({"kernel": 3, "padding": 1, "stride": 2}, (16, 15)),
-        ({"kernel": 3, "padding": 3, "dilation": 2, "stride": 3}, (11, 13)),
-        ({"kernel": 5, "padding": 2, "groups": 2}, (40, 60)),
-    ],
-    ids=str,
-)
-def test_a_convolution_stays_inside_its_buffers(
-    lanes: int, size: int, window: dict[str, int], extent: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    conv = make_conv(size, **window)
-    # The input is a slice of NaN: any read outside it that counts makes the result NaN.
-    around = torch.full((4, 8, *extent), NAN)
-    around[1:3] = torch.randn(2, 8, *extent)
-    x = around[1:3]
-    assert x.is_contiguous()
-    with torch.inference_mode():
-        wanted = conv(x)
-    layer = packed_conv(conv, target=target_of(lanes))
-    walls = Walled(monkeypatch)
-    with torch.inference_mode():
-        got = layer(x)
-    walls.assert_intact()
-    assert (got - wanted).abs().max() <= 1e-4 * wanted.abs().max()
-    assert around[0].isnan().all()
-    assert around[3].isnan().all()
+def test_a_convolution_stays_inside_its_buffers(lanes: int, size: int) -> None:
+    generator = torch.Generator().manual_seed(size)
+    for turn, (kernel, window, groups, extent) in enumerate(CONVOLUTIONS):
+        channels, filters = (8, 24) if groups < 8 else (8, 16)
+        conv = nn.Conv2d(channels, filters, kernel, groups=groups)
+        pruned(conv, min(size, 4), (0.0, 0.5, 0.9)[turn % 3], groups)
+        x = torch.randn(2, channels, *extent, generator=generator)
+        more = {"groups": groups, "activation": (None, "relu", "relu6")[turn % 3]}
+        op = window_op("conv2d", "y", ("x0",), window, **more, tensors={"weight": "w", "bias": "b"})
+        constants = {"w": conv.weight.detach(), "b": torch.randn(filters, generator=generator)}
+        inputs = [x]
+        if turn % 2:
+            shape = reference(Graph((Input("x0", (), "float32"),), (op,), "y", constants), (x,)).shape
+            inputs.append(torch.randn(shape, generator=generator))
+            op = replace(op, inputs=("x0", "x1"))
+        assert_stays_inside(program_of([op], constants, inputs, size, lanes), inputs)
 
 
+SLIDING: list[tuple[str, int | tuple[int, int], dict[str, Any], tuple[int, int]]] = [
+    (kind, kernel, {"stride": stride, **window}, extent)
+    for stride in (1, 2, 3, 4)
+    for kind, kernel, window, extent in [
+        ("depthwise", 3, {"padding": 1}, (7, 7)),
+        ("depthwise", 3, {"padding": (4, 0), "dilation": (1, 2)}, (13, 70)),
+        ("depthwise", 5, {"padding": 2}, (16, 5)),
+        ("depthwise", (1, 2), {}, (1, 33)),
+        ("max_pool2d", 3, {"padding": 1}, (9, 40)),
+        ("max_pool2d", 2, {"dilation": 2}, (5, 130)),
+        ("avg_pool2d", 3, {"padding": 1}, (9, 8)),
+        ("avg_pool2d", (2, 4), {"padding": (1, 2)}, (4, 37)),
+    ]
+] + [("depthwise", 3, {"stride": (3, 1), "padding": 1}, (8, 9)), ("max_pool2d", 2, {"stride": (5, 2)}, (11, 20))]
+
+
+@pytest.mark.parametrize("lanes", LANES)
+def test_a_sliding_window_stays_inside_its_buffers(lanes: int) -> None:
+    generator = torch.Generator().manual_seed(lanes)
+    for turn, (kind, kernel, window, extent) in enumerate(SLIDING):
+        kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
+        x = torch.randn(2, 5, *extent, generator=generator)
+        constants = {}
+        if kind == "depthwise":
+            constants = {"w": torch.randn(5, 1, *kernel, generator=generator), "b": torch.randn(5)}
+            more = {"groups": 5, "activation": "relu" if turn % 2 else None}
+            op = window_op("conv2d", "y", ("x0",), window, **more, tensors={"weight": "w", "bias": "b"})
+        elif kind == "max_pool2d":
+            op = window_op(kind, "y", ("x0",), {**window, "kernel": kernel})
+        else:
+            op = window_op(kind, "y", ("x0",), {**window, "kernel": kernel}, count_include_pad=bool(turn % 2))
+            op = replace(op, attributes={key: each for key, each in op.attributes.items() if key != "dilation"})
+        assert_stays_inside(program_of([op], constants, [x], 1, lanes), [x])
+
+
+@pytest.mark.parametrize("lanes", LANES)
+def test_what_combines_maps_stays_inside_its_buffers(lanes: int) -> None:
+    for extent in ((1, 1), (3, 5), (7, 7), (12, 33)):
+        weight = torch.randn(6, 1, 3, 3)
+        layer = {"groups": 6, "activation": None, "tensors": {"weight": "w"}}
+        ops = [
+            window_op("conv2d", "a", ("x0",), {"padding": 1}, **layer),
+            window_op("conv2d", "b", ("x0",), {"padding": 1}, **layer),
+            Op("activation", "c", ("b",), {"name": "relu6"}),
+            Op("add", "d", ("a", "c"), {"activation": None}),
+            window_op("max_pool2d", "e", ("d",), {"padding": 1, "kernel": 3}),  # its border is -inf
+            Op("add", "f", ("e", "d"), {"activation": "relu"}),
+            Op("global_avg_pool", "g", ("f",), {"keepdim": False}),
+        ]
+        x = torch.randn(2, 6, *extent)
+        for last in range(4, len(ops) + 1):
+            assert_stays_inside(program_of(ops[:last], {"w": weight}, [x], 1, lanes), [x])
+
+
+@pytest.mark.parametrize("lanes", LANES)
 @pytest.mark.parametrize("size", GROUP_SIZES)
-@pytest.mark.parametrize("tokens", [1, 3, 8, 13, 16, 75])
-def test_a_linear_stays_inside_its_buffers(size: int, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    linear = make_linear(size, out=37)
-    around = torch.full((tokens + 2, 33), NAN)
-    around[1:-1] = torch.randn(tokens, 33)
-    x = around[1:-1]
-    with torch.inference_mode():
-        wanted = linear(x)
-    layer = packed_linear(linear)
-    walls = Walled(monkeypatch)
-    with torch.inference_mode():
-        got = layer(x)
-    walls.assert_intact()
-    assert (got - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+def test_a_linear_stays_inside_its_buffers(lanes: int, size: int) -> None:
+    for turn, tokens in enumerate((1, 3, 8, 13, 16, 75)):
+        linear = make_linear(min(size, 4), out=37 if turn % 2 else 32)
+        tensors = {"weight": "w", "bias": "b"} if turn % 3 else {"weight": "w"}
+        constants = {"w": linear.weight.detach(), "b": linear.bias.detach()}
+        inputs = [torch.randn(tokens, 33)]
+        if turn >= 3:
+            inputs.append(torch.randn(tokens, linear.out_features))
+        op = Op("linear", "y", ("x0", "x1")[: len(inputs)], {"activation": "relu" if turn % 2 else None}, tensors)
+        assert_stays_inside(program_of([op], constants, inputs, size, lanes), inputs)
 
 
-def test_the_convolution_reads_only_its_image_at_the_end_of_memory() -> None:
-    mmap = pytest.importorskip("mmap")
-    ctypes = pytest.importorskip("ctypes")
-    page = mmap.PAGESIZE
-    conv = make_conv(kernel=1)
-    count = 8 * 19 * 21
-    size = -(-count * 4 // page) * page
-    region = mmap.mmap(-1, size + page)
-    buffer = ctypes.c_char.from_buffer(region)
-    address = ctypes.addressof(buffer)
-    libc = ctypes.CDLL(None, use_errno=True)
-    guard = ctypes.c_void_p(address + size)
-    assert libc.mprotect(guard, ctypes.c_size_t(page), 0) == 0  # touching this page kills the process
-    x = torch.frombuffer(region, dtype=torch.float32, count=count, offset=size - count * 4).view(1, 8, 19, 21)
-    x.normal_()
-    assert_same(packed_conv(conv), conv, x)
-    assert libc.mprotect(guard, ctypes.c_size_t(page), mmap.PROT_READ | mmap.PROT_WRITE) == 0
+@pytest.mark.parametrize("lanes", LANES)
+def test_what_works_on_tokens_stays_inside_its_buffers(lanes: int) -> None:
+    for features in (1, 7, 16, 50):
+        attributes = {"size": features, "eps": 1e-5}
+        norm = Op("layer_norm", "y", ("x0",), attributes, {"weight": "w", "bias": "b"})
+        constants = {"w": torch.randn(features), "b": torch.randn(features)}
+        x = torch.randn(3, 5, features)
+        assert_stays_inside(program_of([norm], constants, [x], 1, lanes), [x])
+    for queries, keys, width in ((1, 1, 1), (5, 5, 8), (13, 7, 17), (6, 40, 33), (25, 3, 4)):
+        heads = [torch.randn(2, 3, tokens, width) for tokens in (queries, keys, keys)]
+        op = Op("attention", "y", ("x0", "x1", "x2"), {"scale": width**-0.5})
+        assert_stays_inside(program_of([op], {}, heads, 1, lanes), heads)
 
 
 @pytest.mark.parametrize("relu", [False, True])
