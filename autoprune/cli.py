@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from autoprune.errors import AutopruneError
+from autoprune.errors import AutopruneError, ConfigError
 from autoprune.version import __version__
 
 if TYPE_CHECKING:  # imported by the commands that need it: --help does not wait for the agents
+    from torch import nn
+
+    from autoprune.report.console import Console
     from autoprune.run import Run
 
 INTERRUPTED = 130  # the status typer exits with after Ctrl-C
@@ -33,14 +36,53 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key, e.g. --set search.episodes=50.")
 ]
 
+# Of the commands that take a run's config or a model's function.
+ConfigOrFunction = Annotated[
+    str, typer.Argument(help="A TOML config, or package.module:function returning an nn.Module.", show_default=False)
+]
+Shapes = Annotated[
+    list[str] | None,
+    typer.Option("--input", metavar="SHAPE", help="Of a function's model: 1,3,224,224, batch first; once an input."),
+]
+Dtypes = Annotated[
+    list[str] | None,
+    typer.Option("--dtype", metavar="TYPE", help="float32 or int64: one for all inputs, or one each."),
+]
+Threads = Annotated[
+    int | None, typer.Option(help="Threads of one inference of a function's model. [default: 1]", min=1)
+]
+Save = Annotated[Path | None, typer.Option(help="Where a function's repacked model is written.")]
+
+
+def _is_function(target: str) -> bool:
+    return ":" in target and not target.endswith(".toml")
+
+
+def _only_for(what: str, options: dict[str, object]) -> None:
+    """Options that would be ignored are an error."""
+    for name, value in options.items():
+        if value is not None:
+            raise ConfigError(f"{name} is for {what} alone; leave it out, or give {what}.")
+
+
+def _model(path: str) -> nn.Module:
+    from autoprune.tasks.user import user_model
+
+    return user_model("model", path)
+
+
+def _console() -> Console:
+    from autoprune.report.console import Console
+
+    return Console()
+
 
 def _run(config: Path, run_dir: Path | None, overrides: list[str] | None, *, fresh_table: bool = False) -> Run:
     from autoprune.config import load_config
-    from autoprune.report.console import Console
     from autoprune.run import Run
 
     loaded = load_config(config, overrides or [])
-    return Run(loaded, run_dir or Path("runs") / config.stem, progress=Console(), fresh_table=fresh_table)
+    return Run(loaded, run_dir or Path("runs") / config.stem, progress=_console(), fresh_table=fresh_table)
 
 
 @app.command()
@@ -127,28 +169,86 @@ def finetune(config: ConfigPath, run_dir: RunDir = None, overrides: Overrides = 
 
 
 @app.command()
-def repack(config: ConfigPath, run_dir: RunDir = None, overrides: Overrides = None) -> None:
-    """Repack the masked model into smaller dense work, backends chosen by measurement.
+def repack(
+    target: ConfigOrFunction,
+    run_dir: RunDir = None,
+    overrides: Overrides = None,
+    shapes: Shapes = None,
+    dtypes: Dtypes = None,
+    threads: Threads = None,
+    save: Save = None,
+) -> None:
+    """Repack the masked model of a run, or any model with zeros in its weights, into smaller dense work.
 
     Example: autoprune repack configs/digits.toml
-    """
-    from autoprune.results import repack_text
 
-    job = _run(config, run_dir, overrides)
+    Example: autoprune repack my.models:build --input 1,3,224,224 --save fast.safetensors
+    """
+    from autoprune.bench import example_inputs, repack_shown, repack_text
+    from autoprune.repack import save as write
+
+    if _is_function(target):
+        _only_for("a config", {"--run-dir": run_dir, "--set": overrides})
+        if save is None:
+            raise ConfigError("say where the repacked model goes: --save fast.safetensors.")
+        inputs = example_inputs(shapes or (), dtypes or ())
+        fast = repack_shown(_model(target), inputs, threads or 1, _console())
+        write(fast, save)
+        typer.echo(repack_text(fast))
+        typer.echo(f"Written: {save}")
+        return
+    _only_for("a function", {"--input": shapes, "--dtype": dtypes, "--threads": threads, "--save": save})
+    job = _run(Path(target), run_dir, overrides)
     typer.echo(repack_text(job.repacked))
     typer.echo(f"Written: {job.directory / 'repacked.safetensors'}")
 
 
 @app.command()
-def bench(config: ConfigPath, run_dir: RunDir = None, overrides: Overrides = None) -> None:
-    """Measure the final table again: dense engines, masked and repacked model, in turns.
+def bench(
+    target: ConfigOrFunction,
+    run_dir: RunDir = None,
+    overrides: Overrides = None,
+    shapes: Shapes = None,
+    dtypes: Dtypes = None,
+    threads: Threads = None,
+    engines: Annotated[
+        str | None,
+        typer.Option(help="Dense engines to compare with, e.g. channels_last,onnxruntime. [default: all there are]"),
+    ] = None,
+    rounds: Annotated[
+        int | None, typer.Option(help="How often every form of a function's model is timed. [default: 20]", min=1)
+    ] = None,
+    save: Save = None,
+) -> None:
+    """Measure: the final table of a run again, or any model as it stands against every dense engine, layer by layer.
 
     Example: autoprune bench configs/digits.toml
+
+    Example: autoprune bench my.models:build --input 1,3,224,224 --engines channels_last,onnxruntime --threads 2
+
+    Example: autoprune bench my.models:encoder --input 1,128 --dtype int64 --save fast.safetensors
     """
+    if _is_function(target):
+        from autoprune.bench import ROUNDS, bench_model, example_inputs
+        from autoprune.repack import save as write
+
+        _only_for("a config", {"--run-dir": run_dir, "--set": overrides})
+        inputs = example_inputs(shapes or (), dtypes or ())
+        named = None if engines is None else [name.strip() for name in engines.split(",")]
+        found = bench_model(
+            _model(target), inputs, threads=threads or 1, engines=named, rounds=rounds or ROUNDS, progress=_console()
+        )
+        typer.echo(found.text())
+        if save is not None:
+            write(found.fast, save)
+            typer.echo(f"Written: {save}")
+        return
+    of_functions = {"--input": shapes, "--dtype": dtypes, "--threads": threads, "--engines": engines}
+    _only_for("a function", {**of_functions, "--rounds": rounds, "--save": save})
     from autoprune.report.table import result_table
     from autoprune.results import results
 
-    typer.echo(result_table(results(_run(config, run_dir, overrides), again=True)))
+    typer.echo(result_table(results(_run(Path(target), run_dir, overrides), again=True)))
 
 
 @app.command()

@@ -18,11 +18,10 @@ from autoprune.latency.table import LatencyTable
 from autoprune.latency.timer import Latency, Protocol, measure_together, speedup
 from autoprune.masks import nonzero_parameters
 from autoprune.monitor import point
-from autoprune.repack import RepackedModel
 from autoprune.report.data import MeasuredPoint, PlanRow, Report, ResultRow, SearchRow
 from autoprune.report.page import report_page
 from autoprune.report.plots import front_figure, reward_figure, save_png, sparsity_figure
-from autoprune.report.table import markdown_table, microseconds
+from autoprune.report.table import markdown_table
 from autoprune.report.tensorboard import TrialWriter
 from autoprune.run import Run
 from autoprune.target import Target
@@ -116,23 +115,6 @@ def latency_text(table: LatencyTable) -> str:
             cells = [f"{point.latency_us:.1f} {point.backend}" for point in curve]
             rows.append([name, pattern, f"{layer.dense_us:.1f}", *cells])
     return markdown_table(("layer", "pattern", "torch dense us", *sparsities), rows, left=2)
-
-
-def repack_text(model: RepackedModel) -> str:
-    """What became of each layer."""
-    rows = [
-        [
-            row.name,
-            f"{100 * row.sparsity:.0f}%",
-            str(row.group_size),
-            row.backend,
-            microseconds(row.dense_us),
-            microseconds(row.packed_us),
-            row.why,
-        ]
-        for row in model.report
-    ]
-    return markdown_table(("layer", "sparsity", "group", "backend", "dense us", "packed us", "why"), rows)
 
 
 def write_report(run: Run) -> str:

@@ -73,12 +73,15 @@ def torch_threads(count: int) -> Iterator[None]:
 
 
 def measure_together(
-    candidates: Mapping[str, Callable[[], object]], protocol: Protocol | None = None, clock: Clock = time.perf_counter
+    candidates: Mapping[str, Callable[[], object]],
+    protocol: Protocol | None = None,
+    clock: Clock = time.perf_counter,
+    round_done: Callable[[], None] = lambda: None,
 ) -> dict[str, Latency]:
     """Times every candidate, interleaved, in inference mode.
 
     Round i of each candidate is taken within the same fraction of a second, so ratios of two candidates
-    (`speedup`) hold on a noisy machine even where the milliseconds drift.
+    (`speedup`) hold on a noisy machine even where the milliseconds drift. `round_done` is called after each.
     """
     protocol = protocol or Protocol()
     samples: dict[str, list[float]] = {name: [] for name in candidates}
@@ -95,6 +98,7 @@ def measure_together(
                     call()
                 samples[name].append((clock() - start) * 1e3 / count)
             order.reverse()
+            round_done()
     return {name: Latency.from_samples(values, protocol.threads) for name, values in samples.items()}
 
 

@@ -34,9 +34,7 @@ def user(model: str, data: str) -> Task:
         ConfigError: a function cannot be imported, or returns something else.
         AutopruneError: the first batch does not run through the model, or does not fit a classifier.
     """
-    built = _call("model", model)
-    if not isinstance(built, nn.Module):
-        raise ConfigError(f"model={model!r} must return a torch.nn.Module, not {_kind(built)}.")
+    built = user_model("model", model)
     loaders = _call("data", data)
     if not isinstance(loaders, (tuple, list)) or len(loaders) not in (2, 3):
         count = f" of {len(loaders)}" if isinstance(loaders, (tuple, list)) else ""
@@ -55,6 +53,22 @@ def user(model: str, data: str) -> Task:
         loss=functional.cross_entropy,
         dense_training=None,
     )
+
+
+def user_model(argument: str, path: str) -> nn.Module:
+    """What the function named by `path`, ``package.module:function``, returns.
+
+    Args:
+        argument: what the user calls it, for messages.
+        path: is imported from the current folder too.
+
+    Raises:
+        ConfigError: it cannot be imported or called, or returns no module.
+    """
+    built = _call(argument, path)
+    if not isinstance(built, nn.Module):
+        raise ConfigError(f"{argument}={path!r} must return a torch.nn.Module, not {_kind(built)}.")
+    return built
 
 
 def _calibration(train: Batches) -> tuple[tuple[Any, Tensor], ...]:

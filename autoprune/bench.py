@@ -1,0 +1,257 @@
+"""A model as it stands: repacked, timed in turns with every dense engine, and looked at an operation at a time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from autoprune.errors import AutopruneError, ConfigError, MissingExtra, did_you_mean
+from autoprune.inventory import copy_for_inference, weighted_layers
+from autoprune.latency.engines import ENGINES, baselines
+from autoprune.latency.timer import Clock, Latency, Protocol, measure_together, speedup
+from autoprune.progress import SILENT, Progress
+from autoprune.repack import ProgramModel, RepackedModel, repack
+from autoprune.repack.layer_times import LayerTime, layer_times
+from autoprune.repack.peak import fma_gflops
+from autoprune.repack.swap import fresh
+from autoprune.report.table import MISSING, markdown_table, microseconds, percent, times
+
+EAGER = "eager"
+REPACKED = "repacked"
+DTYPES = {"float32": torch.float32, "int64": torch.int64}
+ROUNDS, WARMUP, MIN_SAMPLE_MS = 20, 2, 2.0
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What `bench_model` found.
+
+    Attributes:
+        fast: the repacked model.
+        latencies: of every dense engine (``eager`` is the model itself) and of the repacked model, in turns.
+        left_out: engine -> why it is missing.
+        layers: a row an operation of the program; empty where the model is no whole program.
+        peak_gflops: what one core of this machine reaches with multiply-adds alone.
+    """
+
+    fast: RepackedModel
+    latencies: dict[str, Latency]
+    left_out: dict[str, str]
+    layers: tuple[LayerTime, ...]
+    peak_gflops: float
+
+    @property
+    def best(self) -> str:
+        """The fastest dense engine that computes in float32."""
+        dense = [name for name in baselines() if name in self.latencies]
+        return min(dense, key=lambda name: self.latencies[name].median_ms)
+
+    def text(self) -> str:
+        """Both tables."""
+        parts = [models_table(self), layers_table(self.layers, self.peak_gflops) if self.layers else ""]
+        if not self.layers:
+            parts[1] = "Not one program, so layers were timed when they were chosen:\n\n" + repack_text(self.fast)
+        return "\n".join(parts)
+
+
+def parse_shape(text: str) -> tuple[int, ...]:
+    """``1,3,224,224`` -> its numbers; raises ConfigError when it is no shape."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
+        raise ConfigError(
+            f"--input {text!r} is no shape: give positive whole numbers with commas between them, batch first, "
+            "such as 1,3,224,224."
+        )
+    return tuple(int(part) for part in parts)
+
+
+def example_inputs(shapes: Sequence[str], dtypes: Sequence[str], seed: int = 0) -> tuple[Tensor, ...]:
+    """Tensors to call a model with: normal float32, or int64 of 0 and 1, which any table of words has.
+
+    Args:
+        shapes: a text an input, see `parse_shape`.
+        dtypes: keys of DTYPES: one for all inputs, or one each; float32 when there is none.
+        seed: of the numbers.
+
+    Raises:
+        ConfigError: a text that is no shape, an unknown type, or another number of types than of inputs.
+    """
+    if not shapes:
+        raise ConfigError("say what the model is called with: --input 1,3,224,224, once for each input.")
+    for name in dtypes:
+        if name not in DTYPES:
+            raise ConfigError(f"unknown --dtype {name!r}. {did_you_mean(name, DTYPES)}")
+    named = list(dtypes) or ["float32"]
+    if len(named) not in (1, len(shapes)):
+        raise ConfigError(f"{len(named)} --dtype for {len(shapes)} --input: give one for all, or one for each.")
+    named = named * len(shapes) if len(named) == 1 else named
+    generator = torch.Generator().manual_seed(seed)
+
+    def made(shape: tuple[int, ...], name: str) -> Tensor:
+        if name == "int64":
+            return torch.randint(2, shape, generator=generator)
+        return torch.randn(shape, generator=generator)
+
+    return tuple(made(parse_shape(text), name) for text, name in zip(shapes, named, strict=True))
+
+
+def repack_shown(model: nn.Module, inputs: tuple[Tensor, ...], threads: int, progress: Progress) -> RepackedModel:
+    """`repack` with a progress bar.
+
+    Raises:
+        AutopruneError: the model does not run on these inputs, or cannot be reproduced.
+    """
+    try:
+        with torch.inference_mode():
+            copy_for_inference(model)(*fresh(inputs))
+    except Exception as error:  # the model is the user's: it may raise anything
+        shapes = " and ".join(f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in inputs)
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise AutopruneError(
+            f"the model does not run on {shapes}: {lines[0].rstrip('.')}. "
+            "Give --input (batch first) and --dtype as it is called."
+        ) from error
+    steps = 1 + len(weighted_layers(model))
+    with progress.bar("repacking", steps) as bar:
+        told = 0
+
+        def tell(note: str) -> None:
+            nonlocal told
+            told += 1
+            bar.advance(1 if told < steps else 0, note)
+
+        fast = repack(model, inputs, threads=threads, progress=tell)
+        bar.advance(max(0, steps - told))
+    return fast
+
+
+def bench_model(
+    model: nn.Module,
+    inputs: tuple[Tensor, ...],
+    *,
+    threads: int = 1,
+    engines: Sequence[str] | None = None,
+    rounds: int = ROUNDS,
+    clock: Clock = time.perf_counter,
+    progress: Progress = SILENT,
+) -> Bench:
+    """Repacks a model and times it in turns with the dense engines, then an operation at a time.
+
+    Args:
+        model: any module, zeros in its weights or not; left as it is.
+        inputs: as it is called, at the batch size that matters.
+        threads: of one inference of the whole model; operations are timed on one.
+        engines: rows of ENGINES besides the model itself (``eager``); None: every one that is installed and can run it.
+        rounds: every form is timed once a round.
+        clock: seconds.
+        progress: where long work is shown.
+
+    Raises:
+        AutopruneError: the model does not run, or an engine that was asked for cannot be had.
+    """
+    for name in engines or ():
+        ENGINES.get(name)
+    model = copy_for_inference(model)
+    fast = repack_shown(model, inputs, threads, progress)
+    calls, left_out = _dense_calls(model, inputs, threads, engines, progress)
+    calls[REPACKED] = lambda: fast(*inputs)
+    protocol = Protocol(rounds, WARMUP, threads, MIN_SAMPLE_MS, lead=1)
+    with progress.bar("whole model", rounds) as bar:
+        latencies = measure_together(calls, protocol, clock, lambda: bar.advance(1))
+    layers: tuple[LayerTime, ...] = ()
+    if isinstance(fast, ProgramModel):
+        with progress.bar("a layer at a time", rounds) as bar:
+            layers = layer_times(fast, model, inputs, protocol, clock, lambda: bar.advance(1))
+    return Bench(fast, latencies, left_out, layers, fma_gflops())
+
+
+def _dense_calls(
+    model: nn.Module, inputs: tuple[Tensor, ...], threads: int, engines: Sequence[str] | None, progress: Progress
+) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
+    """The model itself and the engines that run it; those that cannot be had, and why."""
+    names = dict.fromkeys([EAGER, *(ENGINES if engines is None else engines)])
+    calls: dict[str, Callable[[], object]] = {}
+    left_out: dict[str, str] = {}
+    with progress.bar("preparing engines", len(names)) as bar:
+        for name in names:
+            try:
+                calls[name] = ENGINES.get(name)().prepare(model, inputs, threads)
+            except MissingExtra as error:
+                if engines is not None:
+                    raise
+                left_out[name] = str(error)
+            except AutopruneError as error:
+                left_out[name] = str(error)
+            bar.advance(1, name)
+    return calls, left_out
+
+
+def models_table(bench: Bench) -> str:
+    """The whole model in every form; ratios are medians over the rounds."""
+    best, compared = bench.latencies[bench.best], {*baselines(), REPACKED}
+    rows = []
+    for name, latency in bench.latencies.items():
+        label = {EAGER: "the model itself, torch eager"}.get(name, name)
+        label += ", best dense" if name == bench.best else "" if name in compared else " (not float32: not compared)"
+        rows.append((label, str(latency), times(speedup(best, latency))))
+    threads = bench.latencies[REPACKED].threads
+    table = markdown_table((f"model, {threads} thread(s)", "latency ms (p10-p90)", "over the best dense"), rows)
+    missing = "".join(f"\n{name} left out: {why}\n" for name, why in bench.left_out.items())
+    return table + missing
+
+
+def layers_table(rows: Sequence[LayerTime], peak_gflops: float) -> str:
+    """A row an operation."""
+    header = (
+        "layer", "kind", "sparsity", "dense best us", "format", "backend", "G", "cut", "us", "min us", "speed-up",
+        "GFLOP/s", f"of {peak_gflops:.0f} peak", "FLOP/byte",
+    )  # fmt: skip
+    cells = []
+    for row in rows:
+        cut = row.tiling
+        cells.append((
+            row.name,
+            row.kind,
+            percent(row.sparsity, 0),
+            microseconds(row.dense_us),
+            row.dense_format or MISSING,
+            row.backend,
+            str(row.group_size or MISSING),
+            MISSING if cut is None else f"{cut.block}x{cut.chunk or 'all'}{'' if cut.inputs_first else ' weights'}",
+            microseconds(row.median_us),
+            microseconds(row.min_us),
+            times(None if row.dense_us is None else row.dense_us / row.median_us),
+            f"{row.gflops:.1f}" if row.flops else MISSING,
+            percent(row.gflops / peak_gflops, 0) if row.flops else MISSING,
+            f"{row.intensity:.1f}" if row.flops else MISSING,
+        ))  # fmt: skip
+    dense, total = sum(row.dense_us or 0.0 for row in rows), sum(row.median_us for row in rows)
+    lines = [""] * len(header)
+    lines[0], lines[3], lines[8] = "all of these", microseconds(dense), microseconds(total)
+    about = (
+        f"One thread; medians over the rounds, inside whole inferences. This machine's measured FMA peak: "
+        f"{peak_gflops:.0f} GFLOP/s a core. GFLOP/s count kept weights only. Dense: torch's own layer, without what is "
+        "fused into ours. Cut: positions x groups an item.\n\n"
+    )
+    return about + markdown_table(header, [*cells, lines], left=2)
+
+
+def repack_text(model: RepackedModel) -> str:
+    """What became of each layer."""
+    rows = [
+        [
+            row.name,
+            percent(row.sparsity, 0),
+            str(row.group_size),
+            row.backend,
+            microseconds(row.dense_us),
+            microseconds(row.packed_us),
+            row.why,
+        ]
+        for row in model.report
+    ]
+    return markdown_table(("layer", "sparsity", "group", "backend", "dense us", "packed us", "why"), rows)
