@@ -7,7 +7,7 @@ from enum import IntEnum
 import llvmlite.ir as ir
 
 from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
-from autoprune.repack.kernels.ir import address, at, const, larger, loop, op_function
+from autoprune.repack.kernels.ir import F32, address, at, const, larger, loop, op_function
 
 
 class Field(IntEnum):
@@ -31,6 +31,7 @@ class Field(IntEnum):
     PAD_H = 15
     PAD_W = 16
     Y_PLANE = 17  # from a phase plane to the next
+    CLEARED = 18  # floats of a channel that are set to zero first: phase planes hold their border themselves
 
 
 @once_a_process
@@ -44,6 +45,8 @@ def copy_map(target: Target) -> int:
     x = at(b, x, b.add(b.mul(image, get[Field.X_IMAGE]), b.mul(channel, get[Field.X_CHANNEL])))
     y = address(b, slots, get[Field.Y_SLOT], get[Field.Y_OFFSET])
     y = at(b, y, b.add(b.mul(image, get[Field.Y_IMAGE]), b.mul(channel, get[Field.Y_CHANNEL])))
+    with loop(b, const(0), get[Field.CLEARED]) as position:
+        b.store(ir.Constant(F32, 0.0), at(b, y, position))
     high, wide = get[Field.STRIDE_H], get[Field.STRIDE_W]
     whole = b.icmp_signed("==", b.mul(high, wide), const(1))
     with loop(b, const(0), get[Field.HEIGHT]) as row:

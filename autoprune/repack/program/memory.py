@@ -1,7 +1,7 @@
 """Which buffers share memory: a call's values lie in one arena; a value's place is used again after its last use.
 
-A feature map only takes the place of one whose borders lie at the same addresses: the borders are filled once, when the
-arena is made, and nothing ever writes to them.
+A feature map that is read beyond its border only takes the place of one whose borders lie at the same addresses: they
+are filled once, when the arena is made, and nothing ever writes to them.
 """
 
 from __future__ import annotations
@@ -49,11 +49,10 @@ class _Block:
 
 
 def _key(layout: MapLayout | None) -> Hashable:
-    """Buffers of one key may follow each other in one place."""
-    if layout is None:
-        return None
-    return (layout.height, layout.width, layout.pitch, layout.pad_h, layout.pad_w, layout.stride_h, layout.stride_w,
-            layout.border)  # fmt: skip
+    """Buffers of one key may follow each other in one place; those of None hold nothing that must stay."""
+    if layout is None or layout.phases > 1 or (layout.pad_h, layout.pad_w, layout.border) == (0, 0, 0.0):
+        return None  # rows, planes that are cleared when they are filled, maps that nobody looks beyond
+    return (layout.height, layout.width, layout.pitch, layout.pad_h, layout.pad_w, layout.border)
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class Arena:
 
     def allocate(self) -> Tensor:
         """Zeroed memory, its borders filled; aligned to a cache line."""
-        memory = torch.zeros(self.size + ALIGN, dtype=torch.float32)
+        memory = torch.zeros(self.size + ALIGN, dtype=torch.float32, device="cpu")
         shift = -(memory.data_ptr() // FLOAT_BYTES) % ALIGN
         memory = memory[shift : shift + self.size]
         for start, size, value in self.borders:

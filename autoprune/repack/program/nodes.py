@@ -291,7 +291,7 @@ def copied(
     if phases is not None:
         given |= {
             f.STRIDE_H: phases.stride_h, f.STRIDE_W: phases.stride_w, f.PAD_H: phases.pad_h, f.PAD_W: phases.pad_w,
-            f.Y_PLANE: phases.plane,
+            f.Y_PLANE: phases.plane, f.CLEARED: phases.channel(1),
         }  # fmt: skip
     return _op(name, copy.copy_map(target), f, given, batch * size[0])
 
