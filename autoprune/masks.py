@@ -111,11 +111,10 @@ def make_masks(
             continue
         groups = inventory[name].conv_groups
         criterion = CRITERIA.create(layer.criterion)
-        saliency = criterion.saliency(weight_of(model, name), statistics[name], groups).double()
-        if name in before:
-            saliency = saliency.masked_fill(~before[name], -1.0)  # below every score: ties cannot bring it back
-        mask = PATTERNS.create(layer.pattern).mask(saliency, layer.sparsity * fraction, groups)
-        masks[name] = mask & before[name] if name in before else mask
+        saliency = criterion.saliency(weight_of(model, name), statistics[name], groups)
+        masks[name] = PATTERNS.create(layer.pattern).mask(
+            saliency, layer.sparsity * fraction, groups, within=before.get(name), final_sparsity=layer.sparsity
+        )
     return masks
 
 

@@ -21,20 +21,44 @@ class Pattern(ABC):
         A cell is the set of weights that live or die together.
         """
 
+    def arrange(self, saliency: Tensor, sparsity: float, conv_groups: int = 1) -> Tensor:
+        """Returns the cells to rank: those of `cells`, unless the pattern chooses which weights share one.
+
+        Args:
+            saliency: scores >= 0, in the weight's shape; negative where a weight is cut already.
+            sparsity: that the layer is on its way to, in [0, 1).
+            conv_groups: groups of a grouped convolution.
+        """
+        return self.cells(tuple(saliency.shape), conv_groups)
+
     @final
-    def mask(self, saliency: Tensor, sparsity: float, conv_groups: int = 1) -> Tensor:
+    def mask(
+        self,
+        saliency: Tensor,
+        sparsity: float,
+        conv_groups: int = 1,
+        within: Tensor | None = None,
+        final_sparsity: float | None = None,
+    ) -> Tensor:
         """Keeps the most salient cells; True keeps.
 
         Args:
             saliency: scores >= 0, in the weight's shape.
             sparsity: fraction of zeros asked for, in [0, 1). At least one cell is always kept.
             conv_groups: groups of a grouped convolution; cells never straddle them.
+            within: an earlier mask of this pattern; what it cuts stays cut.
+            final_sparsity: that later masks within this one will reach; `sparsity` when left out.
         """
         if not 0.0 <= sparsity < 1.0:
             raise AutopruneError(f"a sparsity must be in [0, 1), not {sparsity}.")
         if not bool(torch.isfinite(saliency).all()):
             raise AutopruneError("the saliency holds NaN or infinity; the model or its gradients have diverged.")
-        return self.select(saliency, sparsity, self.cells(tuple(saliency.shape), conv_groups))
+        scores = saliency.detach().double()
+        if within is not None:
+            scores = scores.masked_fill(~within, -1.0)  # below every score: ties cannot bring it back
+        cells = self.arrange(scores, sparsity if final_sparsity is None else final_sparsity, conv_groups)
+        mask = self.select(scores, sparsity, cells)
+        return mask if within is None else mask & within
 
     def select(self, saliency: Tensor, sparsity: float, cells: Tensor) -> Tensor:
         """Ranks all the layer's cells by mean saliency against one another."""

@@ -86,6 +86,20 @@ def test_scattered_groups_are_found(size: int, sparsity: float, groups: int) -> 
     assert torch.equal(packed.unpack(), weight)
 
 
+@pytest.mark.parametrize("size", [2, 4, 8, 16])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("rest", [0, 1])
+def test_the_groups_of_a_permuted_mask_are_found(size: int, groups: int, rest: int) -> None:
+    filters = (6 * size + rest) * groups
+    weight = torch.randn(filters, 16, 3, 3, generator=torch.Generator().manual_seed(size))
+    mask = Group(size, permute=True).mask(weight.abs(), 0.75, groups)
+    assert not Group(size).check(mask, groups)  # it does permute
+    packed = pack(weight * mask, groups)
+    assert packed.group_size == size
+    assert packed.values.astype(bool).sum() == mask.sum()
+    assert torch.equal(packed.unpack(), weight * mask)
+
+
 def test_scattered_groups_of_other_sizes_are_used_where_they_fill_the_kernels() -> None:
     weight = shuffled(pruned((96, 32, 3, 3), 24, 0.75))
     assert find_group_size(weight) == 8
