@@ -189,7 +189,10 @@ def assert_stays_inside(program: Program, inputs: list[Tensor]) -> None:
             return made.allocate(self.size).copy_(allocate(self))
 
         def empty(
-            shape: int | tuple[int, ...], dtype: torch.dtype = torch.float32, made: NanWalls | GuardPages = made
+            shape: int | tuple[int, ...],
+            dtype: torch.dtype = torch.float32,
+            device: str = "cpu",
+            made: NanWalls | GuardPages = made,
         ) -> Tensor:
             shape = (shape,) if isinstance(shape, int) else shape
             return made.allocate(math.prod(shape)).view(shape)

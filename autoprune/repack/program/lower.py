@@ -526,8 +526,8 @@ class _Lowering:
         fitting = all(_is_float(each) and each.shape == (features,) for each in arrays.values())
         if x.shape[-1:] != (features,) or not fitting:
             return False
-        weight = arrays.get("weight", torch.ones(features, dtype=torch.float32)).contiguous().numpy()
-        bias = arrays.get("bias", torch.zeros(features, dtype=torch.float32)).contiguous().numpy()
+        weight = arrays.get("weight", torch.ones(features, dtype=torch.float32, device="cpu")).contiguous().numpy()
+        bias = arrays.get("bias", torch.zeros(features, dtype=torch.float32, device="cpu")).contiguous().numpy()
         meta = self.define(op.output, x.shape)
         buffer = self.buffers[_storage(meta)] = Buffer(meta.numel())
 

@@ -70,7 +70,7 @@ class Plan:
                 if frame.helpers == 0:
                     return self._free.pop(index)
         slots = np.zeros(self.lowered.slots, np.int64)
-        holders = [torch.empty(0)] * self.lowered.slots
+        holders = [torch.empty(0, device="cpu")] * self.lowered.slots
         holders[ARENA] = self.lowered.arena.allocate()
         for slot, name in self.lowered.constants.items():
             holders[slot] = self.graph.constants[name]
@@ -91,7 +91,7 @@ class Plan:
             holders[slot] = x = x.contiguous()
             slots[slot] = x.data_ptr()
         for slot, shape in self.lowered.outputs.items():
-            holders[slot] = y = torch.empty(shape, dtype=torch.float32)
+            holders[slot] = y = torch.empty(shape, dtype=torch.float32, device="cpu")
             slots[slot] = y.data_ptr()
 
     def run(self, inputs: tuple[Tensor, ...]) -> Any:
@@ -207,6 +207,9 @@ class Program:
     def __deepcopy__(self, memo: object) -> Program:
         """A program of its own memory; the weights, which nothing changes, are shared."""
         return Program(self.graph, self.weights, self.tilings, self.threads, self.target)
+
+    def __reduce__(self) -> str:
+        raise AutopruneError("a program is made for this machine and is no pickle: write it with autoprune.save.")
 
     def __call__(self, *inputs: Tensor) -> Any:
         for x in inputs:

@@ -1,0 +1,577 @@
+"""A program at work: threads, processes, shapes, memory, what it refuses, and what tuning remembers."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import gc
+import json
+import os
+import pickle
+import random
+import signal
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from autoprune.errors import AutopruneError
+from autoprune.repack import Graph, ProgramModel, capture, load, repack, save
+from autoprune.repack.outputs import same_output
+from autoprune.repack.program import program as program_module
+from autoprune.repack.program.lower import ARENA, NativeStep
+from autoprune.repack.program.memory import Buffer, place
+from autoprune.repack.program.program import MAX_PLANS, Program
+from autoprune.repack.program.team import Team
+from autoprune.repack.program.tuning import TuningCache
+from autoprune.testing import FakeClock
+
+
+class Mixed(nn.Module):
+    """Native ops with torch's between them, values that live long, and every kind of output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.deep, self.wide = nn.Conv2d(8, 8, 3, 2, 1, groups=8), nn.Conv2d(8, 12, 1)
+        self.pool, self.fc, self.last = nn.MaxPool2d(3, 2, 1), nn.Linear(12, 16), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        stem = self.norm(self.stem(x)).relu()
+        y = self.pool(self.deep(stem))
+        y = self.wide(torch.roll(y, 1, 2)) + torch.zeros(x.shape[0], 12, 1, 1)
+        tokens = y.flatten(2).transpose(1, 2)
+        y = self.last(self.fc(tokens).cumsum(1).relu())
+        return {"y": y, "views": [y[:, 0], stem], "rows": y.softmax(-1), "image": x, "constant": self.last.bias}
+
+
+def pruned(model: nn.Module, sparsity: float = 0.5) -> nn.Module:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                module.weight.normal_(0, 0.4, generator=generator)
+                module.weight.mul_(torch.rand(module.weight.shape, generator=generator) >= sparsity)
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.uniform_(module.running_var, 0.5, 2.0, generator)  # type: ignore[arg-type]
+    return model.eval()
+
+
+def image(batch: int = 2, seed: int = 0) -> Tensor:
+    return torch.randn(batch, 3, 16, 14, generator=torch.Generator().manual_seed(seed))
+
+
+def program_of(model: nn.Module, x: Any, **more: Any) -> ProgramModel:
+    fast = repack(model, x, form="program", **more)
+    assert isinstance(fast, ProgramModel)
+    return fast
+
+
+@pytest.fixture(scope="module")
+def mixed() -> tuple[nn.Module, ProgramModel]:
+    model = pruned(Mixed())
+    return model, program_of(model, image())
+
+
+@pytest.fixture
+def fast(mixed: tuple[nn.Module, ProgramModel]) -> ProgramModel:
+    """Of the same weights, with plans and memory of its own."""
+    return copy.deepcopy(mixed[1])
+
+
+def with_threads(fast: ProgramModel, threads: int | None) -> ProgramModel:
+    made = fast.program
+    return ProgramModel(Program(made.graph, made.weights, made.tilings, threads, made.target), fast.report)
+
+
+def identical(one: Any, other: Any) -> bool:
+    return same_output(one, other, tolerance=0.0)
+
+
+@pytest.fixture(autouse=True)
+def no_gradients() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+# Threads and processes -----------------------------------------------------------------------------------------------
+
+
+def test_a_program_is_the_model_for_any_batch(mixed: tuple[nn.Module, ProgramModel]) -> None:
+    model, fast = mixed
+    for batch in (2, 1, 0, 7, 2):
+        assert same_output(fast(image(batch)), model(image(batch)))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_share_a_program(mixed: tuple[nn.Module, ProgramModel], threads: int) -> None:
+    fast = with_threads(mixed[1], threads)
+    inputs = [image(1 + seed % 5, seed) for seed in range(10)]
+    wanted = [mixed[1](x) for x in inputs]
+
+    @torch.inference_mode()
+    def work(seed: int) -> bool:
+        rng = random.Random(seed)
+        order = [rng.randrange(len(inputs)) for _ in range(25)]
+        return all(identical(fast(inputs[i]), wanted[i]) for i in order)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, range(8)))
+
+
+def test_several_programs_run_at_once() -> None:
+    models = [pruned(nn.Sequential(nn.Conv2d(3, 4 + i, 3), nn.ReLU(), nn.Conv2d(4 + i, 3, 1))) for i in range(3)]
+    made = [program_of(model, image(), threads=2) for model in models]
+
+    @torch.inference_mode()
+    def work(seed: int) -> bool:
+        x = image(1 + seed % 3, seed)
+        return all(same_output(fast(x), model(x)) for _ in range(15) for fast, model in zip(made, models, strict=True))
+
+    with ThreadPoolExecutor(6) as pool:
+        assert all(pool.map(work, range(6)))
+
+
+def test_the_number_of_threads_does_not_change_a_bit(mixed: tuple[nn.Module, ProgramModel]) -> None:
+    wanted = mixed[1](image())
+    for threads in (1, 2, 3, 5):
+        assert identical(with_threads(mixed[1], threads)(image()), wanted)
+
+
+def test_a_program_follows_torchs_threads(
+    mixed: tuple[nn.Module, ProgramModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    right = program_module.team
+
+    def team(size: int) -> Team:
+        asked.append(size)
+        return right(size)
+
+    monkeypatch.setattr(program_module, "team", team)
+    free, fixed = with_threads(mixed[1], None), with_threads(mixed[1], 3)
+    wanted = free(image())
+    assert asked == []
+    torch.set_num_threads(2)
+    try:
+        assert identical(free(image()), wanted)
+        assert set(asked) == {2}
+        asked.clear()
+        assert identical(fixed(image()), wanted)
+        assert set(asked) == {3}
+    finally:
+        torch.set_num_threads(1)
+    asked.clear()
+    assert identical(free(image()), wanted)
+    assert asked == []
+
+
+class LateTeam:
+    """Helpers that begin when the call they were asked for is long over, or never."""
+
+    def __init__(self, comes: bool) -> None:
+        self.comes = comes
+        self.waiting: list[Callable[[], None]] = []
+
+    def call(self, task: Callable[[int], None], joined: Callable[[int], None]) -> None:
+        late, self.waiting = self.waiting, []
+        joined(2)
+        if self.comes:
+            self.waiting = [lambda: task(1), lambda: task(2)]
+        task(0)
+        for work in late:
+            work()
+
+
+@pytest.mark.parametrize("comes", [True, False])
+def test_a_late_helper_disturbs_nobody(
+    mixed: tuple[nn.Module, ProgramModel], comes: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model, known = mixed
+    wanted = [known(image(2, seed)) for seed in range(4)]
+    team = LateTeam(comes)
+    monkeypatch.setattr(program_module, "team", lambda size: team)
+    fast = with_threads(known, 3)
+    for seed in (0, 1, 2, 3, 0):
+        assert identical(fast(image(2, seed)), wanted[seed])
+    tuned = program_of(model, image(), threads=3, cache=TuningCache(tmp_path / "tuning.json"))
+    assert same_output(tuned(image()), wanted[0])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system does not fork")
+def test_a_program_survives_a_fork(mixed: tuple[nn.Module, ProgramModel]) -> None:
+    fast = with_threads(mixed[1], 2)
+    wanted = [fast(image(batch)) for batch in (2, 3)]  # its helpers are the parent's
+    gc.collect()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # newer Pythons dislike a fork of several threads
+        child = os.fork()
+    if child == 0:
+        signal.alarm(30)
+        right = all(identical(fast(image(batch)), y) for batch, y in zip((2, 3), wanted, strict=True))
+        os._exit(0 if right else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert identical(fast(image(2)), wanted[0])
+
+
+def test_a_deep_copy_is_a_program_of_its_own(mixed: tuple[nn.Module, ProgramModel]) -> None:
+    model = nn.Sequential(mixed[1])
+    wanted = model(image())
+    twin = copy.deepcopy(model)
+    assert identical(twin(image()), wanted)
+    assert twin[0].program is not mixed[1].program
+    assert twin[0].report == mixed[1].report
+
+
+def test_a_program_is_no_pickle(mixed: tuple[nn.Module, ProgramModel]) -> None:
+    with pytest.raises(AutopruneError, match=r"autoprune\.save"):
+        pickle.dumps(mixed[1])
+
+
+# Shapes and memory ---------------------------------------------------------------------------------------------------
+
+
+def test_ever_new_shapes_do_not_fill_the_memory(mixed: tuple[nn.Module, ProgramModel], fast: ProgramModel) -> None:
+    for batch in range(2 * MAX_PLANS + 3):
+        assert fast(image(batch))["y"].shape == (batch, 16, 5)
+        assert len(fast.program._plans) <= MAX_PLANS
+    assert identical(fast(image(3)), mixed[1](image(3)))
+
+
+def test_what_was_returned_stays_as_it_was(mixed: tuple[nn.Module, ProgramModel], fast: ProgramModel) -> None:
+    first = fast(image(2, 0))
+    kept = copy.deepcopy(first)
+    fast(image(2, 1))
+    first["rows"].zero_()
+    first["views"][1].fill_(float("nan"))
+    again = fast(image(2, 0))
+    assert identical(again, kept)
+    assert identical({**first, "rows": kept["rows"], "views": kept["views"]}, kept)
+
+
+def test_an_input_is_never_written_to(fast: ProgramModel) -> None:
+    x = image()
+    before = x.clone()
+    fast(x)
+    assert torch.equal(x, before)
+
+
+def test_any_memory_layout_is_read_right(mixed: tuple[nn.Module, ProgramModel]) -> None:
+    model, fast = mixed
+    whole = torch.randn(4, 6, 32, 28, generator=torch.Generator().manual_seed(3))
+    for x in (
+        image().contiguous(memory_format=torch.channels_last),
+        image().transpose(2, 3).contiguous().transpose(2, 3),
+        whole[1:3, ::2, ::2, 1::2],
+        whole[:1, :3, :16, :14].expand(3, -1, -1, -1),
+        whole[3:, 3:, 16:, 14:],
+    ):
+        assert same_output(fast(x), model(x))
+
+
+def test_a_deep_net_lives_in_the_memory_of_a_few_maps() -> None:
+    layers = [each for _ in range(20) for each in (nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())]
+    net, x = pruned(nn.Sequential(nn.Conv2d(3, 8, 1), *layers), 0.3), image(4)
+    fast = program_of(net, x)
+    assert same_output(fast(x), net(x))
+    steps = fast.program.plan((tuple(x.shape),)).lowered.steps
+    places = {step.writes.offset for step in steps if isinstance(step, NativeStep) and step.writes.slot == ARENA}
+    assert len(steps) > 20
+    assert len(places) <= 4  # the input, two in turns, and a last one without a border
+
+
+def test_places_are_shared_in_turn_and_never_at_once() -> None:
+    rng = random.Random(0)
+    for _ in range(200):
+        buffers = []
+        for _ in range(rng.randrange(1, 12)):
+            first = rng.randrange(20)
+            buffers.append(Buffer(rng.choice([1, 16, 100, 1000]), first=first, last=first + rng.randrange(6)))
+        arena = place(buffers, 1)
+        for one in buffers:
+            assert one.slot == 1
+            assert 0 <= one.offset <= arena.size * 4 - one.size * 4
+            assert one.offset % 64 == 0
+            for other in buffers:
+                apart = one.offset >= other.offset + other.size * 4 or other.offset >= one.offset + one.size * 4
+                assert one is other or apart or one.first > other.last or other.first > one.last
+
+
+# Refusals ------------------------------------------------------------------------------------------------------------
+
+WRONG: dict[str, tuple[Callable[[], tuple[Any, ...]], str]] = {
+    "dtype": (lambda: (image().double(),), r"float32 on the CPU.*float64"),
+    "device": (lambda: (image().to("meta"),), r"float32 on the CPU.*meta"),
+    "channels": (lambda: (torch.zeros(2, 4, 16, 14),), r"\(2, 3, 16, 14\) \(any batch size\), not \(2, 4, 16, 14\)"),
+    "extent": (lambda: (torch.zeros(2, 3, 15, 14),), r"any batch size.*not \(2, 3, 15, 14\)"),
+    "dimensions": (lambda: (image()[0],), r"not \(3, 16, 14\)"),
+    "none": (lambda: (), "takes x, not nothing"),
+    "two": (lambda: (image(), image()), "takes x, not <0>, <1>"),
+    "list": (lambda: ([1.0],), "dense tensors, not list"),
+    "array": (lambda: (image().numpy(),), "dense tensors, not ndarray"),
+    "sparse": (lambda: (image().to_sparse(),), r"dense tensors, not one of layout torch\.sparse_coo"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+@pytest.mark.parametrize("seen", [False, True])
+def test_a_wrong_input_is_told_from_what_is_expected(fast: ProgramModel, case: str, seen: bool) -> None:
+    build, told = WRONG[case]
+    if seen:
+        fast(image())  # the shape alone is no reason to accept the input
+    with torch.inference_mode(False), torch.no_grad(), pytest.raises(AutopruneError, match=told):
+        fast(*build())
+
+
+def test_a_wrong_keyword_is_told(fast: ProgramModel) -> None:
+    assert identical(fast(x=image()), fast(image()))
+    for named in ({"y": image()}, {"x": image(), "y": image()}):
+        with pytest.raises(AutopruneError, match="takes x, not"):
+            fast(**named)
+    with pytest.raises(AutopruneError, match="takes x, not <0>, x"):
+        fast(image(), x=image())
+
+
+def test_batches_must_agree() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            y: Tensor = self.fc(a) + b
+            return y
+
+    fast = program_of(pruned(Two()), (torch.randn(2, 4), torch.randn(2, 4)))
+    assert fast(torch.zeros(5, 4), torch.zeros(5, 4)).shape == (5, 4)
+    with pytest.raises(AutopruneError, match=r"batch sizes differ: \[1, 5\]"):
+        fast(torch.zeros(5, 4), torch.zeros(1, 4))
+
+
+def test_training_through_a_program_is_an_error(fast: ProgramModel) -> None:
+    with torch.inference_mode(False):
+        x = image().requires_grad_()
+        for _ in range(2):
+            with pytest.raises(AutopruneError, match="inference"):
+                fast(x)
+            with torch.no_grad():
+                fast(x)
+        assert not fast(image())["y"].requires_grad
+
+
+def test_what_torch_cannot_compute_is_an_error() -> None:
+    class Lookup(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.fc = nn.Embedding(10, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.fc(self.table(x))
+            return y
+
+    model = pruned(Lookup())
+    fast = program_of(model, torch.randint(0, 10, (2, 4)))
+    x = torch.randint(0, 10, (3, 4))
+    for _ in range(2):
+        assert same_output(fast(x), model(x))
+        with pytest.raises(AutopruneError, match="does not take these values"):
+            fast(x + 10)
+
+
+def test_what_torch_assumes_elsewhere_does_not_matter(mixed: tuple[nn.Module, ProgramModel], tmp_path: Path) -> None:
+    x, wanted = image(), mixed[1](image())
+    with torch.device("meta"):
+        assert identical(copy.deepcopy(mixed[1])(x), wanted)
+    torch.set_default_dtype(torch.float64)
+    try:
+        model = nn.Sequential(nn.Conv2d(3, 3, 3, groups=3, bias=False), nn.LayerNorm(12, elementwise_affine=False))
+        model = pruned(model.extend([nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8)])).float()
+        made = program_of(model, x, cache=TuningCache(tmp_path / "tuning.json"))
+        save(made, tmp_path / "model.safetensors")
+        assert same_output(made(x), model(x))
+        assert identical(load(tmp_path / "model.safetensors")(x), made(x))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_autocast_gives_no_wrong_result() -> None:
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.fc(torch.matmul(x, x.transpose(1, 2)))
+            return y
+
+    model, x = pruned(Product()), torch.randn(2, 6, 6)
+    fast = program_of(model, x)
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(AutopruneError, match="bfloat16"):
+        fast(x)
+    assert same_output(fast(x), model(x))
+
+
+# Tuning --------------------------------------------------------------------------------------------------------------
+
+
+def net() -> nn.Module:
+    return pruned(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 14 * 12, 6)))
+
+
+@functools.cache
+def graph() -> Graph:
+    with torch.inference_mode(False):
+        return capture(net(), (image(),))
+
+
+def timed(path: Path | None, threads: int = 1, model: nn.Module | None = None) -> float:
+    """How often the clock is read while a model is repacked."""
+    clock = FakeClock(step_s=1.0)
+    cache = TuningCache(path) if path is not None else None
+    made = net() if model is None else model
+    fast = program_of(made, image(), threads=threads, clock=clock, cache=cache, graph=graph())
+    assert same_output(fast(image()), made(image()))
+    return clock.now_s
+
+
+def test_a_second_repack_times_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "tuning.json"
+    first = timed(path)
+    assert first >= 2 * 2 * 4  # two layers, two candidates at least, four rounds
+    written = path.read_bytes()
+    assert timed(path) == 0
+    assert path.read_bytes() == written
+    assert timed(path, threads=2) > 0
+    assert timed(path) == 0
+    with torch.no_grad():
+        sparser = net()
+        sparser[3].weight[:, 100:] = 0
+    assert timed(path, model=sparser) > 0  # the Linear alone
+    assert timed(path, model=sparser) == 0
+
+
+def test_the_cache_lies_where_the_environment_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache_of_its_own: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("AUTOPRUNE_CACHE", str(tmp_path / "own"))
+    assert timed(None) > 0
+    assert timed(None) == 0
+    assert [each.name for each in (tmp_path / "own").iterdir()] == ["tuning.json"]
+    assert not (tmp_path / "home").exists()
+    monkeypatch.delenv("AUTOPRUNE_CACHE")
+    assert TuningCache().path == tmp_path / "home" / ".cache" / "autoprune" / "tuning.json"
+    monkeypatch.setenv("AUTOPRUNE_CACHE", str(cache_of_its_own))
+    assert TuningCache().path.parent == cache_of_its_own
+
+
+BROKEN = ["", "{", "null", "[]", "7", '"x"', "{}", "[" * 100_000, "\x00\xff", '{"machine": {}, "found": {}}']
+
+
+@pytest.mark.parametrize("text", BROKEN, ids=lambda text: repr(text[:20]))
+def test_a_broken_or_foreign_cache_is_started_anew(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "tuning.json"
+    path.write_text(text, encoding="latin-1")
+    assert TuningCache(path).found == {}
+    assert timed(path) > 0
+    assert timed(path) == 0
+
+
+def test_another_machines_cache_is_not_used(tmp_path: Path) -> None:
+    path = tmp_path / "tuning.json"
+    timed(path)
+    data = json.loads(path.read_text())
+    for key in data["machine"]:
+        other = {**data, "machine": {**data["machine"], key: "another"}}
+        path.write_text(json.dumps(other))
+        assert TuningCache(path).found == {}
+
+
+WILD = [-1, 3, 2**31, 10**30, 1e9, 4.0, True, None, "8", [], {}, float("nan"), float("inf")]
+
+
+@pytest.mark.parametrize("field", ["group_size", "block", "chunk", "inputs_first"])
+def test_a_hostile_cache_is_started_anew(tmp_path: Path, field: str) -> None:
+    path = tmp_path / "tuning.json"
+    timed(path)
+    text = path.read_text()
+    fine: tuple[Any, ...] = {"inputs_first": (True,), "group_size": (), "block": (3,), "chunk": (3,)}[field]
+    for wild in WILD:
+        data = json.loads(text)
+        for row in data["found"].values():
+            row[field] = wild
+        path.write_text(json.dumps(data))
+        known = any(type(wild) is type(each) and wild == each for each in fine)
+        assert bool(TuningCache(path).found) == known
+        if known or wild is None:
+            assert (timed(path) == 0) == known
+
+
+@pytest.mark.parametrize(
+    "change", [lambda row: row.clear(), lambda row: row.update(more=1), lambda row: row.pop("block")]
+)
+def test_rows_of_another_form_are_not_used(tmp_path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    path = tmp_path / "tuning.json"
+    timed(path)
+    data = json.loads(path.read_text())
+    change(next(iter(data["found"].values())))
+    path.write_text(json.dumps(data))
+    timed(path)
+
+
+def test_any_valid_tiling_is_right(tmp_path: Path) -> None:
+    path = tmp_path / "tuning.json"
+    timed(path)
+    data = json.loads(path.read_text())
+    rng = random.Random(0)
+    for _ in range(20):
+        for row in data["found"].values():
+            row["group_size"] = rng.choice([0, 1, 2, 4, 8, 16])
+            row["block"], row["chunk"] = rng.choice([1, 7, 192, 2**31 - 1]), rng.choice([0, 1, 5, 2**31 - 1])
+            row["inputs_first"] = rng.random() < 0.5
+        path.write_text(json.dumps(data))
+        assert timed(path) == 0
+
+
+def test_a_cache_that_cannot_be_written_costs_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("in the way")
+    assert timed(tmp_path / "file" / "tuning.json") > 0
+    path = tmp_path / "tuning.json"
+    timed(path)
+    before = path.read_bytes()
+
+    def full_disk(*_: object) -> None:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full_disk)
+        assert timed(path, threads=2) > 0
+    assert path.read_bytes() == before
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["file", "tuning.json"]
+
+
+def test_threads_may_repack_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "tuning.json"
+    models = [pruned(nn.Sequential(nn.Linear(6 + i, 4), nn.ReLU(), nn.Linear(4, 3))) for i in range(4)]
+    inputs = [torch.randn(2, 6 + i) for i in range(4)]
+
+    @torch.inference_mode()
+    def save(turn: int) -> None:
+        for _ in range(10):
+            cache = TuningCache(path)
+            cache.found |= TuningCache(path).found
+            cache.changed = True
+            cache.save()
+
+    made = [program_of(model, x, cache=TuningCache(path)) for model, x in zip(models, inputs, strict=True)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(save, range(4)))
+    assert TuningCache(path).found
+    assert [each.name for each in tmp_path.iterdir()] == ["tuning.json"]
+    assert all(same_output(fast(x), model(x)) for fast, model, x in zip(made, models, inputs, strict=True))
