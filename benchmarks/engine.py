@@ -3,6 +3,7 @@
     python benchmarks/engine.py --quick                     # ResNet-18, batch 1, one thread, G=8: about five minutes
     python benchmarks/engine.py                             # everything: hours
     python benchmarks/engine.py --models resnet18,resnet50 --sparsities 0.5,0.9 --groups 8 --batches 1 --threads 1
+    python benchmarks/engine.py --roofline                  # ResNet-18 at 75%, G=8, a layer at a time: a minute
 
 A cell is one model at one sparsity, group size, batch and number of threads: all engines and the repacked model timed
 in turns. Cells are kept in benchmarks/results/engine/ as they are measured, a file a machine, so a run that was stopped
@@ -28,7 +29,18 @@ from typing import Any, TypeVar
 
 import torch
 from deepsparse_engine import DeepSparse
-from engine_report import REPACKED, Cell, Row, machine_key, read_rows, report, results_file, spread
+from engine_report import (
+    REPACKED,
+    Cell,
+    Row,
+    machine_key,
+    read_rows,
+    report,
+    results_file,
+    roofline,
+    save_roofline,
+    spread,
+)
 from torch import Tensor, nn
 
 import autoprune
@@ -42,6 +54,9 @@ from autoprune.masks import Masks, apply_masks_, weight_of
 from autoprune.patterns import PATTERNS
 from autoprune.progress import Progress
 from autoprune.registry import Choice
+from autoprune.repack import ProgramModel
+from autoprune.repack.layer_times import layer_times
+from autoprune.repack.peak import fma_gflops, l3_gbs, memory_gbs
 from autoprune.report.console import Console
 from autoprune.tasks.zoo.standard import STANDARD, standard_input, standard_model
 
@@ -53,6 +68,7 @@ SECONDS = 12.0  # of timing a cell
 ROUNDS = (7, 50)  # at least and at most, whatever the seconds
 WARMUP = 2
 MIN_SAMPLE_MS = 2.0
+ROOFLINE = Cell("resnet18", 0.75, 8, 1, 1)
 WRONG = 1e-3  # a relative error above this is no result
 
 Value = TypeVar("Value", int, float, str)
@@ -207,6 +223,22 @@ def run(wanted: Sequence[Cell], seconds: float, redo: bool, deepsparse: DeepSpar
     return failed
 
 
+def draw_roofline(cell: Cell, rounds: int, progress: Progress) -> Path:
+    """Times one model's operations and draws them under this machine's roofs.
+
+    Raises:
+        AutopruneError: the model cannot be repacked as a program.
+    """
+    model, x = standard_model(cell.model), standard_input(cell.model, cell.batch)
+    apply_masks_(model, group_masks(model, cell.sparsity, cell.group))
+    progress.say(f"{cell}: repacking and timing, load {os.getloadavg()[0]:.1f}")
+    fast = autoprune.repack(model, x, threads=cell.threads, form="program")
+    assert isinstance(fast, ProgramModel)
+    rows = layer_times(fast, model, x, Protocol(samples=rounds, warmup=WARMUP))
+    bandwidths = {"memory": memory_gbs(), "shared cache": l3_gbs()}
+    return save_roofline(roofline(rows, f"{cell}: its operations", fma_gflops(), bandwidths))
+
+
 def listed(kind: Callable[[str], Value]) -> Callable[[str], tuple[Value, ...]]:
     """Parses ``1,4,8``."""
     return lambda text: tuple(kind(part) for part in text.split(","))
@@ -222,6 +254,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=listed(int), help="default 1,2")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of timing a cell; default 12")
     parser.add_argument("--redo", action="store_true", help="measure these cells again")
+    parser.add_argument("--roofline", action="store_true", help="only draw the roofline plot of ResNet-18's layers")
     parser.add_argument("--report", action="store_true", help="measure nothing, draw what there is")
     parser.add_argument(
         "--deepsparse",
@@ -244,6 +277,9 @@ def main() -> int:
     given, progress = arguments(), Console()
     failed = 0
     try:
+        if given.roofline:
+            progress.say(f"written: {draw_roofline(ROOFLINE, ROUNDS[1], progress)}")
+            return 0
         if not given.report:
             wanted = list(cells(given.models, given.sparsities, given.groups, given.batches, given.threads))
             deepsparse = DeepSparse(given.deepsparse) if given.deepsparse else None

@@ -18,6 +18,7 @@ from autoprune.errors import FileError
 from autoprune.files import read_lines, write_text
 from autoprune.latency.engines import ENGINES, baselines
 from autoprune.latency.machine import machine_identity
+from autoprune.repack.layer_times import LayerTime
 from autoprune.report.plots import save_png
 from autoprune.report.table import MISSING, markdown_table
 
@@ -245,3 +246,40 @@ def figure(rows: Sequence[Row]) -> Figure:
         if axes.get_legend_handles_labels()[1]:
             axes.legend()
     return made
+
+
+def roofline(rows: Sequence[LayerTime], title: str, peak_gflops: float, bandwidths_gbs: Mapping[str, float]) -> Figure:
+    """Useful GFLOP/s against FLOP a byte, a mark an operation that multiplies and adds, under the measured roofs.
+
+    Args:
+        rows: operations of one program.
+        title: what was measured.
+        peak_gflops: fused multiply-adds of one core.
+        bandwidths_gbs: what is read from -> GB/s of one core.
+    """
+    shown = [row for row in rows if row.flops]
+    made = Figure(figsize=(7.2, 4.8), dpi=120, layout="constrained")
+    axes = made.add_subplot(xscale="log", yscale="log", xlabel="useful FLOP/byte", ylabel="useful GFLOP/s", title=title)
+    lowest, highest = min(row.intensity for row in shown) / 2, max(row.intensity for row in shown) * 2
+    right = max(highest, *(peak_gflops / speed for speed in bandwidths_gbs.values()))
+    for style, (name, speed) in zip(("--", ":", "-."), bandwidths_gbs.items(), strict=False):
+        places = [lowest, peak_gflops / speed, right]
+        roof = [min(peak_gflops, speed * place) for place in places]
+        axes.plot(places, roof, color="k", linestyle=style, linewidth=1, label=f"{name}, {speed:.0f} GB/s")
+    axes.axhline(peak_gflops, color="k", linewidth=1, label=f"FMA peak, {peak_gflops:.0f} GFLOP/s")
+    for at, kind in enumerate(dict.fromkeys(row.kind for row in shown)):
+        marks = [row for row in shown if row.kind == kind]
+        places, rates = [row.intensity for row in marks], [row.gflops for row in marks]
+        axes.scatter(places, rates, s=22, color=f"C{at}", label=kind, zorder=3)
+    for row in shown:
+        axes.annotate(row.name, (row.intensity, row.gflops), (3, 3), textcoords="offset points", fontsize=5)
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=7)
+    return made
+
+
+def save_roofline(figure: Figure) -> Path:
+    """Where it was written."""
+    path = RESULTS / "engine_roofline.png"
+    save_png(figure, path)
+    return path
