@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from autoprune.errors import AutopruneError
 from autoprune.inventory import as_tuple, copy_for_inference, record_inputs
 from autoprune.latency.timer import Clock, Protocol, torch_threads
-from autoprune.repack.program.graph import Graph, Op, evaluate_op
+from autoprune.repack.program.graph import Op
+from autoprune.repack.program.layout import FLOAT_BYTES
 from autoprune.repack.program.lower import NativeStep
 from autoprune.repack.program.native import NativeSequence
 from autoprune.repack.program.nodes import Tiling
@@ -107,7 +108,7 @@ def layer_times(
     with torch.inference_mode(), torch_threads(1):
         fast(*fresh(inputs))  # says what is wrong with the inputs
         plan = fast.program.plan(tuple(tuple(x.shape) for x in inputs))
-        works = _works(fast.program, plan, inputs)
+        works = _works(fast.program, plan)
         compared = [work.layer for work in works if work.layer is not None]
         passes: list[Callable[[], _Timed]] = [partial(_program_pass, plan, inputs, clock)]
         passes += _dense_passes(model, inputs, compared, clock)
@@ -183,9 +184,9 @@ def _dense_pass(layers: Mapping[tuple[str, str], tuple[nn.Module, Tensor]], cloc
         yield key, clock() - start
 
 
-def _works(program: Program, plan: Plan, inputs: tuple[Tensor, ...]) -> list[_Work]:
+def _works(program: Program, plan: Plan) -> list[_Work]:
     """What each step of a plan does, in order."""
-    values = _shapes(program.graph, inputs)
+    values = plan.lowered.values
     works, seen = [], set()
     for step in plan.lowered.steps:
         op = step.op
@@ -203,12 +204,16 @@ def _works(program: Program, plan: Plan, inputs: tuple[Tensor, ...]) -> list[_Wo
 
 
 def _about(
-    op: Op, backend: str, weights: Weights | None, tiling: Tiling | None, values: Mapping[str, Any]
+    op: Op, backend: str, weights: Weights | None, tiling: Tiling | None, values: Mapping[str, Tensor]
 ) -> LayerTime:
     name = op.attributes.get("layer") or op.output
     kind = op.attributes["op"].split(".")[1] if op.kind == "torch" else op.kind
-    held = {*op.inputs, op.output, *op.tensors.values()}
-    moved = sum(values[each].nbytes for each in held if isinstance(values.get(each), Tensor))
+    held = [values[each] for each in {*op.inputs, op.output, *op.tensors.values()} if each in values]
+    moved = sum(each.nbytes for each in held)
+    if op.kind == "conv2d":
+        x, y, kernel = values[op.inputs[0]], values[op.output], values[op.tensors["weight"]].shape[2:]
+        most = x.shape[0] * x.shape[1] * y.shape[2:].numel() * kernel.numel()
+        moved -= max(0, x.nbytes - FLOAT_BYTES * most)  # a stride that leaves positions out
     sparsity = size = None
     if weights is not None:
         packed = weights.packed
@@ -218,20 +223,11 @@ def _about(
     return LayerTime(name, kind, backend, sparsity, size, tiling, _flops(op, weights, values), moved, 0.0, 0.0)
 
 
-def _flops(op: Op, weights: Weights | None, values: Mapping[str, Any]) -> int:
+def _flops(op: Op, weights: Weights | None, values: Mapping[str, Tensor]) -> int:
     if op.kind == "attention":
-        return 4 * int(values[op.inputs[0]].numel()) * int(values[op.inputs[1]].shape[2])
+        return 4 * values[op.inputs[0]].numel() * values[op.inputs[1]].shape[2]
     if op.kind not in ("conv2d", "linear"):
         return 0
     y, weight = values[op.output], values[op.tensors["weight"]]
-    kept = int(weight.numel()) if weights is None else int(np.count_nonzero(weights.packed.values))
-    return 2 * kept * int(y.numel() // weight.shape[0])
-
-
-def _shapes(graph: Graph, inputs: tuple[Tensor, ...]) -> dict[str, Any]:
-    """Every value and constant of the graph for these inputs, without memory."""
-    constants = {name: tensor.to("meta") for name, tensor in graph.constants.items()}
-    values: dict[str, Any] = {each.name: x.to("meta") for each, x in zip(graph.inputs, inputs, strict=True)}
-    for op in graph.ops:
-        values[op.output] = evaluate_op(op, values, constants)
-    return {**constants, **values}
+    kept = weight.numel() if weights is None else int(np.count_nonzero(weights.packed.values))
+    return 2 * kept * (y.numel() // weight.shape[0])

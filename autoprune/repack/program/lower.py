@@ -143,6 +143,7 @@ class Lowered:
         threads: the most that may work on one call.
         scalars: the integers that torch's operators are given.
         returned: value -> where it lies when the last step is done.
+        values: every tensor that has a name, constants and those that lowering adds, on the meta device.
     """
 
     steps: tuple[NativeStep | TorchStep, ...]
@@ -154,6 +155,7 @@ class Lowered:
     scalars: Mapping[str, int]
     threads: int
     returned: Mapping[str, View]
+    values: Mapping[str, Tensor]
 
 
 def lower(
@@ -221,8 +223,9 @@ class _Lowering:
         scalars = {name: value for name, value in self.values.items() if isinstance(value, int)}
         arena = place(self.native_buffers(), ARENA)
         return Lowered(
-            tuple(self.steps), arena, self.slots, tuple(inputs), outputs, self.fixed, scalars, self.threads, returned
-        )
+            tuple(self.steps), arena, self.slots, tuple(inputs), outputs, self.fixed, scalars, self.threads, returned,
+            {name: value for name, value in self.values.items() if isinstance(value, Tensor)},
+        )  # fmt: skip
 
     def native_buffers(self) -> list[Buffer]:
         """Buffers that lie in the arena, sized now that every layout stands."""
