@@ -1,0 +1,200 @@
+"""`autoprune bench` and `repack` of a model as it stands: what is measured, what is printed, what is refused."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+import autoprune
+from autoprune.bench import Bench, bench_model, example_inputs, layers_table, models_table, parse_shape
+from autoprune.cli import app
+from autoprune.errors import AutopruneError, ConfigError
+from autoprune.latency.engines.base import DenseEngine
+from autoprune.latency.timer import Latency
+from autoprune.repack.layer_times import LayerTime
+from autoprune.repack.program.nodes import Tiling
+
+MODELS = """
+import torch
+from torch import nn
+
+def net():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 6 * 6, 4))
+    with torch.no_grad():
+        net[3].weight[:, ::2] = 0
+    return net
+
+class Words(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words, self.head = nn.Embedding(5, 8), nn.Linear(8, 4)
+
+    def forward(self, ids, scale):
+        return self.head(self.words(ids) * scale)
+
+def words():
+    return Words()
+
+class Fickle(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(x) if x.sum().item() > 0 else self.head(-x)
+
+def fickle():
+    return Fickle()
+
+def number():
+    return 3
+"""
+
+
+def ticking() -> Callable[[], float]:
+    ticks = itertools.count()
+    return lambda: next(ticks) * 1e-3
+
+
+@pytest.fixture
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "models_of_test_bench.py").write_text(MODELS, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+def invoke(*arguments: str) -> str:
+    named = [text.replace("models:", "models_of_test_bench:") for text in arguments]
+    result = CliRunner().invoke(app, named, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_a_model_as_it_stands_is_measured_whole_and_by_layer(models: Path) -> None:
+    text = invoke("bench", "models:net", "--input", "2,3,6,6", "--engines", "channels_last", "--rounds", "2",
+                  "--save", "fast.safetensors")  # fmt: skip
+    for wanted in ("the model itself, torch eager", "channels_last", "repacked", "best dense", "GFLOP/s a core"):
+        assert wanted in text
+    layers = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("|")}
+    assert "conv2d" in layers["0"]
+    assert "50%" in layers["3"]
+    assert layers["0"].count("contiguous") + layers["0"].count("channels_last") == 1
+    fast = autoprune.load(models / "fast.safetensors")
+    assert tuple(fast(torch.zeros(2, 3, 6, 6)).shape) == (2, 4)
+
+
+def test_several_inputs_of_several_types(models: Path) -> None:
+    arguments = ["--input", "1,7", "--input", "1,7,8", "--dtype", "int64", "--dtype", "float32"]
+    text = invoke("bench", "models:words", *arguments, "--engines", "eager", "--rounds", "1")
+    assert "head" in text
+    assert "embedding" in text
+
+
+def test_a_model_that_is_no_program_is_told_by_its_report(models: Path) -> None:
+    text = invoke("bench", "models:fickle", "--input", "1,8", "--engines", "eager", "--rounds", "1")
+    assert "Not one program" in text
+    assert "head" in text
+
+
+def test_repack_writes_any_model(models: Path) -> None:
+    text = invoke("repack", "models:net", "--input", "1,3,6,6", "--save", "fast.safetensors")
+    assert "Written: fast.safetensors" in text
+    x = torch.randn(1, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+    model = __import__("models_of_test_bench").net().eval()
+    with torch.inference_mode():
+        torch.testing.assert_close(autoprune.load("fast.safetensors")(x), model(x), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["bench", "models:net"], "--input 1,3,224,224"),
+        (["bench", "models:net", "--input", "1,3,a"], "'1,3,a' is no shape"),
+        (["bench", "models:net", "--input", "1,4,6,6"], r"does not run on \(1, 4, 6, 6\) float32"),
+        (["bench", "models:net", "--input", "1,3,6,6", "--dtype", "int"], "Did you mean 'int64'"),
+        (["bench", "models:net", "--input", "1,3,6,6", "--engines", "eagr"], "Did you mean 'eager'"),
+        (["bench", "models:net", "--input", "1,3,6,6", "--run-dir", "runs"], "--run-dir is for a config"),
+        (["bench", "models:number", "--input", "1"], "must return a torch.nn.Module, not a int"),
+        (["bench", "models:nte", "--input", "1"], "Did you mean 'net'"),
+        (["bench", "no_such_module:net", "--input", "1"], "cannot be imported"),
+        (["bench", "some.toml", "--threads", "2"], "--threads is for a function"),
+        (["repack", "some.toml", "--save", "x"], "--save is for a function"),
+        (["repack", "models:net", "--input", "1,3,6,6"], "--save fast.safetensors"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_clear_error(models: Path, arguments: list[str], text: str) -> None:
+    before = {path for path in models.iterdir() if path.suffix != ".pyc" and path.name != "__pycache__"}
+    with pytest.raises(AutopruneError, match=text):
+        invoke(*arguments)
+    assert {path for path in models.iterdir() if path.name != "__pycache__"} == before
+
+
+@pytest.mark.parametrize("text", ["", ",", "1,", "1,-3", "1,0", "1x3", "1.5", "²"])
+def test_what_is_no_shape(text: str) -> None:
+    with pytest.raises(ConfigError, match="is no shape"):
+        parse_shape(text)
+
+
+def test_example_inputs() -> None:
+    ids, x = example_inputs(["2, 5", "2,3"], ["int64", "float32"])
+    assert (ids.dtype, tuple(ids.shape), x.dtype, tuple(x.shape)) == (torch.int64, (2, 5), torch.float32, (2, 3))
+    assert set(ids.flatten().tolist()) <= {0, 1}
+    assert [each.dtype for each in example_inputs(["1", "2"], ["int64"])] == [torch.int64] * 2
+    assert torch.equal(*(example_inputs(["3,4"], [])[0] for _ in range(2)))
+    with pytest.raises(ConfigError, match="2 --dtype for 3 --input"):
+        example_inputs(["1", "1", "1"], ["int64", "float32"])
+
+
+def test_an_engine_that_is_missing_is_told_or_an_error_where_it_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DenseEngine, "available", lambda self: "pip install it")
+    monkeypatch.setattr("autoprune.latency.engines.eager.Eager.available", lambda self: None, raising=False)
+    monkeypatch.setattr("autoprune.latency.engines.compile.Compile.available", lambda self: "a compiler")
+    model, x = nn.Sequential(nn.Linear(8, 4)), torch.ones(1, 8)
+    found = bench_model(model, (x,), rounds=1, clock=ticking())
+    assert list(found.latencies) == ["eager", "repacked"]
+    assert "onnxruntime left out: " in models_table(found)
+    assert "pip install it" in found.left_out["onnxruntime"]
+    with pytest.raises(AutopruneError, match="pip install it"):
+        bench_model(model, (x,), engines=["onnxruntime"], rounds=1, clock=ticking())
+
+
+def test_the_tables() -> None:
+    def latency(ms: float) -> Latency:
+        return Latency.from_samples([ms, ms], 2)
+
+    latencies = {
+        "eager": latency(6.0), "onnxruntime": latency(4.0), "openvino_bf16": latency(1.0), "repacked": latency(2.0)
+    }  # fmt: skip
+    tiling = Tiling(8, 48, 4, False)
+    conv = LayerTime("conv1", "conv2d", "jit", 0.75, 8, tiling, 5_000_000, 1_000_000, 100.0, 90.0, 300.0, "contiguous")
+    copy = LayerTime("input", "copy", "jit", None, None, None, 0, 1000, 10.0, 9.0)
+    found = Bench(
+        autoprune.repack(nn.Sequential(nn.Linear(8, 4)), torch.ones(1, 8)), latencies, {}, (copy, conv), 100.0
+    )
+    assert found.best == "onnxruntime", "bfloat16 is not the same work"
+    whole = [[cell.strip() for cell in line.split("|")[1:-1]] for line in models_table(found).splitlines()]
+    assert whole[0][0] == "model, 2 thread(s)"
+    assert [(row[0], row[2]) for row in whole[2:]] == [
+        ("the model itself, torch eager", "0.67x"),
+        ("onnxruntime, best dense", "1.00x"),
+        ("openvino_bf16 (not float32: not compared)", "4.00x"),
+        ("repacked", "2.00x"),
+    ]
+    lines = [line for line in layers_table(found.layers, 100.0).splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert "of 100 peak" in rows[0]
+    assert rows[3] == [
+        "conv1", "conv2d", "75%", "300.0", "contiguous", "jit", "8", "48x4 weights", "100.0", "90.0", "3.00x",
+        "50.0", "50%", "5.0",
+    ]  # fmt: skip
+    assert rows[-1][:4] == ["all of these", "", "", "300.0"]
+    assert rows[-1][8] == "110.0"
+    assert models_table(found) in found.text()
