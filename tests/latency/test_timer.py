@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from autoprune.latency.timer import Protocol, measure_together, speedup
@@ -40,3 +42,11 @@ def test_a_cold_call_after_another_candidate_is_not_timed_with_a_lead() -> None:
 
     assert times(1) == pytest.approx([1.0, 1.0])
     assert max(times(0)) == pytest.approx(5.0)
+
+
+def test_every_round_is_told_when_it_is_done() -> None:
+    ticks, calls = itertools.count(), []
+    protocol = Protocol(samples=3, warmup=1, min_sample_ms=0.0)
+    candidates = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
+    measure_together(candidates, protocol, lambda: float(next(ticks)), lambda: calls.append("done"))
+    assert calls == ["a", "b", "a", "b", "done", "b", "a", "done", "a", "b", "done"]

@@ -1,0 +1,63 @@
+"""benchmarks/layers.py and the roofline of benchmarks/engine.py, on times that are made up."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from torch import nn
+
+from autoprune.masks import sparsity
+from autoprune.repack.layer_times import LayerTime
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def layers(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("layers")
+
+
+def row(median_us: float, flops: int = 1_000_000, dense_us: float = 100.0, kind: str = "conv2d") -> LayerTime:
+    return LayerTime("conv", kind, "jit", 0.75, 8, None, flops, 100_000, median_us, median_us, dense_us, "contiguous")
+
+
+def test_a_row_a_sparsity_and_what_was_reached(layers: ModuleType) -> None:
+    cells = list(itertools.product(layers.SPARSITIES, layers.GROUP_SIZES))
+    titles = [title for title, _, _ in layers.layers()]
+    assert {layers.title_of(*each) for each in layers.RESNET18} < set(titles)
+    assert layers.LINEAR in titles
+    lines = layers.rows("conv", dict.fromkeys(cells, row(25.0)), 80.0)
+    assert len(lines) == len(layers.SPARSITIES)
+    assert lines[0].startswith("| conv | 100.0 contiguous | 0.5 | 25.0 (4.00x, 50%) |")
+    found = {title: dict.fromkeys(cells, row(25.0)) for title in titles}
+    found["conv 64->64, 56x56, 3x3"] = dict.fromkeys(cells, row(12.5))
+    text = "\n".join(layers.goals(found, 80.0))
+    assert "1 of 7; lowest 50%" in text
+    assert "90%, G=16: 6x over dense | 4.00x" in text
+
+
+def test_only_a_copy_is_pruned(layers: ModuleType) -> None:
+    conv = nn.Conv2d(8, 8, 3).requires_grad_(False)
+    assert sparsity(layers.pruned(conv, 8, 0.75)[0].weight) == pytest.approx(0.75, abs=0.02)
+    assert sparsity(conv.weight) == 0.0
+
+
+def test_the_roofline_shows_what_multiplies_under_every_roof(layers: ModuleType, tmp_path: Path,
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    report = importlib.import_module("engine_report")
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    rows = [row(25.0), row(50.0, kind="linear"), row(10.0, flops=0, kind="copy")]
+    figure = report.roofline(rows, "a model", 80.0, {"memory": 10.0, "shared cache": 40.0})
+    (axes,) = figure.axes
+    labels = axes.get_legend_handles_labels()[1]
+    assert labels == ["memory, 10 GB/s", "shared cache, 40 GB/s", "FMA peak, 80 GFLOP/s", "conv2d", "linear"]
+    memory = axes.get_lines()[0].get_xydata()
+    assert memory[1].tolist() == pytest.approx([8.0, 80.0]), "where the roofs meet"
+    marks = [mark.get_offsets().tolist() for mark in axes.collections]
+    assert marks == [[[10.0, 40.0]], [[10.0, 20.0]]]
+    assert report.save_roofline(figure).read_bytes().startswith(b"\x89PNG")
