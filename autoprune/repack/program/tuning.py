@@ -31,10 +31,11 @@ from autoprune.repack.program.nodes import Tiling
 from autoprune.repack.program.program import Plan, Program
 from autoprune.repack.program.weights import Weights
 
-VERSION = 2  # of the kernels: what was tuned for others is not used
+VERSION = 3  # of the kernels: what was tuned for others is not used
 ROUNDS = 5
 # What a kept weight costs in groups of this size, relative to the largest: smaller groups load more for each.
-COST = {16: 1.0, 8: 1.0, 4: 1.08, 2: 1.6, 1: 2.4}
+# A convolution's vectors hold positions, a Linear's the filters of a group.
+COST = {"conv2d": {16: 1.0, 8: 1.0, 4: 1.08, 2: 1.6, 1: 2.4}, "linear": {16: 1.0, 8: 1.4, 4: 2.8, 2: 5.0, 1: 8.0}}
 WORTH_TRYING = 1.35  # candidates up to this much dearer than the cheapest are timed
 MANY_GROUPS = 4  # that read the same input: from here on, copying it into panels may pay
 ITEMS_A_THREAD = 8  # so that threads finish together
