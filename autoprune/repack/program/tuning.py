@@ -66,7 +66,8 @@ class Layer:
 
     def sizes(self) -> list[int]:
         """Group sizes worth timing, the most promising first."""
-        cost = {size: self.grouping.density(size) * COST[size] for size in GROUP_SIZES}
+        factors = COST["conv2d" if self.weight.dim() == 4 else "linear"]
+        cost = {size: self.grouping.density(size) * factors[size] for size in GROUP_SIZES}
         best = min(cost.values())
         return sorted((size for size in GROUP_SIZES if cost[size] <= best * WORTH_TRYING + 1e-9), key=cost.__getitem__)
 
