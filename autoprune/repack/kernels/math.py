@@ -12,10 +12,16 @@ from autoprune.repack.kernels.ir import F32, I32, clamp, fma, vector
 
 Emit = Callable[[ir.IRBuilder, ir.Module, ir.Value, int], ir.Value]
 
-_ROUNDER = 12582912.0  # 1.5 * 2**23: adding it leaves an integer in the low bits
-_EXP_RANGE = (-87.3, 88.3)  # where the result is a normal number
-_EXP = (1.0 / 720, 1.0 / 120, 1.0 / 24, 1.0 / 6, 0.5, 1.0, 1.0)  # Taylor: enough for |r| <= ln(2) / 2
-_LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4  # Cody & Waite: n * _LN2_HIGH is exact
+_BIAS = 127  # of a float's exponent
+_ROUNDER = 12582912.0 + _BIAS  # 1.5 * 2**23: adding it leaves an integer in the low bits, here an exponent field
+_POWER_RANGE = (-127.0, 128.0)  # fields 0 and 255: as factors, exactly 0 and infinity
+_EXP_RANGE = (-88.0, 88.7)  # natural, ends in the same fields
+_LOG2E = float(np.float32(1 / math.log(2)))
+_LOG2E_LOW = 1 / math.log(2) - _LOG2E
+# (2**r - 1) / r for |r| <= 1/2, minimax: of 2**r to 9.2e-8; of the quotient itself to 1.1e-8.
+_POWER = (0.001326472731307149, 0.009671512991189957, 0.05550733581185341, 0.24022242426872253, 0.6931470036506653)
+_RISE = (0.00015403512, 0.0013390735257416964, 0.009618237614631653, 0.055503573268651965, 0.24022649228572845,
+         0.6931471824645996)  # fmt: skip
 _ERF = (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592)  # Abramowitz & Stegun 7.1.26
 _ERF_SLOPE = 0.3275911
 
@@ -39,20 +45,37 @@ def _polynomial(b: ir.IRBuilder, module: ir.Module, x: ir.Value, factors: tuple[
     return total
 
 
-def exp(b: ir.IRBuilder, module: ir.Module, x: ir.Value, lanes: int) -> ir.Value:
-    """E ** x; results beyond the normal numbers are their ends."""
-    low, high = (splat_float(end, lanes) for end in _EXP_RANGE)
-    x = clamp(b, x, low, high)
-    multiply = fma(module, lanes)
-    rounder = splat_float(_ROUNDER, lanes)
-    shifted = b.call(multiply, [x, splat_float(1 / math.log(2), lanes), rounder])
-    n = b.fsub(shifted, rounder)
-    r = b.call(multiply, [n, splat_float(-_LN2_HIGH, lanes), x])
-    r = b.call(multiply, [n, splat_float(-_LN2_LOW, lanes), r])
-    power = _polynomial(b, module, r, _EXP, lanes)
+def _scaled(b: ir.IRBuilder, module: ir.Module, r: ir.Value, shifted: ir.Value, lanes: int) -> ir.Value:
+    """2 ** (r + n), n in the low bits of `shifted`; a product, since a sum of exponents is wrong at 0, inf and NaN."""
+    return b.fmul(_polynomial(b, module, r, (*_POWER, 1.0), lanes), _factor(b, shifted, lanes))
+
+
+def _factor(b: ir.IRBuilder, shifted: ir.Value, lanes: int) -> ir.Value:
+    """2 ** n."""
     integers = _splat_int(0, lanes).type
-    exponent = b.shl(b.bitcast(shifted, integers), _splat_int(23, lanes))
-    return b.bitcast(b.add(b.bitcast(power, integers), exponent), x.type)
+    return b.bitcast(b.shl(b.bitcast(shifted, integers), _splat_int(23, lanes)), shifted.type)
+
+
+def exp2(b: ir.IRBuilder, module: ir.Module, x: ir.Value, lanes: int) -> ir.Value:
+    """2 ** x to 2 ulp; 0 below the normal numbers, infinity from 2 ** 127.5 on, NaN of NaN."""
+    x = clamp(b, x, *(splat_float(end, lanes) for end in _POWER_RANGE))
+    rounder = splat_float(_ROUNDER, lanes)
+    shifted = b.fadd(x, rounder)
+    return _scaled(b, module, b.fsub(x, b.fsub(shifted, rounder)), shifted, lanes)
+
+
+def _split(b: ir.IRBuilder, module: ir.Module, x: ir.Value, lanes: int) -> tuple[ir.Value, ir.Value]:
+    """X log2(e) as a rest of at most one half, and the integer in the low bits of the other."""
+    multiply, rounder = fma(module, lanes), splat_float(_ROUNDER, lanes)
+    shifted = b.call(multiply, [x, splat_float(_LOG2E, lanes), rounder])
+    r = b.call(multiply, [x, splat_float(_LOG2E, lanes), b.fneg(b.fsub(shifted, rounder))])
+    return b.call(multiply, [x, splat_float(_LOG2E_LOW, lanes), r]), shifted
+
+
+def exp(b: ir.IRBuilder, module: ir.Module, x: ir.Value, lanes: int) -> ir.Value:
+    """E ** x to 2 ulp; 0 below the normal numbers, infinity from 2 ** 127.5 on, NaN of NaN."""
+    x = clamp(b, x, *(splat_float(end, lanes) for end in _EXP_RANGE))
+    return _scaled(b, module, *_split(b, module, x, lanes), lanes)
 
 
 def _sigmoid(b: ir.IRBuilder, module: ir.Module, x: ir.Value, lanes: int) -> ir.Value:
@@ -65,8 +88,13 @@ def _silu(b: ir.IRBuilder, module: ir.Module, x: ir.Value, lanes: int) -> ir.Val
 
 
 def _tanh(b: ir.IRBuilder, module: ir.Module, x: ir.Value, lanes: int) -> ir.Value:
-    doubled = _sigmoid(b, module, b.fadd(x, x), lanes)
-    return b.fsub(b.fadd(doubled, doubled), splat_float(1.0, lanes))
+    """From exp(2 x) - 1, which keeps the digits of a small x; it is 1 to the last bit from 10 on."""
+    x = clamp(b, x, splat_float(-10.0, lanes), splat_float(10.0, lanes))
+    r, shifted = _split(b, module, b.fadd(x, x), lanes)
+    factor = _factor(b, shifted, lanes)
+    rise = b.fmul(r, _polynomial(b, module, r, _RISE, lanes))
+    rise = b.call(fma(module, lanes), [rise, factor, b.fsub(factor, splat_float(1.0, lanes))])
+    return b.fdiv(rise, b.fadd(rise, splat_float(2.0, lanes)))
 
 
 def _gelu(b: ir.IRBuilder, module: ir.Module, x: ir.Value, lanes: int) -> ir.Value:
