@@ -9,7 +9,7 @@ from autoprune.errors import AutopruneError
 from autoprune.plan import Plan
 
 # Not lazily: the name must be bound after the package of the same name, or that would shadow the function.
-from autoprune.repack import RepackedModel, load, repack, save
+from autoprune.repack import ExportReport, RepackedModel, export_onnx, load, repack, save
 from autoprune.target import Target
 from autoprune.version import __version__
 
@@ -22,11 +22,13 @@ _LAZY = {"Compressed": "autoprune.api", "compress": "autoprune.api"}
 __all__ = [
     "AutopruneError",
     "Compressed",
+    "ExportReport",
     "Plan",
     "RepackedModel",
     "Target",
     "__version__",
     "compress",
+    "export_onnx",
     "load",
     "repack",
     "save",

@@ -14,7 +14,7 @@ from autoprune.inventory import copy_for_inference, weighted_layers
 from autoprune.latency.engines import ENGINES, baselines
 from autoprune.latency.timer import Clock, Latency, Protocol, measure_together, speedup
 from autoprune.progress import SILENT, Progress
-from autoprune.repack import ProgramModel, RepackedModel, repack
+from autoprune.repack import ExportReport, ProgramModel, RepackedModel, repack
 from autoprune.repack.layer_times import LayerTime, layer_times
 from autoprune.repack.peak import fma_gflops
 from autoprune.repack.swap import fresh
@@ -255,3 +255,18 @@ def repack_text(model: RepackedModel) -> str:
         for row in model.report
     ]
     return markdown_table(("layer", "sparsity", "group", "backend", "dense us", "packed us", "why"), rows)
+
+
+def export_text(report: ExportReport) -> str:
+    """What became of each layer of an exported model, and of its size and speed."""
+    rows = [
+        [row.name, percent(row.sparsity, 0), row.form, microseconds(row.dense_us), microseconds(row.packed_us), row.why]
+        for row in report.layers
+    ]
+    table = markdown_table(("layer", "sparsity", "exported as", "dense us", "packed us", "why"), rows)
+    batch = "any batch size" if report.dynamic else "the example's batch size only"
+    checked = f"equal to the model in {report.checked}" if report.checked else "not checked: no engine is installed"
+    told = f"{report.file_bytes:,} bytes (the model's own weights: {report.dense_bytes:,}); {batch}; {checked}."
+    if report.dense_ms is not None and report.exported_ms is not None:
+        told += f" In {report.engine}: {report.exported_ms:.3f} ms, exported dense {report.dense_ms:.3f} ms."
+    return f"{table}\n\n{told}"

@@ -85,6 +85,16 @@ def _run(config: Path, run_dir: Path | None, overrides: list[str] | None, *, fre
     return Run(loaded, run_dir or Path("runs") / config.stem, progress=_console(), fresh_table=fresh_table)
 
 
+def _run_in(directory: Path) -> Run:
+    """The run that is kept in a directory."""
+    from autoprune.config import parse_config
+    from autoprune.files import read_json
+    from autoprune.run import Run
+
+    path = directory / "config.json"
+    return Run(parse_config(read_json(path, "the run's config"), str(path)), directory, progress=_console())
+
+
 @app.command()
 def run(config: ConfigPath, run_dir: RunDir = None, overrides: Overrides = None) -> None:
     """The whole job: train dense, profile, search, fine-tune, repack, measure, report.
@@ -252,20 +262,48 @@ def bench(
 
 
 @app.command()
+def export(
+    target: Annotated[
+        str,
+        typer.Argument(help="A run directory, or package.module:function returning an nn.Module.", show_default=False),
+    ],
+    out: Annotated[Path, typer.Option(help="The ONNX file to write.", show_default=False)],
+    shapes: Shapes = None,
+    dtypes: Dtypes = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(help="onnxruntime or openvino: layers are timed in it, and the file is never slower than dense."),
+    ] = None,
+    threads: Annotated[int, typer.Option(help="Threads of one inference in the engine.", min=1)] = 1,
+) -> None:
+    """Write the masked model of a run, or any model with zeros in its weights, as an ONNX file.
+
+    Example: autoprune export runs/digits --out digits.onnx
+
+    Example: autoprune export my.models:build --input 1,3,224,224 --out model.onnx --engine onnxruntime
+    """
+    from autoprune.bench import example_inputs, export_text
+    from autoprune.repack import export_onnx
+
+    if _is_function(target):
+        model, inputs = _model(target), example_inputs(shapes or (), dtypes or ())
+    else:
+        _only_for("a function", {"--input": shapes, "--dtype": dtypes})
+        job = _run_in(Path(target))
+        model, inputs = job.masked, job.task.example_inputs(job.config.latency.batch)
+    typer.echo(export_text(export_onnx(model, inputs, out, engine=engine, threads=threads)))
+    typer.echo(f"Written: {out}")
+
+
+@app.command()
 def report(run_dir: Annotated[Path, typer.Argument(help="A run directory, e.g. runs/digits.")]) -> None:
     """Write the report of a run again and print it; missing stages are run first.
 
     Example: autoprune report runs/digits
     """
-    from autoprune.config import parse_config
-    from autoprune.files import read_json
-    from autoprune.report.console import Console
     from autoprune.results import write_report
-    from autoprune.run import Run
 
-    path = run_dir / "config.json"
-    config = parse_config(read_json(path, "the run's config"), str(path))
-    typer.echo(write_report(Run(config, run_dir, progress=Console())))
+    typer.echo(write_report(_run_in(run_dir)))
 
 
 @app.command()

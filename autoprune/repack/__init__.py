@@ -1,6 +1,7 @@
 """Repacked inference: masked weights, reassembled once into smaller dense work, run without a sparse library."""
 
 from autoprune.repack.backends import BACKENDS, Backend, LayerForm, Support
+from autoprune.repack.export import ExportedLayer, ExportReport, export_onnx
 from autoprune.repack.files import load, save
 from autoprune.repack.formats import PackedWeight, pack
 from autoprune.repack.model import repack
@@ -13,6 +14,8 @@ __all__ = [
     "BACKENDS",
     "Backend",
     "CaptureError",
+    "ExportReport",
+    "ExportedLayer",
     "Graph",
     "LayerForm",
     "LayerReport",
@@ -22,6 +25,7 @@ __all__ = [
     "Support",
     "SwappedModel",
     "capture",
+    "export_onnx",
     "load",
     "lower_layer",
     "pack",

@@ -1,10 +1,11 @@
-"""A model as an ONNX file, for the engines that read one."""
+"""A model as an ONNX file, and the engines that read one."""
 
 from __future__ import annotations
 
 import logging
 import tempfile
 import warnings
+from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,21 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from autoprune.errors import AutopruneError
+from autoprune.latency.engines.base import Call, DenseEngine
+
+BATCH = "batch"  # what an extent that may be any is called in a file
+
+
+class OnnxEngine(DenseEngine):
+    """An engine that reads ONNX files."""
+
+    @abstractmethod
+    def load(self, path: Path, inputs: tuple[Any, ...], threads: int) -> Call:
+        """Compiles a file for inputs of these very shapes; the call is that of `prepare`. The file may go away."""
+
+    def _compile(self, model: nn.Module, inputs: tuple[Any, ...], threads: int) -> Call:
+        with onnx_file(model, inputs) as path:
+            return self.load(path, inputs, threads)
 
 
 @contextmanager

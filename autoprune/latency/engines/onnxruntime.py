@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from autoprune.latency.engines.base import Call, DenseEngine
-from autoprune.latency.engines.export import arrays, onnx_file
+from autoprune.latency.engines.base import Call
+from autoprune.latency.engines.export import BATCH, OnnxEngine, arrays
 
 
-class OnnxRuntime(DenseEngine):
+class OnnxRuntime(OnnxEngine):
     """ONNX Runtime's CPU provider."""
 
     needs = ("onnx", "onnxscript", "onnxruntime")
 
-    def _compile(self, model: nn.Module, inputs: tuple[Any, ...], threads: int) -> Call:
+    def load(self, path: Path, inputs: tuple[Any, ...], threads: int) -> Call:
         import onnxruntime
 
         onnxruntime.disable_telemetry_events()
@@ -24,8 +23,9 @@ class OnnxRuntime(DenseEngine):
         options.inter_op_num_threads = 1
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.log_severity_level = 3  # errors
-        with onnx_file(model, inputs) as path:
-            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        if inputs and inputs[0].ndim:
+            options.add_free_dimension_override_by_name(BATCH, inputs[0].shape[0])
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         names = [value.name for value in session.get_inputs()]
         binding = session.io_binding()  # inputs bound once: as fast as this engine can be driven
         for name, array in zip(names, arrays(inputs, len(names)), strict=True):

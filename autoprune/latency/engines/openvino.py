@@ -5,32 +5,35 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from torch import nn
-
-from autoprune.latency.engines.base import Call, DenseEngine
-from autoprune.latency.engines.export import arrays, onnx_file
+from autoprune.latency.engines.base import Call
+from autoprune.latency.engines.export import OnnxEngine, arrays
 
 
-class OpenVino(DenseEngine):
+class OpenVino(OnnxEngine):
     """OpenVINO's CPU plugin. By itself it would take bfloat16 where the CPU has it: not the same work."""
 
     needs = ("onnx", "onnxscript", "openvino")
 
-    def _compile(self, model: nn.Module, inputs: tuple[Any, ...], threads: int) -> Call:
-        return openvino_call(model, inputs, threads, {"INFERENCE_PRECISION_HINT": "f32"})
+    def load(self, path: Path, inputs: tuple[Any, ...], threads: int) -> Call:
+        return openvino_call(path, inputs, threads, {"INFERENCE_PRECISION_HINT": "f32"})
 
 
-def openvino_call(model: nn.Module, inputs: tuple[Any, ...], threads: int, precision: Mapping[str, str]) -> Call:
+def openvino_call(path: Path, inputs: tuple[Any, ...], threads: int, precision: Mapping[str, str]) -> Call:
     """One request of the CPU plugin, with the settings of `precision` besides those for latency."""
     openvino = import_openvino()
     settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, **precision}
-    with onnx_file(model, inputs) as path:
-        compiled = openvino.Core().compile_model(str(path), "CPU", settings)
+    core = openvino.Core()
+    model = core.read_model(str(path))
+    values = arrays(inputs, len(model.inputs))
+    if model.is_dynamic():
+        model.reshape({at: array.shape for at, array in enumerate(values)})
+    compiled = core.compile_model(model, "CPU", settings)
     request = compiled.create_infer_request()
-    for at, array in enumerate(arrays(inputs, len(compiled.inputs))):
+    for at, array in enumerate(values):
         # Bound once: giving the arrays with each call costs a tenth of a millisecond. Copied, because a request
         # does not keep an array alive whose memory it shares.
         request.set_input_tensor(at, openvino.Tensor(array, shared_memory=False))

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import nn
-
-from autoprune.latency.engines.base import Call, DenseEngine
+from autoprune.latency.engines.base import Call
+from autoprune.latency.engines.export import OnnxEngine
 from autoprune.latency.engines.openvino import openvino_call
 
 
-class OpenVinoBf16(DenseEngine):
+class OpenVinoBf16(OnnxEngine):
     """OpenVINO's CPU plugin with its own choice of precision."""
 
     needs = ("onnx", "onnxscript", "openvino")
     float32: ClassVar[bool] = False
 
-    def _compile(self, model: nn.Module, inputs: tuple[Any, ...], threads: int) -> Call:
-        return openvino_call(model, inputs, threads, {})
+    def load(self, path: Path, inputs: tuple[Any, ...], threads: int) -> Call:
+        return openvino_call(path, inputs, threads, {})

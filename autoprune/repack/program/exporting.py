@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -49,14 +50,21 @@ def export(model: nn.Module, inputs: Sequence[Tensor], batched: Sequence[bool]) 
     examples = tuple(
         torch.cat([x, x]) if dynamic and x.shape[0] == 1 else x for x, dynamic in zip(inputs, batched, strict=True)
     )
-    batch = Dim("batch")
-    shapes = tuple({0: batch} if dynamic else None for dynamic in batched) if any(batched) else None
     try:
+        shapes = dynamic_shapes(model, batched)
         with _quiet(), _plain_attention(), torch.no_grad():
             exported: ExportedProgram = torch.export.export(model, examples, dynamic_shapes=shapes, strict=False)
             return exported
     except Exception as error:  # the model is the user's, and export raises whatever it likes
         raise _failed(error) from error
+
+
+def dynamic_shapes(model: nn.Module, batched: Sequence[bool]) -> tuple[Any, ...] | None:
+    """Which extents may be any, nested as the arguments of `forward`: what ``*args`` takes is a tuple of its own."""
+    batch = Dim("batch")
+    extents = [{0: batch} if dynamic else None for dynamic in batched]
+    given = inspect.signature(model.forward).bind(*extents).arguments
+    return tuple(given.values()) if any(batched) else None
 
 
 def _failed(error: Exception) -> CaptureError:

@@ -81,7 +81,7 @@ def _reshape(op: Op, x: list[Any], w: Mapping[str, Tensor], values: Values) -> T
     return reshaped
 
 
-def _scalar(op: Op, x: list[Any], w: Mapping[str, Tensor], values: Values) -> int:
+def _scalar(op: Op, x: list[Any], w: Mapping[str, Tensor], values: Values) -> Any:
     a, b = (values[each] if isinstance(each, str) else each for each in op.attributes["args"])
     return SCALARS[op.attributes["fn"]](a, b)
 
@@ -91,12 +91,12 @@ def _torch(op: Op, x: list[Any], w: Mapping[str, Tensor], values: Values) -> Any
     return aten.call(a["op"], a["args"], a["kwargs"], values, a.get("item"))
 
 
-SCALARS: Mapping[str, Callable[[Any, Any], int]] = {
-    "size": lambda x, axis: int(x.shape[axis]),
-    "add": lambda a, b: int(a + b),
-    "mul": lambda a, b: int(a * b),
-    "sub": lambda a, b: int(a - b),
-    "floordiv": lambda a, b: int(a // b),
+SCALARS: Mapping[str, Callable[[Any, Any], Any]] = {  # of integers, symbolic ones while torch.export traces
+    "size": lambda x, axis: x.shape[axis],
+    "add": lambda a, b: a + b,
+    "mul": lambda a, b: a * b,
+    "sub": lambda a, b: a - b,
+    "floordiv": lambda a, b: a // b,
 }
 
 Evaluate = Callable[["Op", list[Any], Mapping[str, Tensor], Values], Any]

@@ -1,0 +1,320 @@
+"""ONNX export: the masked model as smaller dense work in standard operators, for any engine that reads ONNX.
+
+Channels that nobody needs are removed from the whole model, exactly. Of what is left, a layer whose zeros make it
+faster in the engine gathers what its groups keep, or only its live channels; every other layer stays dense.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from autoprune.errors import AutopruneError, ConfigError, MissingExtra, did_you_mean
+from autoprune.inventory import as_tuple, copy_for_inference
+from autoprune.latency.engines import ENGINES
+from autoprune.latency.engines.base import INSTALL
+from autoprune.latency.engines.export import OnnxEngine
+from autoprune.latency.timer import Clock, Protocol, measure_together, speedup
+from autoprune.masks import Masks, apply_masks_
+from autoprune.repack.onnx_choice import Choose, Chosen, Timing, choose_forms, first_calls, given_up
+from autoprune.repack.onnx_file import write_onnx
+from autoprune.repack.onnx_forms import COMPACTED, DENSE, FORMS, GraphModule, layer_form
+from autoprune.repack.outputs import same_output
+from autoprune.repack.program.capture import CaptureError, capture
+from autoprune.repack.program.graph import Graph, Op
+from autoprune.repack.program.passes import simplify
+from autoprune.repack.swap import fresh
+
+NOISE = 0.98  # a file this fast, as a share of the dense export's speed, is not slower
+
+
+@dataclass(frozen=True)
+class ExportedLayer:
+    """What became of one Conv2d or Linear.
+
+    Attributes:
+        sparsity: fraction of zeros in its weight.
+        form: ``dense``; ``compacted``: dense, of fewer channels or filters; ``gathered``: what each group keeps.
+        dense_us: microseconds a call of the dense layer in the engine, None when nothing was measured.
+        packed_us: likewise of the fastest other form.
+        why: the reason for the form.
+    """
+
+    name: str
+    kind: str
+    sparsity: float
+    form: str
+    dense_us: float | None
+    packed_us: float | None
+    why: str
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written.
+
+    Attributes:
+        path: the file; where its weights need more than 2 GiB they lie beside it in ``<name>.data``.
+        engine: whose measurements chose the forms; None for fixed rules.
+        checked: the engine in which the file was compared with the masked model; None when none is installed.
+        dynamic: whether the file takes any batch size.
+        dense_bytes: of the model's own parameters and buffers.
+        file_bytes: of what was written.
+        dense_ms: milliseconds a call of the model exported as it stands, in `engine`; None without one.
+        exported_ms: likewise of the file.
+        layers: a row a layer.
+    """
+
+    path: Path
+    engine: str | None
+    checked: str | None
+    dynamic: bool
+    dense_bytes: int
+    file_bytes: int
+    dense_ms: float | None
+    exported_ms: float | None
+    layers: tuple[ExportedLayer, ...]
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """One way to export the model.
+
+    Attributes:
+        module: what is written; its outputs are the tensors the model returns, in any order.
+        outputs: of the model's output, those tensors in the module's order.
+        names: of the inputs; torch's own when None.
+    """
+
+    module: nn.Module
+    batched: Sequence[bool]
+    outputs: Callable[[Any], list[Tensor]]
+    layers: tuple[ExportedLayer, ...]
+    names: Sequence[str] | None = None
+
+    def write(self, inputs: tuple[Any, ...], path: Path) -> bool:
+        """Returns whether the file takes any batch size."""
+        return write_onnx(self.module, inputs, self.batched, path, self.names)
+
+
+def export_onnx(
+    model: nn.Module,
+    example_inputs: Any,
+    path: str | Path,
+    masks: Masks | None = None,
+    *,
+    engine: str | None = None,
+    threads: int = 1,
+    choose: Choose | None = None,
+    protocol: Protocol | None = None,
+    clock: Clock = time.perf_counter,
+) -> ExportReport:
+    """Writes a model with zeros in its weights as ONNX: equal to the masked model, smaller and, where it can, faster.
+
+    The file takes any batch size where the model does. It is compared with the model in an installed engine before it
+    takes its name.
+
+    Args:
+        model: any module that torch.export captures; left as it is.
+        example_inputs: a tensor or a tuple of them, as the model is called, at the batch size that matters.
+        path: of the file.
+        masks: applied first when given; zeros in the weights alone are enough.
+        engine: ``onnxruntime`` or ``openvino``: every layer's forms are timed in it, and the file is never slower there
+            than the dense export. None: forms that gained in both, at the sparsities at which they did.
+        threads: of one inference in the engine.
+        choose: names a layer's form, ``dense``, ``compacted`` or ``gathered``, without measuring; ``dense`` where it
+            has no other.
+        protocol: how forms are timed.
+        clock: seconds.
+
+    Raises:
+        AutopruneError: the model does not run on its example inputs, cannot be exported, or the file does not compute
+            what the model does.
+        ConfigError: unknown engine or form.
+        MissingExtra: what it takes is not installed.
+    """
+    path, inputs = Path(path), as_tuple(example_inputs)
+    if path.is_dir() or path.suffix != ".onnx":
+        raise ConfigError(f"the exported file must be named like model.onnx, not {str(path)!r}.")
+    if not all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript")):
+        raise MissingExtra(f"ONNX export needs what is not installed here. Install it with: {INSTALL}")
+    timing = Timing(
+        None if engine is None else _engine(engine), threads, protocol or Protocol(samples=15, lead=1), clock
+    )
+    original = copy_for_inference(model)
+    if masks:
+        apply_masks_(original, masks)
+    try:
+        with torch.inference_mode():
+            wanted = original(*fresh(inputs))
+    except Exception as error:  # the model is the user's: it may raise anything
+        raise AutopruneError(f"the model does not run on its example inputs: {error}") from error
+    try:
+        tried = _attempts(original, inputs, wanted, timing, choose)
+    except CaptureError as error:
+        tried = [_as_it_stands(original, inputs, f"exported as it stands: {str(error).rstrip('.')}")]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent, ignore_cleanup_errors=True) as folder:
+        return _written(original, inputs, path, Path(folder), tried, timing, engine)
+
+
+def _engines() -> dict[str, OnnxEngine]:
+    """Those that read ONNX and compute in float32, installed or not."""
+    every = {name: ENGINES.get(name)() for name in ENGINES}
+    return {name: each for name, each in every.items() if isinstance(each, OnnxEngine) and each.float32}
+
+
+def _engine(name: str) -> OnnxEngine:
+    if name not in _engines():
+        raise ConfigError(f"no engine {name!r} reads ONNX in float32. {did_you_mean(name, _engines())}")
+    made = _engines()[name]
+    if command := made.available():
+        raise MissingExtra(f"{name} is not installed here. Install it with: {command}")
+    return made
+
+
+def _attempts(
+    original: nn.Module, inputs: tuple[Any, ...], wanted: Any, timing: Timing, choose: Choose | None
+) -> list[_Attempt]:
+    """The chosen forms; in an engine also all layers dense, and the model as it stands, should the first be slower."""
+    graph = simplify(capture(original, inputs))
+
+    def outputs(output: Any) -> list[Tensor]:
+        return _leaves(graph.outputs, output)
+
+    forms = {op.output: form for op in graph.ops if (form := layer_form(op, graph.constants)) is not None}
+    plain = GraphModule(graph, {name: form.module for name, form in forms.items()})
+    with torch.inference_mode():
+        if not same_output(list(plain(*fresh(inputs), watch=True)), outputs(wanted)):
+            raise CaptureError("the captured graph does not reproduce the model's output")
+    first = first_calls(graph, forms)
+    chosen = choose_forms(graph, {name: forms[name] for name in first.values()}, plain.seen, timing, choose)
+    every = [chosen]
+    if timing.engine is not None and any(each.form != DENSE for each in chosen.values()):
+        every.append({name: given_up(each) for name, each in chosen.items()})
+    tried = []
+    for each in every:
+        modules = {name: FORMS[choice.form](forms[name]) for name, choice in each.items()}
+        module = GraphModule(graph, {name: modules[call] for name, call in first.items()}).eval()
+        rows = _rows(original, graph, {name: each[call] for name, call in first.items()})
+        batched, names = zip(*((x.batched, x.name) for x in graph.inputs), strict=True)
+        tried.append(_Attempt(module, batched, outputs, rows, names))
+    if timing.engine is not None:
+        tried.append(_as_it_stands(original, inputs, "exported as it stands: no other form of the model was as fast"))
+    return tried
+
+
+def _leaves(structure: Any, output: Any) -> list[Tensor]:
+    """The tensors of a model's output, in the order in which the `outputs` of its graph name them."""
+    if isinstance(structure, str):
+        return [output]
+    if not isinstance(structure, dict):
+        return []
+    ((tag, content),) = structure.items()
+    pairs = content if tag == "dict" else enumerate(content)
+    return [leaf for key, inside in pairs for leaf in _leaves(inside, output[key])]
+
+
+def _as_it_stands(original: nn.Module, inputs: tuple[Any, ...], why: str) -> _Attempt:
+    batched = [isinstance(x, Tensor) and x.ndim > 0 and x.shape[0] == len(inputs[0]) for x in inputs]
+    rows = tuple(
+        ExportedLayer(name, _kind(module), _sparsity(module.weight), DENSE, None, None, why)
+        for name, module in _layers(original)
+    )
+    return _Attempt(
+        original, batched, lambda output: [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)], rows
+    )
+
+
+def _rows(original: nn.Module, graph: Graph, chosen: Mapping[str, Chosen]) -> tuple[ExportedLayer, ...]:
+    ops: dict[str, Op] = {op.attributes["layer"]: op for op in reversed(graph.ops) if "layer" in op.attributes}
+    rows = []
+    for name, module in _layers(original):
+        if (op := ops.get(name)) is None:
+            choice = Chosen(DENSE, "not found in the graph: it does not run, or another layer took it over")
+            left = module.weight.shape
+        else:
+            choice = chosen.get(op.output, Chosen(DENSE, "neither grouped convolutions nor float16 have other forms"))
+            left = graph.constants[op.tensors["weight"]].shape
+        form, why = choice.form, choice.why or "it has no zeros"
+        if left != module.weight.shape:
+            form = COMPACTED if form == DENSE else form
+            why = f"{left[0]} of {len(module.weight)} filters, {left[1]} of {module.weight.shape[1]} channels are left"
+            why += f"; {choice.why}" if choice.why else ""
+        measured = (choice.dense_us, choice.packed_us)
+        rows.append(ExportedLayer(name, _kind(module), _sparsity(module.weight), form, *measured, why))
+    return tuple(rows)
+
+
+def _layers(model: nn.Module) -> list[tuple[str, nn.Conv2d | nn.Linear]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+
+
+def _kind(module: nn.Module) -> str:
+    return "conv2d" if isinstance(module, nn.Conv2d) else "linear"
+
+
+def _sparsity(weight: Tensor) -> float:
+    return 1.0 - int(torch.count_nonzero(weight)) / max(1, weight.numel())
+
+
+def _written(
+    original: nn.Module, inputs: tuple[Any, ...], path: Path, folder: Path, tried: Sequence[_Attempt], timing: Timing,
+    engine: str | None,
+) -> ExportReport:  # fmt: skip
+    """Writes the first attempt that is not slower than the last, and checks it; everything in `folder` until then."""
+    file, dense = folder / path.name, folder / "dense.onnx"
+    dense_ms = exported_ms = None
+    if timing.engine is not None:
+        tried[-1].write(inputs, dense)
+    for attempt in tried:
+        dynamic = attempt.write(inputs, file)
+        if timing.engine is None:
+            break
+        calls = {key: timing.engine.load(at, inputs, timing.threads) for key, at in (("dense", dense), ("file", file))}
+        found = measure_together(calls, timing.protocol, timing.clock)
+        dense_ms, exported_ms = found["dense"].median_ms, found["file"].median_ms
+        if attempt is tried[-1] or speedup(found["dense"], found["file"]) >= NOISE:
+            break
+    checked = _check(original, inputs, attempt, dynamic, file, engine, timing.threads)
+    beside = folder / f"{path.name}.data"
+    written = [each for each in (beside, file) if each.exists()]  # the weights first: the file refers to them
+    size = sum(each.stat().st_size for each in written)
+    for each in written:
+        each.replace(path.with_name(each.name))
+    own = sum(tensor.nbytes for tensor in original.state_dict().values())
+    return ExportReport(path, engine, checked, dynamic, own, size, dense_ms, exported_ms, attempt.layers)
+
+
+def _check(
+    original: nn.Module, inputs: tuple[Tensor, ...], attempt: _Attempt, dynamic: bool, file: Path, engine: str | None,
+    threads: int,
+) -> str | None:  # fmt: skip
+    """Compares the file with the model, also at one more sample where it takes any number of them."""
+    installed = [each for each, made in _engines().items() if made.available() is None]
+    name = engine or next(iter(installed), None)
+    if name is None:
+        return None
+    larger = tuple(torch.cat([x, x[:1]]) if any_ else x for x, any_ in zip(inputs, attempt.batched, strict=True))
+    for given in [inputs, larger] if dynamic else [inputs]:
+        with torch.inference_mode():
+            wanted = attempt.outputs(original(*fresh(given)))
+        outputs = cast("Sequence[Any]", _engine(name).load(file, given, threads)())
+        got = [torch.from_numpy(np.array(each)) for each in outputs]
+        if not same_output(got, wanted):
+            shapes = ", ".join(str(tuple(x.shape)) for x in given)
+            raise AutopruneError(
+                f"the exported model does not compute in {name} what the model computes, for inputs of {shapes}; "
+                "nothing was written. Please report this model."
+            )
+    return name
