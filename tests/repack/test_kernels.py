@@ -28,6 +28,7 @@ from autoprune.repack.program import memory
 from autoprune.repack.program.graph import Graph, Input, Op, reference
 from autoprune.repack.program.layout import ALIGN
 from autoprune.repack.program.lower import is_depthwise
+from autoprune.repack.program.nodes import Tiling
 from autoprune.repack.program.program import Program
 from autoprune.repack.program.weights import Weights
 
@@ -162,7 +163,14 @@ def enclosures() -> list[NanWalls | GuardPages]:
     return [NanWalls(), *([GuardPages("before"), GuardPages("behind")] if LIBC is not None else [])]
 
 
-def program_of(ops: list[Op], constants: dict[str, Tensor], inputs: list[Tensor], size: int, lanes: int) -> Program:
+def program_of(
+    ops: list[Op],
+    constants: dict[str, Tensor],
+    inputs: list[Tensor],
+    size: int,
+    lanes: int,
+    tiling: Tiling = Tiling(),  # noqa: B008 -- it is frozen
+) -> Program:
     """A program whose layers are packed in groups of `size`, returning the last op's value."""
     described = tuple(Input(f"x{i}", tuple(x.shape), "float32") for i, x in enumerate(inputs))
     graph = Graph(described, tuple(ops), ops[-1].output, constants).validate()
@@ -172,7 +180,7 @@ def program_of(ops: list[Op], constants: dict[str, Tensor], inputs: list[Tensor]
         if weight is not None and op.kind in ("conv2d", "linear") and not is_depthwise(op, weight):
             packed = pack(weight, op.attributes.get("groups", 1), size)
             weights[op.output] = Weights.of(packed, constants.get(op.tensors.get("bias", "")))
-    return Program(graph, weights, threads=1, target=target_of(lanes))
+    return Program(graph, weights, dict.fromkeys(weights, tiling), threads=1, target=target_of(lanes))
 
 
 @torch.inference_mode()
@@ -216,6 +224,13 @@ def window_op(kind: str, output: str, inputs: tuple[str, ...], window: dict[str,
               more.get("tensors", {}))  # fmt: skip
 
 
+TILINGS = [
+    Tiling(block=1, chunk=1, panel=5),
+    Tiling(block=48, chunk=0, panel=1),
+    Tiling(block=1000, chunk=2, inputs_first=False, panel=9),
+    Tiling(block=20, chunk=1, inputs_first=False),
+    Tiling(block=48, chunk=3, panel=256),
+]
 CONVOLUTIONS: list[tuple[tuple[int, int], dict[str, Any], int, tuple[int, int]]] = [
     ((1, 1), {}, 1, (17, 23)),
     ((1, 1), {}, 1, (4, 3)),
@@ -250,7 +265,8 @@ def test_a_convolution_stays_inside_its_buffers(lanes: int, size: int) -> None:
             shape = reference(Graph((Input("x0", (), "float32"),), (op,), "y", constants), (x,)).shape
             inputs.append(torch.randn(shape, generator=generator))
             op = replace(op, inputs=("x0", "x1"))
-        assert_stays_inside(program_of([op], constants, inputs, size, lanes), inputs)
+        for tiling in (Tiling(), TILINGS[turn % len(TILINGS)]):
+            assert_stays_inside(program_of([op], constants, inputs, size, lanes, tiling), inputs)
 
 
 SLIDING: list[tuple[str, int | tuple[int, int], dict[str, Any], tuple[int, int]]] = [
@@ -318,7 +334,8 @@ def test_a_linear_stays_inside_its_buffers(lanes: int, size: int) -> None:
         if turn >= 3:
             inputs.append(torch.randn(tokens, linear.out_features))
         op = Op("linear", "y", ("x0", "x1")[: len(inputs)], {"activation": "relu" if turn % 2 else None}, tensors)
-        assert_stays_inside(program_of([op], constants, inputs, size, lanes), inputs)
+        for tiling in (Tiling(), TILINGS[turn % len(TILINGS)]):
+            assert_stays_inside(program_of([op], constants, inputs, size, lanes, tiling), inputs)
 
 
 @pytest.mark.parametrize("lanes", LANES)

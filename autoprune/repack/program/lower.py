@@ -213,7 +213,8 @@ class _Lowering:
                 told = f"the operation {op.output!r} ({op.kind}) does not take what it is given"
                 raise AutopruneError(f"{told}: {error}") from error
         outputs: dict[int, tuple[int, ...]] = {}
-        returned = {name: self.returned(name, outputs) for name in self.graph.output_names()}
+        tensors = [name for name in self.graph.output_names() if isinstance(self.values[name], Tensor)]
+        returned = {name: self.returned(name, outputs) for name in tensors}
         for index, step in enumerate(self.steps):
             reads = step.reads if isinstance(step, NativeStep) else [view.buffer for view in step.reads.values()]
             for buffer in [*reads, *([step.writes] if isinstance(step, NativeStep) else [])]:

@@ -154,9 +154,9 @@ class Plan:
         frame.holders[step.slot] = result
         frame.slots[step.slot] = result.data_ptr()
 
-    def returned(self, holders: list[Tensor]) -> dict[str, Tensor]:
+    def returned(self, holders: list[Tensor]) -> dict[str, Any]:
         """The model's results; nothing that is returned lies in memory that the next call writes to."""
-        results = {}
+        results: dict[str, Any] = dict(self.lowered.scalars)
         for name, view in self.lowered.returned.items():
             tensor = _tensor(holders, view)
             results[name] = tensor.clone() if view.buffer.slot == ARENA else tensor

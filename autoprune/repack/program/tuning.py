@@ -103,7 +103,7 @@ class TuningCache:
 def tiling_from_json(row: Mapping[str, Any]) -> Tiling:
     """Checks what a file says; raises ValueError or TypeError."""
     tiling = Tiling(**row)
-    numbers = (tiling.group_size, tiling.block, tiling.chunk)
+    numbers = (tiling.group_size, tiling.block, tiling.chunk, tiling.panel)
     fine = all(type(n) is int and 0 <= n < 2**31 for n in numbers) and tiling.group_size in (0, *GROUP_SIZES)
     if not fine or tiling.block < 1 or not isinstance(tiling.inputs_first, bool):
         raise ValueError("no tiling")
