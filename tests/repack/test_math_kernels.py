@@ -6,12 +6,13 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import llvmlite.ir as ir
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from autoprune.repack.kernels import math
-from autoprune.repack.kernels.compiler import Target, compile_function, host, narrowed
+from autoprune.repack.kernels import attention, math, rows
+from autoprune.repack.kernels.compiler import Target, call_op, compile_function, host, narrowed
 from autoprune.repack.kernels.ir import FLOATS, I64, at, const, load_vector, loop, store_vector
 from autoprune.repack.program.graph import ACTIVATIONS
 
@@ -87,3 +88,145 @@ def test_tanh_keeps_the_digits_of_small_numbers(lanes: int) -> None:
     x = torch.cat([size, -size])
     got, wanted = applied(math.ACTIVATIONS["tanh"], x, target_of(lanes)), torch.tanh(x.double())
     assert ((got - wanted).abs() <= 4e-7 * wanted.abs()).all()
+
+
+def described(fields: type[attention.Field] | type[rows.Field], given: dict[str, int]) -> np.ndarray:
+    """An op's fields by name; all others are 0."""
+    array = np.zeros(len(fields), np.int64)
+    for name, value in given.items():
+        array[fields[name]] = value
+    return array
+
+
+def bits(value: float) -> int:
+    return int(np.float32(value).view(np.int32))
+
+
+WALL = 64  # floats of NaN on either side
+
+
+def walled(count: int) -> tuple[Tensor, Tensor]:
+    """A buffer of NaN and its inside."""
+    whole = torch.full((count + 2 * WALL,), NAN)
+    return whole, whole[WALL : WALL + count]
+
+
+def attended(q: Tensor, k: Tensor, v: Tensor, scale: float, target: Target, thread: int = 0) -> Tensor:
+    """Runs the op on (N, heads, tokens, d) views; asserts that it wrote to its output and its scratch alone."""
+    batch, heads, queries, width = q.shape
+    size = attention.scratch(k.shape[2], width, target)
+    out, y = walled(q.numel())
+    work, scratch = walled(size * 3)
+    result = y.view(batch, queries, heads, width).transpose(1, 2)
+    given = {"HEADS": heads, "QUERIES": queries, "KEYS": k.shape[2], "WIDTH": width, "SCALE": bits(scale)}
+    slots = np.array([0, scratch.data_ptr()], np.int64)
+    given |= {"SCRATCH_SLOT": 1, "SCRATCH": size}
+    for name, view in (("Q", q), ("K", k), ("V", v), ("Y", result)):
+        given |= {f"{name}_OFFSET": view.data_ptr()}
+        given |= dict(zip((f"{name}_IMAGE", f"{name}_HEAD", f"{name}_TOKEN"), view.stride()[:3], strict=True))
+    fields = described(attention.Field, given)
+    for item in range(batch * heads):
+        call_op(attention.attention(target), fields.ctypes.data, slots.ctypes.data, item, thread)
+    for whole, count in ((out, q.numel()), (work, 3 * size)):
+        assert whole[:WALL].isnan().all()
+        assert whole[WALL + count :].isnan().all()
+    others = torch.cat([scratch[: thread * size], scratch[(thread + 1) * size :]])
+    assert others.isnan().all()
+    return result
+
+
+def attention_of(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """In float64."""
+    q, k, v = q.double(), k.double(), v.double()
+    return (torch.einsum("bhqd,bhkd->bhqk", q, k) * scale).softmax(-1) @ v
+
+
+def taken_apart(tokens: int, heads: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Q, k, v as views of one Linear's output that has NaN on either side."""
+    _, inside = walled(2 * tokens * 3 * heads * width)
+    inside.normal_()
+    q, k, v = inside.view(2, tokens, 3, heads, width).permute(2, 0, 3, 1, 4).unbind(0)
+    return q, k, v
+
+
+@pytest.mark.parametrize("lanes", LANES)
+def test_attention_of_any_size_reads_views_and_stays_inside(lanes: int) -> None:
+    for turn in range(40):
+        torch.manual_seed(turn)
+        tokens, heads, width = (int(torch.randint(1, most, ())) for most in (41, 4, 71))
+        q, k, v = taken_apart(tokens, heads, width)
+        scale = float(torch.randn(())) / width**0.5
+        got = attended(q, k, v, scale, target_of(lanes), thread=turn % 3)
+        assert torch.allclose(got.double(), attention_of(q, k, v, scale), atol=2e-6)
+
+
+@pytest.mark.parametrize("lanes", LANES)
+@pytest.mark.parametrize(("queries", "keys"), [(1, 40), (5, 33), (6, 1), (13, 17), (40, 3)])
+def test_attention_of_other_keys_than_queries(lanes: int, queries: int, keys: int) -> None:
+    torch.manual_seed(keys)
+    q, k, v = torch.randn(2, 2, queries, 20), torch.randn(2, 2, keys, 20), torch.randn(2, 2, keys, 20)
+    got = attended(q, k, v, 0.3, target_of(lanes))
+    assert torch.allclose(got.double(), attention_of(q, k, v, 0.3), atol=2e-6)
+
+
+@pytest.mark.parametrize("lanes", LANES)
+@pytest.mark.parametrize("spot", ["q", "k", "v"])
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_attention_passes_what_is_not_finite(lanes: int, spot: str, value: float) -> None:
+    torch.manual_seed(0)
+    for tokens, width in ((5, 3), (21, 12), (40, 16)):  # with and without padding, in tiles and alone
+        views = dict(zip("qkv", taken_apart(tokens, 2, width), strict=True))
+        views["q"].abs_()  # a key of minus infinity has no share
+        for place in (0, tokens // 2, tokens - 1):
+            at_spot = {name: view.clone() for name, view in views.items()}
+            at_spot[spot][1, 1, place] = value
+            q, k, v = at_spot.values()
+            got, wanted = attended(q, k, v, 0.5, target_of(lanes)), attention_of(q, k, v, 0.5)
+            assert torch.allclose(got.double(), wanted, atol=2e-6, equal_nan=True)
+            assert got[0].isfinite().all()
+
+
+def test_attention_of_scores_that_no_exponential_holds() -> None:
+    torch.manual_seed(0)
+    q, k, v = taken_apart(30, 2, 16)
+    for scale in (1e3, -1e3):
+        assert torch.allclose(attended(q, k, v, scale, host()).double(), attention_of(q, k, v, scale), atol=2e-2)
+    assert torch.allclose(attended(q, k, v, 0.0, host()).double(), attention_of(q, k, v, 0.0), atol=2e-6)
+
+
+def normed(x: Tensor, weight: Tensor, bias: Tensor, block: int, target: Target) -> Tensor:
+    """Runs the op on rows; asserts that it wrote to its output alone, and each item to its rows."""
+    count, features = x.shape
+    out, y = walled(x.numel())
+    fields = described(rows.Field, {
+        "X_OFFSET": x.data_ptr(), "Y_OFFSET": y.data_ptr(), "ROWS": count, "FEATURES": features, "BLOCK": block,
+        "WEIGHT": weight.data_ptr(), "BIAS": bias.data_ptr(), "EPSILON": bits(1e-5), "SHARE": bits(1 / features),
+    })  # fmt: skip
+    slots = np.zeros(1, np.int64)
+    for item in reversed(range(-(-count // block))):
+        call_op(rows.layer_norm(target), fields.ctypes.data, slots.ctypes.data, item)
+        assert y[: item * block * features].isnan().all()
+    assert out[:WALL].isnan().all()
+    assert out[WALL + x.numel() :].isnan().all()
+    return y.view_as(x)
+
+
+@pytest.mark.parametrize("lanes", LANES)
+def test_a_norm_of_any_size_stays_inside(lanes: int) -> None:
+    for features in range(1, 71):
+        torch.manual_seed(features)
+        count, block = (int(torch.randint(1, most, ())) for most in (12, 6))
+        x = walled(count * features)[1].normal_().view(count, features)
+        weight, bias = (walled(features)[1].normal_() for _ in range(2))
+        wanted = torch.nn.functional.layer_norm(x.double(), (features,), weight.double(), bias.double(), 1e-5)
+        assert torch.allclose(normed(x, weight, bias, block, target_of(lanes)).double(), wanted, atol=2e-5)
+
+
+@pytest.mark.parametrize("lanes", LANES)
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_a_norm_keeps_what_is_not_finite_in_its_row(lanes: int, value: float) -> None:
+    x = torch.randn(5, 19)
+    x[2, 18] = value
+    got = normed(x, torch.ones(19), torch.zeros(19), 2, target_of(lanes))
+    assert got.isnan().all(1).tolist() == [False, False, True, False, False]
+    assert got[[0, 1, 3, 4]].isfinite().all()

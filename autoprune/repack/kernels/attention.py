@@ -1,11 +1,15 @@
 """softmax(q k^T scale) v, a native op; reads and writes through strides, so heads need not be moved apart.
 
-An item is a head of an image. Its keys are stored transposed and its values side by side in the thread's scratch; then
-some queries at a time meet all keys, become shares, and meet all values. Both products are dense tiles in registers.
+An item is a head of an image. Its keys (transposed) and its values are stored in the thread's scratch as panels: some
+vectors of columns, line after line, as the tiles read them. Then some queries at a time meet all keys, become shares,
+and meet all values. Both products are dense tiles in registers.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 
 import llvmlite.ir as ir
@@ -24,12 +28,16 @@ from autoprune.repack.kernels.ir import (
     load_vector,
     loop,
     op_function,
+    smaller,
     splat,
     store_vector,
     vector,
 )
-from autoprune.repack.kernels.math import exp
-from autoprune.repack.kernels.rows import each, fold
+from autoprune.repack.kernels.math import exp2, splat_float
+from autoprune.repack.kernels.rows import each
+
+TILES = 2  # of queries that meet a panel while it is near
+_LINE = 16  # floats in a cache line
 
 
 class Field(IntEnum):
@@ -72,9 +80,25 @@ def tile(target: Target) -> tuple[int, int]:
 
 def scratch(keys: int, width: int, target: Target) -> int:
     """Floats of scratch a thread needs."""
-    wide = tile(target)[1] * target.lanes
+    rows, vectors = tile(target)
+    wide = vectors * target.lanes
     keys_, width_ = (-(-each // wide) * wide for each in (keys, width))
-    return width * keys_ + keys * width_ + tile(target)[0] * (keys_ + width_) + 16
+    floats = keys_ + wide + keys_ * width + keys * width_ + TILES * rows * (keys_ + width_ + 1)
+    return -(-floats // _LINE) * _LINE
+
+
+@dataclass(frozen=True)
+class _Scratch:
+    """Where a thread's scratch holds what; `keys_` and `width_` are padded to whole panels."""
+
+    keys_: ir.Value
+    width_: ir.Value
+    start: ir.Value  # of a query's scores: 0, minus infinity where a key is padding; then zeros for a panel
+    keys: ir.Value  # panels
+    values: ir.Value
+    shares: ir.Value  # (queries, keys_)
+    results: ir.Value  # (queries, width_)
+    totals: ir.Value  # of a query's shares
 
 
 @once_a_process
@@ -82,8 +106,6 @@ def attention(target: Target) -> int:
     """The op; an item is a head of an image."""
     module, lanes = ir.Module(), target.lanes
     most, vectors = tile(target)
-    wide = vectors * lanes
-    products = {rows: _product(module, rows, vectors, lanes) for rows in (most, 1)}
     b, fields, slots, item, thread = op_function(module)
     get = {field: b.load(at(b, fields, const(field))) for field in Field}
     head, image = b.srem(item, get[Field.HEADS]), b.sdiv(item, get[Field.HEADS])
@@ -93,116 +115,213 @@ def attention(target: Target) -> int:
         return at(b, start, b.add(b.mul(image, get[Field(first + 2)]), b.mul(head, get[Field(first + 3)])))
 
     q, k, v, y = (base(first) for first in (Field.Q_SLOT, Field.K_SLOT, Field.V_SLOT, Field.Y_SLOT))
-    keys, width = get[Field.KEYS], get[Field.WIDTH]
-
-    def padded(count: ir.Value) -> ir.Value:
-        return b.mul(b.sdiv(b.add(count, const(wide - 1)), const(wide)), const(wide))
-
-    keys_, width_ = padded(keys), padded(width)
-    transposed = address(b, slots, get[Field.SCRATCH_SLOT], get[Field.SCRATCH_OFFSET])
-    transposed = at(b, transposed, b.mul(thread, get[Field.SCRATCH]))
-    values = at(b, transposed, b.mul(width, keys_))
-    shares = at(b, values, b.mul(keys, width_))
-    result = at(b, shares, b.mul(const(most), keys_))
-    _pack(b, get, (k, v), (transposed, values), (keys_, width_))
-
-    def queries(rows: int, query: ir.Value) -> None:
-        """`rows` queries from `query` on."""
-        source = at(b, q, b.mul(query, get[Field.Q_TOKEN]))
-        with loop(b, const(0), keys_, wide) as key:
-            b.call(products[rows], [source, get[Field.Q_TOKEN], at(b, transposed, key), keys_, width,
-                                    at(b, shares, key), keys_])  # fmt: skip
-        with loop(b, const(0), const(rows)) as row:
-            _softmax(b, module, at(b, shares, b.mul(row, keys_)), keys, float_field(b, get[Field.SCALE]), lanes)
-        with loop(b, const(0), width_, wide) as column:
-            b.call(products[rows], [shares, keys_, at(b, values, column), width_, keys, at(b, result, column), width_])
-        with loop(b, const(0), const(rows)) as row:
-            line = at(b, result, b.mul(row, width_))
-            out = at(b, y, b.mul(b.add(query, row), get[Field.Y_TOKEN]))
-            each(b, width, lanes, lambda at_, wide_: store_vector(
-                b, load_vector(b, at(b, line, at_), wide_), at(b, out, at_), wide_))  # fmt: skip
-
+    place = _place(b, get, slots, thread, target)
+    _pack_keys(b, get, k, place, vectors, lanes)
+    _pack_values(b, get, v, place, vectors * lanes)
     many = b.icmp_signed(">=", get[Field.QUERIES], const(most))
     with b.if_else(many) as (tiled, single):
-        with tiled:
-            steps = b.sdiv(b.add(get[Field.QUERIES], const(most - 1)), const(most))
-            with loop(b, const(0), steps) as step:  # the last is moved back: some queries are computed twice
-                first = b.mul(step, const(most))
-                end = b.sub(get[Field.QUERIES], const(most))
-                queries(most, b.select(b.icmp_signed("<", first, end), first, end))
-        with single, loop(b, const(0), get[Field.QUERIES]) as query:
-            queries(1, query)
+        for branch, rows in ((tiled, most), (single, 1)):
+            with branch:
+                _attend(b, module, get, q, y, place, rows, target)
     b.ret_void()
     return compile_op(module, "op", target)
 
 
-def _pack(
-    b: ir.IRBuilder, get: dict[Field, ir.Value], given: tuple[ir.Value, ir.Value], into: tuple[ir.Value, ir.Value],
-    pitch: tuple[ir.Value, ir.Value],
+def _place(b: ir.IRBuilder, get: dict[Field, ir.Value], slots: ir.Value, thread: ir.Value, target: Target) -> _Scratch:
+    rows, vectors = tile(target)
+    wide = vectors * target.lanes
+    keys, width = get[Field.KEYS], get[Field.WIDTH]
+    keys_, width_ = (b.mul(b.sdiv(b.add(n, const(wide - 1)), const(wide)), const(wide)) for n in (keys, width))
+    pointer = address(b, slots, get[Field.SCRATCH_SLOT], get[Field.SCRATCH_OFFSET])
+    pointer = at(b, pointer, b.mul(thread, get[Field.SCRATCH]))
+    many = const(TILES * rows)
+    parts = []
+    for size in (
+        b.mul(keys_, width), b.mul(keys, width_), b.mul(many, keys_), b.mul(many, width_), b.add(keys_, const(wide))
+    ):  # fmt: skip
+        parts.append(pointer)
+        pointer = at(b, pointer, size)
+    panels, values, shares, results, start = parts
+    return _Scratch(keys_, width_, start, panels, values, shares, results, pointer)
+
+
+def _pack_keys(
+    b: ir.IRBuilder, get: dict[Field, ir.Value], k: ir.Value, place: _Scratch, vectors: int, lanes: int
+) -> None:
+    """Panels of keys, transposed and times scale log2(e); the last key stands for those that pad a panel."""
+    keys, width, wide = get[Field.KEYS], get[Field.WIDTH], vectors * lanes
+    factor = b.fmul(float_field(b, get[Field.SCALE]), splat_float(1 / math.log(2), 1))
+    zero, last = ir.Constant(F32, 0.0), b.sub(keys, const(1))
+
+    def line(key: ir.Value, offset: int) -> ir.Value:
+        return at(b, k, b.mul(smaller(b, b.add(key, const(offset)), last), get[Field.K_TOKEN]))
+
+    with loop(b, const(0), place.keys_, lanes) as key:
+        panel = at(b, place.keys, b.mul(b.sdiv(key, const(wide)), b.mul(width, const(wide))))
+        panel = at(b, panel, b.srem(key, const(wide)))
+        lines = [line(key, lane) for lane in range(lanes)]
+        whole = b.icmp_signed(">=", width, const(lanes))
+        with b.if_else(whole) as (square, narrow):
+            with square, loop(b, const(0), width, lanes) as column:  # the last square is moved back
+                column = smaller(b, column, b.sub(width, const(lanes)))
+                found = [load_vector(b, at(b, source, column), lanes) for source in lines]
+                for lane, value in enumerate(_transposed(b, found)):
+                    into = at(b, panel, b.mul(b.add(column, const(lane)), const(wide)))
+                    store_vector(b, b.fmul(value, splat(b, factor, lanes)), into, lanes)
+            with narrow, loop(b, const(0), width) as column:
+                for lane, source in enumerate(lines):
+                    into = at(b, panel, b.add(b.mul(column, const(wide)), const(lane)))
+                    b.store(b.fmul(b.load(at(b, source, column)), factor), into)
+    for first, end, value in (
+        (const(0), keys, zero), (keys, place.keys_, ir.Constant(F32, float("-inf"))),
+        (place.keys_, b.add(place.keys_, const(wide)), zero),
+    ):  # fmt: skip
+        with loop(b, first, end) as key:
+            b.store(value, at(b, place.start, key))
+
+
+def _transposed(b: ir.IRBuilder, rows: Sequence[ir.Value]) -> list[ir.Value]:
+    """A square of vectors: swaps its quarters, then those of the quarters, down to single floats."""
+    lanes, found = len(rows), list(rows)
+    kind = ir.VectorType(ir.IntType(32), lanes)
+    half = lanes // 2
+    while half:
+        upper = [lane if not lane & half else lane - half + lanes for lane in range(lanes)]
+        lower = [lane + half if not lane & half else lane + lanes for lane in range(lanes)]
+        for index in range(lanes):
+            if not index & half:
+                one, other = found[index], found[index + half]
+                found[index] = b.shuffle_vector(one, other, ir.Constant(kind, upper))
+                found[index + half] = b.shuffle_vector(one, other, ir.Constant(kind, lower))
+        half //= 2
+    return found
+
+
+def _pack_values(b: ir.IRBuilder, get: dict[Field, ir.Value], v: ir.Value, place: _Scratch, wide: int) -> None:
+    """Panels of values, zeros where a panel is padded."""
+    keys, width = get[Field.KEYS], get[Field.WIDTH]
+    with loop(b, const(0), place.width_, wide) as column:
+        panel = at(b, place.values, b.mul(column, keys))
+        inside = smaller(b, const(wide), b.sub(width, column))
+        with loop(b, const(0), keys) as key:
+            source = at(b, v, b.add(b.mul(key, get[Field.V_TOKEN]), column))
+            into = at(b, panel, b.mul(key, const(wide)))
+            with b.if_else(b.icmp_signed("==", inside, const(wide))) as (whole, partial):
+                with whole:
+                    store_vector(b, load_vector(b, source, wide), into, wide)
+                with partial:
+                    store_vector(b, ir.Constant(vector(wide), None), into, wide)
+                    with loop(b, const(0), inside) as offset:
+                        b.store(b.load(at(b, source, offset)), at(b, into, offset))
+
+
+def _attend(
+    b: ir.IRBuilder, module: ir.Module, get: dict[Field, ir.Value], q: ir.Value, y: ir.Value, place: _Scratch,
+    rows: int, target: Target,
 ) -> None:  # fmt: skip
-    """Keys transposed, values side by side, zeros where a row is padded."""
-    (k, v), (transposed, values), (keys_, width_) = given, into, pitch
-    zero = ir.Constant(F32, 0.0)
-    with loop(b, const(0), get[Field.WIDTH]) as column:
-        line = at(b, transposed, b.mul(column, keys_))
-        with loop(b, const(0), get[Field.KEYS]) as key:
-            b.store(b.load(at(b, k, b.add(b.mul(key, get[Field.K_TOKEN]), column))), at(b, line, key))
-        with loop(b, get[Field.KEYS], keys_) as key:
-            b.store(zero, at(b, line, key))
-    with loop(b, const(0), get[Field.KEYS]) as key:
-        source, line = at(b, v, b.mul(key, get[Field.V_TOKEN])), at(b, values, b.mul(key, width_))
-        with loop(b, const(0), get[Field.WIDTH]) as column:
-            b.store(b.load(at(b, source, column)), at(b, line, column))
-        with loop(b, get[Field.WIDTH], width_) as column:
-            b.store(zero, at(b, line, column))
+    """All queries, in tiles of `rows`; the last tile is moved back: some queries are computed twice."""
+    lanes, wide = target.lanes, tile(target)[1] * target.lanes
+    product = _product(module, rows, wide // lanes, lanes)
+    keys, width, keys_, width_ = get[Field.KEYS], get[Field.WIDTH], place.keys_, place.width_
+    tiles = b.sdiv(b.add(get[Field.QUERIES], const(rows - 1)), const(rows))
+
+    def first(index: ir.Value) -> ir.Value:
+        return smaller(b, b.mul(index, const(rows)), b.sub(get[Field.QUERIES], const(rows)))
+
+    with loop(b, const(0), tiles, TILES) as begin:
+        end = smaller(b, b.add(begin, const(TILES)), tiles)
+        with loop(b, const(0), keys_, wide) as key, loop(b, begin, end) as index:
+            shares = at(b, place.shares, b.mul(b.mul(b.sub(index, begin), const(rows)), keys_))
+            b.call(product, [at(b, q, b.mul(first(index), get[Field.Q_TOKEN])), get[Field.Q_TOKEN], width,
+                             at(b, place.keys, b.mul(key, width)), at(b, place.start, key),
+                             at(b, shares, key), keys_])  # fmt: skip
+        with loop(b, const(0), b.mul(b.sub(end, begin), const(rows))) as row:
+            total = _softmax(b, module, at(b, place.shares, b.mul(row, keys_)), keys, lanes)
+            b.store(total, at(b, place.totals, row))
+        with loop(b, const(0), width_, wide) as column, loop(b, begin, end) as index:
+            row = b.mul(b.sub(index, begin), const(rows))
+            b.call(product, [at(b, place.shares, b.mul(row, keys_)), keys_, keys,
+                             at(b, place.values, b.mul(column, keys)), at(b, place.start, keys_),
+                             at(b, at(b, place.results, b.mul(row, width_)), column), width_])  # fmt: skip
+        with loop(b, begin, end) as index, loop(b, const(0), const(rows)) as offset:
+            row = b.add(b.mul(b.sub(index, begin), const(rows)), offset)
+            share = b.fdiv(ir.Constant(F32, 1.0), b.load(at(b, place.totals, row)))
+            line = at(b, place.results, b.mul(row, width_))
+            out = at(b, y, b.mul(b.add(first(index), offset), get[Field.Y_TOKEN]))
+
+            def write(position: ir.Value, count: int, line: ir.Value = line, out: ir.Value = out,
+                      share: ir.Value = share) -> None:  # fmt: skip
+                value = b.fmul(load_vector(b, at(b, line, position), count), splat(b, share, count))
+                store_vector(b, value, at(b, out, position), count)
+
+            each(b, width, lanes, write)
 
 
-def _softmax(b: ir.IRBuilder, module: ir.Module, line: ir.Value, count: ir.Value, scale: ir.Value, lanes: int) -> None:
-    """In place: exp(scale (x - max)) over its sum."""
+def _reduce(
+    b: ir.IRBuilder, count: ir.Value, lanes: int, initial: float, step: Callable[[ir.Value, ir.Value], ir.Value],
+    join: Callable[[ir.Value, ir.Value], ir.Value],
+) -> ir.Value:  # fmt: skip
+    """``step(total, position)`` over whole vectors that cover `count` floats; `join` unites the lanes."""
+    before = b.block
+    head, body, done = (b.append_basic_block(name) for name in ("reduce", "more", "reduced"))
+    b.branch(head)
+    b.position_at_end(head)
+    position, total = b.phi(I64), b.phi(vector(lanes))
+    position.add_incoming(const(0), before)
+    total.add_incoming(splat_float(initial, lanes), before)
+    b.cbranch(b.icmp_signed("<", position, count), body, done)
+    b.position_at_end(body)
+    total.add_incoming(step(total, position), b.block)
+    position.add_incoming(b.add(position, const(lanes)), b.block)
+    b.branch(head)
+    b.position_at_end(done)
+    united: ir.Value = total
+    while lanes > 1:
+        lanes //= 2
+        halves = [ir.Constant(ir.VectorType(ir.IntType(32), lanes), range_) for range_ in (
+            list(range(lanes)), list(range(lanes, 2 * lanes)))]  # fmt: skip
+        united = join(*(b.shuffle_vector(united, united, half) for half in halves))
+    return b.extract_element(united, const(0))
 
-    def most(total: ir.Value, position: ir.Value, wide: int) -> ir.Value:
-        value = b.fmul(load_vector(b, at(b, line, position), wide), splat(b, scale, wide))
-        return b.select(b.fcmp_unordered(">", value, total), value, total)  # NaN wins
 
-    def join(x: ir.Value, y: ir.Value) -> ir.Value:
-        return b.select(b.fcmp_unordered(">", y, x), y, x)
+def _softmax(b: ir.IRBuilder, module: ir.Module, line: ir.Value, count: ir.Value, lanes: int) -> ir.Value:
+    """In place: 2 ** (x - max), whose total is returned; minus infinity where `line` is padded gives 0."""
 
-    top = fold(b, count, lanes, float("-inf"), most, join)
+    def most(x: ir.Value, y: ir.Value) -> ir.Value:
+        return b.select(b.fcmp_ordered(">", x, y), x, y)  # may lose a NaN, which is in the total all the same
 
-    def add(total: ir.Value, position: ir.Value, wide: int) -> ir.Value:
-        value = b.fmul(load_vector(b, at(b, line, position), wide), splat(b, scale, wide))
-        power = exp(b, module, b.fsub(value, splat(b, top, wide)), wide)
-        store_vector(b, power, at(b, line, position), wide)
+    top = _reduce(b, count, lanes, float("-inf"), lambda total, i: most(total, load_vector(b, at(b, line, i), lanes)),
+                  most)  # fmt: skip
+
+    def add(total: ir.Value, position: ir.Value) -> ir.Value:
+        here = at(b, line, position)
+        power = exp2(b, module, b.fsub(load_vector(b, here, lanes), splat(b, top, lanes)), lanes)
+        store_vector(b, power, here, lanes)
         return b.fadd(total, power)
 
-    share = b.fdiv(ir.Constant(F32, 1.0), fold(b, count, lanes, 0.0, add, b.fadd))
-
-    def divide(position: ir.Value, wide: int) -> None:
-        value = load_vector(b, at(b, line, position), wide)
-        store_vector(b, b.fmul(value, splat(b, share, wide)), at(b, line, position), wide)
-
-    each(b, count, lanes, divide)
+    return _reduce(b, count, lanes, 0.0, add, b.fadd)
 
 
 def _product(module: ir.Module, rows: int, vectors: int, lanes: int) -> ir.Function:
-    """C = A B for `rows` rows and `vectors` vectors of columns: (a, a's pitch, b, b's pitch, inner, c, c's pitch)."""
-    kinds = [FLOATS, I64, FLOATS, I64, I64, FLOATS, I64]
+    """C = start + A B for `rows` rows and a panel: (a, a's pitch, inner, panel, start, c, c's pitch)."""
+    kinds = [FLOATS, I64, I64, FLOATS, FLOATS, FLOATS, I64]
     function = inner_function(module, f"product_{rows}", kinds)
-    left, left_pitch, right, right_pitch, inner, out, out_pitch = function.args
+    left, left_pitch, inner, panel, start, out, out_pitch = function.args
     entry, head, body, done = (function.append_basic_block(name) for name in ("entry", "head", "body", "done"))
     b = ir.IRBuilder(entry)
     lines = [at(b, left, b.mul(left_pitch, const(row))) for row in range(rows)]
+    initial = [load_vector(b, at(b, start, const(lanes * v)), lanes) for v in range(vectors)]
     b.branch(head)
     b.position_at_end(head)
     k = b.phi(I64)
     k.add_incoming(const(0), entry)
     sums = [[b.phi(vector(lanes)) for _ in range(vectors)] for _ in range(rows)]
     for row in sums:
-        for total in row:
-            total.add_incoming(ir.Constant(vector(lanes), None), entry)
+        for total, value in zip(row, initial, strict=True):
+            total.add_incoming(value, entry)
     b.cbranch(b.icmp_signed("<", k, inner), body, done)
     b.position_at_end(body)
-    source = at(b, right, b.mul(k, right_pitch))
+    source = at(b, panel, b.mul(k, const(vectors * lanes)))
     inputs = [load_vector(b, at(b, source, const(lanes * v)), lanes) for v in range(vectors)]
     for row, line in zip(sums, lines, strict=True):
         factor = splat(b, b.load(at(b, line, k)), lanes)
