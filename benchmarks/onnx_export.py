@@ -93,9 +93,9 @@ def page(rows: Sequence[Sequence[str]]) -> str:
     head = [
         "# Exported models against the same zeros exported dense",
         "",
-        "Written by `python benchmarks/onnx_export.py`. Batch 1, one thread, float32, random weights pruned by magnitude.",
-        f"Milliseconds: median (10th-90th percentile) of {PROTOCOL.samples} samples, the two files in turns. Speed-up: the",
-        "median of the ratios. Groups are of 8 filters. MB: of the model's weights, and of the exported file. Layers: what",
+        "Written by `python benchmarks/onnx_export.py`. Batch 1, one thread, float32, random weights pruned by magnitude.",  # noqa: E501
+        f"Milliseconds: median (10th-90th percentile) of {PROTOCOL.samples} samples, the two files in turns. Speed-up: the",  # noqa: E501
+        "median of the ratios. Groups are of 8 filters. MB: of the model's weights, and of the exported file. Layers: what",  # noqa: E501
         "became of each; `compacted` has fewer channels or filters, `gathered` gathers what a group keeps.",
         "",
         f"{machine}; load average when written: {os.getloadavg()[0]:.1f}.",
