@@ -34,7 +34,7 @@ from autoprune.repack.kernels.ir import (
     vector,
 )
 from autoprune.repack.kernels.math import exp2, splat_float
-from autoprune.repack.kernels.rows import each
+from autoprune.repack.kernels.rows import each, united
 
 TILES = 2  # of queries that meet a panel while it is near
 _LINE = 16  # floats in a cache line
@@ -275,13 +275,7 @@ def _reduce(
     position.add_incoming(b.add(position, const(lanes)), b.block)
     b.branch(head)
     b.position_at_end(done)
-    united: ir.Value = total
-    while lanes > 1:
-        lanes //= 2
-        halves = [ir.Constant(ir.VectorType(ir.IntType(32), lanes), range_) for range_ in (
-            list(range(lanes)), list(range(lanes, 2 * lanes)))]  # fmt: skip
-        united = join(*(b.shuffle_vector(united, united, half) for half in halves))
-    return b.extract_element(united, const(0))
+    return united(b, total, lanes, join)
 
 
 def _softmax(b: ir.IRBuilder, module: ir.Module, line: ir.Value, count: ir.Value, lanes: int) -> ir.Value:

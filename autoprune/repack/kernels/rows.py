@@ -11,6 +11,7 @@ from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
 from autoprune.repack.kernels.ir import (
     F32,
     FLOATS,
+    I32,
     I64,
     address,
     at,
@@ -26,6 +27,9 @@ from autoprune.repack.kernels.ir import (
     store_vector,
     vector,
 )
+from autoprune.repack.kernels.math import splat_float
+
+CHAINS = 4  # vectors summed side by side, since each sum waits for the one before
 
 
 class Field(IntEnum):
@@ -44,35 +48,43 @@ class Field(IntEnum):
     SHARE = 10  # float bits: one over the number of features
 
 
-def fold(
-    b: ir.IRBuilder, count: ir.Value, lanes: int, start: float, step: Callable[[ir.Value, ir.Value, int], ir.Value],
-    join: Callable[[ir.Value, ir.Value], ir.Value],
-) -> ir.Value:  # fmt: skip
-    """``step(total, position, lanes)`` over `count` floats, whole vectors first; `join` unites the lanes."""
+def united(b: ir.IRBuilder, value: ir.Value, lanes: int, join: Callable[[ir.Value, ir.Value], ir.Value]) -> ir.Value:
+    """One float of all lanes, half to half."""
+    if lanes == 1:
+        return value
+    while lanes > 1:
+        lanes //= 2
+        kind = ir.VectorType(I32, lanes)
+        low, high = (ir.Constant(kind, list(range(first, first + lanes))) for first in (0, lanes))
+        value = join(b.shuffle_vector(value, value, low), b.shuffle_vector(value, value, high))
+    return b.extract_element(value, const(0))
 
-    def run(first: ir.Value, last: ir.Value, wide: int, initial: ir.Value) -> ir.Value:
+
+def fold(b: ir.IRBuilder, count: ir.Value, lanes: int, step: Callable[[ir.Value, ir.Value, int], ir.Value]) -> ir.Value:
+    """A sum of `count` floats by ``step(total, position, lanes)``: some vectors at a time, one vector, one float."""
+
+    def run(first: ir.Value, last: ir.Value, wide: int) -> ir.Value:
         before = b.block
         head, body, done = (b.append_basic_block(name) for name in ("fold", "more", "folded"))
         b.branch(head)
         b.position_at_end(head)
         position, total = b.phi(I64), b.phi(vector(wide))
         position.add_incoming(first, before)
-        total.add_incoming(initial, before)
+        total.add_incoming(splat_float(0.0, wide), before)
         b.cbranch(b.icmp_signed("<", position, last), body, done)
         b.position_at_end(body)
         total.add_incoming(step(total, position, wide), b.block)
         position.add_incoming(b.add(position, const(wide)), b.block)
         b.branch(head)
         b.position_at_end(done)
-        return total
+        return united(b, total, wide, b.fadd)
 
-    whole = b.mul(b.sdiv(count, const(lanes)), const(lanes))
-    scalar = ir.Constant(F32, start)
-    total = run(const(0), whole, lanes, splat(b, scalar, lanes))
-    single: ir.Value = scalar
-    for lane in range(lanes):
-        single = join(single, b.extract_element(total, const(lane)))
-    return run(whole, count, 1, single)
+    start, sums = const(0), []
+    for wide in (CHAINS * lanes, lanes, 1):
+        stop = b.mul(b.sdiv(count, const(wide)), const(wide))
+        sums.append(run(start, stop, wide))
+        start = stop
+    return b.fadd(b.fadd(sums[0], sums[1]), sums[2])
 
 
 def each(b: ir.IRBuilder, count: ir.Value, lanes: int, body: Callable[[ir.Value, int], None]) -> None:
@@ -102,13 +114,13 @@ def layer_norm(target: Target) -> int:
         def add(total: ir.Value, position: ir.Value, wide: int, x: ir.Value = x) -> ir.Value:
             return b.fadd(total, load_vector(b, at(b, x, position), wide))
 
-        mean = b.fmul(fold(b, features, lanes, 0.0, add, b.fadd), share)
+        mean = b.fmul(fold(b, features, lanes, add), share)
 
         def square(total: ir.Value, position: ir.Value, wide: int, x: ir.Value = x, mean: ir.Value = mean) -> ir.Value:
             away = b.fsub(load_vector(b, at(b, x, position), wide), splat(b, mean, wide))
             return b.call(fma(module, wide), [away, away, total])
 
-        variance = b.fmul(fold(b, features, lanes, 0.0, square, b.fadd), share)
+        variance = b.fmul(fold(b, features, lanes, square), share)
         scale = b.fdiv(ir.Constant(F32, 1.0), b.call(root, [b.fadd(variance, float_field(b, get[Field.EPSILON]))]))
 
         def write(
