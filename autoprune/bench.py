@@ -269,4 +269,4 @@ def export_text(report: ExportReport) -> str:
     told = f"{report.file_bytes:,} bytes (the model's own weights: {report.dense_bytes:,}); {batch}; {checked}."
     if report.dense_ms is not None and report.exported_ms is not None:
         told += f" In {report.engine}: {report.exported_ms:.3f} ms, exported dense {report.dense_ms:.3f} ms."
-    return f"{table}\n\n{told}"
+    return f"{table}\n{told}"

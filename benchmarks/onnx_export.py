@@ -51,8 +51,7 @@ def zoo(name: str, size: int) -> Callable[[], tuple[nn.Module, Tensor]]:
 
 
 def mlp() -> tuple[nn.Module, Tensor]:
-    first, second, last = nn.Linear(FEATURES, FEATURES), nn.Linear(FEATURES, FEATURES), nn.Linear(FEATURES, 10)
-    return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), last), torch.randn(1, FEATURES)
+    return nn.Sequential(nn.Linear(FEATURES, FEATURES), nn.ReLU(), nn.Linear(FEATURES, 10)), torch.randn(1, FEATURES)
 
 
 MODELS = {"residual_cnn": zoo("residual_cnn", 32), "mlp": mlp, "resnet18": zoo("resnet18", 224)}
@@ -93,10 +92,10 @@ def page(rows: Sequence[Sequence[str]]) -> str:
     head = [
         "# Exported models against the same zeros exported dense",
         "",
-        "Written by `python benchmarks/onnx_export.py`. Batch 1, one thread, float32, random weights pruned by magnitude.",  # noqa: E501
-        f"Milliseconds: median (10th-90th percentile) of {PROTOCOL.samples} samples, the two files in turns. Speed-up: the",  # noqa: E501
-        "median of the ratios. Groups are of 8 filters. MB: of the model's weights, and of the exported file. Layers: what",  # noqa: E501
-        "became of each; `compacted` has fewer channels or filters, `gathered` gathers what a group keeps.",
+        "Written by `python benchmarks/onnx_export.py`. Batch 1, one thread, float32, random weights pruned by size;",
+        f"milliseconds: median (10th-90th percentile) of {PROTOCOL.samples} samples, the two files in turns. Speed-up:",
+        "the median of the ratios. Groups are of 8 filters. MB: of the model's weights, and of the exported file.",
+        "Layers: `compacted` has fewer channels or filters, `gathered` gathers what a group keeps.",
         "",
         f"{machine}; load average when written: {os.getloadavg()[0]:.1f}.",
     ]

@@ -92,9 +92,13 @@ def _pack_initializer(graph: Any, name: str) -> None:
     weight = held.const_value.numpy()
     if weight.dtype != np.float32 or weight.ndim < 2 or np.count_nonzero(weight) > PACKED * weight.size:
         return
-    positions, values, order = (x.numpy() for x in by_group(pack(torch.from_numpy(weight.copy()))))
-    if positions.nbytes + values.nbytes + order.nbytes > PACKED * weight.nbytes:
+    ways = [weight, weight.T] if weight.ndim == 2 else [weight]  # the exporter turns some Linears' weights round
+    packed = [[x.numpy() for x in by_group(pack(torch.from_numpy(way.copy())))] for way in ways]
+    sizes = [sum(x.nbytes for x in arrays) for arrays in packed]
+    best = int(np.argmin(sizes))
+    if sizes[best] > PACKED * weight.nbytes:
         return
+    (positions, values, order), shape = packed[best], ways[best].shape
     groups, size, _ = values.shape
 
     def constant(role: str, array: NDArray[Any]) -> Any:
@@ -106,14 +110,16 @@ def _pack_initializer(graph: Any, name: str) -> None:
         return constant(role, np.array(shape, np.int64))
 
     kept = constant("values", values)
-    empty = ir.node("ConstantOfShape", [extents("empty", groups, size, weight.size // len(weight))])
+    empty = ir.node("ConstantOfShape", [extents("empty", groups, size, weight.size // shape[0])])
     where = ir.node("Expand", [constant("positions", positions[:, None]), extents("kept", *values.shape)])
     filled = ir.node("ScatterElements", [empty.outputs[0], where.outputs[0], kept], {"axis": 2})
     rows = ir.node("Reshape", [filled.outputs[0], extents("rows", groups * size, -1)])
     ordered = ir.node("Gather", [rows.outputs[0], constant("order", order)], {"axis": 0})
-    whole = ir.node("Reshape", [ordered.outputs[0], extents("shape", *weight.shape)])
-    graph.insert_before(graph[0], [empty, where, filled, rows, ordered, whole])
-    ir.convenience.replace_all_uses_with(held, whole.outputs[0])
+    nodes = [empty, where, filled, rows, ordered, ir.node("Reshape", [ordered.outputs[0], extents("shape", *shape)])]
+    if best == 1:
+        nodes.append(ir.node("Transpose", [nodes[-1].outputs[0]], {"perm": [1, 0]}))
+    graph.insert_before(graph[0], nodes)
+    ir.convenience.replace_all_uses_with(held, nodes[-1].outputs[0])
     del graph.initializers[name]
 
 
