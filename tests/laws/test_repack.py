@@ -14,7 +14,7 @@ from autoprune.repack import BACKENDS, LayerForm, lower_layer, pack
 
 GROUP_SIZES = (1, 2, 4, 8, 16)
 ROWS = [pytest.param(backend, pattern, id=f"{backend}-{pattern}") for backend in BACKENDS for pattern in PATTERNS]
-FEW = settings(max_examples=25)
+FEW = settings(max_examples=15)
 
 
 def masked(module: nn.Module, choice: Choice, sparsity: float, groups: int = 1) -> nn.Module:
