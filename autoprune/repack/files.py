@@ -26,7 +26,7 @@ from autoprune.inventory import copy_for_inference
 from autoprune.repack.backends import BACKENDS, LayerForm
 from autoprune.repack.formats import PackedWeight
 from autoprune.repack.program.graph import Graph
-from autoprune.repack.program.program import Program
+from autoprune.repack.program.program import Program, check_threads
 from autoprune.repack.program.tuning import tiling_from_json
 from autoprune.repack.program.weights import Weights
 from autoprune.repack.report import DENSE, LayerReport, ProgramModel, RepackedModel, SwappedModel
@@ -70,7 +70,9 @@ def load(path: Path | str, model: nn.Module | None = None, *, threads: int | Non
 
     Raises:
         FileError: the file is missing, corrupt, of another version, of another model, or needs `model`.
+        AutopruneError: `threads` is no number of threads.
     """
+    check_threads(threads)
     path = Path(path)
     tensors, metadata = read_tensors(path, "the packed model")
     try:

@@ -24,7 +24,7 @@ from autoprune.repack.program.capture import CaptureError, capture
 from autoprune.repack.program.graph import Graph, Op
 from autoprune.repack.program.lower import is_depthwise
 from autoprune.repack.program.passes import simplify
-from autoprune.repack.program.program import Program
+from autoprune.repack.program.program import Program, check_threads
 from autoprune.repack.program.tuning import Layer, Tuned, TuningCache, tune
 from autoprune.repack.report import DENSE, LayerReport, ProgramModel, RepackedModel
 from autoprune.repack.swap import Choose, fresh, swap_layers
@@ -68,8 +68,7 @@ def repack(
         AutopruneError: the model does not run on its example inputs, or cannot be reproduced, or a program was asked
             for and the model cannot be captured.
     """
-    if threads is not None and (isinstance(threads, bool) or threads < 1):
-        raise AutopruneError(f"threads must be a positive integer or None, not {threads!r}.")
+    check_threads(threads)
     inputs = as_tuple(example_inputs)
     original = copy_for_inference(model)
     if masks:
@@ -105,13 +104,14 @@ def _as_program(
     graph = simplify(known if known is not None else capture(original, inputs))
     layers = packable(graph)
     try:
-        made = build_program(graph, layers, inputs, threads, clock, cache, progress)
+        program, tuned = build_program(graph, layers, inputs, threads, clock, cache, progress)
+        with torch.inference_mode():
+            output = program(*fresh(inputs))
     except AutopruneError as error:
         raise CaptureError(f"the captured program cannot run: {error}") from error
-    with torch.inference_mode():
-        if not same_output(made[0](*fresh(inputs)), wanted):
-            raise CaptureError("the captured program does not reproduce the model's output.")
-    return ProgramModel(made[0], _report(original, graph, layers, made[1]))
+    if not same_output(output, wanted):
+        raise CaptureError("the captured program does not reproduce the model's output.")
+    return ProgramModel(program, _report(original, graph, layers, tuned))
 
 
 def packable(graph: Graph) -> dict[str, Layer]:

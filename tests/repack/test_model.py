@@ -19,7 +19,17 @@ from torch.nn.utils import parametrize, prune
 
 from autoprune.errors import AutopruneError, ConfigError
 from autoprune.latency.timer import Latency, Protocol
-from autoprune.repack import CaptureError, LayerForm, ProgramModel, RepackedModel, SwappedModel, capture, repack, swap
+from autoprune.repack import (
+    CaptureError,
+    LayerForm,
+    ProgramModel,
+    RepackedModel,
+    SwappedModel,
+    capture,
+    load,
+    repack,
+    swap,
+)
 from autoprune.repack import model as repack_module
 from autoprune.repack.layers import PackedConv2d, PackedLayer, PackedLinear
 from autoprune.repack.outputs import same_output
@@ -396,10 +406,12 @@ def test_inputs_that_do_not_fit_are_an_error(form: Form) -> None:
 
 
 @BOTH
-@pytest.mark.parametrize("threads", [0, -1, True])
-def test_a_wrong_number_of_threads_is_an_error(form: Form, threads: int) -> None:
+@pytest.mark.parametrize("threads", [0, -1, True, 2.0, "2"])
+def test_a_wrong_number_of_threads_is_an_error(form: Form, threads: Any) -> None:
     with pytest.raises(AutopruneError, match="positive integer"):
         repack(Residual(), image(), form=form, threads=threads)
+    with pytest.raises(AutopruneError, match="positive integer"):
+        load("nowhere", threads=threads)
 
 
 class TwoInputs(nn.Module):
@@ -461,6 +473,19 @@ def test_a_program_that_computes_something_else_is_given_up(monkeypatch: pytest.
     assert isinstance(fast, SwappedModel)
     assert_same(fast, model, x)
     assert "does not reproduce" in fast.report[0].why
+
+
+def test_a_program_that_cannot_run_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise AutopruneError("a feature map is too large")
+
+    monkeypatch.setattr(repack_module, "build_program", fail)
+    model, x = zeroed(Residual()), image()
+    with pytest.raises(CaptureError, match="cannot run: a feature map is too large"):
+        repack(model, x, form="program")
+    fast = repack(model, x, protocol=QUICK)
+    assert isinstance(fast, SwappedModel)
+    assert "too large" in fast.report[0].why
 
 
 def test_a_known_graph_saves_the_capture(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -170,6 +170,12 @@ def _tensor(holders: list[Tensor], view: View) -> Tensor:
     return holder.as_strided(view.shape, view.stride, holder.storage_offset() + view.start)
 
 
+def check_threads(threads: object) -> None:
+    """Raises AutopruneError unless `threads` is a positive integer or None."""
+    if threads is not None and (not isinstance(threads, int) or isinstance(threads, bool) or threads < 1):
+        raise AutopruneError(f"threads must be a positive integer or None, not {threads!r}.")
+
+
 class Program:
     """Runs a graph with packed weights; several threads may call it at once.
 
