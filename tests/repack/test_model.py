@@ -352,8 +352,9 @@ class Returns(nn.Module):
 def test_any_output_is_compared(kind: str, choose: Callable[[str, LayerForm], str] | None) -> None:
     model, x = zeroed(Returns(SHAPES[kind])), image()
     fast = repack(model, x, choose=choose, protocol=QUICK)
-    assert rows(fast)["conv"].backend == "jit"
     assert isinstance(fast, ProgramModel) == (choose is None and kind in ("nested", "nan", "infinite", "empty"))
+    if choose or isinstance(fast, ProgramModel):  # else timings decide
+        assert rows(fast)["conv"].backend == "jit"
     assert_same(fast, model, x)
     if kind not in ("nan", "empty", "strange"):
         with torch.inference_mode():
