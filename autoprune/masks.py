@@ -79,43 +79,64 @@ def criteria_needs(plan: Plan) -> frozenset[str]:
     return frozenset().union(*(CRITERIA.get(layer.criterion.name).needs for layer in plan.layers.values()))
 
 
-def make_masks(
-    model: nn.Module,
-    inventory: Inventory,
-    plan: Plan,
-    statistics: Mapping[str, LayerStatistics],
-    fraction: float = 1.0,
-    within: Mapping[str, Tensor] | None = None,
-) -> Masks:
-    """Turns a plan into one mask a planned layer; layers at sparsity 0 get none.
-
-    Args:
-        model: whose weights are scored.
-        inventory: its prunable layers.
-        plan: per-layer sparsity, pattern and criterion.
-        statistics: of each planned layer, as its criterion needs.
-        fraction: of the plan's sparsities, in [0, 1].
-        within: earlier masks of the same plan; what they cut stays cut.
+def score_layers(
+    model: nn.Module, inventory: Inventory, plan: Plan, statistics: Mapping[str, LayerStatistics]
+) -> dict[str, Tensor]:
+    """The saliency of every planned layer, by its own criterion; layers at sparsity 0 have none.
 
     Raises:
         ConfigError: the plan names a layer the model does not have.
-        AutopruneError: `fraction` is out of range.
     """
-    if not 0.0 <= fraction <= 1.0:
-        raise AutopruneError(f"a fraction of a plan must be in [0, 1], not {fraction}.")
     plan.check_layers(inventory.names)
-    before = within or {}
-    masks: Masks = {}
-    for name, layer in plan.layers.items():
-        if layer.sparsity * fraction <= 0.0:
-            continue
-        groups = inventory[name].conv_groups
-        criterion = CRITERIA.create(layer.criterion)
-        saliency = criterion.saliency(weight_of(model, name), statistics[name], groups)
-        masks[name] = PATTERNS.create(layer.pattern).mask(
-            saliency, layer.sparsity * fraction, groups, within=before.get(name), final_sparsity=layer.sparsity
+    return {
+        name: CRITERIA.create(layer.criterion).saliency(
+            weight_of(model, name), statistics[name], inventory[name].conv_groups
         )
-    return masks
+        for name, layer in plan.layers.items()
+        if layer.sparsity > 0.0
+    }
+
+
+def cut_layers(
+    saliency: Mapping[str, Tensor],
+    inventory: Inventory,
+    plan: Plan,
+    sparsities: Mapping[str, float],
+    within: Mapping[str, Tensor] | None = None,
+    final: Mapping[str, float] | None = None,
+) -> Masks:
+    """One mask a layer whose sparsity is above 0.
+
+    Args:
+        saliency: of each such layer, scores >= 0 in the weight's shape.
+        inventory: the model's prunable layers.
+        plan: the layers' patterns.
+        sparsities: layer -> fraction of zeros, in [0, 1).
+        within: earlier masks of the same plan; what they cut stays cut.
+        final: layer -> sparsity that later masks within these will reach.
+    """
+    before, last = within or {}, final or {}
+    return {
+        name: PATTERNS.create(plan.layers[name].pattern).mask(
+            saliency[name],
+            sparsity,
+            inventory[name].conv_groups,
+            within=before.get(name),
+            final_sparsity=max(sparsity, last.get(name, 0.0)),
+        )
+        for name, sparsity in sparsities.items()
+        if sparsity > 0.0
+    }
+
+
+def make_masks(model: nn.Module, inventory: Inventory, plan: Plan, statistics: Mapping[str, LayerStatistics]) -> Masks:
+    """Turns a plan into one mask a planned layer; layers at sparsity 0 get none.
+
+    Raises:
+        ConfigError: the plan names a layer the model does not have.
+    """
+    saliency = score_layers(model, inventory, plan, statistics)
+    return cut_layers(saliency, inventory, plan, {name: plan.layers[name].sparsity for name in saliency})
 
 
 def apply_masks_(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:

@@ -87,8 +87,9 @@ def test_the_repacked_model_of_a_run_equals_its_masked_one(finished: Path) -> No
     assert cut
     for name, layer in cut.items():
         weight = weight_of(run.masked, name)
-        wanted = PATTERNS.create(layer.pattern).feasible(tuple(weight.shape), layer.sparsity)
-        assert sparsity(weight) == pytest.approx(wanted, abs=0.02)
+        cells = PATTERNS.create(layer.pattern).cells(tuple(weight.shape)).flatten()
+        largest = int(torch.bincount(cells).max())
+        assert -1 <= (sparsity(weight) - layer.sparsity) * weight.numel() <= largest + 1
 
 
 def test_a_finished_run_does_no_work_again(finished: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -12,7 +12,13 @@ from autoprune.errors import AutopruneError
 
 
 class Pattern(ABC):
-    """A set of allowed masks. Shapes are a weight's: ``(out, in / conv_groups, kh, kw)`` or ``(out, in)``."""
+    """A set of allowed masks. Shapes are a weight's: ``(out, in / conv_groups, kh, kw)`` or ``(out, in)``.
+
+    Attributes:
+        any_sparsity: whether a layer may have any sparsity, as far as its cells divide it.
+    """
+
+    any_sparsity: ClassVar[bool] = True
 
     @abstractmethod
     def cells(self, shape: tuple[int, ...], conv_groups: int = 1) -> Tensor:
@@ -62,15 +68,12 @@ class Pattern(ABC):
 
     def select(self, saliency: Tensor, sparsity: float, cells: Tensor) -> Tensor:
         """Ranks all the layer's cells by mean saliency against one another."""
-        flat = cells.flatten()
-        count = int(flat.max()) + 1
-        size = torch.bincount(flat, minlength=count)  # (cells,)
-        total = torch.zeros(count, dtype=torch.float64).index_add_(0, flat, saliency.detach().flatten().double())
-        order = torch.argsort(total / size, descending=True, stable=True)
-        budget = round((1.0 - sparsity) * flat.numel())
+        score, size = cell_means(saliency, cells)
+        order = torch.argsort(score, descending=True, stable=True)
+        budget = round((1.0 - sparsity) * cells.numel())
         kept = torch.cumsum(size[order], 0) <= budget
         kept[0] = True
-        alive = torch.zeros(count, dtype=torch.bool)
+        alive = torch.zeros(len(size), dtype=torch.bool)
         alive[order[kept]] = True
         return alive[cells]
 
@@ -88,6 +91,14 @@ class Pattern(ABC):
         size = torch.bincount(cells)
         kept = torch.zeros_like(size).index_add_(0, cells, flat)
         return bool(((kept == 0) | (kept == size)).all())
+
+
+def cell_means(values: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean of `values` over each cell, float64, and the weights each holds; both ``(cells,)``."""
+    flat = cells.flatten()
+    size = torch.bincount(flat)
+    total = torch.zeros(len(size), dtype=torch.float64).index_add_(0, flat, values.detach().flatten().double())
+    return total / size, size
 
 
 def columns(shape: tuple[int, ...]) -> int:

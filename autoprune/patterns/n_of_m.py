@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,8 @@ class NOfM(Pattern):
 
     A layer asked for less than half of that sparsity stays dense.
     """
+
+    any_sparsity: ClassVar[bool] = False
 
     def __init__(self, n: int = 2, m: int = 4) -> None:
         if not (isinstance(n, int) and isinstance(m, int) and 1 <= n < m <= 64):

@@ -4,14 +4,29 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import final
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import ClassVar
 
 from torch import Tensor, nn
 
+from autoprune.allocation import Allocation, Cost, Layers, WeightCost
+from autoprune.allocation.planned import Planned
+from autoprune.errors import AutopruneError
 from autoprune.inventory import Inventory
-from autoprune.masks import Batches, Loss, Masks, apply_masks_, collect_statistics, criteria_needs, make_masks
-from autoprune.plan import Plan
+from autoprune.masks import (
+    Batches,
+    Loss,
+    Masks,
+    apply_masks_,
+    collect_statistics,
+    criteria_needs,
+    cut_layers,
+    score_layers,
+    sparsity,
+    weight_of,
+)
+from autoprune.plan import LayerPlan, Plan
 
 
 @dataclass(frozen=True)
@@ -21,9 +36,11 @@ class Pruner:
     Attributes:
         model: the model in training; `apply_` zeroes its weights.
         inventory: the model's prunable layers.
-        plan: what to prune, per layer.
-        batches: calibration batches, read only when a criterion of the plan needs statistics.
+        plan: what to prune, per layer. Methods that find the layers' shares themselves read its cost alone: they may
+            spend the same budget elsewhere.
+        batches: calibration batches, read only when statistics are needed.
         loss: the task's loss, for criteria that read gradients.
+        cost: what the plan's budget counts; the weights left when None.
     """
 
     model: nn.Module
@@ -31,34 +48,83 @@ class Pruner:
     plan: Plan
     batches: Batches
     loss: Loss
+    cost: Cost | None = None
 
-    def masks(self, fraction: float = 1.0, within: Mapping[str, Tensor] | None = None) -> Masks:
-        """Masks of the model as it is now, each layer at `fraction` of its planned sparsity.
+    @cached_property
+    def layers(self) -> dict[str, LayerPlan]:
+        """The layers to prune: those the plan gives a sparsity above 0."""
+        return {name: layer for name, layer in self.plan.layers.items() if layer.sparsity > 0.0}
+
+    def weight(self, name: str) -> Tensor:
+        """The weight parameter of a layer."""
+        return weight_of(self.model, name)
+
+    def saliency(self) -> dict[str, Tensor]:
+        """Scores of the model as it is now, by each layer's criterion."""
+        needs = criteria_needs(self.plan)
+        statistics = collect_statistics(self.model, self.plan.layers, self.batches, self.loss, needs)
+        return score_layers(self.model, self.inventory, self.plan, statistics)
+
+    def masks(
+        self,
+        fraction: float = 1.0,
+        within: Mapping[str, Tensor] | None = None,
+        *,
+        saliency: Mapping[str, Tensor] | None = None,
+        allocation: Allocation | None = None,
+    ) -> Masks:
+        """Masks of the model as it is now, at `fraction` of the plan.
 
         Args:
-            fraction: in [0, 1]; 0 gives no masks, 1 the plan's own sparsities.
+            fraction: of the plan's sparsities, in [0, 1]; 0 gives no masks.
             within: earlier masks of the same plan; what they cut stays cut.
+            saliency: layer -> scores >= 0 in the weight's shape, in place of the criteria's.
+            allocation: shares the budget of `fraction` of the plan; each layer has its own when None.
 
         Raises:
             AutopruneError: `fraction` out of range, or the plan does not fit the model.
         """
-        needs = criteria_needs(self.plan) if fraction > 0.0 else frozenset()
-        statistics = collect_statistics(self.model, self.plan.layers, self.batches, self.loss, needs)
-        return make_masks(self.model, self.inventory, self.plan, statistics, fraction, within)
+        if not 0.0 <= fraction <= 1.0:
+            raise AutopruneError(f"a fraction of a plan must be in [0, 1], not {fraction}.")
+        self.plan.check_layers(self.inventory.names)
+        if fraction == 0.0:
+            return {}
+        scores = self.saliency() if saliency is None else dict(saliency)
+        ranked = scores
+        if within:
+            ranked = {n: s.masked_fill(~within[n], -1.0) if n in within else s for n, s in scores.items()}
+        layers = Layers(self.inventory, self.plan, ranked, self.cost or WeightCost(self.inventory))
+        shares = (allocation or Planned()).sparsities(layers, fraction)
+        final = {name: layer.sparsity for name, layer in self.layers.items()}
+        return cut_layers(scores, self.inventory, self.plan, shares, within, final)
 
     def apply_(self, masks: Mapping[str, Tensor]) -> None:
         """Zeroes the weights of the model that `masks` cut."""
         apply_masks_(self.model, masks)
 
 
+@dataclass(frozen=True)
+class Signals:
+    """What a method shows of itself: TensorBoard tag -> figure, or values of a histogram."""
+
+    scalars: Mapping[str, float] = field(default_factory=dict)
+    histograms: Mapping[str, Tensor] = field(default_factory=dict)
+
+
 class SparseTraining(ABC):
-    """A way to reach a plan while training. The loop calls `start`, `after_step` ..., `finish`, in that order.
+    """A way to reach a plan while training.
+
+    The loop calls ``start``, then at every optimizer step ``before_step`` (gradients are there) and ``after_step``
+    (weights have moved), then ``finish``. Between steps the model holds the masked weights.
 
     Attributes:
+        finds_shares: whether the method spends the plan's budget on the layers as it finds best, rather than as the
+            plan says.
         pruner: the model and its plan, from `start` on.
         masks: what is cut now; True keeps. Reapplied by the method after every optimizer step.
     """
 
+    finds_shares: ClassVar[bool] = False
     pruner: Pruner
     masks: Masks
 
@@ -66,14 +132,23 @@ class SparseTraining(ABC):
     def start(self, pruner: Pruner, total_steps: int) -> None:
         """Prepares for `total_steps` optimizer steps; may cut already. Sets `pruner` and `masks`."""
 
+    def before_step(self, step: int) -> None:  # noqa: B027 - most methods have nothing to do here
+        """Precedes each optimizer step, counted from 1; the gradients are those of the masked model."""
+
     @abstractmethod
     def after_step(self, step: int) -> None:
         """Follows each optimizer step, counted from 1; the weights have just moved."""
 
-    @final
     def finish(self) -> Masks:
-        """The masks the model now satisfies: the plan's."""
+        """The masks the model now satisfies, within the plan's budget."""
         return self.masks
+
+    def signals(self) -> Signals:
+        """What to show of the present state: each layer's sparsity, and what the method adds."""
+        named = {f"sparsity/{name}": sparsity(mask) for name, mask in self.masks.items()}
+        cut = sum(int((~mask).sum()) for mask in self.masks.values())
+        planned = sum(self.pruner.inventory[name].weights for name in self.pruner.layers)
+        return Signals({"sparsity": cut / planned if planned else 0.0, **named})
 
     def state(self) -> dict[str, Tensor]:
         """What a killed run must know to go on bit for bit."""

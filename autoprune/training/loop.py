@@ -116,6 +116,8 @@ def train_(
                 value.backward()
                 if settings.clip_norm is not None:
                     nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
+                if method:
+                    method.before_step(step)
                 optimizer.step()
                 if method:
                     method.after_step(step)

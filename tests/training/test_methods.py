@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from autoprune.allocation import WeightCost
 from autoprune.errors import AutopruneError, ConfigError
 from autoprune.inventory import take_inventory
 from autoprune.masks import sparsity, weight_of
@@ -15,7 +16,7 @@ from autoprune.patterns import PATTERNS
 from autoprune.plan import LayerPlan, Plan
 from autoprune.registry import Choice
 from autoprune.settings import TrainingSettings
-from autoprune.training import TRAINING, Pruner, train_
+from autoprune.training import TRAINING, Pruner, TrainingResult, train_
 
 CHOICES = [Choice("unstructured"), Choice("group", {"size": 4}), Choice("n:m"), Choice("channel"), Choice("filter")]
 LOSS = nn.functional.cross_entropy
@@ -63,19 +64,49 @@ def test_the_plan_is_reached_and_zeros_stay(
 ) -> None:
     subject = pruner(pattern, sparsities, criterion)
     settings = TrainingSettings(epochs=3, learning_rate=0.05, max_steps=steps)
-    method = TRAINING.create(Choice(name))
-    result = train_(subject.model, batches(), LOSS, settings, seed=0, method=method, pruner=subject)
+    method, rule = TRAINING.create(Choice(name)), PATTERNS.create(pattern)
+
+    def train() -> TrainingResult:
+        return train_(subject.model, batches(), LOSS, settings, seed=0, method=method, pruner=subject)
+
+    if method.finds_shares and not rule.any_sparsity and subject.layers:
+        with pytest.raises(ConfigError, match="allows one sparsity alone"):
+            train()
+        return
+    result = train()
     assert result.steps == steps
     assert result.masks is not None
-    assert set(result.masks) == {layer for layer, plan in subject.plan.layers.items() if plan.sparsity > 0}
+    assert set(result.masks) <= set(subject.layers)
     for layer, mask in result.masks.items():
-        spec, rule = subject.inventory[layer], PATTERNS.create(pattern)
+        spec = subject.inventory[layer]
         assert rule.check(mask, spec.conv_groups)
-        wanted = rule.feasible(spec.weight_shape, subject.plan.layers[layer].sparsity, spec.conv_groups)
-        assert sparsity(mask) == pytest.approx(wanted, abs=1e-9)  # every cell here is of one size
         weight = weight_of(subject.model, layer)
         assert not weight[~mask].any()
         assert weight[mask].all()  # and nothing else was cut
+    shares = {layer: sparsity(mask) for layer, mask in result.masks.items()}
+    if method.finds_shares:
+        assert_same_budget(subject, shares)
+        return
+    for layer, plan in subject.layers.items():
+        spec = subject.inventory[layer]
+        wanted = rule.feasible(spec.weight_shape, plan.sparsity, spec.conv_groups)
+        assert shares[layer] == pytest.approx(wanted, abs=1e-9)  # every cell here is of one size
+
+
+def assert_same_budget(subject: Pruner, shares: dict[str, float]) -> None:
+    """As many weights are left as the plan says, less no more than a cell a layer."""
+    cost = WeightCost(subject.inventory)
+    budget = cost({layer: plan.sparsity for layer, plan in subject.layers.items()})
+    largest = {
+        layer: int(
+            torch.bincount(PATTERNS.create(plan.pattern).cells(spec.weight_shape, spec.conv_groups).flatten())[0]
+        )
+        for layer, plan in subject.layers.items()
+        if (spec := subject.inventory[layer])
+    }
+    one_kept = sum(largest.values())  # a layer is never cut through, whatever the budget
+    assert cost(shares) <= max(budget, one_kept) + len(largest) * 0.5
+    assert cost(shares) >= budget - one_kept - max(largest.values(), default=0)
 
 
 @pytest.mark.parametrize("name", list(TRAINING))

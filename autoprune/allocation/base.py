@@ -1,0 +1,81 @@
+"""What an allocation is: a rule that shares a budget among the layers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from autoprune.allocation.cost import Cost
+from autoprune.errors import ConfigError
+from autoprune.inventory import Inventory
+from autoprune.patterns import PATTERNS
+from autoprune.plan import Plan
+
+HALVINGS = 40
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The layers that compete, and for what.
+
+    Attributes:
+        inventory: the model's prunable layers.
+        plan: the layers' patterns; its sparsities are the budget.
+        saliency: layer -> scores in the weight's shape; negative where a weight is cut already and stays so.
+        cost: what the budget counts.
+    """
+
+    inventory: Inventory
+    plan: Plan
+    saliency: Mapping[str, Tensor]
+    cost: Cost
+
+    def planned(self, fraction: float) -> dict[str, float]:
+        """Layer -> `fraction` of its planned sparsity; layers planned dense are left out and stay dense."""
+        return {name: layer.sparsity * fraction for name, layer in self.plan.layers.items() if layer.sparsity > 0.0}
+
+    def meet(self, curve: Callable[[float], dict[str, float]], fraction: float) -> dict[str, float]:
+        """The least point of a curve that costs no more than `fraction` of the plan.
+
+        Args:
+            curve: a number in [0, 1] -> sparsities that never fall as it rises.
+            fraction: of the plan's sparsities, in [0, 1].
+        """
+        budget = self.cost(self.planned(fraction)) * (1.0 + 1e-9)
+        low, high = 0.0, 1.0
+        if self.cost(curve(low)) <= budget:
+            return curve(low)
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            if self.cost(curve(middle)) <= budget:
+                high = middle
+            else:
+                low = middle
+        return curve(high)
+
+    def check_free(self, allocation: str) -> None:
+        """Raises ConfigError when a pattern has one sparsity alone, so that there is nothing to share."""
+        for name, layer in self.plan.layers.items():
+            if layer.sparsity > 0.0 and not PATTERNS.get(layer.pattern.name).any_sparsity:
+                raise ConfigError(
+                    f"{allocation} sets each layer's sparsity, but layer {name!r} has the pattern {layer.pattern}, "
+                    "which allows one sparsity alone. Use the allocation 'planned' (training methods 'one_shot', "
+                    "'gradual', 'sr_ste'), or another pattern."
+                )
+
+
+class Allocation(ABC):
+    """A rule that says how sparse each layer is, at a cost no higher than the plan's."""
+
+    @abstractmethod
+    def sparsities(self, layers: Layers, fraction: float = 1.0) -> dict[str, float]:
+        """Layer -> sparsity in [0, 1), at no more than the cost of `fraction` of the plan.
+
+        A layer that the plan leaves dense (sparsity 0) takes no part.
+
+        Raises:
+            ConfigError: the allocation cannot set the sparsity of a pattern in the plan.
+        """

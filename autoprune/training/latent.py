@@ -1,0 +1,177 @@
+"""Methods that keep the dense weights behind the masked ones, so that what is cut can come back."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from autoprune.training.base import Pruner, Signals, SparseTraining
+
+
+def regrown(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> float:
+    """Weights that `before` cut and `after` keeps, over those `before` cut; 0 when it cut none."""
+    cut = sum(int((~mask).sum()) for mask in before.values())
+    back = sum(int((~mask & after[name]).sum()) for name, mask in before.items() if name in after)
+    back += sum(int((~mask).sum()) for name, mask in before.items() if name not in after)
+    return back / cut if cut else 0.0
+
+
+class LatentTraining(SparseTraining):
+    """A method that keeps the dense weights behind the masked ones, so that what is cut can come back.
+
+    The optimizer moves the dense weights (`latent`); the model computes with `effective` ones, and so do all its
+    gradients. `before_step` turns those gradients into the latent weights' (`pull_back`) and puts the latent weights
+    in place for the optimizer; `after_step` takes them out again. Nothing of the model is replaced or wrapped.
+
+    Attributes:
+        latent: layer -> dense weight.
+        total_steps: of the run.
+        regrowth: share of the weights cut before the last `set_masks` that it kept.
+    """
+
+    latent: dict[str, Tensor]
+    total_steps: int
+    regrowth: float
+
+    def start(self, pruner: Pruner, total_steps: int) -> None:
+        self.pruner, self.total_steps = pruner, total_steps
+        self.latent = {name: pruner.weight(name).detach().clone() for name in pruner.layers}
+        self.masks = {}
+        self.regrowth = 0.0
+        self._latent_is_in_place = False
+        self.prepare()
+        self._show_effective_()
+
+    def prepare(self) -> None:
+        """Called once by `start`, when `pruner`, `latent`, `masks` (none) and `total_steps` are there."""
+
+    @abstractmethod
+    def update(self, step: int) -> None:
+        """Called after each optimizer step, counted from 1; `latent` has just moved. May change `masks`."""
+
+    def set_masks(self, masks: Mapping[str, Tensor]) -> None:
+        """Takes new masks, and notes what came back."""
+        self.regrowth = regrown(self.masks, masks)
+        self.masks = dict(masks)
+
+    def effective(self, name: str, latent: Tensor) -> Tensor:
+        """The weight the model computes with, 0 where the mask cuts."""
+        return latent * self.masks[name] if name in self.masks else latent
+
+    def pull_back(self, name: str, latent: Tensor, gradient: Tensor) -> Tensor:
+        """The latent weight's gradient, from the effective one's: straight through, unless a method knows better."""
+        return gradient
+
+    def before_step(self, step: int) -> None:
+        with torch.no_grad():
+            for name, latent in self.latent.items():
+                weight = self.pruner.weight(name)
+                if weight.grad is not None:
+                    weight.grad.copy_(self.pull_back(name, latent, weight.grad))
+                weight.copy_(latent)
+        self._latent_is_in_place = True
+
+    def after_step(self, step: int) -> None:
+        if self._latent_is_in_place:  # a skipped step (loss scaling) has no `before_step`
+            with torch.no_grad():
+                for name, latent in self.latent.items():
+                    latent.copy_(self.pruner.weight(name))
+            self._latent_is_in_place = False
+        self.update(step)
+        self._show_effective_()
+
+    def _show_effective_(self) -> None:
+        with torch.no_grad():
+            for name, latent in self.latent.items():
+                self.pruner.weight(name).copy_(self.effective(name, latent))
+
+    def signals(self) -> Signals:
+        signals = super().signals()
+        return replace(signals, scalars={**signals.scalars, "regrowth": self.regrowth})
+
+    def state(self) -> dict[str, Tensor]:
+        masks = {f"mask.{name}": mask for name, mask in self.masks.items()}
+        return masks | {f"latent.{name}": latent for name, latent in self.latent.items()}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        self.masks = {name.removeprefix("mask."): value for name, value in state.items() if name.startswith("mask.")}
+        for name, latent in self.latent.items():
+            latent.copy_(state[f"latent.{name}"])
+        self._show_effective_()
+
+
+class GatedTraining(LatentTraining):
+    """A latent method whose effective weight is a differentiable function of the latent one and of own parameters.
+
+    The gradients are those of ``loss + penalty``, as if the model computed `effective` itself in its forward pass.
+
+    Attributes:
+        parameters: name -> leaf tensor of the method's own, trained by `own`.
+        own: the optimizer of `parameters`.
+    """
+
+    parameters: dict[str, Tensor]
+    own: torch.optim.Optimizer
+
+    @abstractmethod
+    def make_parameters(self) -> dict[str, Tensor]:
+        """The method's own parameters at the start, called once `pruner` and `latent` are there."""
+
+    @abstractmethod
+    def make_optimizer(self, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
+        """The optimizer of `parameters`."""
+
+    @abstractmethod
+    def effective(self, name: str, latent: Tensor) -> Tensor:
+        """The weight the model computes with; differentiable in `latent` and in `parameters`."""
+
+    def penalty(self, latent: Mapping[str, Tensor]) -> Tensor:
+        """Added to the loss; a scalar, differentiable in `latent` and in `parameters`."""
+        return torch.zeros(())
+
+    def prepare(self) -> None:
+        self.parameters = {name: value.detach().requires_grad_() for name, value in self.make_parameters().items()}
+        self.own = self.make_optimizer(list(self.parameters.values()))
+
+    def before_step(self, step: int) -> None:
+        gradients = {name: self.pruner.weight(name).grad for name in self.latent}
+        with torch.enable_grad():
+            leaves = {name: latent.detach().requires_grad_() for name, latent in self.latent.items()}
+            surrogate = self.penalty(leaves)  # its gradient is that of loss + penalty
+            for name, gradient in gradients.items():
+                if gradient is not None:
+                    surrogate = surrogate + (self.effective(name, leaves[name]) * gradient).sum()
+            self.own.zero_grad()
+            if surrogate.requires_grad:
+                surrogate.backward()
+        with torch.no_grad():
+            for name, leaf in leaves.items():
+                weight = self.pruner.weight(name)
+                if weight.grad is not None:
+                    weight.grad.copy_(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
+                weight.copy_(leaf)
+        self.own.step()
+        self._latent_is_in_place = True
+
+    def state(self) -> dict[str, Tensor]:
+        own = {f"own.{name}": value.detach() for name, value in self.parameters.items()}
+        for index, values in self.own.state_dict()["state"].items():
+            own |= {f"optimizer.{index}.{key}": value for key, value in values.items() if isinstance(value, Tensor)}
+        return super().state() | own
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, value in self.parameters.items():
+                value.copy_(state[f"own.{name}"])
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, value in state.items():
+            if name.startswith("optimizer."):
+                _, index, key = name.split(".")
+                moments.setdefault(int(index), {})[key] = value
+        groups = self.own.state_dict()["param_groups"]
+        self.own.load_state_dict({"state": moments, "param_groups": groups})
+        super().load_state(state)
