@@ -1,0 +1,229 @@
+"""Every training method at one budget of epochs, pattern and sparsity.
+
+    python benchmarks/methods.py --quick                    # the embedded digits: about ten minutes
+    python benchmarks/methods.py                            # Fashion-MNIST: hours; stop it, and go on, at any time
+    python benchmarks/methods.py --methods adaptive,gradual --settings group-90,group-97 --seeds 1
+    python benchmarks/methods.py --time                     # the repacked models' speed, on an otherwise idle machine
+    python benchmarks/methods.py --report                   # the table and the plots again, from what is there
+
+A run is one method in one setting with one seed. All runs of a task train for the same number of epochs in all: where a
+method starts from a trained model, that training counts. Runs are kept in benchmarks/results/methods/ as they end, and
+a run that was stopped goes on from its last epoch; two run at a time, a core each. The masked models are kept in the
+user's cache folder, for --time. benchmarks/results/methods_TASK.md and the plots beside it are drawn from these files.
+
+Nothing is chosen on the test split: it is read once, at the end of a run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import multiprocessing
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import cache
+from pathlib import Path
+
+import torch
+from methods_report import DENSE, Job, Outcome, Timing, read_outcomes, report, results_folder
+from methods_table import RECIPES, SETTINGS, TASKS_SHOWN, Shown
+from torch import nn
+
+from autoprune.errors import ConfigError, did_you_mean
+from autoprune.files import append_line, cache_folder, read_tensors, write_tensors
+from autoprune.inventory import Inventory, take_inventory
+from autoprune.latency.engines import ENGINES, baselines
+from autoprune.latency.timer import Protocol, measure_together, speedup
+from autoprune.masks import sparsity, weight_of
+from autoprune.plan import LayerPlan, Plan
+from autoprune.registry import Choice
+from autoprune.repack import repack
+from autoprune.report.console import Console
+from autoprune.settings import TrainingSettings
+from autoprune.tasks import TASKS, Task
+from autoprune.training import TRAINING, Pruner
+from autoprune.training.loop import train_
+
+WORKERS = 2
+ROUNDS = 60  # of --time
+KEPT = cache_folder() / "benchmarks" / "methods"  # models and unfinished runs
+
+
+def main() -> None:
+    given = _arguments()
+    shown = TASKS_SHOWN["digits" if given.quick else given.task]
+    if given.time:
+        time_models(shown, Console())
+    elif not given.report:
+        train_all(shown, _jobs(shown, given), given.workers)
+    print(report(shown))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the embedded digits, two settings")
+    parser.add_argument("--task", choices=list(TASKS_SHOWN), default="fashion_mnist")
+    parser.add_argument("--methods", help="rows, by name, e.g. adaptive,gradual; all when left out")
+    parser.add_argument("--settings", help=f"of {', '.join(SETTINGS)}; the task's own when left out")
+    parser.add_argument("--seeds", type=int, help="how many; the task's own when left out")
+    parser.add_argument("--workers", type=int, default=WORKERS, help="runs at a time, one thread each")
+    parser.add_argument("--time", action="store_true", help="time the models of finished runs, and train nothing")
+    parser.add_argument("--report", action="store_true", help="only draw the table and the plots")
+    return parser.parse_args()
+
+
+def _jobs(shown: Shown, given: argparse.Namespace) -> list[Job]:
+    """What is missing, seed by seed, so that a first table is there early."""
+    names = _named(given.methods, list(RECIPES), "method") or list(RECIPES)
+    settings = _named(given.settings, list(SETTINGS), "setting") or list(shown.settings)
+    wanted = [
+        Job(name, setting, seed)
+        for seed in range(given.seeds or shown.seeds)
+        for setting in settings
+        for name in names
+        if name != DENSE and RECIPES[name].fits(setting)
+    ]
+    dense = [Job(DENSE, "", seed) for seed in range(given.seeds or shown.seeds)]
+    done = {outcome.job for outcome in read_outcomes(shown)}
+    return [job for job in dense + wanted if job not in done]
+
+
+def _named(text: str | None, allowed: Sequence[str], what: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")] if text else []
+    for name in names:
+        if name not in allowed:
+            raise ConfigError(f"unknown {what} {name!r}. {did_you_mean(name, allowed)}")
+    return names
+
+
+def train_all(shown: Shown, jobs: Sequence[Job], workers: int) -> None:
+    """Runs what is missing; every run that ends is kept, whatever happens to the others."""
+    console = Console()
+    folder = results_folder(shown)
+    folder.mkdir(parents=True, exist_ok=True)
+    starts = sorted(
+        {(job.seed, RECIPES[job.method].dense_epochs(shown)) for job in jobs} - {(job.seed, 0) for job in jobs}
+    )
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool, console.bar("runs", len(jobs)) as bar:
+        try:
+            for ready in as_completed([pool.submit(_start, shown, seed, epochs) for seed, epochs in starts]):
+                ready.result()
+            pending = [pool.submit(train_one, shown, job) for job in jobs]
+            for future in as_completed(pending):
+                outcome = future.result()
+                append_line(folder / "runs.jsonl", outcome.to_json())
+                bar.advance(1, f"{outcome.job}: {100 * outcome.test:.2f}%")
+                console.say(f"{outcome.job}: {100 * outcome.test:.2f}% in {outcome.seconds:.0f} s")
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+@cache
+def _task(shown: Shown, seed: int) -> Task:
+    return TASKS.create(shown.choice(seed))
+
+
+def _start(shown: Shown, seed: int, epochs: int) -> tuple[nn.Module, float]:
+    """The model that methods start from, trained densely for `epochs` (0: not at all), and the seconds it took."""
+    torch.set_num_threads(1)
+    task = _task(shown, seed)
+    model = copy.deepcopy(task.model)
+    if epochs == 0:
+        return model, 0.0
+    path = KEPT / f"{shown.name}-start{epochs}-{seed}.safetensors"
+    if path.exists():
+        tensors, about = read_tensors(path, "the dense model")
+        model.load_state_dict(tensors)
+        return model, float(about["seconds"])
+    seconds = _timed_training(model, task, shown.dense.changed({"epochs": epochs}), seed, path)
+    write_tensors(path, model.state_dict(), {"seconds": str(seconds)})
+    return model, seconds
+
+
+def train_one(shown: Shown, job: Job) -> Outcome:
+    """One run, from its last epoch when it was stopped before."""
+    recipe, task = RECIPES[job.method], _task(shown, job.seed)
+    model, seconds = _start(shown, job.seed, recipe.dense_epochs(shown))
+    masked: dict[str, float] = {}
+    if recipe.method is not None:
+        settings = shown.dense.changed({"epochs": shown.epochs - recipe.dense_epochs(shown), **recipe.settings})
+        inventory, setting = prunable(model, task), SETTINGS[job.setting]
+        plan = Plan(dict.fromkeys(inventory.names, LayerPlan(setting.sparsity, setting.pattern, recipe.criterion)))
+        pruner = Pruner(model, inventory, plan, task.calibration, task.loss)
+        seconds += _timed_training(model, task, settings, job.seed, model_path(shown, job), recipe.method, pruner)
+        masked = {name: sparsity(weight_of(model, name)) for name in inventory.names}
+    model.eval()
+    write_tensors(model_path(shown, job), model.state_dict())
+    return Outcome(job, task.evaluate(model), task.test(model), seconds, masked)
+
+
+def _timed_training(
+    model: nn.Module,
+    task: Task,
+    settings: TrainingSettings,
+    seed: int,
+    path: Path,
+    method: Choice | None = None,
+    pruner: Pruner | None = None,
+) -> float:
+    """Trains in place, resumable at its epochs; returns the processor seconds of all epochs, by the mean of those seen."""
+    ends = [time.process_time()]
+    train_(
+        model,
+        task.train,
+        task.loss,
+        settings,
+        seed=seed,
+        method=TRAINING.create(method) if method is not None else None,
+        pruner=pruner,
+        checkpoint=path.with_suffix(".training"),
+        on_epoch=lambda *_: ends.append(time.process_time()),
+    )
+    return (ends[-1] - ends[0]) / max(1, len(ends) - 1) * settings.epochs
+
+
+def prunable(model: nn.Module, task: Task) -> Inventory:
+    """All layers but the first and the last, which hold 1% of the weights."""
+    every = take_inventory(model, task.example_inputs(1))
+    return take_inventory(model, task.example_inputs(1), keep_dense=(every.names[0], every.names[-1]))
+
+
+def model_path(shown: Shown, job: Job) -> Path:
+    return KEPT / f"{shown.name}-{job.key}.safetensors"
+
+
+def time_models(shown: Shown, console: Console) -> None:
+    """Times the models of the first seed, repacked, in turns with the dense engines."""
+    torch.set_num_threads(1)
+    task = _task(shown, 0)
+    x = task.example_inputs(1)
+    dense = _start(shown, 0, shown.epochs)[0].eval()
+    engines = {name: ENGINES.create(Choice(name)).prepare(dense, x[0], 1) for name in baselines()}
+    jobs = [outcome.job for outcome in read_outcomes(shown) if outcome.job.seed == 0 and outcome.job.method != DENSE]
+    rows = []
+    with console.bar("timing", len(jobs)) as bar:
+        for job in jobs:
+            path = model_path(shown, job)
+            if not path.exists():
+                console.say(f"{job}: {path} is gone; not timed")
+                continue
+            model = TASKS.create(shown.choice(0)).model
+            model.load_state_dict(read_tensors(path, "the masked model")[0])
+            fast = repack(model.eval(), x, threads=1)
+            times = measure_together({**engines, "repacked": lambda: fast(*x)}, Protocol(samples=ROUNDS, threads=1))  # noqa: B023
+            best = min(engines, key=lambda name: times[name].median_ms)
+            rows.append(
+                Timing(job, speedup(times["eager"], times["repacked"]), best, speedup(times[best], times["repacked"]))
+            )
+            bar.advance(1, f"{job}: {rows[-1].over_best:.2f}x")
+    path = results_folder(shown) / "times.jsonl"
+    path.unlink(missing_ok=True)
+    for row in rows:
+        append_line(path, row.to_json())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""What benchmarks/methods.py keeps and shows: a row a run, the table, the plots."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from methods_table import RECIPES, SETTINGS, Shown
+
+from autoprune.files import read_lines, write_text
+from autoprune.latency.machine import machine_identity
+from autoprune.report.plots import save_png
+from autoprune.report.table import MISSING, markdown_table
+
+RESULTS = Path(__file__).parent / "results"
+DENSE = "dense"
+
+
+@dataclass(frozen=True, order=True)
+class Job:
+    """One run: a row of RECIPES in a row of SETTINGS (none for dense training), with one seed."""
+
+    method: str
+    setting: str
+    seed: int
+
+    def __str__(self) -> str:
+        return " ".join(part for part in (self.method, self.setting, f"seed {self.seed}") if part)
+
+    @property
+    def key(self) -> str:
+        """For file names."""
+        return "-".join(part for part in (self.method, self.setting.replace(":", "of"), str(self.seed)) if part)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to.
+
+    Attributes:
+        validation, test: accuracy, in [0, 1].
+        seconds: processor time of training, the dense start included.
+        sparsities: layer -> share of zeros.
+    """
+
+    job: Job
+    validation: float
+    test: float
+    seconds: float
+    sparsities: Mapping[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Outcome:
+        return cls(**{**data, "job": Job(**data["job"])})
+
+
+@dataclass(frozen=True)
+class Timing:
+    """A run's repacked model against the dense model, in turns: how many times faster.
+
+    Attributes:
+        over_eager: than torch eager.
+        best: the fastest dense engine.
+        over_best: than that engine.
+    """
+
+    job: Job
+    over_eager: float
+    best: str
+    over_best: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Timing:
+        return cls(**{**data, "job": Job(**data["job"])})
+
+
+def results_folder(shown: Shown) -> Path:
+    return RESULTS / "methods" / shown.name
+
+
+def read_outcomes(shown: Shown) -> list[Outcome]:
+    """Every run that ended, the last one of each job."""
+    rows = [Outcome.from_json(row) for row in read_lines(results_folder(shown) / "runs.jsonl", "the runs")]
+    return list({row.job: row for row in rows}.values())
+
+
+def read_timings(shown: Shown) -> dict[Job, Timing]:
+    rows = [Timing.from_json(row) for row in read_lines(results_folder(shown) / "times.jsonl", "the timings")]
+    return {row.job: row for row in rows}
+
+
+def report(shown: Shown) -> str:
+    """Writes the page and the plots of a task; returns the page."""
+    outcomes, timings = read_outcomes(shown), read_timings(shown)
+    dense = {outcome.job.seed: outcome for outcome in outcomes if outcome.job.method == DENSE}
+    settings = [name for name in SETTINGS if any(outcome.job.setting == name for outcome in outcomes)]
+    machine = ", ".join(f"{key} {value}" for key, value in machine_identity().items())
+    parts = [_head(shown, dense), *(_section(name, outcomes, dense, timings) for name in settings), machine, ""]
+    page = "\n".join(parts)
+    write_text(RESULTS / f"methods_{shown.name}.md", page)
+    if settings and dense:
+        save_png(_figure(settings, outcomes, dense), RESULTS / f"methods_{shown.name}.png")
+    return page
+
+
+def _head(shown: Shown, dense: Mapping[int, Outcome]) -> str:
+    accuracy = _mean_spread([100 * outcome.test for outcome in dense.values()])
+    seconds = statistics.fmean(outcome.seconds for outcome in dense.values()) if dense else 0.0
+    return (
+        f"# Training methods: {shown.name}\n\n"
+        f"Written by `python benchmarks/methods.py --task {shown.name}`. {shown.task}, {shown.epochs} epochs in every "
+        f"run; those marked * start from a dense model trained for {shown.start_epochs} of them. All layers but the "
+        "first and the last are pruned, to the same number of weights in every run of a setting. Accuracy on the test "
+        "split, percent: mean ± standard deviation over the seeds; every choice was made on a validation split.\n\n"
+        f"Dense: {accuracy}%, {seconds:.0f} s of training on one thread, seeds {sorted(dense)}.\n"
+    )
+
+
+def _section(
+    setting: str, outcomes: Sequence[Outcome], dense: Mapping[int, Outcome], timings: Mapping[Job, Timing]
+) -> str:
+    header = (
+        "method",
+        "",
+        "seeds",
+        "test accuracy",
+        "points under dense",
+        "faster than eager",
+        "than the best dense",
+        "training s",
+    )
+    rows = []
+    for name, recipe in RECIPES.items():
+        runs = [outcome for outcome in outcomes if (outcome.job.method, outcome.job.setting) == (name, setting)]
+        if not runs:
+            continue
+        lost = [100 * (dense[run.job.seed].test - run.test) for run in runs if run.job.seed in dense]
+        timing = next((timings[run.job] for run in runs if run.job in timings), None)
+        rows.append(
+            (
+                name + ("*" if recipe.from_trained else ""),
+                recipe.what,
+                str(len(runs)),
+                _mean_spread([100 * run.test for run in runs]),
+                _mean_spread(lost),
+                f"{timing.over_eager:.2f}x" if timing else MISSING,
+                f"{timing.over_best:.2f}x ({timing.best})" if timing else MISSING,
+                f"{statistics.fmean(run.seconds for run in runs):.0f}",
+            )
+        )
+    rows.sort(key=lambda row: float(row[4].split()[0]) if row[4] != MISSING else 0.0)
+    return f"## {setting}\n\n{markdown_table(header, rows, left=2)}"
+
+
+def _mean_spread(values: Sequence[float]) -> str:
+    if not values:
+        return MISSING
+    mean = statistics.fmean(values)
+    return f"{mean:.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def _figure(settings: Sequence[str], outcomes: Sequence[Outcome], dense: Mapping[int, Outcome]) -> Figure:
+    """Points under dense, a row a method, a panel a setting; a dot a seed."""
+    names = [name for name in RECIPES if any(outcome.job.method == name for outcome in outcomes) and name != DENSE]
+    figure = Figure(figsize=(3.2 * len(settings) + 1.6, 0.32 * len(names) + 1.2), layout="constrained")
+    axes = figure.subplots(1, len(settings), sharey=True, squeeze=False)[0]
+    for axis, setting in zip(axes, settings, strict=True):
+        for place, name in enumerate(reversed(names)):
+            lost = [
+                100 * (dense[run.job.seed].test - run.test)
+                for run in outcomes
+                if (run.job.method, run.job.setting) == (name, setting) and run.job.seed in dense
+            ]
+            axis.plot(lost, [place] * len(lost), "o", markersize=4, alpha=0.8)
+        axis.axvline(0.0, color="0.6", linewidth=0.8)
+        axis.set(title=setting, xlabel="points under dense")
+        axis.set_yticks(range(len(names)), list(reversed(names)))
+        axis.grid(axis="x", alpha=0.3)
+    return figure

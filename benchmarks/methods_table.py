@@ -1,0 +1,115 @@
+"""What benchmarks/methods.py compares: the tasks, the settings, and one recipe a row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from autoprune.registry import Choice
+from autoprune.settings import TrainingSettings
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How sparse, and in which pattern; the plan gives every layer this sparsity, and so the budget."""
+
+    pattern: Choice
+    sparsity: float
+
+
+GROUP = Choice("group", {"size": 8})
+SETTINGS: Mapping[str, Setting] = {
+    "group-90": Setting(GROUP, 0.90),
+    "group-97": Setting(GROUP, 0.97),
+    "unstructured-97": Setting(Choice("unstructured"), 0.97),
+    "group-95": Setting(GROUP, 0.95),
+    "group-98": Setting(GROUP, 0.98),
+    "2:4": Setting(Choice("n:m", {"n": 2, "m": 4}), 0.5),
+}
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A task of the comparison.
+
+    Attributes:
+        task: the registry row and its arguments; the seed is added.
+        epochs: of every run in all.
+        start_epochs: of them, trained densely by the methods that start from a trained model.
+        dense: settings of the dense training; methods change what their recipe says.
+        settings: shown when none are named.
+        seeds: likewise.
+    """
+
+    task: Choice
+    epochs: int
+    start_epochs: int
+    dense: TrainingSettings
+    settings: tuple[str, ...]
+    seeds: int
+
+    @property
+    def name(self) -> str:
+        return self.task.name
+
+    def choice(self, seed: int) -> Choice:
+        return Choice(self.task.name, {**self.task.args, "seed": seed})
+
+
+TASKS_SHOWN: Mapping[str, Shown] = {
+    "fashion_mnist": Shown(
+        Choice("fashion_mnist", {"widths": [16, 32, 64]}),
+        epochs=6,
+        start_epochs=3,
+        dense=TrainingSettings(epochs=6, learning_rate=0.1, weight_decay=5e-4, warmup=0.15),
+        settings=("group-90", "group-97", "unstructured-97"),
+        seeds=3,
+    ),
+    "digits": Shown(
+        Choice("digits", {"widths": [16, 32, 64]}),
+        epochs=16,
+        start_epochs=8,
+        dense=TrainingSettings(epochs=16, learning_rate=0.1, weight_decay=5e-4, warmup=0.1),
+        settings=("group-90", "group-97"),
+        seeds=2,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A row: a method and how it is used.
+
+    Attributes:
+        what: in words.
+        method: the training method and its arguments; None for dense training.
+        from_trained: starts from a model trained densely for `Shown.start_epochs`; else from initial weights.
+        settings: training settings that differ from the dense ones.
+        criterion: the plan's.
+        only: the settings it makes sense for; all when empty.
+        ablation: of which row this is one.
+    """
+
+    what: str
+    method: Choice | None
+    from_trained: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    criterion: Choice = Choice("magnitude")  # noqa: RUF009 - frozen
+    only: tuple[str, ...] = ()
+    ablation: str = ""
+
+    def dense_epochs(self, shown: Shown) -> int:
+        if self.method is None:
+            return shown.epochs
+        return shown.start_epochs if self.from_trained else 0
+
+    def fits(self, setting: str) -> bool:
+        return setting in self.only if self.only else setting != "2:4"
+
+
+RECIPES: Mapping[str, Recipe] = {
+    "dense": Recipe("dense training", None),
+    "one_shot": Recipe("three-stage, one cut", Choice("one_shot"), from_trained=True),
+    "gradual": Recipe("three-stage, gradual, every layer alike", Choice("gradual"), from_trained=True),
+}
