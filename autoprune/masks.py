@@ -7,11 +7,12 @@ operator, weight sharing, an exporter) sees the pruned one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from autoprune.columns import input_moments, squared_gradients
 from autoprune.criteria import CRITERIA, LayerStatistics
 from autoprune.errors import AutopruneError
 from autoprune.inventory import Inventory, as_tuple, watch_forward
@@ -38,40 +39,76 @@ def collect_statistics(
     if not wanted:
         return {name: LayerStatistics() for name in names}
     modules = {name: model.get_submodule(name) for name in names}
-    gradient = {name: torch.zeros_like(weight_of(model, name)) for name in names}
-    squares: dict[str, Tensor] = {}
+    sums: dict[str, _Sums] = {}
 
-    def seen(name: str, args: tuple[Any, ...], _: Any) -> None:
-        x = args[0].detach()
-        axis = 1 if isinstance(modules[name], nn.Conv2d) else x.ndim - 1
-        total = x.double().square().sum(dim=[d for d in range(x.ndim) if d != axis])  # (in,)
-        squares[name] = squares.get(name, torch.zeros_like(total)) + total
+    def seen(name: str, args: tuple[Any, ...], output: Tensor) -> None:
+        sums.setdefault(name, _Sums(modules[name])).add(args[0].detach(), output, wanted)
 
     was_training = model.training
     model.eval()  # batch norm must not drift
     try:
         with watch_forward(modules, seen):
             for inputs, target in batches:
-                if "gradient" in wanted:
-                    _add_gradients(model, gradient, loss, inputs, target)
+                if wanted & _DIFFERENTIATED:
+                    for name, gradient in _gradients(model, names, loss, inputs, target).items():
+                        sums[name].gradient += gradient.abs()
                 else:
                     with torch.no_grad():
                         model(*as_tuple(inputs))
     finally:
         model.train(was_training)
-    if missing := [name for name in names if name not in squares]:
+    if missing := [name for name in names if name not in sums]:
         raise AutopruneError(f"calibration never reached {', '.join(missing)}: give batches that run the whole model.")
-    return {name: LayerStatistics(gradient=gradient[name], input_norm=squares[name].sqrt().float()) for name in names}
+    return {name: sums[name].statistics(wanted) for name in names}
 
 
-def _add_gradients(model: nn.Module, into: dict[str, Tensor], loss: Loss, inputs: Any, target: Tensor) -> None:
-    names = list(into)
+_DIFFERENTIATED = frozenset({"gradient", "squared_gradient"})
+
+
+class _Sums:
+    """What is summed of one layer while batches pass."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.samples = self.columns = 0
+        self.gradient: Tensor = torch.zeros_like(cast("Tensor", module.weight))
+        self.squared_gradient = self.input_square = self.input_moments = torch.zeros(())
+
+    def add(self, x: Tensor, output: Tensor, wanted: frozenset[str]) -> None:
+        """Takes in one call of the layer."""
+        if "input_norm" in wanted:
+            axis = 1 if isinstance(self.module, nn.Conv2d) else x.ndim - 1
+            total = x.double().square().sum(dim=[d for d in range(x.ndim) if d != axis])  # (in,)
+            self.input_square = self.input_square + total
+        if "input_moments" in wanted:
+            self.input_moments = self.input_moments + input_moments(self.module, x)
+            self.columns += output.numel() // len(cast("Tensor", self.module.weight))
+        if "squared_gradient" in wanted:
+            self.samples += len(x)
+
+            def add_gradient(gradient: Tensor) -> None:
+                own = gradient * len(x)  # of a sample's own loss: the batch's is their mean
+                self.squared_gradient = self.squared_gradient + squared_gradients(self.module, x, own)
+
+            output.register_hook(add_gradient)  # not a gradient asked for: an in-place ReLU would take its place
+
+    def statistics(self, wanted: frozenset[str]) -> LayerStatistics:
+        moments = (self.input_moments / max(1, self.columns)).float()
+        found = {
+            "gradient": self.gradient,
+            "input_norm": self.input_square.sqrt().float(),
+            "squared_gradient": self.squared_gradient / max(1, self.samples),
+            "input_moments": moments,
+        }
+        return LayerStatistics(**{name: value for name, value in found.items() if name in wanted})
+
+
+def _gradients(model: nn.Module, names: list[str], loss: Loss, inputs: Any, target: Tensor) -> dict[str, Tensor]:
+    """Of the layers' weights, as far as the loss depends on them."""
     with torch.enable_grad():
         value = loss(model(*as_tuple(inputs)), target)
         grads = torch.autograd.grad(value, [weight_of(model, name) for name in names], allow_unused=True)
-    for name, grad in zip(names, grads, strict=True):
-        if grad is not None:
-            into[name] += grad.abs()
+    return {name: grad for name, grad in zip(names, grads, strict=True) if grad is not None}
 
 
 def criteria_needs(plan: Plan) -> frozenset[str]:

@@ -9,6 +9,8 @@ CRITERIA: Registry[Criterion] = Registry(
         "magnitude": "autoprune.criteria.magnitude:Magnitude",
         "gradient": "autoprune.criteria.gradient:Gradient",
         "activation": "autoprune.criteria.activation:Activation",
+        "fisher": "autoprune.criteria.fisher:Fisher",
+        "obs": "autoprune.criteria.obs:Obs",
         "random": "autoprune.criteria.random:Random",
     },
 )

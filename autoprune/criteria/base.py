@@ -16,10 +16,16 @@ class LayerStatistics:
     Attributes:
         gradient: sum over batches of |dL/dw| in the weight's shape, or None when no criterion asked for it.
         input_norm: L2 norm of each input channel over all positions, ``(in,)``, or None likewise.
+        squared_gradient: mean over samples of (dL/dw)^2 of a sample's own loss, in the weight's shape, or None
+            likewise. A sample is an index of the first axis of the layer's input, and the loss a mean over them.
+        input_moments: mean over samples and positions of ``c c^T``, c being the columns that a row of the weight
+            multiplies, ``(conv_groups, in / conv_groups * kh * kw, likewise)``, or None likewise.
     """
 
     gradient: Tensor | None = None
     input_norm: Tensor | None = None
+    squared_gradient: Tensor | None = None
+    input_moments: Tensor | None = None
 
 
 class Criterion(ABC):
