@@ -42,14 +42,15 @@ def output_rows(module: nn.Module, y: Tensor) -> Tensor:
     return y.reshape(len(y), module.groups, y.shape[1] // module.groups, -1)
 
 
+def joined(values: Tensor) -> Tensor:
+    """``(samples, conv_groups, n, positions)`` as ``(conv_groups, n, samples * positions)``."""
+    return values.permute(1, 2, 0, 3).flatten(2)
+
+
 def input_moments(module: nn.Module, x: Tensor) -> Tensor:
     """Sum over samples and positions of ``c c^T``, for columns c: ``(conv_groups, columns, columns)``, float64."""
-    return torch.stack([_moments(columns) for columns in input_columns(module, x)]).sum(0)
-
-
-def _moments(columns: Tensor) -> Tensor:
-    flat = columns.permute(1, 2, 0, 3).flatten(2)  # (conv_groups, columns, samples * positions)
-    return (flat @ flat.transpose(1, 2)).double()
+    columns = (joined(part) for part in input_columns(module, x))
+    return torch.stack([(c @ c.transpose(1, 2)).double() for c in columns]).sum(0)
 
 
 def squared_gradients(module: nn.Module, x: Tensor, gradient: Tensor) -> Tensor:

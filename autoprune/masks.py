@@ -87,10 +87,13 @@ class _Sums:
             self.samples += len(x)
 
             def add_gradient(gradient: Tensor) -> None:
-                own = gradient * len(x)  # of a sample's own loss: the batch's is their mean
+                own = gradient.reshape(output.shape) * len(x)  # of a sample's own loss: the batch's is their mean
                 self.squared_gradient = self.squared_gradient + squared_gradients(self.module, x, own)
 
-            output.register_hook(add_gradient)  # not a gradient asked for: an in-place ReLU would take its place
+            # A hook, not a gradient asked for later: an in-place ReLU would take the output's place. Where the output
+            # is a view, as that of a Linear is, such a ReLU would take the hook away too, but not its base's.
+            base = output._base if output._is_view() else output
+            cast("Tensor", base).register_hook(add_gradient)
 
     def statistics(self, wanted: frozenset[str]) -> LayerStatistics:
         moments = (self.input_moments / max(1, self.columns)).float()

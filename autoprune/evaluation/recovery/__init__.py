@@ -11,6 +11,7 @@ RECOVERIES: Registry[Recovery] = Registry(
     {
         "none": "autoprune.evaluation.recovery.none:NoRecovery",
         "batch_norm": "autoprune.evaluation.recovery.batch_norm:BatchNorm",
+        "reconstruct": "autoprune.evaluation.recovery.reconstruct:Reconstruct",
         "train": "autoprune.evaluation.recovery.train:Train",
     },
 )
