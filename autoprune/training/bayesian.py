@@ -20,6 +20,7 @@ from torch import Tensor
 from autoprune.allocation import ALLOCATIONS, Allocation
 from autoprune.allocation.planned import Planned
 from autoprune.allocation.threshold import Global, Threshold
+from autoprune.criteria import CRITERIA
 from autoprune.errors import ConfigError, did_you_mean
 from autoprune.masks import Masks, criteria_needs
 from autoprune.registry import Choice
@@ -96,6 +97,8 @@ class Bayesian(SparseTraining):
         self.draws, self.batches = draws, batches
         self.forget, self.fade = (forget, fade) if memory else (0.0, 0.0)
         self.criterion = Choice(criterion) if criterion is not None else None
+        if self.criterion is not None:
+            CRITERIA.create(self.criterion)  # raises on a name that is none
         choice = Choice(allocation) if isinstance(allocation, str) else Choice.from_json(allocation)
         self.allocation: Allocation = ALLOCATIONS.create(choice)
 
