@@ -50,8 +50,8 @@ from autoprune.repack import RepackedModel, load, repack, save
 from autoprune.report.data import MeasuredPoint
 from autoprune.tasks import TASKS, Task
 from autoprune.training import TRAINING
-from autoprune.training.base import Pruner
 from autoprune.training.loop import train_
+from autoprune.training.widening import make_pruner_
 
 
 def check_names(config: Config, task_given: bool = False) -> None:
@@ -314,7 +314,7 @@ class Run:
     def pruned(self) -> nn.Module:
         """The dense model under the plan's masks, recovered as in the search, not fine-tuned."""
         path = self.directory / "pruned.safetensors"
-        if (model := self._load(path)) is None:
+        if (model := self._load(path, trained=self.evaluator.recovery.trains)) is None:
             model = self.evaluator.masked_model(self.plan)
             write_tensors(path, model.state_dict())
         return model
@@ -323,7 +323,7 @@ class Run:
     def masked(self) -> nn.Module:
         """The masked model, fine-tuned by the plan's method."""
         path = self.directory / "masked.safetensors"
-        if (model := self._load(path)) is None:
+        if (model := self._load(path, trained=True)) is None:
             model = self._finetuned()
             write_tensors(path, model.state_dict())
             shutil.rmtree(self.directory / "finetune", ignore_errors=True)
@@ -334,7 +334,7 @@ class Run:
         """The fast model, its backends chosen by measurement here."""
         path = self.directory / "repacked.safetensors"
         if path.exists():
-            return load(path, copy.deepcopy(self.task.model))
+            return load(path, self._untrained())
         latency = self.config.latency
         with torch_threads(latency.threads):
             model = repack(
@@ -350,15 +350,18 @@ class Run:
         plan, task = self.plan, self.task
         settings = self.config.finetune.settings.changed(plan.settings)
         model = copy.deepcopy(self.dense)
+        method = TRAINING.create(plan.training)
+        inputs = task.example_inputs(self.config.latency.batch)
         with torch_threads(self._work_threads):
+            pruner = make_pruner_(method, model, self.inventory, plan, inputs, task.calibration, task.loss)
             train_(
                 model,
                 task.train,
                 task.loss,
                 settings,
                 seed=self.config.seed,
-                method=TRAINING.create(plan.training),
-                pruner=Pruner(model, self.inventory, plan, task.calibration, task.loss),
+                method=method,
+                pruner=pruner,
                 teacher=self.dense if settings.distillation_weight > 0 else None,
                 checkpoint=self.directory / "finetune",
                 progress=self.progress,
@@ -366,11 +369,19 @@ class Run:
             )
         return model.eval()
 
-    def _load(self, path: Path) -> nn.Module | None:
+    def _untrained(self) -> nn.Module:
+        """The architecture that fine-tuning gives: the task's, or wider where the plan's method widens it."""
+        model = copy.deepcopy(self.task.model)
+        inputs = self.task.example_inputs(self.config.latency.batch)
+        TRAINING.create(self.plan.training).widen_(model, inputs, self.plan)
+        return model
+
+    def _load(self, path: Path, *, trained: bool) -> nn.Module | None:
+        """The model of a file, None when there is none; `trained`: the plan's method trained it."""
         if not path.exists():
             return None
         tensors, _ = read_tensors(path, "the saved model")
-        model = copy.deepcopy(self.task.model)
+        model = self._untrained() if trained else copy.deepcopy(self.task.model)
         try:
             model.load_state_dict(tensors)
         except RuntimeError as error:

@@ -10,6 +10,7 @@ TRAINING: Registry[SparseTraining] = Registry(
         "one_shot": "autoprune.training.one_shot:OneShot",
         "gradual": "autoprune.training.gradual:Gradual",
         "bayesian": "autoprune.training.bayesian:Bayesian",
+        "expand": "autoprune.training.expand:Expand",
     },
 )
 

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -127,6 +127,13 @@ class SparseTraining(ABC):
     finds_shares: ClassVar[bool] = False
     pruner: Pruner
     masks: Masks
+
+    def widen_(self, model: nn.Module, inputs: Any, plan: Plan) -> bool:
+        """Widens `model` in place before there is a pruner or an optimizer; False where a method leaves it as it is.
+
+        Only layers that the plan names change their shape. The same arguments always give the same shapes.
+        """
+        return False
 
     @abstractmethod
     def start(self, pruner: Pruner, total_steps: int) -> None:

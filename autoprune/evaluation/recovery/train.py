@@ -10,8 +10,8 @@ from autoprune.errors import ConfigError
 from autoprune.evaluation.recovery.base import Recovery, Subject
 from autoprune.plan import Plan
 from autoprune.training import TRAINING
-from autoprune.training.base import Pruner
 from autoprune.training.loop import recalibrate_batch_norm_, train_
+from autoprune.training.widening import make_pruner_
 
 
 class Train(Recovery):
@@ -27,7 +27,9 @@ class Train(Recovery):
     def recover_(self, model: nn.Module, plan: Plan, subject: Subject) -> None:
         task = subject.task
         settings = subject.settings.changed({**plan.settings, "max_steps": self.steps})
-        pruner = Pruner(model, subject.inventory, plan, task.calibration, task.loss)
+        method = TRAINING.create(plan.training)
+        inputs = task.example_inputs(subject.inventory.layers[0].input_shape[0])
+        pruner = make_pruner_(method, model, subject.inventory, plan, inputs, task.calibration, task.loss)
         teacher = subject.dense if settings.distillation_weight > 0 else None
         train_(
             model,
@@ -35,7 +37,7 @@ class Train(Recovery):
             task.loss,
             settings,
             seed=subject.seed,
-            method=TRAINING.create(plan.training),
+            method=method,
             pruner=pruner,
             teacher=teacher,
         )
