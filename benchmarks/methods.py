@@ -169,7 +169,7 @@ def _timed_training(
     method: Choice | None = None,
     pruner: Pruner | None = None,
 ) -> float:
-    """Trains in place, resumable at its epochs; returns the processor seconds of all epochs, by the mean of those seen."""
+    """Trains in place, resumable; returns the processor seconds of all epochs, by the mean of those seen."""
     ends = [time.process_time()]
     train_(
         model,

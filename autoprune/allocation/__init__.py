@@ -1,8 +1,11 @@
 """Allocation: how a budget is shared among the layers without a search. One file and one row an allocation."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from autoprune.allocation.base import Allocation, Layers
 from autoprune.allocation.cost import Cost, MacsCost, WeightCost
-from autoprune.registry import Registry
+from autoprune.registry import Choice, Registry
 
 ALLOCATIONS: Registry[Allocation] = Registry(
     "allocation",
@@ -15,4 +18,20 @@ ALLOCATIONS: Registry[Allocation] = Registry(
     },
 )
 
-__all__ = ["ALLOCATIONS", "Allocation", "Cost", "Layers", "MacsCost", "WeightCost"]
+
+def make_allocation(given: str | Mapping[str, Any]) -> Allocation:
+    """The allocation that a method's argument names.
+
+    Args:
+        given: a name, or a table with a ``name`` and its arguments, e.g. ``{"name": "global", "normalise": true}``.
+
+    Raises:
+        ConfigError: no such allocation, or no such argument.
+    """
+    if isinstance(given, Mapping):
+        args = {key: value for key, value in given.items() if key != "name"}
+        return ALLOCATIONS.create(Choice(str(given.get("name")), args))
+    return ALLOCATIONS.create(Choice(str(given)))
+
+
+__all__ = ["ALLOCATIONS", "Allocation", "Cost", "Layers", "MacsCost", "WeightCost", "make_allocation"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -46,15 +48,32 @@ class Layers:
         """
         budget = self.cost(self.planned(fraction)) * (1.0 + 1e-9)
         low, high = 0.0, 1.0
-        if self.cost(curve(low)) <= budget:
+        if self._masked_cost(curve(low)) <= budget:
             return curve(low)
         for _ in range(HALVINGS):
             middle = (low + high) / 2
-            if self.cost(curve(middle)) <= budget:
+            if self._masked_cost(curve(middle)) <= budget:
                 high = middle
             else:
                 low = middle
         return curve(high)
+
+    def _masked_cost(self, sparsities: Mapping[str, float]) -> float:
+        """The cost of the masks: in whole cells, one of each layer kept at least."""
+        kept = {}
+        for name, share in sparsities.items():
+            weights, size = self.inventory[name].weights, self._cell_sizes[name]
+            kept[name] = max(1.0, round((1.0 - share) * weights) / size + 1e-9) // 1 * size / weights
+        return self.cost({name: max(0.0, 1.0 - share) for name, share in kept.items()})
+
+    @cached_property
+    def _cell_sizes(self) -> dict[str, float]:
+        """Weights of a layer's cell, on average."""
+        sizes = {}
+        for name in self.saliency:
+            layer, pattern = self.inventory[name], PATTERNS.create(self.plan.layers[name].pattern)
+            sizes[name] = layer.weights / (int(pattern.cells(layer.weight_shape, layer.conv_groups).max()) + 1)
+        return sizes
 
     def check_free(self, allocation: str) -> None:
         """Raises ConfigError when a pattern has one sparsity alone, so that there is nothing to share."""
@@ -68,7 +87,13 @@ class Layers:
 
 
 class Allocation(ABC):
-    """A rule that says how sparse each layer is, at a cost no higher than the plan's."""
+    """A rule that says how sparse each layer is, at a cost no higher than the plan's.
+
+    Attributes:
+        finds_shares: whether the layers' sparsities are the rule's own, not the plan's.
+    """
+
+    finds_shares: ClassVar[bool] = True
 
     @abstractmethod
     def sparsities(self, layers: Layers, fraction: float = 1.0) -> dict[str, float]:

@@ -50,7 +50,8 @@ class Threshold(Allocation):
             comparable = self.compared(score.clamp(min=0.0), size)
             comparable = torch.where(score < 0.0, -1.0, comparable)  # cut already: before all others
             rising[name] = comparable.cummax(0).values
-            zeros[name] = torch.cat([torch.zeros(1, dtype=torch.float64), size.double().cumsum(0) / size.sum()])
+            share = size.double().cumsum(0) / size.sum()
+            zeros[name] = torch.cat([torch.zeros(1, dtype=torch.float64), share[:-1], share[-2:-1]])  # one stays
         pool = torch.cat(list(rising.values())).sort().values if rising else torch.zeros(1, dtype=torch.float64)
 
         def curve(at: float) -> dict[str, float]:

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -124,7 +124,7 @@ class SparseTraining(ABC):
         masks: what is cut now; True keeps. Reapplied by the method after every optimizer step.
     """
 
-    finds_shares: ClassVar[bool] = False
+    finds_shares: bool = False
     pruner: Pruner
     masks: Masks
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
+from typing import Any
 
-from autoprune.errors import ConfigError
+from autoprune.allocation import make_allocation
 from autoprune.training.base import Pruner, SparseTraining
+from autoprune.training.schedule import check_counts, check_span, cubic
 
 
 class Gradual(SparseTraining):
@@ -15,27 +17,31 @@ class Gradual(SparseTraining):
         begin: fraction of the run after which cutting begins, in [0, 1).
         end: fraction of the run at which the plan's sparsities are reached, in (begin, 1].
         updates: how often the masks are made anew, >= 1.
+        allocation: what shares the plan's budget among the layers: a name, or a table with its arguments.
     """
 
-    def __init__(self, begin: float = 0.0, end: float = 0.6, updates: int = 20) -> None:
-        if not 0.0 <= begin < end <= 1.0:
-            raise ConfigError(f"training method 'gradual' needs 0 <= begin < end <= 1, not begin={begin}, end={end}.")
-        if not isinstance(updates, int) or isinstance(updates, bool) or updates < 1:
-            raise ConfigError(f"training method 'gradual': updates must be an integer >= 1, not {updates!r}.")
+    def __init__(
+        self,
+        begin: float = 0.0,
+        end: float = 0.6,
+        updates: int = 20,
+        allocation: str | Mapping[str, Any] = "planned",
+    ) -> None:
+        check_span("gradual", begin, end)
+        check_counts("gradual", {"updates": updates})
         self.begin, self.end, self.updates = begin, end, updates
+        self.allocation = make_allocation(allocation)
+        self.finds_shares = self.allocation.finds_shares
         self._fractions: dict[int, float] = {}  # step -> fraction of the plan's sparsities
 
     def start(self, pruner: Pruner, total_steps: int) -> None:
         self.pruner = pruner
         self.masks = {}
-        first = min(math.floor(self.begin * total_steps), total_steps - 1)
-        last = max(first + 1, math.floor(self.end * total_steps))
-        steps = {first + math.ceil((last - first) * i / self.updates) for i in range(1, self.updates + 1)}
-        self._fractions = {step: 1.0 - (1.0 - (step - first) / (last - first)) ** 3 for step in sorted(steps)}
+        self._fractions = cubic(self.begin, self.end, self.updates, total_steps)
 
     def after_step(self, step: int) -> None:
         if step in self._fractions:
             # the step moved weights that are cut; zero them before they are scored
             self.pruner.apply_(self.masks)
-            self.masks = self.pruner.masks(self._fractions[step], within=self.masks)
+            self.masks = self.pruner.masks(self._fractions[step], within=self.masks, allocation=self.allocation)
         self.pruner.apply_(self.masks)

@@ -105,7 +105,8 @@ def assert_same_budget(subject: Pruner, shares: dict[str, float]) -> None:
         if (spec := subject.inventory[layer])
     }
     one_kept = sum(largest.values())  # a layer is never cut through, whatever the budget
-    assert cost(shares) <= max(budget, one_kept) + len(largest) * 0.5
+    least = cost(dict.fromkeys(largest, 1.0)) + one_kept
+    assert cost(shares) <= max(budget, least) + len(largest) * 0.5
     assert cost(shares) >= budget - one_kept - max(largest.values(), default=0)
 
 

@@ -1,0 +1,93 @@
+"""Layer-sparse adaptive group-wise pruning: the layers' shares emerge from one competition, and what is cut can return.
+
+Dense weights stay behind the mask and all of them keep receiving gradients, straight through. Every few steps the cells
+of the whole model compete for the budget, by their present size and by where they are heading.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autoprune.allocation import make_allocation
+from autoprune.training.latent import LatentTraining
+from autoprune.training.schedule import check_counts, check_numbers, check_span, cubic
+
+NORMALISED: Mapping[str, Any] = {"name": "global", "normalise": True}
+
+
+class Adaptive(LatentTraining):
+    """Cuts the cells that are small and not about to grow, wherever they are; cells that were cut may come back.
+
+    A weight's saliency is ``max(0, |w| + look_ahead * drift)``: its size, and how far the coming steps would carry it
+    outwards. ``drift`` is the moving average of the weight's own movement along its sign, gradient and decay included,
+    so it needs no learning rate.
+
+    Args:
+        begin: fraction of the run after which cutting begins, in [0, 1).
+        end: fraction of the run at which the whole budget is met, in (begin, 1].
+        freeze: fraction of the run after which the masks stay as they are, in [end, 1].
+        every: steps between two competitions, >= 1.
+        look_ahead: steps that the drift is followed for, >= 0; 0 ranks by size alone.
+        memory: of the moving average, in [0, 1).
+        allocation: what shares the plan's budget among the layers: a name, or a table with its arguments.
+    """
+
+    def __init__(
+        self,
+        begin: float = 0.0,
+        end: float = 0.5,
+        freeze: float = 0.75,
+        every: int = 20,
+        look_ahead: float = 10.0,
+        memory: float = 0.95,
+        allocation: str | Mapping[str, Any] = NORMALISED,
+    ) -> None:
+        check_span("adaptive", begin, end)
+        check_numbers("adaptive", {"freeze": freeze}, end, 1.0)
+        check_counts("adaptive", {"every": every})
+        check_numbers("adaptive", {"look_ahead": look_ahead}, 0.0)
+        check_numbers("adaptive", {"memory": memory}, 0.0, 0.9999)
+        self.begin, self.end, self.freeze, self.every = begin, end, freeze, every
+        self.look_ahead, self.memory = look_ahead, memory
+        self.allocation = make_allocation(allocation)
+        self.finds_shares = self.allocation.finds_shares
+
+    def prepare(self) -> None:
+        first, last = self.begin * self.total_steps, max(1, int(self.end * self.total_steps))
+        updates = max(1, round((last - first) / self.every))
+        self._fractions = cubic(self.begin, self.end, updates, self.total_steps)
+        met = max(self._fractions)
+        frozen = int(self.freeze * self.total_steps)
+        self._fractions |= dict.fromkeys(range(met + self.every, frozen + 1, self.every), 1.0)
+        self.drift = {name: torch.zeros_like(latent) for name, latent in self.latent.items()}
+        self._before: dict[str, Tensor] = {}
+
+    def before_step(self, step: int) -> None:
+        super().before_step(step)
+        if self.look_ahead:
+            self._before = {name: latent.clone() for name, latent in self.latent.items()}
+
+    def update(self, step: int) -> None:
+        for name, before in self._before.items():
+            outwards = (self.latent[name] - before) * before.sign()
+            self.drift[name].mul_(self.memory).add_(outwards, alpha=1.0 - self.memory)
+        self._before = {}
+        if step in self._fractions:
+            saliency = {name: self.saliency(name) for name in self.latent}
+            self.set_masks(self.pruner.masks(self._fractions[step], saliency=saliency, allocation=self.allocation))
+
+    def saliency(self, name: str) -> Tensor:
+        """Scores >= 0 in the weight's shape."""
+        return (self.latent[name].abs() + self.look_ahead * self.drift[name]).clamp(min=0.0)
+
+    def state(self) -> dict[str, Tensor]:
+        return super().state() | {f"drift.{name}": drift for name, drift in self.drift.items()}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        super().load_state(state)
+        for name, drift in self.drift.items():
+            drift.copy_(state[f"drift.{name}"])

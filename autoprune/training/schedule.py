@@ -1,0 +1,45 @@
+"""When a method cuts, and how much of the plan it has reached by then."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from autoprune.errors import ConfigError
+
+
+def cubic(begin: float, end: float, updates: int, total_steps: int) -> dict[int, float]:
+    """The steps at which masks are made -> the fraction of the plan's sparsities then (Zhu and Gupta 2017).
+
+    Args:
+        begin: fraction of the run after which cutting begins, in [0, 1).
+        end: fraction of the run at which the plan is reached, in (begin, 1].
+        updates: how often masks are made, evenly spaced, >= 1.
+        total_steps: of the run, counted from 1; the last of the returned steps has fraction 1.
+    """
+    first = min(math.floor(begin * total_steps), total_steps - 1)
+    last = max(first + 1, math.floor(end * total_steps))
+    steps = {first + math.ceil((last - first) * i / updates) for i in range(1, updates + 1)}
+    return {step: 1.0 - (1.0 - (step - first) / (last - first)) ** 3 for step in sorted(steps)}
+
+
+def check_span(method: str, begin: float, end: float) -> None:
+    """Raises ConfigError unless 0 <= begin < end <= 1."""
+    if not 0.0 <= begin < end <= 1.0:
+        raise ConfigError(f"training method {method!r} needs 0 <= begin < end <= 1, not begin={begin}, end={end}.")
+
+
+def check_counts(method: str, counts: Mapping[str, int]) -> None:
+    """Raises ConfigError on what is not an integer >= 1."""
+    for name, count in counts.items():
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise ConfigError(f"training method {method!r}: {name} must be an integer >= 1, not {count!r}.")
+
+
+def check_numbers(method: str, numbers: Mapping[str, float], low: float, high: float = math.inf) -> None:
+    """Raises ConfigError on what is not a number in [low, high]."""
+    for name, number in numbers.items():
+        good = isinstance(number, (int, float)) and not isinstance(number, bool) and low <= number <= high
+        if not good:
+            allowed = f">= {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
+            raise ConfigError(f"training method {method!r}: {name} must be a number {allowed}, not {number!r}.")
