@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autoprune.allocation import ALLOCATIONS, Allocation
-from autoprune.allocation.planned import Planned
+from autoprune.allocation import make_allocation
 from autoprune.allocation.threshold import Global, Threshold
 from autoprune.criteria import CRITERIA
 from autoprune.errors import ConfigError, did_you_mean
 from autoprune.masks import Masks, criteria_needs
 from autoprune.registry import Choice
 from autoprune.training.base import Pruner, Signals, SparseTraining
+from autoprune.training.schedule import check_counts, check_numbers, check_span
 
 PRIOR = 0.5  # both counts of Jeffreys' prior
 TIE = 1e-3  # probabilities that differ by less are as good as equal
@@ -64,7 +64,7 @@ class Bayesian(SparseTraining):
         fade: share of a round over which what it cuts fades out, in [0, 1]; 0 cuts at once.
         memory: false compares with memory-less iterative pruning: `forget` and `fade` are taken as 0.
         criterion: name of the criterion the looks score by; each layer's own when left out.
-        allocation: name of what shares the budget of a round among the layers, or an object with its arguments.
+        allocation: what shares the budget of a round among the layers: a name, or a table with its arguments.
     """
 
     def __init__(
@@ -81,14 +81,9 @@ class Bayesian(SparseTraining):
         criterion: str | None = None,
         allocation: str | Mapping[str, Any] = "planned",
     ) -> None:
-        if not 0.0 <= begin < end <= 1.0:
-            raise ConfigError(f"training method 'bayesian' needs 0 <= begin < end <= 1, not begin={begin}, end={end}.")
-        for name, count in {"rounds": rounds, "draws": draws, "batches": batches}.items():
-            if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-                raise ConfigError(f"training method 'bayesian': {name} must be an integer >= 1, not {count!r}.")
-        for name, share in {"forget": forget, "fade": fade}.items():
-            if not isinstance(share, (int, float)) or isinstance(share, bool) or not 0.0 <= share <= 1.0:
-                raise ConfigError(f"training method 'bayesian': {name} must be in [0, 1], not {share!r}.")
+        check_span("bayesian", begin, end)
+        check_counts("bayesian", {"rounds": rounds, "draws": draws, "batches": batches})
+        check_numbers("bayesian", {"forget": forget, "fade": fade}, 0.0, 1.0)
         if schedule not in SCHEDULES:
             raise ConfigError(f"training method 'bayesian': unknown schedule. {did_you_mean(str(schedule), SCHEDULES)}")
         if not isinstance(memory, bool):
@@ -99,13 +94,8 @@ class Bayesian(SparseTraining):
         self.criterion = Choice(criterion) if criterion is not None else None
         if self.criterion is not None:
             CRITERIA.create(self.criterion)  # raises on a name that is none
-        choice = Choice(allocation) if isinstance(allocation, str) else Choice.from_json(allocation)
-        self.allocation: Allocation = ALLOCATIONS.create(choice)
-
-    @property
-    def finds_shares(self) -> bool:  # type: ignore[override]
-        """Whether the allocation does."""
-        return not isinstance(self.allocation, Planned)
+        self.allocation = make_allocation(allocation)
+        self.finds_shares = self.allocation.finds_shares
 
     def start(self, pruner: Pruner, total_steps: int) -> None:
         self.pruner, self.masks = pruner, {}

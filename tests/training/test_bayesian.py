@@ -234,11 +234,11 @@ def test_a_killed_run_resumes_in_the_middle_of_a_round(tmp_path: Path, criterion
         ({"begin": 0.7, "end": 0.6}, "needs 0 <= begin < end <= 1, not begin=0.7, end=0.6"),
         ({"rounds": 0}, "rounds must be an integer >= 1, not 0"),
         ({"draws": True}, "draws must be an integer >= 1, not True"),
-        ({"forget": 1.5}, "forget must be in [0, 1], not 1.5"),
+        ({"forget": 1.5}, "forget must be a number in [0, 1], not 1.5"),
         ({"memory": 1}, "memory must be true or false, not 1"),
         ({"schedule": "cubik"}, "Did you mean 'cubic'?"),
         ({"allocation": "globl"}, "Did you mean 'global'?"),
-        ({"allocation": {"name": "global", "args": {"most": 2}}}, "most must be in (0, 1), not 2"),
+        ({"allocation": {"name": "global", "most": 2}}, "most must be in (0, 1), not 2"),
         ({"criterion": "fischer"}, "Did you mean 'fisher'?"),
     ],
 )
