@@ -286,7 +286,7 @@ class _Walk:
             return module.start_dim == 1 and module.end_dim == -1
         if node.op in ("call_function", "call_method") and node.target in (torch.flatten, "flatten"):
             given = dict(zip(("start_dim", "end_dim"), node.args[1:], strict=False)) | dict(node.kwargs)
-            return given.get("start_dim") == 1 and given.get("end_dim", -1) == -1
+            return bool(given.get("start_dim") == 1 and given.get("end_dim", -1) == -1)
         return False
 
     def _is_channelwise(self, node: fx.Node, images: bool) -> bool:
@@ -310,4 +310,6 @@ def _is_layer(module: nn.Module | None) -> bool:
 
 
 def _is_depthwise(module: nn.Module | None) -> bool:
-    return isinstance(module, nn.Conv2d) and 1 < module.groups == module.in_channels == module.out_channels
+    if not isinstance(module, nn.Conv2d):
+        return False
+    return 1 < module.groups == module.in_channels == module.out_channels
