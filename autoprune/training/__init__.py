@@ -12,6 +12,7 @@ TRAINING: Registry[SparseTraining] = Registry(
         "adaptive": "autoprune.training.adaptive:Adaptive",
         "bayesian": "autoprune.training.bayesian:Bayesian",
         "expand": "autoprune.training.expand:Expand",
+        "thresholds": "autoprune.training.thresholds:Thresholds",
     },
 )
 
