@@ -362,7 +362,7 @@ class Run:
                 seed=self.config.seed,
                 method=method,
                 pruner=pruner,
-                teacher=self.dense if settings.distillation_weight > 0 else None,
+                teachers=(self.dense,),
                 checkpoint=self.directory / "finetune",
                 progress=self.progress,
                 title="fine-tuning",

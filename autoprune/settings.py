@@ -25,8 +25,11 @@ class TrainingSettings:
         optimizer: a name in OPTIMIZERS.
         schedule: a name in SCHEDULES; the factor on the learning rate after the warm-up.
         warmup: fraction of all steps over which the learning rate rises linearly from 0, in [0, 1).
-        distillation_weight: share of the teacher's term in the loss, in [0, 1]; 0 trains without a teacher.
+        distillation_weight: share of the teachers' term in the loss, in [0, 1]; 0 trains without a teacher.
         distillation_temperature: softens both sides' logits, > 0.
+        teacher_weights: a name in TEACHER_WEIGHTS; how much each of several teachers has to say on a sample.
+        ema_teacher: decay, in [0, 1), of a moving average of the model in training that is one more teacher; None has
+            no such teacher.
         max_steps: stop after this many optimizer steps; None trains all epochs.
         clip_norm: largest L2 norm of the gradient, > 0; None never clips.
     """
@@ -40,15 +43,17 @@ class TrainingSettings:
     warmup: float = 0.0
     distillation_weight: float = 0.0
     distillation_temperature: float = 4.0
+    teacher_weights: str = "mean"
+    ema_teacher: float | None = None
     max_steps: int | None = None
     clip_norm: float | None = None
 
     def __post_init__(self) -> None:
         """Raises ConfigError naming the setting, its value and what is allowed."""
-        if self.optimizer not in OPTIMIZERS:
-            raise ConfigError(f"unknown optimizer {self.optimizer!r}. {did_you_mean(str(self.optimizer), OPTIMIZERS)}")
-        if self.schedule not in SCHEDULES:
-            raise ConfigError(f"unknown schedule {self.schedule!r}. {did_you_mean(str(self.schedule), SCHEDULES)}")
+        for name, table in {"optimizer": OPTIMIZERS, "schedule": SCHEDULES, "teacher_weights": TEACHER_WEIGHTS}.items():
+            given = getattr(self, name)
+            if given not in table:
+                raise ConfigError(f"unknown {name} {given!r}. {did_you_mean(str(given), table)}")
         for name, (whole, allowed, fits) in _RANGES.items():
             value = getattr(self, name)
             if value is None and name in _OPTIONAL:
@@ -74,7 +79,7 @@ class TrainingSettings:
         return cls(**data)
 
 
-_OPTIONAL = frozenset({"max_steps", "clip_norm"})
+_OPTIONAL = frozenset({"max_steps", "clip_norm", "ema_teacher"})
 _RANGES: Mapping[str, tuple[bool, str, Callable[[float], bool]]] = {
     "epochs": (True, "an integer >= 1", lambda value: value >= 1),
     "learning_rate": (False, "a number > 0", lambda value: value > 0),
@@ -83,6 +88,7 @@ _RANGES: Mapping[str, tuple[bool, str, Callable[[float], bool]]] = {
     "warmup": (False, "in [0, 1)", lambda value: 0 <= value < 1),
     "distillation_weight": (False, "in [0, 1]", lambda value: 0 <= value <= 1),
     "distillation_temperature": (False, "a number > 0", lambda value: value > 0),
+    "ema_teacher": (False, "in [0, 1) or nothing", lambda value: 0 <= value < 1),
     "max_steps": (True, "an integer >= 1 or nothing", lambda value: value >= 1),
     "clip_norm": (False, "a number > 0 or nothing", lambda value: value > 0),
 }
@@ -122,3 +128,25 @@ def make_optimizer(parameters: Sequence[Tensor], settings: TrainingSettings) -> 
     decayed = {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay}
     plain = {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}
     return OPTIMIZERS[settings.optimizer]([group for group in (decayed, plain) if group["params"]], settings)
+
+
+def _mean(log_shares: Tensor, target: Tensor | None) -> Tensor:
+    return torch.full(log_shares.shape[:2], -math.log(len(log_shares)))
+
+
+def _confidence(log_shares: Tensor, target: Tensor | None) -> Tensor:
+    confidence = (log_shares.exp() * log_shares).sum(dim=2)  # minus the entropy
+    if target is not None:
+        true = log_shares.gather(2, target.clamp(min=0).expand(len(log_shares), -1)[:, :, None])[:, :, 0]
+        confidence = torch.where(target >= 0, true, confidence)  # a class below 0 is one to ignore
+    return confidence.log_softmax(dim=0)
+
+
+# Log-probabilities of the classes, (teachers, samples, classes), and the true ones, (samples,), where targets are
+# classes -> log of each teacher's weight on each sample, (teachers, samples); the weights of a sample sum to 1.
+# By confidence, a teacher weighs what it gives the true class: the posterior that its answer is the one to follow
+# (after Zhang et al. 2022, CA-MKD, whose weights fall with the cross-entropy too).
+TEACHER_WEIGHTS: Mapping[str, Callable[[Tensor, Tensor | None], Tensor]] = {
+    "mean": _mean,
+    "confidence": _confidence,
+}

@@ -29,7 +29,7 @@ class Checkpoint:
     Attributes:
         folder: where the file is kept.
         run: what the run is, as JSON values; only the same run resumes.
-        model, optimizer, method: written after an epoch, overwritten when resuming.
+        model, optimizer, method, average: written after an epoch, overwritten when resuming.
     """
 
     folder: Path
@@ -37,6 +37,7 @@ class Checkpoint:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     method: SparseTraining | None
+    average: nn.Module | None = None
 
     def save(self, losses: list[float]) -> None:
         """Writes the state after ``len(losses)`` epochs."""
@@ -47,6 +48,8 @@ class Checkpoint:
             tensors |= {f"optimizer.{index}.{key}": v for key, v in values.items() if isinstance(v, Tensor)}
         if self.method is not None:
             tensors |= {f"method.{name}": value for name, value in self.method.state().items()}
+        if self.average is not None:
+            tensors |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
         about = {"version": VERSION, "losses": losses, "run": self.run}
         write_tensors(self.folder / _FILE, tensors, {"training": json.dumps(about)})
 
@@ -69,6 +72,8 @@ class Checkpoint:
             groups = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict({"state": state, "param_groups": groups})
             self.model.load_state_dict(_under("model", tensors))
+            if self.average is not None:
+                self.average.load_state_dict(_under("average", tensors))
         except (RuntimeError, ValueError, KeyError) as error:
             raise FileError(f"the training checkpoint {path} does not fit this model ({error}). Delete it.") from None
         if self.method is not None:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from autoprune.errors import AutopruneError
@@ -21,8 +19,12 @@ from autoprune.inventory import as_tuple
 from autoprune.masks import Batches, Loss, Masks
 from autoprune.progress import SILENT, Progress
 from autoprune.settings import TrainingSettings, learning_rate, make_optimizer
-from autoprune.training.base import Pruner, SparseTraining
+from autoprune.training.base import Pruner, Signals, SparseTraining
 from autoprune.training.checkpoint import Checkpoint
+from autoprune.training.distillation import Distillation, check_teachers
+
+OnSignals = Callable[[int, Signals], None]
+SIGNALS = 100  # a run
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,12 @@ def train_(
     seed: int,
     method: SparseTraining | None = None,
     pruner: Pruner | None = None,
-    teacher: nn.Module | None = None,
+    teachers: Sequence[nn.Module] = (),
     checkpoint: Path | None = None,
     progress: Progress = SILENT,
     title: str = "training",
     on_epoch: Callable[[int, dict[str, float]], None] | None = None,
+    on_signals: OnSignals | None = None,
 ) -> TrainingResult:
     """Trains `model` in place; the global random state and the model's mode are left as they were.
 
@@ -70,32 +73,37 @@ def train_(
         seed: of shuffling, augmentation and dropout (torch's global generator).
         method: prunes while training; needs `pruner`.
         pruner: the plan the method reaches.
-        teacher: the model to distil from; needed when ``settings.distillation_weight > 0``, unused at 0.
+        teachers: models to distil from; needed when ``settings.distillation_weight > 0``, unless
+            ``settings.ema_teacher`` is set, and unused at 0.
         checkpoint: a folder written after each epoch and resumed from; whoever names it removes it.
         progress: where the steps are shown.
         title: of the progress bar.
         on_epoch: called after each epoch, counted from 1, with its loss and last learning rate.
+        on_signals: called about a hundred times a run with the step and what the method shows of itself.
 
     Raises:
         AutopruneError: `batches` cannot be iterated again, the loss diverged, or arguments do not go together.
         FileError: the checkpoint is corrupt or of another run.
     """
-    _check_arguments(model, settings, method, pruner, teacher)
+    _check_arguments(model, method, pruner)
+    check_teachers(model, settings, teachers)
     per_epoch = count_batches(batches)
     all_steps = settings.epochs * per_epoch
     total_steps = min(all_steps, settings.max_steps or all_steps)
     epochs = math.ceil(total_steps / per_epoch)
-    objective = distilled(loss, teacher, settings) if teacher is not None and settings.distillation_weight > 0 else None
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(parameters, settings)
     run = {"seed": seed, "settings": settings.to_json(), "batches": per_epoch}
+    run |= {"teachers": len(teachers) if settings.distillation_weight > 0 else 0}
     run |= {"method": type(method).__name__, "plan": pruner.plan.key if method and pruner else None}
 
-    with _kept_as_it_was(model, teacher), progress.bar(title, total_steps) as bar:
+    with _kept_as_it_was(model, *teachers), progress.bar(title, total_steps) as bar:
         torch.manual_seed(epoch_seed(seed, 0))
         if method and pruner:
             method.start(pruner, total_steps)
-        saved = Checkpoint(checkpoint, run, model, optimizer, method) if checkpoint else None
+        distillation = Distillation(model, loss, settings, teachers) if settings.distillation_weight > 0 else None
+        average = distillation.average if distillation else None
+        saved = Checkpoint(checkpoint, run, model, optimizer, method, average) if checkpoint else None
         losses = saved.load_() if saved else []
         bar.advance(min(len(losses) * per_epoch, total_steps))
 
@@ -110,7 +118,7 @@ def train_(
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 output = model(*as_tuple(inputs))
-                value = objective(output, inputs, target) if objective else loss(output, target)
+                value = distillation(output, inputs, target) if distillation else loss(output, target)
                 _check_finite(value, step, total_steps, rate)
                 optimizer.zero_grad()
                 value.backward()
@@ -121,6 +129,10 @@ def train_(
                 optimizer.step()
                 if method:
                     method.after_step(step)
+                    if on_signals and (step % max(1, total_steps // SIGNALS) == 0 or step == total_steps):
+                        on_signals(step, method.signals())
+                if distillation:
+                    distillation.after_step(step)
                 epoch_loss += value.item()
                 bar.advance(1, f"loss {value.item():.3f}")
             _check_count(step - first, min(per_epoch, total_steps - first), epoch)
@@ -159,24 +171,6 @@ def epoch_seed(seed: int, epoch: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{epoch}".encode()).digest()[:8]) >> 1
 
 
-def distilled(loss: Loss, teacher: nn.Module, settings: TrainingSettings) -> Callable[[Tensor, Any, Tensor], Tensor]:
-    """The loss mixed with the divergence from the teacher's softened logits (Hinton et al. 2015).
-
-    Logits have the classes last: (..., classes). Returns ``objective(output, inputs, target)``.
-    """
-    weight, temperature = settings.distillation_weight, settings.distillation_temperature
-
-    def objective(output: Tensor, inputs: Any, target: Tensor) -> Tensor:
-        with torch.no_grad():
-            wanted = teacher(*as_tuple(inputs))
-        own, soft = (functional.log_softmax(x.flatten(0, -2) / temperature, dim=-1) for x in (output, wanted))
-        divergence = functional.kl_div(own, soft, reduction="batchmean", log_target=True)
-        # T^2 keeps the soft term's gradients at the size of the hard one's
-        return (1.0 - weight) * loss(output, target) + weight * temperature**2 * divergence
-
-    return objective
-
-
 def recalibrate_batch_norm_(model: nn.Module, batches: Batches) -> nn.Module:
     """Recomputes every running mean and variance as the plain average over `batches`; weights stay as they are.
 
@@ -213,10 +207,10 @@ def recalibrate_batch_norm_(model: nn.Module, batches: Batches) -> nn.Module:
 
 
 @contextmanager
-def _kept_as_it_was(model: nn.Module, teacher: nn.Module | None) -> Iterator[None]:
-    modules = [*model.modules(), *(teacher.modules() if teacher is not None else ())]
+def _kept_as_it_was(model: nn.Module, *teachers: nn.Module) -> Iterator[None]:
+    modules = [module for whole in (model, *teachers) for module in whole.modules()]
     modes = [module.training for module in modules]
-    if teacher is not None:
+    for teacher in teachers:
         teacher.eval()
     try:
         with torch.random.fork_rng(devices=[]):
@@ -226,24 +220,11 @@ def _kept_as_it_was(model: nn.Module, teacher: nn.Module | None) -> Iterator[Non
             module.training = mode
 
 
-def _check_arguments(
-    model: nn.Module,
-    settings: TrainingSettings,
-    method: SparseTraining | None,
-    pruner: Pruner | None,
-    teacher: nn.Module | None,
-) -> None:
+def _check_arguments(model: nn.Module, method: SparseTraining | None, pruner: Pruner | None) -> None:
     if (method is None) != (pruner is None):
         raise AutopruneError("a training method and a pruner go together: give both, or neither to train densely.")
     if pruner is not None and pruner.model is not model:
         raise AutopruneError("the pruner was made for another model: build it from the model that is trained.")
-    if settings.distillation_weight > 0 and teacher is None:
-        raise AutopruneError(
-            f"distillation_weight is {settings.distillation_weight} but there is no teacher: "
-            "give the dense model as teacher, or set distillation_weight to 0."
-        )
-    if teacher is model:
-        raise AutopruneError("the teacher is the model itself: give a copy of the dense model.")
 
 
 def _check_finite(value: Tensor, step: int, total_steps: int, rate: float) -> None:

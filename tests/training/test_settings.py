@@ -53,6 +53,8 @@ def test_biases_and_norms_do_not_decay(name: str) -> None:
         ({"momentum": 1.0}, "'momentum' must be in [0, 1), not 1.0"),
         ({"weight_decay": -1}, "'weight_decay' must be a number >= 0, not -1"),
         ({"distillation_weight": 1.1}, "'distillation_weight' must be in [0, 1], not 1.1"),
+        ({"teacher_weights": "means"}, "unknown teacher_weights 'means'. Did you mean 'mean'?"),
+        ({"ema_teacher": 1.0}, "'ema_teacher' must be in [0, 1) or nothing, not 1.0"),
         ({"max_steps": 0}, "'max_steps' must be an integer >= 1 or nothing, not 0"),
         ({"clip_norm": "1"}, "'clip_norm' must be a number > 0 or nothing, not '1'"),
         ({"optimizer": "sdg"}, "unknown optimizer 'sdg'. Did you mean 'sgd'? Allowed: adamw, sgd."),
@@ -67,5 +69,5 @@ def test_refuses(args: dict[str, Any], said: str) -> None:
 
 
 def test_survives_json() -> None:
-    settings = TrainingSettings(epochs=3, clip_norm=1.0, max_steps=7)
+    settings = TrainingSettings(epochs=3, clip_norm=1.0, max_steps=7, ema_teacher=0.9)
     assert TrainingSettings.from_json(settings.to_json()) == settings

@@ -30,7 +30,6 @@ class Train(Recovery):
         method = TRAINING.create(plan.training)
         inputs = task.example_inputs(subject.inventory.layers[0].input_shape[0])
         pruner = make_pruner_(method, model, subject.inventory, plan, inputs, task.calibration, task.loss)
-        teacher = subject.dense if settings.distillation_weight > 0 else None
         train_(
             model,
             task.train,
@@ -39,6 +38,6 @@ class Train(Recovery):
             seed=subject.seed,
             method=method,
             pruner=pruner,
-            teacher=teacher,
+            teachers=(subject.dense,),
         )
         recalibrate_batch_norm_(model, task.calibration)
