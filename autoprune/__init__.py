@@ -15,15 +15,17 @@ from autoprune.version import __version__
 
 if TYPE_CHECKING:
     from autoprune.api import Compressed, compress
+    from autoprune.hooks import PruningHooks
 
 # Imported when first asked for: whoever only repacks should not wait for the agents.
-_LAZY = {"Compressed": "autoprune.api", "compress": "autoprune.api"}
+_LAZY = {"Compressed": "autoprune.api", "PruningHooks": "autoprune.hooks", "compress": "autoprune.api"}
 
 __all__ = [
     "AutopruneError",
     "Compressed",
     "ExportReport",
     "Plan",
+    "PruningHooks",
     "RepackedModel",
     "Target",
     "__version__",

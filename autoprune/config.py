@@ -6,7 +6,7 @@ import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 
@@ -77,6 +77,8 @@ class FinetuneSection(Section):
     """Training of the chosen plan's masked model."""
 
     method: ChoiceField = Choice("one_shot")
+    # what a plan's budget counts for methods that find the layers' shares: latency for a target speed-up, else weights
+    budget: Literal["weights", "macs", "latency"] | None = None
     settings: TrainingSettings = TrainingSettings(epochs=10, learning_rate=0.02)
 
 

@@ -16,7 +16,7 @@ from autoprune.latency.engines import ENGINES, baselines
 from autoprune.latency.machine import machine_identity
 from autoprune.latency.table import LatencyTable
 from autoprune.latency.timer import Latency, Protocol, measure_together, speedup
-from autoprune.masks import nonzero_parameters
+from autoprune.masks import nonzero_parameters, sparsity, weight_of
 from autoprune.monitor import point
 from autoprune.report.data import MeasuredPoint, PlanRow, Report, ResultRow, SearchRow
 from autoprune.report.page import report_page
@@ -173,10 +173,16 @@ def _facts(run: Run) -> dict[str, Any]:
     facts = {
         "task": config.task,
         "target": config.target,
-        "agent": config.search.agent,
-        "episodes": config.search.episodes,
-        "actions": ", ".join(map(str, config.env.actions)),
-        "recovery before scoring": config.env.recovery,
+        **(
+            {
+                "agent": config.search.agent,
+                "episodes": config.search.episodes,
+                "actions": ", ".join(map(str, config.env.actions)),
+                "recovery before scoring": config.env.recovery,
+            }
+            if _searched(run)
+            else {"plan": "given, not searched for"}
+        ),
         "training": run.plan.training,
         "fine-tuning epochs": config.finetune.settings.epochs,
         "settings of the plan": dict(run.plan.settings) or "none",
@@ -196,14 +202,14 @@ def _searched(run: Run) -> bool:
 
 def _plan_rows(run: Run) -> tuple[PlanRow, ...]:
     rows = []
-    lowered = {row.name: row for row in run.repacked.report}
+    lowered, shares = {row.name: row for row in run.repacked.report}, _shares(run)
     for name, layer in run.plan.layers.items():
         made = lowered[name]
         rows.append(
             PlanRow(
                 layer=name,
                 weights=run.inventory[name].weights,
-                sparsity=layer.sparsity,
+                sparsity=shares[name],
                 pattern=str(layer.pattern),
                 criterion=str(layer.criterion),
                 backend=made.backend,
@@ -214,6 +220,11 @@ def _plan_rows(run: Run) -> tuple[PlanRow, ...]:
     return tuple(rows)
 
 
+def _shares(run: Run) -> dict[str, float]:
+    """Zeros of each planned layer in the end: the plan's, or where the method found the layers' shares, its own."""
+    return {name: sparsity(weight_of(run.masked, name)) for name in run.plan.layers}
+
+
 def _kept_dense(run: Run) -> tuple[KeptDense, ...]:
     """Layers that were never offered, and planned ones that no backend makes faster."""
     lost = [
@@ -221,7 +232,8 @@ def _kept_dense(run: Run) -> tuple[KeptDense, ...]:
         for row in run.repacked.report
         if row.backend == "dense" and row.name in run.plan.layers
     ]
-    return (*run.offered.dense, *lost)
+    offered = run.offered if _searched(run) or run.config.target.speedup is not None else run.inventory
+    return (*offered.dense, *lost)
 
 
 def _search_rows(run: Run) -> tuple[SearchRow, ...]:
@@ -244,8 +256,7 @@ def _grid_sizes(run: Run) -> list[int]:
 
 def _figures(run: Run) -> dict[str, str]:
     figures = {"Sparsity of each layer": "sparsity.png"}
-    sparsities = {name: layer.sparsity for name, layer in run.plan.layers.items()}
-    save_png(sparsity_figure(sparsities), run.directory / "sparsity.png")
+    save_png(sparsity_figure(_shares(run)), run.directory / "sparsity.png")
     if not _searched(run):
         return figures
     trials, compared = run.found.trials, run.uniform

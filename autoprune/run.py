@@ -26,13 +26,15 @@ from autoprune.envs import Problem, PruneEnv, Sensitivity
 from autoprune.envs.actions import ACTIONS, ActionComponent
 from autoprune.envs.actions.criterion import CriterionChoice
 from autoprune.envs.actions.group_size import GroupSize
-from autoprune.errors import ConfigError, FileError
+from autoprune.errors import ConfigError, FileError, InfeasibleTarget
 from autoprune.evaluation.dense import dense_model
 from autoprune.evaluation.evaluator import Evaluator
-from autoprune.evaluation.measurement import CachedEvaluate
+from autoprune.evaluation.finetune import finetune_
+from autoprune.evaluation.measurement import CachedEvaluate, Evaluate
 from autoprune.evaluation.profile import profile_settings, profile_table, worth_pruning
 from autoprune.evaluation.recovery import RECOVERIES, Subject
 from autoprune.evaluation.recovery.batch_norm import BatchNorm
+from autoprune.evaluation.recovery.none import NoRecovery
 from autoprune.evaluation.sensitivity import ANCHORS, probe_sensitivity
 from autoprune.files import read_json, read_tensors, write_json, write_tensors
 from autoprune.inventory import Inventory, take_inventory
@@ -43,15 +45,14 @@ from autoprune.latency.timer import Clock, Protocol, torch_threads
 from autoprune.masks import collect_statistics
 from autoprune.monitor import SearchMonitor
 from autoprune.patterns import PATTERNS
-from autoprune.plan import Plan
+from autoprune.plan import LayerPlan, Plan
 from autoprune.progress import SILENT, Progress
 from autoprune.registry import Choice
 from autoprune.repack import RepackedModel, load, repack, save
 from autoprune.report.data import MeasuredPoint
+from autoprune.report.tensorboard import TrialWriter
 from autoprune.tasks import TASKS, Task
 from autoprune.training import TRAINING
-from autoprune.training.loop import train_
-from autoprune.training.widening import make_pruner_
 
 
 def check_names(config: Config, task_given: bool = False) -> None:
@@ -166,7 +167,8 @@ class Run:
         criteria = {config.env.criterion.name}.union(*chosen)
         needs = frozenset[str]().union(*(CRITERIA.get(name).needs for name in criteria))
         statistics = collect_statistics(self.dense, self.inventory.names, self.task.calibration, self.task.loss, needs)
-        return Subject(self.task, self.dense, self.inventory, statistics, config.finetune.settings, config.seed)
+        budget = config.finetune.budget or ("latency" if config.target.speedup is not None else "weights")
+        return Subject(self.task, self.dense, self.inventory, statistics, config.finetune.settings, config.seed, budget)
 
     @cached_property
     def table(self) -> LatencyTable:
@@ -197,8 +199,7 @@ class Run:
     @cached_property
     def problem(self) -> Problem:
         env = self.config.env
-        evaluator = self.evaluator
-        probe = replace(evaluator, recovery=BatchNorm())
+        probe = replace(self.evaluator, recovery=BatchNorm())
         drops = probe_sensitivity(
             probe,
             self.offered.names,
@@ -208,12 +209,17 @@ class Run:
             path=self.directory / "sensitivity.json",
             progress=self.progress,
         )
+        evaluate = CachedEvaluate(self.evaluator, self.directory / "search" / "evaluations.jsonl")
+        return self._problem(Sensitivity(ANCHORS, drops), evaluate)
+
+    def _problem(self, sensitivity: Sensitivity, evaluate: Evaluate) -> Problem:
+        env = self.config.env
         return Problem(
             inventory=self.offered,
             table=self.table,
-            sensitivity=Sensitivity(ANCHORS, drops),
+            sensitivity=sensitivity,
             dense_accuracy=self.dense_accuracy,
-            evaluate=CachedEvaluate(evaluator, self.directory / "search" / "evaluations.jsonl"),
+            evaluate=evaluate,
             target=self.config.target,
             pattern=env.pattern,
             criterion=env.criterion,
@@ -225,7 +231,7 @@ class Run:
     def evaluator(self) -> Evaluator:
         latency = self.config.latency
         return Evaluator(
-            subject=self.subject,
+            subject=replace(self.subject, table=self.table),
             table=self.table,
             recovery=RECOVERIES.create(self.config.env.recovery),
             protocol=self._protocol(latency.search_samples),
@@ -243,6 +249,11 @@ class Run:
     def found(self) -> SearchResult:
         """The search's trials; only those that are missing are run."""
         config, directory = self.config, self.directory / "search"
+        if config.target.sparsity is not None:
+            raise ConfigError(
+                "a search aims at a speed-up or an accuracy drop, not at a sparsity: set target.speedup or "
+                "target.accuracy_drop, or prune without a search: autoprune prune CONFIG --method NAME --sparsity 0.9."
+            )
         agent, env = AGENTS.create(config.search.agent), self.env
         self.progress.say(f"search: {config.search.agent}, {config.search.episodes} episodes, {config.target}")
         with self.progress.bar("search", config.search.episodes) as bar:
@@ -279,6 +290,37 @@ class Run:
             f"best plan: accuracy {best['accuracy']:.4f}, {best['speedup']:.2f}x, reward {best['reward']:.3f}"
         )
         return plan
+
+    def decide(self) -> None:
+        """Takes a plan without a search: every layer alike, at the target's sparsity, or as fast as it asks.
+
+        The speed-up is measured, and aimed at again where the latency table was wrong. The methods that find the
+        layers' shares spend the cost of this plan.
+
+        Raises:
+            ConfigError: the target is an accuracy drop.
+            InfeasibleTarget: no uniform plan is that fast; the message has the best reachable figure.
+        """
+        target, env = self.config.target, self.config.env
+        if (self.directory / "plan.json").exists():
+            return
+        if target.accuracy_drop is not None:
+            raise ConfigError("pruning without a search needs --sparsity or --speedup (or a target that is one).")
+        layer = LayerPlan(target.sparsity or 0.0, env.pattern, env.criterion)
+        plan = Plan(dict.fromkeys(self.inventory.names, layer), self.config.finetune.method)
+        if target.speedup is not None:
+            unknown = Sensitivity(ANCHORS, dict.fromkeys(self.offered.names, (0.0,) * len(ANCHORS)))
+            untrained = replace(self.evaluator, recovery=NoRecovery())
+            env_ = PruneEnv(self._problem(unknown, CachedEvaluate(untrained)), (Choice("sparsity"),))
+            found = uniform_at(env_, target.speedup)
+            if found is None:
+                raise InfeasibleTarget(
+                    f"no uniform plan was measured to be {target.speedup:g}x faster, though the latency table predicts "
+                    f"{env_.reachable_speedup():.2f}x at best. Ask for less, allow a higher sparsity "
+                    "(env.max_sparsity), or let more layers be pruned."
+                )
+            plan = Plan.from_json(found["plan"])
+        plan.save(self.directory / "plan.json")
 
     def adopt(self, path: Path) -> None:
         """Takes the plan of a file in place of a searched one; refused when the run has another already."""
@@ -347,25 +389,17 @@ class Run:
         return model
 
     def _finetuned(self) -> nn.Module:
-        plan, task = self.plan, self.task
-        settings = self.config.finetune.settings.changed(plan.settings)
         model = copy.deepcopy(self.dense)
-        method = TRAINING.create(plan.training)
-        inputs = task.example_inputs(self.config.latency.batch)
-        with torch_threads(self._work_threads):
-            pruner = make_pruner_(method, model, self.inventory, plan, inputs, task.calibration, task.loss)
-            train_(
+        with torch_threads(self._work_threads), TrialWriter(self.directory / "tensorboard" / "finetune") as writer:
+            finetune_(
                 model,
-                task.train,
-                task.loss,
-                settings,
-                seed=self.config.seed,
-                method=method,
-                pruner=pruner,
-                teachers=(self.dense,),
+                self.plan,
+                self.evaluator.subject if self.subject.budget == "latency" else self.subject,  # the table takes a while
+                self.config.finetune.settings,
                 checkpoint=self.directory / "finetune",
                 progress=self.progress,
                 title="fine-tuning",
+                on_signals=lambda step, signals: writer.training(step, signals.scalars, signals.histograms),
             )
         return model.eval()
 

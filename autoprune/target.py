@@ -1,4 +1,4 @@
-"""What a run is asked for: at least a speed-up with the best accuracy, or at most an accuracy drop, fastest."""
+"""What a run is asked for: a speed-up, an accuracy drop, or a sparsity."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ from autoprune.errors import ConfigError
 
 @dataclass(frozen=True)
 class Target:
-    """Exactly one of the two is given.
+    """Exactly one of the three is given.
 
     Attributes:
         speedup: end-to-end, over the dense model in torch eager under the same protocol; above 1.
         accuracy_drop: the largest loss of validation accuracy allowed, as a fraction, in (0, 1).
+        sparsity: of every layer, in (0, 1); for pruning without a search.
     """
 
     speedup: float | None = None
     accuracy_drop: float | None = None
+    sparsity: float | None = None
 
     def __post_init__(self) -> None:
-        if (self.speedup is None) == (self.accuracy_drop is None):
-            raise ConfigError("a target is either 'speedup' or 'accuracy_drop': give exactly one of them.")
+        if sum(value is not None for value in (self.speedup, self.accuracy_drop, self.sparsity)) != 1:
+            raise ConfigError("a target is 'speedup', 'accuracy_drop' or 'sparsity': give exactly one of them.")
         if self.speedup is not None and not 1.0 < self.speedup < 1000.0:
             raise ConfigError(f"target.speedup must be above 1 (and below 1000), not {self.speedup}.")
         if self.accuracy_drop is not None and not 0.0 < self.accuracy_drop < 1.0:
@@ -29,7 +31,12 @@ class Target:
                 f"target.accuracy_drop is a fraction in (0, 1), e.g. 0.01 for one point, not {self.accuracy_drop}."
             )
 
+        if self.sparsity is not None and not 0.0 < self.sparsity < 1.0:
+            raise ConfigError(f"target.sparsity is a fraction in (0, 1), e.g. 0.9, not {self.sparsity}.")
+
     def __str__(self) -> str:
+        if self.sparsity is not None:
+            return f"{100 * self.sparsity:g}% sparsity"
         if self.speedup is not None:
             return f"at least {self.speedup:g}x faster, most accurate"
         return f"at most {100 * (self.accuracy_drop or 0):g} points lost, fastest"

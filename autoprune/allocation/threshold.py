@@ -51,7 +51,8 @@ class Threshold(Allocation):
             comparable = torch.where(score < 0.0, -1.0, comparable)  # cut already: before all others
             rising[name] = comparable.cummax(0).values
             share = size.double().cumsum(0) / size.sum()
-            zeros[name] = torch.cat([torch.zeros(1, dtype=torch.float64), share[:-1], share[-2:-1]])  # one stays
+            share[-1] = share[-2] if len(share) > 1 else 0.0  # one cell stays
+            zeros[name] = torch.cat([torch.zeros(1, dtype=torch.float64), share])
         pool = torch.cat(list(rising.values())).sort().values if rising else torch.zeros(1, dtype=torch.float64)
 
         def curve(at: float) -> dict[str, float]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard import summary as summaries
 
@@ -67,6 +68,14 @@ class TrialWriter:
         for name, value in sparsities.items():
             writer.add_scalar(f"sparsity/{name}", value, index)
         writer.add_image("plan", pixels(sparsity_figure(sparsities)), index, dataformats="HWC")
+
+    def training(self, step: int, scalars: Mapping[str, float], histograms: Mapping[str, Tensor]) -> None:
+        """Writes what a training method shows of itself after a step, counted from 1."""
+        writer = self._open(step)
+        for name, value in scalars.items():
+            writer.add_scalar(name, value, step)
+        for name, values in histograms.items():
+            writer.add_histogram(name, values.detach().float(), step)
 
     def front(self, index: int, figure: Figure) -> None:
         """Writes the accuracy-latency figure (`autoprune.report.plots.front_figure`)."""

@@ -1,8 +1,8 @@
 """Sparse training: the one training loop, and the methods that prune while it runs. One file and one row a method."""
 
 from autoprune.registry import Registry
-from autoprune.training.base import Pruner, SparseTraining
-from autoprune.training.loop import TrainingResult, recalibrate_batch_norm_, train_
+from autoprune.training.base import Pruner, Signals, SparseTraining
+from autoprune.training.loop import OnSignals, TrainingResult, recalibrate_batch_norm_, train_
 
 TRAINING: Registry[SparseTraining] = Registry(
     "training method",
@@ -12,8 +12,18 @@ TRAINING: Registry[SparseTraining] = Registry(
         "adaptive": "autoprune.training.adaptive:Adaptive",
         "bayesian": "autoprune.training.bayesian:Bayesian",
         "expand": "autoprune.training.expand:Expand",
+        "sr_ste": "autoprune.training.sr_ste:SrSte",
         "thresholds": "autoprune.training.thresholds:Thresholds",
     },
 )
 
-__all__ = ["TRAINING", "Pruner", "SparseTraining", "TrainingResult", "recalibrate_batch_norm_", "train_"]
+__all__ = [
+    "TRAINING",
+    "OnSignals",
+    "Pruner",
+    "Signals",
+    "SparseTraining",
+    "TrainingResult",
+    "recalibrate_batch_norm_",
+    "train_",
+]

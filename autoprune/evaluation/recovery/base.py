@@ -5,23 +5,27 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import nn
 
 from autoprune.criteria import LayerStatistics
 from autoprune.inventory import Inventory
+from autoprune.latency.table import LatencyTable
 from autoprune.masks import Masks, make_masks
 from autoprune.plan import Plan
 from autoprune.settings import TrainingSettings
 from autoprune.tasks.base import Task
+
+Budget = Literal["weights", "macs", "latency"]
 
 
 @dataclass(frozen=True)
 class Subject:
     """What is pruned and scored: a task, its trained dense model, and what calibration saw of its layers.
 
-    `settings` are the run's fine-tuning settings; `seed` makes any training repeatable.
+    `settings` are the run's fine-tuning settings; `seed` makes any training repeatable. `budget` is what a plan's
+    training counts where its method finds the layers' shares; ``latency`` needs `table`.
     """
 
     task: Task
@@ -30,6 +34,8 @@ class Subject:
     statistics: Mapping[str, LayerStatistics]
     settings: TrainingSettings
     seed: int
+    budget: Budget = "weights"
+    table: LatencyTable | None = None
 
     def masks(self, plan: Plan) -> Masks:
         return make_masks(self.dense, self.inventory, plan, self.statistics)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 from torch import nn
 
 from autoprune.errors import ConfigError
+from autoprune.evaluation.finetune import finetune_
 from autoprune.evaluation.recovery.base import Recovery, Subject
 from autoprune.plan import Plan
-from autoprune.training import TRAINING
-from autoprune.training.loop import recalibrate_batch_norm_, train_
-from autoprune.training.widening import make_pruner_
+from autoprune.training.loop import recalibrate_batch_norm_
 
 
 class Train(Recovery):
@@ -25,19 +25,6 @@ class Train(Recovery):
         self.steps = steps
 
     def recover_(self, model: nn.Module, plan: Plan, subject: Subject) -> None:
-        task = subject.task
-        settings = subject.settings.changed({**plan.settings, "max_steps": self.steps})
-        method = TRAINING.create(plan.training)
-        inputs = task.example_inputs(subject.inventory.layers[0].input_shape[0])
-        pruner = make_pruner_(method, model, subject.inventory, plan, inputs, task.calibration, task.loss)
-        train_(
-            model,
-            task.train,
-            task.loss,
-            settings,
-            seed=subject.seed,
-            method=method,
-            pruner=pruner,
-            teachers=(subject.dense,),
-        )
-        recalibrate_batch_norm_(model, task.calibration)
+        settings = replace(subject.settings, max_steps=self.steps)
+        finetune_(model, plan, subject, settings)
+        recalibrate_batch_norm_(model, subject.task.calibration)

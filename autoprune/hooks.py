@@ -1,0 +1,189 @@
+"""Any training method in a user's own loop: three calls, and the optimizer's own step hooks for what lies between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from autoprune.allocation import Cost, WeightCost
+from autoprune.errors import AutopruneError
+from autoprune.inventory import Inventory, take_inventory
+from autoprune.masks import Batches, Loss, Masks
+from autoprune.plan import LayerPlan, Plan
+from autoprune.registry import Choice
+from autoprune.training import TRAINING, Signals
+from autoprune.training.widening import make_pruner_
+
+
+class PruningHooks:
+    """Prunes a model while you train it.
+
+    Make it before the optimizer, and before any wrapper such as DistributedDataParallel: some methods widen the model.
+
+        pruning = PruningHooks(model, images, "adaptive", sparsity=0.9)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        pruning.start(optimizer, total_steps=epochs * len(loader))
+        for images, labels in epochs_of(loader):
+            optimizer.zero_grad()
+            loss(model(images), labels).backward()
+            optimizer.step()
+            pruning.after_step()
+        masks = pruning.finish()
+        fast = autoprune.repack(model.eval(), images[:1])
+
+    Gradient accumulation, ``optimizer.step(closure)``, autocast and gradient scaling work as they are. With several
+    processes every one makes its own hooks, with the same arguments, and all end with the same masks.
+
+    Args:
+        model: trained in place; on the CPU.
+        example_inputs: a tensor or a tuple, as the model is called.
+        method: a training method's name, or a `Choice` with its arguments.
+        sparsity: of every prunable layer, in (0, 1). Methods that find the layers' shares spend the same budget.
+        plan: in place of `sparsity`, `pattern` and `criterion`, e.g. one that an agent found.
+        pattern: a name or a `Choice`; groups of 8 filters when left out.
+        criterion: a name or a `Choice`.
+        keep_dense: glob patterns of layer names.
+        batches: a few calibration batches ``(inputs, target)``, for criteria and methods that read statistics; the
+            same in every process.
+        loss: ``loss(model(*inputs), target)`` is a scalar; read with `batches`.
+        cost: inventory -> what the budget counts; the weights left when left out.
+
+    Raises:
+        ConfigError: no such method, pattern, criterion or argument, or a sparsity out of range.
+        AutopruneError: nothing can be pruned, or the plan does not fit the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Tensor | tuple[Any, ...],
+        method: str | Choice = "gradual",
+        *,
+        sparsity: float | None = None,
+        plan: Plan | None = None,
+        pattern: str | Choice = Choice("group", {"size": 8}),  # noqa: B008 - frozen
+        criterion: str | Choice = "magnitude",
+        keep_dense: Sequence[str] = (),
+        batches: Batches = (),
+        loss: Loss = functional.cross_entropy,
+        cost: Callable[[Inventory], Cost] = WeightCost,
+    ) -> None:
+        if (sparsity is None) == (plan is None):
+            raise AutopruneError("give a sparsity or a plan: exactly one of them says how much to prune.")
+        inventory = take_inventory(model, example_inputs, keep_dense=tuple(keep_dense))
+        if plan is None:
+            assert sparsity is not None
+            layer = LayerPlan(sparsity, _choice(pattern), _choice(criterion))
+            plan = Plan(dict.fromkeys(inventory.names, layer), _choice(method))
+        plan.check_layers(inventory.names)
+        self._method = TRAINING.create(_choice(method))
+        self._pruner = make_pruner_(self._method, model, inventory, plan, example_inputs, batches, loss, cost)
+        self._step = self._total_steps = 0
+        self._hook: Any = None
+        self._ready = False  # the method has seen this step's gradients
+
+    @property
+    def plan(self) -> Plan:
+        """What is asked for, layer by layer; of the widened model where the method widens."""
+        return self._pruner.plan
+
+    def start(self, optimizer: torch.optim.Optimizer, total_steps: int) -> None:
+        """Prepares for `total_steps` steps of `optimizer`, which trains the model; may cut already.
+
+        Raises:
+            AutopruneError: called twice, `total_steps` below 1, or an optimizer of other parameters.
+        """
+        if self._hook is not None:
+            raise AutopruneError("start was called already: make new hooks for another training.")
+        if total_steps < 1:
+            raise AutopruneError(f"total_steps must be an integer >= 1, not {total_steps!r}.")
+        trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if missing := [name for name in self._pruner.layers if id(self._pruner.weight(name)) not in trained]:
+            raise AutopruneError(
+                f"the optimizer does not train {', '.join(missing[:3])}: make the hooks first (a method may widen the "
+                "model), then the optimizer from model.parameters()."
+            )
+        self._total_steps = total_steps
+        self._method.start(self._pruner, total_steps)
+        self._hook = optimizer.register_step_pre_hook(self._before_step)
+
+    def after_step(self) -> None:
+        """Follows every ``optimizer.step()``, those that a gradient scaler skipped included."""
+        self._check_started()
+        self._step += 1
+        self._ready = False
+        self._method.after_step(self._step)
+
+    def finish(self) -> Masks:
+        """The final masks, True keeps; the model's weights are zero where they cut. The hook is removed.
+
+        Raises:
+            AutopruneError: fewer steps were taken than `start` was told, so the budget is not met yet.
+        """
+        self._check_started()
+        if self._step < self._total_steps:
+            raise AutopruneError(
+                f"{self._step} of {self._total_steps} steps were taken: the model is not as sparse as asked yet. Train "
+                "on, or start with the number of optimizer steps that you will take."
+            )
+        self._hook.remove()
+        return self._method.finish()
+
+    def signals(self) -> Signals:
+        """Figures and histograms of the present state, for your own logger."""
+        self._check_started()
+        return self._method.signals()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What to keep, besides the model and the optimizer, to go on later; tensors only."""
+        self._check_started()
+        return {**self._method.state(), "hooks.step": torch.tensor(self._step)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Takes back a `state_dict`; after `start`, and after the model and the optimizer have theirs."""
+        self._check_started()
+        inner = dict(state)
+        if "hooks.step" not in inner:
+            raise AutopruneError("this is not a state of pruning hooks: it has no 'hooks.step'.")
+        self._step = int(inner.pop("hooks.step"))
+        self._method.load_state(inner)
+
+    def _before_step(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if getattr(optimizer, "grad_scale", None) is not None:
+            raise AutopruneError(
+                "a fused optimizer unscales the gradients inside its step, where the pruning cannot see them: make it "
+                "with fused=False, or call scaler.unscale_(optimizer) before scaler.step(optimizer)."
+            )
+        loss = next(iter([*args[1:], *kwargs.values()]), None)  # args[0] is the optimizer
+        if loss is None:
+            self._method.before_step(self._step + 1)
+            return None
+
+        def closure() -> Any:
+            """The gradients come into being here, inside the step."""
+            if self._ready:
+                raise AutopruneError(
+                    f"{type(optimizer).__name__} computes the loss several times a step, which pruning methods do not "
+                    "support: use an optimizer such as SGD or AdamW."
+                )
+            with torch.enable_grad():
+                value = loss()
+            self._method.before_step(self._step + 1)
+            self._ready = True
+            return value
+
+        return (optimizer, closure), {}
+
+    def _check_started(self) -> None:
+        if self._hook is None:
+            raise AutopruneError("call start(optimizer, total_steps) first.")
+
+
+def _choice(given: str | Choice) -> Choice:
+    return given if isinstance(given, Choice) else Choice(given)
