@@ -1,7 +1,9 @@
 """Layer-sparse adaptive group-wise pruning: the layers' shares emerge from one competition, and what is cut can return.
 
-Dense weights stay behind the mask and all of them keep receiving gradients, straight through. Every few steps the cells
-of the whole model compete for the budget, by their present size and by where they are heading.
+Dense weights stay behind the mask and all of them keep receiving gradients, straight through, but those that are cut
+only a part: nothing answers their moves, so that at full strength they outgrow the weights in use and the model is
+thrown about. Every few steps the cells of the whole model compete for the budget, by their present size and by where
+they are heading.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ class Adaptive(LatentTraining):
         begin: fraction of the run after which cutting begins, in [0, 1).
         end: fraction of the run at which the whole budget is met, in (begin, 1].
         freeze: fraction of the run after which the masks stay as they are, in [end, 1].
-        every: steps between two competitions, >= 1.
+        updates: competitions between `begin` and `end`, evenly spaced, >= 1; they go on at that pace until `freeze`.
+        through: part of its gradient that a weight that is cut receives, in [0, 1].
         look_ahead: steps that the drift is followed for, >= 0; 0 ranks by size alone.
         memory: of the moving average, in [0, 1).
         allocation: what shares the plan's budget among the layers: a name, or a table with its arguments.
@@ -41,30 +44,33 @@ class Adaptive(LatentTraining):
         begin: float = 0.0,
         end: float = 0.5,
         freeze: float = 0.75,
-        every: int = 20,
+        updates: int = 20,
+        through: float = 0.1,
         look_ahead: float = 10.0,
         memory: float = 0.95,
         allocation: str | Mapping[str, Any] = NORMALISED,
     ) -> None:
         check_span("adaptive", begin, end)
         check_numbers("adaptive", {"freeze": freeze}, end, 1.0)
-        check_counts("adaptive", {"every": every})
+        check_counts("adaptive", {"updates": updates})
+        check_numbers("adaptive", {"through": through}, 0.0, 1.0)
         check_numbers("adaptive", {"look_ahead": look_ahead}, 0.0)
         check_numbers("adaptive", {"memory": memory}, 0.0, 0.9999)
-        self.begin, self.end, self.freeze, self.every = begin, end, freeze, every
-        self.look_ahead, self.memory = look_ahead, memory
+        self.begin, self.end, self.freeze, self.updates = begin, end, freeze, updates
+        self.through, self.look_ahead, self.memory = through, look_ahead, memory
         self.allocation = make_allocation(allocation)
         self.finds_shares = self.allocation.finds_shares
 
     def prepare(self) -> None:
-        first, last = self.begin * self.total_steps, max(1, int(self.end * self.total_steps))
-        updates = max(1, round((last - first) / self.every))
-        self._fractions = cubic(self.begin, self.end, updates, self.total_steps)
-        met = max(self._fractions)
-        frozen = int(self.freeze * self.total_steps)
-        self._fractions |= dict.fromkeys(range(met + self.every, frozen + 1, self.every), 1.0)
+        self._fractions = cubic(self.begin, self.end, self.updates, self.total_steps)
+        met, frozen = max(self._fractions), int(self.freeze * self.total_steps)
+        pace = max(1, round((self.end - self.begin) * self.total_steps / self.updates))
+        self._fractions |= dict.fromkeys(range(met + pace, frozen + 1, pace), 1.0)
         self.drift = {name: torch.zeros_like(latent) for name, latent in self.latent.items()}
         self._before: dict[str, Tensor] = {}
+
+    def pull_back(self, name: str, latent: Tensor, gradient: Tensor) -> Tensor:
+        return torch.where(self.masks[name], gradient, self.through * gradient) if name in self.masks else gradient
 
     def before_step(self, step: int) -> None:
         super().before_step(step)
