@@ -39,6 +39,8 @@ class Adaptive(LatentTraining):
         allocation: what shares the plan's budget among the layers: a name, or a table with its arguments.
     """
 
+    strength_range = ("look_ahead", 1.0, 50.0)
+
     def __init__(
         self,
         begin: float = 0.0,

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -99,8 +99,8 @@ class Pruner:
         return cut_layers(scores, self.inventory, self.plan, shares, within, final)
 
     def apply_(self, masks: Mapping[str, Tensor]) -> None:
-        """Zeroes the weights of the model that `masks` cut."""
-        apply_masks_(self.model, masks)
+        """Zeroes the weights of the model that `masks` cut; filters cut as a whole fall silent."""
+        apply_masks_(self.model, masks, self.inventory)
 
 
 @dataclass(frozen=True)
@@ -112,18 +112,21 @@ class Signals:
 
 
 class SparseTraining(ABC):
-    """A way to reach a plan while training.
+    """A way to reach a plan while training; constructed from JSON values, its arguments.
 
     The loop calls ``start``, then at every optimizer step ``before_step`` (gradients are there) and ``after_step``
     (weights have moved), then ``finish``. Between steps the model holds the masked weights.
 
     Attributes:
+        strength_range: the argument that matters most, and the range an agent may set it in: (name, low, high). Ranges
+            above 0 that span a factor of ten or more are walked on a log scale.
         finds_shares: whether the method spends the plan's budget on the layers as it finds best, rather than as the
             plan says.
         pruner: the model and its plan, from `start` on.
         masks: what is cut now; True keeps. Reapplied by the method after every optimizer step.
     """
 
+    strength_range: ClassVar[tuple[str, float, float] | None] = None
     finds_shares: bool = False
     pruner: Pruner
     masks: Masks

@@ -67,6 +67,8 @@ class Bayesian(SparseTraining):
         allocation: what shares the budget of a round among the layers: a name, or a table with its arguments.
     """
 
+    strength_range = ("forget", 0.0, 1.0)
+
     def __init__(
         self,
         rounds: int = 8,

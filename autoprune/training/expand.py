@@ -45,6 +45,7 @@ class Expand(LatentTraining):
             grows no further.
     """
 
+    strength_range = ("factor", 1.0, 2.0)
     finds_shares = True
 
     def __init__(

@@ -20,6 +20,8 @@ class Gradual(SparseTraining):
         allocation: what shares the plan's budget among the layers: a name, or a table with its arguments.
     """
 
+    strength_range = ("end", 0.2, 0.9)
+
     def __init__(
         self,
         begin: float = 0.0,

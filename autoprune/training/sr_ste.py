@@ -27,6 +27,8 @@ class SrSte(LatentTraining):
         freeze: fraction of the run after which the masks stay as they are, in [fade, 1].
     """
 
+    strength_range = ("decay", 2e-5, 2e-3)
+
     def __init__(self, decay: float = 2e-4, every: int = 10, fade: float = 0.0, freeze: float = 0.8) -> None:
         check_numbers("sr_ste", {"decay": decay}, 0.0)
         check_counts("sr_ste", {"every": every})

@@ -145,6 +145,7 @@ class Thresholds(GatedTraining):
             moment, as a layer that is suddenly dense would throw the budget.
     """
 
+    strength_range = ("speed", 3.0, 30.0)
     finds_shares = True
 
     def __init__(

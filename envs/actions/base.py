@@ -24,10 +24,12 @@ class ActionComponent(ABC):
     Attributes:
         scope: ``run`` components are read at step 0, ``layer`` components at each layer's step.
         needs_training: whether the choice only shows in a score whose recovery trains.
+        after: components whose choice this one builds on: they come before it where both are listed.
     """
 
     scope: ClassVar[Scope]
     needs_training: ClassVar[bool] = False
+    after: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def decode(self, unit: float, problem: Problem, plan: Plan, layer: str | None) -> Plan:
@@ -57,6 +59,9 @@ class ActionSpace:
             raise ConfigError(f"an action component is listed twice: {', '.join(names)}.")
         if not any(component.scope == "layer" for _, component in components):
             raise ConfigError("the environment needs a layer action such as 'sparsity': nothing to learn otherwise.")
+        for place, (name, component) in enumerate(components):
+            if late := [other for other in component.after if other in names[place:]]:
+                raise ConfigError(f"the action {name!r} builds on {late[0]!r}: list {late[0]!r} before it.")
         self.names = tuple(names)
         self.components = tuple(component for _, component in components)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from autoprune.envs.actions.base import ActionComponent, Scope, centres, pick
 from autoprune.envs.problem import Problem
@@ -15,20 +15,31 @@ from autoprune.training import TRAINING
 
 
 class TrainingMethod(ActionComponent):
-    """Picks one of `names` for the plan's training."""
+    """Picks one of `names` for the plan's training.
+
+    Args:
+        names: methods, each a name, or a table with a ``name`` and the method's arguments.
+    """
 
     scope: ClassVar[Scope] = "run"
     needs_training: ClassVar[bool] = True
 
-    def __init__(self, names: Sequence[str] = ("one_shot", "gradual")) -> None:
+    def __init__(self, names: Sequence[str | Mapping[str, Any]] = ("one_shot", "gradual", "adaptive")) -> None:
         if not names:
             raise ConfigError("action 'training_method': names must list at least one method.")
-        for name in names:
-            TRAINING.get(name)
-        self.names = tuple(names)
+        self.methods = tuple(_method(given) for given in names)
 
     def decode(self, unit: float, problem: Problem, plan: Plan, layer: str | None) -> Plan:
-        return replace(plan, training=Choice(pick(self.names, unit)))
+        return replace(plan, training=pick(self.methods, unit))
 
     def anchors(self) -> tuple[float, ...]:
-        return centres(len(self.names))
+        return centres(len(self.methods))
+
+
+def _method(given: str | Mapping[str, Any]) -> Choice:
+    if isinstance(given, Mapping):
+        choice = Choice(str(given.get("name")), {key: value for key, value in given.items() if key != "name"})
+    else:
+        choice = Choice(given)
+    TRAINING.create(choice)  # raises on a name or an argument that is none
+    return choice

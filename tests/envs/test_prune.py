@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 
 import gymnasium
 import numpy as np
@@ -21,6 +22,7 @@ from autoprune.plan import Plan
 from autoprune.registry import Choice
 from autoprune.target import Target
 from autoprune.testing import fake_problem
+from autoprune.training import TRAINING
 
 EVERY_ACTION = tuple(Choice(name) for name in ACTIONS)
 TARGETS = [Target(speedup=3.0), Target(accuracy_drop=0.05)]
@@ -102,6 +104,29 @@ def test_every_action_decodes_to_a_valid_plan(name: str, unit: float) -> None:
     assert all(-1.0 <= anchor <= 1.0 for anchor in component.anchors())
 
 
+@pytest.mark.parametrize("name", list(TRAINING))
+@pytest.mark.parametrize("unit", [-1.0, -0.4, 0.0, 0.7, 1.0])
+def test_a_methods_strength_is_one_that_it_takes(name: str, unit: float) -> None:
+    problem = fake_problem()
+    plan = replace(problem.uniform(0.5), training=Choice(name))
+    chosen = ACTIONS.create(Choice("method_strength")).decode(unit, problem, plan, None).training
+    TRAINING.create(chosen)
+    steered = TRAINING.get(name).strength_range
+    assert set(chosen.args) == ({steered[0]} if steered else set())
+    if steered:
+        assert steered[1] <= chosen.args[steered[0]] <= steered[2]
+
+
+def test_an_agent_may_choose_the_method_and_how_strong_it_is() -> None:
+    names = ["gradual", {"name": "adaptive", "freeze": 0.8}]
+    actions = (Choice("training_method", {"names": names}), Choice("method_strength"), Choice("sparsity"))
+    env = PruneEnv(fake_problem(), actions)
+    env.reset(seed=0)
+    for step in range(env.steps_per_episode):
+        info = env.step(np.array([1.0, -1.0, 0.0] if step == 0 else [0.0, 0.0, 0.0], np.float32))[4]
+    assert info["trial"]["plan"]["training"] == {"name": "adaptive", "args": {"freeze": 0.8, "look_ahead": 1.0}}
+
+
 @pytest.mark.parametrize(
     ("actions", "text"),
     [
@@ -110,6 +135,9 @@ def test_every_action_decodes_to_a_valid_plan(name: str, unit: float) -> None:
         ((Choice("sparsty"),), "Did you mean 'sparsity'"),
         ((Choice("sparsity"), Choice("criterion", {"names": ["magnitud"]})), "Did you mean 'magnitude'"),
         ((Choice("sparsity"), Choice("group_size", {"sizes": [0]})), "positive integers"),
+        ((Choice("sparsity"), Choice("training_method", {"names": ["gradul"]})), "Did you mean 'gradual'"),
+        ((Choice("sparsity"), Choice("training_method", {"names": [{"name": "gradual", "ende": 1}]})), "mean 'end'"),
+        ((Choice("sparsity"), Choice("method_strength"), Choice("training_method")), "list 'training_method' before"),
     ],
 )
 def test_wrong_actions_say_what_is_allowed(actions: tuple[Choice, ...], text: str) -> None:

@@ -1,0 +1,35 @@
+"""Run action: how strongly the chosen training method does what it does."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar
+
+from autoprune.envs.actions.base import ActionComponent, Scope
+from autoprune.envs.problem import Problem
+from autoprune.plan import Plan
+from autoprune.registry import Choice
+from autoprune.training import TRAINING
+
+LOG_FACTOR = 10.0  # ranges at least this wide are walked on a log scale
+
+
+class MethodStrength(ActionComponent):
+    """Sets the argument that the plan's training method names as its strength; one without keeps its defaults."""
+
+    scope: ClassVar[Scope] = "run"
+    needs_training: ClassVar[bool] = True
+    after: ClassVar[tuple[str, ...]] = ("training_method",)
+
+    def decode(self, unit: float, problem: Problem, plan: Plan, layer: str | None) -> Plan:
+        strength = TRAINING.get(plan.training.name).strength_range
+        if strength is None:
+            return plan
+        name, low, high = strength
+        share = (unit + 1.0) / 2.0
+        value = low * (high / low) ** share if low > 0.0 and high >= LOG_FACTOR * low else low + (high - low) * share
+        args = {**plan.training.args, name: float(f"{value:.2g}")}
+        return replace(plan, training=Choice(plan.training.name, args))
+
+    def anchors(self) -> tuple[float, ...]:
+        return (0.0,)
