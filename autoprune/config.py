@@ -79,6 +79,8 @@ class FinetuneSection(Section):
     method: ChoiceField = Choice("one_shot")
     # what a plan's budget counts for methods that find the layers' shares: latency for a target speed-up, else weights
     budget: Literal["weights", "macs", "latency"] | None = None
+    # dense models to distil from, where the settings' distillation_weight is above 0: the run's own, then other seeds'
+    teachers: Annotated[int, Field(ge=1, le=5)] = 1
     settings: TrainingSettings = TrainingSettings(epochs=10, learning_rate=0.02)
 
 

@@ -27,7 +27,7 @@ from autoprune.envs.actions import ACTIONS, ActionComponent
 from autoprune.envs.actions.criterion import CriterionChoice
 from autoprune.envs.actions.group_size import GroupSize
 from autoprune.errors import ConfigError, FileError, InfeasibleTarget
-from autoprune.evaluation.dense import dense_model
+from autoprune.evaluation.dense import check_reseedable, dense_model, other_dense_models
 from autoprune.evaluation.evaluator import Evaluator
 from autoprune.evaluation.finetune import finetune_
 from autoprune.evaluation.measurement import CachedEvaluate, Evaluate
@@ -72,7 +72,25 @@ def check_names(config: Config, task_given: bool = False) -> None:
             )
     if not task_given:
         TASKS.get(config.task.name)
+    check_teachers(config, task_given)
     AGENTS.create(config.search.agent)
+
+
+def check_teachers(config: Config, task_given: bool = False) -> None:
+    """Raises ConfigError when more teachers than the dense model are asked for that cannot be had, or not be heard."""
+    finetune = config.finetune
+    if finetune.teachers == 1:
+        return
+    if task_given:
+        raise ConfigError("finetune.teachers must be 1 for a task that is given: it has the one model.")
+    check_reseedable(config.task)
+    if finetune.settings.distillation_weight == 0 and all(
+        choice.name != "distillation" for choice in config.env.actions
+    ):
+        raise ConfigError(
+            f"finetune.teachers is {finetune.teachers}, but nothing is distilled from them: set "
+            "finetune.settings.distillation_weight above 0, or finetune.teachers to 1."
+        )
 
 
 class Run:
@@ -396,12 +414,21 @@ class Run:
                 self.plan,
                 self.evaluator.subject if self.subject.budget == "latency" else self.subject,  # the table takes a while
                 self.config.finetune.settings,
+                teachers=self._other_teachers(),
                 checkpoint=self.directory / "finetune",
                 progress=self.progress,
                 title="fine-tuning",
                 on_signals=lambda step, signals: writer.training(step, signals.scalars, signals.histograms),
             )
         return model.eval()
+
+    def _other_teachers(self) -> list[nn.Module]:
+        """The dense models of other seeds that fine-tuning distils from, beside the run's own."""
+        config = self.config
+        settings = config.finetune.settings.changed(self.plan.settings)
+        if config.finetune.teachers == 1 or settings.distillation_weight == 0:
+            return []
+        return other_dense_models(config.task, config.dense, config.seed, config.finetune.teachers - 1, self.progress)
 
     def _untrained(self) -> nn.Module:
         """The architecture that fine-tuning gives: the task's, or wider where the plan's method widens it."""

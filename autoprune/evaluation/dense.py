@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import json
 import shutil
 from dataclasses import asdict
@@ -11,11 +12,12 @@ from dataclasses import asdict
 import torch
 from torch import nn
 
-from autoprune.errors import FileError
+from autoprune.errors import ConfigError, FileError
 from autoprune.files import cache_folder, read_tensors, write_tensors
 from autoprune.progress import Progress
 from autoprune.registry import Choice
 from autoprune.settings import TrainingSettings
+from autoprune.tasks import TASKS
 from autoprune.tasks.base import Task
 from autoprune.training.loop import train_
 
@@ -55,3 +57,30 @@ def dense_model(
     write_tensors(path, model.state_dict(), {"about": json.dumps(about)})
     shutil.rmtree(unfinished, ignore_errors=True)
     return model.eval()
+
+
+def check_reseedable(choice: Choice) -> None:
+    """Raises ConfigError when the task's model is not drawn from a seed, so that there is no other one to train."""
+    if "seed" not in inspect.signature(TASKS.get(choice.name)).parameters:
+        seeded = [name for name in TASKS if "seed" in inspect.signature(TASKS.get(name)).parameters]
+        raise ConfigError(
+            f"the task {choice.name!r} comes with the one model it has: there are no independent ones to distil from. "
+            f"Set finetune.teachers to 1, or take a task that draws its model from a seed: {', '.join(seeded)}."
+        )
+
+
+def other_dense_models(
+    choice: Choice, settings: TrainingSettings | None, seed: int, count: int, progress: Progress
+) -> list[nn.Module]:
+    """Returns `count` more dense models of a task, each drawn and trained from a seed of its own, and cached.
+
+    Raises:
+        ConfigError: the task's model is not drawn from a seed.
+    """
+    check_reseedable(choice)
+    models = []
+    for more in range(1, count + 1):
+        own = Choice(choice.name, {**choice.args, "seed": choice.args.get("seed", 0) + more})
+        task = TASKS.create(own)
+        models.append(dense_model(task, own, settings or task.dense_training, seed + more, progress))
+    return models

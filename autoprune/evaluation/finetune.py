@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -26,6 +26,7 @@ def finetune_(
     subject: Subject,
     settings: TrainingSettings,
     *,
+    teachers: Sequence[nn.Module] = (),
     checkpoint: Path | None = None,
     progress: Progress = SILENT,
     title: str = "training",
@@ -38,6 +39,7 @@ def finetune_(
         plan: its ``settings`` change those given.
         subject: the task and what the budget counts.
         settings: of the run.
+        teachers: to distil from beside the dense model, where the settings distil.
         checkpoint: a folder that a killed run goes on from.
         progress: where the steps are shown.
         title: of the progress bar.
@@ -57,7 +59,7 @@ def finetune_(
         seed=subject.seed,
         method=method,
         pruner=pruner,
-        teachers=(subject.dense,),
+        teachers=(subject.dense, *teachers),
         checkpoint=checkpoint,
         progress=progress,
         title=title,

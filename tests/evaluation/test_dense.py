@@ -1,0 +1,80 @@
+"""Dense models: the task's own, and independent ones of other seeds, each trained once and cached."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from autoprune.config import Config, parse_config
+from autoprune.errors import ConfigError
+from autoprune.evaluation.dense import dense_model, other_dense_models
+from autoprune.plan import LayerPlan, Plan
+from autoprune.progress import SILENT
+from autoprune.registry import Choice
+from autoprune.run import Run, check_names
+from autoprune.settings import TrainingSettings
+from autoprune.tasks import TASKS
+
+TASK = Choice("digits", {"widths": [4], "augment": False, "batch_size": 256})
+SETTINGS = TrainingSettings(epochs=1, learning_rate=0.05)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("AUTOPRUNE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def test_other_dense_models_are_independent_and_cached(cache: Path) -> None:
+    own = dense_model(TASKS.create(TASK), TASK, SETTINGS, 0, SILENT)
+    others = other_dense_models(TASK, SETTINGS, 0, 2, SILENT)
+    assert len(list(cache.glob("dense-digits-*.safetensors"))) == 3
+    assert not any(model.training for model in others)
+    assert not same(own, others[0])
+    assert not same(*others)
+    seeded = Choice("digits", {**TASK.args, "seed": 1})
+    assert same(others[0], dense_model(TASKS.create(seeded), seeded, SETTINGS, 1, SILENT))
+    before = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
+    assert all(same(a, b) for a, b in zip(others, other_dense_models(TASK, SETTINGS, 0, 2, SILENT), strict=True))
+    assert {path: path.stat().st_mtime_ns for path in cache.iterdir()} == before
+
+
+def config(teachers: int, **changes: object) -> Config:
+    task = {"name": "digits", **TASK.args}
+    settings = {"epochs": 1, "distillation_weight": 0.5, "teacher_weights": "confidence", **changes}
+    finetune = {"teachers": teachers, "settings": settings}
+    return parse_config(
+        {"task": task, "dense": SETTINGS.to_json(), "finetune": finetune, "target": {"accuracy_drop": 0.5}}, "x"
+    )
+
+
+def test_fine_tuning_hears_them(cache: Path, tmp_path: Path) -> None:
+    ends = []
+    for teachers in (1, 2):
+        run = Run(config(teachers), tmp_path / str(teachers))
+        layer = LayerPlan(0.5, Choice("unstructured"))
+        Plan(dict.fromkeys(run.inventory.names, layer)).save(run.directory / "plan.json")
+        ends.append(run.masked)
+        assert len(list(cache.glob("dense-digits-*.safetensors"))) == teachers
+    assert not same(*ends)
+
+
+def test_teachers_that_cannot_be_had() -> None:
+    user = {"name": "user", "model": "a.b:c", "data": "a.b:d"}
+    settings = {"distillation_weight": 0.5}
+    given = parse_config({"task": user, "finetune": {"teachers": 2, "settings": settings}}, "x")
+    with pytest.raises(ConfigError, match=r"'user' comes with the one model it has.*digits, fashion_mnist"):
+        check_names(given)
+    with pytest.raises(ConfigError, match="must be 1 for a task that is given"):
+        check_names(config(2), task_given=True)
+    with pytest.raises(ConfigError, match="teachers is 3, but nothing is distilled from them"):
+        check_names(config(3, distillation_weight=0.0))
+    with pytest.raises(ConfigError, match=r"finetune.teachers: .*less than or equal to 5"):
+        config(6)
