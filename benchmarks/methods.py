@@ -42,8 +42,9 @@ from autoprune.repack import repack
 from autoprune.report.console import Console
 from autoprune.settings import TrainingSettings
 from autoprune.tasks import TASKS, Task
-from autoprune.training import TRAINING, Pruner
+from autoprune.training import TRAINING, Pruner, SparseTraining
 from autoprune.training.loop import train_
+from autoprune.training.widening import make_pruner_
 
 WORKERS = 2
 ROUNDS = 60  # of --time
@@ -152,8 +153,9 @@ def train_one(shown: Shown, job: Job) -> Outcome:
         settings = shown.dense.changed({"epochs": shown.epochs - recipe.dense_epochs(shown), **recipe.settings})
         inventory, setting = prunable(model, task), SETTINGS[job.setting]
         plan = Plan(dict.fromkeys(inventory.names, LayerPlan(setting.sparsity, setting.pattern, recipe.criterion)))
-        pruner = Pruner(model, inventory, plan, task.calibration, task.loss)
-        seconds += _timed_training(model, task, settings, job.seed, model_path(shown, job), recipe.method, pruner)
+        method, x = TRAINING.create(recipe.method), task.example_inputs(1)
+        pruner = make_pruner_(method, model, inventory, plan, x, task.calibration, task.loss)
+        seconds += _timed_training(model, task, settings, job.seed, model_path(shown, job), method, pruner)
         masked = {name: sparsity(weight_of(model, name)) for name in inventory.names}
     model.eval()
     write_tensors(model_path(shown, job), model.state_dict())
@@ -166,7 +168,7 @@ def _timed_training(
     settings: TrainingSettings,
     seed: int,
     path: Path,
-    method: Choice | None = None,
+    method: SparseTraining | None = None,
     pruner: Pruner | None = None,
 ) -> float:
     """Trains in place, resumable; returns the processor seconds of all epochs, by the mean of those seen."""
@@ -177,7 +179,7 @@ def _timed_training(
         task.loss,
         settings,
         seed=seed,
-        method=TRAINING.create(method) if method is not None else None,
+        method=method,
         pruner=pruner,
         checkpoint=path.with_suffix(".training"),
         on_epoch=lambda *_: ends.append(time.process_time()),
@@ -195,6 +197,16 @@ def model_path(shown: Shown, job: Job) -> Path:
     return KEPT / f"{shown.name}-{job.key}.safetensors"
 
 
+def _architecture(shown: Shown, job: Job) -> nn.Module:
+    """The model of a run, untrained: wider than the task's where the method widens."""
+    task = _task(shown, job.seed)
+    model, choice = copy.deepcopy(task.model), RECIPES[job.method].method
+    assert choice is not None
+    plan = Plan(dict.fromkeys(prunable(model, task).names, LayerPlan(0.5, SETTINGS[job.setting].pattern)))
+    TRAINING.create(choice).widen_(model, task.example_inputs(1), plan)
+    return model
+
+
 def time_models(shown: Shown, console: Console) -> None:
     """Times the models of the first seed, repacked, in turns with the dense engines."""
     torch.set_num_threads(1)
@@ -210,7 +222,7 @@ def time_models(shown: Shown, console: Console) -> None:
             if not path.exists():
                 console.say(f"{job}: {path} is gone; not timed")
                 continue
-            model = TASKS.create(shown.choice(0)).model
+            model = _architecture(shown, job)
             model.load_state_dict(read_tensors(path, "the masked model")[0])
             fast = repack(model.eval(), x, threads=1)
             times = measure_together({**engines, "repacked": lambda: fast(*x)}, Protocol(samples=ROUNDS, threads=1))  # noqa: B023
