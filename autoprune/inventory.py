@@ -9,13 +9,15 @@ from __future__ import annotations
 import copy
 import fnmatch
 import math
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize, prune
 
 from autoprune.errors import AutopruneError
@@ -166,9 +168,16 @@ def take_inventory(
     """
     probe = copy_for_inference(model)
     candidates = weighted_layers(probe)
+    norms = {name: module for name, module in probe.named_modules() if isinstance(module, _BatchNorm)}
     calls: dict[str, _Call] = {}
+    readings = _Readings()
 
     def seen(name: str, args: tuple[Any, ...], output: Any) -> None:
+        if name in norms:
+            readings.read(name, args[0])
+            return
+        if isinstance(output, Tensor):
+            readings.written(name, output)
         tensor = output[0] if isinstance(output, tuple) else output
         channels = tensor.shape[1] if isinstance(candidates[name], nn.Conv2d) else tensor.shape[-1]
         positions = tensor.numel() // max(1, channels)
@@ -179,7 +188,7 @@ def take_inventory(
             calls[name] = _Call(tuple(args[0].shape), positions)
 
     try:
-        with watch_forward(candidates, seen), torch.inference_mode():
+        with watch_forward(candidates | norms, seen), torch.no_grad():  # inference tensors have no version
             probe(*as_tuple(example_inputs))
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         shapes = ", ".join(str(tuple(x.shape)) for x in as_tuple(example_inputs) if isinstance(x, Tensor))
@@ -190,6 +199,7 @@ def take_inventory(
         ) from error
 
     owners = _weight_owners(probe)
+    of_layers = readings.norms()
     layers, dense = [], []
     order = list(calls) + [name for name in candidates if name not in calls]
     for name in order:
@@ -199,11 +209,48 @@ def take_inventory(
         if reason:
             dense.append(KeptDense(name, kind, reason))
         else:
-            layers.append(_spec(name, module, calls[name]))
+            norm = of_layers.get(name)
+            whole = norm is not None and _normalises_filters(norms[norm], module, calls[name])
+            layers.append(_spec(name, module, calls[name], norm if whole else None))
     if not layers:
         why = "; ".join(f"{row.name}: {row.reason}" for row in dense[:5]) or "it has no Conv2d or Linear layer"
         raise AutopruneError(f"no layer of this model can be pruned ({why}).")
     return Inventory(tuple(layers), tuple(dense))
+
+
+class _Readings:
+    """Which batch norm reads which layer's output, before anything has changed it in place."""
+
+    def __init__(self) -> None:
+        self._outputs: dict[int, tuple[weakref.ref[Tensor], int, str]] = {}
+        self._writers: list[str] = []
+        self._read: list[tuple[str, str | None]] = []  # norm, layer
+
+    def written(self, layer: str, output: Tensor) -> None:
+        self._writers.append(layer)
+        self._outputs[id(output)] = (weakref.ref(output), output._version, layer)
+
+    def read(self, norm: str, given: Tensor) -> None:
+        output, version, layer = self._outputs.get(id(given), (None, 0, None))
+        same = output is not None and output() is given and given._version == version
+        self._read.append((norm, layer if same else None))
+
+    def norms(self) -> Mapping[str, str]:
+        """Layer -> norm, where both ran once."""
+        ran = [norm for norm, _ in self._read]
+        readers = [layer for _, layer in self._read]
+        return {
+            layer: norm
+            for norm, layer in self._read
+            if layer is not None and ran.count(norm) == readers.count(layer) == self._writers.count(layer) == 1
+        }
+
+
+def _normalises_filters(norm: nn.Module, layer: nn.Module, call: _Call) -> bool:
+    """Whether an entry of `norm` is one filter's; in a Linear's output of three dimensions it is a position's."""
+    weight = cast("Tensor", layer.weight)
+    flat = isinstance(layer, nn.Conv2d) or len(call.input_shape) == 2
+    return flat and isinstance(norm.weight, Tensor) and len(norm.weight) == len(weight)
 
 
 def _weight_owners(model: nn.Module) -> dict[int, list[str]]:
@@ -253,8 +300,9 @@ def conv_padding(module: nn.Conv2d) -> tuple[int, int]:
     return (int(module.padding[0]), int(module.padding[1]))
 
 
-def _spec(name: str, module: nn.Module, call: _Call) -> LayerSpec:
+def _spec(name: str, module: nn.Module, call: _Call, norm: str | None) -> LayerSpec:
     common = {"name": name, "input_shape": call.input_shape, "positions": call.positions, "calls": call.calls}
+    common["norm"] = norm
     if isinstance(module, nn.Conv2d):
         return LayerSpec(
             kind="conv2d",

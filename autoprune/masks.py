@@ -17,7 +17,7 @@ from autoprune.criteria import CRITERIA, LayerStatistics
 from autoprune.errors import AutopruneError
 from autoprune.inventory import Inventory, as_tuple, watch_forward
 from autoprune.patterns import PATTERNS
-from autoprune.plan import Plan
+from autoprune.plan import LayerSpec, Plan
 
 Masks = dict[str, Tensor]  # layer name -> bool, True keeps, in the weight's shape
 Batches = Iterable[tuple[Any, Tensor]]  # (inputs, target); inputs a tensor or a tuple
@@ -179,12 +179,30 @@ def make_masks(model: nn.Module, inventory: Inventory, plan: Plan, statistics: M
     return cut_layers(saliency, inventory, plan, {name: plan.layers[name].sparsity for name in saliency})
 
 
-def apply_masks_(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
-    """Zeroes the weights the masks cut, in place."""
+def apply_masks_(model: nn.Module, masks: Mapping[str, Tensor], inventory: Inventory | None = None) -> nn.Module:
+    """Zeroes the weights the masks cut, in place.
+
+    With the model's inventory, a filter that is cut as a whole falls silent: its bias and its batch norm's weight and
+    bias are zeroed too, so that nothing of it is left (see `filter_rows`) and repacking removes it.
+    """
     with torch.no_grad():
         for name, mask in masks.items():
             weight_of(model, name).mul_(mask)
+            cut = None if inventory is None else ~mask.flatten(1).any(dim=1)
+            if inventory is not None and cut is not None and bool(cut.any()):
+                for row in filter_rows(model, inventory[name]).values():
+                    row.masked_fill_(cut, 0.0)
     return model
+
+
+def filter_rows(model: nn.Module, layer: LayerSpec) -> dict[str, Tensor]:
+    """The parameters with one entry a filter, by name: the layer's bias, and weight and bias of the norm behind it."""
+    rows: dict[str, Tensor] = {}
+    for module, roles in ((layer.name, ("bias",)), (layer.norm, ("weight", "bias"))):
+        if module is not None:
+            named = {role: getattr(model.get_submodule(module), role) for role in roles}
+            rows |= {f"{module}.{role}": value for role, value in named.items() if isinstance(value, Tensor)}
+    return rows
 
 
 def sparsity(mask: Tensor) -> float:

@@ -29,6 +29,7 @@ class LayerSpec:
         input_shape: shape of the layer's input, batch included.
         positions: output positions an inference (batch x height x width, or tokens), over all calls.
         calls: how often the layer runs in one inference.
+        norm: the affine batch norm that reads this layer's output as it is and nothing else, or None.
     """
 
     name: str
@@ -41,6 +42,7 @@ class LayerSpec:
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
     calls: int = 1
+    norm: str | None = None
 
     @property
     def weights(self) -> int:

@@ -74,3 +74,49 @@ def test_inputs_of_a_wrong_shape_are_explained() -> None:
 def test_a_model_without_prunable_layers_is_refused() -> None:
     with pytest.raises(AutopruneError, match="no layer of this model can be pruned"):
         take_inventory(nn.Sequential(nn.ReLU()), torch.randn(1, 4))
+
+
+class Normed(nn.Module):
+    """Batch norms of every kind of neighbour."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("plain", "summed", "relued", "twice", "kept", "bare"):
+            self.add_module(name, nn.Conv2d(8, 8, 3, padding=1))
+            self.add_module(f"{name}_norm", nn.BatchNorm2d(8, affine=name != "bare"))
+        self.fc, self.fc_norm = nn.Linear(8, 16), nn.BatchNorm1d(16)
+        self.tokens, self.tokens_norm = nn.Linear(16, 8), nn.BatchNorm1d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.plain(x)
+        second = self.kept(x)
+        x = self.plain_norm(first) + self.kept_norm(second) + second
+        y = self.summed(x)
+        y += x
+        x = self.summed_norm(y)
+        x = self.relued_norm(self.relued(x).relu())
+        x = self.twice_norm(self.twice(self.twice_norm(x)))
+        x = self.bare_norm(self.bare(x))
+        x = self.fc_norm(self.fc(x.mean((2, 3))))
+        y = self.tokens_norm(self.tokens(x.unflatten(1, (1, 16)).expand(-1, 8, -1)))
+        assert y.shape[1:] == (8, 8)
+        return y
+
+
+def test_the_norm_of_a_layer_reads_its_output_as_it_is() -> None:
+    inventory = take_inventory(Normed(), torch.randn(2, 8, 6, 6))
+    norms = {layer.name: layer.norm for layer in inventory.layers if layer.norm is not None}
+    assert norms == {"plain": "plain_norm", "kept": "kept_norm", "fc": "fc_norm"}
+    assert len(inventory.layers) == 8
+
+
+def test_a_layer_that_runs_twice_has_no_norm() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(self.conv(self.conv(x)))
+
+    assert take_inventory(Twice(), torch.randn(1, 8, 6, 6))["conv"].norm is None

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from autoprune.criteria import LayerStatistics
 from autoprune.errors import AutopruneError, ConfigError
 from autoprune.inventory import take_inventory
-from autoprune.masks import apply_masks_, collect_statistics, make_masks, nonzero_parameters, sparsity, weight_of
+from autoprune.masks import (
+    apply_masks_,
+    collect_statistics,
+    filter_rows,
+    make_masks,
+    nonzero_parameters,
+    sparsity,
+    weight_of,
+)
 from autoprune.patterns import PATTERNS
 from autoprune.plan import LayerPlan, Plan
 from autoprune.registry import Choice
@@ -46,3 +55,26 @@ def test_calibration_that_misses_a_layer_is_an_error() -> None:
     model = small_cnn()
     with pytest.raises(AutopruneError, match="never reached"):
         collect_statistics(model, ["0"], [], torch.nn.functional.cross_entropy, {"gradient"})
+
+
+def test_a_filter_cut_as_a_whole_falls_silent() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8, 9))
+    for parameter in model.parameters():
+        nn.init.uniform_(parameter, 1.0, 2.0)
+    inventory = take_inventory(model, torch.zeros(1, 3, 5, 5))
+    assert list(filter_rows(model, inventory["0"])) == ["0.bias", "1.weight", "1.bias"]
+    assert list(filter_rows(model, inventory["2"])) == ["2.bias"]
+    masks = {name: torch.ones_like(weight_of(model, name), dtype=torch.bool) for name in inventory.names}
+    for name in inventory.names:
+        masks[name][[1, 4]] = False
+        masks[name][0, 0] = False  # in part: the filter stays
+    apply_masks_(model, masks)
+    assert all(row.all() for name in inventory.names for row in filter_rows(model, inventory[name]).values())
+    apply_masks_(model, masks, inventory)
+    for name in inventory.names:
+        for row in filter_rows(model, inventory[name]).values():
+            assert (row == 0).nonzero().flatten().tolist() == [1, 4]
+    output = model[:2].eval()(torch.randn(2, 3, 5, 5))
+    assert not output[:, [1, 4]].any()
+    assert output[:, [0, 2, 3, 5, 6, 7]].any(dim=3).all()

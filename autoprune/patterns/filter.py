@@ -9,7 +9,11 @@ from autoprune.patterns.base import Pattern, columns
 
 
 class Filter(Pattern):
-    """Whole rows of the weight are kept or cut; a cut filter still gives its bias."""
+    """Whole rows of the weight are kept or cut: the filters of a convolution, the neurons of a Linear.
+
+    In training a cut filter loses its bias and its row of the batch norm behind it too (`apply_masks_`): it gives
+    zero, and repacking removes it.
+    """
 
     def cells(self, shape: tuple[int, ...], conv_groups: int = 1) -> Tensor:
         return torch.arange(shape[0])[:, None].expand(shape[0], columns(shape)).reshape(shape).contiguous()

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from autoprune.masks import filter_rows
 from autoprune.training.base import Pruner, Signals, SparseTraining
 
 
@@ -26,20 +27,26 @@ class LatentTraining(SparseTraining):
     The optimizer moves the dense weights (`latent`); the model computes with `effective` ones, and so do all its
     gradients. `before_step` turns those gradients into the latent weights' (`pull_back`) and puts the latent weights
     in place for the optimizer; `after_step` takes them out again. Nothing of the model is replaced or wrapped.
+    A filter that is cut as a whole is silent in the model: its bias and its batch norm's weight and bias are 0, and
+    come back with it.
 
     Attributes:
         latent: layer -> dense weight.
+        rows: layer -> parameter with one entry a filter (`filter_rows`) -> its value where no filter is silent.
         total_steps: of the run.
         regrowth: share of the weights cut before the last `set_masks` that it kept.
     """
 
     latent: dict[str, Tensor]
+    rows: dict[str, dict[str, Tensor]]
     total_steps: int
     regrowth: float
 
     def start(self, pruner: Pruner, total_steps: int) -> None:
         self.pruner, self.total_steps = pruner, total_steps
         self.latent = {name: pruner.weight(name).detach().clone() for name in pruner.layers}
+        self._rows = {name: filter_rows(pruner.model, pruner.inventory[name]) for name in pruner.layers}
+        self.rows = {name: {p: x.detach().clone() for p, x in rows.items()} for name, rows in self._rows.items()}
         self.masks = {}
         self.regrowth = 0.0
         self._latent_is_in_place = False
@@ -73,6 +80,14 @@ class LatentTraining(SparseTraining):
                 if weight.grad is not None:
                     weight.grad.copy_(self.pull_back(name, latent, weight.grad))
                 weight.copy_(latent)
+        self._place_rows_()
+
+    def _place_rows_(self) -> None:
+        """The latent weights are in place for the optimizer; puts the rows of silent filters there too."""
+        with torch.no_grad():
+            for name, rows in self.rows.items():
+                for parameter, row in rows.items():
+                    self._rows[name][parameter].copy_(row)
         self._latent_is_in_place = True
 
     def after_step(self, step: int) -> None:
@@ -80,6 +95,8 @@ class LatentTraining(SparseTraining):
             with torch.no_grad():
                 for name, latent in self.latent.items():
                     latent.copy_(self.pruner.weight(name))
+                    for parameter, row in self.rows[name].items():
+                        row.copy_(self._rows[name][parameter])
             self._latent_is_in_place = False
         self.update(step)
         self._show_effective_()
@@ -87,7 +104,21 @@ class LatentTraining(SparseTraining):
     def _show_effective_(self) -> None:
         with torch.no_grad():
             for name, latent in self.latent.items():
-                self.pruner.weight(name).copy_(self.effective(name, latent))
+                effective = self.effective(name, latent)
+                self.pruner.weight(name).copy_(effective)
+                silent = self._silent(name, latent, effective)
+                for parameter, row in self.rows[name].items():
+                    self._rows[name][parameter].copy_(row if silent is None else row.masked_fill(silent, 0.0))
+
+    def _silent(self, name: str, latent: Tensor, effective: Tensor) -> Tensor | None:
+        """The filters that are cut as a whole, ``(out,)``, not those that are zero of themselves; None for none."""
+        silent = ~effective.flatten(1).any(dim=1)
+        if not self.rows[name] or not bool(silent.any()):
+            return None
+        cut = latent.flatten(1).any(dim=1)
+        if name in self.masks:
+            cut |= ~self.masks[name].flatten(1).any(dim=1)
+        return silent & cut
 
     def signals(self) -> Signals:
         signals = super().signals()
@@ -95,12 +126,16 @@ class LatentTraining(SparseTraining):
 
     def state(self) -> dict[str, Tensor]:
         masks = {f"mask.{name}": mask for name, mask in self.masks.items()}
-        return masks | {f"latent.{name}": latent for name, latent in self.latent.items()}
+        latent = {f"latent.{name}": latent for name, latent in self.latent.items()}
+        rows = {f"row.{parameter}": row for rows in self.rows.values() for parameter, row in rows.items()}
+        return masks | latent | rows
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         self.masks = {name.removeprefix("mask."): value for name, value in state.items() if name.startswith("mask.")}
         for name, latent in self.latent.items():
             latent.copy_(state[f"latent.{name}"])
+            for parameter, row in self.rows[name].items():
+                row.copy_(state[f"row.{parameter}"])
         self._show_effective_()
 
 
@@ -155,7 +190,7 @@ class GatedTraining(LatentTraining):
                     weight.grad.copy_(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
                 weight.copy_(leaf)
         self.own.step()
-        self._latent_is_in_place = True
+        self._place_rows_()
 
     def state(self) -> dict[str, Tensor]:
         own = {f"own.{name}": value.detach() for name, value in self.parameters.items()}

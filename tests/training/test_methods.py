@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from autoprune.allocation import WeightCost
 from autoprune.errors import AutopruneError, ConfigError
 from autoprune.inventory import take_inventory
-from autoprune.masks import sparsity, weight_of
+from autoprune.masks import filter_rows, sparsity, weight_of
 from autoprune.patterns import PATTERNS
 from autoprune.plan import LayerPlan, Plan
 from autoprune.registry import Choice
@@ -83,6 +85,9 @@ def test_the_plan_is_reached_and_zeros_stay(
         weight = weight_of(subject.model, layer)
         assert not weight[~mask].any()
         assert weight[mask].all()  # and nothing else was cut
+        cut = ~mask.flatten(1).any(dim=1)
+        for row in filter_rows(subject.model, spec).values():
+            assert not row[cut].any()  # a filter that is cut as a whole leaves no constant behind
     shares = {layer: sparsity(mask) for layer, mask in result.masks.items()}
     if method.finds_shares:
         assert_same_budget(subject, shares)
@@ -122,6 +127,30 @@ def test_training_is_repeatable_and_moves_the_kept_weights(name: str) -> None:
     assert all(torch.equal(ends[0][key], ends[1][key]) for key in start)
     kept = ends[0]["0.weight"] != 0
     assert (ends[0]["0.weight"][kept] != start["0.weight"][kept]).any()
+
+
+@pytest.mark.parametrize("name", list(TRAINING))
+def test_a_killed_run_resumes_bit_for_bit(name: str, tmp_path: Path) -> None:
+    class Killed(Exception):
+        pass
+
+    def train(folder: Path | None, kill: bool = False) -> dict[str, Tensor]:
+        def on_epoch(epoch: int, _: dict[str, float]) -> None:
+            if kill and epoch == 2:
+                raise Killed
+
+        subject, method = pruner(Choice("filter"), [0.5, 0.5, 0.5]), TRAINING.create(Choice(name))
+        train_(
+            subject.model, batches(), LOSS, TrainingSettings(epochs=4), seed=0, method=method, pruner=subject,
+            checkpoint=folder, on_epoch=on_epoch,
+        )  # fmt: skip
+        return dict(subject.model.state_dict())
+
+    whole = train(None)
+    with pytest.raises(Killed):
+        train(tmp_path, kill=True)
+    resumed = train(tmp_path)
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
 @settings(max_examples=25)

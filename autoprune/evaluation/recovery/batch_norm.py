@@ -14,5 +14,5 @@ class BatchNorm(Recovery):
     """Masks, then one pass over the calibration batches; a model without batch norm is only masked."""
 
     def recover_(self, model: nn.Module, plan: Plan, subject: Subject) -> None:
-        apply_masks_(model, subject.masks(plan))
+        apply_masks_(model, subject.masks(plan), subject.inventory)
         recalibrate_batch_norm_(model, subject.task.calibration)

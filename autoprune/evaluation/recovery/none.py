@@ -13,4 +13,4 @@ class NoRecovery(Recovery):
     """Only masks."""
 
     def recover_(self, model: nn.Module, plan: Plan, subject: Subject) -> None:
-        apply_masks_(model, subject.masks(plan))
+        apply_masks_(model, subject.masks(plan), subject.inventory)

@@ -34,7 +34,7 @@ class Reconstruct(Recovery):
 
     def recover_(self, model: nn.Module, plan: Plan, subject: Subject) -> None:
         masks = subject.masks(plan)
-        apply_masks_(model, masks)
+        apply_masks_(model, masks, subject.inventory)
         calibration = subject.task.calibration
         for name in (name for name in subject.inventory.names if name in masks):
             reconstruct_(model, subject.dense, name, masks[name], calibration, self.damping)
