@@ -4,6 +4,7 @@ from autoprune.repack.backends import BACKENDS, Backend, LayerForm, Support
 from autoprune.repack.export import ExportedLayer, ExportReport, export_onnx
 from autoprune.repack.files import load, save
 from autoprune.repack.formats import PackedWeight, pack
+from autoprune.repack.macs import find_readers, remaining_macs
 from autoprune.repack.model import repack
 from autoprune.repack.program.capture import CaptureError, capture
 from autoprune.repack.program.graph import Graph
@@ -26,9 +27,11 @@ __all__ = [
     "SwappedModel",
     "capture",
     "export_onnx",
+    "find_readers",
     "load",
     "lower_layer",
     "pack",
+    "remaining_macs",
     "repack",
     "save",
 ]

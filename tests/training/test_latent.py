@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.inventory import take_inventory
-from autoprune.masks import filter_rows
+from autoprune.masks import filter_rows, weight_of
 from autoprune.plan import LayerPlan, Plan
 from autoprune.registry import Choice
 from autoprune.training import Pruner
@@ -67,7 +67,7 @@ def test_a_filter_that_is_zero_of_itself_is_not_silenced() -> None:
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8))
-    nn.init.zeros_(model[0].weight)
+    nn.init.zeros_(weight_of(model, "0"))
     inventory = take_inventory(model, torch.zeros(1, 2, 5, 5))
     plan = Plan({"0": LayerPlan(0.5, Choice("filter"))})
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -50,6 +50,22 @@ def drop_dead_channels(edited: Editor) -> bool:
     return bool(dead)
 
 
+def sole_readers(edited: Editor) -> dict[str, str]:
+    """Layer -> the layer that alone reads its channels, each by the value it defines.
+
+    Such a layer need not compute what that one has zeros for. Several may share a reader that reads their sum; a layer
+    behind a flattened map, where a channel is several features, has no place here.
+    """
+    look = _Look(edited)
+    readers: dict[str, list[str]] = {}
+    for name in look.readers:
+        readers.setdefault(look.root(edited.ops[name].inputs[0]), []).append(name)
+    alone = {root: readers[root][0] for root in look.closed() if len(readers.get(root, ())) == 1}
+    alone = {root: name for root, name in alone.items() if look.axes[edited.ops[name].inputs[0]].span == 1}
+    layers = [name for name, op in edited.ops.items() if op.kind in ("conv2d", "linear") and name in look.axes]
+    return {name: alone[root] for name in layers if (root := look.root(name)) in alone}
+
+
 class _Look:
     """One look at a graph: the bundles, who writes and reads them, which channels are constant."""
 
