@@ -76,7 +76,7 @@ def _arguments() -> argparse.Namespace:
 
 def _jobs(shown: Shown, given: argparse.Namespace) -> list[Job]:
     """What is missing, seed by seed, so that a first table is there early."""
-    names = _named(given.methods, list(RECIPES), "method") or list(RECIPES)
+    names = _named(given.methods, list(RECIPES), "method") or list(shown.methods or RECIPES)
     settings = _named(given.settings, list(SETTINGS), "setting") or list(shown.settings)
     wanted = [
         Job(name, setting, seed)
@@ -151,7 +151,7 @@ def train_one(shown: Shown, job: Job) -> Outcome:
     masked: dict[str, float] = {}
     if recipe.method is not None:
         settings = shown.dense.changed({"epochs": shown.epochs - recipe.dense_epochs(shown), **recipe.settings})
-        inventory, setting = prunable(model, task), SETTINGS[job.setting]
+        inventory, setting = prunable(model, task, shown), SETTINGS[job.setting]
         plan = Plan(dict.fromkeys(inventory.names, LayerPlan(setting.sparsity, setting.pattern, recipe.criterion)))
         method, x = TRAINING.create(recipe.method), task.example_inputs(1)
         pruner = make_pruner_(method, model, inventory, plan, x, task.calibration, task.loss)
@@ -187,9 +187,11 @@ def _timed_training(
     return (ends[-1] - ends[0]) / max(1, len(ends) - 1) * settings.epochs
 
 
-def prunable(model: nn.Module, task: Task) -> Inventory:
-    """All layers but the first and the last, which hold 1% of the weights."""
+def prunable(model: nn.Module, task: Task, shown: Shown) -> Inventory:
+    """All layers, or all but the first and the last, which hold 1% of the weights."""
     every = take_inventory(model, task.example_inputs(1))
+    if shown.whole:
+        return every
     return take_inventory(model, task.example_inputs(1), keep_dense=(every.names[0], every.names[-1]))
 
 
@@ -202,7 +204,7 @@ def _architecture(shown: Shown, job: Job) -> nn.Module:
     task = _task(shown, job.seed)
     model, choice = copy.deepcopy(task.model), RECIPES[job.method].method
     assert choice is not None
-    plan = Plan(dict.fromkeys(prunable(model, task).names, LayerPlan(0.5, SETTINGS[job.setting].pattern)))
+    plan = Plan(dict.fromkeys(prunable(model, task, shown).names, LayerPlan(0.5, SETTINGS[job.setting].pattern)))
     TRAINING.create(choice).widen_(model, task.example_inputs(1), plan)
     return model
 

@@ -18,6 +18,7 @@ class Setting:
     sparsity: float
 
 
+NORMALISED = {"name": "global", "normalise": True}
 GROUP = Choice("group", {"size": 8})
 SETTINGS: Mapping[str, Setting] = {
     "group-90": Setting(GROUP, 0.90),
@@ -25,6 +26,9 @@ SETTINGS: Mapping[str, Setting] = {
     "unstructured-97": Setting(Choice("unstructured"), 0.97),
     "group-95": Setting(GROUP, 0.95),
     "group-98": Setting(GROUP, 0.98),
+    "50x": Setting(Choice("unstructured"), 1 - 1 / 50),
+    "70x": Setting(Choice("unstructured"), 1 - 1 / 70),
+    "108x": Setting(Choice("unstructured"), 1 - 1 / 108),
     "2:4": Setting(Choice("n:m", {"n": 2, "m": 4}), 0.5),
 }
 
@@ -34,24 +38,26 @@ class Shown:
     """A task of the comparison.
 
     Attributes:
+        name: of the table.
         task: the registry row and its arguments; the seed is added.
         epochs: of every run in all.
         start_epochs: of them, trained densely by the methods that start from a trained model.
         dense: settings of the dense training; methods change what their recipe says.
         settings: shown when none are named.
         seeds: likewise.
+        methods: likewise; all that fit when empty.
+        whole: whether the first and the last layer are pruned too.
     """
 
+    name: str
     task: Choice
     epochs: int
     start_epochs: int
     dense: TrainingSettings
     settings: tuple[str, ...]
     seeds: int
-
-    @property
-    def name(self) -> str:
-        return self.task.name
+    methods: tuple[str, ...] = ()
+    whole: bool = False
 
     def choice(self, seed: int) -> Choice:
         return Choice(self.task.name, {**self.task.args, "seed": seed})
@@ -59,6 +65,7 @@ class Shown:
 
 TASKS_SHOWN: Mapping[str, Shown] = {
     "fashion_mnist": Shown(
+        "fashion_mnist",
         Choice("fashion_mnist", {"widths": [16, 32, 64]}),
         epochs=6,
         start_epochs=3,
@@ -66,13 +73,25 @@ TASKS_SHOWN: Mapping[str, Shown] = {
         settings=("group-90", "group-97", "unstructured-97"),
         seeds=3,
     ),
+    "lenet5": Shown(
+        "lenet5",
+        Choice("fashion_mnist", {"model": "lenet5", "widths": [20, 50, 500]}),
+        epochs=30,
+        start_epochs=10,
+        dense=TrainingSettings(epochs=30, learning_rate=0.03, weight_decay=5e-4, warmup=0.05),
+        settings=("50x", "70x", "108x"),
+        seeds=3,
+        methods=("gradual", "gradual_global", "proximal_half", "proximal_l1", "proximal_none", "proximal_splice"),
+        whole=True,
+    ),
     "digits": Shown(
+        "digits",
         Choice("digits", {"widths": [16, 32, 64]}),
         epochs=16,
         start_epochs=8,
         dense=TrainingSettings(epochs=16, learning_rate=0.1, weight_decay=5e-4, warmup=0.1),
-        settings=("group-90", "group-97"),
-        seeds=2,
+        settings=("group-90",),
+        seeds=1,
     ),
 }
 
@@ -112,4 +131,28 @@ RECIPES: Mapping[str, Recipe] = {
     "dense": Recipe("dense training", None),
     "one_shot": Recipe("three-stage, one cut", Choice("one_shot"), from_trained=True),
     "gradual": Recipe("three-stage, gradual, every layer alike", Choice("gradual"), from_trained=True),
+    "gradual_global": Recipe(
+        "three-stage, gradual, one ranking", Choice("gradual", {"allocation": NORMALISED}), from_trained=True
+    ),
+    "gradual_erk": Recipe("three-stage, gradual, ERK", Choice("gradual", {"allocation": "erk"}), from_trained=True),
+    "gradual_lamp": Recipe("three-stage, gradual, LAMP", Choice("gradual", {"allocation": "lamp"}), from_trained=True),
+    "adaptive": Recipe("layer-sparse adaptive", Choice("adaptive")),
+    "adaptive_size": Recipe("- without look-ahead", Choice("adaptive", {"look_ahead": 0.0}), ablation="adaptive"),
+    "thresholds": Recipe("trainable thresholds", Choice("thresholds")),
+    "proximal_half": Recipe("L1/2", Choice("proximal", {"allocation": NORMALISED}), from_trained=True),
+    "proximal_l1": Recipe("- L1", Choice("proximal", {"penalty": "l1", "allocation": NORMALISED}), from_trained=True),
+    "proximal_none": Recipe(
+        "- no penalty", Choice("proximal", {"penalty": "none", "allocation": NORMALISED}), from_trained=True
+    ),
+    "proximal_splice": Recipe(
+        "- L1/2 with splicing", Choice("proximal", {"splice": True, "allocation": NORMALISED}), from_trained=True
+    ),
+    "expand": Recipe("expand 1.5x, then prune", Choice("expand"), from_trained=True),
+    "expand_not": Recipe("- without expanding", Choice("expand", {"factor": 1.0}), from_trained=True),
+    "bayesian": Recipe("iterative, Bayesian", Choice("bayesian"), from_trained=True),
+    "bayesian_memoryless": Recipe(
+        "- memory-less", Choice("bayesian", {"memory": False}), from_trained=True, ablation="bayesian"
+    ),
+    "sr_ste": Recipe("SR-STE", Choice("sr_ste")),
+    "sr_ste_2_4": Recipe("SR-STE, 2:4", Choice("sr_ste"), only=("2:4",)),
 }

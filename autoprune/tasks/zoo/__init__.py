@@ -20,6 +20,7 @@ MODELS: Registry[nn.Module] = Registry(
     {
         "residual_cnn": "autoprune.tasks.zoo.small:residual_cnn",
         "plain_cnn": "autoprune.tasks.zoo.small:plain_cnn",
+        "lenet5": "autoprune.tasks.zoo.small:lenet5",
         "mlp": "autoprune.tasks.zoo.small:mlp",
         "tiny_transformer": "autoprune.tasks.zoo.small:tiny_transformer",
         "resnet18": "autoprune.tasks.zoo.resnet:resnet18",

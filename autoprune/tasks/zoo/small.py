@@ -79,6 +79,24 @@ def plain_cnn(in_channels: int, classes: int, widths: Sequence[int] = (16, 32, 6
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], classes))
 
 
+def lenet5(in_channels: int, classes: int, widths: Sequence[int] = (20, 50, 500), size: int = 28) -> nn.Sequential:
+    """LeNet-5 as the pruning literature has it: 431,080 parameters at 1x28x28 (LeCun et al. 1998, Caffe's variant).
+
+    Two 5x5 convolutions, each halved by max pooling, then a hidden layer. (N, in_channels, size, size) -> logits
+    (N, classes).
+    """
+    widths = _widths(widths)
+    if len(widths) != 3 or size < 16:
+        raise ConfigError(f"lenet5 takes three widths and images of 16x16 or more, not widths={widths}, size={size}.")
+    first, second, hidden = widths
+    side = ((size - 4) // 2 - 4) // 2
+    return nn.Sequential(
+        nn.Conv2d(in_channels, first, 5), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(first, second, 5), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(second * side * side, hidden), nn.ReLU(), nn.Linear(hidden, classes),
+    )  # fmt: skip
+
+
 def mlp(in_channels: int, classes: int, widths: Sequence[int] = (256, 128), size: int = 32) -> nn.Sequential:
     """A Linear and a ReLU a width. (N, in_channels, size, size) -> logits (N, classes)."""
     widths = _widths(widths)
