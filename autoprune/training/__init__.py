@@ -12,10 +12,10 @@ TRAINING: Registry[SparseTraining] = Registry(
         "adaptive": "autoprune.training.adaptive:Adaptive",
         "bayesian": "autoprune.training.bayesian:Bayesian",
         "expand": "autoprune.training.expand:Expand",
+        "joint": "autoprune.training.joint:Joint",
         "proximal": "autoprune.training.proximal:Proximal",
         "sr_ste": "autoprune.training.sr_ste:SrSte",
         "thresholds": "autoprune.training.thresholds:Thresholds",
-        "joint": "autoprune.training.joint:Joint",
     },
 )
 
