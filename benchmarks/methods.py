@@ -20,17 +20,19 @@ import argparse
 import copy
 import multiprocessing
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache
 from pathlib import Path
 
 import torch
 from methods_report import DENSE, Job, Outcome, Timing, read_outcomes, report, results_folder
-from methods_table import RECIPES, SETTINGS, TASKS_SHOWN, Shown
+from methods_table import RECIPES, SETTINGS, TASKS_SHOWN, Recipe, Setting, Shown
 from torch import nn
 
+from autoprune.allocation import Cost, MacsCost, WeightCost
 from autoprune.errors import ConfigError, did_you_mean
+from autoprune.evaluation.finetune import channel_readers
 from autoprune.files import append_line, cache_folder, read_tensors, write_tensors
 from autoprune.inventory import Inventory, take_inventory
 from autoprune.latency.engines import ENGINES, baselines
@@ -38,7 +40,7 @@ from autoprune.latency.timer import Protocol, measure_together, speedup
 from autoprune.masks import sparsity, weight_of
 from autoprune.plan import LayerPlan, Plan
 from autoprune.registry import Choice
-from autoprune.repack import repack
+from autoprune.repack import remaining_macs, repack
 from autoprune.report.console import Console
 from autoprune.settings import TrainingSettings
 from autoprune.tasks import TASKS, Task
@@ -152,14 +154,16 @@ def train_one(shown: Shown, job: Job) -> Outcome:
     if recipe.method is not None:
         settings = shown.dense.changed({"epochs": shown.epochs - recipe.dense_epochs(shown), **recipe.settings})
         inventory, setting = prunable(model, task, shown), SETTINGS[job.setting]
-        plan = Plan(dict.fromkeys(inventory.names, LayerPlan(setting.sparsity, setting.pattern, recipe.criterion)))
-        method, x = TRAINING.create(recipe.method), task.example_inputs(1)
-        pruner = make_pruner_(method, model, inventory, plan, x, task.calibration, task.loss)
+        x = task.example_inputs(1)
+        plan, cost = planned(model, inventory, setting, recipe, x)
+        method = TRAINING.create(recipe.method)
+        pruner = make_pruner_(method, model, inventory, plan, x, task.calibration, task.loss, cost)
         seconds += _timed_training(model, task, settings, job.seed, model_path(shown, job), method, pruner)
         masked = {name: sparsity(weight_of(model, name)) for name in inventory.names}
     model.eval()
     write_tensors(model_path(shown, job), model.state_dict())
-    return Outcome(job, task.evaluate(model), task.test(model), seconds, masked)
+    macs = remaining_macs(model, task.example_inputs(1)) / remaining_macs(task.model, task.example_inputs(1))
+    return Outcome(job, task.evaluate(model), task.test(model), seconds, masked, macs)
 
 
 def _timed_training(
@@ -193,6 +197,26 @@ def prunable(model: nn.Module, task: Task, shown: Shown) -> Inventory:
     if shown.whole:
         return every
     return take_inventory(model, task.example_inputs(1), keep_dense=(every.names[0], every.names[-1]))
+
+
+def planned(
+    model: nn.Module, inventory: Inventory, setting: Setting, recipe: Recipe, x: tuple[torch.Tensor, ...]
+) -> tuple[Plan, Callable[[Inventory], Cost]]:
+    """The plan of a setting, every layer alike, and what its budget counts."""
+
+    def alike(sparsity: float) -> Plan:
+        return Plan(dict.fromkeys(inventory.names, LayerPlan(sparsity, setting.pattern, recipe.criterion)))
+
+    if not setting.macs:
+        return alike(setting.sparsity), WeightCost
+    readers = channel_readers(model, x, alike(0.5))
+    cost = MacsCost(inventory, readers)
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        enough = cost(dict.fromkeys(inventory.names, middle)) <= (1.0 - setting.sparsity) * cost({})
+        low, high = (low, middle) if enough else (middle, high)
+    return alike(high), lambda wider: MacsCost(wider, readers)
 
 
 def model_path(shown: Shown, job: Job) -> Path:

@@ -45,6 +45,7 @@ class Outcome:
         validation, test: accuracy, in [0, 1].
         seconds: processor time of training, the dense start included.
         sparsities: layer -> share of zeros.
+        macs: multiply-accumulates left, filters that nobody reads counted out, over the dense model's.
     """
 
     job: Job
@@ -52,6 +53,7 @@ class Outcome:
     test: float
     seconds: float
     sparsities: Mapping[str, float]
+    macs: float = 1.0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -136,6 +138,7 @@ def _section(
         "seeds",
         "test accuracy",
         "points under dense",
+        "MACs left",
         "faster than eager",
         "than the best dense",
         "training s",
@@ -154,6 +157,7 @@ def _section(
                 str(len(runs)),
                 _mean_spread([100 * run.test for run in runs]),
                 _mean_spread(lost),
+                f"{100 * statistics.fmean(run.macs for run in runs):.1f}%",
                 f"{timing.over_eager:.2f}x" if timing else MISSING,
                 f"{timing.over_best:.2f}x ({timing.best})" if timing else MISSING,
                 f"{statistics.fmean(run.seconds for run in runs):.0f}",

@@ -12,10 +12,15 @@ from autoprune.settings import TrainingSettings
 
 @dataclass(frozen=True)
 class Setting:
-    """How sparse, and in which pattern; the plan gives every layer this sparsity, and so the budget."""
+    """How sparse, and in which pattern; the plan gives every layer this sparsity, and so the budget.
+
+    Attributes:
+        sparsity: share of zeros; of multiply-accumulates removed, dead filters included, where `macs`.
+    """
 
     pattern: Choice
     sparsity: float
+    macs: bool = False
 
 
 NORMALISED = {"name": "global", "normalise": True}
@@ -29,6 +34,8 @@ SETTINGS: Mapping[str, Setting] = {
     "50x": Setting(Choice("unstructured"), 1 - 1 / 50),
     "70x": Setting(Choice("unstructured"), 1 - 1 / 70),
     "108x": Setting(Choice("unstructured"), 1 - 1 / 108),
+    "channel-75": Setting(Choice("channel"), 0.75, macs=True),
+    "channel-90": Setting(Choice("channel"), 0.90, macs=True),
     "2:4": Setting(Choice("n:m", {"n": 2, "m": 4}), 0.5),
 }
 

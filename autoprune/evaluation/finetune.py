@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -14,6 +15,7 @@ from autoprune.inventory import Inventory
 from autoprune.latency.cost import LatencyCost
 from autoprune.plan import Plan
 from autoprune.progress import SILENT, Progress
+from autoprune.repack import CaptureError, find_readers
 from autoprune.settings import TrainingSettings
 from autoprune.training import TRAINING, OnSignals
 from autoprune.training.loop import train_
@@ -70,8 +72,24 @@ def finetune_(
 def budget_cost(subject: Subject, plan: Plan) -> Callable[[Inventory], Cost]:
     """What the subject's budget counts, for the layers of a model that may have been widened."""
     table = subject.table
-    if subject.budget != "latency":
-        return {"weights": WeightCost, "macs": MacsCost}[subject.budget]
+    if subject.budget == "weights":
+        return WeightCost
+    if subject.budget == "macs":
+        readers = channel_readers(subject.dense, subject.task.example_inputs(1), plan)
+        return lambda inventory: MacsCost(inventory, readers)
     if table is None:
         raise AutopruneError("a budget in latency needs the latency table; profile first, or take 'weights'.")
     return lambda inventory: LatencyCost(table, plan, subject.inventory, inventory)
+
+
+def channel_readers(model: nn.Module, inputs: tuple[Any, ...], plan: Plan) -> dict[str, str]:
+    """Layer -> its one reader, where that is pruned by input channels: what it cuts, the layer need not compute.
+
+    None where the model cannot be captured: then a cut channel counts in its reader alone.
+    """
+    try:
+        readers = find_readers(model, inputs)
+    except CaptureError:
+        return {}
+    layers = plan.layers
+    return {name: by for name, by in readers.items() if by in layers and layers[by].pattern.name == "channel"}
