@@ -9,6 +9,7 @@ PATTERNS: Registry[Pattern] = Registry(
         "unstructured": "autoprune.patterns.unstructured:Unstructured",
         "group": "autoprune.patterns.group:Group",
         "n:m": "autoprune.patterns.n_of_m:NOfM",
+        "block": "autoprune.patterns.block:Block",
         "channel": "autoprune.patterns.channel:Channel",
         "filter": "autoprune.patterns.filter:Filter",
     },

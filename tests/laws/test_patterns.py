@@ -12,7 +12,11 @@ from autoprune.patterns import PATTERNS
 from autoprune.registry import Choice
 
 PERMUTED = [{"size": size, "permute": True} for size in (1, 2, 3, 8)]
-EXTRA = {"group": [{"size": 1}, {"size": 3}, {"size": 16}, *PERMUTED], "n:m": [{"n": 1, "m": 4}, {"n": 4, "m": 8}]}
+EXTRA = {
+    "group": [{"size": 1}, {"size": 3}, {"size": 16}, *PERMUTED],
+    "n:m": [{"n": 1, "m": 4}, {"n": 4, "m": 8}],
+    "block": [{"rows": 1, "columns": 1}, {"rows": 4, "columns": 2}, {"rows": 3, "columns": 5}],
+}
 CHOICES = [Choice(name, args) for name in PATTERNS for args in [{}, *EXTRA.get(name, [])]]
 
 
@@ -155,6 +159,12 @@ def test_groups_do_not_straddle_convolution_groups() -> None:
     assert len(set(cells[:3].flatten().tolist()) & set(cells[3:].flatten().tolist())) == 0
 
 
+def test_blocks_are_filters_by_channels_and_do_not_straddle_convolution_groups() -> None:
+    cells = PATTERNS.create(Choice("block", {"rows": 2, "columns": 3})).cells((6, 4, 1, 2), conv_groups=2)
+    rows = [[0, 0, 0, 1], [0, 0, 0, 1], [2, 2, 2, 3], [4, 4, 4, 5], [4, 4, 4, 5], [6, 6, 6, 7]]
+    assert cells[:, :, 0, 0].tolist() == cells[:, :, 0, 1].tolist() == rows
+
+
 @pytest.mark.parametrize("sparsity", [-0.1, 1.0, float("nan")])
 def test_a_sparsity_outside_its_range_is_refused(sparsity: float) -> None:
     with pytest.raises(AutopruneError, match=r"\[0, 1\)"):
@@ -169,6 +179,7 @@ def test_a_sparsity_outside_its_range_is_refused(sparsity: float) -> None:
         (Choice("group", {"size": 0}), "from 1 to 1024"),
         (Choice("group", {"permute": 1}), "true or false"),
         (Choice("n:m", {"n": 4, "m": 4}), "1 <= n < m"),
+        (Choice("block", {"columns": 0}), "columns must be an integer from 1 to 1024"),
         (Choice("channel", {"size": 8}), "takes no arguments"),
     ],
 )

@@ -32,6 +32,8 @@ def arguments(draw: st.DrawFn, pattern: str) -> Choice:
     if pattern == "n:m":
         n, m = draw(st.sampled_from([(1, 2), (2, 4), (1, 4), (4, 8)]))
         return Choice("n:m", {"n": n, "m": m})
+    if pattern == "block":
+        return Choice("block", {key: draw(st.sampled_from([*GROUP_SIZES, 3])) for key in ("rows", "columns")})
     return Choice(pattern)
 
 
@@ -140,6 +142,17 @@ def test_the_packed_group_size_is_the_patterns(size: int, sparsity: float, group
     packed = pack(conv.weight, groups)
     assert packed.group_size == size
     assert packed.values.size == torch.count_nonzero(conv.weight)  # nothing is stored that is not kept
+
+
+@pytest.mark.parametrize("rows", [4, 8, 16])
+@pytest.mark.parametrize("columns", [1, 8])
+def test_the_rows_of_a_block_are_packed_together(rows: int, columns: int) -> None:
+    torch.manual_seed(rows)
+    conv = nn.Conv2d(32, 64, 3)
+    masked(conv, Choice("block", {"rows": rows, "columns": columns}), 0.75)
+    packed = pack(conv.weight)
+    assert packed.group_size >= rows
+    assert packed.values.size == torch.count_nonzero(conv.weight)
 
 
 @pytest.mark.parametrize("backend", list(BACKENDS))

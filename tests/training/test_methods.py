@@ -20,7 +20,10 @@ from autoprune.registry import Choice
 from autoprune.settings import TrainingSettings
 from autoprune.training import TRAINING, Pruner, TrainingResult, train_
 
-CHOICES = [Choice("unstructured"), Choice("group", {"size": 4}), Choice("n:m"), Choice("channel"), Choice("filter")]
+BLOCK = Choice("block", {"rows": 4, "columns": 4})
+CHOICES = [
+    Choice("unstructured"), Choice("group", {"size": 4}), Choice("n:m"), BLOCK, Choice("channel"), Choice("filter"),
+]  # fmt: skip
 LOSS = nn.functional.cross_entropy
 
 
