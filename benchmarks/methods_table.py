@@ -160,6 +160,14 @@ RECIPES: Mapping[str, Recipe] = {
     "bayesian_memoryless": Recipe(
         "- memory-less", Choice("bayesian", {"memory": False}), from_trained=True, ablation="bayesian"
     ),
+    "joint": Recipe("joint search and training", Choice("joint")),
+    "joint_taught": Recipe(
+        "- with a moving average as teacher",
+        Choice("joint"),
+        settings={"distillation_weight": 0.5, "ema_teacher": 0.99},
+        ablation="joint",
+    ),
+    "joint_free": Recipe("- without the threshold network", Choice("joint", {"generator": False}), ablation="joint"),
     "sr_ste": Recipe("SR-STE", Choice("sr_ste")),
     "sr_ste_2_4": Recipe("SR-STE, 2:4", Choice("sr_ste"), only=("2:4",)),
 }
