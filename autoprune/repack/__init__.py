@@ -1,6 +1,7 @@
 """Repacked inference: masked weights, reassembled once into smaller dense work, run without a sparse library."""
 
 from autoprune.repack.backends import BACKENDS, Backend, LayerForm, Support
+from autoprune.repack.branches import Branch, cut_branches_, find_branches, rank_branches
 from autoprune.repack.export import ExportedLayer, ExportReport, export_onnx
 from autoprune.repack.files import load, save
 from autoprune.repack.formats import PackedWeight, pack
@@ -14,6 +15,7 @@ from autoprune.repack.swap import lower_layer
 __all__ = [
     "BACKENDS",
     "Backend",
+    "Branch",
     "CaptureError",
     "ExportReport",
     "ExportedLayer",
@@ -26,11 +28,14 @@ __all__ = [
     "Support",
     "SwappedModel",
     "capture",
+    "cut_branches_",
     "export_onnx",
+    "find_branches",
     "find_readers",
     "load",
     "lower_layer",
     "pack",
+    "rank_branches",
     "remaining_macs",
     "repack",
     "save",

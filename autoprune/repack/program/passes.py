@@ -136,4 +136,28 @@ def _merge_reshapes(edited: Editor, op: Op) -> bool:
     return True
 
 
-_PASSES: tuple[Callable[[Editor, Op], bool], ...] = (_fold_norm, _fuse_activation, _fuse_add, _merge_reshapes)
+def bypass_branch(edited: Editor, op: Op) -> bool:
+    """Leaves the residual alone of a layer and the residual added to it; False where there is none to take over."""
+    if op.kind not in LAYERS or len(op.inputs) != 2 or edited.shapes[op.inputs[1]] != edited.shapes[op.output]:
+        return False
+    residual = op.inputs[1]
+    if op.activation is None:
+        return edited.bypass(op, residual)
+    edited.replace(op, Op("activation", op.output, (residual,), {"name": op.activation}))
+    return True
+
+
+def _drop_zero_branch(edited: Editor, op: Op) -> bool:
+    """A layer that adds zeros to a residual goes, and what only it reads with it."""
+    if op.kind not in LAYERS or any(bool(value.any()) for value in edited.weights(op).values()):
+        return False
+    return bypass_branch(edited, op)
+
+
+_PASSES: tuple[Callable[[Editor, Op], bool], ...] = (
+    _fold_norm,
+    _fuse_activation,
+    _fuse_add,
+    _merge_reshapes,
+    _drop_zero_branch,
+)
