@@ -1,9 +1,9 @@
 """Layer-sparse adaptive group-wise pruning: the layers' shares emerge from one competition, and what is cut can return.
 
-Dense weights stay behind the mask and all of them keep receiving gradients, straight through, but those that are cut
-only a part: nothing answers their moves, so that at full strength they outgrow the weights in use and the model is
-thrown about. Every few steps the cells of the whole model compete for the budget, by their present size and by where
-they are heading.
+Dense weights stay behind the mask, and the gradients of all of them are followed, straight through. Every few steps the
+cells of the whole model compete for the budget, by their present size and by where they are heading. What is cut keeps
+its value by default, weight decay aside: were it moved too, nothing would answer its moves; at full strength such
+weights outgrow those in use, and the model is thrown about.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ class Adaptive(LatentTraining):
 
     A weight's saliency is ``max(0, |w| + look_ahead * drift)``: its size, and how far the coming steps would carry it
     outwards. ``drift`` is the moving average of the weight's own movement along its sign, gradient and decay included,
-    so it needs no learning rate.
+    so it needs no learning rate. A weight that is cut drifts as its gradient would move it: by as much a unit of
+    gradient as the kept weights of its layer have just moved.
 
     Args:
         begin: fraction of the run after which cutting begins, in [0, 1).
         end: fraction of the run at which the whole budget is met, in (begin, 1].
         freeze: fraction of the run after which the masks stay as they are, in [end, 1].
         updates: competitions between `begin` and `end`, evenly spaced, >= 1; they go on at that pace until `freeze`.
-        through: part of its gradient that a weight that is cut receives, in [0, 1].
+        through: part of its gradient that moves a weight that is cut, in [0, 1].
         look_ahead: steps that the drift is followed for, >= 0; 0 ranks by size alone.
         memory: of the moving average, in [0, 1).
         allocation: what shares the plan's budget among the layers: a name, or a table with its arguments.
@@ -47,7 +48,7 @@ class Adaptive(LatentTraining):
         end: float = 0.5,
         freeze: float = 0.75,
         updates: int = 20,
-        through: float = 0.1,
+        through: float = 0.0,
         look_ahead: float = 10.0,
         memory: float = 0.95,
         allocation: str | Mapping[str, Any] = NORMALISED,
@@ -68,25 +69,39 @@ class Adaptive(LatentTraining):
         met, frozen = max(self._fractions), int(self.freeze * self.total_steps)
         pace = max(1, round((self.end - self.begin) * self.total_steps / self.updates))
         self._fractions |= dict.fromkeys(range(met + pace, frozen + 1, pace), 1.0)
+        self._last = max(self._fractions)  # competition
         self.drift = {name: torch.zeros_like(latent) for name, latent in self.latent.items()}
         self._before: dict[str, Tensor] = {}
+        self._gradients: dict[str, Tensor] = {}
 
     def pull_back(self, name: str, latent: Tensor, gradient: Tensor) -> Tensor:
+        if name in self.masks:
+            self._gradients[name] = gradient.clone()
         return torch.where(self.masks[name], gradient, self.through * gradient) if name in self.masks else gradient
 
     def before_step(self, step: int) -> None:
         super().before_step(step)
-        if self.look_ahead:
+        if self.look_ahead and step <= self._last:
             self._before = {name: latent.clone() for name, latent in self.latent.items()}
 
     def update(self, step: int) -> None:
         for name, before in self._before.items():
-            outwards = (self.latent[name] - before) * before.sign()
+            outwards = self._movement(name, before) * before.sign()
             self.drift[name].mul_(self.memory).add_(outwards, alpha=1.0 - self.memory)
-        self._before = {}
+        self._before, self._gradients = {}, {}
         if step in self._fractions:
             saliency = {name: self.saliency(name) for name in self.latent}
             self.set_masks(self.pruner.masks(self._fractions[step], saliency=saliency, allocation=self.allocation))
+
+    def _movement(self, name: str, before: Tensor) -> Tensor:
+        """The last step of each weight; of those that are cut, what their gradients ask for."""
+        moved = self.latent[name] - before
+        if name not in self._gradients:
+            return moved
+        mask, gradient = self.masks[name], self._gradients[name]
+        kept = gradient * mask
+        pace = -(moved * kept).sum() / kept.square().sum().clamp(min=1e-30)  # least squares of movement on gradient
+        return torch.where(mask, moved, -pace.clamp(min=0.0) * gradient)
 
     def saliency(self, name: str) -> Tensor:
         """Scores >= 0 in the weight's shape."""

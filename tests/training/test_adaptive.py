@@ -65,7 +65,7 @@ def moves(generator: torch.Generator, subject: Pruner) -> dict[str, Tensor]:
 @given(look_ahead=st.floats(0.5, 40.0), memory=st.floats(0.0, 0.99), steps=st.integers(1, 8))
 def test_a_weight_is_worth_its_size_and_its_drift(look_ahead: float, memory: float, steps: int) -> None:
     subject = pruner()
-    method = adaptive(look_ahead=look_ahead, memory=memory, updates=2)
+    method = adaptive(look_ahead=look_ahead, memory=memory, updates=2, freeze=1.0)
     method.start(subject, 8)
     generator = torch.Generator().manual_seed(steps)
     weight = {name: weight_of(subject.model, name).detach().clone() for name in NAMES}
@@ -135,6 +135,28 @@ def test_every_weight_learns_straight_through_its_mask(through: float) -> None:
             torch.testing.assert_close(method.latent[name], latent[name] - 0.1 * part * gradients[name])
             if cut:
                 assert bool((method.latent[name] != latent[name])[~cut[name]].any()) == (through > 0.0)
+
+
+@pytest.mark.parametrize("through", [0.0, 0.5])
+def test_what_is_cut_drifts_as_its_gradient_asks(through: float) -> None:
+    subject = pruner()
+    method = adaptive(updates=2, end=0.5, freeze=1.0, memory=0.5, through=through)
+    method.start(subject, 12)
+    optimizer = torch.optim.SGD(subject.model.parameters(), lr=0.1)
+    drift = {name: torch.zeros_like(weight_of(subject.model, name)) for name in NAMES}
+    for step in range(1, 13):
+        optimizer.zero_grad()
+        x, y = batches()[step % 4]
+        LOSS(subject.model(x), y).backward()
+        for name in NAMES:
+            gradient = cast("Tensor", weight_of(subject.model, name).grad)
+            drift[name] = 0.5 * drift[name] - 0.5 * 0.1 * gradient * method.latent[name].sign()
+        method.before_step(step)
+        optimizer.step()
+        method.after_step(step)
+        for name in NAMES:
+            torch.testing.assert_close(method.drift[name], drift[name], rtol=1e-3, atol=1e-6)
+    assert all((drift[name][~method.masks[name]] != 0.0).any() for name in NAMES)
 
 
 def test_the_budget_follows_the_cubic_then_the_cells_compete_on_then_all_is_frozen() -> None:
