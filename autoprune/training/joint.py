@@ -90,13 +90,13 @@ class Joint(GatedTraining):
 
     def __init__(
         self,
-        begin: float = 0.0,
-        end: float = 0.5,
-        freeze: float = 0.75,
+        begin: float = 0.1,
+        end: float = 0.7,
+        freeze: float = 0.85,
         generator: bool = True,
         follow: float = 1.0,
         temperature: float = 1.0,
-        speed: float = 5.0,
+        speed: float = 15.0,
         strength: float = 1.0,
     ) -> None:
         check_span("joint", begin, end)

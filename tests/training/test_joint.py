@@ -74,7 +74,7 @@ def cell_sums(values: Tensor, cells: Tensor) -> Tensor:
 def test_gradients_are_those_of_the_gated_model(generator: bool, pattern: Choice) -> None:
     """Against autograd through a forward pass that computes statistics -> thresholds -> gates -> weights itself."""
     pruner = subject(pattern=pattern)
-    method = started(pruner, 6, generator=generator, strength=0.7)
+    method = started(pruner, 6, begin=0.0, end=0.5, freeze=0.75, speed=5.0, generator=generator, strength=0.7)
     own = {name: value.detach().clone().requires_grad_() for name, value in method.parameters.items()}
     latent = {name: value.detach().clone().requires_grad_() for name, value in method.latent.items()}
     if generator:
@@ -144,7 +144,7 @@ def test_the_cost_changes_by_its_slopes(macs: bool) -> None:
 @pytest.mark.parametrize("generator", [True, False])
 def test_the_gap_alone_closes_itself(generator: bool, offset: float) -> None:
     pruner = subject(pattern=Choice("unstructured"))
-    method = started(pruner, 0, total=200, end=0.01, freeze=1.0, generator=generator, follow=0.0)
+    method = started(pruner, 0, total=200, begin=0.0, end=0.01, freeze=1.0, speed=5.0, generator=generator, follow=0.0)
     with torch.no_grad():
         method.parameters["network.out.bias" if generator else "offsets"].fill_(offset)
     gaps = []
@@ -245,8 +245,8 @@ def test_signals() -> None:
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        ({"end": 0.9}, "freeze must be a number in [0.9, 1], not 0.75"),
-        ({"begin": 0.5}, "needs 0 <= begin < end <= 1, not begin=0.5, end=0.5"),
+        ({"end": 0.9}, "freeze must be a number in [0.9, 1], not 0.85"),
+        ({"begin": 0.7}, "needs 0 <= begin < end <= 1, not begin=0.7, end=0.7"),
         ({"generator": 1}, "generator must be true or false, not 1"),
         ({"follow": 2}, "follow must be a number in [0, 1], not 2"),
         ({"temperature": 0}, "temperature must be a number >= 0.001, not 0"),
