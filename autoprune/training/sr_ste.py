@@ -19,6 +19,9 @@ from autoprune.training.schedule import check_counts, check_numbers
 class SrSte(LatentTraining):
     """Every few steps the masks are made anew of the dense weights, at the plan's sparsities; what was cut may return.
 
+    The paper neither fades nor freezes (``every=1, fade=0, freeze=1``); in runs of a few epochs its masks then change
+    too long.
+
     Args:
         decay: of the weights that are cut, in units of their gradient as any weight decay; >= 0.
         every: steps between two sets of masks, >= 1; the paper's 1 costs the most.
@@ -29,7 +32,7 @@ class SrSte(LatentTraining):
 
     strength_range = ("decay", 2e-5, 2e-3)
 
-    def __init__(self, decay: float = 2e-4, every: int = 10, fade: float = 0.0, freeze: float = 0.8) -> None:
+    def __init__(self, decay: float = 2e-4, every: int = 10, fade: float = 0.4, freeze: float = 0.5) -> None:
         check_numbers("sr_ste", {"decay": decay}, 0.0)
         check_counts("sr_ste", {"every": every})
         check_numbers("sr_ste", {"fade": fade}, 0.0, 1.0)

@@ -61,7 +61,7 @@ def test_it_is_the_papers_training(decay: float) -> None:
     subject = pruner()
     reference = copy.deepcopy(subject.model)
     settings = TrainingSettings(epochs=3, learning_rate=0.2, momentum=0.5, weight_decay=0.01, schedule="constant")
-    method = SrSte(decay=decay, every=1, freeze=1.0)
+    method = SrSte(decay=decay, every=1, fade=0.0, freeze=1.0)
     train_(subject.model, batches(), LOSS, settings, seed=0, method=method, pruner=subject)
 
     first, last = weight_of(reference, "0"), weight_of(reference, "3")
