@@ -205,6 +205,7 @@ def _prune_by(
     given += [f"env.pattern={pattern}"] if pattern is not None else []
     job = _run(config, run_dir or Path("runs") / f"{config.stem}-{method}", [*given, *overrides])
     job.decide()
+    job.aim_again()
     typer.echo(write_report(job))
     typer.echo(f"Written to {job.directory}. Watch the training: tensorboard --logdir {job.directory}")
 

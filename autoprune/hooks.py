@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from autoprune.aim import latency_table, plan_at
 from autoprune.allocation import Cost, WeightCost
+from autoprune.criteria import CRITERIA
 from autoprune.errors import AutopruneError
 from autoprune.inventory import Inventory, take_inventory
 from autoprune.masks import Batches, Loss, Masks
+from autoprune.patterns import PATTERNS
 from autoprune.plan import LayerPlan, Plan
+from autoprune.processes import Alike
 from autoprune.registry import Choice
+from autoprune.target import Target
 from autoprune.training import TRAINING, Signals
 from autoprune.training.widening import make_pruner_
 
@@ -36,13 +43,17 @@ class PruningHooks:
         fast = autoprune.repack(model.eval(), images[:1])
 
     Gradient accumulation, ``optimizer.step(closure)``, autocast and gradient scaling work as they are. With several
-    processes every one makes its own hooks, with the same arguments, and all end with the same masks.
+    processes (torch's default group) every one makes its own hooks, with the same arguments, and all end with the same
+    masks: the first process's seed and batch norm statistics are everyone's while the method works.
 
     Args:
         model: trained in place; on the CPU.
         example_inputs: a tensor or a tuple, as the model is called.
         method: a training method's name, or a `Choice` with its arguments.
         sparsity: of every prunable layer, in (0, 1). Methods that find the layers' shares spend the same budget.
+        speedup: in place of it: over dense torch eager on one thread, at the batch of `example_inputs`, as the latency
+            table predicts; the budget is then in milliseconds.
+        table: the latency table's file, for `speedup`: read when it is there, else measured (minutes) and written.
         plan: in place of `sparsity`, `pattern` and `criterion`, e.g. one that an agent found.
         pattern: a name or a `Choice`; groups of 8 filters when left out.
         criterion: a name or a `Choice`.
@@ -50,11 +61,12 @@ class PruningHooks:
         batches: a few calibration batches ``(inputs, target)``, for criteria and methods that read statistics; the
             same in every process.
         loss: ``loss(model(*inputs), target)`` is a scalar; read with `batches`.
-        cost: inventory -> what the budget counts; the weights left when left out.
+        cost: inventory -> what the budget counts; when left out, milliseconds for a speed-up, else the weights left.
 
     Raises:
-        ConfigError: no such method, pattern, criterion or argument, or a sparsity out of range.
-        AutopruneError: nothing can be pruned, or the plan does not fit the model.
+        ConfigError: no such method, pattern, criterion or argument, or a sparsity or a speed-up out of range.
+        InfeasibleTarget: the speed-up is out of reach; the message has the best there is.
+        AutopruneError: nothing can be pruned, the plan does not fit the model, or a target too many.
     """
 
     def __init__(
@@ -64,24 +76,38 @@ class PruningHooks:
         method: str | Choice = "gradual",
         *,
         sparsity: float | None = None,
+        speedup: float | None = None,
+        table: Path | str | None = None,
         plan: Plan | None = None,
         pattern: str | Choice = Choice("group", {"size": 8}),  # noqa: B008 - frozen
         criterion: str | Choice = "magnitude",
         keep_dense: Sequence[str] = (),
         batches: Batches = (),
         loss: Loss = functional.cross_entropy,
-        cost: Callable[[Inventory], Cost] = WeightCost,
+        cost: Callable[[Inventory], Cost] | None = None,
     ) -> None:
-        if (sparsity is None) == (plan is None):
-            raise AutopruneError("give a sparsity or a plan: exactly one of them says how much to prune.")
-        inventory = take_inventory(model, example_inputs, keep_dense=tuple(keep_dense))
+        if sum(given is not None for given in (sparsity, speedup, plan)) != 1:
+            raise AutopruneError("give a sparsity, a speedup or a plan: exactly one of them says how much to prune.")
+        if table is not None and speedup is None:
+            raise AutopruneError("a latency table is for a speedup alone: leave it out, or give a speedup.")
         if plan is None:
-            assert sparsity is not None
-            layer = LayerPlan(sparsity, _choice(pattern), _choice(criterion))
+            Target(speedup=speedup, sparsity=sparsity)  # checks the range, before anything that takes a while
+        self._name, self._method = _choice(method), TRAINING.create(_choice(method))
+        inventory = take_inventory(model, example_inputs, keep_dense=tuple(keep_dense))
+        counted: Callable[[Inventory], Cost] = WeightCost
+        if plan is None:
+            layer = LayerPlan(sparsity or 0.0, _choice(pattern), _choice(criterion))
             plan = Plan(dict.fromkeys(inventory.names, layer), _choice(method))
+            PATTERNS.create(layer.pattern)
+            CRITERIA.create(layer.criterion)
+        if speedup is not None:
+            file = None if table is None else Path(table)
+            measured = latency_table(model, example_inputs, inventory, layer.pattern, file)
+            plan, counted = plan_at(measured, inventory, layer, _choice(method), speedup)
         plan.check_layers(inventory.names)
-        self._method = TRAINING.create(_choice(method))
-        self._pruner = make_pruner_(self._method, model, inventory, plan, example_inputs, batches, loss, cost)
+        self._pruner = make_pruner_(
+            self._method, model, inventory, plan, example_inputs, batches, loss, cost or counted
+        )
         self._step = self._total_steps = 0
         self._hook: Any = None
         self._ready = False  # the method has seen this step's gradients
@@ -99,7 +125,7 @@ class PruningHooks:
         """
         if self._hook is not None:
             raise AutopruneError("start was called already: make new hooks for another training.")
-        if total_steps < 1:
+        if not isinstance(total_steps, int) or isinstance(total_steps, bool) or total_steps < 1:
             raise AutopruneError(f"total_steps must be an integer >= 1, not {total_steps!r}.")
         trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if missing := [name for name in self._pruner.layers if id(self._pruner.weight(name)) not in trained]:
@@ -108,15 +134,26 @@ class PruningHooks:
                 "model), then the optimizer from model.parameters()."
             )
         self._total_steps = total_steps
-        self._method.start(self._pruner, total_steps)
+        self._alike = Alike(self._pruner.model, reads_data=bool(self._pruner.batches))
+        with self._alike(0):
+            self._method.start(self._pruner, total_steps)
         self._hook = optimizer.register_step_pre_hook(self._before_step)
 
     def after_step(self) -> None:
-        """Follows every ``optimizer.step()``, those that a gradient scaler skipped included."""
+        """Follows every ``optimizer.step()``, those that a gradient scaler skipped included.
+
+        Raises:
+            AutopruneError: more steps were taken than `start` was told, so that the masks are final already.
+        """
         self._check_started()
+        if self._step >= self._total_steps:
+            raise AutopruneError(
+                f"all {self._total_steps} steps were taken: start with the number of optimizer steps you will take."
+            )
         self._step += 1
         self._ready = False
-        self._method.after_step(self._step)
+        with self._alike(2 * self._step):
+            self._method.after_step(self._step)
 
     def finish(self) -> Masks:
         """The final masks, True keeps; the model's weights are zero where they cut. The hook is removed.
@@ -141,16 +178,37 @@ class PruningHooks:
     def state_dict(self) -> dict[str, Tensor]:
         """What to keep, besides the model and the optimizer, to go on later; tensors only."""
         self._check_started()
-        return {**self._method.state(), "hooks.step": torch.tensor(self._step)}
+        own = {"hooks.step": torch.tensor(self._step), "hooks.made": torch.tensor(self._made)}
+        return {**self._method.state(), **own}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Takes back a `state_dict`; after `start`, and after the model and the optimizer have theirs."""
+        """Takes back a `state_dict`; after `start`, and after the model and the optimizer have theirs.
+
+        Raises:
+            AutopruneError: the state is damaged, or of hooks made with other arguments.
+        """
         self._check_started()
         inner = dict(state)
-        if "hooks.step" not in inner:
-            raise AutopruneError("this is not a state of pruning hooks: it has no 'hooks.step'.")
-        self._step = int(inner.pop("hooks.step"))
-        self._method.load_state(inner)
+        if missing := {"hooks.step", "hooks.made"} - inner.keys():
+            raise AutopruneError(f"this is not a state of pruning hooks: it has no {min(missing)!r}.")
+        if int(inner.pop("hooks.made")) != self._made:
+            raise AutopruneError(
+                "the state is of hooks that were made otherwise: another method, plan, model or total_steps. With a "
+                "speedup, give the same latency table: one that is measured anew leads to another plan."
+            )
+        step = int(inner.pop("hooks.step"))
+        try:
+            self._method.load_state(inner)
+        except (KeyError, RuntimeError) as error:
+            raise AutopruneError(f"the state is damaged: {error}.") from None
+        self._step = step
+
+    @property
+    def _made(self) -> int:
+        """A number that tells hooks apart whose states do not fit each other."""
+        shapes = [layer.weight_shape for layer in self._pruner.inventory.layers]
+        text = f"{self._name}/{self.plan.key}/{shapes}/{self._total_steps}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) >> 1
 
     def _before_step(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -162,7 +220,8 @@ class PruningHooks:
             )
         loss = next(iter([*args[1:], *kwargs.values()]), None)  # args[0] is the optimizer
         if loss is None:
-            self._method.before_step(self._step + 1)
+            with self._alike(2 * self._step + 1):
+                self._method.before_step(self._step + 1)
             return None
 
         def closure() -> Any:
@@ -174,7 +233,8 @@ class PruningHooks:
                 )
             with torch.enable_grad():
                 value = loss()
-            self._method.before_step(self._step + 1)
+            with self._alike(2 * self._step + 1):
+                self._method.before_step(self._step + 1)
             self._ready = True
             return value
 

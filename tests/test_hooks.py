@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import autoprune
-from autoprune import PruningHooks
-from autoprune.errors import AutopruneError, ConfigError
+from autoprune import PruningHooks, aim
+from autoprune.errors import AutopruneError, ConfigError, InfeasibleTarget, StaleTable
 from autoprune.inventory import take_inventory
+from autoprune.latency.cost import LatencyCost
 from autoprune.masks import sparsity, weight_of
 from autoprune.plan import LayerPlan, Plan
 from autoprune.registry import Choice
 from autoprune.settings import TrainingSettings, make_optimizer
+from autoprune.testing import fake_table
 from autoprune.training import TRAINING, Pruner, train_
 from autoprune.training.loop import epoch_seed
 
@@ -204,54 +207,169 @@ def test_a_method_that_widens_keeps_the_budget_of_the_model_as_it_was() -> None:
     assert kept <= 0.25 * before + 8
 
 
-def _process(rank: int, port: int, folder: str, method: str) -> None:
+class LightningLike:
+    """The shape of a Lightning loop: the optimizer's step is handed a closure, by name, that does the rest."""
+
+    def __init__(self, model: nn.Module, pruning: PruningHooks) -> None:
+        self.model, self.pruning = model, pruning
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return functional.cross_entropy(self.model(batch[0]), batch[1])
+
+    def fit(self, optimizer: torch.optim.Optimizer) -> None:
+        for batch in batches():
+
+            def closure(batch: tuple[Tensor, Tensor] = batch) -> Tensor:
+                loss = self.training_step(batch)
+                optimizer.zero_grad()
+                loss.backward()
+                return loss
+
+            optimizer.step(closure=closure)  # type: ignore[arg-type]
+            self.pruning.after_step()
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_lightning_loop_gives_what_a_plain_one_gives(kind: type[torch.optim.Optimizer]) -> None:
+    ends = []
+    for lightning in (False, True):
+        model = network()
+        pruning = hooks(model, "adaptive")
+        optimizer = kind(model.parameters(), lr=0.01)  # type: ignore[call-arg]
+        pruning.start(optimizer, STEPS)
+        if lightning:
+            LightningLike(model, pruning).fit(optimizer)
+        else:
+            for x, y in batches():
+                plain(model)(optimizer, x, y)
+                pruning.after_step()
+        assert all(sparsity(mask) > 0 for mask in pruning.finish().values())
+        ends.append(model.state_dict())
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
+# method, criterion, whether every process has a seed of its own
+PARALLEL = [
+    ("adaptive", "magnitude", False),
+    ("gradual", "gradient", False),  # ranks by what the model gives on data: by batch norm statistics
+    ("joint", "magnitude", True),  # its threshold network starts at random
+    ("bayesian", "gradient", True),  # draws batches
+]
+
+
+def _process(rank: int, port: int, folder: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    model = network()
-    pruning = hooks(model, method)
-    parallel = nn.parallel.DistributedDataParallel(model)
-    optimizer = torch.optim.SGD(parallel.parameters(), lr=0.05, momentum=0.9)
-    pruning.start(optimizer, STEPS)
-    for x, y in batches():
-        optimizer.zero_grad()
-        functional.cross_entropy(parallel(x[rank::2]), y[rank::2]).backward()
-        optimizer.step()
-        pruning.after_step()
-    masks = pruning.finish()
-    state = {name: value.detach() for name, value in model.named_parameters()}
-    torch.save({**state, **{f"mask.{name}": mask for name, mask in masks.items()}}, Path(folder) / f"{rank}.pt")
+    for number, (method, criterion, seeded) in enumerate(PARALLEL):
+        model = network()
+        if seeded:
+            torch.manual_seed(100 + rank)
+        pruning = hooks(model, method, criterion=criterion, batches=batches(3))
+        parallel = nn.parallel.DistributedDataParallel(model)
+        optimizer = torch.optim.SGD(parallel.parameters(), lr=0.05, momentum=0.9)
+        pruning.start(optimizer, STEPS)
+        for x, y in batches():
+            optimizer.zero_grad()
+            functional.cross_entropy(parallel(x[rank::2]), y[rank::2]).backward()
+            optimizer.step()
+            pruning.after_step()
+        masks = pruning.finish()
+        state = {name: value.detach() for name, value in model.named_parameters()}
+        kept = {**state, **{f"mask.{name}": mask for name, mask in masks.items()}}
+        torch.save(kept, Path(folder) / f"{number}.{rank}.pt")
+    with pytest.raises(AutopruneError, match="measure the table first"):
+        PruningHooks(network(), X, speedup=1.5, pattern=GROUP)
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("method", ["adaptive"])
-def test_two_processes_end_with_the_same_masks(method: str, tmp_path: Path) -> None:
+def test_two_processes_end_with_the_same_masks_and_as_one_with_their_mean_gradients(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.start_processes(
-        _process, (port, str(tmp_path), method), nprocs=2, start_method="spawn"
-    )  # fmt: skip
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
-    assert first.keys() == second.keys()
-    assert any(name.startswith("mask.") and sparsity(value) > 0.5 for name, value in first.items())
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    torch.multiprocessing.start_processes(_process, (port, str(tmp_path)), nprocs=2, start_method="spawn")
+    for number, case in enumerate(PARALLEL):
+        first, second = (torch.load(tmp_path / f"{number}.{rank}.pt", weights_only=True) for rank in (0, 1))
+        assert first.keys() == second.keys()
+        assert any(name.startswith("mask.") and sparsity(value) > 0.5 for name, value in first.items()), case
+        assert all(torch.equal(first[name], second[name]) for name in first), case
+
+    alone = network()  # what DDP says: each step's gradient is the mean of the processes'
+    pruning = hooks(alone, "adaptive", batches=batches(3))
+    optimizer = torch.optim.SGD(alone.parameters(), lr=0.05, momentum=0.9)
+    pruning.start(optimizer, STEPS)
+    for x, y in batches():
+        optimizer.zero_grad()
+        for rank in (0, 1):
+            (functional.cross_entropy(alone(x[rank::2]), y[rank::2]) / 2).backward()
+        optimizer.step()
+        pruning.after_step()
+    masks = pruning.finish()
+    parallel = torch.load(tmp_path / "0.0.pt", weights_only=True)
+    assert all(torch.equal(mask, parallel[f"mask.{name}"]) for name, mask in masks.items())
+    for name, value in alone.named_parameters():
+        torch.testing.assert_close(value, parallel[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_speedup_is_planned_with_a_latency_table_that_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AUTOPRUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(aim, "PROFILE_SAMPLES", 3)
+    model, file = network(), tmp_path / "latency.json"
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    measured = aim.latency_table(model, X, take_inventory(model, X), GROUP, file)
+    assert file.exists()
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+    # a table in which time follows the weights, so that the figures below do not depend on the clock
+    ideal = fake_table(take_inventory(model, X), (GROUP,), fixed_us=0.0)
+    scale = 10.0e3 / sum(layer.dense_us for layer in ideal.layers.values())
+    told = {"settings": measured.settings, "machine": measured.machine}
+    replace(ideal, rest_ms=0.0, dense_ms=10.0, scale=scale, **told).save(file)
+    monkeypatch.setattr(aim, "profile_table", None)  # it is read now
+    pruning = hooks(model, "adaptive", sparsity=None, speedup=4.0, table=file)
+    cost = pruning._pruner.cost
+    assert isinstance(cost, LatencyCost)
+    allowed = cost({name: layer.sparsity for name, layer in pruning.plan.layers.items()})
+    assert allowed <= 10.0 / 4.0
+    masks = trained(model, pruning, plain(model))
+    spent = cost({name: sparsity(mask) for name, mask in masks.items()})
+    assert 0.8 * allowed <= spent <= allowed * (1 + 1e-6)
+
+    with pytest.raises(InfeasibleTarget, match="at best"):
+        hooks(network(), sparsity=None, speedup=900.0, table=file)
+    with pytest.raises(StaleTable, match="patterns"):
+        hooks(network(), sparsity=None, speedup=2.0, table=file, pattern="unstructured")
 
 
 def test_what_cannot_be_done_is_said() -> None:
     model = network()
     with pytest.raises(ConfigError, match="unknown training method 'gradul'"):
         hooks(model, "gradul")
-    with pytest.raises(AutopruneError, match="exactly one of them"):
-        PruningHooks(model, X)
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"sparsity": None}, "exactly one of them"),
+        ({"speedup": 2.0}, "exactly one of them"),
+        ({"table": "latency.json"}, "for a speedup alone"),
+        ({"sparsity": 0.0}, r"target.sparsity is a fraction in \(0, 1\)"),
+        ({"sparsity": float("nan")}, r"target.sparsity is a fraction in \(0, 1\)"),
+        ({"sparsity": None, "speedup": 0.9}, "target.speedup must be above 1"),
+        ({"pattern": "grup"}, "Did you mean 'group'"),
+        ({"criterion": "magnitud"}, "Did you mean 'magnitude'"),
+        ({"keep_dense": ["*"]}, "prun"),
+    ]
+    for given, said in wrong:
+        with pytest.raises(AutopruneError, match=said):
+            hooks(model, **given)
     pruning = hooks(model)
     with pytest.raises(AutopruneError, match="call start"):
         pruning.after_step()
     with pytest.raises(AutopruneError, match="does not train 0, 3, 6"):
         pruning.start(torch.optim.SGD(network().parameters(), lr=0.1), STEPS)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(AutopruneError, match="total_steps must be"):
-        pruning.start(optimizer, 0)
+    for steps in (0, 2.5, True):
+        with pytest.raises(AutopruneError, match="total_steps must be"):
+            pruning.start(optimizer, steps)  # type: ignore[arg-type]
     pruning.start(optimizer, STEPS)
     with pytest.raises(AutopruneError, match="called already"):
         pruning.start(optimizer, STEPS)
@@ -259,6 +377,19 @@ def test_what_cannot_be_done_is_said() -> None:
         pruning.finish()
     with pytest.raises(AutopruneError, match="not a state of pruning hooks"):
         pruning.load_state_dict({})
+    other = hooks(network(), "adaptive")
+    with pytest.raises(AutopruneError, match="call start"):
+        other.state_dict()
+    other.start(torch.optim.SGD(other._pruner.model.parameters(), lr=0.1), STEPS)
+    with pytest.raises(AutopruneError, match="made otherwise"):
+        pruning.load_state_dict(other.state_dict())
+    with pytest.raises(AutopruneError, match="damaged"):
+        other.load_state_dict({name: value for name, value in other.state_dict().items() if "latent" not in name})
+    for x, y in batches():
+        plain(model)(optimizer, x, y)
+        pruning.after_step()
+    with pytest.raises(AutopruneError, match="all 6 steps were taken"):
+        pruning.after_step()
 
 
 def test_an_optimizer_that_evaluates_the_loss_again_is_refused() -> None:

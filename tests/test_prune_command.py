@@ -9,13 +9,16 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from autoprune.cli import app
-from autoprune.config import parse_config
+from autoprune.config import load_config, parse_config
 from autoprune.errors import AutopruneError, ConfigError, InfeasibleTarget
+from autoprune.evaluation.evaluator import Evaluator
 from autoprune.evaluation.finetune import budget_cost
 from autoprune.evaluation.recovery import Subject
 from autoprune.latency.cost import LatencyCost
+from autoprune.latency.timer import Latency
 from autoprune.masks import sparsity, weight_of
-from autoprune.plan import Plan
+from autoprune.patterns import PATTERNS
+from autoprune.plan import LayerPlan, Plan
 from autoprune.run import Run
 from autoprune.testing import fake_table
 
@@ -77,6 +80,30 @@ def test_a_method_prunes_to_a_speedup_that_is_measured(config: Path) -> None:
     assert "at least 1.05x faster" in result.output
 
 
+def test_a_method_that_misses_the_speedup_aims_again_once(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(load_config(config, ["target={speedup = 1.5}", 'finetune.method="gradual"']), Path("again"))
+    first = Plan(dict.fromkeys(run.inventory.names, LayerPlan(0.5, run.config.env.pattern)), run.config.finetune.method)
+    first.save(run.directory / "plan.json")
+    table = fake_table(run.inventory, (run.config.env.pattern,))
+    run.__dict__["table"] = table
+    took = {"dense": 1.5, "repacked": 1.2}  # 1.25x of 1.5x
+    times = tuple(Latency.from_samples([ms] * 3, 1) for ms in took.values())
+    monkeypatch.setattr(Evaluator, "time", lambda *_: times)
+    before = run.masked
+    run.aim_again()
+    assert table.predict_speedup(run.plan) >= table.predict_speedup(first) * 1.5 / 1.25 * (1 - 1e-9)
+    assert Plan.load(run.directory / "plan.json") == run.plan != first
+    assert run.masked is not before
+    for name, layer in run.plan.layers.items():
+        weight = weight_of(run.masked, name)
+        alike = PATTERNS.create(layer.pattern).mask(weight.detach().abs(), layer.sparsity, 1)
+        assert sparsity(weight) == pytest.approx(sparsity(alike)), "trained to the new plan"
+    second = run.plan
+    assert run.repacked.report
+    run.aim_again()
+    assert run.plan == second, "only once"
+
+
 def test_a_speedup_out_of_reach_is_refused_with_the_best_there_is(config: Path) -> None:
     result = prune(config, "--method", "gradual", "--speedup", "900")
     assert isinstance(result.exception, InfeasibleTarget)
@@ -95,6 +122,8 @@ def test_a_speedup_out_of_reach_is_refused_with_the_best_there_is(config: Path) 
         (["--method", "gradual", "--set", "target={accuracy_drop = 0.1}"], "needs --sparsity or --speedup"),
         (["--method", "gradual", "--sparsity", "0.9", "--pattern", "grup"], "Did you mean 'group'"),
         (["--method", "adaptive", "--sparsity", "0.5", "--pattern", "n:m"], "allows one sparsity alone"),
+        (["--method", "gradual", "--speedup", "0.9"], "target.speedup must be above 1"),
+        (["--method", "gradual", "--sparsity", "0.5", "--set", "finetune.budget=weigths"], "finetune.budget: input"),
     ],
 )
 def test_bad_input_is_said(config: Path, args: list[str], said: str) -> None:

@@ -87,6 +87,7 @@ class Joint(GatedTraining):
     """
 
     finds_shares = True
+    strength_range = ("strength", 0.1, 10.0)
 
     def __init__(
         self,
