@@ -13,7 +13,7 @@ from torch.nn import functional
 from autoprune.allocation import Cost
 from autoprune.criteria import LayerStatistics
 from autoprune.envs.projection import check_feasible, fastest, project
-from autoprune.errors import AutopruneError, ConfigError
+from autoprune.errors import AutopruneError
 from autoprune.evaluation.profile import profile_settings, profile_table
 from autoprune.evaluation.recovery import Subject
 from autoprune.inventory import Inventory, as_tuple, copy_for_inference
@@ -21,7 +21,6 @@ from autoprune.latency.cost import LatencyCost
 from autoprune.latency.machine import machine_identity
 from autoprune.latency.table import LatencyTable
 from autoprune.latency.timer import Clock, Protocol
-from autoprune.patterns import PATTERNS
 from autoprune.plan import LayerPlan, Plan
 from autoprune.processes import several
 from autoprune.registry import Choice
@@ -89,14 +88,10 @@ def plan_at(
         speedup: over dense torch eager, above 1.
 
     Raises:
-        ConfigError: the speed-up is out of range, or the pattern allows one sparsity alone.
+        ConfigError: the speed-up is out of range.
         InfeasibleTarget: with the best reachable figure.
     """
     Target(speedup=speedup)  # checks the range
-    if not PATTERNS.create(layer.pattern).any_sparsity:
-        raise ConfigError(
-            f"pattern {layer.pattern} allows one sparsity alone, so that it cannot be put on a speed-up: give sparsity."
-        )
     plan = Plan(dict.fromkeys(inventory.names, layer), method)
     check_feasible(fastest(plan, table, MAX_SPARSITY), speedup, MAX_SPARSITY)
     plan = project(plan, table, speedup, MAX_SPARSITY)

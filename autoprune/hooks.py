@@ -14,6 +14,7 @@ from torch.nn import functional
 from autoprune.aim import latency_table, plan_at
 from autoprune.allocation import Cost, WeightCost
 from autoprune.criteria import CRITERIA
+from autoprune.envs.projection import check_movable
 from autoprune.errors import AutopruneError
 from autoprune.inventory import Inventory, take_inventory
 from autoprune.masks import Batches, Loss, Masks
@@ -101,6 +102,7 @@ class PruningHooks:
             PATTERNS.create(layer.pattern)
             CRITERIA.create(layer.criterion)
         if speedup is not None:
+            check_movable(layer.pattern)  # before the table, which takes a while
             file = None if table is None else Path(table)
             measured = latency_table(model, example_inputs, inventory, layer.pattern, file)
             plan, counted = plan_at(measured, inventory, layer, _choice(method), speedup)

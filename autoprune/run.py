@@ -26,7 +26,7 @@ from autoprune.envs import Problem, PruneEnv, Sensitivity
 from autoprune.envs.actions import ACTIONS, ActionComponent
 from autoprune.envs.actions.criterion import CriterionChoice
 from autoprune.envs.actions.group_size import GroupSize
-from autoprune.envs.projection import meet
+from autoprune.envs.projection import check_movable, meet
 from autoprune.errors import ConfigError, FileError, InfeasibleTarget
 from autoprune.evaluation.dense import check_reseedable, dense_model, other_dense_models
 from autoprune.evaluation.evaluator import Evaluator
@@ -317,7 +317,7 @@ class Run:
         layers' shares spend the cost of this plan.
 
         Raises:
-            ConfigError: the target is an accuracy drop.
+            ConfigError: the target is an accuracy drop, or a speed-up of a pattern that allows one sparsity alone.
             InfeasibleTarget: no uniform plan is that fast; the message has the best reachable figure.
         """
         target, env = self.config.target, self.config.env
@@ -328,6 +328,7 @@ class Run:
         layer = LayerPlan(target.sparsity or 0.0, env.pattern, env.criterion)
         plan = Plan(dict.fromkeys(self.inventory.names, layer), self.config.finetune.method)
         if target.speedup is not None:
+            check_movable(env.pattern)  # before the table, which takes a while
             unknown = Sensitivity(ANCHORS, dict.fromkeys(self.offered.names, (0.0,) * len(ANCHORS)))
             untrained = replace(self.evaluator, recovery=NoRecovery())
             env_ = PruneEnv(self._problem(unknown, CachedEvaluate(untrained)), (Choice("sparsity"),))

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import math
 
-from autoprune.errors import InfeasibleTarget
+from autoprune.errors import ConfigError, InfeasibleTarget
 from autoprune.latency.table import LatencyTable
+from autoprune.patterns import PATTERNS
 from autoprune.plan import Plan
+from autoprune.registry import Choice
 
 GRID = 100  # sparsities are multiples of 1/GRID, so equal plans meet in the cache
 _EDGE = 0.005
@@ -71,6 +73,14 @@ def meet(plan: Plan, table: LatencyTable, speedup: float, max_sparsity: float) -
 def project(plan: Plan, table: LatencyTable, speedup: float, max_sparsity: float) -> Plan:
     """Moves a plan onto the budget and gives useless sparsity back."""
     return release_useless(meet(plan, table, speedup, max_sparsity), table)
+
+
+def check_movable(pattern: Choice) -> None:
+    """Raises ConfigError on a pattern that allows one sparsity alone: there is nothing to move."""
+    if not PATTERNS.create(pattern).any_sparsity:
+        raise ConfigError(
+            f"pattern {pattern} allows one sparsity alone, so that it cannot be put on a speed-up: ask for a sparsity."
+        )
 
 
 def check_feasible(reachable: float, speedup: float, max_sparsity: float) -> None:

@@ -354,6 +354,7 @@ def test_what_cannot_be_done_is_said() -> None:
         ({"sparsity": 0.0}, r"target.sparsity is a fraction in \(0, 1\)"),
         ({"sparsity": float("nan")}, r"target.sparsity is a fraction in \(0, 1\)"),
         ({"sparsity": None, "speedup": 0.9}, "target.speedup must be above 1"),
+        ({"sparsity": None, "speedup": 2.0, "pattern": "n:m"}, "cannot be put on a speed-up"),
         ({"pattern": "grup"}, "Did you mean 'group'"),
         ({"criterion": "magnitud"}, "Did you mean 'magnitude'"),
         ({"keep_dense": ["*"]}, "prun"),

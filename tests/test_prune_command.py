@@ -122,6 +122,7 @@ def test_a_speedup_out_of_reach_is_refused_with_the_best_there_is(config: Path) 
         (["--method", "gradual", "--set", "target={accuracy_drop = 0.1}"], "needs --sparsity or --speedup"),
         (["--method", "gradual", "--sparsity", "0.9", "--pattern", "grup"], "Did you mean 'group'"),
         (["--method", "adaptive", "--sparsity", "0.5", "--pattern", "n:m"], "allows one sparsity alone"),
+        (["--method", "gradual", "--speedup", "2", "--pattern", "n:m"], "cannot be put on a speed-up"),
         (["--method", "gradual", "--speedup", "0.9"], "target.speedup must be above 1"),
         (["--method", "gradual", "--sparsity", "0.5", "--set", "finetune.budget=weigths"], "finetune.budget: input"),
     ],
