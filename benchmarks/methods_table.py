@@ -114,7 +114,6 @@ class Recipe:
         settings: training settings that differ from the dense ones.
         criterion: the plan's.
         only: the settings it makes sense for; all when empty.
-        ablation: of which row this is one.
     """
 
     what: str
@@ -123,7 +122,6 @@ class Recipe:
     settings: Mapping[str, Any] = field(default_factory=dict)
     criterion: Choice = Choice("magnitude")  # noqa: RUF009 - frozen
     only: tuple[str, ...] = ()
-    ablation: str = ""
 
     def dense_epochs(self, shown: Shown) -> int:
         if self.method is None:
@@ -143,8 +141,9 @@ RECIPES: Mapping[str, Recipe] = {
     ),
     "gradual_erk": Recipe("three-stage, gradual, ERK", Choice("gradual", {"allocation": "erk"}), from_trained=True),
     "gradual_lamp": Recipe("three-stage, gradual, LAMP", Choice("gradual", {"allocation": "lamp"}), from_trained=True),
-    "adaptive": Recipe("layer-sparse adaptive", Choice("adaptive")),
-    "adaptive_size": Recipe("- without look-ahead", Choice("adaptive", {"look_ahead": 0.0}), ablation="adaptive"),
+    "adaptive": Recipe("layer-sparse adaptive", Choice("adaptive"), from_trained=True),
+    "adaptive_ahead": Recipe("- with look-ahead", Choice("adaptive", {"look_ahead": 10.0}), from_trained=True),
+    "gradual_scratch": Recipe("gradual from initial weights, every layer alike", Choice("gradual")),
     "thresholds": Recipe("trainable thresholds", Choice("thresholds")),
     "proximal_half": Recipe("L1/2", Choice("proximal", {"allocation": NORMALISED}), from_trained=True),
     "proximal_l1": Recipe("- L1", Choice("proximal", {"penalty": "l1", "allocation": NORMALISED}), from_trained=True),
@@ -157,17 +156,14 @@ RECIPES: Mapping[str, Recipe] = {
     "expand": Recipe("expand 1.5x, then prune", Choice("expand"), from_trained=True),
     "expand_not": Recipe("- without expanding", Choice("expand", {"factor": 1.0}), from_trained=True),
     "bayesian": Recipe("iterative, Bayesian", Choice("bayesian"), from_trained=True),
-    "bayesian_memoryless": Recipe(
-        "- memory-less", Choice("bayesian", {"memory": False}), from_trained=True, ablation="bayesian"
-    ),
+    "bayesian_memoryless": Recipe("- memory-less", Choice("bayesian", {"memory": False}), from_trained=True),
     "joint": Recipe("joint search and training", Choice("joint")),
     "joint_taught": Recipe(
         "- with a moving average as teacher",
         Choice("joint"),
         settings={"distillation_weight": 0.5, "ema_teacher": 0.99},
-        ablation="joint",
     ),
-    "joint_free": Recipe("- without the threshold network", Choice("joint", {"generator": False}), ablation="joint"),
+    "joint_free": Recipe("- without the threshold network", Choice("joint", {"generator": False})),
     "sr_ste": Recipe("SR-STE", Choice("sr_ste")),
     "sr_ste_2_4": Recipe("SR-STE, 2:4", Choice("sr_ste"), only=("2:4",)),
 }

@@ -35,7 +35,7 @@ class Adaptive(LatentTraining):
         freeze: fraction of the run after which the masks stay as they are, in [end, 1].
         updates: competitions between `begin` and `end`, evenly spaced, >= 1; they go on at that pace until `freeze`.
         through: part of its gradient that moves a weight that is cut, in [0, 1].
-        look_ahead: steps that the drift is followed for, >= 0; 0 ranks by size alone.
+        look_ahead: steps that the drift is followed for, >= 0; 0 ranks by size alone, and was as good in what we ran.
         memory: of the moving average, in [0, 1).
         allocation: what shares the plan's budget among the layers: a name, or a table with its arguments.
     """
@@ -49,7 +49,7 @@ class Adaptive(LatentTraining):
         freeze: float = 0.75,
         updates: int = 20,
         through: float = 0.0,
-        look_ahead: float = 10.0,
+        look_ahead: float = 0.0,
         memory: float = 0.95,
         allocation: str | Mapping[str, Any] = NORMALISED,
     ) -> None:

@@ -25,7 +25,7 @@ class Gradual(SparseTraining):
     def __init__(
         self,
         begin: float = 0.0,
-        end: float = 0.6,
+        end: float = 0.5,
         updates: int = 20,
         allocation: str | Mapping[str, Any] = "planned",
     ) -> None:

@@ -140,7 +140,7 @@ def test_every_weight_learns_straight_through_its_mask(through: float) -> None:
 @pytest.mark.parametrize("through", [0.0, 0.5])
 def test_what_is_cut_drifts_as_its_gradient_asks(through: float) -> None:
     subject = pruner()
-    method = adaptive(updates=2, end=0.5, freeze=1.0, memory=0.5, through=through)
+    method = adaptive(updates=2, end=0.5, freeze=1.0, memory=0.5, through=through, look_ahead=10)
     method.start(subject, 12)
     optimizer = torch.optim.SGD(subject.model.parameters(), lr=0.1)
     drift = {name: torch.zeros_like(weight_of(subject.model, name)) for name in NAMES}
