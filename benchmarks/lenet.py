@@ -1,0 +1,248 @@
+"""How far LeNet-5 can be pruned at 0.1 point: ``python benchmarks/lenet.py [--quick] [--seeds N] [--report]``.
+
+Fashion-MNIST, single weights, one ranking of all layers. Every recipe starts from the same trained model, which also
+teaches it, and walks a ladder of compressions (times fewer weights): up from the first rung while the mean validation
+accuracy stays within 0.1 point of dense training, down while it does not. Each rung is a run a seed; a run that ended
+is kept in benchmarks/results/lenet/ and never made again, so the search can be stopped and goes on. `--quick` trains
+on 6,000 images for few epochs: it shows that all this works, and is no figure to quote.
+
+Dense training is compared with at as many epochs as start and pruning together. The test split chooses nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from autoprune.files import append_line, cache_folder, read_lines, read_tensors, write_tensors, write_text
+from autoprune.inventory import take_inventory
+from autoprune.latency.machine import machine_identity
+from autoprune.masks import weight_of
+from autoprune.plan import LayerPlan, Plan
+from autoprune.registry import Choice
+from autoprune.report.table import MISSING, markdown_table
+from autoprune.settings import TrainingSettings
+from autoprune.tasks import TASKS, Task
+from autoprune.tasks.batches import TensorBatches
+from autoprune.training import TRAINING, Pruner, train_
+
+RESULTS = Path(__file__).parent / "results"
+KEPT = cache_folder() / "benchmarks" / "lenet"
+LOSS_POINTS = 0.1
+LADDER = (6.0, 12.0, 25.0, 50.0, 70.0, 90.0, 108.0, 140.0)
+DENSE = "dense"
+ONE_RANKING = {"name": "global", "normalise": True}
+RECIPES: Mapping[str, Choice] = {
+    "half": Choice("proximal", {"allocation": ONE_RANKING}),
+    "l1": Choice("proximal", {"penalty": "l1", "allocation": ONE_RANKING}),
+    "l2": Choice("proximal", {"penalty": "none", "allocation": ONE_RANKING}),  # weight decay alone
+    "gradual": Choice("gradual", {"allocation": ONE_RANKING}),
+    "splice": Choice("proximal", {"splice": True, "allocation": ONE_RANKING}),
+}
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How long, and on how much.
+
+    Attributes:
+        images: of the train split; all when None.
+        start_epochs: dense, before any recipe.
+        epochs: of a recipe.
+        first: the rung that each recipe begins with.
+    """
+
+    name: str
+    images: int | None
+    start_epochs: int
+    epochs: int
+    first: float
+    start: TrainingSettings = TrainingSettings(learning_rate=0.03, weight_decay=5e-4, warmup=0.05)  # noqa: RUF009
+    pruning: TrainingSettings = TrainingSettings(  # noqa: RUF009
+        learning_rate=0.03, weight_decay=1e-4, warmup=0.05, distillation_weight=0.5
+    )
+
+
+FULL = Protocol("full", None, start_epochs=20, epochs=40, first=70.0)
+QUICK = Protocol("quick", 6_000, start_epochs=4, epochs=6, first=12.0)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run.
+
+    Attributes:
+        factor: times fewer weights, as asked for; 1 for dense training.
+        validation, test: accuracy, in [0, 1].
+        reached: times fewer weights, biases left out, as counted in the model.
+        seconds: processor time, the start left out; of the part since the last resume.
+    """
+
+    recipe: str
+    factor: float
+    seed: int
+    validation: float
+    test: float
+    reached: float
+    seconds: float
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="6,000 images, few epochs, one seed")
+    parser.add_argument("--seeds", type=int, help="3, or 1 with --quick, when left out")
+    parser.add_argument("--report", action="store_true", help="only write the table again")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    protocol = QUICK if given.quick else FULL
+    seeds = range(given.seeds or (1 if given.quick else 3))
+    if not given.report:
+        search(protocol, seeds)
+    print(report(protocol, seeds))
+
+
+def search(protocol: Protocol, seeds: Sequence[int]) -> None:
+    """Rung by rung for all recipes in turn, so that each has a figure early."""
+    for seed in seeds:
+        run_once(protocol, DENSE, 1.0, seed)
+    while pending := {n: at for n in RECIPES if (at := next_rung(n, read_runs(protocol), seeds, protocol.first))}:
+        for name, factor in pending.items():
+            for seed in seeds:
+                run_once(protocol, name, factor, seed)
+
+
+def next_rung(recipe: str, runs: Sequence[Run], seeds: Sequence[int], first: float) -> float | None:
+    """The rung to try next; None when the ladder ends, or a rung that holds is next to one that does not."""
+    at = LADDER.index(first)
+    lost = points_lost(recipe, LADDER[at], runs, seeds)
+    if lost is None:
+        return LADDER[at]
+    step = 1 if lost <= LOSS_POINTS else -1
+    while 0 <= (at := at + step) < len(LADDER):
+        beyond = points_lost(recipe, LADDER[at], runs, seeds)
+        if beyond is None:
+            return LADDER[at]
+        if (beyond <= LOSS_POINTS) != (step > 0):
+            return None
+    return None
+
+
+def points_lost(
+    recipe: str, factor: float, runs: Sequence[Run], seeds: Sequence[int], split: str = "validation"
+) -> float | None:
+    """Mean percentage points under dense training of the same seeds; None when a run is missing."""
+    found = {(run.recipe, run.factor, run.seed): getattr(run, split) for run in runs}
+    pairs = [(found.get((DENSE, 1.0, seed)), found.get((recipe, factor, seed))) for seed in seeds]
+    lost = [100.0 * (dense - pruned) for dense, pruned in pairs if dense is not None and pruned is not None]
+    return round(statistics.fmean(lost), 6) if len(lost) == len(pairs) else None  # 0.1 is 0.1, sums of floats or not
+
+
+def run_once(protocol: Protocol, recipe: str, factor: float, seed: int) -> None:
+    """Makes a run that is not there yet, and keeps it."""
+    if any((run.recipe, run.factor, run.seed) == (recipe, factor, seed) for run in read_runs(protocol)):
+        return
+    task = lenet_task(protocol, seed)
+    trained(protocol, task, seed, protocol.start_epochs)  # not in any run's seconds
+    start = time.process_time()
+    model = trained(protocol, task, seed, protocol.start_epochs + (protocol.epochs if recipe == DENSE else 0))
+    weights = take_inventory(model, task.example_inputs(1))
+    if recipe != DENSE:
+        teacher, plan = copy.deepcopy(model), LayerPlan(1.0 - 1.0 / factor, Choice("unstructured"))
+        plans = Plan(dict.fromkeys(weights.names, plan))
+        pruner = Pruner(model, weights, plans, task.calibration, task.loss)
+        path = KEPT / f"{protocol.name}-{recipe}-{factor:g}-{seed}.training"
+        train_(
+            model, task.train, task.loss, replace(protocol.pruning, epochs=protocol.epochs), seed=seed,
+            method=TRAINING.create(RECIPES[recipe]), pruner=pruner, teachers=[teacher], checkpoint=path,
+        )  # fmt: skip
+    left = sum(int(weight_of(model, name).count_nonzero()) for name in weights.names)
+    reached = sum(layer.weights for layer in weights.layers) / left
+    run = Run(recipe, factor, seed, task.evaluate(model), task.test(model), reached, time.process_time() - start)
+    append_line(runs_path(protocol), asdict(run))
+    print(f"{recipe} {factor:g}x seed {seed}: {100 * run.validation:.2f}% in {run.seconds:.0f} s", flush=True)
+
+
+def lenet_task(protocol: Protocol, seed: int) -> Task:
+    args = {"model": "lenet5", "widths": [20, 50, 500], "augment": protocol.images is None, "seed": seed}
+    task = TASKS.create(Choice("fashion_mnist", args))
+    if protocol.images is None:
+        return task
+    assert isinstance(task.train, TensorBatches)
+    few = replace(task.train, x=task.train.x[: protocol.images], y=task.train.y[: protocol.images])
+    return replace(task, train=few)
+
+
+def trained(protocol: Protocol, task: Task, seed: int, epochs: int) -> nn.Module:
+    """The model after `epochs` of dense training, from the cache where it was trained before."""
+    model, path = copy.deepcopy(task.model), KEPT / f"{protocol.name}-{epochs}-{seed}.safetensors"
+    if path.exists():
+        model.load_state_dict(read_tensors(path, "the dense model")[0])
+        return model
+    settings = replace(protocol.start, epochs=epochs)
+    train_(model, task.train, task.loss, settings, seed=seed, checkpoint=path.with_suffix(".training"))
+    write_tensors(path, model.state_dict())
+    return model
+
+
+def runs_path(protocol: Protocol) -> Path:
+    path = RESULTS / "lenet" / f"{protocol.name}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def read_runs(protocol: Protocol) -> list[Run]:
+    return [Run(**row) for row in read_lines(runs_path(protocol), "the runs")]
+
+
+def report(protocol: Protocol, seeds: Sequence[int]) -> str:
+    """Writes the page; returns it."""
+    runs = read_runs(protocol)
+    dense = [100 * run.test for run in runs if run.recipe == DENSE and run.seed in seeds]
+    rows, best = [], []
+    for recipe in RECIPES:
+        held = 0.0
+        for factor in LADDER:
+            validation, test = (points_lost(recipe, factor, runs, seeds, split) for split in ("validation", "test"))
+            if validation is None or test is None:
+                continue
+            held = factor if validation <= LOSS_POINTS else held
+            mine = [run for run in runs if (run.recipe, run.factor) == (recipe, factor) and run.seed in seeds]
+            reached, seconds = (statistics.fmean(getattr(run, what) for run in mine) for what in ("reached", "seconds"))
+            rows.append((recipe, f"{reached:.1f}x", f"{validation:+.2f}", f"{test:+.2f}", f"{seconds:.0f}"))
+        best.append((recipe, f"{held:g}x" if held else MISSING))
+    machine = ", ".join(f"{key} {value}" for key, value in machine_identity().items())
+    images = f"{protocol.images:,} training images" if protocol.images else "all training images"
+    page = "\n".join(
+        [
+            f"# LeNet-5 on Fashion-MNIST: compression at {LOSS_POINTS} point ({protocol.name})",
+            "",
+            f"`python benchmarks/lenet.py{' --quick' if protocol is QUICK else ''} --seeds {len(seeds)}`: {images}; "
+            f"{protocol.start_epochs} dense epochs, then {protocol.epochs} of the recipe with that model as teacher; "
+            f"dense: {protocol.start_epochs + protocol.epochs} epochs without a teacher. Single weights, one ranking "
+            f"of all layers; {len(seeds)} seeds, means. Rungs are chosen on the validation split (5,000 images: one is "
+            "0.02 points).",
+            "",
+            f"Dense: {statistics.fmean(dense):.2f}% on the test split." if dense else "No dense run yet.",
+            "",
+            markdown_table(("recipe", f"highest tried that holds {LOSS_POINTS} (validation)"), best),
+            markdown_table(
+                ("recipe", "times fewer weights", "points lost, validation", "points lost, test", "processor s"), rows
+            ),
+            f"1 thread. torch {torch.__version__}. {machine}.",
+            "",
+        ]
+    )
+    write_text(RESULTS / f"lenet_{protocol.name}.md", page)
+    return page
+
+
+if __name__ == "__main__":
+    main()
