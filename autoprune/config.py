@@ -18,12 +18,8 @@ from autoprune.target import Target
 
 
 def _parse_choice(value: Any) -> Choice:
-    if isinstance(value, Choice):
-        return value
-    if isinstance(value, str):
-        return Choice(value)
-    if isinstance(value, dict) and isinstance(value.get("name"), str):
-        return Choice(value["name"], {key: inner for key, inner in value.items() if key != "name"})
+    if isinstance(value, (Choice, str)) or (isinstance(value, dict) and isinstance(value.get("name"), str)):
+        return Choice.of(value)
     raise ValueError("must be a name, or a table with a 'name' and its arguments, e.g. {name = \"group\", size = 8}")
 
 

@@ -93,19 +93,19 @@ class PruningHooks:
             raise AutopruneError("a latency table is for a speedup alone: leave it out, or give a speedup.")
         if plan is None:
             Target(speedup=speedup, sparsity=sparsity)  # checks the range, before anything that takes a while
-        self._name, self._method = _choice(method), TRAINING.create(_choice(method))
+        self._name, self._method = Choice.of(method), TRAINING.create(Choice.of(method))
         inventory = take_inventory(model, example_inputs, keep_dense=tuple(keep_dense))
         counted: Callable[[Inventory], Cost] = WeightCost
         if plan is None:
-            layer = LayerPlan(sparsity or 0.0, _choice(pattern), _choice(criterion))
-            plan = Plan(dict.fromkeys(inventory.names, layer), _choice(method))
+            layer = LayerPlan(sparsity or 0.0, Choice.of(pattern), Choice.of(criterion))
+            plan = Plan(dict.fromkeys(inventory.names, layer), Choice.of(method))
             PATTERNS.create(layer.pattern)
             CRITERIA.create(layer.criterion)
         if speedup is not None:
             check_movable(layer.pattern)  # before the table, which takes a while
             file = None if table is None else Path(table)
             measured = latency_table(model, example_inputs, inventory, layer.pattern, file)
-            plan, counted = plan_at(measured, inventory, layer, _choice(method), speedup)
+            plan, counted = plan_at(measured, inventory, layer, Choice.of(method), speedup)
         plan.check_layers(inventory.names)
         self._pruner = make_pruner_(
             self._method, model, inventory, plan, example_inputs, batches, loss, cost or counted
@@ -245,7 +245,3 @@ class PruningHooks:
     def _check_started(self) -> None:
         if self._hook is None:
             raise AutopruneError("call start(optimizer, total_steps) first.")
-
-
-def _choice(given: str | Choice) -> Choice:
-    return given if isinstance(given, Choice) else Choice(given)

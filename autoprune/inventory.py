@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -45,7 +46,7 @@ class Inventory:
     def __getitem__(self, name: str) -> LayerSpec:
         return self.by_name[name]
 
-    @property
+    @cached_property
     def by_name(self) -> dict[str, LayerSpec]:
         return {layer.name: layer for layer in self.layers}
 

@@ -30,6 +30,15 @@ class Choice:
     def __hash__(self) -> int:
         return hash(str(self))
 
+    @classmethod
+    def of(cls, given: str | Mapping[str, Any] | Choice) -> Choice:
+        """The choice that a name, or a table with a ``name`` and its arguments, stands for."""
+        if isinstance(given, Choice):
+            return given
+        if isinstance(given, Mapping):
+            return cls(str(given.get("name")), {key: value for key, value in given.items() if key != "name"})
+        return cls(str(given))
+
     def to_json(self) -> dict[str, Any]:
         return {"name": self.name, "args": dict(self.args)}
 

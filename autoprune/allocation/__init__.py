@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from autoprune.allocation.base import Allocation, Layers
+from autoprune.allocation.base import Allocation, Layers, layer_cells
 from autoprune.allocation.cost import Cost, MacsCost, WeightCost
 from autoprune.registry import Choice, Registry
 
@@ -28,10 +28,7 @@ def make_allocation(given: str | Mapping[str, Any]) -> Allocation:
     Raises:
         ConfigError: no such allocation, or no such argument.
     """
-    if isinstance(given, Mapping):
-        args = {key: value for key, value in given.items() if key != "name"}
-        return ALLOCATIONS.create(Choice(str(given.get("name")), args))
-    return ALLOCATIONS.create(Choice(str(given)))
+    return ALLOCATIONS.create(Choice.of(given))
 
 
-__all__ = ["ALLOCATIONS", "Allocation", "Cost", "Layers", "MacsCost", "WeightCost", "make_allocation"]
+__all__ = ["ALLOCATIONS", "Allocation", "Cost", "Layers", "MacsCost", "WeightCost", "layer_cells", "make_allocation"]

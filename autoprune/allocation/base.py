@@ -67,13 +67,14 @@ class Layers:
         return self.cost({name: max(0.0, 1.0 - share) for name, share in kept.items()})
 
     @cached_property
+    def cells(self) -> dict[str, Tensor]:
+        """Layer -> the cell of each of its weights (`layer_cells`)."""
+        return {name: layer_cells(self.inventory, self.plan, name) for name in self.saliency}
+
+    @cached_property
     def _cell_sizes(self) -> dict[str, float]:
         """Weights of a layer's cell, on average."""
-        sizes = {}
-        for name in self.saliency:
-            layer, pattern = self.inventory[name], PATTERNS.create(self.plan.layers[name].pattern)
-            sizes[name] = layer.weights / (int(pattern.cells(layer.weight_shape, layer.conv_groups).max()) + 1)
-        return sizes
+        return {name: cells.numel() / (int(cells.max()) + 1) for name, cells in self.cells.items()}
 
     def check_free(self, allocation: str) -> None:
         """Raises ConfigError when a pattern has one sparsity alone, so that there is nothing to share."""
@@ -84,6 +85,12 @@ class Layers:
                     "which allows one sparsity alone. Use the allocation 'planned' (training methods 'one_shot', "
                     "'gradual', 'sr_ste'), or another pattern."
                 )
+
+
+def layer_cells(inventory: Inventory, plan: Plan, name: str) -> Tensor:
+    """The cell of each weight of a layer, by its pattern in the plan; in the weight's shape."""
+    layer = inventory[name]
+    return PATTERNS.create(plan.layers[name].pattern).cells(layer.weight_shape, layer.conv_groups)
 
 
 class Allocation(ABC):

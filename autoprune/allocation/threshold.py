@@ -10,7 +10,6 @@ from torch import Tensor
 
 from autoprune.allocation.base import Allocation, Layers
 from autoprune.errors import ConfigError
-from autoprune.patterns import PATTERNS
 from autoprune.patterns.base import cell_means
 
 
@@ -41,10 +40,7 @@ class Threshold(Allocation):
         rising: dict[str, Tensor] = {}  # layer -> comparable score of each cell
         zeros: dict[str, Tensor] = {}  # layer -> sparsity once that cell and those before it are cut
         for name in layers.planned(fraction):
-            saliency = layers.saliency[name]
-            pattern = PATTERNS.create(layers.plan.layers[name].pattern)
-            cells = pattern.cells(tuple(saliency.shape), layers.inventory[name].conv_groups)
-            score, size = cell_means(saliency, cells)
+            score, size = cell_means(layers.saliency[name], layers.cells[name])
             order = score.argsort(stable=True)
             score, size = score[order], size[order]
             comparable = self.compared(score.clamp(min=0.0), size)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from autoprune.allocation import Allocation, Cost, Layers, WeightCost
+from autoprune.allocation import Allocation, Cost, Layers, WeightCost, layer_cells
 from autoprune.allocation.planned import Planned
 from autoprune.errors import AutopruneError
 from autoprune.inventory import Inventory
@@ -58,6 +58,10 @@ class Pruner:
     def weight(self, name: str) -> Tensor:
         """The weight parameter of a layer."""
         return weight_of(self.model, name)
+
+    def cells(self, name: str) -> Tensor:
+        """The cell of each weight of a layer, int64 from 0, in the weight's shape."""
+        return layer_cells(self.inventory, self.plan, name)
 
     def saliency(self) -> dict[str, Tensor]:
         """Scores of the model as it is now, by each layer's criterion."""

@@ -24,7 +24,7 @@ from autoprune.errors import ConfigError, did_you_mean
 from autoprune.masks import Masks, criteria_needs
 from autoprune.registry import Choice
 from autoprune.training.base import Pruner, Signals, SparseTraining
-from autoprune.training.schedule import check_counts, check_numbers, check_span
+from autoprune.training.schedule import check_counts, check_numbers, check_span, cutting_steps, rise
 
 PRIOR = 0.5  # both counts of Jeffreys' prior
 TIE = 1e-3  # probabilities that differ by less are as good as equal
@@ -122,8 +122,7 @@ class Bayesian(SparseTraining):
         self._advance(step)
 
     def _plan_rounds(self, total_steps: int) -> None:
-        first = min(math.floor(self.begin * total_steps), total_steps - 1)
-        last = max(first + 1, math.floor(self.end * total_steps))
+        first, last = cutting_steps(self.begin, self.end, total_steps)
         bounds = [first + math.ceil((last - first) * i / self.rounds) for i in range(self.rounds + 1)]
         self._rounds: dict[int, Round] = {}  # by the step they are decided at; of several, the last
         for index, (decided, until) in enumerate(pairwise(bounds), start=1):
@@ -139,7 +138,7 @@ class Bayesian(SparseTraining):
     def _fraction(self, progress: float) -> float:
         """Of the plan's sparsities, at `progress` in (0, 1] through the rounds."""
         if self.schedule == "cubic":
-            return 1.0 - (1.0 - progress) ** 3
+            return rise(progress)
         weights = {name: self.pruner.inventory[name].weights for name in self.pruner.layers}
         cut = sum(weights[name] * layer.sparsity for name, layer in self.pruner.layers.items())
         overall = cut / max(1, sum(weights.values()))

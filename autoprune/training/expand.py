@@ -20,11 +20,11 @@ from autoprune.allocation.threshold import Global
 from autoprune.errors import ConfigError
 from autoprune.expand import expand_
 from autoprune.masks import Masks
-from autoprune.patterns import PATTERNS
 from autoprune.patterns.base import cell_means
 from autoprune.plan import Plan
 from autoprune.training.base import Signals
 from autoprune.training.latent import LatentTraining
+from autoprune.training.schedule import rise
 
 OFF = 0.01  # a gate below this is 0
 HOT, COLD = 1.0, 0.02  # first and last temperature, in units of the logarithm of energy
@@ -77,12 +77,7 @@ class Expand(LatentTraining):
         self.gates: dict[str, Tensor] = {}  # layer -> in [0, 1], in the weight's shape; empty once masks are final
         self.precision: dict[str, Tensor] = {}  # layer -> expected 1 / s^2, over that of a cell of mean energy
         self.allocation = Global()
-        self._cells = {
-            name: PATTERNS.create(layer.pattern).cells(
-                self.pruner.inventory[name].weight_shape, self.pruner.inventory[name].conv_groups
-            )
-            for name, layer in self.pruner.layers.items()
-        }
+        self._cells = {name: self.pruner.cells(name) for name in self.latent}
         self._final = max(1, math.floor(self.end * self.total_steps))
         self._updates = {math.ceil(self._final * i / self.updates) for i in range(1, self.updates)}
         self._infer()
@@ -127,7 +122,7 @@ class Expand(LatentTraining):
     def _gate(self, step: int) -> None:
         """The soft assignment at this step's temperature and share of the plan."""
         energy, temperature = self.energy(), self.temperature(step)
-        hard = self._assign(1.0 - (1.0 - step / self._final) ** 3, energy)
+        hard = self._assign(rise(step / self._final), energy)
         self.gates, masks = {}, {}
         for name, mask in hard.items():
             cells = self._cells[name]

@@ -19,10 +19,9 @@ from torch.nn import functional
 from autoprune.allocation import Cost, Layers, WeightCost, make_allocation
 from autoprune.errors import ConfigError
 from autoprune.masks import sparsity
-from autoprune.patterns import PATTERNS
 from autoprune.training.base import Signals
-from autoprune.training.latent import GatedTraining
-from autoprune.training.schedule import check_numbers, check_span
+from autoprune.training.latent import GatedTraining, LatentTraining
+from autoprune.training.schedule import check_numbers, check_span, rise
 from autoprune.training.thresholds import CellTable
 
 COLD = 0.1  # the temperature at the end, over the one at the start
@@ -117,7 +116,7 @@ class Joint(GatedTraining):
         self.cost: Cost = pruner.cost or WeightCost(pruner.inventory)
         self.planned = Layers(pruner.inventory, pruner.plan, {}, self.cost)
         self.planned.check_free("training method 'joint'")
-        self.tables = {name: CellTable.of(self._cells(name)) for name in self.latent}
+        self.tables = {name: CellTable.of(pruner.cells(name)) for name in self.latent}
         self.frozen = not self.latent
         self.freeze_step = max(1, round(self.freeze * self.total_steps))
         self.refresh_every = max(1, self.total_steps // REFRESHES)
@@ -131,10 +130,6 @@ class Joint(GatedTraining):
         if not self.frozen:
             self._refresh(0)
             self._look(0)
-
-    def _cells(self, name: str) -> Tensor:
-        pattern = PATTERNS.create(self.pruner.layers[name].pattern)
-        return pattern.cells(tuple(self.latent[name].shape), self.pruner.inventory[name].conv_groups)
 
     def _norm(self, name: str) -> Tensor:
         """Root mean square of each cell, in standard deviations of the layer's about their mean: ``(cells,)``."""
@@ -168,8 +163,7 @@ class Joint(GatedTraining):
     @torch.no_grad()
     def _refresh(self, step: int) -> None:
         """Reads the layers' statistics, the thresholds of the plan at this moment, and how the cost changes."""
-        progress = (step / self.total_steps - self.begin) / (self.end - self.begin)
-        fraction = 1.0 - (1.0 - min(1.0, max(0.0, progress))) ** 3
+        fraction = rise((step / self.total_steps - self.begin) / (self.end - self.begin))
         wanted, dense, last = self.planned.planned(fraction), self.cost({}), max(1, len(self.tables) - 1)
         statistics, anchors, spreads = [], [], []
         for depth, name in enumerate(self.tables):
@@ -217,7 +211,7 @@ class Joint(GatedTraining):
 
     def effective(self, name: str, latent: Tensor) -> Tensor:
         if self.frozen:
-            return latent * self.masks[name] if name in self.masks else latent
+            return LatentTraining.effective(self, name, latent)
         gated: Tensor = Gate.apply(latent, self.logits[name], self.masks[name], self.tables[name])  # type: ignore[no-untyped-call]
         return gated
 

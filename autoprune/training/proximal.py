@@ -17,7 +17,6 @@ from torch import Tensor
 
 from autoprune.allocation import make_allocation
 from autoprune.errors import ConfigError, did_you_mean
-from autoprune.patterns import PATTERNS
 from autoprune.patterns.base import cell_means
 from autoprune.training.base import Signals
 from autoprune.training.latent import LatentTraining
@@ -92,12 +91,7 @@ class Proximal(LatentTraining):
 
     def prepare(self) -> None:
         self._fractions = cubic(self.begin, self.end, self.updates, self.total_steps)
-        self._cells = {
-            name: PATTERNS.create(layer.pattern).cells(
-                self.pruner.inventory[name].weight_shape, self.pruner.inventory[name].conv_groups
-            )
-            for name, layer in self.pruner.layers.items()
-        }
+        self._cells = {name: self.pruner.cells(name) for name in self.latent}
         self.threshold = dict.fromkeys(self.latent, 0.0)
 
     def pull_back(self, name: str, latent: Tensor, gradient: Tensor) -> Tensor:

@@ -8,6 +8,17 @@ from collections.abc import Mapping
 from autoprune.errors import ConfigError
 
 
+def rise(progress: float) -> float:
+    """The cubic: the fraction of the plan's sparsities at `progress` through the cutting, which is cut to [0, 1]."""
+    return 1.0 - (1.0 - min(1.0, max(0.0, progress))) ** 3
+
+
+def cutting_steps(begin: float, end: float, total_steps: int) -> tuple[int, int]:
+    """The steps after which cutting begins and by which it is done; at least one apart, the first within the run."""
+    first = min(math.floor(begin * total_steps), total_steps - 1)
+    return first, max(first + 1, math.floor(end * total_steps))
+
+
 def cubic(begin: float, end: float, updates: int, total_steps: int) -> dict[int, float]:
     """The steps at which masks are made -> the fraction of the plan's sparsities then (Zhu and Gupta 2017).
 
@@ -17,10 +28,9 @@ def cubic(begin: float, end: float, updates: int, total_steps: int) -> dict[int,
         updates: how often masks are made, evenly spaced, >= 1.
         total_steps: of the run, counted from 1; the last of the returned steps has fraction 1.
     """
-    first = min(math.floor(begin * total_steps), total_steps - 1)
-    last = max(first + 1, math.floor(end * total_steps))
+    first, last = cutting_steps(begin, end, total_steps)
     steps = {first + math.ceil((last - first) * i / updates) for i in range(1, updates + 1)}
-    return {step: 1.0 - (1.0 - (step - first) / (last - first)) ** 3 for step in sorted(steps)}
+    return {step: rise((step - first) / (last - first)) for step in sorted(steps)}
 
 
 def check_span(method: str, begin: float, end: float) -> None:

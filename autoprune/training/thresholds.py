@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from autoprune.allocation import Layers, WeightCost, make_allocation
-from autoprune.patterns import PATTERNS
-from autoprune.training.base import Pruner, Signals
-from autoprune.training.latent import GatedTraining
-from autoprune.training.schedule import check_numbers, check_span
+from autoprune.training.base import Signals
+from autoprune.training.latent import GatedTraining, LatentTraining
+from autoprune.training.schedule import check_numbers, check_span, rise
 
 ALPHA = 1e-3  # the penalty's factor at the start, and where it may go
 LOG_ALPHAS = (math.log(1e-9), math.log(1e3))
@@ -164,7 +163,7 @@ class Thresholds(GatedTraining):
         self.cost = pruner.cost or WeightCost(pruner.inventory)
         self.planned = Layers(pruner.inventory, pruner.plan, {}, self.cost)
         self.planned.check_free("training method 'thresholds'")
-        self.tables = {name: CellTable.of(self._cells(pruner, name)) for name in self.latent}
+        self.tables = {name: CellTable.of(pruner.cells(name)) for name in self.latent}
         self.frozen = not self.latent
         self.freeze_step = max(1, round(self.freeze * self.total_steps))
         self.control_every = max(1, self.total_steps // CONTROLS)
@@ -174,10 +173,6 @@ class Thresholds(GatedTraining):
         )
         self.reset_below = min(self.least, left / 10)
         super().prepare()
-
-    def _cells(self, pruner: Pruner, name: str) -> Tensor:
-        pattern = PATTERNS.create(pruner.layers[name].pattern)
-        return pattern.cells(tuple(self.latent[name].shape), pruner.inventory[name].conv_groups)
 
     def _weights(self, name: str) -> int:
         return self.latent[name].numel()
@@ -191,7 +186,7 @@ class Thresholds(GatedTraining):
 
     def effective(self, name: str, latent: Tensor) -> Tensor:
         if self.frozen:
-            return latent * self.masks[name] if name in self.masks else latent
+            return LatentTraining.effective(self, name, latent)
         gated: Tensor = Gated.apply(latent, self.parameters[name], self.tables[name])  # type: ignore[no-untyped-call]
         return gated
 
@@ -227,8 +222,7 @@ class Thresholds(GatedTraining):
     def _control(self, step: int) -> None:
         """Raises alpha where too much is left, lowers it where too little is."""
         shares = {name: 1.0 - float(mask.count_nonzero()) / mask.numel() for name, mask in self.masks.items()}
-        progress = (step / self.total_steps - self.begin) / (self.end - self.begin)
-        fraction = 1.0 - (1.0 - min(1.0, max(0.0, progress))) ** 3
+        fraction = rise((step / self.total_steps - self.begin) / (self.end - self.begin))
         wanted = self.planned.planned(fraction)
         gap = (self.cost(shares) - self.cost(wanted)) / self.cost({})
         gap = max(-WIDEST_GAP, min(WIDEST_GAP, gap))

@@ -37,9 +37,6 @@ class TrainingMethod(ActionComponent):
 
 
 def _method(given: str | Mapping[str, Any]) -> Choice:
-    if isinstance(given, Mapping):
-        choice = Choice(str(given.get("name")), {key: value for key, value in given.items() if key != "name"})
-    else:
-        choice = Choice(given)
+    choice = Choice.of(given)
     TRAINING.create(choice)  # raises on a name or an argument that is none
     return choice
