@@ -33,19 +33,19 @@ from autoprune.settings import TrainingSettings
 from autoprune.tasks import TASKS, Task
 from autoprune.tasks.batches import TensorBatches
 from autoprune.training import TRAINING, Pruner, train_
+from autoprune.training.adaptive import NORMALISED
 
 RESULTS = Path(__file__).parent / "results"
 KEPT = cache_folder() / "benchmarks" / "lenet"
 LOSS_POINTS = 0.1
 LADDER = (6.0, 12.0, 25.0, 50.0, 70.0, 90.0, 108.0, 140.0)
 DENSE = "dense"
-ONE_RANKING = {"name": "global", "normalise": True}
 RECIPES: Mapping[str, Choice] = {
-    "half": Choice("proximal", {"allocation": ONE_RANKING}),
-    "l1": Choice("proximal", {"penalty": "l1", "allocation": ONE_RANKING}),
-    "l2": Choice("proximal", {"penalty": "none", "allocation": ONE_RANKING}),  # weight decay alone
-    "gradual": Choice("gradual", {"allocation": ONE_RANKING}),
-    "splice": Choice("proximal", {"splice": True, "allocation": ONE_RANKING}),
+    "half": Choice("proximal", {"allocation": NORMALISED}),
+    "l1": Choice("proximal", {"penalty": "l1", "allocation": NORMALISED}),
+    "l2": Choice("proximal", {"penalty": "none", "allocation": NORMALISED}),  # weight decay alone
+    "gradual": Choice("gradual", {"allocation": NORMALISED}),
+    "splice": Choice("proximal", {"splice": True, "allocation": NORMALISED}),
 }
 
 

@@ -65,7 +65,7 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the embedded digits, two settings")
+    parser.add_argument("--quick", action="store_true", help="the embedded digits, one setting")
     parser.add_argument("--task", choices=list(TASKS_SHOWN), default="fashion_mnist")
     parser.add_argument("--methods", help="rows, by name, e.g. adaptive,gradual; all when left out")
     parser.add_argument("--settings", help=f"of {', '.join(SETTINGS)}; the task's own when left out")
@@ -78,7 +78,7 @@ def _arguments() -> argparse.Namespace:
 
 def _jobs(shown: Shown, given: argparse.Namespace) -> list[Job]:
     """What is missing, seed by seed, so that a first table is there early."""
-    names = _named(given.methods, list(RECIPES), "method") or list(shown.methods or RECIPES)
+    names = _named(given.methods, list(RECIPES), "method") or list(RECIPES)
     settings = _named(given.settings, list(SETTINGS), "setting") or list(shown.settings)
     wanted = [
         Job(name, setting, seed)
@@ -153,7 +153,7 @@ def train_one(shown: Shown, job: Job) -> Outcome:
     masked: dict[str, float] = {}
     if recipe.method is not None:
         settings = shown.dense.changed({"epochs": shown.epochs - recipe.dense_epochs(shown), **recipe.settings})
-        inventory, setting = prunable(model, task, shown), SETTINGS[job.setting]
+        inventory, setting = prunable(model, task), SETTINGS[job.setting]
         x = task.example_inputs(1)
         plan, cost = planned(model, inventory, setting, recipe, x)
         method = TRAINING.create(recipe.method)
@@ -191,11 +191,9 @@ def _timed_training(
     return (ends[-1] - ends[0]) / max(1, len(ends) - 1) * settings.epochs
 
 
-def prunable(model: nn.Module, task: Task, shown: Shown) -> Inventory:
-    """All layers, or all but the first and the last, which hold 1% of the weights."""
+def prunable(model: nn.Module, task: Task) -> Inventory:
+    """All layers but the first and the last, which hold 1% of the weights."""
     every = take_inventory(model, task.example_inputs(1))
-    if shown.whole:
-        return every
     return take_inventory(model, task.example_inputs(1), keep_dense=(every.names[0], every.names[-1]))
 
 
@@ -228,7 +226,7 @@ def _architecture(shown: Shown, job: Job) -> nn.Module:
     task = _task(shown, job.seed)
     model, choice = copy.deepcopy(task.model), RECIPES[job.method].method
     assert choice is not None
-    plan = Plan(dict.fromkeys(prunable(model, task, shown).names, LayerPlan(0.5, SETTINGS[job.setting].pattern)))
+    plan = Plan(dict.fromkeys(prunable(model, task).names, LayerPlan(0.5, SETTINGS[job.setting].pattern)))
     TRAINING.create(choice).widen_(model, task.example_inputs(1), plan)
     return model
 

@@ -122,8 +122,8 @@ def _head(shown: Shown, dense: Mapping[int, Outcome]) -> str:
         f"# Training methods: {shown.name}\n\n"
         f"Written by `python benchmarks/methods.py --task {shown.name}`. {shown.task}, {shown.epochs} epochs in every "
         f"run; those marked * start from a dense model trained for {shown.start_epochs} of them. All layers "
-        f"{'' if shown.whole else 'but the first and the last '}are pruned, to the same number of weights in every run "
-        "of a setting; 97% is the share of zeros, 70x the number of times fewer weights. Accuracy on the test "
+        "but the first and the last are pruned, to the same number of weights in every run of a setting; 97% is the "
+        "share of zeros. Accuracy on the test "
         "split, percent: mean ± standard deviation over the seeds; every choice was made on a validation split.\n\n"
         f"Dense: {accuracy}%, {seconds:.0f} s of training on one thread, seeds {sorted(dense)}.\n"
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 from autoprune.registry import Choice
 from autoprune.settings import TrainingSettings
+from autoprune.training.adaptive import NORMALISED
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,6 @@ class Setting:
     macs: bool = False
 
 
-NORMALISED = {"name": "global", "normalise": True}
 GROUP = Choice("group", {"size": 8})
 SETTINGS: Mapping[str, Setting] = {
     "group-90": Setting(GROUP, 0.90),
@@ -31,9 +31,6 @@ SETTINGS: Mapping[str, Setting] = {
     "unstructured-97": Setting(Choice("unstructured"), 0.97),
     "group-95": Setting(GROUP, 0.95),
     "group-98": Setting(GROUP, 0.98),
-    "50x": Setting(Choice("unstructured"), 1 - 1 / 50),
-    "70x": Setting(Choice("unstructured"), 1 - 1 / 70),
-    "108x": Setting(Choice("unstructured"), 1 - 1 / 108),
     "channel-75": Setting(Choice("channel"), 0.75, macs=True),
     "channel-90": Setting(Choice("channel"), 0.90, macs=True),
     "2:4": Setting(Choice("n:m", {"n": 2, "m": 4}), 0.5),
@@ -52,8 +49,6 @@ class Shown:
         dense: settings of the dense training; methods change what their recipe says.
         settings: shown when none are named.
         seeds: likewise.
-        methods: likewise; all that fit when empty.
-        whole: whether the first and the last layer are pruned too.
     """
 
     name: str
@@ -63,8 +58,6 @@ class Shown:
     dense: TrainingSettings
     settings: tuple[str, ...]
     seeds: int
-    methods: tuple[str, ...] = ()
-    whole: bool = False
 
     def choice(self, seed: int) -> Choice:
         return Choice(self.task.name, {**self.task.args, "seed": seed})
@@ -79,17 +72,6 @@ TASKS_SHOWN: Mapping[str, Shown] = {
         dense=TrainingSettings(epochs=6, learning_rate=0.1, weight_decay=5e-4, warmup=0.15),
         settings=("group-90", "group-97", "unstructured-97"),
         seeds=3,
-    ),
-    "lenet5": Shown(
-        "lenet5",
-        Choice("fashion_mnist", {"model": "lenet5", "widths": [20, 50, 500]}),
-        epochs=30,
-        start_epochs=10,
-        dense=TrainingSettings(epochs=30, learning_rate=0.03, weight_decay=5e-4, warmup=0.05),
-        settings=("50x", "70x", "108x"),
-        seeds=3,
-        methods=("gradual", "gradual_global", "proximal_half", "proximal_l1", "proximal_none", "proximal_splice"),
-        whole=True,
     ),
     "digits": Shown(
         "digits",
