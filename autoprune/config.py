@@ -80,6 +80,12 @@ class FinetuneSection(Section):
     settings: TrainingSettings = TrainingSettings(epochs=10, learning_rate=0.02)
 
 
+class RepackSection(Section):
+    """The file of the repacked model."""
+
+    value_bits: Literal[32, 8] = 32  # 8: weights rounded, one scale a group of filters; what is measured is rounded too
+
+
 class Config(Section):
     """Everything a run does; each section's comments say what a key means."""
 
@@ -91,6 +97,7 @@ class Config(Section):
     env: EnvSection = EnvSection()
     search: SearchSection = SearchSection()
     finetune: FinetuneSection = FinetuneSection()
+    repack: RepackSection = RepackSection()
 
     def to_json(self) -> dict[str, Any]:
         """The resolved config as plain data; equal configs give equal data."""

@@ -429,8 +429,9 @@ class Run:
                 protocol=self._protocol(latency.search_samples),
                 clock=self.clock,
             )
-        save(model, path)
-        return model
+        value_bits = self.config.repack.value_bits
+        save(model, path, value_bits=value_bits)
+        return model if value_bits == 32 else load(path, self._untrained())
 
     def _finetuned(self) -> nn.Module:
         model = copy.deepcopy(self.dense)

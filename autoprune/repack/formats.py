@@ -120,17 +120,27 @@ def pack(
         grouping: of this weight, when it is known already.
     """
     grouping = grouping or Grouping(weight, conv_groups)
-    size = grouping.best_size() if size is None else size
-    rows = grouping.rows(size)  # (groups, size)
+    return pack_rows(weight, conv_groups, grouping.rows(grouping.best_size() if size is None else size))
+
+
+def pack_rows(weight: Tensor, conv_groups: int, rows: Ints) -> PackedWeight:
+    """Packs a weight whose groups are known: `rows` is the `out_index` of the packed weight."""
     dense = weight.detach().reshape(weight.shape[0], -1).numpy()
-    kept = grouping.kept(size)  # (groups, columns)
+    alive = np.concatenate([dense != 0, np.zeros((1, dense.shape[1]), np.bool_)])  # row -1 stands for no filter
+    kept = np.logical_or.reduce(alive[rows], axis=1)  # (groups, columns)
     group, column = np.nonzero(kept)
     pointer = np.concatenate([[0], np.cumsum(kept.sum(axis=1))]).astype(np.int32)
-    owner = rows.max(axis=1) // (weight.shape[0] // conv_groups)
+    owner = owners(rows, weight.shape[0], conv_groups)
     index = (column + owner[group] * dense.shape[1]).astype(np.int32)
     members = rows[group]  # (kept, size)
     values = np.where(members >= 0, dense[members, column[:, None]], 0).astype(np.float32, copy=False)
-    return PackedWeight(tuple(weight.shape), conv_groups, size, pointer, index, values, rows)
+    return PackedWeight(tuple(weight.shape), conv_groups, rows.shape[1], pointer, index, values, rows)
+
+
+def owners(rows: Ints, filters: int, conv_groups: int) -> Ints:
+    """The group of the convolution that each group of filters lies in."""
+    owner: Ints = rows.max(axis=1) // (filters // conv_groups)
+    return owner
 
 
 def find_group_size(weight: Tensor, conv_groups: int = 1) -> int:

@@ -51,11 +51,6 @@ class Grouping:
             self._found[size] = self._search(size)
         return self._found[size]
 
-    def kept(self, size: int) -> NDArray[np.bool_]:
-        """What each group of `size` stores, ``(groups, in / conv_groups * kh * kw)``."""
-        union = _union(self._bits[self.rows(size)]).view(np.uint8)
-        return np.unpackbits(union, axis=1, count=self.positions).view(np.bool_)
-
     def density(self, size: int) -> float:
         """What groups of `size` store, padding included, as a share of the weight."""
         return float(self._stored(self.rows(size)) / (self.filters * self.positions))
