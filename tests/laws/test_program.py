@@ -200,7 +200,8 @@ def told(folder: Path, answer: Callable[[], Tiling]) -> TuningCache:
 
 def any_tiling(rng: random.Random) -> Tiling:
     size, block = rng.choice([1, 4, 16]), rng.choice([1, 30, 192, 1000])
-    return Tiling(size, block, rng.choice([0, 1, 2]), rng.random() < 0.5, rng.choice([0, 0, 1, 9, 256]))
+    panel, flags = rng.choice([0, 0, 1, 9, 256]), [rng.random() < 0.5 for _ in range(2)]
+    return Tiling(size, block, rng.choice([0, 1, 2]), flags[0], panel, flags[1])
 
 
 def assert_close(got: Tensor, wanted: Tensor) -> None:

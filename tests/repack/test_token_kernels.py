@@ -144,7 +144,7 @@ def test_panels_change_nothing(lanes: int, size: int, stride: int, panel: int) -
     op = Op("conv2d", "y", ("x",), attributes, {"weight": "w"})
     graph = Graph((Input("x", tuple(x.shape), "float32"),), (op,), "y", {"w": weight})
     weights = {"y": Weights.of(pack(weight, 1, size), None)}
-    tiling = {"y": Tiling(size, 40, 2, True, panel)}
+    tiling = {"y": Tiling(size, 40, 2, True, panel, serpentine=stride == 1)}
     for threads in (1, 3):
         program = Program(graph, weights, tiling, threads=threads, target=target_of(lanes))
         assert torch.allclose(program(x), evaluated(graph, (x,)), atol=1e-5)

@@ -82,22 +82,32 @@ def compile_function(module: ir.Module, name: str, target: Target, arguments: in
 def compile_op(module: ir.Module, name: str, target: Target) -> int:
     """Returns the address of the module's function `name`; it stays valid as long as the process."""
     with _LOCK:
-        _initialise()
-        machine = llvm.Target.from_default_triple().create_target_machine(
-            cpu=target.cpu, features=target.features, opt=3
-        )
-        parsed = llvm.parse_assembly(str(module))
-        parsed.verify()
-        options = llvm.create_pipeline_tuning_options(speed_level=3)
-        options.loop_vectorization = True
-        options.slp_vectorization = True
-        options.loop_unrolling = True
-        builder = llvm.create_pass_builder(machine, options)
-        builder.getModulePassManager().run(parsed, builder)
+        parsed, machine = _optimised(module, target)
         engine = llvm.create_mcjit_compiler(parsed, machine)
         engine.finalize_object()
         _ENGINES.append(engine)
         return int(engine.get_function_address(name))
+
+
+def object_code(module: ir.Module, target: Target) -> bytes:
+    """The module as an object file, to be linked into a program of its own, e.g. one that counts what it does."""
+    with _LOCK:
+        parsed, machine = _optimised(module, target)
+        return bytes(machine.emit_object(parsed))
+
+
+def _optimised(module: ir.Module, target: Target) -> tuple[Any, Any]:
+    _initialise()
+    machine = llvm.Target.from_default_triple().create_target_machine(cpu=target.cpu, features=target.features, opt=3)
+    parsed = llvm.parse_assembly(str(module))
+    parsed.verify()
+    options = llvm.create_pipeline_tuning_options(speed_level=3)
+    options.loop_vectorization = True
+    options.slp_vectorization = True
+    options.loop_unrolling = True
+    builder = llvm.create_pass_builder(machine, options)
+    builder.getModulePassManager().run(parsed, builder)
+    return parsed, machine
 
 
 def call_op(address: int, fields: int, slots: int, item: int, thread: int = 0) -> None:

@@ -8,9 +8,9 @@ array of the same pitch as the input's, so that a tile is stored as it is; a mas
 An item is some groups by some positions of one image. How many, and which runs fastest, is tuned: few positions by
 all groups keep the input in the nearest cache, few groups by all positions the weights.
 
-Where many groups read the same input, what one tile of positions reads is first copied into a panel, some inputs at a
-time: there it is aligned, and stays in the nearest cache until all groups are done with it (after Goto & van de Geijn
-2008). The sums lie in scratch between one panel and the next.
+With panels, a group is led past all positions of an item some inputs at a time: what it reads of a panel stays in the
+nearest cache until the last tile is done with it (after Goto & van de Geijn 2008). The sums lie in scratch between one
+panel and the next.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Field(IntEnum):
     RESIDUAL_IMAGE = 9
     MASK = 10  # address of int32 a position: -1 inside the map, 0 on its border
     GROUP_POINTER = 11  # address of int32 a group: its first kept position; with panels, a group and panel
-    OFFSETS = 12  # address of int32 a kept position: floats from an output position (or the panel) to what it reads
+    OFFSETS = 12  # address of int32 a kept position: floats from an output position to what it reads
     VALUES = 13
     BIAS = 14
     Y_CHANNEL = 15  # address of int32 a row: floats from Y to the row's channel
@@ -85,10 +85,7 @@ class Field(IntEnum):
     SCRATCH_SLOT = 29  # from here on: with panels alone
     SCRATCH_OFFSET = 30
     SCRATCH = 31  # floats from a thread's scratch to the next: see `scratch`
-    SOURCES = 32  # address of int32 an input: floats from an output position to it
-    INPUTS = 33
-    PANEL = 34  # inputs a panel
-    PANELS = 35
+    PANELS = 32
 
 
 def tiles(rows: int, target: Target) -> dict[int, int]:
@@ -103,16 +100,6 @@ def tiles(rows: int, target: Target) -> dict[int, int]:
     return {count: height(count) for count in range(1, widest + 1)}
 
 
-def panel_width(rows: int, target: Target) -> int:
-    """Floats of an input in a panel: the positions of the widest tile."""
-    return max(tiles(rows, target)) * target.lanes
-
-
-def scratch(rows: int, groups: int, panel: int, target: Target) -> int:
-    """Floats of scratch a thread needs for items of `groups` groups and panels of `panel` inputs."""
-    return (panel + groups * rows) * panel_width(rows, target)
-
-
 @once_a_process
 def offset_gemm(rows: int, target: Target, activation: str = "", panels: bool = False) -> int:
     """The op for groups of `rows` filters; compiled once a process.
@@ -121,12 +108,17 @@ def offset_gemm(rows: int, target: Target, activation: str = "", panels: bool = 
         rows: filters in a group.
         target: what to compile for.
         activation: a row of ACTIVATIONS that is no clamp.
-        panels: whether the input is copied into panels.
+        panels: whether a group's inputs are cut into panels.
     """
+    return compile_op(offset_gemm_module(rows, target, activation, panels), "op", target)
+
+
+def offset_gemm_module(rows: int, target: Target, activation: str = "", panels: bool = False) -> ir.Module:
+    """The op, not yet compiled."""
     module = ir.Module()
     built = {count: _tile(module, each, count, target.lanes, activation) for count, each in tiles(rows, target).items()}
     _op(module, rows, built, tiles(rows, target), target.lanes, panels)
-    return compile_op(module, "op", target)
+    return module
 
 
 def _tile(module: ir.Module, rows: int, vectors: int, lanes: int, activation: str) -> ir.Function:
@@ -244,9 +236,8 @@ def _op(
     last = smaller(b, b.add(first, get[Field.CHUNK]), get[Field.GROUPS])
 
     def compute(
-        group: ir.Value, list_: ir.Value, source: ir.Value, position: ir.Value, count: int, partial: ir.Value,
-        carry: ir.Value,
-    ) -> None:  # fmt: skip
+        group: ir.Value, list_: ir.Value, position: ir.Value, count: int, partial: ir.Value, carry: ir.Value
+    ) -> None:
         """A group's sums over one list of kept positions, for `count` vectors from `position` on."""
         begin = long_at(b, pointer, list_)
         kept = b.sub(long_at(b, pointer, b.add(list_, const(1))), begin)
@@ -261,9 +252,9 @@ def _op(
             b.call(
                 built[count],
                 [
-                    source, offsets, kept, at(b, values, step), const(rows), at(b, bias, step), at(b, y, position),
-                    at(b, y_channel, step), at(b, residual, position), at(b, residual_channel, step),
-                    get[Field.RESIDUAL], at(b, mask, position), low, high,
+                    at(b, x, position), offsets, kept, at(b, values, step), const(rows), at(b, bias, step),
+                    at(b, y, position), at(b, y_channel, step), at(b, residual, position),
+                    at(b, residual_channel, step), get[Field.RESIDUAL], at(b, mask, position), low, high,
                     at(b, partial, const(row * count * lanes)), carry,
                 ],
             )  # fmt: skip
@@ -271,36 +262,19 @@ def _op(
     if not panels:
         with loop(b, first, last) as group:
             _cover(b, length, lanes, max(built), lambda count, position: compute(
-                group, group, at(b, x, position), position, count, y, const(0)))  # fmt: skip
+                group, group, position, count, y, const(0)))  # fmt: skip
         b.ret_void()
         return
 
-    wide = max(built) * lanes
-    panel = address(b, slots, get[Field.SCRATCH_SLOT], get[Field.SCRATCH_OFFSET])
-    panel = at(b, panel, b.mul(thread, get[Field.SCRATCH]))
-    partials = at(b, panel, b.mul(get[Field.PANEL], const(wide)))
+    partials = address(b, slots, get[Field.SCRATCH_SLOT], get[Field.SCRATCH_OFFSET])
+    partials = at(b, partials, b.mul(thread, get[Field.SCRATCH]))
     final = b.sub(get[Field.PANELS], const(1))
-
-    def through_panels(count: int, position: ir.Value) -> None:
-        with loop(b, const(0), get[Field.PANELS]) as index_:
-            begin = b.mul(index_, get[Field.PANEL])
-            inputs = smaller(b, get[Field.PANEL], b.sub(get[Field.INPUTS], begin))
-            sources = at(b, pointer_field(b, get[Field.SOURCES], INTS), begin)
-            with loop(b, const(0), inputs) as number:
-                source = at(b, x, b.add(position, long_at(b, sources, number)))
-                line = at(b, panel, b.mul(number, const(wide)))
-                for v in range(count):
-                    store_vector(
-                        b, load_vector(b, at(b, source, const(v * lanes)), lanes), at(b, line, const(v * lanes)), lanes
-                    )
-            came = b.select(b.icmp_signed(">", index_, const(0)), const(CARRY_IN), const(0))
-            goes = b.select(b.icmp_signed("<", index_, final), const(CARRY_OUT), const(0))
-            with loop(b, first, last) as group:
-                partial = at(b, partials, b.mul(b.sub(group, first), const(rows * wide)))
-                list_ = b.add(b.mul(group, get[Field.PANELS]), index_)
-                compute(group, list_, panel, position, count, partial, b.or_(came, goes))
-
-    _cover(b, length, lanes, max(built), through_panels)
+    with loop(b, first, last) as group, loop(b, const(0), get[Field.PANELS]) as panel:
+        came = b.select(b.icmp_signed(">", panel, const(0)), const(CARRY_IN), const(0))
+        goes = b.select(b.icmp_signed("<", panel, final), const(CARRY_OUT), const(0))
+        list_, carry = b.add(b.mul(group, get[Field.PANELS]), panel), b.or_(came, goes)
+        _cover(b, length, lanes, max(built), lambda count, position: compute(
+            group, list_, position, count, at(b, partials, b.mul(position, const(rows))), carry))  # fmt: skip
     b.ret_void()
 
 

@@ -399,10 +399,7 @@ class _Lowering:
             given = self.map(x, window.padding, window.stride)
         residual = self.map(op.inputs[1]) if len(op.inputs) > 1 else None
         made = self.new_map(op, shape)
-        packed = self.weights[op.output].packed
-        sizes = {size: -(-shape[1] // size) + 2 * packed.conv_groups for size in GROUP_SIZES}  # and what tuning may try
-        sizes[packed.group_size] = max(sizes[packed.group_size], packed.groups)
-        scratch = self.scratch(max(nodes.panel_scratch(size, groups, self.target) for size, groups in sizes.items()))
+        scratch = self.scratch(nodes.panel_scratch(max(GROUP_SIZES)))  # whatever the tuning tries
         made.pitch.join(given.pitch)
         if residual is not None:
             made.pitch.join(residual.pitch)

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from autoprune.repack.formats import PackedWeight
 from autoprune.repack.kernels import attention, copy, maps, offset_gemm, rows, rows_gemm, window
 from autoprune.repack.kernels.compiler import Target
 from autoprune.repack.kernels.math import clamp_bounds
-from autoprune.repack.program.layout import FLOAT_BYTES, MapLayout
+from autoprune.repack.program.layout import FLOAT_BYTES, MapLayout, aligned
 from autoprune.repack.program.memory import Buffer, float_bits
 from autoprune.repack.program.native import NativeOp
 from autoprune.repack.program.weights import Weights
 
-LARGEST_PANEL = 512  # inputs; beyond, they do not even stay in the second cache
+PANEL_BLOCK = 384  # the most positions an item has with panels: their sums must stay in the nearest cache
 CHUNK_FLOATS = 16384  # of a map that an item of an element-wise op works on
 
 
@@ -52,7 +53,9 @@ class Tiling:
         chunk: groups an item; 0: all.
         inputs_first: whether the items of one block follow each other, so that the input stays in the cache; else
             those of one chunk, so that the weights do.
-        panel: inputs copied into a panel at a time; 0: they are read where they lie.
+        panel: inputs that a group is done with, at all positions of an item, before the next ones; 0: all at once.
+        serpentine: whether every other group walks its kept positions backwards, so that it begins with what the one
+            before it has just read.
     """
 
     group_size: int = 0
@@ -60,6 +63,7 @@ class Tiling:
     chunk: int = 0
     inputs_first: bool = True
     panel: int = 0
+    serpentine: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,7 @@ def convolution(
 ) -> NativeOp:  # fmt: skip
     """A packed convolution; x is padded, or in phase planes for a stride."""
     f = offset_gemm.Field
-    packed = weights.packed
+    packed = serpentine(weights.packed) if tiling.serpentine else weights.packed
     taps = np.array([x.layout.tap(dy, dx) for dy, dx in window_.taps()], np.int64)
     channel, tap = np.divmod(packed.index, packed.taps)
     plane = x.layout.channel(1)
@@ -109,7 +113,8 @@ def convolution(
     low, high, other = _clamped(activation)
     positions = y.layout.positions
     lanes = target.lanes
-    block = min(-(-tiling.block // lanes) * lanes, -(-positions // lanes) * lanes)
+    most = min(positions, PANEL_BLOCK) if tiling.panel else positions
+    block = -(-min(tiling.block, most) // lanes) * lanes
     chunk = min(tiling.chunk or packed.groups, packed.groups)
     blocks, chunks = -(-positions // block), -(-packed.groups // chunk)
     given: dict[IntEnum, Any] = {
@@ -125,7 +130,7 @@ def convolution(
     else:
         given |= {f.BLOCK_STRIDE: 1, f.IMAGE_STRIDE: blocks, f.CHUNK_STRIDE: blocks * batch}
     if tiling.panel:
-        given |= _panels(weights, offsets, chunk, tiling.panel, scratch, target)
+        given |= _panels(packed, offsets, tiling, scratch)
     given[f.RESIDUAL_CHANNEL] = given[f.Y_CHANNEL]
     if residual is not None:
         given |= {
@@ -136,32 +141,36 @@ def convolution(
     return _op(name, kernel, f, given, batch * blocks * chunks)
 
 
-def _panels(
-    weights: Weights, offsets: NDArray[np.int32], chunk: int, panel: int, scratch: Buffer, target: Target
-) -> dict[IntEnum, Any]:
-    """The kept positions, a list for each group and panel, and what the panels hold."""
+def serpentine(packed: PackedWeight) -> PackedWeight:
+    """The same weight, every other group's kept positions in the opposite order."""
+    index, values = packed.index.copy(), packed.values.copy()
+    for begin, end in zip(packed.group_pointer[1::2], packed.group_pointer[2::2], strict=False):
+        index[begin:end], values[begin:end] = packed.index[begin:end][::-1], packed.values[begin:end][::-1]
+    return replace(packed, index=index, values=values)
+
+
+def _panels(packed: PackedWeight, offsets: NDArray[np.int32], tiling: Tiling, scratch: Buffer) -> dict[IntEnum, Any]:
+    """The kept positions, a list for each group and panel."""
     f = offset_gemm.Field
-    packed, panel = weights.packed, min(panel, LARGEST_PANEL)
-    _, first, number = np.unique(packed.index, return_index=True, return_inverse=True)
-    panels = -(-len(first) // panel) or 1
+    _, number = np.unique(packed.index, return_inverse=True)
+    panels = -(-(int(number.max(initial=-1)) + 1) // tiling.panel) or 1
     group = np.repeat(np.arange(packed.groups), np.diff(packed.group_pointer))
-    lists, values = group * panels + number // panel, packed.values
-    if (np.diff(lists) < 0).any():  # a group whose positions are in another order than ours
-        order = np.argsort(lists, kind="stable")
-        number, values = number[order], np.ascontiguousarray(values[order])
-    width = offset_gemm.panel_width(packed.group_size, target)
-    pointer = np.concatenate([[0], np.cumsum(np.bincount(lists, minlength=packed.groups * panels))])
+    panel = number // tiling.panel
+    backwards = (group % 2 == 1) & tiling.serpentine
+    lists = group * panels + np.where(backwards, panels - 1 - panel, panel)
+    order = np.argsort(lists, kind="stable")
+    ends = np.cumsum(np.bincount(lists, minlength=packed.groups * panels))
     return {
-        f.GROUP_POINTER: pointer.astype(np.int32), f.OFFSETS: (number % panel * width).astype(np.int32),
-        f.VALUES: values, f.SOURCES: offsets[first], f.INPUTS: len(first), f.PANEL: panel, f.PANELS: panels,
+        f.GROUP_POINTER: np.concatenate([[0], ends]).astype(np.int32), f.PANELS: panels,
+        f.OFFSETS: np.ascontiguousarray(offsets[order]), f.VALUES: np.ascontiguousarray(packed.values[order]),
         f.SCRATCH_SLOT: scratch.slot, f.SCRATCH_OFFSET: scratch.offset,
-        f.SCRATCH: offset_gemm.scratch(packed.group_size, chunk, panel, target),
+        f.SCRATCH: panel_scratch(packed.group_size),
     }  # fmt: skip
 
 
-def panel_scratch(rows: int, groups: int, target: Target) -> int:
-    """Floats of scratch a thread needs for any tiling of `groups` groups of `rows` filters."""
-    return offset_gemm.scratch(rows, groups, LARGEST_PANEL, target)
+def panel_scratch(rows: int) -> int:
+    """Floats of scratch a thread needs for a tiling with panels of groups of `rows` filters."""
+    return rows * aligned(PANEL_BLOCK)
 
 
 def _channels(weights: Weights, layout: MapLayout) -> NDArray[np.int32]:

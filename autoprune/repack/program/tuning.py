@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,22 +22,24 @@ from autoprune.errors import FileError
 from autoprune.files import cache_folder, read_json, write_json
 from autoprune.latency.machine import machine_identity
 from autoprune.latency.timer import Clock
+from autoprune.repack.fetch import Cache, fetched_by_convolution
 from autoprune.repack.formats import pack
 from autoprune.repack.grouping import GROUP_SIZES, Grouping
+from autoprune.repack.kernels.compiler import Target
 from autoprune.repack.program.graph import Op
 from autoprune.repack.program.lower import NativeStep
-from autoprune.repack.program.native import NativeSequence
+from autoprune.repack.program.native import NativeOp, NativeSequence
 from autoprune.repack.program.nodes import Tiling
 from autoprune.repack.program.program import Plan, Program
 from autoprune.repack.program.weights import Weights
 
-VERSION = 3  # of the kernels: what was tuned for others is not used
+VERSION = 4  # of the kernels: what was tuned for others is not used
 ROUNDS = 5
 # What a kept weight costs in groups of this size, relative to the largest: smaller groups load more for each.
 # A convolution's vectors hold positions, a Linear's the filters of a group.
 COST = {"conv2d": {16: 1.0, 8: 1.0, 4: 1.08, 2: 1.6, 1: 2.4}, "linear": {16: 1.0, 8: 1.4, 4: 2.8, 2: 5.0, 1: 8.0}}
 WORTH_TRYING = 1.35  # candidates up to this much dearer than the cheapest are timed
-MANY_GROUPS = 4  # that read the same input: from here on, copying it into panels may pay
+PANELS = ((96, 288), (192, 144), (192, 288), (192, 576))  # positions an item, inputs a panel
 ITEMS_A_THREAD = 8  # so that threads finish together
 
 
@@ -105,7 +107,8 @@ def tiling_from_json(row: Mapping[str, Any]) -> Tiling:
     tiling = Tiling(**row)
     numbers = (tiling.group_size, tiling.block, tiling.chunk, tiling.panel)
     fine = all(type(n) is int and 0 <= n < 2**31 for n in numbers) and tiling.group_size in (0, *GROUP_SIZES)
-    if not fine or tiling.block < 1 or not isinstance(tiling.inputs_first, bool):
+    flags = (tiling.inputs_first, tiling.serpentine)
+    if not fine or tiling.block < 1 or not all(isinstance(flag, bool) for flag in flags):
         raise ValueError("no tiling")
     return tiling
 
@@ -142,7 +145,7 @@ def tune(
         frame = plan.frame()
         with torch.inference_mode():
             plan.run_in(frame, inputs)  # so that every layer has an input
-        bench = _Bench(plan, frame, inputs, clock)
+        bench = _Bench(plan, frame, inputs, clock, program.target)
         for step in unknown:
             progress(step.name)
             if keys[step.name] not in cache.found:
@@ -181,6 +184,7 @@ class _Bench:
     frame: Any
     inputs: tuple[Tensor, ...]
     clock: Clock
+    target: Target
 
     def __post_init__(self) -> None:
         self.plan.fill(self.frame, self.inputs)
@@ -192,6 +196,15 @@ class _Bench:
             weights = layer.pack(size)
             for tiling in tilings(step, weights, self.plan.threads):
                 candidates[tiling] = NativeSequence([step.build(weights, tiling)])
+        best = self.timed(candidates)
+        winner = min(best, key=best.__getitem__)
+        if turned := self.turned(step, layer, winner):
+            best = self.timed({winner: candidates[winner], turned: NativeSequence([self.built(step, layer, turned)])})
+            winner = min(best, key=best.__getitem__)
+        return winner, best[winner] * 1e6
+
+    def timed(self, candidates: Mapping[Tiling, NativeSequence]) -> dict[Tiling, float]:
+        """The least seconds of each, in turns."""
         best = dict.fromkeys(candidates, math.inf)
         slots = self.frame.slots.ctypes.data
         for _ in range(ROUNDS):
@@ -201,8 +214,23 @@ class _Bench:
                 start = self.clock()
                 sequence.run_op(0, slots)
                 best[tiling] = min(best[tiling], self.clock() - start)
-        winner = min(best, key=best.__getitem__)
-        return winner, best[winner] * 1e6
+        return best
+
+    def turned(self, step: NativeStep, layer: Layer, tiling: Tiling) -> Tiling | None:
+        """The serpentine order, where it would fetch less."""
+        if step.layer is None or step.layer.kind != "conv2d":
+            return None
+        other = replace(tiling, serpentine=True)
+        fetched = [
+            fetched_by_convolution(
+                self.built(step, layer, each), each.group_size, self.target, self.frame.slots, Cache(), sample=True
+            )
+            for each in (tiling, other)
+        ]
+        return other if fetched[1].total < fetched[0].total else None
+
+    def built(self, step: NativeStep, layer: Layer, tiling: Tiling) -> NativeOp:
+        return step.build(layer.pack(tiling.group_size), tiling)
 
 
 def tilings(step: NativeStep, weights: Weights, threads: int) -> Iterable[Tiling]:
@@ -217,8 +245,9 @@ def tilings(step: NativeStep, weights: Weights, threads: int) -> Iterable[Tiling
         chunk = -(-groups // max(1, -(-least // items)))
         made.append(Tiling(size, block, chunk, True))
     whole = Tiling(size, positions, -(-groups // max(least, -(-groups // 4))), False)
-    if step.layer is not None and step.layer.kind == "conv2d" and size >= 4 and groups >= MANY_GROUPS:
-        items = batch * -(-positions // 48)
-        chunk = -(-groups // max(1, -(-least // items)))
-        made += [Tiling(size, 48, chunk, True, panel) for panel in (256, 384)]
+    if step.layer is not None and step.layer.kind == "conv2d" and size >= 4:
+        for block, panel in PANELS:
+            items = batch * -(-positions // block)
+            chunk = -(-groups // max(1, -(-least // items)))
+            made.append(Tiling(size, min(block, positions), chunk, True, panel))
     return dict.fromkeys([*made, whole])
