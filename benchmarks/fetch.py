@@ -204,10 +204,9 @@ def main() -> None:
         "## The model and what cachegrind counted\n\n"
         f"{validation(layers[:3], console)}\n"
         "## What the order of work saves\n\n"
-        "Lines into the first cache by what they hold, as modelled; the kernels in turns, medians. In rising order "
-        "each group of filters walks its kept positions as they come, for 24 positions of the map at a time. Serpentine: "
-        "every other group walks them backwards. Panels: a group walks 288 inputs for 192 positions, then the next "
-        "inputs.\n\n"
+        "Lines into the first cache by what they hold, as modelled; the kernels in turns, medians. Rising: each group of "
+        "filters walks its kept positions as they come, for 24 positions of the map at a time. Serpentine: every other "
+        "group walks them backwards. Panels: a group walks 288 inputs for 192 positions, then the next inputs.\n\n"
         f"{orders(layers, console)}\n"
         f"{machine}\n"
     )

@@ -7,7 +7,18 @@ from enum import IntEnum
 import llvmlite.ir as ir
 
 from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
-from autoprune.repack.kernels.ir import F32, address, at, const, larger, loop, op_function
+from autoprune.repack.kernels.ir import (
+    F32,
+    I32,
+    address,
+    at,
+    const,
+    larger,
+    load_vector,
+    loop,
+    op_function,
+    store_vector,
+)
 
 
 class Field(IntEnum):
@@ -62,11 +73,36 @@ def copy_map(target: Target) -> int:
                 into = at(b, y, b.add(plane, b.mul(b.sdiv(padded, high), get[Field.Y_ROW])))
                 with b.if_else(b.icmp_signed("==", wide, const(2))) as (pairs, any_):
                     with pairs:
-                        _phases(b, get, line, into, const(2))
+                        _pairs(b, get, line, into, target.lanes)
                     with any_:
                         _phases(b, get, line, into, wide)
     b.ret_void()
     return compile_op(module, "op", target)
+
+
+def _pairs(b: ir.IRBuilder, get: dict[Field, ir.Value], line: ir.Value, into: ir.Value, lanes: int) -> None:
+    """A row into two phases: its even and its odd columns, which the padding may exchange."""
+    pad, width, plane = get[Field.PAD_W], get[Field.WIDTH], get[Field.Y_PLANE]
+
+    def place(column: int) -> ir.Value:
+        """Where the row's columns of this parity go."""
+        padded = b.add(pad, const(column))
+        return at(b, into, b.add(b.mul(b.srem(padded, const(2)), plane), b.sdiv(padded, const(2))))
+
+    places, done = [place(0), place(1)], const(0)
+    for count in (lanes, lanes // 2):  # vectors, then narrower ones: nothing may be written beyond the row
+        stop = b.mul(b.sdiv(width, const(2 * count)), const(count))
+        with loop(b, done, stop, count) as pair:
+            source = at(b, line, b.mul(pair, const(2)))
+            first, second = (load_vector(b, at(b, source, const(part)), count) for part in (0, count))
+            for parity in (0, 1):
+                picked = ir.Constant(ir.VectorType(I32, count), [2 * i + parity for i in range(count)])
+                store_vector(b, b.shuffle_vector(first, second, picked), at(b, places[parity], pair), count)
+        done = stop
+    with loop(b, b.mul(done, const(2)), width) as column:
+        source = b.load(at(b, line, column))
+        odd = b.icmp_signed("==", b.srem(column, const(2)), const(1))
+        b.store(source, at(b, b.select(odd, places[1], places[0]), b.sdiv(column, const(2))))
 
 
 def _phases(b: ir.IRBuilder, get: dict[Field, ir.Value], line: ir.Value, into: ir.Value, wide: ir.Value) -> None:
