@@ -276,6 +276,9 @@ def bench(
         str | None,
         typer.Option(help="Dense engines to compare with, e.g. channels_last,onnxruntime. [default: all there are]"),
     ] = None,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Instead: what packed layers take in a file and fetch in an inference.")
+    ] = False,
     rounds: Annotated[
         int | None, typer.Option(help="How often every form of a function's model is timed. [default: 20]", min=1)
     ] = None,
@@ -288,7 +291,13 @@ def bench(
     Example: autoprune bench my.models:build --input 1,3,224,224 --engines channels_last,onnxruntime --threads 2
 
     Example: autoprune bench my.models:encoder --input 1,128 --dtype int64 --save fast.safetensors
+
+    Example: autoprune bench my.models:build --input 1,3,224,224 --memory
     """
+    if memory:
+        _only_for("bench without --memory", {"--engines": engines, "--rounds": rounds, "--save": save})
+        _bench_memory(target, run_dir, overrides, shapes, dtypes, threads)
+        return
     if _is_function(target):
         from autoprune.bench import ROUNDS, bench_model, example_inputs
         from autoprune.repack import save as write
@@ -310,6 +319,28 @@ def bench(
     from autoprune.results import results
 
     typer.echo(result_table(results(_run(Path(target), run_dir, overrides), again=True)))
+
+
+def _bench_memory(
+    target: str,
+    run_dir: Path | None,
+    overrides: list[str] | None,
+    shapes: list[str] | None,
+    dtypes: list[str] | None,
+    threads: int | None,
+) -> None:
+    from autoprune.bench import example_inputs, memory_table, repack_shown
+    from autoprune.repack.memory import layer_memory
+
+    if _is_function(target):
+        _only_for("a config", {"--run-dir": run_dir, "--set": overrides})
+        inputs = example_inputs(shapes or (), dtypes or ())
+        fast = repack_shown(_model(target), inputs, threads or 1, _console())
+    else:
+        _only_for("a function", {"--input": shapes, "--dtype": dtypes, "--threads": threads})
+        job = _run(Path(target), run_dir, overrides)
+        fast, inputs = job.repacked, job.task.example_inputs(job.config.latency.batch)
+    typer.echo(memory_table(layer_memory(fast, inputs)))
 
 
 @app.command()

@@ -26,7 +26,7 @@ from autoprune.files import write_text
 from autoprune.latency.machine import machine_identity
 from autoprune.patterns.group import Group
 from autoprune.progress import Progress
-from autoprune.repack.fetch import Cache, Fetched, What, fetched_by_convolution
+from autoprune.repack.fetch import Cache, Fetched, What, fetched
 from autoprune.repack.formats import pack
 from autoprune.repack.kernels.compiler import Target, object_code
 from autoprune.repack.kernels.offset_gemm import offset_gemm_module
@@ -89,7 +89,7 @@ class Built:
         self.op: NativeOp = step.build(self.weights, tiling)
 
     def modelled(self, cache: Cache, target: Target) -> Fetched:
-        return fetched_by_convolution(self.op, SIZE, target, self.frame.slots, cache)
+        return fetched(self.op, "conv2d", SIZE, target, self.frame.slots, cache)
 
     def blob(self) -> bytes:
         """What the driver needs: the op's arrays and buffers, each at an address that is ours modulo PAGE."""
@@ -204,7 +204,7 @@ def main() -> None:
         "## The model and what cachegrind counted\n\n"
         f"{validation(layers[:3], console)}\n"
         "## What the order of work saves\n\n"
-        "Lines into the first cache by what they hold, as modelled; the kernels in turns, medians. Rising: each group of "
+        "Lines into the first cache by what they hold, as modelled; the kernels in turns, medians. Rising: a group of "
         "filters walks its kept positions as they come, for 24 positions of the map at a time. Serpentine: every other "
         "group walks them backwards. Panels: a group walks 288 inputs for 192 positions, then the next inputs.\n\n"
         f"{orders(layers, console)}\n"

@@ -136,7 +136,7 @@ def _start(shown: Shown, seed: int, epochs: int) -> tuple[nn.Module, float]:
     model = copy.deepcopy(task.model)
     if epochs == 0:
         return model, 0.0
-    path = KEPT / f"{shown.name}-start{epochs}-{seed}.safetensors"
+    path = KEPT / f"{shown.key}-start{epochs}-{seed}.safetensors"
     if path.exists():
         tensors, about = read_tensors(path, "the dense model")
         model.load_state_dict(tensors)
@@ -218,7 +218,7 @@ def planned(
 
 
 def model_path(shown: Shown, job: Job) -> Path:
-    return KEPT / f"{shown.name}-{job.key}.safetensors"
+    return KEPT / f"{shown.key}-{job.key}.safetensors"
 
 
 def _architecture(shown: Shown, job: Job) -> nn.Module:

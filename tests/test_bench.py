@@ -113,6 +113,29 @@ def test_repack_writes_any_model(models: Path) -> None:
         torch.testing.assert_close(autoprune.load("fast.safetensors")(x), model(x), atol=1e-4, rtol=1e-4)
 
 
+def test_eight_bit_values_make_a_smaller_file(models: Path) -> None:
+    sizes = []
+    for bits in ("32", "8"):
+        invoke("repack", "models:net", "--input", "1,3,6,6", "--save", f"{bits}.safetensors", "--value-bits", bits)
+        sizes.append((models / f"{bits}.safetensors").stat().st_size)
+    assert sizes[1] < sizes[0]
+    x = torch.randn(1, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+    whole, rounded = (autoprune.load(f"{bits}.safetensors")(x) for bits in (32, 8))
+    assert 0 < float((whole - rounded).abs().max()) < 0.05 * float(whole.abs().max())
+
+
+def test_memory_tells_a_row_a_packed_layer(models: Path) -> None:
+    text = invoke("bench", "models:net", "--input", "1,3,6,6", "--memory")
+    rows = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]
+            for line in text.splitlines() if line.startswith("|")}  # fmt: skip
+    assert list(rows) == ["layer", "------------", "0", "3", "all of these"]
+    dense, stored = (rows["layer"].index(name) for name in ("dense KB", "in a file KB"))
+    assert [rows[name][dense] for name in ("0", "3")] == ["0.8", "4.5"]
+    assert rows["3"][0] == "50%"
+    assert float(rows["3"][stored]) < 0.6 * 4.5
+    assert "full" in rows["0"][rows["layer"].index("told by")]
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
@@ -128,6 +151,10 @@ def test_repack_writes_any_model(models: Path) -> None:
         (["bench", "some.toml", "--threads", "2"], "--threads is for a function"),
         (["repack", "some.toml", "--save", "x"], "--save is for a function"),
         (["repack", "models:net", "--input", "1,3,6,6"], "--save fast.safetensors"),
+        (["repack", "models:net", "--input", "1,3,6,6", "--save", "x", "--value-bits", "4"], "32 or 8 bits, not 4"),
+        (["repack", "some.toml", "--value-bits", "8"], "--value-bits is for a function"),
+        (["bench", "models:net", "--input", "1,3,6,6", "--memory", "--rounds", "3"], "--rounds is for bench without"),
+        (["bench", "models:fickle", "--input", "1,8", "--memory"], "only a program's memory can be told"),
     ],
 )
 def test_what_cannot_be_measured_is_one_clear_error(models: Path, arguments: list[str], text: str) -> None:

@@ -6,6 +6,7 @@ a cache. Nothing is run and nothing is timed.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -14,14 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoprune.errors import AutopruneError
-from autoprune.repack.kernels import offset_gemm
+from autoprune.repack.kernels import offset_gemm, rows_gemm
 from autoprune.repack.kernels.compiler import Target
 from autoprune.repack.kernels.lru import lru
 from autoprune.repack.program.layout import FLOAT_BYTES
 from autoprune.repack.program.native import NativeOp
 
 Longs = NDArray[np.int64]
-_F = offset_gemm.Field
+_F, _R = offset_gemm.Field, rows_gemm.Field
 INDEX_BYTES = 4
 SAMPLED_GROUPS = 6
 
@@ -135,13 +136,14 @@ class Touches:
         return address.ravel(), np.tile(self.what, len(positions))
 
 
-def fetched_by_convolution(
-    op: NativeOp, rows: int, target: Target, slots: Longs, cache: Cache, *, sample: bool = False
+def fetched(
+    op: NativeOp, kind: str, rows: int, target: Target, slots: Longs, cache: Cache, *, sample: bool = False
 ) -> Fetched:
-    """Lines a packed convolution fetches in an inference that follows another one, on one thread.
+    """Lines a packed layer fetches in an inference that follows another one, on one thread.
 
     Args:
-        op: of `program.nodes.convolution`.
+        op: of `program.nodes.convolution` or `linear`.
+        kind: ``conv2d`` or ``linear``.
         rows: filters in a group.
         target: what its kernel was compiled for.
         slots: base addresses, as the kernel gets them.
@@ -149,9 +151,9 @@ def fetched_by_convolution(
         sample: only the first groups of the first positions, into an empty cache: enough to compare two orders of the
             same work, in a few milliseconds.
 
-    Source: the order of accesses is that of `kernels.offset_gemm`.
+    Source: the order of accesses is that of `kernels.offset_gemm` and `kernels.rows_gemm`.
     """
-    work = _Convolution(op, rows, target, slots, sample)
+    work = _WORKS[kind](op, rows, target, slots, sample)
     state, lines = CacheState(cache), np.zeros(len(What), np.int64)
     for counted in (True,) if sample else (False, True):  # the first inference fills the cache
         for item in range(1 if sample else op.items):
@@ -162,21 +164,88 @@ def fetched_by_convolution(
     return Fetched({what: int(lines[what]) for what in What}, cache.line)
 
 
-class _Convolution:
+class _Work(ABC):
+    """What a kernel does, in its order."""
+
+    @abstractmethod
+    def __init__(self, op: NativeOp, rows: int, target: Target, slots: Longs, sample: bool) -> None: ...
+
+    @abstractmethod
+    def accesses(self, item: int) -> Iterator[tuple[Longs, NDArray[np.uint8]]]:
+        """An item's accesses: byte addresses and what lies there."""
+
+
+class _Linear(_Work):
+    """The accesses of one Linear, item by item."""
+
+    def __init__(self, op: NativeOp, rows: int, target: Target, slots: Longs, sample: bool) -> None:
+        f = self.fields = op.fields
+        self.rows, self.slots, self.sample = rows, slots, sample
+        self.together = rows_gemm.tokens_together(rows, target)
+        self.pointer, self.index = _array(op, f[_R.GROUP_POINTER]), _array(op, f[_R.INDEX]).astype(np.int64)
+        self.out_index = _array(op, f[_R.OUT_INDEX]).ravel().astype(np.int64)
+
+    def accesses(self, item: int) -> Iterator[tuple[Longs, NDArray[np.uint8]]]:
+        f = self.fields
+        chunk, block = item % f[_R.CHUNKS], item // f[_R.CHUNKS]
+        first, last = int(chunk * f[_R.CHUNK]), int(min((chunk + 1) * f[_R.CHUNK], f[_R.GROUPS]))
+        start, stop = int(block * f[_R.BLOCK]), int(min((block + 1) * f[_R.BLOCK], f[_R.TOKENS]))
+        if self.sample:
+            stop, last = min(stop, start + 2 * self.together), min(last, first + SAMPLED_GROUPS)
+        most = self.together
+        for group in range(first, last):
+            token = start
+            for count in sorted({most, max(1, most // 2), max(1, most // 4), 1}, reverse=True):
+                tiles = (stop - token) // count
+                if tiles:
+                    yield self._compute(group, count).at(token + count * np.arange(tiles, dtype=np.int64))
+                token += tiles * count
+
+    def _compute(self, group: int, tokens: int) -> Touches:
+        """A group's filters for one tile of tokens, with addresses of token 0: see `rows_gemm`."""
+        f, rows = self.fields, self.rows
+        x, y, residual = (
+            (int(self.slots[f[slot]] + f[offset]), FLOAT_BYTES * int(f[token]))
+            for slot, offset, token in (
+                (_R.X_SLOT, _R.X_OFFSET, _R.X_TOKEN),
+                (_R.Y_SLOT, _R.Y_OFFSET, _R.Y_TOKEN),
+                (_R.RESIDUAL_SLOT, _R.RESIDUAL_OFFSET, _R.RESIDUAL_TOKEN),
+            )
+        )
+        begin, end = int(self.pointer[group]), int(self.pointer[group + 1])
+        kept, width = np.arange(begin, end), FLOAT_BYTES * rows
+        given = [
+            _touches(x[0] + token * x[1] + FLOAT_BYTES * self.index[begin:end], FLOAT_BYTES, What.INPUT, x[1])
+            for token in range(tokens)
+        ]
+        filters = self.out_index[group * rows : (group + 1) * rows]
+        filters = FLOAT_BYTES * filters[filters >= 0]
+        parts = [
+            _in_turn(_touches(int(f[_R.BIAS]) + group * width, width, What.WEIGHT)),
+            _in_turn(
+                _touches(int(f[_R.INDEX]) + INDEX_BYTES * kept, INDEX_BYTES, What.INDEX),
+                _touches(int(f[_R.VALUES]) + width * kept, width, What.WEIGHT),
+                *given,
+            ),
+        ]
+        for token in range(tokens):
+            for base, stride in (residual, y) if f[_R.RESIDUAL] else (y,):
+                parts.append(_in_turn(_touches(base + token * stride + filters, FLOAT_BYTES, What.OUTPUT, stride)))
+        return Touches.joined(parts)
+
+
+class _Convolution(_Work):
     """The accesses of one offset-GEMM, item by item."""
 
     def __init__(self, op: NativeOp, rows: int, target: Target, slots: Longs, sample: bool) -> None:
         self.op, self.rows, self.slots, self.sample = op, rows, slots, sample
         self.lanes, self.heights = target.lanes, offset_gemm.tiles(rows, target)
         self.widest = max(self.heights)
-        self.pointer, self.offsets = self._array(_F.GROUP_POINTER), self._array(_F.OFFSETS).astype(np.int64)
-        self.y_channel = self._array(_F.Y_CHANNEL).astype(np.int64)
-        self.residual_channel = self._array(_F.RESIDUAL_CHANNEL).astype(np.int64)
-        self.panels = int(op.fields[_F.PANELS])
-
-    def _array(self, which: offset_gemm.Field) -> NDArray[np.int32]:
-        address = int(self.op.fields[which])
-        return next(array for array in self.op.keep if array.ctypes.data == address)
+        f = op.fields
+        self.pointer, self.offsets = _array(op, f[_F.GROUP_POINTER]), _array(op, f[_F.OFFSETS]).astype(np.int64)
+        self.y_channel = _array(op, f[_F.Y_CHANNEL]).astype(np.int64)
+        self.residual_channel = _array(op, f[_F.RESIDUAL_CHANNEL]).astype(np.int64)
+        self.panels = int(f[_F.PANELS])
 
     def accesses(self, item: int) -> Iterator[tuple[Longs, NDArray[np.uint8]]]:
         f = self.op.fields
@@ -253,6 +322,14 @@ class _Convolution:
             lines = y + FLOAT_BYTES * self.y_channel[each[::-1]]
             parts.append(_in_turn(_touches(lines, span, What.OUTPUT, moving)))
         return Touches.joined(parts)
+
+
+_WORKS: Mapping[str, type[_Work]] = {"conv2d": _Convolution, "linear": _Linear}
+
+
+def _array(op: NativeOp, address: int) -> NDArray[np.int32]:
+    """What lies at an address in an op's fields."""
+    return next(array for array in op.keep if array.ctypes.data == address)
 
 
 _STEP = 32  # bytes; no more than any line modelled

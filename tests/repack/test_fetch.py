@@ -10,16 +10,22 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
+import autoprune
 from autoprune.errors import AutopruneError
 from autoprune.patterns.group import Group
-from autoprune.repack.fetch import Cache, CacheState, Fetched, What, fetched_by_convolution
+from autoprune.repack import ProgramModel
+from autoprune.repack.fetch import Cache, CacheState, Fetched, What, fetched
 from autoprune.repack.formats import pack
+from autoprune.repack.memory import layer_memory
 from autoprune.repack.program.graph import Graph, Input, Op
 from autoprune.repack.program.lower import NativeStep
 from autoprune.repack.program.nodes import Tiling, serpentine
 from autoprune.repack.program.program import Program
+from autoprune.repack.program.tuning import TuningCache
 from autoprune.repack.program.weights import Weights
+from autoprune.repack.stored import store
 
 HUGE = Cache(2**26, 64, 16)
 
@@ -54,7 +60,7 @@ def test_a_cache_that_cannot_be_is_refused(shape: tuple[int, int, int]) -> None:
         Cache(*shape)
 
 
-def fetched(tiling: Tiling, cache: Cache, sparsity: float = 0.5, size: int = 8, filters: int = 32) -> Fetched:
+def by_convolution(tiling: Tiling, cache: Cache, sparsity: float = 0.5, size: int = 8, filters: int = 32) -> Fetched:
     torch.manual_seed(0)
     weight = torch.randn(filters, 16, 3, 3)
     weight *= Group(size).mask(weight.abs(), sparsity)
@@ -67,7 +73,7 @@ def fetched(tiling: Tiling, cache: Cache, sparsity: float = 0.5, size: int = 8, 
     frame = plan.frame()
     step = next(step for step in plan.lowered.steps if isinstance(step, NativeStep) and step.layer)
     native = step.build(weights, tiling)
-    found = fetched_by_convolution(native, size, program.target, frame.slots, cache)
+    found = fetched(native, "conv2d", size, program.target, frame.slots, cache)
     plan.release(frame)
     return found
 
@@ -77,12 +83,12 @@ TILINGS = [Tiling(8, 24), Tiling(8, 192, 2, False), Tiling(8, 48, panel=40), Til
 
 @pytest.mark.parametrize("tiling", TILINGS, ids=str)
 def test_nothing_is_fetched_twice_into_a_cache_that_holds_everything(tiling: Tiling) -> None:
-    assert fetched(tiling, HUGE).total == 0
+    assert by_convolution(tiling, HUGE).total == 0
 
 
 @pytest.mark.parametrize("tiling", TILINGS, ids=str)
 def test_every_line_is_fetched_by_a_cache_that_holds_next_to_nothing(tiling: Tiling) -> None:
-    tiny, small, usual = (fetched(tiling, Cache(size, 64, 1)) for size in (64, 8192, 2**18))
+    tiny, small, usual = (by_convolution(tiling, Cache(size, 64, 1)) for size in (64, 8192, 2**18))
     assert tiny.total > small.total > usual.total
     least = pack_bytes(tiling) / 64
     assert tiny.lines[What.WEIGHT] >= least
@@ -97,21 +103,61 @@ def pack_bytes(tiling: Tiling) -> int:
 
 def test_fewer_kept_positions_fetch_less() -> None:
     cache = Cache(4096, 64, 8)
-    totals = [fetched(Tiling(8, 48), cache, sparsity).total for sparsity in (0.0, 0.5, 0.75, 0.9)]
+    totals = [by_convolution(Tiling(8, 48), cache, sparsity).total for sparsity in (0.0, 0.5, 0.75, 0.9)]
     assert totals == sorted(totals, reverse=True)
 
 
 def test_panels_read_inputs_from_the_nearest_cache() -> None:
     cache = Cache(8192, 64, 8)
-    whole, panels = (fetched(Tiling(8, 48, panel=panel), cache, 0.0) for panel in (0, 36))
+    whole, panels = (by_convolution(Tiling(8, 48, panel=panel), cache, 0.0) for panel in (0, 36))
     assert panels.lines[What.INPUT] < 0.5 * whole.lines[What.INPUT]
 
 
 def test_the_serpentine_order_fetches_fewer_inputs_and_computes_the_same() -> None:
     cache = Cache(4096, 64, 8)
-    rising, turned = (fetched(Tiling(8, 24, serpentine=flag), cache, 0.5) for flag in (False, True))
+    rising, turned = (by_convolution(Tiling(8, 24, serpentine=flag), cache, 0.5) for flag in (False, True))
     assert turned.lines[What.INPUT] < rising.lines[What.INPUT]
     packed = pack(torch.randn(24, 8, 3, 3) * Group(8).mask(torch.rand(24, 8, 3, 3), 0.5), size=8)
     other = serpentine(packed)
     assert torch.equal(other.unpack(), packed.unpack())
     assert np.array_equal(replace(other, index=serpentine(other).index).index, packed.index)
+
+
+@pytest.mark.parametrize("size", [4, 16])
+def test_a_linear_streams_its_weights_once_for_one_token(size: int) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(256, 512)
+    weight *= Group(size).mask(weight.abs(), 0.75)
+    fast = autoprune.repack(nn.Sequential(linear := nn.Linear(512, 256)), torch.ones(1, 512), {"0": weight != 0})
+    assert linear.weight.shape == weight.shape
+    assert isinstance(fast, ProgramModel)
+    (row,) = layer_memory(fast, torch.ones(1, 512), Cache(4096, 64, 8))
+    packed = fast.program.weights["linear"].packed
+    lines = row.fetched.lines
+    assert packed.values.nbytes / 64 <= lines[What.WEIGHT] <= 1.05 * packed.values.nbytes / 64 + 40
+    assert packed.index.nbytes / 64 <= lines[What.INDEX] <= 1.1 * packed.index.nbytes / 64 + 40
+    assert row.stored_bytes == store(packed).bytes
+
+
+def test_many_tokens_read_the_weights_again_for_every_few() -> None:
+    totals = []
+    for tokens in (1, 24, 48):
+        model, x = nn.Sequential(nn.Linear(256, 128)), torch.ones(tokens, 256)
+        fast = autoprune.repack(model, x, cache=told(TuningCache(), Tiling(16, 1000)))
+        (row,) = layer_memory(fast, x, Cache(1024, 64, 8))
+        totals.append(row.fetched.lines[What.WEIGHT])
+    assert totals[0] < totals[1] < totals[2]
+
+
+def told(cache: TuningCache, tiling: Tiling) -> TuningCache:
+    """A cache that knows every layer's tiling, so that no timing decides."""
+
+    class Told(dict[str, Tiling]):
+        def __contains__(self, key: object) -> bool:
+            return True
+
+        def __missing__(self, key: str) -> Tiling:
+            return tiling
+
+    cache.found = Told()
+    return cache

@@ -22,7 +22,7 @@ from autoprune.errors import FileError
 from autoprune.files import cache_folder, read_json, write_json
 from autoprune.latency.machine import machine_identity
 from autoprune.latency.timer import Clock
-from autoprune.repack.fetch import Cache, fetched_by_convolution
+from autoprune.repack.fetch import Cache, fetched
 from autoprune.repack.formats import pack
 from autoprune.repack.grouping import GROUP_SIZES, Grouping
 from autoprune.repack.kernels.compiler import Target
@@ -221,13 +221,14 @@ class _Bench:
         if step.layer is None or step.layer.kind != "conv2d":
             return None
         other = replace(tiling, serpentine=True)
-        fetched = [
-            fetched_by_convolution(
-                self.built(step, layer, each), each.group_size, self.target, self.frame.slots, Cache(), sample=True
-            )
+        rising, turned = (
+            fetched(
+                self.built(step, layer, each), step.layer.kind, each.group_size, self.target, self.frame.slots, Cache(),
+                sample=True,
+            ).total
             for each in (tiling, other)
-        ]
-        return other if fetched[1].total < fetched[0].total else None
+        )  # fmt: skip
+        return other if turned < rising else None
 
     def built(self, step: NativeStep, layer: Layer, tiling: Tiling) -> NativeOp:
         return step.build(layer.pack(tiling.group_size), tiling)
@@ -238,7 +239,7 @@ def tilings(step: NativeStep, weights: Weights, threads: int) -> Iterable[Tiling
     groups, size = weights.packed.groups, weights.packed.group_size
     positions, batch = step.size
     least = ITEMS_A_THREAD * threads if threads > 1 else 1
-    blocks = [positions] if step.layer is not None and step.layer.kind == "linear" else [24, 48, 192, positions]
+    blocks = [positions] if step.layer is not None and step.layer.kind == "linear" else [48, 192, positions]
     made = []
     for block in dict.fromkeys(min(block, positions) for block in blocks):
         items = batch * -(-positions // block)
