@@ -16,7 +16,7 @@ from torch import Tensor
 
 from autoprune.allocation import make_allocation
 from autoprune.training.latent import LatentTraining
-from autoprune.training.schedule import check_counts, check_numbers, check_span, cubic
+from autoprune.training.schedule import CUBIC, check_counts, check_numbers, check_span, cuts
 
 NORMALISED: Mapping[str, Any] = {"name": "global", "normalise": True}
 
@@ -34,6 +34,7 @@ class Adaptive(LatentTraining):
         end: fraction of the run at which the whole budget is met, in (begin, 1].
         freeze: fraction of the run after which the masks stay as they are, in [end, 1].
         updates: competitions between `begin` and `end`, evenly spaced, >= 1; they go on at that pace until `freeze`.
+        exponent: of the rise, in [0.1, 10]; 1 is even, 3 cubic, more cuts earlier.
         through: part of its gradient that moves a weight that is cut, in [0, 1].
         look_ahead: steps that the drift is followed for, >= 0; 0 ranks by size alone, and was as good in what we ran.
         memory: of the moving average, in [0, 1).
@@ -48,6 +49,7 @@ class Adaptive(LatentTraining):
         end: float = 0.5,
         freeze: float = 0.75,
         updates: int = 20,
+        exponent: float = CUBIC,
         through: float = 0.0,
         look_ahead: float = 0.0,
         memory: float = 0.95,
@@ -56,16 +58,18 @@ class Adaptive(LatentTraining):
         check_span("adaptive", begin, end)
         check_numbers("adaptive", {"freeze": freeze}, end, 1.0)
         check_counts("adaptive", {"updates": updates})
+        check_numbers("adaptive", {"exponent": exponent}, 0.1, 10.0)
         check_numbers("adaptive", {"through": through}, 0.0, 1.0)
         check_numbers("adaptive", {"look_ahead": look_ahead}, 0.0)
         check_numbers("adaptive", {"memory": memory}, 0.0, 0.9999)
         self.begin, self.end, self.freeze, self.updates = begin, end, freeze, updates
+        self.exponent = exponent
         self.through, self.look_ahead, self.memory = through, look_ahead, memory
         self.allocation = make_allocation(allocation)
         self.finds_shares = self.allocation.finds_shares
 
     def prepare(self) -> None:
-        self._fractions = cubic(self.begin, self.end, self.updates, self.total_steps)
+        self._fractions = cuts(self.begin, self.end, self.updates, self.total_steps, self.exponent)
         met, frozen = max(self._fractions), int(self.freeze * self.total_steps)
         pace = max(1, round((self.end - self.begin) * self.total_steps / self.updates))
         self._fractions |= dict.fromkeys(range(met + pace, frozen + 1, pace), 1.0)

@@ -7,7 +7,7 @@ from typing import Any
 
 from autoprune.allocation import make_allocation
 from autoprune.training.base import Pruner, SparseTraining
-from autoprune.training.schedule import check_counts, check_span, cubic
+from autoprune.training.schedule import CUBIC, check_counts, check_numbers, check_span, cuts
 
 
 class Gradual(SparseTraining):
@@ -17,6 +17,7 @@ class Gradual(SparseTraining):
         begin: fraction of the run after which cutting begins, in [0, 1).
         end: fraction of the run at which the plan's sparsities are reached, in (begin, 1].
         updates: how often the masks are made anew, >= 1.
+        exponent: of the rise, in [0.1, 10]; 1 is even, 3 cubic, more cuts earlier.
         allocation: what shares the plan's budget among the layers: a name, or a table with its arguments.
     """
 
@@ -27,11 +28,13 @@ class Gradual(SparseTraining):
         begin: float = 0.0,
         end: float = 0.5,
         updates: int = 20,
+        exponent: float = CUBIC,
         allocation: str | Mapping[str, Any] = "planned",
     ) -> None:
         check_span("gradual", begin, end)
         check_counts("gradual", {"updates": updates})
-        self.begin, self.end, self.updates = begin, end, updates
+        check_numbers("gradual", {"exponent": exponent}, 0.1, 10.0)
+        self.begin, self.end, self.updates, self.exponent = begin, end, updates, exponent
         self.allocation = make_allocation(allocation)
         self.finds_shares = self.allocation.finds_shares
         self._fractions: dict[int, float] = {}  # step -> fraction of the plan's sparsities
@@ -39,7 +42,7 @@ class Gradual(SparseTraining):
     def start(self, pruner: Pruner, total_steps: int) -> None:
         self.pruner = pruner
         self.masks = {}
-        self._fractions = cubic(self.begin, self.end, self.updates, total_steps)
+        self._fractions = cuts(self.begin, self.end, self.updates, total_steps, self.exponent)
 
     def after_step(self, step: int) -> None:
         if step in self._fractions:

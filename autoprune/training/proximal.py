@@ -20,7 +20,7 @@ from autoprune.errors import ConfigError, did_you_mean
 from autoprune.patterns.base import cell_means
 from autoprune.training.base import Signals
 from autoprune.training.latent import LatentTraining
-from autoprune.training.schedule import check_counts, check_numbers, check_span, cubic
+from autoprune.training.schedule import CUBIC, check_counts, check_numbers, check_span, cuts
 
 
 def half(size: Tensor, threshold: float) -> Tensor:
@@ -58,6 +58,7 @@ class Proximal(LatentTraining):
         begin: fraction of the run after which cutting begins, in [0, 1).
         end: fraction of the run at which the budget is met, in (begin, 1]; the masks stay as they are after it.
         updates: thresholdings between the two, >= 1.
+        exponent: of the rise, in [0.1, 10]; 1 is even, 3 cubic, more cuts earlier.
         relaxation: how far a thresholding goes for what it keeps, in [0, 1]; 0 shrinks nothing.
         splice: whether what is cut keeps its value, goes on learning and may return until `end`.
         allocation: what shares the plan's budget among the layers: a name, or a table with its arguments.
@@ -71,6 +72,7 @@ class Proximal(LatentTraining):
         begin: float = 0.0,
         end: float = 0.6,
         updates: int = 30,
+        exponent: float = CUBIC,
         relaxation: float = 0.3,
         splice: bool = False,
         allocation: str | Mapping[str, Any] = "planned",
@@ -81,16 +83,18 @@ class Proximal(LatentTraining):
             )
         check_span("proximal", begin, end)
         check_counts("proximal", {"updates": updates})
+        check_numbers("proximal", {"exponent": exponent}, 0.1, 10.0)
         check_numbers("proximal", {"relaxation": relaxation}, 0.0, 1.0)
         if not isinstance(splice, bool):
             raise ConfigError(f"training method 'proximal': splice must be true or false, not {splice!r}.")
         self.operator, self.begin, self.end, self.updates = PENALTIES[penalty], begin, end, updates
+        self.exponent = exponent
         self.relaxation, self.splice = relaxation, splice
         self.allocation = make_allocation(allocation)
         self.finds_shares = self.allocation.finds_shares
 
     def prepare(self) -> None:
-        self._fractions = cubic(self.begin, self.end, self.updates, self.total_steps)
+        self._fractions = cuts(self.begin, self.end, self.updates, self.total_steps, self.exponent)
         self._cells = {name: self.pruner.cells(name) for name in self.latent}
         self.threshold = dict.fromkeys(self.latent, 0.0)
 

@@ -8,9 +8,15 @@ from collections.abc import Mapping
 from autoprune.errors import ConfigError
 
 
-def rise(progress: float) -> float:
-    """The cubic: the fraction of the plan's sparsities at `progress` through the cutting, which is cut to [0, 1]."""
-    return 1.0 - (1.0 - min(1.0, max(0.0, progress))) ** 3
+CUBIC = 3.0
+
+
+def rise(progress: float, exponent: float = CUBIC) -> float:
+    """The fraction of the plan's sparsities at `progress` through the cutting, which is cut to [0, 1].
+
+    An exponent of 1 rises evenly, 3 is the cubic, more cuts earlier still.
+    """
+    return 1.0 - (1.0 - min(1.0, max(0.0, progress))) ** exponent
 
 
 def cutting_steps(begin: float, end: float, total_steps: int) -> tuple[int, int]:
@@ -19,7 +25,7 @@ def cutting_steps(begin: float, end: float, total_steps: int) -> tuple[int, int]
     return first, max(first + 1, math.floor(end * total_steps))
 
 
-def cubic(begin: float, end: float, updates: int, total_steps: int) -> dict[int, float]:
+def cuts(begin: float, end: float, updates: int, total_steps: int, exponent: float = CUBIC) -> dict[int, float]:
     """The steps at which masks are made -> the fraction of the plan's sparsities then (Zhu and Gupta 2017).
 
     Args:
@@ -27,10 +33,11 @@ def cubic(begin: float, end: float, updates: int, total_steps: int) -> dict[int,
         end: fraction of the run at which the plan is reached, in (begin, 1].
         updates: how often masks are made, evenly spaced, >= 1.
         total_steps: of the run, counted from 1; the last of the returned steps has fraction 1.
+        exponent: of `rise`.
     """
     first, last = cutting_steps(begin, end, total_steps)
     steps = {first + math.ceil((last - first) * i / updates) for i in range(1, updates + 1)}
-    return {step: rise((step - first) / (last - first)) for step in sorted(steps)}
+    return {step: rise((step - first) / (last - first), exponent) for step in sorted(steps)}
 
 
 def check_span(method: str, begin: float, end: float) -> None:

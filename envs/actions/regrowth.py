@@ -1,0 +1,19 @@
+"""Run action: whether what was cut goes on learning and can return."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from autoprune.envs.actions.method_argument import MethodOption
+
+
+class Regrowth(MethodOption):
+    """Off or on: `splice` of the method proximal."""
+
+    arguments: ClassVar[tuple[str, ...]] = ("splice",)
+
+    def __init__(self) -> None:
+        super().__init__((False, True))
+
+    def value(self, unit: float) -> Any:
+        return bool(super().value(unit))
