@@ -7,7 +7,6 @@ from collections.abc import Mapping
 
 from autoprune.errors import ConfigError
 
-
 CUBIC = 3.0
 
 
@@ -16,7 +15,7 @@ def rise(progress: float, exponent: float = CUBIC) -> float:
 
     An exponent of 1 rises evenly, 3 is the cubic, more cuts earlier still.
     """
-    return 1.0 - (1.0 - min(1.0, max(0.0, progress))) ** exponent
+    return 1.0 - float((1.0 - min(1.0, max(0.0, progress))) ** exponent)
 
 
 def cutting_steps(begin: float, end: float, total_steps: int) -> tuple[int, int]:

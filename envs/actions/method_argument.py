@@ -52,7 +52,8 @@ class MethodNumber(MethodArgument):
         numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in (low, high))
         if not numbers or not least <= low < high <= most:
             raise ConfigError(
-                f"action {self.arguments[0]!r} needs {least:g} <= low < high <= {most:g}, not low={low!r}, high={high!r}."
+                f"an action for {self.arguments[0]!r} needs {least:g} <= low < high <= {most:g}, not low={low!r}, "
+                f"high={high!r}."
             )
         self.low, self.high = low, high
 
@@ -70,7 +71,7 @@ class MethodOption(MethodArgument):
 
     def __init__(self, options: Sequence[Any]) -> None:
         if not options:
-            raise ConfigError(f"action {self.arguments[0]!r}: options must list at least one value.")
+            raise ConfigError(f"an action for {self.arguments[0]!r}: options must list at least one value.")
         self.options = tuple(options)
 
     def value(self, unit: float) -> Any:

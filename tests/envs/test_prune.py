@@ -16,6 +16,7 @@ from stable_baselines3.common.env_checker import check_env as check_env_sb3
 from autoprune.agents.base import run_episode
 from autoprune.envs import ENV_ID, PruneEnv
 from autoprune.envs.actions import ACTIONS
+from autoprune.envs.actions.method_argument import MethodArgument
 from autoprune.envs.observation import NAMES
 from autoprune.errors import ConfigError, InfeasibleTarget
 from autoprune.plan import Plan
@@ -117,6 +118,37 @@ def test_a_methods_strength_is_one_that_it_takes(name: str, unit: float) -> None
         assert steered[1] <= chosen.args[steered[0]] <= steered[2]
 
 
+METHOD_ACTIONS = [name for name in ACTIONS if issubclass(ACTIONS.get(name), MethodArgument)]
+
+
+@pytest.mark.parametrize("name", list(TRAINING))
+@pytest.mark.parametrize("unit", [-1.0, -0.4, 0.0, 0.7, 1.0])
+def test_whatever_the_actions_set_is_a_method(name: str, unit: float) -> None:
+    problem = fake_problem()
+    plan = replace(problem.uniform(0.5), training=Choice(name))
+    for action in METHOD_ACTIONS:
+        component = ACTIONS.create(Choice(action))
+        assert isinstance(component, MethodArgument)
+        before, plan = plan, component.decode(unit, problem, plan, None)
+        changed = {key: value for key, value in plan.training.args.items() if before.training.args.get(key) != value}
+        assert set(changed) <= set(component.arguments)
+        TRAINING.create(plan.training)
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_actions_reach_what_a_method_has_and_nothing_else() -> None:
+    problem = fake_problem()
+    plan = replace(problem.uniform(0.5), training=Choice("gradual", {"end": 0.4}))
+    for action, unit in (("schedule_exponent", 1.0), ("schedule_rounds", -1.0), ("penalty", 0.0), ("epochs", 1.0)):
+        plan = ACTIONS.create(Choice(action)).decode(unit, problem, plan, None)
+    assert plan.training == Choice("gradual", {"end": 0.4, "exponent": 8.0, "updates": 4})
+    assert plan.settings == {"epochs": 10}
+    rounds = ACTIONS.create(Choice("schedule_rounds")).decode(
+        1.0, problem, replace(plan, training=Choice("bayesian")), None
+    )
+    assert rounds.training == Choice("bayesian", {"rounds": 60})
+
+
 def test_an_agent_may_choose_the_method_and_how_strong_it_is() -> None:
     names = ["gradual", {"name": "adaptive", "freeze": 0.8}]
     actions = (Choice("training_method", {"names": names}), Choice("method_strength"), Choice("sparsity"))
@@ -138,6 +170,13 @@ def test_an_agent_may_choose_the_method_and_how_strong_it_is() -> None:
         ((Choice("sparsity"), Choice("training_method", {"names": ["gradul"]})), "Did you mean 'gradual'"),
         ((Choice("sparsity"), Choice("training_method", {"names": [{"name": "gradual", "ende": 1}]})), "mean 'end'"),
         ((Choice("sparsity"), Choice("method_strength"), Choice("training_method")), "list 'training_method' before"),
+        ((Choice("sparsity"), Choice("schedule_end", {"low": 0.5, "high": 0.2})), "low < high"),
+        ((Choice("sparsity"), Choice("schedule_rounds", {"low": 0})), "1 <= low"),
+        ((Choice("sparsity"), Choice("schedule_exponent", {"high": "8"})), "high='8'"),
+        ((Choice("sparsity"), Choice("allocation", {"options": ["erc"]})), "Did you mean 'erk'"),
+        ((Choice("sparsity"), Choice("allocation", {"options": []})), "at least one"),
+        ((Choice("sparsity"), Choice("penalty", {"options": ["l2"]})), "Did you mean 'l1'"),
+        ((Choice("sparsity"), Choice("epochs", {"low": 3, "high": 3})), "whole numbers"),
     ],
 )
 def test_wrong_actions_say_what_is_allowed(actions: tuple[Choice, ...], text: str) -> None:
