@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from autoprune.agents.base import Agent, Trial
+from autoprune.agents.halving import FIDELITY, of_highest_fidelity
 from autoprune.envs.prune import PruneEnv
 from autoprune.errors import FileError
 from autoprune.files import append_line, read_lines, write_text
@@ -20,13 +21,20 @@ from autoprune.plan import Plan
 
 @dataclass(frozen=True)
 class SearchResult:
-    """All trials of a search, in order. `best` breaks ties in favour of the earlier trial."""
+    """A search's outcome.
+
+    Attributes:
+        trials: all of the agent's, in order.
+        halved: of successive halving, rung by rung; their rewards are of higher fidelities.
+    """
 
     trials: tuple[Trial, ...]
+    halved: tuple[Trial, ...] = ()
 
     @property
     def best(self) -> Trial:
-        return max(self.trials, key=lambda trial: float(trial["reward"]))
+        """The best of the highest fidelity, the earlier one of equals."""
+        return max(of_highest_fidelity([*self.trials, *self.halved]), key=lambda trial: float(trial["reward"]))
 
     @property
     def plan(self) -> Plan:
@@ -34,7 +42,7 @@ class SearchResult:
 
 
 class TrialLog:
-    """The trials of one search, a JSON line each."""
+    """The trials of one search, a JSON line each: the agent's, then those of successive halving."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -80,12 +88,13 @@ def search(
         on_resumed: called once, before the first, with the trials of the interrupted search.
     """
     log = TrialLog(directory / "trials.jsonl") if directory is not None else None
-    trials: list[Trial] = log.read() if log is not None else []
+    trials = [trial for trial in log.read() if FIDELITY not in trial] if log is not None else []
     done = 0
     if log is not None and directory is not None:
         done = min(episodes, agent.resumable_episodes(directory, len(trials)))
-        log.keep_first(done)
-        del trials[done:]
+        if done < len(trials):
+            log.keep_first(done)  # those of successive halving go too: their evaluations are remembered
+            del trials[done:]
     if on_resumed is not None:
         on_resumed(trials)
 

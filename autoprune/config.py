@@ -64,9 +64,18 @@ class EnvSection(Section):
     gamma: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
 
 
+class HalvingSection(Section):
+    """Short real training of the plans that look best: successive halving, down to one plan."""
+
+    plans: Annotated[int, Field(ge=2)] = 8  # of the search that are trained
+    steps: Count = 100  # optimizer steps of each; `factor` times more for `factor` times fewer, and so on
+    factor: Annotated[int, Field(ge=2)] = 2
+
+
 class SearchSection(Section):
     agent: ChoiceField = Choice("ppo")
     episodes: Count = 300
+    halving: HalvingSection | None = None  # off when absent: the best plan is the one that scored best in the search
 
 
 class FinetuneSection(Section):

@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import shutil
 import time
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ import torch
 from torch import nn
 
 from autoprune.agents import AGENTS
-from autoprune.agents.harness import SearchResult, search
+from autoprune.agents.base import Trial
+from autoprune.agents.halving import FIDELITY, halve, rungs
+from autoprune.agents.harness import SearchResult, TrialLog, search
 from autoprune.agents.rival import CLOSE, reward_at, uniform_at
 from autoprune.config import Config
 from autoprune.criteria import CRITERIA
@@ -27,15 +30,17 @@ from autoprune.envs.actions import ACTIONS, ActionComponent
 from autoprune.envs.actions.criterion import CriterionChoice
 from autoprune.envs.actions.group_size import GroupSize
 from autoprune.envs.projection import check_movable, meet
+from autoprune.envs.rewards import terminal_reward
 from autoprune.errors import ConfigError, FileError, InfeasibleTarget
 from autoprune.evaluation.dense import check_reseedable, dense_model, other_dense_models
 from autoprune.evaluation.evaluator import Evaluator
 from autoprune.evaluation.finetune import finetune_
-from autoprune.evaluation.measurement import CachedEvaluate, Evaluate
+from autoprune.evaluation.measurement import CachedEvaluate, Evaluate, Measurement
 from autoprune.evaluation.profile import profile_settings, profile_table, worth_pruning
 from autoprune.evaluation.recovery import RECOVERIES, Subject
 from autoprune.evaluation.recovery.batch_norm import BatchNorm
 from autoprune.evaluation.recovery.none import NoRecovery
+from autoprune.evaluation.recovery.train import Train
 from autoprune.evaluation.sensitivity import ANCHORS, probe_sensitivity
 from autoprune.files import read_json, read_tensors, write_json, write_tensors
 from autoprune.inventory import Inventory, take_inventory
@@ -292,7 +297,32 @@ class Run:
                 monitor.close()
         if not (self.directory / "policy" / "policy.json").exists():
             agent.save_policy(self.directory / "policy", env)
-        return result
+        return replace(result, halved=self._halved(result.trials)) if config.search.halving else result
+
+    def _halved(self, trials: Sequence[Trial]) -> tuple[Trial, ...]:
+        """The best plans of the search, trained for real: see `agents.halving`."""
+        halving = self.config.search.halving
+        assert halving is not None
+        ladder = rungs(halving.plans, halving.steps, halving.factor)
+        log = TrialLog(self.directory / "search" / "trials.jsonl")
+        done = [trial for trial in log.read() if FIDELITY in trial]
+
+        def evaluate_at(steps: int) -> Evaluate:
+            path = self.directory / "search" / f"evaluations-{steps}.jsonl"
+            return CachedEvaluate(replace(self.evaluator, recovery=Train(steps)), path)
+
+        def reward(measured: Measurement) -> tuple[float, dict[str, float]]:
+            terms = terminal_reward(self.problem, measured)
+            return terms.total, asdict(terms)
+
+        with self.progress.bar("halving", sum(rung.plans for rung in ladder)) as bar:
+            bar.advance(len(done))
+
+            def shown(trial: Trial) -> None:
+                log.append(trial)
+                bar.advance(1, f"{trial[FIDELITY]} steps: {100 * trial['accuracy']:.2f}% at {trial['speedup']:.2f}x")
+
+            return tuple(halve(trials, ladder, evaluate_at, reward, shown, done))
 
     @cached_property
     def plan(self) -> Plan:

@@ -31,7 +31,11 @@ SMALL = {
     "target": {"accuracy_drop": 0.5},
     "latency": {"samples": 5, "search_samples": 3, "profile_samples": 3, "engines": ["eager"]},
     "env": {"actions": ["sparsity"], "min_saving": 0.0},  # timings must not pick the layers
-    "search": {"agent": {"name": "ppo", "net": [8], "episodes_per_update": 2}, "episodes": 4},
+    "search": {
+        "agent": {"name": "ppo", "net": [8], "episodes_per_update": 2},
+        "episodes": 4,
+        "halving": {"plans": 2, "steps": 1},
+    },
     "finetune": {"settings": {"epochs": 1, "learning_rate": 0.05, "distillation_weight": 0.5}},
 }
 FILES = [
@@ -100,6 +104,20 @@ def test_a_finished_run_does_no_work_again(finished: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in before if "agent" not in path.name} == {
         path: when for path, when in before.items() if "agent" not in path.name
     }
+
+
+def test_the_plan_is_the_best_of_those_trained_for_longest(copied: Path) -> None:
+    log = copied / "search" / "trials.jsonl"
+    trials = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [trial.get("fidelity", 0) for trial in trials] == [0] * 4 + [1] * 2 + [2]
+    assert Run(config(), copied).found.best == trials[-1]
+    assert Plan.load(copied / "plan.json") == Plan.from_json(trials[-1]["plan"])
+    log.write_text("".join(json.dumps(trial) + "\n" for trial in trials[:5]))  # killed in the first rung
+    (copied / "search" / "evaluations-2.jsonl").unlink()
+    again = Run(config(), copied).found
+    assert [trial["fidelity"] for trial in again.halved] == [1, 1, 2]
+    assert again.halved[0] == trials[4]
+    assert Run(config(), copied).found.halved == again.halved
 
 
 def test_stages_run_alone_and_a_lost_result_is_made_again(copied: Path) -> None:

@@ -1,0 +1,91 @@
+"""Successive halving (Jamieson and Talwalkar 2016): what looks best cheaply is trained, fewer and longer each time.
+
+A reward is compared with rewards of the same fidelity alone: what a plan scored cheaply decides who is trained, never
+who is best in the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from autoprune.agents.base import Trial
+from autoprune.errors import ConfigError
+from autoprune.evaluation.measurement import Evaluate, Measurement
+from autoprune.plan import Plan
+
+FIDELITY = "fidelity"  # key of a trial: training steps of its score beyond the search's own; absent: none
+
+
+@dataclass(frozen=True)
+class Rung:
+    """So many plans, trained for so many steps each."""
+
+    plans: int
+    steps: int
+
+
+def rungs(plans: int, steps: int, factor: int) -> tuple[Rung, ...]:
+    """Down to one plan: each rung has `factor` times fewer plans and as many times more steps.
+
+    Raises:
+        ConfigError: fewer than 2 plans, no step, or a factor below 2.
+    """
+    if plans < 2 or steps < 1 or factor < 2:
+        raise ConfigError(
+            f"successive halving needs 2 plans, a step and a factor of 2 at least, not {plans}, {steps} and {factor}."
+        )
+    made = [Rung(plans, steps)]
+    while made[-1].plans > 1:
+        made.append(Rung(-(-made[-1].plans // factor), made[-1].steps * factor))
+    return tuple(made)
+
+
+def halve(
+    trials: Sequence[Trial],
+    ladder: Sequence[Rung],
+    evaluate_at: Callable[[int], Evaluate],
+    reward: Callable[[Measurement], tuple[float, dict[str, float]]],
+    on_trial: Callable[[Trial], None],
+    done: Sequence[Trial] = (),
+) -> list[Trial]:
+    """Climbs the ladder; returns the trials of all rungs, those of the last one at the end.
+
+    Args:
+        trials: of the search, all of one fidelity.
+        ladder: from `rungs`.
+        evaluate_at: steps -> the evaluation that trains a plan for so many.
+        reward: a measurement -> the reward and its terms.
+        on_trial: takes each new trial.
+        done: trials of an earlier, interrupted climb; they are not run again.
+    """
+    known = {(trial[FIDELITY], Plan.from_json(trial["plan"]).key): trial for trial in done}
+    climbed: list[Trial] = []
+    for rung in ladder:
+        below = climbed if climbed else list(trials)
+        evaluate = evaluate_at(rung.steps)
+        here = []
+        for plan in _best(below, rung.plans):
+            trial = known.get((rung.steps, plan.key))
+            if trial is None:
+                measured = evaluate(plan)
+                total, terms = reward(measured)
+                trial = {"plan": plan.to_json(), **measured.to_json(), "reward": total, "terms": terms}
+                trial[FIDELITY] = rung.steps
+                on_trial(trial)
+            here.append(trial)
+        climbed = [*climbed, *here]
+    return climbed
+
+
+def _best(trials: Sequence[Trial], count: int) -> list[Plan]:
+    """The plans with the highest rewards of the highest fidelity, each once; earlier ones first among equals."""
+    top = of_highest_fidelity(trials)
+    plans = [Plan.from_json(trial["plan"]) for trial in sorted(top, key=lambda trial: -float(trial["reward"]))]
+    return list({plan.key: plan for plan in plans}.values())[:count]
+
+
+def of_highest_fidelity(trials: Sequence[Trial]) -> list[Trial]:
+    """The trials whose rewards may be compared to find the best."""
+    most = max((int(trial.get(FIDELITY, 0)) for trial in trials), default=0)
+    return [trial for trial in trials if int(trial.get(FIDELITY, 0)) == most]

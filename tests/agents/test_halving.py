@@ -1,0 +1,84 @@
+"""Successive halving: fewer plans, more steps, and no reward compared with another fidelity's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from autoprune.agents.base import Trial
+from autoprune.agents.halving import FIDELITY, Rung, halve, of_highest_fidelity, rungs
+from autoprune.agents.harness import SearchResult
+from autoprune.errors import ConfigError
+from autoprune.evaluation.measurement import Evaluate, Measurement
+from autoprune.plan import Plan
+from autoprune.testing import fake_problem
+
+PLANS = [fake_problem().uniform(0.1 * (index + 1)) for index in range(6)]
+CHEAP: list[Trial] = [
+    {"plan": plan.to_json(), "reward": reward, "accuracy": 0.5, "speedup": 2.0, "latency_ms": 1.0}
+    for plan, reward in zip(PLANS, (5.0, 9.0, 7.0, 8.0, 6.0, 4.0), strict=True)
+]
+REAL = dict(zip((plan.key for plan in PLANS), (0.0, 0.1, 0.9, 0.5, 0.99, 1.0), strict=True))  # accuracy once trained
+
+
+def evaluations(asked: list[tuple[int, str]]) -> Callable[[int], Evaluate]:
+    def at(steps: int) -> Evaluate:
+        def evaluate(plan: Plan) -> Measurement:
+            asked.append((steps, plan.key))
+            return Measurement(REAL[plan.key] - 1.0 / steps, 1.0, 2.0)
+
+        return evaluate
+
+    return at
+
+
+def reward(measured: Measurement) -> tuple[float, dict[str, float]]:
+    return measured.accuracy, {"accuracy": measured.accuracy}
+
+
+def test_the_ladder_ends_with_one_plan() -> None:
+    assert rungs(4, 10, 2) == (Rung(4, 10), Rung(2, 20), Rung(1, 40))
+    assert rungs(5, 1, 3) == (Rung(5, 1), Rung(2, 3), Rung(1, 9))
+
+
+@pytest.mark.parametrize("wrong", [(1, 10, 2), (4, 0, 2), (4, 10, 1)])
+def test_a_ladder_of_nothing_is_refused(wrong: tuple[int, int, int]) -> None:
+    with pytest.raises(ConfigError, match="successive halving needs"):
+        rungs(*wrong)
+
+
+def test_what_is_best_once_trained_wins_though_it_looked_worse() -> None:
+    asked: list[tuple[int, str]] = []
+    seen: list[Trial] = []
+    climbed = halve(CHEAP, rungs(4, 10, 2), evaluations(asked), reward, seen.append)
+    key = [plan.key for plan in PLANS]
+    assert asked == [
+        *((10, key[index]) for index in (1, 3, 2, 4)),
+        *((20, key[index]) for index in (4, 2)),
+        (40, key[4]),
+    ]
+    assert seen == climbed
+    best = SearchResult(tuple(CHEAP), tuple(climbed)).best
+    assert Plan.from_json(best["plan"]) == PLANS[4]
+    assert best[FIDELITY] == 40
+    assert best["reward"] < max(float(trial["reward"]) for trial in CHEAP), "cheap rewards are of another kind"
+    assert len(of_highest_fidelity([*CHEAP, *climbed[:4]])) == 4
+
+
+def test_equal_plans_are_trained_once() -> None:
+    asked: list[tuple[int, str]] = []
+    halve([CHEAP[1], CHEAP[1], CHEAP[0]], rungs(3, 10, 3), evaluations(asked), reward, lambda _: None)
+    assert [steps for steps, _ in asked] == [10, 10, 30]
+
+
+def test_a_climb_that_was_stopped_goes_on() -> None:
+    whole = halve(CHEAP, rungs(4, 10, 2), evaluations([]), reward, lambda _: None)
+    asked: list[tuple[int, str]] = []
+    again = halve(CHEAP, rungs(4, 10, 2), evaluations(asked), reward, lambda _: None, whole[:5])
+    assert again == whole
+    assert [steps for steps, _ in asked] == [20, 40]
+
+
+def test_without_a_climb_the_best_is_the_searchs() -> None:
+    assert SearchResult(tuple(CHEAP)).best is CHEAP[1]
