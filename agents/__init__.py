@@ -12,6 +12,7 @@ AGENTS: Registry[Agent] = Registry(
         "sac": "autoprune.agents.sac:SACAgent",
         "td3": "autoprune.agents.td3:TD3Agent",
         "ddpg": "autoprune.agents.ddpg:DDPGAgent",
+        "tpe": "autoprune.agents.tpe:TPEAgent",
         "policy": "autoprune.agents.pretrained:PretrainedAgent",
     },
 )

@@ -273,11 +273,6 @@ class Run:
     def found(self) -> SearchResult:
         """The search's trials; only those that are missing are run."""
         config, directory = self.config, self.directory / "search"
-        if config.target.sparsity is not None:
-            raise ConfigError(
-                "a search aims at a speed-up or an accuracy drop, not at a sparsity: set target.speedup or "
-                "target.accuracy_drop, or prune without a search: autoprune prune CONFIG --method NAME --sparsity 0.9."
-            )
         agent, env = AGENTS.create(config.search.agent), self.env
         self.progress.say(f"search: {config.search.agent}, {config.search.episodes} episodes, {config.target}")
         with self.progress.bar("search", config.search.episodes) as bar:

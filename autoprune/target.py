@@ -14,7 +14,7 @@ class Target:
     Attributes:
         speedup: end-to-end, over the dense model in torch eager under the same protocol; above 1.
         accuracy_drop: the largest loss of validation accuracy allowed, as a fraction, in (0, 1).
-        sparsity: of every layer, in (0, 1); for pruning without a search.
+        sparsity: share of zeros of the planned layers, in (0, 1).
     """
 
     speedup: float | None = None
@@ -36,7 +36,7 @@ class Target:
 
     def __str__(self) -> str:
         if self.sparsity is not None:
-            return f"{100 * self.sparsity:g}% sparsity"
+            return f"{100 * self.sparsity:g}% sparsity, most accurate"
         if self.speedup is not None:
             return f"at least {self.speedup:g}x faster, most accurate"
         return f"at most {100 * (self.accuracy_drop or 0):g} points lost, fastest"

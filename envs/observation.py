@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from autoprune.envs.problem import Problem
 from autoprune.plan import LayerSpec, Plan
 
-OBSERVATION_VERSION = 1
+OBSERVATION_VERSION = 2
 KINDS = ("conv2d", "grouped conv2d", "linear", "lstm")
 CURVE_ANCHORS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95)  # sparsities at which the curves are read
 LIMIT = 10.0
@@ -38,6 +38,7 @@ NAMES = (
     "accuracy drop so far",
     "log target speed-up",
     "target accuracy drop",
+    "target sparsity",
     "log layers",
 )
 
@@ -60,6 +61,7 @@ class Observer:
         self._target = [
             math.log2(target.speedup) if target.speedup is not None else 0.0,
             10 * target.accuracy_drop if target.accuracy_drop is not None else 0.0,
+            target.sparsity if target.sparsity is not None else 0.0,
             math.log2(len(names)) / 6,
         ]
 

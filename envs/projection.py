@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 
 from autoprune.errors import ConfigError, InfeasibleTarget
+from autoprune.inventory import Inventory
 from autoprune.latency.table import LatencyTable
 from autoprune.patterns import PATTERNS
 from autoprune.plan import Plan
@@ -67,6 +68,31 @@ def meet(plan: Plan, table: LatencyTable, speedup: float, max_sparsity: float) -
             high = middle
         else:
             low = middle
+    return shift(plan, high, max_sparsity)
+
+
+def meet_sparsity(plan: Plan, inventory: Inventory, sparsity: float, max_sparsity: float) -> Plan:
+    """The least common shift of `plan` that leaves no more weights than the given sparsity of all its layers.
+
+    Raises:
+        InfeasibleTarget: `max_sparsity` in every layer is too little.
+    """
+    if sparsity > max_sparsity:
+        raise InfeasibleTarget(
+            f"no plan has {100 * sparsity:g}% zeros: a layer may have {100 * max_sparsity:g}% at most. Ask for less, "
+            "or allow more (env.max_sparsity)."
+        )
+    if all(layer.sparsity == sparsity for layer in plan.layers.values()):
+        return plan
+    weights = {name: inventory[name].weights for name in plan.layers}
+
+    def zeros(candidate: Plan) -> float:
+        return sum(weights[name] * layer.sparsity for name, layer in candidate.layers.items()) / sum(weights.values())
+
+    low, high = -12.0, 12.0
+    for _ in range(_STEPS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if zeros(shift(plan, middle, max_sparsity)) >= sparsity else (middle, high)
     return shift(plan, high, max_sparsity)
 
 

@@ -1,4 +1,7 @@
-"""``autoprune/Prune-v0``: step 0 sets the run's hyper-parameters, then one step a layer, then the plan is measured."""
+"""``autoprune/Prune-v0``: step 0 sets the run's hyper-parameters, then one step a layer, then the plan is measured.
+
+Without an action that chooses for layers, an episode is step 0 alone: a search for a recipe.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from autoprune.envs.actions import ACTIONS, ActionSpace
 from autoprune.envs.actions.group_size import GroupSize
 from autoprune.envs.observation import LIMIT, Observer, length
 from autoprune.envs.problem import Problem
-from autoprune.envs.projection import check_feasible, fastest, meet, project, release_useless
+from autoprune.envs.projection import check_feasible, fastest, meet, meet_sparsity, project, release_useless
 from autoprune.envs.rewards import potential, terminal_reward
 from autoprune.plan import Plan
 from autoprune.registry import Choice
@@ -67,8 +70,8 @@ class PruneEnv(gymnasium.Env[Observation, Action]):
 
     @property
     def steps_per_episode(self) -> int:
-        """Step 0 and one a layer."""
-        return 1 + len(self.problem.inventory.layers)
+        """Step 0 and, where actions choose for layers, one a layer."""
+        return 1 + len(self.problem.inventory.layers) * self.actions.of_layers
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -105,6 +108,8 @@ class PruneEnv(gymnasium.Env[Observation, Action]):
     def finished(self, plan: Plan) -> Plan:
         """The plan that is measured: on the budget when there is one, useless sparsity given back."""
         problem = self.problem
+        if problem.target.sparsity is not None:
+            return meet_sparsity(plan, problem.inventory, problem.target.sparsity, problem.max_sparsity)
         if problem.target.speedup is None:
             return release_useless(plan, problem.table)
         return project(plan, problem.table, problem.target.speedup, problem.max_sparsity)
@@ -121,6 +126,8 @@ class PruneEnv(gymnasium.Env[Observation, Action]):
 
     def _starting_plan(self) -> Plan:
         problem, speedup = self.problem, self.problem.target.speedup
+        if problem.target.sparsity is not None:
+            return self.finished(problem.uniform(problem.target.sparsity))
         uniform = problem.uniform(START_SPARSITY)
         if speedup is None:
             return uniform

@@ -30,9 +30,12 @@ def terminal_reward(problem: Problem, measured: Measurement) -> Reward:
     """Scores a measured plan against the target.
 
     Speed-up target: accuracy gained over dense, less a penalty for what the *measured* speed-up is short of.
-    Accuracy target: log2 of the measured speed-up, less a penalty for accuracy lost beyond what is allowed.
+    Accuracy target: log2 of the measured speed-up, less a penalty for accuracy lost beyond what is allowed. Sparsity
+    target: accuracy gained over dense; every plan has that sparsity.
     """
     gained = measured.accuracy - problem.dense_accuracy
+    if problem.target.sparsity is not None:
+        return Reward(ACCURACY_WEIGHT * gained, 0.0)
     if problem.target.speedup is not None:
         short = max(0.0, problem.target.speedup / measured.speedup - 1.0 - TOLERANCE)
         return Reward(ACCURACY_WEIGHT * gained, -SHORTFALL_WEIGHT * short)
@@ -53,6 +56,6 @@ def potential(problem: Problem, plan: Plan, decided: int) -> float:
         table = problem.table
         saved_us += table.dense_us(name) - table.layer_us(name, str(layer.pattern), layer.sparsity)
     value = -ACCURACY_WEIGHT * lost
-    if problem.target.speedup is None:
+    if problem.target.accuracy_drop is not None:
         value += problem.table.scale * saved_us / 1e3 / problem.table.dense_ms
     return value

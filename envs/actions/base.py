@@ -57,13 +57,18 @@ class ActionSpace:
         names = [name for name, _ in components]
         if len(set(names)) != len(names):
             raise ConfigError(f"an action component is listed twice: {', '.join(names)}.")
-        if not any(component.scope == "layer" for _, component in components):
-            raise ConfigError("the environment needs a layer action such as 'sparsity': nothing to learn otherwise.")
+        if not components:
+            raise ConfigError("the environment needs an action such as 'sparsity': nothing to learn otherwise.")
         for place, (name, component) in enumerate(components):
             if late := [other for other in component.after if other in names[place:]]:
                 raise ConfigError(f"the action {name!r} builds on {late[0]!r}: list {late[0]!r} before it.")
         self.names = tuple(names)
         self.components = tuple(component for _, component in components)
+
+    @property
+    def of_layers(self) -> bool:
+        """Whether anything is chosen a layer at a time."""
+        return any(component.scope == "layer" for component in self.components)
 
     @property
     def box(self) -> spaces.Box:

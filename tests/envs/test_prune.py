@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from stable_baselines3.common.env_checker import check_env as check_env_sb3
 
 from autoprune.agents.base import run_episode
-from autoprune.envs import ENV_ID, PruneEnv
+from autoprune.envs import ENV_ID, Problem, PruneEnv
 from autoprune.envs.actions import ACTIONS
 from autoprune.envs.actions.method_argument import MethodArgument
 from autoprune.envs.observation import NAMES
@@ -159,10 +159,45 @@ def test_an_agent_may_choose_the_method_and_how_strong_it_is() -> None:
     assert info["trial"]["plan"]["training"] == {"name": "adaptive", "args": {"freeze": 0.8, "look_ahead": 1.0}}
 
 
+def zeros(problem: Problem, plan: Plan) -> float:
+    weights = {name: problem.inventory[name].weights for name in plan.layers}
+    return sum(weights[name] * layer.sparsity for name, layer in plan.layers.items()) / sum(weights.values())
+
+
+def test_every_plan_has_the_sparsity_that_was_asked_for() -> None:
+    problem = replace(fake_problem(), target=Target(sparsity=0.8))
+    env = PruneEnv(problem, (Choice("sparsity"),))
+    draws = np.random.default_rng(0)
+    shares = set()
+    for _ in range(5):
+        trial = run_episode(env, lambda *_: draws.uniform(-1, 1, 1).astype(np.float32))
+        plan = Plan.from_json(trial["plan"])
+        assert 0.8 <= zeros(problem, plan) < 0.83
+        assert trial["reward"] == pytest.approx(10 * (trial["accuracy"] - problem.dense_accuracy))
+        shares.add(tuple(layer.sparsity for layer in plan.layers.values()))
+    assert len(shares) == 5
+
+
+def test_a_recipe_alone_is_decided_in_one_step() -> None:
+    problem = replace(fake_problem(), target=Target(sparsity=0.8))
+    env = PruneEnv(problem, (Choice("training_method"), Choice("schedule_end")))
+    env.reset(seed=0)
+    _, _, over, _, info = env.step(np.array([0.0, 1.0], np.float32))
+    assert over
+    assert info["trial"]["plan"]["training"] == {"name": "gradual", "args": {"end": 0.6}}
+    assert all(layer["sparsity"] == 0.8 for layer in info["trial"]["plan"]["layers"].values())
+
+
+def test_a_sparsity_no_layer_may_have_is_infeasible() -> None:
+    problem = replace(fake_problem(), target=Target(sparsity=0.99))
+    with pytest.raises(InfeasibleTarget, match="99% zeros"):
+        PruneEnv(problem, (Choice("sparsity"),))
+
+
 @pytest.mark.parametrize(
     ("actions", "text"),
     [
-        ((Choice("criterion"),), "needs a layer action"),
+        ((), "needs an action"),
         ((Choice("sparsity"), Choice("sparsity")), "listed twice"),
         ((Choice("sparsty"),), "Did you mean 'sparsity'"),
         ((Choice("sparsity"), Choice("criterion", {"names": ["magnitud"]})), "Did you mean 'magnitude'"),

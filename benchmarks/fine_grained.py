@@ -1,0 +1,234 @@
+"""Who finds the best recipe: the agent, random search, TPE, or a person, at equal training cost.
+
+    python benchmarks/fine_grained.py --quick                # the embedded digits: about half an hour
+    python benchmarks/fine_grained.py                        # Fashion-MNIST: hours; stop it, and go on, at any time
+    python benchmarks/fine_grained.py --who ppo,random --seeds 1
+    python benchmarks/fine_grained.py --report               # the table again, from what is there
+
+95% of the weights are cut, anywhere. What is searched is how: the training method, what shares the budget among the
+layers, the schedule, the penalty, the learning rate, distillation. Every trial trains the dense model by its recipe
+for some steps and is scored on the validation split; then successive halving trains the best for longer, and the
+best recipe trains the model to the end. The hand-set recipe spends no trials: it is shown trained for as long as the
+others' last training, and for as long as their trials and their last training together.
+
+The test split is read once a run, at its end. Runs are kept in benchmarks/results/fine_grained/ as they end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autoprune.agents.halving import rungs
+from autoprune.config import HalvingSection, parse_config
+from autoprune.errors import ConfigError, did_you_mean
+from autoprune.files import append_line, cache_folder, read_lines, write_text
+from autoprune.latency.machine import machine_identity
+from autoprune.masks import sparsity, weight_of
+from autoprune.report.console import Console
+from autoprune.report.table import markdown_table
+from autoprune.run import Run
+from autoprune.training.loop import count_batches
+
+RESULTS = Path(__file__).parent / "results"
+SPARSITY = 0.95
+HAND_SET = {"name": "gradual", "allocation": "erk"}
+SEARCHERS = ("ppo", "random", "tpe")
+HAND, HAND_LONGER = "hand-set", "hand-set, as long as a search"
+WHO = (*SEARCHERS, HAND, HAND_LONGER)
+ACTIONS: list[Any] = [
+    {"name": "training_method", "names": ["gradual", "adaptive", "proximal", "thresholds"]},
+    "allocation",
+    "schedule_end",
+    "schedule_exponent",
+    "schedule_rounds",
+    "penalty",
+    "regrowth",
+    "learning_rate",
+    "distillation",
+]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A task of the comparison.
+
+    Attributes:
+        task: of a config.
+        episodes: trials of a search.
+        steps: optimizer steps of a trial.
+        halving: what follows.
+        epochs: of the last training.
+    """
+
+    task: Mapping[str, Any]
+    episodes: int
+    steps: int
+    halving: HalvingSection
+    epochs: int
+
+
+SETUPS: Mapping[str, Setup] = {
+    "digits": Setup(
+        {"name": "digits", "widths": [16, 32, 64]}, 24, 40, HalvingSection(plans=4, steps=80, factor=2), 12
+    ),
+    "fashion_mnist": Setup(
+        {"name": "fashion_mnist", "widths": [16, 32, 64], "augment": False},
+        24,
+        60,
+        HalvingSection(plans=4, steps=120, factor=2),
+        4,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One finished run; accuracies in [0, 1]."""
+
+    who: str
+    seed: int
+    dense: float
+    validation: float
+    test: float
+    zeros: float
+    steps: int
+    seconds: float
+    recipe: str
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the embedded digits")
+    parser.add_argument("--who", help=f"of {', '.join(WHO)}, with commas between; all when left out")
+    parser.add_argument("--seeds", type=int, default=3, help="how many")
+    parser.add_argument("--report", action="store_true", help="only write the table")
+    given = parser.parse_args()
+    name = "digits" if given.quick else "fashion_mnist"
+    who = [each.strip() for each in given.who.split(",")] if given.who else list(WHO)
+    for each in who:
+        if each not in WHO:
+            raise ConfigError(f"unknown --who {each!r}. {did_you_mean(each, WHO)}")
+    path = RESULTS / "fine_grained" / f"{name}.jsonl"
+    if not given.report:
+        torch.set_num_threads(1)
+        console = Console()
+        done = {(outcome.who, outcome.seed) for outcome in _read(path)}
+        missing = [(each, seed) for seed in range(given.seeds) for each in who if (each, seed) not in done]
+        with console.bar("runs", len(missing)) as bar:
+            for each, seed in missing:
+                outcome = run(name, each, seed)
+                append_line(path, asdict(outcome))
+                bar.advance(1, f"{each}, seed {seed}: {100 * outcome.test:.2f}%")
+    print(report(name, _read(path)))
+
+
+def _read(path: Path) -> list[Outcome]:
+    return [Outcome(**line) for line in read_lines(path, "the results")]
+
+
+def run(name: str, who: str, seed: int) -> Outcome:
+    """One search and its last training, or a hand-set recipe's; resumed where it was stopped."""
+    setup = SETUPS[name]
+    searched = who in SEARCHERS
+    epochs = setup.epochs
+    start = time.process_time()
+    directory = (
+        cache_folder() / "benchmarks" / "fine_grained" / f"{name}-{who.replace(', ', '-').replace(' ', '-')}-{seed}"
+    )
+    job = Run(parse_config(_config(setup, who, seed, epochs), name), directory)
+    per_epoch = count_batches(job.task.train)
+    trials = setup.episodes * setup.steps + sum(
+        rung.plans * rung.steps for rung in rungs(setup.halving.plans, setup.halving.steps, setup.halving.factor)
+    )
+    if who == HAND_LONGER:
+        epochs += round(trials / per_epoch)
+        job = Run(parse_config(_config(setup, who, seed, epochs), name), directory)
+    if not searched:
+        job.decide()
+    plan, model = job.plan, job.masked
+    zeros = [sparsity(weight_of(model, layer)) * job.inventory[layer].weights for layer in job.inventory.names]
+    recipe = {**plan.training.args, **plan.settings}
+    return Outcome(
+        who,
+        seed,
+        job.task.test(job.dense),
+        job.task.evaluate(model),
+        job.task.test(model),
+        sum(zeros) / sum(job.inventory[layer].weights for layer in job.inventory.names),
+        epochs * per_epoch + trials * searched,
+        time.process_time() - start,
+        f"{plan.training.name}: " + ", ".join(f"{key} {value}" for key, value in sorted(recipe.items(), key=str)),
+    )
+
+
+def _config(setup: Setup, who: str, seed: int, epochs: int) -> dict[str, Any]:
+    searched = who in SEARCHERS
+    return {
+        "seed": seed,
+        "task": {**setup.task, "seed": seed},
+        "target": {"sparsity": SPARSITY},
+        "latency": {"samples": 5, "search_samples": 3, "profile_samples": 3, "engines": ["eager"]},
+        "env": {
+            "pattern": "unstructured",
+            "max_sparsity": 0.98,
+            "min_saving": 0.0,
+            "actions": ACTIONS,
+            "recovery": {"name": "train", "steps": setup.steps},
+        },
+        "search": {
+            "agent": who if searched else "random",
+            "episodes": setup.episodes,
+            "halving": setup.halving.model_dump(),
+        },
+        "finetune": {
+            "method": "one_shot" if searched else HAND_SET,
+            "settings": {"epochs": epochs, "learning_rate": 0.05, "weight_decay": 5e-4},
+        },
+    }
+
+
+def report(name: str, outcomes: Sequence[Outcome]) -> str:
+    """The table; also written to benchmarks/results/fine_grained_NAME.md."""
+    setup, rows = SETUPS[name], []
+    for who in WHO:
+        mine = [outcome for outcome in outcomes if outcome.who == who]
+        if mine:
+            test, under = [100 * each.test for each in mine], [100 * (each.dense - each.test) for each in mine]
+            rows.append((
+                who, str(len(mine)), _spread([100 * each.validation for each in mine]), _spread(test), _spread(under),
+                f"{100 * statistics.mean(each.zeros for each in mine):.1f}%",
+                f"{statistics.mean(each.steps for each in mine):.0f}",
+                f"{statistics.mean(each.seconds for each in mine):.0f}",
+            ))  # fmt: skip
+    header = ("who", "seeds", "validation", "test", "points under dense", "zeros", "steps trained", "processor s")
+    recipes = [(outcome.who, str(outcome.seed), f"{100 * outcome.test:.2f}", outcome.recipe) for outcome in outcomes]
+    machine = ", ".join(f"{key} {value}" for key, value in machine_identity().items())
+    halving, quick = setup.halving, " --quick" if name == "digits" else ""
+    text = (
+        f"# Recipes for {100 * SPARSITY:g}% zeros, unstructured: {name}\n\n"
+        f"Written by `python benchmarks/fine_grained.py{quick}`. {setup.episodes} trials of {setup.steps} steps, "
+        f"successive halving from {halving.plans} plans of {halving.steps} steps, a last training of {setup.epochs} "
+        "epochs. Accuracies in percent, mean ± standard deviation over the seeds; "
+        "everything was chosen on the validation split.\n\n"
+        f"{markdown_table(header, rows)}\n## What was found\n\n"
+        f"{markdown_table(('who', 'seed', 'test', 'recipe'), recipes, left=4)}\n{machine}\n"
+    )
+    write_text(RESULTS / f"fine_grained_{name}.md", text)
+    return text
+
+
+def _spread(values: Sequence[float]) -> str:
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{deviation}"
+
+
+if __name__ == "__main__":
+    main()
