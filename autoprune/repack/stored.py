@@ -133,11 +133,13 @@ def restore(about: Any, tensors: Mapping[str, Tensor]) -> PackedWeight:
     encoding = ENCODINGS.create(Choice.from_json(about["encoding"]))
     cells = encoding.decode(positions.numpy(), len(rows) if shared else shape[0], columns, len(values))
     whole = values.numpy() if scales is None else _dequantise(values.numpy(), scales, cells)
-    if shared:
+    if shared:  # the decoder has checked the positions, and what is above all else that validate would
         pointer = cells.pointer
-        owner = np.repeat(owners(rows, shape[0], conv_groups), np.diff(pointer))
-        index = (cells.column + owner * columns).astype(np.int32)
-        return PackedWeight(shape, conv_groups, size, pointer.astype(np.int32), index, whole, rows).validate()
+        before = (np.arange(len(rows), dtype=np.int64) - owners(rows, shape[0], conv_groups)) * columns
+        index = (cells.kept - np.repeat(before, np.diff(pointer))).astype(np.int32)
+        return PackedWeight(
+            shape, conv_groups, size, pointer.astype(np.int32), index, np.ascontiguousarray(whole), rows
+        )
     dense = np.zeros(shape[0] * columns, np.float32)
     dense[cells.kept] = whole[:, 0]
     return pack_rows(torch.from_numpy(dense).reshape(shape), conv_groups, rows)

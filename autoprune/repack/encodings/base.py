@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +29,7 @@ class Cells:
     columns: int
     kept: Indices
 
-    @property
+    @cached_property
     def pointer(self) -> Indices:
         """``(rows + 1,)``; row r keeps ``kept[pointer[r]:pointer[r + 1]]``."""
         return np.searchsorted(self.kept, np.arange(self.rows + 1, dtype=np.int64) * self.columns)

@@ -1,0 +1,115 @@
+"""How small packed weights are in a file, and how fast they are read: ``python benchmarks/encodings.py [RUN_DIR]``.
+
+A layer of ResNet-18's shape at several sparsities, in groups of several sizes: bits a nonzero weight's position takes
+in every encoding, what the file picks, and how fast it is decoded, on one thread. With a finished run's directory,
+also the whole file of its model, with values of 32 and of 8 bits, and the test accuracy of each. Half a minute.
+
+Writes benchmarks/results/encodings.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from autoprune.config import parse_config
+from autoprune.files import read_json, write_tensors, write_text
+from autoprune.latency.machine import machine_identity
+from autoprune.masks import sparsity, weight_of
+from autoprune.patterns.group import Group
+from autoprune.repack import load, save
+from autoprune.repack.encodings import CANDIDATES, ENCODINGS
+from autoprune.repack.formats import PackedWeight, pack
+from autoprune.repack.stored import VALUE_BITS, by_filter, by_group, restore, store
+from autoprune.report.table import MISSING, markdown_table
+from autoprune.run import Run
+
+RESULTS = Path(__file__).parent / "results" / "encodings.md"
+SHAPE = (512, 512, 3, 3)
+SPARSITIES, GROUPS = (0.0, 0.5, 0.75, 0.9, 0.95, 0.98), (1, 8, 16)
+ROUNDS = 9
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, nargs="?", help="a finished run, e.g. runs/fashion_mnist")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    machine = ", ".join(f"{key} {value}" for key, value in machine_identity().items())
+    text = (
+        "# Packed weights in a file\n\n"
+        "Written by `python benchmarks/encodings.py [RUN_DIR]`.\n\n"
+        f"## A layer of {' x '.join(map(str, SHAPE))}\n\n"
+        "Bits that tell the position of one nonzero weight: told once a filter / once a group of filters. The file "
+        "takes the smallest. Decoding: bytes of the packed float32 values, and of the dense weight they stand for, "
+        "over the time from the file's tensors to the checked packed weight; one thread, medians.\n\n"
+        f"{layers()}\n"
+    )
+    if given.run is not None:
+        text += f"## A whole model\n\n{model(given.run)}\n"
+    write_text(RESULTS, f"{text}{machine}\n")
+    print(text)
+
+
+def layers() -> str:
+    generator, rows = torch.Generator().manual_seed(0), []
+    for size in GROUPS:
+        for share in SPARSITIES:
+            weight = torch.randn(SHAPE, generator=generator)
+            packed = pack(weight * Group(size).mask(weight.abs(), share), size=size)
+            grids, nonzero = (by_filter(packed)[0], by_group(packed)[0]), int((packed.values != 0).sum())
+            bits = []
+            for choice in CANDIDATES:
+                both = [ENCODINGS.create(choice).bits(cells) for cells in grids]
+                bits.append("/".join(MISSING if each is None else f"{each / nonzero:.2f}" for each in both))
+            decoded = [_decoded(packed, value_bits) for value_bits in VALUE_BITS]
+            rows.append((
+                str(size), f"{100 * share:.0f}%", *bits, str(store(packed).about["encoding"]["name"]),
+                *(f"{4 * weight.numel() / store(packed, value_bits).bytes:.1f}x" for value_bits in VALUE_BITS),
+                *(f"{packed.values.nbytes / seconds / 1e9:.2f} / {4 * weight.numel() / seconds / 1e9:.2f}"
+                  for seconds in decoded),
+            ))  # fmt: skip
+    header = ("G", "zeros", *map(str, CANDIDATES), "picked", *(f"smaller, {bits} bit" for bits in VALUE_BITS),
+              *(f"decoded GB/s, {bits} bit" for bits in VALUE_BITS))  # fmt: skip
+    return markdown_table(header, rows)
+
+
+def _decoded(packed: PackedWeight, value_bits: int) -> float:
+    """Seconds to decode a stored weight."""
+    stored, took = store(packed, value_bits), []
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        restore(stored.about, stored.tensors)
+        took.append(time.perf_counter() - start)
+    return median(took)
+
+
+def model(directory: Path) -> str:
+    path = directory / "config.json"
+    run = Run(parse_config(read_json(path, "the run's config"), str(path)), directory)
+    masked, names = run.masked, run.inventory.names
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        dense = Path(folder) / "dense.safetensors"
+        write_tensors(dense, run.dense.state_dict())
+        whole = dense.stat().st_size
+        rows.append(("dense", f"{whole:,}", "1.0x", f"{100 * run.task.test(run.dense):.2f}%"))
+        for value_bits in VALUE_BITS:
+            packed = Path(folder) / f"{value_bits}.safetensors"
+            save(run.repacked, packed, value_bits=value_bits)
+            size, accuracy = packed.stat().st_size, run.task.test(load(packed))
+            rows.append((f"repacked, {value_bits} bit", f"{size:,}", f"{whole / size:.1f}x", f"{100 * accuracy:.2f}%"))
+    weights = {name: weight_of(masked, name) for name in names}
+    zeros = sum(sparsity(weight) * weight.numel() for weight in weights.values())
+    share = zeros / sum(weight.numel() for weight in weights.values())
+    about = f"{run.config.task}, {100 * share:.1f}% zeros, pattern {run.config.env.pattern}, {run.plan.training}.\n\n"
+    return about + markdown_table(("file", "bytes", "smaller", "test accuracy"), rows)
+
+
+if __name__ == "__main__":
+    main()
