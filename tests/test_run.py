@@ -120,6 +120,16 @@ def test_the_plan_is_the_best_of_those_trained_for_longest(copied: Path) -> None
     assert Run(config(), copied).found.halved == again.halved
 
 
+def test_values_of_eight_bits_are_what_is_measured(finished: Path, tmp_path: Path) -> None:
+    kept = shutil.ignore_patterns("config.json", "repacked.safetensors")
+    run = Run(config(repack={"value_bits": 8}), Path(shutil.copytree(finished, tmp_path / "eight", ignore=kept)))
+    x = run.task.example_inputs(7)
+    rounded, whole = run.repacked(*x), run.masked(*x)
+    assert 0 < float((rounded - whole).abs().max()) < 0.1 * float(whole.abs().max())
+    sizes = [(folder / "repacked.safetensors").stat().st_size for folder in (run.directory, finished)]
+    assert sizes[0] < 0.7 * sizes[1]
+
+
 def test_stages_run_alone_and_a_lost_result_is_made_again(copied: Path) -> None:
     (copied / "masked.safetensors").unlink()
     again = Run(config(), copied)

@@ -21,10 +21,10 @@ from autoprune.repack.encodings import ENCODINGS, Cells, smallest
 from autoprune.repack.formats import GROUP_SIZES, Floats, Ints, PackedWeight, owners, pack_rows
 
 VALUE_BITS = (32, 8)
-RAREST = (
-    64  # of so many weights one must be kept for positions to be told once a filter: unpacking takes the dense weight
-)
-IN_ORDER = 2**24  # filters whose order may go untold: what a file makes us allocate is bounded by its own size
+# Unpacking what is told once a filter takes the dense weight: of so many weights one must be kept.
+RAREST = 64
+# Filters whose order may go untold: what a file makes us allocate is bounded by its own size.
+IN_ORDER = 2**24
 _INTEGERS = (torch.uint8, torch.int16, torch.int32)
 
 
@@ -122,6 +122,8 @@ def restore(about: Any, tensors: Mapping[str, Tensor]) -> PackedWeight:
     PackedWeight(shape, conv_groups, size, np.zeros(len(rows) + 1, np.int32), *nothing, rows).validate()
 
     shared, columns = about["shared"], int(np.prod(shape[1:], dtype=np.int64))
+    if not isinstance(shared, bool):
+        raise FileError(f"a flag is {shared!r}")
     values, scales, positions = tensors["values"], tensors.get("scales"), tensors["positions"]
     kind, width = torch.float32 if scales is None else torch.int8, size if shared else 1
     if values.dtype != kind or values.dim() != 2 or values.shape[1] != width:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from autoprune.agents.policy import Policy
 from autoprune.agents.rival import CLOSE, uniform_at
 from autoprune.agents.sb3 import SB3Agent
 from autoprune.envs import PruneEnv
-from autoprune.errors import ConfigError, FileError
+from autoprune.errors import ConfigError, FileError, MissingExtra
 from autoprune.plan import Plan
 from autoprune.registry import Choice
 from autoprune.testing import fake_problem
@@ -144,6 +145,19 @@ def test_a_checkpoint_of_another_agent_is_an_error(tmp_path: Path) -> None:
     search(build("ppo"), PruneEnv(fake_problem()), 12, seed=0, directory=tmp_path)
     with pytest.raises(FileError, match="does not fit"):
         search(build("sac"), PruneEnv(fake_problem()), 14, seed=0, directory=tmp_path)
+
+
+def test_tpe_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(MissingExtra, match=r"pip install .autoprune\[rivals\]"):
+        AGENTS.create(Choice("tpe"))
+
+
+def test_tpe_models_what_it_has_seen() -> None:
+    problem = fake_problem()
+    tpe, chance = (search(AGENTS.create(Choice(name)), PruneEnv(problem), 60, seed=0) for name in ("tpe", "random"))
+    late = [float(np.mean(rewards(result)[30:])) for result in (tpe, chance)]
+    assert late[0] > late[1]
 
 
 def test_learning_beats_random_search_and_the_uniform_rule() -> None:
