@@ -169,7 +169,7 @@ def _headline(rows: tuple[ResultRow, ...], target: Target) -> str:
 
 
 def _facts(run: Run) -> dict[str, Any]:
-    config = run.config
+    config, halving = run.config, run.config.search.halving
     facts = {
         "task": config.task,
         "target": config.target,
@@ -179,6 +179,7 @@ def _facts(run: Run) -> dict[str, Any]:
                 "episodes": config.search.episodes,
                 "actions": ", ".join(map(str, config.env.actions)),
                 "recovery before scoring": config.env.recovery,
+                "successive halving": f"{halving.plans} plans from {halving.steps} steps on" if halving else "none",
             }
             if _searched(run)
             else {"plan": "given, not searched for"}
