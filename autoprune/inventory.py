@@ -189,7 +189,8 @@ def take_inventory(
             calls[name] = _Call(tuple(args[0].shape), positions)
 
     try:
-        with watch_forward(candidates | norms, seen), torch.no_grad():  # inference tensors have no version
+        # inference tensors have no version, whatever mode the caller is in
+        with watch_forward(candidates | norms, seen), torch.inference_mode(False), torch.no_grad():
             probe(*as_tuple(example_inputs))
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         shapes = ", ".join(str(tuple(x.shape)) for x in as_tuple(example_inputs) if isinstance(x, Tensor))

@@ -120,3 +120,14 @@ def test_a_layer_that_runs_twice_has_no_norm() -> None:
             return self.norm(self.conv(self.conv(x)))
 
     assert take_inventory(Twice(), torch.randn(1, 8, 6, 6))["conv"].norm is None
+
+
+def test_the_callers_inference_mode_does_not_matter() -> None:
+    model, x = (
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(32, 8)),
+        torch.ones(1, 3, 4, 4),
+    )
+    with torch.inference_mode():
+        inside = take_inventory(model, x, min_weights=1)
+    assert inside == take_inventory(model, x, min_weights=1)
+    assert inside["0"].norm == "1"
