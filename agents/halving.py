@@ -45,7 +45,7 @@ def halve(
     trials: Sequence[Trial],
     ladder: Sequence[Rung],
     evaluate_at: Callable[[int], Evaluate],
-    reward: Callable[[Measurement], tuple[float, dict[str, float]]],
+    as_trial: Callable[[Plan, Measurement], Trial],
     on_trial: Callable[[Trial], None],
     done: Sequence[Trial] = (),
 ) -> list[Trial]:
@@ -55,7 +55,7 @@ def halve(
         trials: of the search, all of one fidelity.
         ladder: from `rungs`.
         evaluate_at: steps -> the evaluation that trains a plan for so many.
-        reward: a measurement -> the reward and its terms.
+        as_trial: a plan and its measurement -> the trial, reward and all.
         on_trial: takes each new trial.
         done: trials of an earlier, interrupted climb; they are not run again.
     """
@@ -68,10 +68,7 @@ def halve(
         for plan in _best(below, rung.plans):
             trial = known.get((rung.steps, plan.key))
             if trial is None:
-                measured = evaluate(plan)
-                total, terms = reward(measured)
-                trial = {"plan": plan.to_json(), **measured.to_json(), "reward": total, "terms": terms}
-                trial[FIDELITY] = rung.steps
+                trial = {**as_trial(plan, evaluate(plan)), FIDELITY: rung.steps}
                 on_trial(trial)
             here.append(trial)
         climbed = [*climbed, *here]

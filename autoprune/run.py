@@ -10,8 +10,8 @@ import copy
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
-from functools import cached_property
+from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,12 @@ from autoprune.envs.actions import ACTIONS, ActionComponent
 from autoprune.envs.actions.criterion import CriterionChoice
 from autoprune.envs.actions.group_size import GroupSize
 from autoprune.envs.projection import check_movable, meet
-from autoprune.envs.rewards import terminal_reward
+from autoprune.envs.rewards import as_trial
 from autoprune.errors import ConfigError, FileError, InfeasibleTarget
 from autoprune.evaluation.dense import check_reseedable, dense_model, other_dense_models
 from autoprune.evaluation.evaluator import Evaluator
 from autoprune.evaluation.finetune import finetune_
-from autoprune.evaluation.measurement import CachedEvaluate, Evaluate, Measurement
+from autoprune.evaluation.measurement import CachedEvaluate, Evaluate
 from autoprune.evaluation.profile import profile_settings, profile_table, worth_pruning
 from autoprune.evaluation.recovery import RECOVERIES, Subject
 from autoprune.evaluation.recovery.batch_norm import BatchNorm
@@ -306,10 +306,6 @@ class Run:
             path = self.directory / "search" / f"evaluations-{steps}.jsonl"
             return CachedEvaluate(replace(self.evaluator, recovery=Train(steps)), path)
 
-        def reward(measured: Measurement) -> tuple[float, dict[str, float]]:
-            terms = terminal_reward(self.problem, measured)
-            return terms.total, asdict(terms)
-
         with self.progress.bar("halving", sum(rung.plans for rung in ladder)) as bar:
             bar.advance(len(done))
 
@@ -317,7 +313,7 @@ class Run:
                 log.append(trial)
                 bar.advance(1, f"{trial[FIDELITY]} steps: {100 * trial['accuracy']:.2f}% at {trial['speedup']:.2f}x")
 
-            return tuple(halve(trials, ladder, evaluate_at, reward, shown, done))
+            return tuple(halve(trials, ladder, evaluate_at, partial(as_trial, self.problem), shown, done))
 
     @cached_property
     def plan(self) -> Plan:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from autoprune.config import load_config
 from autoprune.files import write_text
-from autoprune.latency.machine import machine_identity
+from autoprune.latency.machine import machine_text
 from autoprune.report.console import Console
 from autoprune.report.table import markdown_table
 from autoprune.run import Run
@@ -42,7 +42,7 @@ def main() -> None:
             gains.append(agent["reward"] - uniform["reward"])
     header = ("seed", *(f"{who} {what}" for who in ("agent", "uniform") for what in ("reward", "accuracy", "speed-up")))
     latency = config.latency
-    machine = ", ".join(f"{key} {value}" for key, value in machine_identity().items())
+    machine = machine_text()
     spread = f"{min(gains):.3f} to {max(gains):.3f}" if gains else "-"
     text = "\n".join(
         [

@@ -19,7 +19,7 @@ import torch
 
 from autoprune.config import parse_config
 from autoprune.files import read_json, write_tensors, write_text
-from autoprune.latency.machine import machine_identity
+from autoprune.latency.machine import machine_text
 from autoprune.masks import sparsity, weight_of
 from autoprune.patterns.group import Group
 from autoprune.repack import load, save
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, nargs="?", help="a finished run, e.g. runs/fashion_mnist")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    machine = ", ".join(f"{key} {value}" for key, value in machine_identity().items())
+    machine = machine_text()
     text = (
         "# Packed weights in a file\n\n"
         "Written by `python benchmarks/encodings.py [RUN_DIR]`.\n\n"

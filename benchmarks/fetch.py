@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from autoprune.files import write_text
-from autoprune.latency.machine import machine_identity
+from autoprune.latency.machine import machine_text
 from autoprune.patterns.group import Group
 from autoprune.progress import Progress
 from autoprune.repack.fetch import Cache, Fetched, What, fetched
@@ -196,7 +196,7 @@ def main() -> None:
     torch.set_num_threads(1)
     console, layers = Console(), [Layer(*each) for each in LAYERS]
     first, second = (f"{cache.capacity // 1024} KB, {cache.ways} ways" for cache in CACHES)
-    machine = ", ".join(f"{key} {value}" for key, value in machine_identity().items())
+    machine = machine_text()
     text = (
         "# Lines fetched by packed convolutions\n\n"
         "Written by `python benchmarks/fetch.py`. Packed 3x3 convolutions of ResNet-18, groups of 8, batch 1, one "

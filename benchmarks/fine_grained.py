@@ -30,7 +30,7 @@ from autoprune.agents.halving import rungs
 from autoprune.config import HalvingSection, parse_config
 from autoprune.errors import ConfigError, did_you_mean
 from autoprune.files import append_line, cache_folder, read_lines, write_text
-from autoprune.latency.machine import machine_identity
+from autoprune.latency.machine import machine_text
 from autoprune.masks import sparsity, weight_of
 from autoprune.report.console import Console
 from autoprune.report.table import markdown_table
@@ -208,7 +208,7 @@ def report(name: str, outcomes: Sequence[Outcome]) -> str:
             ))  # fmt: skip
     header = ("who", "seeds", "validation", "test", "points under dense", "zeros", "steps trained", "processor s")
     recipes = [(outcome.who, str(outcome.seed), f"{100 * outcome.test:.2f}", outcome.recipe) for outcome in outcomes]
-    machine = ", ".join(f"{key} {value}" for key, value in machine_identity().items())
+    machine = machine_text()
     halving, quick = setup.halving, " --quick" if name == "digits" else ""
     text = (
         f"# Recipes for {100 * SPARSITY:g}% zeros, unstructured: {name}\n\n"

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.files import write_text
-from autoprune.latency.machine import machine_identity
+from autoprune.latency.machine import machine_text
 from autoprune.latency.timer import Protocol
 from autoprune.patterns import PATTERNS
 from autoprune.registry import Choice
@@ -135,7 +135,7 @@ def main() -> None:
     start = time.perf_counter()
     torch.set_num_threads(1)
     peak = fma_gflops()
-    about = ", ".join(f"{key} {value}" for key, value in machine_identity().items())
+    about = machine_text()
     head = [
         "# Packed layers against torch's dense layers",
         "",

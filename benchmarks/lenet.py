@@ -24,7 +24,7 @@ from torch import nn
 
 from autoprune.files import append_line, cache_folder, read_lines, read_tensors, write_tensors, write_text
 from autoprune.inventory import take_inventory
-from autoprune.latency.machine import machine_identity
+from autoprune.latency.machine import machine_text
 from autoprune.masks import weight_of
 from autoprune.plan import LayerPlan, Plan
 from autoprune.registry import Choice
@@ -218,7 +218,7 @@ def report(protocol: Protocol, seeds: Sequence[int]) -> str:
             reached, seconds = (statistics.fmean(getattr(run, what) for run in mine) for what in ("reached", "seconds"))
             rows.append((recipe, f"{reached:.1f}x", f"{validation:+.2f}", f"{test:+.2f}", f"{seconds:.0f}"))
         best.append((recipe, f"{held:g}x" if held else MISSING))
-    machine = ", ".join(f"{key} {value}" for key, value in machine_identity().items())
+    machine = machine_text()
     images = f"{protocol.images:,} training images" if protocol.images else "all training images"
     page = "\n".join(
         [

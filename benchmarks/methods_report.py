@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from methods_table import RECIPES, SETTINGS, Shown
 
 from autoprune.files import read_lines, write_text
-from autoprune.latency.machine import machine_identity
+from autoprune.latency.machine import machine_text
 from autoprune.report.plots import save_png
 from autoprune.report.table import MISSING, markdown_table
 
@@ -106,7 +106,7 @@ def report(shown: Shown) -> str:
     outcomes, timings = read_outcomes(shown), read_timings(shown)
     dense = {outcome.job.seed: outcome for outcome in outcomes if outcome.job.method == DENSE}
     settings = [name for name in SETTINGS if any(outcome.job.setting == name for outcome in outcomes)]
-    machine = ", ".join(f"{key} {value}" for key, value in machine_identity().items())
+    machine = machine_text()
     parts = [_head(shown, dense), *(_section(name, outcomes, dense, timings) for name in settings), machine, ""]
     page = "\n".join(parts)
     write_text(RESULTS / f"methods_{shown.name}.md", page)

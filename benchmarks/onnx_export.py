@@ -24,7 +24,7 @@ from autoprune.files import write_text
 from autoprune.inventory import weighted_layers
 from autoprune.latency.engines import ENGINES
 from autoprune.latency.engines.export import OnnxEngine
-from autoprune.latency.machine import machine_identity
+from autoprune.latency.machine import machine_text
 from autoprune.latency.timer import Protocol, measure_together, speedup
 from autoprune.patterns import PATTERNS
 from autoprune.registry import Choice
@@ -88,7 +88,7 @@ def cell(name: str, pattern: str, sparsity: float, engine_name: str) -> Sequence
 
 
 def page(rows: Sequence[Sequence[str]]) -> str:
-    machine = ", ".join(f"{key} {value}" for key, value in machine_identity().items())
+    machine = machine_text()
     head = [
         "# Exported models against the same zeros exported dense",
         "",

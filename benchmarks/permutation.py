@@ -22,7 +22,7 @@ from autoprune.config import load_config
 from autoprune.evaluation.dense import dense_model
 from autoprune.files import write_text
 from autoprune.inventory import Inventory, take_inventory
-from autoprune.latency.machine import machine_identity
+from autoprune.latency.machine import machine_text
 from autoprune.masks import Masks, apply_masks_, weight_of
 from autoprune.patterns import PATTERNS
 from autoprune.patterns.base import Pattern
@@ -140,7 +140,7 @@ def report(
         for name in before[0].by_layer
     ]
     header = ("sparsity", "G", "kept", "kept, permuted", "accuracy, G=1", "accuracy", "accuracy, permuted", "seconds")
-    machine = ", ".join(f"{key} {value}" for key, value in machine_identity().items())
+    machine = machine_text()
     return "\n".join(
         [
             "# Permuted groups",

@@ -8,6 +8,7 @@ given its weights back.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from autoprune.errors import ConfigError, InfeasibleTarget
 from autoprune.inventory import Inventory
@@ -61,14 +62,7 @@ def meet(plan: Plan, table: LatencyTable, speedup: float, max_sparsity: float) -
 
     Where even `max_sparsity` everywhere is too slow, that plan is returned: as near as these patterns come.
     """
-    low, high = -12.0, 12.0
-    for _ in range(_STEPS):
-        middle = (low + high) / 2
-        if table.predict_speedup(shift(plan, middle, max_sparsity)) >= speedup:
-            high = middle
-        else:
-            low = middle
-    return shift(plan, high, max_sparsity)
+    return _least_shift(plan, max_sparsity, lambda moved: table.predict_speedup(moved) >= speedup)
 
 
 def meet_sparsity(plan: Plan, inventory: Inventory, sparsity: float, max_sparsity: float) -> Plan:
@@ -86,13 +80,18 @@ def meet_sparsity(plan: Plan, inventory: Inventory, sparsity: float, max_sparsit
         return plan
     weights = {name: inventory[name].weights for name in plan.layers}
 
-    def zeros(candidate: Plan) -> float:
-        return sum(weights[name] * layer.sparsity for name, layer in candidate.layers.items()) / sum(weights.values())
+    def zeros(moved: Plan) -> float:
+        return sum(weights[name] * layer.sparsity for name, layer in moved.layers.items()) / sum(weights.values())
 
+    return _least_shift(plan, max_sparsity, lambda moved: zeros(moved) >= sparsity)
+
+
+def _least_shift(plan: Plan, max_sparsity: float, enough: Callable[[Plan], bool]) -> Plan:
+    """`plan` moved by the least common shift that is enough; as far as it goes where none is."""
     low, high = -12.0, 12.0
     for _ in range(_STEPS):
         middle = (low + high) / 2
-        low, high = (low, middle) if zeros(shift(plan, middle, max_sparsity)) >= sparsity else (middle, high)
+        low, high = (low, middle) if enough(shift(plan, middle, max_sparsity)) else (middle, high)
     return shift(plan, high, max_sparsity)
 
 

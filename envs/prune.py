@@ -19,7 +19,7 @@ from autoprune.envs.actions.group_size import GroupSize
 from autoprune.envs.observation import LIMIT, Observer, length
 from autoprune.envs.problem import Problem
 from autoprune.envs.projection import check_feasible, fastest, meet, meet_sparsity, project, release_useless
-from autoprune.envs.rewards import potential, terminal_reward
+from autoprune.envs.rewards import as_trial, potential
 from autoprune.plan import Plan
 from autoprune.registry import Choice
 
@@ -94,16 +94,9 @@ class PruneEnv(gymnasium.Env[Observation, Action]):
             reward = self.shaping * (self.gamma * self._potential() - before)
             return self._observe(), float(reward), False, False, {}
         plan = self.finished(self._plan)
-        measured = self.problem.evaluate(plan)
-        terms = terminal_reward(self.problem, measured)
-        trial = {
-            "plan": plan.to_json(),
-            **measured.to_json(),
-            "reward": terms.total,
-            "terms": {"accuracy": terms.accuracy, "speed": terms.speed},
-        }
+        trial = as_trial(self.problem, plan, self.problem.evaluate(plan))
         # The potential of a terminal state is 0, whatever was reached: that is what leaves the best policy alone.
-        return self._observe(), float(terms.total - self.shaping * before), True, False, {"trial": trial}
+        return self._observe(), float(trial["reward"] - self.shaping * before), True, False, {"trial": trial}
 
     def finished(self, plan: Plan) -> Plan:
         """The plan that is measured: on the budget when there is one, useless sparsity given back."""

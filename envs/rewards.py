@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from autoprune.envs.problem import Problem
 from autoprune.evaluation.measurement import Measurement
@@ -41,6 +42,12 @@ def terminal_reward(problem: Problem, measured: Measurement) -> Reward:
         return Reward(ACCURACY_WEIGHT * gained, -SHORTFALL_WEIGHT * short)
     allowed = problem.target.accuracy_drop or 0.0
     return Reward(10 * ACCURACY_WEIGHT * min(0.0, gained + allowed), math.log2(measured.speedup))
+
+
+def as_trial(problem: Problem, plan: Plan, measured: Measurement) -> dict[str, Any]:
+    """A measured plan with its reward and the reward's terms, as JSON."""
+    reward = terminal_reward(problem, measured)
+    return {"plan": plan.to_json(), **measured.to_json(), "reward": reward.total, "terms": asdict(reward)}
 
 
 def potential(problem: Problem, plan: Plan, decided: int) -> float:

@@ -50,6 +50,11 @@ def machine_identity() -> dict[str, Any]:
     }
 
 
+def machine_text() -> str:
+    """The identity on one line, for the foot of a report."""
+    return ", ".join(f"{key} {value}" for key, value in machine_identity().items())
+
+
 def differences(measured: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """Lists what differs between two identities (or settings), one phrase each; empty when they are equal.
 

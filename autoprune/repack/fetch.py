@@ -107,6 +107,9 @@ class Fetched:
     def bytes(self) -> int:
         return self.total * self.line
 
+    def bytes_of(self, what: What) -> int:
+        return self.lines[what] * self.line
+
 
 @dataclass(frozen=True)
 class Touches:

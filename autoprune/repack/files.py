@@ -29,7 +29,7 @@ from autoprune.repack.program.program import Program, check_threads
 from autoprune.repack.program.tuning import tiling_from_json
 from autoprune.repack.program.weights import Weights
 from autoprune.repack.report import DENSE, LayerReport, ProgramModel, RepackedModel, SwappedModel
-from autoprune.repack.stored import restore, store
+from autoprune.repack.stored import flag, restore, store
 from autoprune.repack.swap import with_submodule
 
 FILE_VERSION = 3
@@ -204,7 +204,7 @@ def _read_modules(tensors: dict[str, Tensor], about: Any, model: nn.Module, repo
         model = with_submodule(model, name, nn.Identity())
     relus: dict[str, bool] = {}
     for name, layer in about["layers"].items():
-        relus[name] = _flag(layer["relu"])
+        relus[name] = flag(layer["relu"])
         lowered = _lowered(name, layer, tensors, model, chosen[name])
         model = with_submodule(model, name, lowered)
     rest = {key: value for key, value in tensors.items() if "|" not in key}
@@ -226,7 +226,7 @@ def _lowered(name: str, layer: Any, tensors: dict[str, Tensor], model: nn.Module
         raise FileError(f"the bias of {name} has shape {tuple(bias.shape)}")
     module.weight = nn.Parameter(packed.unpack(), requires_grad=False)
     module.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-    form = LayerForm(module, _flag(layer["relu"]))
+    form = LayerForm(module, flag(layer["relu"]))
     support = BACKENDS.get(backend)().supports(form)
     if not support.ok:
         raise AutopruneError(f"{name} was packed for backend {backend!r}, which cannot run here: {support.why}")
@@ -244,12 +244,6 @@ def _load_rest(model: nn.Module, rest: dict[str, Tensor], packed: tuple[str, ...
         if key in rest and (rest[key].shape != value.shape or rest[key].dtype != value.dtype):
             raise FileError(f"{key} has shape {tuple(rest[key].shape)}, the model's has {tuple(value.shape)}")
     model.load_state_dict(rest, strict=False)
-
-
-def _flag(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise FileError(f"a flag is {value!r}")
-    return value
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> int:

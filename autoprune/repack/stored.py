@@ -121,9 +121,7 @@ def restore(about: Any, tensors: Mapping[str, Tensor]) -> PackedWeight:
     nothing = np.empty(0, np.int32), np.empty((0, size), np.float32)
     PackedWeight(shape, conv_groups, size, np.zeros(len(rows) + 1, np.int32), *nothing, rows).validate()
 
-    shared, columns = about["shared"], int(np.prod(shape[1:], dtype=np.int64))
-    if not isinstance(shared, bool):
-        raise FileError(f"a flag is {shared!r}")
+    shared, columns = flag(about["shared"]), int(np.prod(shape[1:], dtype=np.int64))
     values, scales, positions = tensors["values"], tensors.get("scales"), tensors["positions"]
     kind, width = torch.float32 if scales is None else torch.int8, size if shared else 1
     if values.dtype != kind or values.dim() != 2 or values.shape[1] != width:
@@ -171,6 +169,13 @@ def _in_order(filters: int, size: int) -> Ints:
     rows = np.full(-(-filters // size) * size, -1, np.int32)
     rows[:filters] = np.arange(filters)
     return rows.reshape(-1, size)
+
+
+def flag(value: Any) -> bool:
+    """A file's true or false; raises FileError on anything else."""
+    if not isinstance(value, bool):
+        raise FileError(f"a flag is {value!r}")
+    return value
 
 
 def _integer(value: Any) -> int:

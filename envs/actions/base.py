@@ -50,6 +50,13 @@ def centres(count: int) -> tuple[float, ...]:
     return tuple((2 * i + 1) / count - 1.0 for i in range(count))
 
 
+def between(low: float, high: float, unit: float, log: bool = False) -> float:
+    """From `low` at -1 to `high` at 1, evenly or on a log scale, to two digits."""
+    share = (unit + 1.0) / 2.0
+    value = low * (high / low) ** share if log else low + (high - low) * share
+    return float(f"{value:.2g}")
+
+
 class ActionSpace:
     """The concatenation of components: which entries of an action are whose."""
 

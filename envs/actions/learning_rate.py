@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import ClassVar
 
-from autoprune.envs.actions.base import ActionComponent, Scope
+from autoprune.envs.actions.base import ActionComponent, Scope, between
 from autoprune.envs.problem import Problem
 from autoprune.errors import ConfigError
 from autoprune.plan import Plan
@@ -23,8 +23,8 @@ class LearningRate(ActionComponent):
         self.low, self.high = low, high
 
     def decode(self, unit: float, problem: Problem, plan: Plan, layer: str | None) -> Plan:
-        rate = self.low * (self.high / self.low) ** ((unit + 1.0) / 2.0)
-        return replace(plan, settings={**plan.settings, "learning_rate": float(f"{rate:.2g}")})
+        rate = between(self.low, self.high, unit, log=True)
+        return replace(plan, settings={**plan.settings, "learning_rate": rate})
 
     def anchors(self) -> tuple[float, ...]:
         return (0.0,)

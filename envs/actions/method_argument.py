@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from autoprune.envs.actions.base import ActionComponent, Scope, centres, pick
+from autoprune.envs.actions.base import ActionComponent, Scope, between, centres, pick
 from autoprune.envs.problem import Problem
 from autoprune.errors import ConfigError
 from autoprune.plan import Plan
@@ -58,9 +58,7 @@ class MethodNumber(MethodArgument):
         self.low, self.high = low, high
 
     def value(self, unit: float) -> float:
-        share = (unit + 1.0) / 2.0
-        value = self.low * (self.high / self.low) ** share if self.log else self.low + (self.high - self.low) * share
-        return float(f"{value:.2g}")
+        return between(self.low, self.high, unit, self.log)
 
     def anchors(self) -> tuple[float, ...]:
         return (0.0,)

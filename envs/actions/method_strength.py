@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import ClassVar
 
-from autoprune.envs.actions.base import ActionComponent, Scope
+from autoprune.envs.actions.base import ActionComponent, Scope, between
 from autoprune.envs.problem import Problem
 from autoprune.plan import Plan
 from autoprune.registry import Choice
@@ -26,9 +26,8 @@ class MethodStrength(ActionComponent):
         if strength is None:
             return plan
         name, low, high = strength
-        share = (unit + 1.0) / 2.0
-        value = low * (high / low) ** share if low > 0.0 and high >= LOG_FACTOR * low else low + (high - low) * share
-        args = {**plan.training.args, name: float(f"{value:.2g}")}
+        value = between(low, high, unit, log=low > 0.0 and high >= LOG_FACTOR * low)
+        args = {**plan.training.args, name: value}
         return replace(plan, training=Choice(plan.training.name, args))
 
     def anchors(self) -> tuple[float, ...]:

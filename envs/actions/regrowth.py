@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from autoprune.envs.actions.method_argument import MethodOption
 
@@ -14,6 +14,3 @@ class Regrowth(MethodOption):
 
     def __init__(self) -> None:
         super().__init__((False, True))
-
-    def value(self, unit: float) -> Any:
-        return bool(super().value(unit))

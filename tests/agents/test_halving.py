@@ -33,8 +33,8 @@ def evaluations(asked: list[tuple[int, str]]) -> Callable[[int], Evaluate]:
     return at
 
 
-def reward(measured: Measurement) -> tuple[float, dict[str, float]]:
-    return measured.accuracy, {"accuracy": measured.accuracy}
+def as_trial(plan: Plan, measured: Measurement) -> Trial:
+    return {"plan": plan.to_json(), **measured.to_json(), "reward": measured.accuracy}
 
 
 def test_the_ladder_ends_with_one_plan() -> None:
@@ -51,7 +51,7 @@ def test_a_ladder_of_nothing_is_refused(wrong: tuple[int, int, int]) -> None:
 def test_what_is_best_once_trained_wins_though_it_looked_worse() -> None:
     asked: list[tuple[int, str]] = []
     seen: list[Trial] = []
-    climbed = halve(CHEAP, rungs(4, 10, 2), evaluations(asked), reward, seen.append)
+    climbed = halve(CHEAP, rungs(4, 10, 2), evaluations(asked), as_trial, seen.append)
     key = [plan.key for plan in PLANS]
     assert asked == [
         *((10, key[index]) for index in (1, 3, 2, 4)),
@@ -68,14 +68,14 @@ def test_what_is_best_once_trained_wins_though_it_looked_worse() -> None:
 
 def test_equal_plans_are_trained_once() -> None:
     asked: list[tuple[int, str]] = []
-    halve([CHEAP[1], CHEAP[1], CHEAP[0]], rungs(3, 10, 3), evaluations(asked), reward, lambda _: None)
+    halve([CHEAP[1], CHEAP[1], CHEAP[0]], rungs(3, 10, 3), evaluations(asked), as_trial, lambda _: None)
     assert [steps for steps, _ in asked] == [10, 10, 30]
 
 
 def test_a_climb_that_was_stopped_goes_on() -> None:
-    whole = halve(CHEAP, rungs(4, 10, 2), evaluations([]), reward, lambda _: None)
+    whole = halve(CHEAP, rungs(4, 10, 2), evaluations([]), as_trial, lambda _: None)
     asked: list[tuple[int, str]] = []
-    again = halve(CHEAP, rungs(4, 10, 2), evaluations(asked), reward, lambda _: None, whole[:5])
+    again = halve(CHEAP, rungs(4, 10, 2), evaluations(asked), as_trial, lambda _: None, whole[:5])
     assert again == whole
     assert [steps for steps, _ in asked] == [20, 40]
 

@@ -192,14 +192,16 @@ class _Bench:
     def fastest(self, step: NativeStep, layer: Layer) -> tuple[Tiling, float]:
         """The best tiling and its microseconds."""
         candidates: dict[Tiling, NativeSequence] = {}
-        for size in layer.sizes():
-            weights = layer.pack(size)
+        packs = {size: layer.pack(size) for size in layer.sizes()}
+        for weights in packs.values():
             for tiling in tilings(step, weights, self.plan.threads):
                 candidates[tiling] = NativeSequence([step.build(weights, tiling)])
         best = self.timed(candidates)
         winner = min(best, key=best.__getitem__)
-        if turned := self.turned(step, layer, winner):
-            best = self.timed({winner: candidates[winner], turned: NativeSequence([self.built(step, layer, turned)])})
+        (op,) = candidates[winner].ops
+        if turned := self.turned(step, packs[winner.group_size], winner, op):
+            candidates[turned[0]] = NativeSequence([turned[1]])
+            best = self.timed({tiling: candidates[tiling] for tiling in (winner, turned[0])})
             winner = min(best, key=best.__getitem__)
         return winner, best[winner] * 1e6
 
@@ -216,22 +218,21 @@ class _Bench:
                 best[tiling] = min(best[tiling], self.clock() - start)
         return best
 
-    def turned(self, step: NativeStep, layer: Layer, tiling: Tiling) -> Tiling | None:
-        """The serpentine order, where it would fetch less."""
+    def turned(
+        self, step: NativeStep, weights: Weights, tiling: Tiling, op: NativeOp
+    ) -> tuple[Tiling, NativeOp] | None:
+        """The tiling in serpentine order and its op, where that would fetch less than `op` does."""
         if step.layer is None or step.layer.kind != "conv2d":
             return None
         other = replace(tiling, serpentine=True)
+        made = step.build(weights, other)
         rising, turned = (
             fetched(
-                self.built(step, layer, each), step.layer.kind, each.group_size, self.target, self.frame.slots, Cache(),
-                sample=True,
+                each, step.layer.kind, tiling.group_size, self.target, self.frame.slots, Cache(), sample=True
             ).total
-            for each in (tiling, other)
+            for each in (op, made)
         )  # fmt: skip
-        return other if turned < rising else None
-
-    def built(self, step: NativeStep, layer: Layer, tiling: Tiling) -> NativeOp:
-        return step.build(layer.pack(tiling.group_size), tiling)
+        return (other, made) if turned < rising else None
 
 
 def tilings(step: NativeStep, weights: Weights, threads: int) -> Iterable[Tiling]:
