@@ -10,7 +10,7 @@ import copy
 import fnmatch
 import math
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +23,7 @@ from torch.nn.utils import parametrize, prune
 
 from autoprune.errors import AutopruneError
 from autoprune.plan import LayerSpec
+from autoprune.recurrent import GATES, cell_of, layer_at, layers_of, run_stepwise, split_name
 
 MIN_WEIGHTS = 64  # below this a layer's time is dispatch, and its zeros save nothing
 
@@ -68,9 +69,19 @@ def as_tuple(inputs: Any) -> tuple[Any, ...]:
 
 
 def weighted_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module of a kind this library can prune, by qualified name; the first name of a shared one."""
-    kinds = (nn.Conv2d, nn.Linear, nn.LSTM)
-    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    """Every layer of a kind this library can prune, by qualified name; the first name of a shared one.
+
+    Each weight of an LSTM or GRU is a layer, under its own name: a Linear that shares it.
+    """
+    layers: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            layers[name] = module
+        elif cell_of(module) is not None:
+            layers |= {f"{name}.{own}".lstrip("."): layer for own, layer in layers_of(module).items()}
+        elif isinstance(module, nn.LSTM):
+            layers[name] = module  # with projections: only to say that it stays as it is
+    return layers
 
 
 def unfuse_(model: nn.Module) -> nn.Module:
@@ -117,8 +128,11 @@ def copy_for_inference(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def watch_forward(modules: dict[str, nn.Module], seen: Any) -> Iterator[None]:
-    """Calls ``seen(name, args, output)`` after each forward of `modules`, without registering hooks."""
+def watch_forward(model: nn.Module, names: Iterable[str], seen: Any) -> Iterator[None]:
+    """Calls ``seen(name, args, output)`` after each forward of the layers called `names`, without registering hooks.
+
+    A recurrent module one of whose weights is named runs a step at a time, so that each use of the weight is seen.
+    """
 
     def watched(name: str, forward: Any) -> Any:
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -128,10 +142,31 @@ def watch_forward(modules: dict[str, nn.Module], seen: Any) -> Iterator[None]:
 
         return run
 
-    before = [(module, module.__dict__.get("forward")) for module in modules.values()]
+    def stepwise(path: str, module: Any, weights: frozenset[str]) -> Any:
+        def call(weight: str, x: Tensor) -> Tensor:
+            output: Tensor = layer_at(module, weight)(x)
+            if weight in weights:
+                seen(f"{path}.{weight}".lstrip("."), (x,), output)
+            return output
+
+        return lambda x, hx=None: run_stepwise(module, x, hx, call)
+
+    forwards: dict[nn.Module, Any] = {}
+    recurrent: dict[str, set[str]] = {}
+    for name in names:
+        place = split_name(name)
+        if place is not None and cell_of(model.get_submodule(place[0])) is not None:
+            recurrent.setdefault(place[0], set()).add(place[1])
+        else:
+            module = model.get_submodule(name)
+            forwards[module] = watched(name, module.forward)
+    for path, weights in recurrent.items():
+        module = model.get_submodule(path)
+        forwards[module] = stepwise(path, module, frozenset(weights))
+    before = [(module, module.__dict__.get("forward")) for module in forwards]
     try:
-        for name, module in modules.items():
-            module.forward = watched(name, module.forward)
+        for module, forward in forwards.items():
+            module.forward = forward
         yield
     finally:
         for module, own in before:
@@ -143,12 +178,12 @@ def watch_forward(modules: dict[str, nn.Module], seen: Any) -> Iterator[None]:
 def record_inputs(model: nn.Module, example_inputs: Any, names: Sequence[str]) -> dict[str, Tensor]:
     """Runs `model` once and returns the first input of each named layer; layers never called are left out."""
     inputs: dict[str, Tensor] = {}
-    modules = {name: module for name, module in weighted_layers(model).items() if name in set(names)}
+    wanted = weighted_layers(model).keys() & set(names)
 
     def seen(name: str, args: tuple[Any, ...], _: Any) -> None:
         inputs.setdefault(name, args[0])
 
-    with watch_forward(modules, seen), torch.inference_mode():
+    with watch_forward(model, wanted, seen), torch.inference_mode():
         model(*as_tuple(example_inputs))
     return inputs
 
@@ -190,7 +225,7 @@ def take_inventory(
 
     try:
         # inference tensors have no version, whatever mode the caller is in
-        with watch_forward(candidates | norms, seen), torch.inference_mode(False), torch.no_grad():
+        with watch_forward(probe, [*candidates, *norms], seen), torch.inference_mode(False), torch.no_grad():
             probe(*as_tuple(example_inputs))
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         shapes = ", ".join(str(tuple(x.shape)) for x in as_tuple(example_inputs) if isinstance(x, Tensor))
@@ -206,16 +241,18 @@ def take_inventory(
     order = list(calls) + [name for name in candidates if name not in calls]
     for name in order:
         module = candidates[name]
-        kind = type(module).__name__.lower()
+        kind = _kind(probe, name, module)
         reason = _reason_to_keep(name, module, calls.get(name), owners, keep_dense, min_weights)
         if reason:
             dense.append(KeptDense(name, kind, reason))
         else:
             norm = of_layers.get(name)
             whole = norm is not None and _normalises_filters(norms[norm], module, calls[name])
-            layers.append(_spec(name, module, calls[name], norm if whole else None))
+            layers.append(_spec(name, kind, module, calls[name], norm if whole else None))
     if not layers:
-        why = "; ".join(f"{row.name}: {row.reason}" for row in dense[:5]) or "it has no Conv2d or Linear layer"
+        why = (
+            "; ".join(f"{row.name}: {row.reason}" for row in dense[:5]) or "it has no Conv2d, Linear, LSTM or GRU layer"
+        )
         raise AutopruneError(f"no layer of this model can be pruned ({why}).")
     return Inventory(tuple(layers), tuple(dense))
 
@@ -273,7 +310,7 @@ def _reason_to_keep(
     if any(fnmatch.fnmatch(name, pattern) for pattern in keep_dense):
         return "the config keeps it dense"
     if isinstance(module, nn.LSTM):
-        return "recurrent layers are not prunable yet"
+        return "an LSTM with projections (proj_size) is not prunable: use one without, and a Linear behind it"
     if call is None:
         return "its forward never ran: the model reads its weight directly, or does not use it"
     weight = module.weight
@@ -302,12 +339,18 @@ def conv_padding(module: nn.Conv2d) -> tuple[int, int]:
     return (int(module.padding[0]), int(module.padding[1]))
 
 
-def _spec(name: str, module: nn.Module, call: _Call, norm: str | None) -> LayerSpec:
+def _kind(model: nn.Module, name: str, module: nn.Module) -> str:
+    place = split_name(name)
+    cell = None if place is None else cell_of(model.get_submodule(place[0]))
+    return cell or type(module).__name__.lower()
+
+
+def _spec(name: str, kind: str, module: nn.Module, call: _Call, norm: str | None) -> LayerSpec:
     common = {"name": name, "input_shape": call.input_shape, "positions": call.positions, "calls": call.calls}
     common["norm"] = norm
     if isinstance(module, nn.Conv2d):
         return LayerSpec(
-            kind="conv2d",
+            kind=kind,
             weight_shape=tuple(module.weight.shape),
             conv_groups=module.groups,
             stride=(module.stride[0], module.stride[1]),
@@ -316,4 +359,5 @@ def _spec(name: str, module: nn.Module, call: _Call, norm: str | None) -> LayerS
             **common,  # type: ignore[arg-type]
         )
     assert isinstance(module, nn.Linear)
-    return LayerSpec(kind="linear", weight_shape=tuple(module.weight.shape), **common)  # type: ignore[arg-type]
+    gates = GATES.get(kind, 1)
+    return LayerSpec(kind=kind, weight_shape=tuple(module.weight.shape), gates=gates, **common)  # type: ignore[arg-type]

@@ -17,7 +17,10 @@ from autoprune.criteria import CRITERIA, LayerStatistics
 from autoprune.errors import AutopruneError
 from autoprune.inventory import Inventory, as_tuple, watch_forward
 from autoprune.patterns import PATTERNS
+from autoprune.patterns.base import Pattern
+from autoprune.patterns.layered import mask_of
 from autoprune.plan import LayerSpec, Plan
+from autoprune.recurrent import layer_at, partner_of
 
 Masks = dict[str, Tensor]  # layer name -> bool, True keeps, in the weight's shape
 Batches = Iterable[tuple[Any, Tensor]]  # (inputs, target); inputs a tensor or a tuple
@@ -26,7 +29,7 @@ Loss = Callable[[Any, Tensor], Tensor]
 
 def weight_of(model: nn.Module, name: str) -> Tensor:
     """The weight parameter of the layer called `name`."""
-    weight = model.get_submodule(name).weight
+    weight = layer_at(model, name).weight
     assert isinstance(weight, Tensor)
     return weight
 
@@ -38,7 +41,7 @@ def collect_statistics(
     names, wanted = list(names), frozenset(needs)
     if not wanted:
         return {name: LayerStatistics() for name in names}
-    modules = {name: model.get_submodule(name) for name in names}
+    modules = {name: layer_at(model, name) for name in names}
     sums: dict[str, _Sums] = {}
 
     def seen(name: str, args: tuple[Any, ...], output: Tensor) -> None:
@@ -47,7 +50,7 @@ def collect_statistics(
     was_training = model.training
     model.eval()  # batch norm must not drift
     try:
-        with watch_forward(modules, seen):
+        with watch_forward(model, names, seen):
             for inputs, target in batches:
                 if wanted & _DIFFERENTIATED:
                     for name, gradient in _gradients(model, names, loss, inputs, target).items():
@@ -156,17 +159,31 @@ def cut_layers(
         final: layer -> sparsity that later masks within these will reach.
     """
     before, last = within or {}, final or {}
+    patterns = {name: PATTERNS.create(plan.layers[name].pattern) for name, value in sparsities.items() if value > 0.0}
     return {
-        name: PATTERNS.create(plan.layers[name].pattern).mask(
-            saliency[name],
-            sparsity,
-            inventory[name].conv_groups,
+        name: mask_of(
+            pattern,
+            inventory[name],
+            _unit_saliency(saliency, inventory[name], patterns),
+            sparsities[name],
             within=before.get(name),
-            final_sparsity=max(sparsity, last.get(name, 0.0)),
+            final_sparsity=max(sparsities[name], last.get(name, 0.0)),
         )
-        for name, sparsity in sparsities.items()
-        if sparsity > 0.0
+        for name, pattern in patterns.items()
     }
+
+
+def _unit_saliency(saliency: Mapping[str, Tensor], layer: LayerSpec, patterns: Mapping[str, Pattern]) -> Tensor:
+    """A layer's scores; those of a recurrent unit's rows where it is cut as a whole, from both its weights."""
+    own, partner = saliency[layer.name], partner_of(layer.name)
+    if (
+        partner is None
+        or partner not in patterns
+        or not (patterns[layer.name].whole_filters and patterns[partner].whole_filters)
+    ):
+        return own
+    rows = torch.cat([own, saliency[partner]], dim=1).mean(dim=1, keepdim=True)
+    return rows.expand_as(own)
 
 
 def make_masks(model: nn.Module, inventory: Inventory, plan: Plan, statistics: Mapping[str, LayerStatistics]) -> Masks:
@@ -183,16 +200,32 @@ def apply_masks_(model: nn.Module, masks: Mapping[str, Tensor], inventory: Inven
     """Zeroes the weights the masks cut, in place.
 
     With the model's inventory, a filter that is cut as a whole falls silent: its bias and its batch norm's weight and
-    bias are zeroed too, so that nothing of it is left (see `filter_rows`) and repacking removes it.
+    bias are zeroed too, so that nothing of it is left (see `filter_rows`) and repacking removes it. A recurrent row is
+    cut as a whole when it is in both weights of its unit.
     """
     with torch.no_grad():
         for name, mask in masks.items():
             weight_of(model, name).mul_(mask)
-            cut = None if inventory is None else ~mask.flatten(1).any(dim=1)
-            if inventory is not None and cut is not None and bool(cut.any()):
+            cut = None if inventory is None else silent_filters(name, masks)
+            if inventory is not None and cut is not None:
                 for row in filter_rows(model, inventory[name]).values():
                     row.masked_fill_(cut, 0.0)
     return model
+
+
+def silent_filters(name: str, kept: Mapping[str, Tensor]) -> Tensor | None:
+    """The filters of a layer of which nothing is left, ``(out,)``; None where there are none.
+
+    Args:
+        name: of the layer.
+        kept: masks, or weights with zeros, by layer.
+    """
+    rows, partner = ~kept[name].flatten(1).any(dim=1), partner_of(name)
+    if partner is not None:
+        if partner not in kept:
+            return None
+        rows &= ~kept[partner].flatten(1).any(dim=1)
+    return rows if bool(rows.any()) else None
 
 
 def filter_rows(model: nn.Module, layer: LayerSpec) -> dict[str, Tensor]:
@@ -200,7 +233,7 @@ def filter_rows(model: nn.Module, layer: LayerSpec) -> dict[str, Tensor]:
     rows: dict[str, Tensor] = {}
     for module, roles in ((layer.name, ("bias",)), (layer.norm, ("weight", "bias"))):
         if module is not None:
-            named = {role: getattr(model.get_submodule(module), role) for role in roles}
+            named = {role: getattr(layer_at(model, module), role) for role in roles}
             rows |= {f"{module}.{role}": value for role, value in named.items() if isinstance(value, Tensor)}
     return rows
 

@@ -22,13 +22,14 @@ class LayerSpec:
     """One prunable layer as it was seen to run on the example input.
 
     Attributes:
-        name: fully qualified module name.
-        kind: ``conv2d`` or ``linear`` (``lstm`` has its place here).
+        name: fully qualified module name; of a recurrent weight, its own: ``encoder.weight_hh_l0``.
+        kind: ``conv2d``, ``linear``, ``lstm`` or ``gru``.
         weight_shape: ``(out, in / conv_groups, kh, kw)`` or ``(out, in)``.
         conv_groups: groups of a grouped convolution; 1 otherwise.
         input_shape: shape of the layer's input, batch included.
         positions: output positions an inference (batch x height x width, or tokens), over all calls.
         calls: how often the layer runs in one inference.
+        gates: rows a unit of a recurrent weight has, those of one gate together; 1 otherwise.
         norm: the affine batch norm that reads this layer's output as it is and nothing else, or None.
     """
 
@@ -42,6 +43,7 @@ class LayerSpec:
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
     calls: int = 1
+    gates: int = 1
     norm: str | None = None
 
     @property

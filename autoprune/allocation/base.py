@@ -14,6 +14,7 @@ from autoprune.allocation.cost import Cost
 from autoprune.errors import ConfigError
 from autoprune.inventory import Inventory
 from autoprune.patterns import PATTERNS
+from autoprune.patterns.layered import cells_of
 from autoprune.plan import Plan
 
 HALVINGS = 40
@@ -89,8 +90,7 @@ class Layers:
 
 def layer_cells(inventory: Inventory, plan: Plan, name: str) -> Tensor:
     """The cell of each weight of a layer, by its pattern in the plan; in the weight's shape."""
-    layer = inventory[name]
-    return PATTERNS.create(plan.layers[name].pattern).cells(layer.weight_shape, layer.conv_groups)
+    return cells_of(PATTERNS.create(plan.layers[name].pattern), inventory[name])
 
 
 class Allocation(ABC):

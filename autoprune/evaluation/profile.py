@@ -22,8 +22,10 @@ from autoprune.latency.machine import machine_identity
 from autoprune.latency.table import LatencyTable, LayerTable, Point
 from autoprune.latency.timer import Clock, Protocol, measure_together, torch_threads
 from autoprune.patterns import PATTERNS
-from autoprune.plan import LayerPlan, Plan
+from autoprune.patterns.layered import mask_of
+from autoprune.plan import LayerPlan, LayerSpec, Plan
 from autoprune.progress import SILENT, Progress
+from autoprune.recurrent import layer_at
 from autoprune.registry import Choice
 from autoprune.repack import lower_layer
 
@@ -68,10 +70,8 @@ def profile_table(
     layers = {}
     with progress.bar("latency table", len(subject.inventory.layers)) as bar, torch_threads(protocol.threads):
         for spec in subject.inventory.layers:
-            module = subject.dense.get_submodule(spec.name)
-            layers[spec.name] = _layer(
-                module, inputs[spec.name], patterns, spec.conv_groups, spec.calls, protocol, clock
-            )
+            module = layer_at(subject.dense, spec.name)
+            layers[spec.name] = _layer(module, inputs[spec.name], patterns, spec, protocol, clock)
             bar.advance()
     return _joined(subject, layers, patterns[-1], settings, protocol, clock)
 
@@ -80,8 +80,7 @@ def _layer(
     module: nn.Module,
     x: Tensor,
     patterns: Sequence[Choice],
-    conv_groups: int,
-    calls: int,
+    spec: LayerSpec,
     protocol: Protocol,
     clock: Clock,
 ) -> LayerTable:
@@ -104,12 +103,12 @@ def _layer(
             masked = copy.deepcopy(module)
             weight = masked.weight
             assert isinstance(weight, Tensor)
-            saliency = Magnitude().saliency(weight, LayerStatistics(), conv_groups)
+            saliency = Magnitude().saliency(weight, LayerStatistics(), spec.conv_groups)
             with torch.no_grad():
-                weight.mul_(pattern.mask(saliency, anchor, conv_groups))
+                weight.mul_(mask_of(pattern, spec, saliency, anchor))
             points.append(fastest(masked, anchor))
         curves[str(choice)] = tuple(points)
-    return LayerTable(statistics.median(dense_us), calls, curves)
+    return LayerTable(statistics.median(dense_us), spec.calls, curves)
 
 
 def _call(module: nn.Module, x: Tensor) -> Any:

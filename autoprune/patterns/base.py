@@ -16,9 +16,11 @@ class Pattern(ABC):
 
     Attributes:
         any_sparsity: whether a layer may have any sparsity, as far as its cells divide it.
+        whole_filters: whether a cell is a filter; of a recurrent layer, a unit with all its gates.
     """
 
     any_sparsity: ClassVar[bool] = True
+    whole_filters: ClassVar[bool] = False
 
     @abstractmethod
     def cells(self, shape: tuple[int, ...], conv_groups: int = 1) -> Tensor:

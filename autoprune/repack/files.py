@@ -25,6 +25,7 @@ from autoprune.inventory import copy_for_inference
 from autoprune.repack.backends import BACKENDS, LayerForm
 from autoprune.repack.formats import PackedWeight
 from autoprune.repack.program.graph import Graph
+from autoprune.repack.program.kinds import PACKED
 from autoprune.repack.program.program import Program, check_threads
 from autoprune.repack.program.tuning import tiling_from_json
 from autoprune.repack.program.weights import Weights
@@ -162,7 +163,7 @@ def _read_program(tensors: Mapping[str, Tensor], about: Any, threads: int | None
     for op in graph.ops:
         if op.output in packed:
             dense, groups = constants[op.tensors["weight"]], op.attributes.get("groups", 1)
-            if op.kind not in ("conv2d", "linear") or (dense.shape, groups) != _described(packed[op.output]):
+            if op.kind not in PACKED or (dense.shape, groups) != _described(packed[op.output]):
                 raise FileError(f"{op.output!r} is not the layer that was packed")
             bias = constants[op.tensors["bias"]] if "bias" in op.tensors else None
             weights[op.output] = Weights.of(packed[op.output], bias)

@@ -69,7 +69,7 @@ def find_fusions(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Fusion]
         if isinstance(output, Tensor):
             produced[id(output)] = (name, output)
 
-    with watch_forward(modules, seen), uses:
+    with watch_forward(model, modules, seen), uses:
         model(*inputs)
     readers = {name: uses.count[key] for key, (name, _) in produced.items()} | shared
 

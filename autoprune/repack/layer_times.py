@@ -17,7 +17,10 @@ from torch import Tensor, nn
 from autoprune.errors import AutopruneError
 from autoprune.inventory import as_tuple, copy_for_inference, record_inputs
 from autoprune.latency.timer import Clock, Protocol, torch_threads
+from autoprune.recurrent import layer_at
+from autoprune.repack.macs import positions
 from autoprune.repack.program.graph import Op
+from autoprune.repack.program.kinds import PACKED
 from autoprune.repack.program.layout import FLOAT_BYTES
 from autoprune.repack.program.lower import NativeStep
 from autoprune.repack.program.native import NativeSequence
@@ -166,11 +169,11 @@ def _dense_passes(
     original = copy_for_inference(model)
     recorded = record_inputs(original, fresh(inputs), list(names))
     contiguous, channels_last = FORMATS
-    layers = {(name, contiguous): (original.get_submodule(name), x.contiguous()) for name, x in recorded.items()}
+    layers = {(name, contiguous): (layer_at(original, name), x.contiguous()) for name, x in recorded.items()}
     last: dict[tuple[str, str], tuple[nn.Module, Tensor]] = {}
     other = copy_for_inference(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for name, x in recorded.items():
-        if isinstance(original.get_submodule(name), nn.Conv2d) and x.dim() == 4:
+        if isinstance(layer_at(original, name), nn.Conv2d) and x.dim() == 4:
             x = x.contiguous(memory_format=torch.channels_last)
             last[name, channels_last] = other.get_submodule(name), x
     return [partial(_dense_pass, each, clock) for each in (layers, last)]
@@ -226,8 +229,8 @@ def _about(
 def _flops(op: Op, weights: Weights | None, values: Mapping[str, Tensor]) -> int:
     if op.kind == "attention":
         return 4 * values[op.inputs[0]].numel() * values[op.inputs[1]].shape[2]
-    if op.kind not in ("conv2d", "linear"):
+    if op.kind not in PACKED:
         return 0
     y, weight = values[op.output], values[op.tensors["weight"]]
     kept = weight.numel() if weights is None else int(np.count_nonzero(weights.packed.values))
-    return 2 * kept * (y.numel() // weight.shape[0])
+    return 2 * kept * positions(op, y.shape)

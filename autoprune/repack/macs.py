@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -16,6 +16,7 @@ from autoprune.repack.program.capture import capture
 from autoprune.repack.program.channels import sole_readers
 from autoprune.repack.program.editor import Editor, infer_shapes
 from autoprune.repack.program.graph import Graph, Op
+from autoprune.repack.program.kinds import PACKED
 from autoprune.repack.program.passes import simplify
 
 
@@ -33,13 +34,20 @@ def remaining_macs(model: nn.Module, inputs: Any) -> int:
         CaptureError: the model cannot be captured as a program.
     """
     graph = simplify(capture(model, as_tuple(inputs)))
-    shapes = infer_shapes(replace(graph, inputs=tuple(replace(each, batched=False) for each in graph.inputs)))
+    shapes = infer_shapes(replace(graph, inputs=tuple(replace(each, free=()) for each in graph.inputs)))
     total = 0
     for _, op in _layers(graph):
         shape = shapes[op.output]
         weight = graph.constants[op.tensors["weight"]]
-        total += int(torch.count_nonzero(weight)) * (prod(shape) // (shape[1] if op.kind == "conv2d" else shape[-1]))
+        total += int(torch.count_nonzero(weight)) * positions(op, shape)
     return total
+
+
+def positions(op: Op, shape: Sequence[int]) -> int:
+    """How often a packed operation with an output of `shape` meets its weight."""
+    if op.kind == "recurrent":
+        return prod(shape[1:3])
+    return prod(shape) // (shape[1] if op.kind == "conv2d" else shape[-1])
 
 
 def find_readers(model: nn.Module, inputs: Any) -> dict[str, str]:
@@ -69,5 +77,5 @@ def _layers(graph: Graph) -> Iterator[tuple[str, Op]]:
     """The model's own layers, by name: not what a pass made of its norms."""
     for op in graph.ops:
         name = op.attributes.get("layer")
-        if op.kind in ("conv2d", "linear") and isinstance(name, str) and op.tensors["weight"] in graph.constants:
+        if op.kind in PACKED and isinstance(name, str) and op.tensors["weight"] in graph.constants:
             yield name, op

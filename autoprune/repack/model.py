@@ -15,13 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.errors import AutopruneError
-from autoprune.inventory import as_tuple, copy_for_inference
+from autoprune.inventory import as_tuple, copy_for_inference, weighted_layers
 from autoprune.latency.timer import Clock, Protocol
 from autoprune.masks import Masks, apply_masks_
+from autoprune.recurrent import cell_of, split_name
 from autoprune.repack.kernels.compiler import unavailable
 from autoprune.repack.outputs import same_output
 from autoprune.repack.program.capture import CaptureError, capture
 from autoprune.repack.program.graph import Graph, Op
+from autoprune.repack.program.kinds import PACKED
 from autoprune.repack.program.lower import is_depthwise
 from autoprune.repack.program.passes import simplify
 from autoprune.repack.program.program import Program, check_threads
@@ -118,7 +120,7 @@ def packable(graph: Graph) -> dict[str, Layer]:
     """The convolutions and Linears that are packed, by their output's name; depthwise ones have their own kernel."""
     layers = {}
     for op in graph.ops:
-        if op.kind in ("conv2d", "linear") and op.tensors["weight"] in graph.constants:
+        if op.kind in PACKED and op.tensors["weight"] in graph.constants:
             weight = graph.constants[op.tensors["weight"]]
             if weight.dtype == torch.float32 and not is_depthwise(op, weight):
                 bias = graph.constants[op.tensors["bias"]] if "bias" in op.tensors else None
@@ -146,10 +148,13 @@ def build_program(
 def _report(original: nn.Module, graph: Graph, layers: dict[str, Layer], tuned: Tuned) -> list[LayerReport]:
     by_layer = {op.attributes["layer"]: op for op in graph.ops if op.attributes.get("layer") is not None}
     rows = []
-    for name, module in original.named_modules():
-        if not isinstance(module, (nn.Conv2d, nn.Linear)):
+    for name, module in weighted_layers(original).items():
+        if not isinstance(module.weight, Tensor):
+            rows.append(LayerReport(name, "lstm", 0.0, 1, DENSE, None, None, "", "it has projections (proj_size)"))
             continue
-        kind = "conv2d" if isinstance(module, nn.Conv2d) else "linear"
+        place = split_name(name)
+        cell = None if place is None else cell_of(original.get_submodule(place[0]))
+        kind = cell or ("conv2d" if isinstance(module, nn.Conv2d) else "linear")
         sparsity = 1.0 - int(torch.count_nonzero(module.weight)) / max(1, module.weight.numel())
         op = by_layer.get(name)
         if op is None:

@@ -67,8 +67,9 @@ def write_onnx(
 def _exported(
     module: nn.Module, inputs: tuple[Tensor, ...], batched: Sequence[bool], names: Sequence[str] | None = None
 ) -> torch.onnx.ONNXProgram:
-    program = exporting.export(module, inputs, batched)
-    shapes = exporting.dynamic_shapes(module, batched)  # gives the extents their name
+    free = [(0,) if each else () for each in batched]
+    program = exporting.export(module, inputs, free)
+    shapes = exporting.dynamic_shapes(module, free)  # gives the extents their name
     try:
         with silence("torch.onnx"), torch.inference_mode():
             made = torch.onnx.export(program, dynamo=True, verbose=False, input_names=names, dynamic_shapes=shapes)

@@ -93,7 +93,7 @@ def _watch(model: nn.Module, inputs: tuple[Any, ...]) -> _Seen:
 
     try:
         with torch.inference_mode():
-            with watch_forward(layers, keep):
+            with watch_forward(model, layers, keep):
                 output = model(*fresh(inputs))
             fusions = find_fusions(model, fresh(inputs))
     except Exception as error:  # the model is the user's: it may raise anything
@@ -147,7 +147,7 @@ class _Job:
         packed = {row.name: candidate.model.get_submodule(row.name) for row in candidate.report if row.backend != DENSE}
         ran: set[str] = set()
         try:
-            with torch.inference_mode(), watch_forward(packed, lambda name, *_: ran.add(name)):
+            with torch.inference_mode(), watch_forward(candidate.model, packed, lambda name, *_: ran.add(name)):
                 output = candidate(*fresh(self.inputs))
         except Exception:  # the model's own code met a layer of another type: whatever it raises, it is undone
             return None

@@ -9,7 +9,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from autoprune.masks import filter_rows
+from autoprune.masks import filter_rows, silent_filters
+from autoprune.recurrent import partner_of
 from autoprune.training.base import Pruner, Signals, SparseTraining
 
 
@@ -103,21 +104,24 @@ class LatentTraining(SparseTraining):
 
     def _show_effective_(self) -> None:
         with torch.no_grad():
-            for name, latent in self.latent.items():
-                effective = self.effective(name, latent)
+            shown = {name: self.effective(name, latent) for name, latent in self.latent.items()}
+            for name, effective in shown.items():
                 self.pruner.weight(name).copy_(effective)
-                silent = self._silent(name, latent, effective)
+                silent = self._silent(name, shown) if self.rows[name] else None
                 for parameter, row in self.rows[name].items():
                     self._rows[name][parameter].copy_(row if silent is None else row.masked_fill(silent, 0.0))
 
-    def _silent(self, name: str, latent: Tensor, effective: Tensor) -> Tensor | None:
+    def _silent(self, name: str, shown: Mapping[str, Tensor]) -> Tensor | None:
         """The filters that are cut as a whole, ``(out,)``, not those that are zero of themselves; None for none."""
-        silent = ~effective.flatten(1).any(dim=1)
-        if not self.rows[name] or not bool(silent.any()):
+        silent = silent_filters(name, shown)
+        if silent is None:
             return None
-        cut = latent.flatten(1).any(dim=1)
-        if name in self.masks:
-            cut |= ~self.masks[name].flatten(1).any(dim=1)
+        cut = torch.zeros_like(silent)
+        for each in (name, partner_of(name)):
+            if each is not None:
+                cut |= self.latent[each].flatten(1).any(dim=1)
+                if each in self.masks:
+                    cut |= ~self.masks[each].flatten(1).any(dim=1)
         return silent & cut
 
     def signals(self) -> Signals:

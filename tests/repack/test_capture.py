@@ -274,7 +274,7 @@ def test_several_inputs() -> None:
             return (x + y) * scale
 
     graph = simplify(capture(Two(), (torch.randn(1, 4), torch.randn(1, 4), torch.randn(4))))
-    assert [each.batched for each in graph.inputs] == [True, True, False]
+    assert [0 in each.free for each in graph.inputs] == [True, True, False]
     given = (torch.randn(3, 4), torch.randn(3, 4), torch.randn(4))
     assert same(reference(graph, given), (given[0] + given[1]) * given[2])
 

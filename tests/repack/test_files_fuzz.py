@@ -127,7 +127,7 @@ def inputs_of(model: RepackedModel) -> tuple[Tensor, ...]:
         return (X,)
     made = []
     for each in model.program.graph.inputs:
-        shape = (3, *each.shape[1:]) if each.batched else each.shape
+        shape = (3, *each.shape[1:]) if 0 in each.free else each.shape
         size = functools.reduce(lambda total, extent: total * extent, shape, 1)
         made.append(torch.ones(shape if size <= SMALL else (1,), dtype=getattr(torch, each.dtype)))
     return tuple(made)

@@ -14,6 +14,7 @@ from autoprune.evaluation.recovery.base import Recovery, Subject
 from autoprune.inventory import as_tuple, watch_forward
 from autoprune.masks import Batches, apply_masks_, weight_of
 from autoprune.plan import Plan
+from autoprune.recurrent import layer_at
 from autoprune.training.loop import recalibrate_batch_norm_
 
 
@@ -76,7 +77,7 @@ def _sums(model: nn.Module, dense: nn.Module, name: str, batches: Batches) -> tu
     c are the columns that the masked model's layer reads, ``(conv_groups, columns, columns)``, and y the dense model's
     output, bias left out, ``(conv_groups, out / conv_groups, columns)``; both float64.
     """
-    module = model.get_submodule(name)
+    module = layer_at(model, name)
     moments = cross = torch.zeros(())
     for inputs, _ in batches:
         read = [x for x, _ in _calls(model, name, inputs)]
@@ -105,7 +106,7 @@ def _calls(model: nn.Module, name: str, inputs: Any) -> list[tuple[Tensor, Tenso
     was_training = model.training
     model.eval()
     try:
-        with watch_forward({name: model.get_submodule(name)}, seen), torch.no_grad():
+        with watch_forward(model, [name], seen), torch.no_grad():
             model(*as_tuple(inputs))
     finally:
         model.train(was_training)

@@ -78,7 +78,7 @@ def rows_gemm(rows: int, target: Target, activation: str = "") -> int:
     module = ir.Module()
     most = tokens_together(rows, target)
     counts = sorted({most, max(1, most // 2), max(1, most // 4), 1}, reverse=True)
-    built = {count: _tile(module, rows, count, target, activation) for count in counts}
+    built = {count: tile(module, rows, count, target, activation) for count in counts}
     b, fields, slots, item, _ = op_function(module)
     get = {field: b.load(at(b, fields, const(field))) for field in Field}
     chunk, block = b.srem(item, get[Field.CHUNKS]), b.sdiv(item, get[Field.CHUNKS])
@@ -118,7 +118,7 @@ def rows_gemm(rows: int, target: Target, activation: str = "") -> int:
     return compile_op(module, "op", target)
 
 
-def _tile(module: ir.Module, rows: int, tokens: int, target: Target, activation: str) -> ir.Function:
+def tile(module: ir.Module, rows: int, tokens: int, target: Target, activation: str) -> ir.Function:
     """All filters of a group for `tokens` tokens."""
     kinds = [
         FLOATS, I64, INTS, I64, FLOATS, FLOATS, FLOATS, I64, FLOATS, I64, I64, INTS, I64, F32, F32,

@@ -7,7 +7,7 @@ What `lifting` has no kind for stays a torch operator; what no file could hold i
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from autoprune.inventory import copy_for_inference
+from autoprune.recurrent import WholeSequences, recurrent_modules
 from autoprune.repack.program import aten, exporting, lifting
 from autoprune.repack.program.exporting import CaptureError
 from autoprune.repack.program.graph import Graph, Input, Op, evaluate_op
@@ -42,7 +43,8 @@ def capture(model: nn.Module, inputs: Sequence[Any]) -> Graph:
 
     Args:
         model: left as it is.
-        inputs: the tensors the model is called with; those whose first extent is that of the first are batched.
+        inputs: the tensors the model is called with; those whose first extent is that of the first may
+            have any batch size; where there is an LSTM or GRU, likewise the second extent: any number of steps.
 
     Raises:
         CaptureError: its control flow depends on data, it writes to its inputs or buffers, draws random numbers,
@@ -51,24 +53,44 @@ def capture(model: nn.Module, inputs: Sequence[Any]) -> Graph:
     for x in inputs:
         if not isinstance(x, Tensor) or x.device.type != "cpu" or x.layout != torch.strided:
             raise CaptureError(f"only dense tensors on the CPU can be inputs of a program, not {_describe(x)}.")
-    copied = copy_for_inference(model)
-    batch = inputs[0].shape[0] if inputs and inputs[0].ndim else None
-    batched = [x.ndim > 0 and x.shape[0] == batch for x in inputs]
-    if any(batched):
+    copied, sequences = _whole_sequences(copy_for_inference(model))
+    for free in _freedoms(inputs, sequences):
         try:
-            return _captured(copied, inputs, batched)
-        except CaptureError:  # it is made for one batch size
-            pass
-    return _captured(copied, inputs, [False] * len(inputs))
+            return _captured(copied, inputs, free)
+        except CaptureError:  # it is made for some extents
+            if not any(free):
+                raise
+    raise AssertionError("the last freedom is none")
+
+
+def _freedoms(inputs: Sequence[Tensor], sequences: bool) -> Iterator[list[tuple[int, ...]]]:
+    """The free axes of each input, from as many as there may be to none."""
+    first = inputs[0].shape if inputs else ()
+    alike = [[x.ndim > axis and x.shape[axis : axis + 1] == first[axis : axis + 1] for x in inputs] for axis in (0, 1)]
+    for axes in ((0, 1), (0,), ()) if sequences else ((0,), ()):
+        free = [tuple(axis for axis in axes if alike[axis][number]) for number in range(len(inputs))]
+        if any(free) or not axes:
+            yield free
+
+
+def _whole_sequences(model: nn.Module) -> tuple[nn.Module, bool]:
+    """Recurrent directions as one operator each, which torch.export would take apart; and whether there are any."""
+    found = list(recurrent_modules(model))
+    for name, module in found:
+        if not name:
+            return WholeSequences(module), True
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, WholeSequences(module))
+    return model, bool(found)
 
 
 def _describe(x: Any) -> str:
     return f"a tensor on {x.device} with layout {x.layout}" if isinstance(x, Tensor) else type(x).__name__
 
 
-def _captured(model: nn.Module, inputs: Sequence[Tensor], batched: Sequence[bool]) -> Graph:
-    program = exporting.export(model, inputs, batched)
-    described = _described(program, inputs, batched)
+def _captured(model: nn.Module, inputs: Sequence[Tensor], free: Sequence[tuple[int, ...]]) -> Graph:
+    program = exporting.export(model, inputs, free)
+    described = _described(program, inputs, free)
     if exporting.is_functional(program.graph):
         try:
             return _Translation(program, described).graph().validate()
@@ -77,12 +99,12 @@ def _captured(model: nn.Module, inputs: Sequence[Tensor], batched: Sequence[bool
     return _Translation(exporting.functional(program), described).graph().validate()
 
 
-def _described(program: ExportedProgram, inputs: Sequence[Tensor], batched: Sequence[bool]) -> list[Input]:
+def _described(program: ExportedProgram, inputs: Sequence[Tensor], free: Sequence[tuple[int, ...]]) -> list[Input]:
     described = []
     names = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind == InputKind.USER_INPUT]
-    for name, x, any_batch in zip(names, inputs, batched, strict=True):
+    for name, x, axes in zip(names, inputs, free, strict=True):
         try:
-            described.append(Input(name, tuple(x.shape), aten.encode_dtype(x.dtype), any_batch))
+            described.append(Input(name, tuple(x.shape), aten.encode_dtype(x.dtype), axes))
         except KeyError:
             raise CaptureError(f"an input of type {x.dtype} is not supported.") from None
     return described

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from autoprune.errors import FileError
+from autoprune.recurrent import GATES
 from autoprune.repack.program import aten
 from autoprune.repack.program.kinds import ACTIVATIONS, SCALARS
 
@@ -59,6 +61,14 @@ def _extents(value: Any) -> bool:
     return isinstance(value, list) and all(map(fine, value)) and value.count(-1) <= 1
 
 
+def _places(value: Any) -> bool:
+    """None, or integers >= 0 that rise."""
+    if value is None:
+        return True
+    numbers = isinstance(value, list) and bool(value) and all(map(_integer(0), value))
+    return numbers and all(before < after for before, after in itertools.pairwise(value))
+
+
 def _scalar_args(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(_text(x) or _integer(-LARGEST)(x) for x in value)
 
@@ -98,6 +108,20 @@ SCHEMAS: Mapping[str, Schema] = {
         (1, 1), {"size": _integer(1), "eps": _number}, tensors={"weight": (1, False), "bias": (1, False)}
     ),
     "attention": Schema((3, 3), {"scale": _number}),
+    "recurrent": Schema(
+        (1, 3),
+        {
+            "cell": lambda cell: _text(cell) and cell in GATES,
+            "time_first": _flag,
+            "reverse": _flag,
+            "threshold": lambda threshold: _number(threshold) and 0.0 <= threshold <= LARGEST,
+            "keep": _integer(0),
+            "units": _places,
+            "interleaved": _flag,
+        },
+        {"layer": _text},
+        {"weight": (2, True), "bias": (1, False)},
+    ),
     "reshape": Schema((1, 1), {"shape": _extents}),
     "scalar": Schema((0, 2), {"fn": lambda fn: _text(fn) and fn in SCALARS, "args": _scalar_args}),
     "torch": Schema(
@@ -156,6 +180,21 @@ def _check_layer(op: Op, constants: Mapping[str, Tensor], what: str) -> None:
         raise FileError(f"{what} has {weight.shape[0]} filters in {op.attributes['groups']} groups.")
 
 
+def _check_recurrent(op: Op, constants: Mapping[str, Tensor], what: str) -> None:
+    _check_layer(op, constants, what)
+    rows, hidden = constants[op.tensors["weight"]].shape
+    cell, units = op.attributes["cell"], op.attributes["units"]
+    live = hidden if units is None else len(units)
+    if rows != GATES[cell] * live or (units is not None and units[-1] >= hidden):
+        raise FileError(f"{what} has a weight of shape {(rows, hidden)} for {live} units of {hidden}.")
+    if op.attributes["keep"] > hidden:
+        raise FileError(f"{what} keeps {op.attributes['keep']} of {hidden} units.")
+    if len(op.inputs) not in (1, 3 if cell == "lstm" else 2):
+        raise FileError(f"{what} has {len(op.inputs)} inputs.")
+    if units is not None and (len(op.inputs) > 1 or not op.attributes["interleaved"]):
+        raise FileError(f"{what} leaves units out, and has a state to begin with or another order of its gates.")
+
+
 def _check_layer_norm(op: Op, constants: Mapping[str, Tensor], what: str) -> None:
     for role, name in op.tensors.items():
         if tuple(constants[name].shape) != (op.attributes["size"],):
@@ -191,6 +230,7 @@ def _check_torch(op: Op, constants: Mapping[str, Tensor], what: str) -> None:
 _MORE: Mapping[str, Callable[[Op, Mapping[str, Tensor], str], None]] = {
     "conv2d": _check_layer,
     "linear": _check_layer,
+    "recurrent": _check_recurrent,
     "layer_norm": _check_layer_norm,
     "scalar": _check_scalar,
     "max_pool2d": _check_pool,
@@ -203,8 +243,9 @@ def check_input(given: Input) -> None:
     """Raises FileError unless it has a name, a shape and a known type."""
     if not isinstance(given.name, str) or not all(map(_integer(0), given.shape)):
         raise FileError(f"the input {given.name!r} has the shape {given.shape!r}.")
-    if not isinstance(given.batched, bool) or (given.batched and not given.shape):
-        raise FileError(f"the input {given.name!r} has batched = {given.batched!r}.")
+    axes = [axis for axis in given.free if type(axis) is int and 0 <= axis < min(2, len(given.shape))]
+    if list(given.free) != sorted(set(axes)):
+        raise FileError(f"the input {given.name!r} has the free axes {list(given.free)!r}.")
     aten.decode_dtype(given.dtype)
 
 

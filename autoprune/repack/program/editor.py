@@ -12,7 +12,7 @@ from torch import Tensor
 from autoprune.repack.program.aten import decode_dtype
 from autoprune.repack.program.graph import Graph, Op, evaluate_op
 
-BATCH = 55440  # no model's own extent, so that equal extents are equal for every batch; it has many divisors
+FREE = (55440, 75600)  # no model's own extents, so that equal ones are equal at every call; they have many divisors
 
 
 class Editor:
@@ -21,7 +21,7 @@ class Editor:
     Attributes:
         ops: value -> the operation that defines it, in the order they run.
         constants: of the graph, and those made since.
-        shapes: of every value, for a batch of BATCH where the graph takes any; () for integers.
+        shapes: of every value, of FREE extents where the graph takes any; () for integers.
     """
 
     def __init__(self, graph: Graph) -> None:
@@ -120,11 +120,11 @@ def _rename_in(value: Any, old: str, new: str) -> Any:
 
 
 def infer_shapes(graph: Graph) -> dict[str, tuple[int, ...]]:
-    """The shape of every value, for a batch of BATCH where the graph takes any; () for integers. Computes nothing."""
+    """The shape of every value, of FREE extents where the graph takes any; () for integers. Computes nothing."""
     constants: Mapping[str, Tensor] = {name: value.to("meta") for name, value in graph.constants.items()}
     values: dict[str, Any] = {}
     for each in graph.inputs:
-        shape = (BATCH, *each.shape[1:]) if each.batched else each.shape
+        shape = tuple(FREE[axis] if axis in each.free else extent for axis, extent in enumerate(each.shape))
         values[each.name] = torch.empty(shape, dtype=decode_dtype(each.dtype), device="meta")
     for op in graph.ops:
         values[op.output] = evaluate_op(op, values, constants)

@@ -45,13 +45,11 @@ class CaptureError(AutopruneError):
     """A model that cannot be captured as a graph; it can still be repacked a layer at a time."""
 
 
-def export(model: nn.Module, inputs: Sequence[Tensor], batched: Sequence[bool]) -> ExportedProgram:
-    # torch takes a batch of 1 for a constant
-    examples = tuple(
-        torch.cat([x, x]) if dynamic and x.shape[0] == 1 else x for x, dynamic in zip(inputs, batched, strict=True)
-    )
+def export(model: nn.Module, inputs: Sequence[Tensor], free: Sequence[tuple[int, ...]]) -> ExportedProgram:
+    """Asks for a form of the model in which the `free` axes of each input may have any extent."""
+    examples = tuple(_larger(x, axes) for x, axes in zip(inputs, free, strict=True))
     try:
-        shapes = dynamic_shapes(model, batched)
+        shapes = dynamic_shapes(model, free)
         with _quiet(), _plain_attention(), torch.no_grad():
             exported: ExportedProgram = torch.export.export(model, examples, dynamic_shapes=shapes, strict=False)
             return exported
@@ -59,12 +57,19 @@ def export(model: nn.Module, inputs: Sequence[Tensor], batched: Sequence[bool]) 
         raise _failed(error) from error
 
 
-def dynamic_shapes(model: nn.Module, batched: Sequence[bool]) -> tuple[Any, ...] | None:
+def _larger(x: Tensor, free: tuple[int, ...]) -> Tensor:
+    """Torch takes an extent of 1 for a constant."""
+    for axis in free:
+        x = torch.cat([x, x], dim=axis) if x.shape[axis] == 1 else x
+    return x
+
+
+def dynamic_shapes(model: nn.Module, free: Sequence[tuple[int, ...]]) -> tuple[Any, ...] | None:
     """Which extents may be any, nested as the arguments of `forward`: what ``*args`` takes is a tuple of its own."""
-    batch = Dim("batch")
-    extents = [{0: batch} if dynamic else None for dynamic in batched]
+    names = (Dim("batch"), Dim("second"))
+    extents = [{axis: names[axis] for axis in axes} or None for axes in free]
     given = inspect.signature(model.forward).bind(*extents).arguments
-    return tuple(given.values()) if any(batched) else None
+    return tuple(given.values()) if any(free) else None
 
 
 def _failed(error: Exception) -> CaptureError:

@@ -24,14 +24,16 @@ class Input:
     """A tensor the model is called with.
 
     Attributes:
-        shape: of the example; where `batched`, the first extent may be any at a call, one for all batched inputs.
+        shape: of the example.
         dtype: e.g. ``float32``.
+        free: the axes, of the first two, whose extent may be any at a call: axis 0, one for all inputs that have it
+            free, and axis 1 likewise.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
-    batched: bool = False
+    free: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class Graph:
     @property
     def dynamic(self) -> bool:
         """Whether a call may have another batch size than the example."""
-        return any(each.batched for each in self.inputs)
+        return any(0 in each.free for each in self.inputs)
 
     def producers(self) -> dict[str, Op]:
         """Value -> the operation that defines it; the model's inputs have none."""
@@ -147,7 +149,7 @@ class Graph:
     def to_json(self) -> dict[str, Any]:
         """Everything but the constants."""
         return {
-            "inputs": [{**vars(each), "shape": list(each.shape)} for each in self.inputs],
+            "inputs": [{**vars(each), "shape": list(each.shape), "free": list(each.free)} for each in self.inputs],
             "ops": [
                 {
                     "kind": op.kind,
@@ -167,8 +169,8 @@ class Graph:
         top = checks.fields(data, {"inputs": list, "ops": list, "outputs": object}, "the graph")
         inputs = []
         for row in top["inputs"]:
-            row = checks.fields(row, {"name": str, "shape": list, "dtype": str, "batched": bool}, "an input")
-            inputs.append(Input(row["name"], tuple(row["shape"]), row["dtype"], row["batched"]))
+            row = checks.fields(row, {"name": str, "shape": list, "dtype": str, "free": list}, "an input")
+            inputs.append(Input(row["name"], tuple(row["shape"]), row["dtype"], tuple(row["free"])))
         ops = []
         types = {"kind": str, "output": str, "inputs": list, "attributes": dict, "tensors": dict}
         for row in top["ops"]:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from autoprune.recurrent import GATES, by_gate, run_steps
 from autoprune.repack.program import aten
 
 if TYPE_CHECKING:
@@ -76,6 +77,30 @@ def _attention(op: Op, x: list[Any], w: Mapping[str, Tensor], _: Values) -> Tens
     return F.scaled_dot_product_attention(x[0], x[1], x[2], scale=op.attributes["scale"])
 
 
+def _recurrent(op: Op, x: list[Any], w: Mapping[str, Tensor], _: Values) -> Tensor:
+    a = op.attributes
+    cell, units, gates = a["cell"], a["units"], GATES[a["cell"]]
+    given, weight, bias = x[0], w["weight"], w.get("bias")
+    hidden = weight.shape[1]
+    lead = (2 if cell == "lstm" else 1, *given.shape[:2])
+    if given.is_meta:
+        return torch.empty((*lead, hidden), dtype=given.dtype, device=given.device)
+    if a["interleaved"]:
+        given = given.unflatten(-1, (-1, gates)).transpose(-1, -2).flatten(-2)
+        weight, bias = by_gate(weight, gates), None if bias is None else by_gate(bias, gates)
+    live = weight if units is None else weight[:, units]
+    keep = 0 if units is not None and a["keep"] >= len(units) else a["keep"]
+    states = run_steps(
+        given, lambda state: F.linear(state, live, bias), *[*x[1:], None, None][:2], cell=cell,
+        time_first=a["time_first"], reverse=a["reverse"], threshold=a["threshold"], keep=keep,
+    )  # fmt: skip
+    if units is None:
+        return states
+    whole: Tensor = states.new_zeros((*lead, hidden))
+    whole[..., units] = states
+    return whole
+
+
 def _reshape(op: Op, x: list[Any], w: Mapping[str, Tensor], values: Values) -> Tensor:
     reshaped: Tensor = x[0].reshape(aten.decode(op.attributes["shape"], values))
     return reshaped
@@ -90,6 +115,9 @@ def _torch(op: Op, x: list[Any], w: Mapping[str, Tensor], values: Values) -> Any
     a = op.attributes
     return aten.call(a["op"], a["args"], a["kwargs"], values, a.get("item"))
 
+
+PACKED = ("conv2d", "linear", "recurrent")
+"""The kinds whose weight is packed."""
 
 SCALARS: Mapping[str, Callable[[Any, Any], Any]] = {  # of integers, symbolic ones while torch.export traces
     "size": lambda x, axis: x.shape[axis],
@@ -112,6 +140,7 @@ KINDS: Mapping[str, Evaluate] = {
     "add": _add,
     "layer_norm": _layer_norm,
     "attention": _attention,
+    "recurrent": _recurrent,
     "reshape": _reshape,
     "scalar": _scalar,
     "torch": _torch,

@@ -275,6 +275,17 @@ def _attention(site: Site) -> Result:
     return Lifted("attention", tuple(site.name(name) for name in ("query", "key", "value")), {"scale": scale})
 
 
+def _recurrent(site: Site) -> Result:
+    a = site.args
+    tensors = site.weights(weight="weight", bias="bias")
+    given = [name for name in ("gates", "h", "c") if a[name] is not None]
+    if tensors is None or not all(site.is_value(name) or site.is_float(a[name], 2) for name in given):
+        return None
+    attributes = {name: a[name] for name in ("cell", "time_first", "reverse", "threshold", "keep")}
+    attributes |= {"units": None, "interleaved": False, "layer": site.layer()}
+    return Lifted("recurrent", tuple(site.name(name) for name in given), attributes, tensors)
+
+
 def _reshape(site: Site) -> Result:
     """Any operator whose result holds the same elements in the same order."""
     source = site.args["self"]
@@ -352,6 +363,7 @@ _LIFTINGS: Mapping[str, Callable[[Site], Result]] = {
     "mean.dim": _mean,
     "add.Tensor": _add,
     "layer_norm.default": _layer_norm,
+    "autoprune.recurrent.default": _recurrent,
     "scaled_dot_product_attention.default": _attention,
     "view.default": _reshape,
     "_unsafe_view.default": _reshape,

@@ -564,6 +564,38 @@ class _Lowering:
         self.steps.append(NativeStep(op.output, [*(each.buffer for each in views), scratch], buffer, build))
         return True
 
+    def recurrent(self, op: Op) -> bool:
+        a = op.attributes
+        if op.output not in self.weights or not a["interleaved"]:
+            return False
+        weight, units = self.constants[op.tensors["weight"]], a["units"]
+        x, before = self.rows(op.inputs[0]), [self.rows(name) for name in op.inputs[1:]]
+        if len(x.shape) != 3 or x.shape[2] != weight.shape[0]:
+            raise AutopruneError(f"a recurrent layer takes projections (..., ..., {weight.shape[0]}), not {x.shape}.")
+        steps, batch = x.shape[:2] if a["time_first"] else (x.shape[1], x.shape[0])
+        hidden = weight.shape[1]
+        for view in before:
+            if view.shape != (batch, hidden):
+                raise AutopruneError(f"a recurrent layer begins with a state {(batch, hidden)}, not {view.shape}.")
+        size = nodes.Sequences(
+            a["cell"], steps, batch, hidden, None if units is None else tuple(units), a["time_first"], a["reverse"],
+            a["threshold"], a["keep"],
+        )  # fmt: skip
+        meta = self.define(op.output, (2 if size.cell == "lstm" else 1, *x.shape[:2], hidden))
+        buffer = self.buffers[_storage(meta)] = Buffer(meta.numel())
+        scratch = Buffer(batch * size.scratch)
+        self.scratches.append(scratch)
+
+        def build(weights: Weights | None, tiling: nodes.Tiling) -> NativeOp:
+            assert weights is not None
+            given, *starts = ((view.buffer.slot, view.start * FLOAT_BYTES) for view in (x, *before))
+            made = (buffer.slot, buffer.offset)
+            return nodes.sequence(op.output, weights, tiling, size, given, made, tuple(starts), scratch, self.target)
+
+        reads = [x.buffer, scratch, *(view.buffer for view in before)]
+        self.steps.append(NativeStep(op.output, reads, buffer, build, op, (steps, batch)))
+        return True
+
     def linear(self, op: Op) -> bool:
         if op.output not in self.weights:
             return False
@@ -606,6 +638,7 @@ def _is_float(value: Any) -> bool:
 _RULES: Mapping[str, Callable[[_Lowering, Op], bool]] = {
     "conv2d": _Lowering.conv2d,
     "linear": _Lowering.linear,
+    "recurrent": _Lowering.recurrent,
     "max_pool2d": _Lowering.pool,
     "avg_pool2d": _Lowering.pool,
     "layer_norm": _Lowering.layer_norm,

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoprune.repack.formats import PackedWeight
-from autoprune.repack.kernels import attention, copy, maps, offset_gemm, rows, rows_gemm, window
+from autoprune.repack.kernels import attention, copy, maps, offset_gemm, recurrent, rows, rows_gemm, window
 from autoprune.repack.kernels.compiler import Target
 from autoprune.repack.kernels.math import clamp_bounds
 from autoprune.repack.program.layout import FLOAT_BYTES, MapLayout, aligned
@@ -56,6 +56,7 @@ class Tiling:
         panel: inputs that a group is done with, at all positions of an item, before the next ones; 0: all at once.
         serpentine: whether every other group walks its kept positions backwards, so that it begins with what the one
             before it has just read.
+        columns: whether a recurrent weight is walked by column, those of zero states left out; by group else.
     """
 
     group_size: int = 0
@@ -64,6 +65,7 @@ class Tiling:
     inputs_first: bool = True
     panel: int = 0
     serpentine: bool = False
+    columns: bool = False
 
 
 @dataclass(frozen=True)
@@ -202,6 +204,100 @@ def linear(
         }  # fmt: skip
     kernel = rows_gemm.rows_gemm(packed.group_size, target, other)
     return _op(name, kernel, f, given, -(-tokens // block) * chunks)
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """A recurrent op's geometry.
+
+    Attributes:
+        cell: ``lstm`` or ``gru``.
+        steps: of a sequence.
+        batch: sequences.
+        hidden: entries of a state.
+        units: those that are computed; all when None.
+        time_first: whether steps are the first axis of projections and states.
+        reverse: from the last step to the first.
+        threshold: states smaller than it become 0.
+        keep: the largest states of a step stay; 0: all.
+    """
+
+    cell: str
+    steps: int
+    batch: int
+    hidden: int
+    units: tuple[int, ...] | None
+    time_first: bool
+    reverse: bool
+    threshold: float
+    keep: int
+
+    @property
+    def computed(self) -> int:
+        return self.hidden if self.units is None else len(self.units)
+
+    @property
+    def scratch(self) -> int:
+        """Floats an entry of the batch needs."""
+        return recurrent.scratch(self.cell, self.computed, self.hidden)
+
+    @property
+    def prune(self) -> str:
+        """What the kernel is told about zero states."""
+        return "threshold" if self.threshold > 0.0 else "top" if 0 < self.keep < self.computed else ""
+
+
+def sequence(
+    name: str, weights: Weights, tiling: Tiling, size: Sequences, x: tuple[int, int], y: tuple[int, int],
+    before: tuple[tuple[int, int], ...], scratch: Buffer, target: Target,
+) -> NativeOp:  # fmt: skip
+    """One direction of a recurrent layer; x, y and the states before it, where there are any, are (slot, bytes)."""
+    f, packed = recurrent.Field, weights.packed
+    rows = recurrent.GATES[size.cell] * size.computed
+    of_entry = (1, size.batch) if size.time_first else (size.steps, 1)  # from an entry, and a step, to the next
+    begin: list[tuple[int, Any, int]] = [(slot, offset, size.hidden) for slot, offset in before]
+    nothing = np.zeros(size.hidden, np.float32)
+    begin += [(0, nothing, 0)] * (2 - len(begin))
+    units = np.arange(size.hidden) if size.units is None else np.array(size.units)
+    block = -(-size.batch // max(1, min(size.batch, tiling.chunk)))
+    given: dict[IntEnum, Any] = {
+        f.X_SLOT: x[0], f.X_OFFSET: x[1], f.X_ENTRY: of_entry[0] * rows, f.X_STEP: of_entry[1] * rows,
+        f.Y_SLOT: y[0], f.Y_OFFSET: y[1], f.Y_ENTRY: of_entry[0] * size.hidden, f.Y_STEP: of_entry[1] * size.hidden,
+        f.Y_CELL: size.steps * size.batch * size.hidden, f.H_SLOT: begin[0][0], f.H_OFFSET: begin[0][1],
+        f.H_ENTRY: begin[0][2], f.C_SLOT: begin[1][0], f.C_OFFSET: begin[1][1], f.C_ENTRY: begin[1][2],
+        f.SCRATCH_SLOT: scratch.slot, f.SCRATCH_OFFSET: scratch.offset, f.SCRATCH: size.scratch, f.STEPS: size.steps,
+        f.BATCH: size.batch, f.BLOCK: block, f.REVERSE: int(size.reverse), f.HIDDEN: size.hidden,
+        f.UNITS: size.computed, f.UNIT_INDEX: units.astype(np.int32),
+        f.OUT_INDEX: np.ascontiguousarray(packed.out_index), f.FIRST: weights.first, f.GROUPS: packed.groups,
+        f.THRESHOLD: float_bits(size.threshold), f.KEEP: size.keep,
+    }  # fmt: skip
+    if tiling.columns and walks_columns(weights):
+        given |= _columns(weights, size.hidden)
+    else:
+        given |= {
+            f.GROUP_POINTER: packed.group_pointer, f.INDEX: packed.index, f.VALUES: packed.values,
+            f.BIAS: weights.bias_rows,
+        }  # fmt: skip
+    form = recurrent.Form(size.cell, packed.group_size, tiling.columns and walks_columns(weights), size.prune)
+    return _op(name, recurrent.recurrent(form, target), f, given, -(-size.batch // block))
+
+
+def walks_columns(weights: Weights) -> bool:
+    """Whether a recurrent weight can be walked by column: each group's rows lie side by side."""
+    return bool((weights.first >= 0).all())
+
+
+def _columns(weights: Weights, hidden: int) -> dict[IntEnum, Any]:
+    """The kept positions by column: the first row of each one's group."""
+    f, packed = recurrent.Field, weights.packed
+    group = np.repeat(np.arange(packed.groups), np.diff(packed.group_pointer))
+    order = np.argsort(packed.index, kind="stable")
+    ends = np.cumsum(np.bincount(packed.index, minlength=hidden))
+    return {
+        f.GROUP_POINTER: np.concatenate([[0], ends]).astype(np.int32),
+        f.INDEX: np.ascontiguousarray(weights.first[group[order]]),
+        f.VALUES: np.ascontiguousarray(packed.values[order]), f.BIAS: weights.bias,
+    }  # fmt: skip
 
 
 def sliding(

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autoprune.recurrent import GATES, by_unit
 from autoprune.repack.program.channels import drop_dead_channels
-from autoprune.repack.program.editor import Editor
+from autoprune.repack.program.editor import Editor, infer_shapes
 from autoprune.repack.program.graph import Graph, Op
 
 LAYERS = ("conv2d", "linear")
@@ -136,6 +137,84 @@ def _merge_reshapes(edited: Editor, op: Op) -> bool:
     return True
 
 
+def _interleave_gates(edited: Editor, op: Op) -> bool:
+    """A unit's gates become neighbours in the recurrent weight and in the Linear that projects the input."""
+    if op.kind != "recurrent" or op.attributes["interleaved"]:
+        return False
+    linear = edited.ops.get(op.inputs[0])
+    if linear is None or linear.kind != "linear" or _is_fused(linear) or not edited.only_reader(linear, op):
+        return False
+    gates = GATES[op.attributes["cell"]]
+    for each in (linear, op):
+        turned = {role: by_unit(value, gates) for role, value in edited.weights(each).items()}
+        each = edited.with_weights(each, **turned)
+        edited.ops[each.output] = each if each.output != op.output else each.with_attributes(interleaved=True)
+    edited.prune()
+    return True
+
+
+def _drop_silent_units(edited: Editor, op: Op) -> bool:
+    """Units whose state is always 0 are not computed, and what reads them has zeros for them."""
+    if op.kind != "recurrent" or not op.attributes["interleaved"] or len(op.inputs) > 1 or op.attributes["units"]:
+        return False
+    linear = edited.ops.get(op.inputs[0])
+    if linear is None or linear.kind != "linear" or not edited.only_reader(linear, op):
+        return False
+    gates = GATES[op.attributes["cell"]]
+    new = 2  # the gate that writes: without it nothing ever differs from the zeros at the beginning
+    written = [
+        value.unflatten(0, (-1, gates))[:, new].reshape(len(value) // gates, -1).any(dim=1)
+        for each in (linear, op)
+        for value in edited.weights(each).values()
+    ]
+    live = torch.stack(written).any(dim=0)
+    if live.all():
+        return False
+    if not live.any():
+        live[0] = True  # no layer is without units
+    rows = live.repeat_interleave(gates)
+    for each in (linear, op):
+        kept = {role: value[rows] for role, value in edited.weights(each).items()}
+        if each is op:
+            kept["weight"] = kept["weight"].masked_fill(~live, 0.0)
+        edited.ops[each.output] = edited.with_weights(each, **kept)
+    units = live.nonzero().flatten().tolist()
+    edited.ops[op.output] = edited.ops[op.output].with_attributes(units=units)
+    edited.prune()
+    edited.shapes = infer_shapes(edited.graph())
+    return True
+
+
+def _read_live_units(edited: Editor, op: Op) -> bool:
+    """A Linear that reads states needs no weights for the units that are always 0."""
+    if op.kind != "linear":
+        return False
+    source = edited.ops.get(op.inputs[0])
+    while source is not None and source.kind == "torch" and _keeps_features(source, edited):
+        source = edited.ops.get(source.attributes["args"][0]["ref"])
+    if source is None or source.kind != "recurrent" or source.attributes["units"] is None:
+        return False
+    weight = edited.weight(op, "weight")
+    dead = torch.ones(weight.shape[1], dtype=torch.bool)
+    dead[source.attributes["units"]] = False
+    if not weight[:, dead].any():
+        return False
+    edited.replace(op, edited.with_weights(op, weight=weight.masked_fill(dead, 0.0)))
+    return True
+
+
+def _keeps_features(op: Op, edited: Editor) -> bool:
+    """Whether an operator only picks positions, each with all its features on the last axis."""
+    a = op.attributes
+    if a["op"] not in _PICKING or not isinstance(a["args"][0], dict):
+        return False
+    axes = len(edited.shapes[a["args"][0]["ref"]])
+    return len(a["args"]) > 1 and type(a["args"][1]) is int and a["args"][1] % axes != axes - 1
+
+
+_PICKING = ("aten.select.int", "aten.slice.Tensor", "aten.gather.default", "aten.index_select.default")
+
+
 def bypass_branch(edited: Editor, op: Op) -> bool:
     """Leaves the residual alone of a layer and the residual added to it; False where there is none to take over."""
     if op.kind not in LAYERS or len(op.inputs) != 2 or edited.shapes[op.inputs[1]] != edited.shapes[op.output]:
@@ -156,6 +235,9 @@ def _drop_zero_branch(edited: Editor, op: Op) -> bool:
 
 _PASSES: tuple[Callable[[Editor, Op], bool], ...] = (
     _fold_norm,
+    _interleave_gates,
+    _drop_silent_units,
+    _read_live_units,
     _fuse_activation,
     _fuse_add,
     _merge_reshapes,

@@ -22,7 +22,7 @@ from autoprune.repack.program.nodes import Tiling
 from autoprune.repack.program.team import team
 from autoprune.repack.program.weights import Weights
 
-MAX_PLANS = 16  # input shapes remembered: inputs of ever new shapes must not fill the memory
+MAX_PLANS = 128  # input shapes remembered: inputs of ever new shapes must not fill the memory
 
 
 @dataclass(eq=False)
@@ -176,6 +176,9 @@ def check_threads(threads: object) -> None:
         raise AutopruneError(f"threads must be a positive integer or None, not {threads!r}.")
 
 
+_FREE = {(): "", (0,): " (any batch size)", (1,): " (any second extent)", (0, 1): " (any batch size and second extent)"}
+
+
 class Program:
     """Runs a graph with packed weights; several threads may call it at once.
 
@@ -239,12 +242,16 @@ class Program:
         if len(inputs) != len(given):
             raise AutopruneError(f"this model takes {len(given)} inputs, not {len(inputs)}.")
         for x, expected in zip(inputs, given, strict=True):
-            free = 1 if expected.batched else 0
-            if x.dim() != len(expected.shape) or tuple(x.shape[free:]) != expected.shape[free:]:
+            extents = zip(x.shape, expected.shape, strict=False)
+            differing = [axis for axis, (got, wanted) in enumerate(extents) if got != wanted]
+            if x.dim() != len(expected.shape) or not {*differing} <= {*expected.free}:
                 raise AutopruneError(
                     f"this program was made for an input of shape {tuple(expected.shape)}"
-                    f"{' (any batch size)' if free else ''}, not {tuple(x.shape)}."
+                    f"{_FREE[expected.free]}, not {tuple(x.shape)}."
                 )
-        batches = {x.shape[0] for x, expected in zip(inputs, given, strict=True) if expected.batched}
-        if len(batches) > 1:
-            raise AutopruneError(f"the inputs' batch sizes differ: {sorted(batches)}.")
+        for axis, what in enumerate(("batch sizes", "second extents")):
+            found = {x.shape[axis] for x, expected in zip(inputs, given, strict=True) if axis in expected.free}
+            if len(found) > 1:
+                raise AutopruneError(f"the inputs' {what} differ: {sorted(found)}.")
+            if 0 in found and axis:
+                raise AutopruneError("a sequence has at least one step; an input here has none.")

@@ -29,11 +29,11 @@ from autoprune.repack.kernels.compiler import Target
 from autoprune.repack.program.graph import Op
 from autoprune.repack.program.lower import NativeStep
 from autoprune.repack.program.native import NativeOp, NativeSequence
-from autoprune.repack.program.nodes import Tiling
+from autoprune.repack.program.nodes import Tiling, walks_columns
 from autoprune.repack.program.program import Plan, Program
 from autoprune.repack.program.weights import Weights
 
-VERSION = 4  # of the kernels: what was tuned for others is not used
+VERSION = 5  # of the kernels: what was tuned for others is not used
 ROUNDS = 5
 # What a kept weight costs in groups of this size, relative to the largest: smaller groups load more for each.
 # A convolution's vectors hold positions, a Linear's the filters of a group.
@@ -107,7 +107,7 @@ def tiling_from_json(row: Mapping[str, Any]) -> Tiling:
     tiling = Tiling(**row)
     numbers = (tiling.group_size, tiling.block, tiling.chunk, tiling.panel)
     fine = all(type(n) is int and 0 <= n < 2**31 for n in numbers) and tiling.group_size in (0, *GROUP_SIZES)
-    flags = (tiling.inputs_first, tiling.serpentine)
+    flags = (tiling.inputs_first, tiling.serpentine, tiling.columns)
     if not fine or tiling.block < 1 or not all(isinstance(flag, bool) for flag in flags):
         raise ValueError("no tiling")
     return tiling
@@ -174,8 +174,11 @@ def key_of(step: NativeStep, layer: Layer, plan: Plan) -> str:
     return json.dumps(what)
 
 
+_GEOMETRY = ("stride", "padding", "dilation", "cell", "threshold", "keep")
+
+
 def _geometry(op: Op) -> list[Any]:
-    return [op.attributes.get(key) for key in ("stride", "padding", "dilation")] + [len(op.inputs)]
+    return [op.attributes.get(key) for key in _GEOMETRY] + [len(op.inputs)]
 
 
 @dataclass
@@ -239,6 +242,10 @@ def tilings(step: NativeStep, weights: Weights, threads: int) -> Iterable[Tiling
     """The ways to cut a layer's work that are worth timing."""
     groups, size = weights.packed.groups, weights.packed.group_size
     positions, batch = step.size
+    if step.layer is not None and step.layer.kind == "recurrent":
+        # an item is some sequences of the batch, all their steps
+        walks = (False, True) if walks_columns(weights) else (False,)
+        return [Tiling(size, 1, min(batch, threads), columns=columns) for columns in walks]
     least = ITEMS_A_THREAD * threads if threads > 1 else 1
     blocks = [positions] if step.layer is not None and step.layer.kind == "linear" else [48, 192, positions]
     made = []

@@ -1,0 +1,418 @@
+"""LSTM and GRU over a whole sequence, a native op: one direction of one layer, from its input projections.
+
+A row of the projections and of the recurrent weight is one gate of one unit; the gates of a unit are neighbours
+(row = unit * gates + gate), so a group of filters holds whole units and the cell reads the gates without a gather.
+At each step the packed recurrent weight meets the state before it in one of two ways: group by group, as a Linear; or
+column by column, the columns of states that are zero left out, which pays where many are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+
+import llvmlite.ir as ir
+
+from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
+from autoprune.repack.kernels.ir import (
+    F32,
+    FLOATS,
+    I32,
+    I64,
+    INTS,
+    address,
+    at,
+    const,
+    float_field,
+    fma,
+    load_vector,
+    long_at,
+    loop,
+    op_function,
+    pointer_field,
+    smaller,
+    splat,
+    store_vector,
+    vector,
+)
+from autoprune.repack.kernels.math import exp, splat_float
+from autoprune.repack.kernels.rows import each
+from autoprune.repack.kernels.rows_gemm import tile, tokens_together
+
+GATES: Mapping[str, int] = {"lstm": 4, "gru": 3}
+
+
+class Field(IntEnum):
+    """Entries of the int64 array that describes one op; sizes in floats."""
+
+    X_SLOT = 0  # input projections, (units * gates) an entry and step
+    X_OFFSET = 1  # bytes
+    X_STEP = 2  # from a step to the next
+    X_ENTRY = 3  # from an entry of the batch to the next
+    Y_SLOT = 4  # states, (hidden,) an entry and step
+    Y_OFFSET = 5
+    Y_STEP = 6
+    Y_ENTRY = 7
+    Y_CELL = 8  # from a state to its cell's, where there is one
+    H_SLOT = 9  # the state before the first step
+    H_OFFSET = 10
+    H_ENTRY = 11
+    C_SLOT = 12  # the cell's before the first step
+    C_OFFSET = 13
+    C_ENTRY = 14
+    SCRATCH_SLOT = 15
+    SCRATCH_OFFSET = 16
+    SCRATCH = 17  # of one entry, see `scratch`
+    STEPS = 18
+    BATCH = 19
+    BLOCK = 20  # entries an item
+    REVERSE = 21  # 1: from the last step to the first
+    HIDDEN = 22
+    UNITS = 23  # that are computed; the others' states are 0
+    UNIT_INDEX = 24  # address of int32 a unit: its place in the state
+    GROUP_POINTER = 25  # by group, or by column
+    INDEX = 26  # address of int32 a kept position: its column, or its group's first row
+    VALUES = 27
+    BIAS = 28  # by row of the groups, or by row
+    OUT_INDEX = 29  # address of int32 a row: its place, -1 for none
+    FIRST = 30  # address of int32 a group: its first row when its rows are neighbours, else -1
+    GROUPS = 31
+    THRESHOLD = 32  # float bits: smaller states are 0
+    KEEP = 33  # the largest states of a step that are kept
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a kernel is made for.
+
+    Attributes:
+        cell: ``lstm`` or ``gru``.
+        rows: filters in a packed group.
+        columns: whether the weight is walked by column, zero states left out.
+        prune: how states become zero: ``""``, ``threshold`` or ``top``.
+    """
+
+    cell: str
+    rows: int
+    columns: bool = False
+    prune: str = ""
+
+
+def scratch(cell: str, units: int, hidden: int) -> int:
+    """Floats of scratch an entry of the batch needs: projections, cells, states, live columns."""
+    return (GATES[cell] + 2) * units + hidden
+
+
+@once_a_process
+def recurrent(form: Form, target: Target) -> int:
+    """The op; an item is some entries of the batch, all steps of them."""
+    module, lanes = ir.Module(), target.lanes
+    product = _by_column(module, form, target) if form.columns else _by_group(module, form, target)
+    b, fields, slots, item, _ = op_function(module)
+    get = {field: b.load(at(b, fields, const(field))) for field in Field}
+    x0 = address(b, slots, get[Field.X_SLOT], get[Field.X_OFFSET])
+    y0 = address(b, slots, get[Field.Y_SLOT], get[Field.Y_OFFSET])
+    h0 = address(b, slots, get[Field.H_SLOT], get[Field.H_OFFSET])
+    c0 = address(b, slots, get[Field.C_SLOT], get[Field.C_OFFSET])
+    work0 = address(b, slots, get[Field.SCRATCH_SLOT], get[Field.SCRATCH_OFFSET])
+    unit_index = pointer_field(b, get[Field.UNIT_INDEX], INTS)
+    units, hidden = get[Field.UNITS], get[Field.HIDDEN]
+    first = b.mul(item, get[Field.BLOCK])
+    last = smaller(b, b.add(first, get[Field.BLOCK]), get[Field.BATCH])
+    backwards = b.icmp_signed("!=", get[Field.REVERSE], const(0))
+    final = b.sub(get[Field.STEPS], const(1))
+
+    def entry_work(entry: ir.Value) -> _Work:
+        projected = at(b, work0, b.mul(entry, get[Field.SCRATCH]))
+        cell = at(b, projected, b.mul(units, const(GATES[form.cell])))
+        state = at(b, cell, units)
+        return _Work(projected, cell, state, b.bitcast(at(b, state, units), INTS))
+
+    with loop(b, first, last) as entry:
+        own = entry_work(entry)
+        # a GRU carries its state alone; an LSTM its cell
+        source, stride = (c0, Field.C_ENTRY) if form.cell == "lstm" else (h0, Field.H_ENTRY)
+        start = at(b, source, b.mul(entry, get[stride]))
+        with loop(b, const(0), units) as unit:
+            b.store(b.load(at(b, start, long_at(b, unit_index, unit))), at(b, own.cell, unit))
+
+    with loop(b, const(0), get[Field.STEPS]) as count:
+        step = b.select(backwards, b.sub(final, count), count)
+        before = b.select(backwards, b.add(step, const(1)), b.sub(step, const(1)))
+        begins = b.icmp_signed("==", count, const(0))
+        past = b.select(begins, h0, at(b, y0, b.mul(before, get[Field.Y_STEP])))
+        past_entry = b.select(begins, get[Field.H_ENTRY], get[Field.Y_ENTRY])
+        product(b, get, past, past_entry, first, last, entry_work)
+        with loop(b, first, last) as entry:
+            own = entry_work(entry)
+            x = at(b, x0, b.add(b.mul(step, get[Field.X_STEP]), b.mul(entry, get[Field.X_ENTRY])))
+            y = at(b, y0, b.add(b.mul(step, get[Field.Y_STEP]), b.mul(entry, get[Field.Y_ENTRY])))
+
+            def compute(unit: ir.Value, wide: int, own: _Work = own, x: ir.Value = x) -> None:
+                gates = GATES[form.cell]
+                given = _gates(b, at(b, x, b.mul(unit, const(gates))), gates, wide)
+                learned = _gates(b, at(b, own.projected, b.mul(unit, const(gates))), gates, wide)
+                cell = load_vector(b, at(b, own.cell, unit), wide)
+                cell, state = _CELLS[form.cell](b, module, given, learned, cell, wide)
+                if form.prune == "threshold":
+                    state = _cut(b, module, state, float_field(b, get[Field.THRESHOLD]), wide)
+                store_vector(b, cell if form.cell == "lstm" else state, at(b, own.cell, unit), wide)
+                store_vector(b, state, at(b, own.state, unit), wide)
+
+            each(b, units, lanes, compute)
+            if form.prune == "top":
+                _keep_largest(b, module, own, units, get[Field.KEEP], form.cell, lanes)
+            _emit(b, own, y, get, unit_index, units, hidden, form.cell, lanes)
+    b.ret_void()
+    return compile_op(module, "op", target)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One entry's scratch.
+
+    Attributes:
+        projected: the recurrent weight's product, gates of a unit side by side.
+        cell: what the next step starts from, by unit.
+        state: by unit.
+        live: room for the columns that are not zero.
+    """
+
+    projected: ir.Value
+    cell: ir.Value
+    state: ir.Value
+    live: ir.Value
+
+
+_Entries = Callable[[ir.Value], _Work]
+_Get = Mapping[Field, ir.Value]
+_Product = Callable[[ir.IRBuilder, _Get, ir.Value, ir.Value, ir.Value, ir.Value, _Entries], None]
+
+
+def _by_group(module: ir.Module, form: Form, target: Target) -> _Product:
+    """Each group's rows at once, several entries of the batch together."""
+    most = tokens_together(form.rows, target)
+    counts = sorted({most, max(1, most // 2), max(1, most // 4), 1}, reverse=True)
+    built = {count: tile(module, form.rows, count, target, "") for count in counts}
+
+    def product(
+        b: ir.IRBuilder, get: _Get, past: ir.Value, past_entry: ir.Value, first: ir.Value, last: ir.Value,
+        entry_work: _Entries,
+    ) -> None:  # fmt: skip
+        rows = const(form.rows)
+        low, high = (ir.Constant(F32, bound) for bound in (-math.inf, math.inf))
+        nowhere = const(0)
+        with loop(b, const(0), get[Field.GROUPS]) as group:
+            pointer = pointer_field(b, get[Field.GROUP_POINTER], INTS)
+            begin = long_at(b, pointer, group)
+            kept = b.sub(long_at(b, pointer, b.add(group, const(1))), begin)
+            index = at(b, pointer_field(b, get[Field.INDEX], INTS), begin)
+            values = at(b, pointer_field(b, get[Field.VALUES], FLOATS), b.mul(begin, rows))
+            bias = at(b, pointer_field(b, get[Field.BIAS], FLOATS), b.mul(group, rows))
+            out_index = at(b, pointer_field(b, get[Field.OUT_INDEX], INTS), b.mul(group, rows))
+            neighbours = long_at(b, pointer_field(b, get[Field.FIRST], INTS), group)
+            start = first
+            for count in counts:
+                stop = b.add(start, b.mul(b.sdiv(b.sub(last, start), const(count)), const(count)))
+                with loop(b, start, stop, count) as entry:
+                    x = at(b, past, b.mul(entry, past_entry))
+                    y = entry_work(entry).projected
+                    b.call(
+                        built[count],
+                        [
+                            x, past_entry, index, kept, values, bias, y, get[Field.SCRATCH], y, const(0), nowhere,
+                            out_index, neighbours, low, high,
+                        ],
+                    )  # fmt: skip
+                start = stop
+
+    return product
+
+
+def _by_column(module: ir.Module, form: Form, target: Target) -> _Product:
+    """The columns of an entry's states that are not zero, one after another."""
+    wide = min(form.rows, target.lanes)
+
+    def product(
+        b: ir.IRBuilder, get: _Get, past: ir.Value, past_entry: ir.Value, first: ir.Value, last: ir.Value,
+        entry_work: _Entries,
+    ) -> None:  # fmt: skip
+        pointer = pointer_field(b, get[Field.GROUP_POINTER], INTS)
+        index = pointer_field(b, get[Field.INDEX], INTS)
+        values = pointer_field(b, get[Field.VALUES], FLOATS)
+        bias = pointer_field(b, get[Field.BIAS], FLOATS)
+        size = b.mul(get[Field.UNITS], const(GATES[form.cell]))
+        with b.goto_entry_block():
+            live_count = b.alloca(I64)
+        with loop(b, first, last) as entry:
+            own = entry_work(entry)
+            x = at(b, past, b.mul(entry, past_entry))
+            b.store(const(0), live_count)
+            with loop(b, const(0), get[Field.HIDDEN]) as column:  # without a branch: which are zero is no pattern
+                count = b.load(live_count)
+                b.store(b.trunc(column, I32), at(b, own.live, count))
+                lives = b.fcmp_unordered("!=", b.load(at(b, x, column)), ir.Constant(F32, 0.0))
+                b.store(b.add(count, b.zext(lives, I64)), live_count)
+
+            def copy(row: ir.Value, lanes: int, own: _Work = own) -> None:
+                store_vector(b, load_vector(b, at(b, bias, row), lanes), at(b, own.projected, row), lanes)
+
+            each(b, size, target.lanes, copy)
+            with loop(b, const(0), b.load(live_count)) as number:
+                column = long_at(b, own.live, number)
+                state = splat(b, b.load(at(b, x, column)), wide)
+                begin, end = long_at(b, pointer, column), long_at(b, pointer, b.add(column, const(1)))
+                with loop(b, begin, end) as place:
+                    row = at(b, own.projected, long_at(b, index, place))
+                    weights = at(b, values, b.mul(place, const(form.rows)))
+                    for part in range(0, form.rows, wide):
+                        here = at(b, row, const(part))
+                        weight = load_vector(b, at(b, weights, const(part)), wide)
+                        total = b.call(fma(module, wide), [weight, state, load_vector(b, here, wide)])
+                        store_vector(b, total, here, wide)
+
+    return product
+
+
+def _gates(b: ir.IRBuilder, pointer: ir.Value, gates: int, wide: int) -> list[ir.Value]:
+    """The gates of `wide` units, a vector each, from memory where those of a unit are neighbours."""
+    if wide == 1:
+        return [b.load(at(b, pointer, const(gate))) for gate in range(gates)]
+    mixed = load_vector(b, pointer, gates * wide)
+    undefined = ir.Constant(mixed.type, ir.Undefined)
+    kind = ir.VectorType(I32, wide)
+    places = ([gate + gates * unit for unit in range(wide)] for gate in range(gates))
+    return [b.shuffle_vector(mixed, undefined, ir.Constant(kind, place)) for place in places]
+
+
+def _decay(b: ir.IRBuilder, module: ir.Module, x: ir.Value, lanes: int) -> tuple[ir.Value, ir.Value]:
+    """Numerator and denominator of tanh(|x|)'s size with x's sign: (1 - e) and (1 + e) for e = exp(-2|x|)."""
+    one, zero = splat_float(1.0, lanes), splat_float(0.0, lanes)
+    twice = b.fmul(x, splat_float(2.0, lanes))
+    negative = b.fcmp_ordered("<", x, zero)
+    e = exp(b, module, b.select(negative, twice, b.fneg(twice)), lanes)
+    size = b.fsub(one, e)
+    return b.select(negative, b.fneg(size), size), b.fadd(one, e)
+
+
+def _against(b: ir.IRBuilder, module: ir.Module, x: ir.Value, lanes: int) -> ir.Value:
+    """The denominator of a sigmoid: 1 + exp(-x)."""
+    return b.fadd(splat_float(1.0, lanes), exp(b, module, b.fneg(x), lanes))
+
+
+_Cell = Callable[[ir.IRBuilder, ir.Module, list[ir.Value], list[ir.Value], ir.Value, int], tuple[ir.Value, ir.Value]]
+
+
+def _lstm(
+    b: ir.IRBuilder, module: ir.Module, given: list[ir.Value], learned: list[ir.Value], cell: ir.Value, lanes: int
+) -> tuple[ir.Value, ir.Value]:
+    """Cell and state; each product of a sigmoid and a tanh takes one division."""
+    opened, kept, new, shown = (b.fadd(one, other) for one, other in zip(given, learned, strict=True))
+    size, rest = _decay(b, module, new, lanes)
+    written = b.fdiv(size, b.fmul(rest, _against(b, module, opened, lanes)))
+    cell = b.fadd(b.fdiv(cell, _against(b, module, kept, lanes)), written)
+    size, rest = _decay(b, module, cell, lanes)
+    return cell, b.fdiv(size, b.fmul(rest, _against(b, module, shown, lanes)))
+
+
+def _gru(
+    b: ir.IRBuilder, module: ir.Module, given: list[ir.Value], learned: list[ir.Value], cell: ir.Value, lanes: int
+) -> tuple[ir.Value, ir.Value]:
+    reset = b.fdiv(splat_float(1.0, lanes), _against(b, module, b.fadd(given[0], learned[0]), lanes))
+    size, rest = _decay(b, module, b.call(fma(module, lanes), [reset, learned[2], given[2]]), lanes)
+    new = b.fdiv(size, rest)
+    carried = b.fdiv(b.fsub(cell, new), _against(b, module, b.fadd(given[1], learned[1]), lanes))
+    state = b.fadd(new, carried)
+    return state, state
+
+
+_CELLS: Mapping[str, _Cell] = {"lstm": _lstm, "gru": _gru}
+
+
+def _size(b: ir.IRBuilder, value: ir.Value, lanes: int) -> ir.Value:
+    """|value| as an integer that orders like it."""
+    kind: ir.Type = ir.VectorType(I32, lanes) if lanes > 1 else I32
+    mask = 0x7FFFFFFF
+    return b.and_(b.bitcast(value, kind), ir.Constant(kind, [mask] * lanes if lanes > 1 else mask))
+
+
+def _cut(b: ir.IRBuilder, module: ir.Module, value: ir.Value, threshold: ir.Value, lanes: int) -> ir.Value:
+    """Zero where |value| is below a threshold >= 0; NaN stays."""
+    least = b.bitcast(splat(b, threshold, lanes), _size(b, value, lanes).type)
+    small = b.icmp_signed("<", _size(b, value, lanes), least)
+    return b.select(small, splat_float(0.0, lanes), value)
+
+
+def _keep_largest(
+    b: ir.IRBuilder, module: ir.Module, own: _Work, units: ir.Value, keep: ir.Value, cell: str, lanes: int
+) -> None:
+    """Zeroes all states but the `keep` largest; of states as large as the last of them, none.
+
+    The last one's size is found bit by bit: floats order like their bits.
+    """
+    with b.goto_entry_block():
+        found, more = b.alloca(I32), b.alloca(I64)
+    b.store(ir.Constant(I32, 0), found)
+    with loop(b, const(0), const(31)) as number:
+        bit = b.shl(ir.Constant(I32, 1), b.trunc(b.sub(const(30), number), I32))
+        candidate = b.or_(b.load(found), bit)
+        b.store(const(0), more)
+
+        def count(unit: ir.Value, wide: int, candidate: ir.Value = candidate) -> None:
+            size = _size(b, load_vector(b, at(b, own.state, unit), wide), wide)
+            least = candidate if wide == 1 else _splat_int(b, candidate, wide)
+            large = b.icmp_signed(">=", size, least)
+            if wide == 1:
+                total = b.zext(large, I64)
+            else:
+                bits = ir.IntType(wide)
+                ones = module.globals.get(f"llvm.ctpop.i{wide}") or ir.Function(
+                    module, ir.FunctionType(bits, [bits]), f"llvm.ctpop.i{wide}"
+                )
+                total = b.zext(b.call(ones, [b.bitcast(large, bits)]), I64)
+            b.store(b.add(b.load(more), total), more)
+
+        each(b, units, lanes, count)
+        enough = b.icmp_signed(">=", b.load(more), keep)
+        b.store(b.select(enough, candidate, b.load(found)), found)
+
+    def cut(unit: ir.Value, wide: int) -> None:
+        value = load_vector(b, at(b, own.state, unit), wide)
+        value = _cut(b, module, value, b.bitcast(b.load(found), F32), wide)
+        store_vector(b, value, at(b, own.state, unit), wide)
+        if cell == "gru":
+            store_vector(b, value, at(b, own.cell, unit), wide)
+
+    each(b, units, lanes, cut)
+
+
+def _splat_int(b: ir.IRBuilder, scalar: ir.Value, lanes: int) -> ir.Value:
+    return b.bitcast(splat(b, b.bitcast(scalar, F32), lanes), ir.VectorType(I32, lanes))
+
+
+def _emit(
+    b: ir.IRBuilder, own: _Work, y: ir.Value, get: _Get, unit_index: ir.Value, units: ir.Value, hidden: ir.Value,
+    cell: str, lanes: int,
+) -> None:  # fmt: skip
+    """Writes a step's states, and cells, to their places."""
+    written = [(own.state, y)] + ([(own.cell, at(b, y, get[Field.Y_CELL]))] if cell == "lstm" else [])
+    with b.if_else(b.icmp_signed("==", units, hidden)) as (whole, some):
+        with whole:
+            for source, place in written:
+
+                def copy(unit: ir.Value, wide: int, source: ir.Value = source, place: ir.Value = place) -> None:
+                    store_vector(b, load_vector(b, at(b, source, unit), wide), at(b, place, unit), wide)
+
+                each(b, units, lanes, copy)
+        with some:
+            for source, place in written:
+
+                def clear(unit: ir.Value, wide: int, place: ir.Value = place) -> None:
+                    store_vector(b, ir.Constant(vector(wide), None) if wide > 1 else ir.Constant(F32, 0.0),
+                                 at(b, place, unit), wide)  # fmt: skip
+
+                each(b, hidden, lanes, clear)
+                with loop(b, const(0), units) as unit:
+                    b.store(b.load(at(b, source, unit)), at(b, place, long_at(b, unit_index, unit)))
