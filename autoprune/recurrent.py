@@ -223,11 +223,11 @@ def _(
 
 # Whole modules -------------------------------------------------------------------------------------------------------
 
-_Sequence = Callable[[str, Tensor, Tensor | None, Tensor | None, Tensor | None], Tensor]
+SequenceRun = Callable[[str, Tensor, Tensor | None, Tensor | None, Tensor | None], Tensor]
 """(``l0``, ``l0_reverse``, ..., input, state and cell before, lengths) -> states, and cells."""
 
 
-def _run_module(module: nn.LSTM | nn.GRU, x: Any, hx: Any, sequence: _Sequence) -> tuple[Any, Any]:
+def run_directions(module: nn.LSTM | nn.GRU, x: Any, hx: Any, sequence: SequenceRun) -> tuple[Any, Any]:
     """Everything about a recurrent module but its directions: layers, layouts, dropout, packed sequences."""
     packed = x if isinstance(x, PackedSequence) else None
     lengths: Tensor | None = None
@@ -312,7 +312,7 @@ def run_stepwise(module: nn.LSTM | nn.GRU, x: Any, hx: Any = None, linear: Linea
             keep=cut.kept(module.hidden_size), lengths=lengths,
         )  # fmt: skip
 
-    return _run_module(module, x, hx, sequence)
+    return run_directions(module, x, hx, sequence)
 
 
 class WholeSequences(nn.Module):
@@ -336,19 +336,19 @@ class WholeSequences(nn.Module):
             time, reverse = int(module.batch_first), suffix.endswith("_reverse")
             turned = lengths if reverse else None  # sequences end at different steps: each is turned by itself
             if turned is not None:
-                x = _turned(x, time, turned)
+                x = turn_sequences(x, time, turned)
             gates = functional.linear(x, getattr(self, f"weight_ih_{suffix}"), getattr(self, f"bias_ih_{suffix}", None))
             weight, bias = getattr(self, f"weight_hh_{suffix}"), getattr(self, f"bias_hh_{suffix}", None)
             states: Tensor = recurrent(
                 gates, weight, bias, h, c, cell, time == 0, reverse and turned is None, cut.threshold,
                 cut.kept(module.hidden_size),
             )  # fmt: skip
-            return states if turned is None else torch.stack([_turned(each, time, turned) for each in states])
+            return states if turned is None else torch.stack([turn_sequences(each, time, turned) for each in states])
 
-        return _run_module(module, x, hx, sequence)
+        return run_directions(module, x, hx, sequence)
 
 
-def _turned(values: Tensor, time: int, lengths: Tensor) -> Tensor:
+def turn_sequences(values: Tensor, time: int, lengths: Tensor) -> Tensor:
     """Each sequence's real steps in the opposite order."""
     values = values.transpose(0, 1) if time == 0 else values
     steps = torch.arange(values.shape[1])

@@ -14,6 +14,7 @@ from autoprune.evaluation.recovery import Recovery, Subject
 from autoprune.latency.table import LatencyTable
 from autoprune.latency.timer import Clock, Latency, Protocol, measure_together, speedup, torch_threads
 from autoprune.plan import Plan
+from autoprune.recurrent import GATES
 from autoprune.repack import CaptureError, Graph, LayerForm, RepackedModel, capture, repack
 
 
@@ -93,6 +94,8 @@ class TableChoice:
     plan: Plan
 
     def __call__(self, name: str, form: LayerForm) -> str:
+        if form.kind in GATES:
+            return "jit"  # its weights are timed one by one, and no backend else can take them
         if name not in self.table.layers:
             return "dense"
         if name not in self.plan.layers:

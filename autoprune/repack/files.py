@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from autoprune.errors import AutopruneError, FileError
 from autoprune.files import read_tensors, write_tensors
 from autoprune.inventory import copy_for_inference
+from autoprune.recurrent import cell_of, layers_of
 from autoprune.repack.backends import BACKENDS, LayerForm
 from autoprune.repack.formats import PackedWeight
 from autoprune.repack.program.graph import Graph
@@ -30,6 +31,7 @@ from autoprune.repack.program.program import Program, check_threads
 from autoprune.repack.program.tuning import tiling_from_json
 from autoprune.repack.program.weights import Weights
 from autoprune.repack.report import DENSE, LayerReport, ProgramModel, RepackedModel, SwappedModel
+from autoprune.repack.sequences import PackedRecurrent
 from autoprune.repack.stored import flag, restore, store
 from autoprune.repack.swap import with_submodule
 
@@ -187,6 +189,9 @@ def _describe_modules(model: SwappedModel, value_bits: int, tensors: dict[str, T
     layers: dict[str, Any] = {}
     for name, relu in model.relus.items():
         module: Any = model.model.get_submodule(name)
+        if isinstance(module, PackedRecurrent):
+            layers[name] = _put_recurrent(module, name, value_bits, tensors)
+            continue
         layers[name] = {**_put(module.packed, name, value_bits, tensors), "relu": relu}
         if module.bias is not None:
             tensors[f"{name}|bias"] = module.bias
@@ -205,8 +210,10 @@ def _read_modules(tensors: dict[str, Tensor], about: Any, model: nn.Module, repo
         model = with_submodule(model, name, nn.Identity())
     relus: dict[str, bool] = {}
     for name, layer in about["layers"].items():
-        relus[name] = flag(layer["relu"])
-        lowered = _lowered(name, layer, tensors, model, chosen[name])
+        recurrent = "weights" in layer
+        relus[name] = not recurrent and flag(layer["relu"])
+        read = _recurrent if recurrent else _lowered
+        lowered = read(name, layer, tensors, model, chosen[name])
         model = with_submodule(model, name, lowered)
     rest = {key: value for key, value in tensors.items() if "|" not in key}
     _load_rest(model, rest, tuple(f"{name}." if name else "" for name in relus))
@@ -232,6 +239,36 @@ def _lowered(name: str, layer: Any, tensors: dict[str, Tensor], model: nn.Module
     if not support.ok:
         raise AutopruneError(f"{name} was packed for backend {backend!r}, which cannot run here: {support.why}")
     return BACKENDS.get(backend)().lower(form)
+
+
+def _put_recurrent(module: PackedRecurrent, name: str, value_bits: int, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    for role, bias in module.biases.items():
+        tensors[f"{name}.{role}|bias"] = bias
+    packs = module.packs.items()
+    return {"weights": {weight: _put(packed, f"{name}.{weight}", value_bits, tensors) for weight, packed in packs}}
+
+
+def _recurrent(name: str, layer: Any, tensors: dict[str, Tensor], model: nn.Module, backend: str) -> nn.Module:
+    """Rebuilds one packed LSTM or GRU: arrays validated, shapes compared with the model's own."""
+    module = model.get_submodule(name)
+    cell = cell_of(module)
+    if not isinstance(module, (nn.LSTM, nn.GRU)) or cell is None or backend == DENSE:
+        raise FileError(f"{name!r} is no LSTM or GRU in this model")
+    packs = {weight: _get(f"{name}.{weight}", about, tensors) for weight, about in layer["weights"].items()}
+    shapes = {weight: tuple(linear.weight.shape) for weight, linear in layers_of(module).items()}
+    if {weight: packed.shape for weight, packed in packs.items()} != shapes:
+        raise FileError(f"{name} has weights of other shapes than the model's {shapes}")
+    biases = {}
+    for role, parameter in module.named_parameters():
+        if role.startswith("bias"):
+            biases[role] = tensors[f"{name}.{role}|bias"]
+            if biases[role].dtype != torch.float32 or biases[role].shape != parameter.shape:
+                raise FileError(f"the bias {name}.{role} has shape {tuple(biases[role].shape)}")
+    form = LayerForm(module)
+    support = BACKENDS.get(backend)().supports(form)
+    if not support.ok:
+        raise AutopruneError(f"{name} was packed for backend {backend!r}, which cannot run here: {support.why}")
+    return PackedRecurrent(module, packs, biases)
 
 
 def _load_rest(model: nn.Module, rest: dict[str, Tensor], packed: tuple[str, ...]) -> None:

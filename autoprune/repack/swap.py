@@ -11,7 +11,7 @@ import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from autoprune.errors import AutopruneError
 from autoprune.inventory import copy_for_inference, watch_forward
 from autoprune.latency.timer import Clock, Protocol, measure_together
+from autoprune.recurrent import cell_of
 from autoprune.repack.backends import BACKENDS, LayerForm
 from autoprune.repack.fusion import Fusion, find_fusions, fold_batch_norm_
 from autoprune.repack.outputs import same_output
@@ -29,10 +30,15 @@ GAIN = 0.97  # a packed layer must take at most this share of the dense one's ti
 Choose = Callable[[str, LayerForm], str]
 
 
+def is_layer(module: nn.Module) -> TypeGuard[nn.Conv2d | nn.Linear | nn.LSTM | nn.GRU]:
+    """Whether a module is one that a backend may replace as a whole."""
+    return isinstance(module, (nn.Conv2d, nn.Linear)) or cell_of(module) is not None
+
+
 def lower_layer(module: nn.Module, relu: bool = False) -> dict[str, nn.Module]:
     """Every backend's form of one layer; those that do not support it are left out."""
-    if not isinstance(module, (nn.Conv2d, nn.Linear)):
-        raise AutopruneError(f"only Conv2d and Linear layers can be lowered, not {type(module).__name__}.")
+    if not is_layer(module):
+        raise AutopruneError(f"only Conv2d, Linear, LSTM and GRU layers can be lowered, not {type(module).__name__}.")
     form = LayerForm(module, relu)
     backends = {name: BACKENDS.get(name)() for name in BACKENDS}
     return {name: backend.lower(form) for name, backend in backends.items() if backend.supports(form).ok}
@@ -83,9 +89,7 @@ def fresh(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _watch(model: nn.Module, inputs: tuple[Any, ...]) -> _Seen:
-    layers: dict[str, nn.Module] = {
-        name: m for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))
-    }
+    layers: dict[str, nn.Module] = {name: m for name, m in model.named_modules() if is_layer(m)}
     first: dict[str, Tensor] = {}
 
     def keep(name: str, args: tuple[Any, ...], _: Any) -> None:
@@ -157,7 +161,7 @@ class _Job:
         model = copy_for_inference(self.original)
         rows, relus, removed = [], {}, []
         for name, module in list(model.named_modules()):
-            if not isinstance(module, (nn.Conv2d, nn.Linear)):
+            if not is_layer(module):
                 continue
             fusion = self.seen.fusions.get(name, Fusion()) if fuse else Fusion()
             if fusion.batch_norm:
@@ -224,7 +228,7 @@ class _Job:
 
 
 def _row(name: str, form: LayerForm, backend: str, why: str) -> LayerReport:
-    size = 1 if backend == DENSE else form.packed.group_size
+    size = 1 if backend == DENSE else form.group_size
     return LayerReport(name, form.kind, form.sparsity, size, backend, None, None, "", why)
 
 
@@ -244,6 +248,6 @@ def _unfit(form: LayerForm, x: Tensor | None) -> str | None:
     """Why no backend can take the layer, whatever its zeros."""
     if x is None:
         return "its forward never ran"
-    if form.weight.dtype != torch.float32 or x.dtype != torch.float32:
-        return f"it runs in {x.dtype}"
+    if form.weight.dtype != torch.float32 or x.data.dtype != torch.float32:  # a PackedSequence has data too
+        return f"it runs in {x.data.dtype}"
     return form.odd_padding

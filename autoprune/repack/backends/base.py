@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.inventory import conv_padding
-from autoprune.repack.formats import PackedWeight, pack
+from autoprune.recurrent import GATES, by_unit, cell_of, layers_of
+from autoprune.repack.formats import PackedWeight, find_group_size, pack
 
 
 @dataclass(frozen=True)
@@ -18,23 +19,27 @@ class LayerForm:
     """One layer with zeros in its weight, and what is fused behind it.
 
     Attributes:
-        module: a Conv2d or Linear, float32, in eval mode; never changed.
+        module: a Conv2d, Linear, LSTM or GRU, float32, in eval mode; never changed.
         relu: whether the layer's output goes through a ReLU that the lowered module must apply.
     """
 
-    module: nn.Conv2d | nn.Linear
+    module: nn.Conv2d | nn.Linear | nn.LSTM | nn.GRU
     relu: bool = False
 
     @property
     def kind(self) -> str:
-        return "conv2d" if isinstance(self.module, nn.Conv2d) else "linear"
+        return cell_of(self.module) or ("conv2d" if isinstance(self.module, nn.Conv2d) else "linear")
 
     @property
     def weight(self) -> Tensor:
+        """Dense, zeros and all; of an LSTM or GRU all its weights in one row."""
+        if isinstance(self.module, (nn.LSTM, nn.GRU)):
+            return torch.cat([layer.weight.detach().flatten() for layer in layers_of(self.module).values()])
         return self.module.weight.detach()
 
     @property
     def bias(self) -> Tensor | None:
+        assert isinstance(self.module, (nn.Conv2d, nn.Linear))
         return None if self.module.bias is None else self.module.bias.detach()
 
     @property
@@ -51,6 +56,15 @@ class LayerForm:
         return pack(self.weight, self.conv_groups)
 
     @property
+    def group_size(self) -> int:
+        """Filters that share their kept positions; the least of an LSTM's or GRU's weights."""
+        if isinstance(self.module, (nn.LSTM, nn.GRU)):
+            gates = GATES[self.kind]
+            weights = [layer.weight.detach() for layer in layers_of(self.module).values()]
+            return min(find_group_size(by_unit(weight, gates)) for weight in weights)
+        return self.packed.group_size
+
+    @property
     def window(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
         """Stride, padding and dilation of a convolution."""
         assert isinstance(self.module, nn.Conv2d)
@@ -60,7 +74,7 @@ class LayerForm:
     @property
     def odd_padding(self) -> str | None:
         """Why `window` does not say all of the layer's padding; None when it does."""
-        if isinstance(self.module, nn.Linear):
+        if not isinstance(self.module, nn.Conv2d):
             return None
         if self.module.padding_mode != "zeros":
             return f"padding mode {self.module.padding_mode!r} has no packed form"

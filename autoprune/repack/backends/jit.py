@@ -7,6 +7,7 @@ from torch import nn
 from autoprune.repack.backends.base import Backend, LayerForm, Support
 from autoprune.repack.kernels.compiler import unavailable
 from autoprune.repack.layers import PackedConv2d, PackedLinear
+from autoprune.repack.sequences import PackedRecurrent
 
 
 class Jit(Backend):
@@ -19,6 +20,8 @@ class Jit(Backend):
         return Support(reason is None, reason or "")
 
     def lower(self, form: LayerForm) -> nn.Module:
+        if isinstance(form.module, (nn.LSTM, nn.GRU)):
+            return PackedRecurrent.of(form.module)
         if form.kind == "linear":
             return PackedLinear(form.packed, form.bias, form.relu)
         return PackedConv2d(form.packed, form.bias, *form.window, form.relu)

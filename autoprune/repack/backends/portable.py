@@ -24,6 +24,8 @@ class Portable(Backend):
     """Plain torch; grouped convolutions have no portable form yet."""
 
     def supports(self, form: LayerForm) -> Support:
+        if form.kind not in ("conv2d", "linear"):
+            return Support(False, "an LSTM or GRU has no portable form")
         if form.odd_padding:
             return Support(False, form.odd_padding)
         if form.conv_groups > 1:

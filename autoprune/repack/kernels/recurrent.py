@@ -15,6 +15,7 @@ from enum import IntEnum
 
 import llvmlite.ir as ir
 
+from autoprune.recurrent import GATES
 from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
 from autoprune.repack.kernels.ir import (
     F32,
@@ -41,7 +42,7 @@ from autoprune.repack.kernels.math import exp, splat_float
 from autoprune.repack.kernels.rows import each
 from autoprune.repack.kernels.rows_gemm import tile, tokens_together
 
-GATES: Mapping[str, int] = {"lstm": 4, "gru": 3}
+TOGETHER = 4  # vectors of units whose cells are computed side by side: each is a long chain
 
 
 class Field(IntEnum):
@@ -161,7 +162,7 @@ def recurrent(form: Form, target: Target) -> int:
                 store_vector(b, cell if form.cell == "lstm" else state, at(b, own.cell, unit), wide)
                 store_vector(b, state, at(b, own.state, unit), wide)
 
-            each(b, units, lanes, compute)
+            each(b, units, lanes, compute, TOGETHER)
             if form.prune == "top":
                 _keep_largest(b, module, own, units, get[Field.KEEP], form.cell, lanes)
             _emit(b, own, y, get, unit_index, units, hidden, form.cell, lanes)

@@ -87,13 +87,16 @@ def fold(b: ir.IRBuilder, count: ir.Value, lanes: int, step: Callable[[ir.Value,
     return b.fadd(b.fadd(sums[0], sums[1]), sums[2])
 
 
-def each(b: ir.IRBuilder, count: ir.Value, lanes: int, body: Callable[[ir.Value, int], None]) -> None:
-    """``body(position, lanes)`` over `count` floats: whole vectors, then single floats."""
-    whole = b.mul(b.sdiv(count, const(lanes)), const(lanes))
-    with loop(b, const(0), whole, lanes) as position:
-        body(position, lanes)
-    with loop(b, whole, count) as position:
-        body(position, 1)
+def each(
+    b: ir.IRBuilder, count: ir.Value, lanes: int, body: Callable[[ir.Value, int], None], together: int = 1
+) -> None:
+    """``body(position, lanes)`` over `count` floats: `together` vectors as one, whole vectors, then single floats."""
+    start: ir.Value = const(0)
+    for wide in dict.fromkeys((together * lanes, lanes, 1)):
+        stop = b.add(start, b.mul(b.sdiv(b.sub(count, start), const(wide)), const(wide)))
+        with loop(b, start, stop, wide) as position:
+            body(position, wide)
+        start = stop
 
 
 @once_a_process

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from autoprune.recurrent import GATES
 from autoprune.repack.formats import PackedWeight
 from autoprune.repack.kernels import attention, copy, maps, offset_gemm, recurrent, rows, rows_gemm, window
 from autoprune.repack.kernels.compiler import Target
@@ -253,7 +254,7 @@ def sequence(
 ) -> NativeOp:  # fmt: skip
     """One direction of a recurrent layer; x, y and the states before it, where there are any, are (slot, bytes)."""
     f, packed = recurrent.Field, weights.packed
-    rows = recurrent.GATES[size.cell] * size.computed
+    rows = GATES[size.cell] * size.computed
     of_entry = (1, size.batch) if size.time_first else (size.steps, 1)  # from an entry, and a step, to the next
     begin: list[tuple[int, Any, int]] = [(slot, offset, size.hidden) for slot, offset in before]
     nothing = np.zeros(size.hidden, np.float32)
