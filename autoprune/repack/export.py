@@ -207,7 +207,7 @@ def _attempts(
         modules = {name: FORMS[choice.form](forms[name]) for name, choice in each.items()}
         module = GraphModule(graph, {name: modules[call] for name, call in first.items()}).eval()
         rows = _rows(original, graph, {name: each[call] for name, call in first.items()})
-        batched, names = zip(*((0 in x.free, x.name) for x in graph.inputs), strict=True)
+        batched, names = zip(*((x.batched, x.name) for x in graph.inputs), strict=True)
         tried.append(_Attempt(module, batched, outputs, rows, names))
     if timing.engine is not None:
         tried.append(_as_it_stands(original, inputs, "exported as it stands: no other form of the model was as fast"))

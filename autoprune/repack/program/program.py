@@ -15,7 +15,7 @@ from torch import Tensor
 
 from autoprune.errors import AutopruneError
 from autoprune.repack.kernels.compiler import Target, host
-from autoprune.repack.program.graph import Graph, build_outputs, evaluate_op
+from autoprune.repack.program.graph import Graph, Input, build_outputs, evaluate_op
 from autoprune.repack.program.lower import ARENA, FAILURES, Lowered, NativeStep, TorchStep, View, lower
 from autoprune.repack.program.native import NativeOp, NativeSequence
 from autoprune.repack.program.nodes import Tiling
@@ -176,7 +176,10 @@ def check_threads(threads: object) -> None:
         raise AutopruneError(f"threads must be a positive integer or None, not {threads!r}.")
 
 
-_FREE = {(): "", (0,): " (any batch size)", (1,): " (any second extent)", (0, 1): " (any batch size and second extent)"}
+def _any(given: Input) -> str:
+    """What a call may change of an input's shape."""
+    axes = " and ".join(str(axis) for axis in given.free_axes)
+    return "" if not axes else " (any batch size)" if given.free_axes == {0: 0} else f" (any extent of axis {axes})"
 
 
 class Program:
@@ -244,14 +247,13 @@ class Program:
         for x, expected in zip(inputs, given, strict=True):
             extents = zip(x.shape, expected.shape, strict=False)
             differing = [axis for axis, (got, wanted) in enumerate(extents) if got != wanted]
-            if x.dim() != len(expected.shape) or not {*differing} <= {*expected.free}:
+            if x.dim() != len(expected.shape) or not {*differing} <= expected.free_axes.keys():
                 raise AutopruneError(
-                    f"this program was made for an input of shape {tuple(expected.shape)}"
-                    f"{_FREE[expected.free]}, not {tuple(x.shape)}."
+                    f"this program was made for an input of shape {tuple(expected.shape)}{_any(expected)}, "
+                    f"not {tuple(x.shape)}."
                 )
-        for axis, what in enumerate(("batch sizes", "second extents")):
-            found = {x.shape[axis] for x, expected in zip(inputs, given, strict=True) if axis in expected.free}
+        for number, what in enumerate(("batch sizes", "numbers of steps")):
+            pairs = zip(inputs, given, strict=True)
+            found = {x.shape[axis] for x, each in pairs for axis, own in each.free_axes.items() if own == number}
             if len(found) > 1:
                 raise AutopruneError(f"the inputs' {what} differ: {sorted(found)}.")
-            if 0 in found and axis:
-                raise AutopruneError("a sequence has at least one step; an input here has none.")
