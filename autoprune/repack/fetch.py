@@ -328,6 +328,8 @@ class _Convolution(_Work):
 
 
 _WORKS: Mapping[str, type[_Work]] = {"conv2d": _Convolution, "linear": _Linear}
+MODELLED = frozenset(_WORKS)
+"""The kinds of layers whose fetches can be told."""
 
 
 def _array(op: NativeOp, address: int) -> NDArray[np.int32]:
