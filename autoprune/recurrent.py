@@ -251,12 +251,17 @@ def run_directions(module: nn.LSTM | nn.GRU, x: Any, hx: Any, sequence: Sequence
             last.append([_last(each, 1 - axis, bool(suffix), lengths) for each in states])
             outputs.append(_real(states[0], 1 - axis, lengths))
         x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
-    ends = tuple(torch.stack([each[part] for each in last]) for part in range(len(last[0])))
+    ends = tuple(_stacked([each[part] for each in last]) for part in range(len(last[0])))
     if single:
         x, ends = x.squeeze(axis), tuple(each.squeeze(1) for each in ends)
     if packed is not None and lengths is not None:
         x = _packed_like(packed, x, lengths, module.batch_first)
     return x, ends if cell_of(module) == "lstm" else ends[0]
+
+
+def _stacked(values: list[Tensor]) -> Tensor:
+    """Along a new first axis; of one value a view."""
+    return values[0].unsqueeze(0) if len(values) == 1 else torch.stack(values)
 
 
 def _last(states: Tensor, time: int, reverse: bool, lengths: Tensor | None) -> Tensor:

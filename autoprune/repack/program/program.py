@@ -32,6 +32,7 @@ class _Frame:
     slots: NDArray[np.int64]
     holders: list[Tensor]
     counters: list[NDArray[np.int64]]
+    address: int = 0  # of the slots
     helpers: int = 0  # that may still look at the counters
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -77,7 +78,7 @@ class Plan:
         for slot, holder in enumerate(holders):
             slots[slot] = holder.data_ptr() if holder.numel() else 0
         counters = [part.new_counters() for part in self.parts if isinstance(part, NativeSequence)]
-        return _Frame(slots, holders, counters)
+        return _Frame(slots, holders, counters, slots.ctypes.data)
 
     def release(self, frame: _Frame) -> None:
         """Gives a call's memory back."""
@@ -119,10 +120,9 @@ class Plan:
         return result
 
     def run_native(self, part: NativeSequence, frame: _Frame, sequence: int) -> None:
-        slots, counters = frame.slots.ctypes.data, frame.counters[sequence]
-        threads = self.threads
+        slots, counters, threads = frame.address, frame.counters[sequence], self.threads
         if threads == 1:
-            part.run(slots, counters.ctypes.data)
+            part.run(slots, 0)
             return
         counters[:] = 0
 
@@ -159,7 +159,7 @@ class Plan:
         results: dict[str, Any] = dict(self.lowered.scalars)
         for name, view in self.lowered.returned.items():
             tensor = _tensor(holders, view)
-            results[name] = tensor.clone() if view.buffer.slot == ARENA else tensor
+            results[name] = tensor.clone() if name in self.lowered.copied else tensor
         return results
 
 
