@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from autoprune.errors import AutopruneError
 from autoprune.plan import Plan
+from autoprune.recurrent import cut_states_
 
 # Not lazily: the name must be bound after the package of the same name, or that would shadow the function.
 from autoprune.repack import ExportReport, RepackedModel, export_onnx, load, repack, save
@@ -30,6 +31,7 @@ __all__ = [
     "Target",
     "__version__",
     "compress",
+    "cut_states_",
     "export_onnx",
     "load",
     "repack",
