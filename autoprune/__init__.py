@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from autoprune.errors import AutopruneError
+from autoprune.metric import Metric
 from autoprune.plan import Plan
 
 # Not lazily: the name must be bound after the package of the same name, or that would shadow the function.
@@ -24,6 +25,7 @@ __all__ = [
     "AutopruneError",
     "Compressed",
     "ExportReport",
+    "Metric",
     "Plan",
     "PruningHooks",
     "RepackedModel",
