@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from autoprune.errors import AutopruneError
+from autoprune.metric import Metric
 from autoprune.plan import Plan
 from autoprune.recurrent import cut_states_
 
@@ -25,6 +26,7 @@ __all__ = [
     "AutopruneError",
     "Compressed",
     "ExportReport",
+    "Metric",
     "Plan",
     "PruningHooks",
     "RepackedModel",
