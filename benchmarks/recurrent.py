@@ -257,20 +257,13 @@ def read_rows() -> dict[Case, Row]:
 
 def report(rows: Sequence[Row]) -> str:
     """The page, from the rows."""
-    head = [line for line in (__doc__ or "").splitlines() if not line.startswith("    python")]
     lines = [
-        "# Packed LSTMs and GRUs against dense engines",
-        "",
-        "Written by `python benchmarks/recurrent.py`. Timed on " + machine_text() + ".",
-        "",
-    ]
-    lines += [
-        "One layer with as many features as hidden units, random weights, float32, one thread; all forms of a row",
-        "timed in turns. **Speed-up: over the best dense engine of the row** (in bold), median over the rounds (p10-p90).",
-        f'Groups of {GROUP} rows. "of the states": they are cut by a threshold too, and that share was left.',
-        "",
-    ]
-    del head
+        "# Packed LSTMs and GRUs against dense engines", "",
+        f"Written by `python benchmarks/recurrent.py`. Timed on {machine_text()}.", "",
+        "One layer with as many features as hidden units, random weights, float32, one thread; all forms of a row timed",
+        "in turns. **Speed-up: over the best dense engine of the row** (in bold), median over the rounds (p10-p90). Groups",
+        f'of {GROUP} rows. "of the states": they are cut by a threshold too, and that share was left.', "",
+    ]  # fmt: skip
     variants = sorted({variant for row in rows for variant in row.packed}, key=lambda each: (each.sparsity, -each.kept))
     engines = list(dict.fromkeys(name for row in rows for name in row.dense_ms))
     header = ("case", *(f"{name} ms" for name in engines), *(str(each) for each in variants))

@@ -276,6 +276,27 @@ def test_states_are_cut_in_training_and_in_use(cell: Any) -> None:
     assert (y[y != 0].abs() >= 0.1).all()
 
 
+@CELLS
+def test_a_cut_deepens_while_the_model_trains(cell: Any) -> None:
+    model = cut_states_(Reader(cell), keep=0.25, over=4)
+    x = torch.randn(4, STEPS, FEATURES)
+
+    def kept() -> int:
+        return int((model.rnn(x)[0] != 0).sum(dim=-1).max())
+
+    model.eval()
+    assert kept() == HIDDEN // 4  # whole in use, from the beginning
+    model.train()
+    seen = [kept() for _ in range(4)]
+    assert seen[0] == HIDDEN
+    assert seen == sorted(seen, reverse=True)
+    again = cut_states_(Reader(cell), keep=0.25, over=4)
+    again.load_state_dict(model.state_dict())  # a resumed run goes on where the other was
+    assert int((again.rnn(x)[0] != 0).sum(dim=-1).max()) == kept() == HIDDEN // 4
+    with pytest.raises(ConfigError, match="whole number"):
+        cut_states_(model, keep=0.5, over=-1)
+
+
 def test_a_cut_model_survives_a_copy() -> None:
     model = copy.deepcopy(cut_states_(Reader(), keep=0.5))
     y, _ = model.rnn(torch.randn(2, STEPS, FEATURES))
