@@ -35,7 +35,7 @@ def moby_dick(
     embedding: int = 64,
     dropout: float = 0.0,
     window: int = 100,
-    batch_size: int = 64,
+    batch_size: int = 32,
     seed: int = 0,
 ) -> Task:
     """The next character of 1.2 million, in bits per character; the first 90% to train, then 5% and 5% to test.

