@@ -12,7 +12,7 @@ from autoprune.errors import FileError
 from autoprune.settings import TrainingSettings
 from autoprune.tasks.base import Task
 from autoprune.tasks.batches import stratified_split
-from autoprune.tasks.sequences import package_file, sequence_task
+from autoprune.tasks.sequences import package_file, sequence_task, with_cut_states
 from autoprune.tasks.zoo import build_sequence_model
 
 INSTALL = "pip install --no-deps aeon==1.6.0"
@@ -30,6 +30,7 @@ def japanese_vowels(
     bidirectional: bool = True,
     cell: str = "lstm",
     dropout: float = 0.2,
+    state_keep: float = 1.0,
     batch_size: int = 16,
     seed: int = 0,
 ) -> Task:
@@ -45,6 +46,7 @@ def japanese_vowels(
         bidirectional: read each sequence from its end too.
         cell: ``lstm`` or ``gru``.
         dropout: between the layers and before the last one, in [0, 1).
+        state_keep: share of each state that is kept, in (0, 1]; see `autoprune.cut_states_`.
         batch_size: training samples a step.
         seed: of the model's initial weights.
 
@@ -59,7 +61,8 @@ def japanese_vowels(
     train, validation = stratified_split(train_y, (0.8, 0.2))
     parts = (train, validation, torch.arange(len(test_y)) + len(train_y))
     y = torch.cat([train_y, test_y])
-    return sequence_task("japanese_vowels", built, train_x + test_x, y, parts, batch_size, DENSE_TRAINING)
+    task = sequence_task("japanese_vowels", built, train_x + test_x, y, parts, batch_size, DENSE_TRAINING)
+    return with_cut_states(task, state_keep)
 
 
 def _path(folder: str | None, split: str) -> Path:

@@ -14,6 +14,7 @@ from autoprune.metric import BITS_PER_CHARACTER
 from autoprune.settings import TrainingSettings
 from autoprune.tasks.base import Task, minus_bits
 from autoprune.tasks.batches import TensorBatches
+from autoprune.tasks.sequences import with_cut_states
 from autoprune.tasks.zoo import build_text_model, positive
 
 FILE = "package/data/data.txt"  # where the install line leaves it
@@ -34,6 +35,7 @@ def moby_dick(
     layers: int = 2,
     embedding: int = 64,
     dropout: float = 0.0,
+    state_keep: float = 1.0,
     window: int = 100,
     batch_size: int = 32,
     seed: int = 0,
@@ -51,6 +53,7 @@ def moby_dick(
         layers: of the LSTM.
         embedding: width of a character's vector.
         dropout: between the layers and before the last one, in [0, 1).
+        state_keep: share of each state that is kept, in (0, 1]; see `autoprune.cut_states_`.
         window: characters in a row.
         batch_size: training windows a step.
         seed: of the model's initial weights.
@@ -66,7 +69,7 @@ def moby_dick(
     test = len(text) - round(TEST * len(text))
     validation = test - round(VALIDATION * len(text))
     train = TensorBatches(*windows(text[:validation], window), batch_size, shuffle=True)
-    return Task(
+    task = Task(
         name="moby_dick",
         model=built,
         train=train,
@@ -78,6 +81,7 @@ def moby_dick(
         score=minus_bits,
         metric=BITS_PER_CHARACTER,
     )
+    return with_cut_states(task, state_keep)
 
 
 def character_loss(logits: Tensor, target: Tensor) -> Tensor:

@@ -12,14 +12,30 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from autoprune.errors import FileError
+from autoprune.recurrent import cut_states_
 from autoprune.settings import TrainingSettings
 from autoprune.tasks.base import Task
 from autoprune.tasks.batches import TensorBatches
 from autoprune.tasks.zoo import positive
 
 CALIBRATION, CALIBRATION_BATCH = 128, 64
+DEEPENS = 0.6  # of the dense training: until then more and more of a state is cut
 
 Padded = tuple[Tensor, ...]  # (N, T, F) with zeros behind each sequence's end, lengths (N,) int64
+
+
+def with_cut_states(task: Task, keep: float) -> Task:
+    """The task, whose model keeps only the largest share `keep` of each state: fewer and fewer while it trains.
+
+    Raises:
+        ConfigError: `keep` is out of (0, 1].
+    """
+    if keep == 1.0:
+        return task
+    assert task.dense_training is not None
+    assert isinstance(task.train, TensorBatches)
+    cut_states_(task.model, keep=keep, over=round(DEEPENS * task.dense_training.epochs * len(task.train)))
+    return task
 
 
 def package_file(package: str, path: str, install: str) -> Path:

