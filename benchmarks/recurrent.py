@@ -260,9 +260,9 @@ def report(rows: Sequence[Row]) -> str:
     lines = [
         "# Packed LSTMs and GRUs against dense engines", "",
         f"Written by `python benchmarks/recurrent.py`. Timed on {machine_text()}.", "",
-        "One layer with as many features as hidden units, random weights, float32, one thread; all forms of a row timed",
-        "in turns. **Speed-up: over the best dense engine of the row** (in bold), median over the rounds (p10-p90). Groups",
-        f'of {GROUP} rows. "of the states": they are cut by a threshold too, and that share was left.', "",
+        "As many features as hidden units, one layer, random weights, float32, one thread; all forms of a row timed",
+        "in turns. **Speed-up: over the best dense engine of the row** (in bold), median over the rounds (p10-p90).",
+        f'Groups of {GROUP} rows. "of the states": they are cut by a threshold too, and that share was left.', "",
     ]  # fmt: skip
     variants = sorted({variant for row in rows for variant in row.packed}, key=lambda each: (each.sparsity, -each.kept))
     engines = list(dict.fromkeys(name for row in rows for name in row.dense_ms))
