@@ -17,6 +17,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
+from autoprune.dynamic import gates
 from autoprune.inventory import copy_for_inference
 from autoprune.recurrent import WholeSequences, recurrent_modules
 from autoprune.repack.program import aten, exporting, lifting
@@ -74,7 +75,9 @@ def _freedoms(inputs: Sequence[Tensor], sequences: bool) -> Iterator[list[tuple[
 
 
 def _whole_sequences(model: nn.Module) -> tuple[nn.Module, bool]:
-    """Recurrent directions as one operator each, which torch.export would take apart; and whether there are any."""
+    """Gates and recurrent directions as operators, which torch.export would take apart; and whether any recur."""
+    for gate in gates(model).values():
+        gate.whole = True
     found = list(recurrent_modules(model))
     for name, module in found:
         if not name:
