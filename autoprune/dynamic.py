@@ -255,9 +255,9 @@ def gate_channels_(
         gates[name] = ChannelGate(conv.in_channels, conv.out_channels, gating)
     made = {}
     for name in wanted:
-        conv, norm, behind = cast("nn.Conv2d", model.get_submodule(name)), nn.Identity(), able[name]
+        conv, behind = cast("nn.Conv2d", model.get_submodule(name)), able[name]
+        norm = nn.Identity() if behind is None else model.get_submodule(behind)
         if behind is not None:
-            norm = model.get_submodule(behind)
             _put(model, behind, nn.Identity())
         made[name] = GatedConv2d(conv, norm, gates[name]).train(conv.training)
         _put(model, name, made[name])

@@ -75,7 +75,7 @@ class Variant:
         return f"{name}-{hashlib.sha256(data.encode()).hexdigest()[:8]}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
     """A trained variant.
 
@@ -159,6 +159,10 @@ def _start() -> nn.Module:
         write_tensors(path, model.state_dict())
     model.load_state_dict(read_tensors(path, "the dense start")[0])
     return model
+
+
+def is_trained(variant: Variant) -> bool:
+    return _path(variant).exists()
 
 
 def _path(variant: Variant) -> Path:

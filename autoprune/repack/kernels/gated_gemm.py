@@ -1,8 +1,8 @@
 """The offset-GEMM of a gated convolution: what the input has silenced is not computed.
 
-Before a group is computed, the numbers of its kept positions whose input channel lives are written to a list, without a
-branch: about two cycles a position, against the group's filters times the item's positions. The tile walks the list; the
-weights stay where they are. A group none of whose filters lives walks nothing. Where all groups keep the same
+Before a group is computed, the numbers of its kept positions whose input channel lives are written to a list, without
+a branch: about two cycles a position, against the group's filters times the item's positions. The tile walks the list;
+the weights stay where they are. A group none of whose filters lives walks nothing. Where all groups keep the same
 positions, one list serves them all.
 """
 
@@ -94,16 +94,12 @@ def gated_gemm(rows: int, target: Target, activation: str = "") -> int:
         activation: a row of ACTIVATIONS that is no clamp.
     """
     module, heights = ir.Module(), tiles(rows, target)
-    built = {
-        count: tile(module, each, count, target.lanes, activation, gated=True) for count, each in heights.items()
-    }
+    built = {count: tile(module, each, count, target.lanes, activation, gated=True) for count, each in heights.items()}
     _op(module, rows, built, heights, target.lanes)
     return compile_op(module, "op", target)
 
 
-def _op(
-    module: ir.Module, rows: int, built: dict[int, ir.Function], heights: dict[int, int], lanes: int
-) -> None:
+def _op(module: ir.Module, rows: int, built: dict[int, ir.Function], heights: dict[int, int], lanes: int) -> None:
     select_live = _select_live(module)
     b, fields, slots, item, thread = op_function(module)
     get = {field: b.load(at(b, fields, const(field))) for field in Field}

@@ -121,9 +121,7 @@ def offset_gemm_module(rows: int, target: Target, activation: str = "", panels: 
     return module
 
 
-def tile(
-    module: ir.Module, rows: int, vectors: int, lanes: int, activation: str, gated: bool = False
-) -> ir.Function:
+def tile(module: ir.Module, rows: int, vectors: int, lanes: int, activation: str, gated: bool = False) -> ir.Function:
     """`rows` filters by `vectors` x `lanes` positions: sums, residual, clamp, mask, store.
 
     Sums start from the bias, or where `carry` says so from what the panel before left in `partial`; they end in the
@@ -285,9 +283,7 @@ def _op(
     b.ret_void()
 
 
-def cover(
-    b: ir.IRBuilder, length: ir.Value, lanes: int, widest: int, compute: Callable[[int, ir.Value], None]
-) -> None:
+def cover(b: ir.IRBuilder, length: ir.Value, lanes: int, widest: int, compute: Callable[[int, ir.Value], None]) -> None:
     """Tiles for `length` positions: as many of the widest as leave no single vector over, then narrower ones."""
     vectors = b.sdiv(b.add(length, const(lanes - 1)), const(lanes))
     rest = b.srem(vectors, const(widest))

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from autoprune.errors import AutopruneError
 from autoprune.recurrent import GATES
 from autoprune.repack.formats import PackedWeight
-from autoprune.errors import AutopruneError
 from autoprune.repack.kernels import attention, copy, gated_gemm, maps, offset_gemm, recurrent, rows, rows_gemm, window
 from autoprune.repack.kernels import gate as gates
 from autoprune.repack.kernels.compiler import Target
