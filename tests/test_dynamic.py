@@ -23,7 +23,10 @@ from autoprune.dynamic import (
 )
 from autoprune.errors import AutopruneError, ConfigError
 from autoprune.inventory import take_inventory
-from autoprune.repack import capture, repack
+from autoprune.latency.timer import Protocol
+from autoprune.repack import ProgramModel, capture, repack
+from autoprune.repack.layer_times import layer_times
+from autoprune.repack.memory import layer_memory
 from autoprune.repack.program.passes import simplify
 from autoprune.settings import TrainingSettings
 from autoprune.tasks.zoo import build_model
@@ -119,6 +122,19 @@ def test_gated_layers_are_pruned_and_repacked_like_any() -> None:
         for form in ("program", "modules"):
             fast = repack(model, X, form=form, choose=(lambda *_: "jit") if form == "modules" else None)  # type: ignore[arg-type]
             assert (fast(X) - model(X)).abs().max() <= 1e-4 * model(X).abs().max()
+
+
+def test_a_gated_program_tells_its_times_and_its_memory() -> None:
+    model = net()
+    gate_channels_(model, X, INNER, Gating(4, 0.5))
+    fast = repack(model, X, form="program")
+    assert isinstance(fast, ProgramModel)
+    times = {row.kind: row for row in layer_times(fast, model, X, Protocol(samples=3))}
+    assert times["gated_conv2d"].backend == times["gate"].backend == "jit"
+    assert {"1.conv1.conv", "1.conv2"} <= {row.name for row in layer_memory(fast, X)}
+    report = {row.name: row.fused for row in fast.report}
+    assert report["1.conv1.conv"] == "gate + relu"
+    assert report["1.conv2"] == "live + sum + relu"
 
 
 @pytest.mark.parametrize(

@@ -66,17 +66,18 @@ class Field(IntEnum):
     SCRATCH_SLOT = 29
     SCRATCH_OFFSET = 30
     SCRATCH = 31  # floats from a thread's scratch to the next: see `scratch`
-    GATE_SLOT = 32  # factors of the output channels
-    GATE_OFFSET = 33
-    GATE_IMAGE = 34  # floats from an image's to the next's
-    GATE_OF = 35  # address of int32 a row: the factor it is multiplied by
-    LIVE = 36  # 1 when input channels are gated
-    LIVE_SLOT = 37  # factors of the input channels
-    LIVE_OFFSET = 38
-    LIVE_IMAGE = 39
-    LIVE_OF = 40  # address of int32 a kept position: the factor its input channel was multiplied by
-    NUMBERS = 41  # address of int32 0, 1, 2, ...: the list where every input channel lives
-    SHARED = 42  # 1 when all groups keep the same positions
+    PANELS = 32  # always 0: a list is walked at once
+    GATE_SLOT = 33  # factors of the output channels
+    GATE_OFFSET = 34
+    GATE_IMAGE = 35  # floats from an image's to the next's
+    GATE_OF = 36  # address of int32 a row: the factor it is multiplied by
+    LIVE = 37  # 1 when input channels are gated
+    LIVE_SLOT = 38  # factors of the input channels
+    LIVE_OFFSET = 39
+    LIVE_IMAGE = 40
+    LIVE_OF = 41  # address of int32 a kept position: the factor its input channel was multiplied by
+    NUMBERS = 42  # address of int32 0, 1, 2, ...: the list where every input channel lives
+    SHARED = 43  # 1 when all groups keep the same positions
 
 
 def scratch(rows: int, kept: int) -> int:
