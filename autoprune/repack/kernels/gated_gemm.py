@@ -1,9 +1,9 @@
 """The offset-GEMM of a gated convolution: what the input has silenced is not computed.
 
-Before a group is computed, the numbers of its kept positions whose input channel lives are written to a list, without
-a branch: about two cycles a position, against the group's filters times the item's positions. The tile walks the list;
-the weights stay where they are. A group none of whose filters lives walks nothing. Where all groups keep the same
-positions, one list serves them all.
+Before a group is computed, its kept positions whose input channel lives are written to a list, a run of channels that
+share a factor at a time. The tile walks the list, an entry of which says where input and weights lie; the weights stay
+where they are. Where all groups keep the same positions, one list serves them all. A group none of whose filters lives
+is filled with zeros, or left as it is where nobody looks at it.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import llvmlite.ir as ir
 
 from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
 from autoprune.repack.kernels.ir import (
-    F32,
     FLOATS,
+    I32,
     I64,
     INTS,
+    LONGS,
     address,
     at,
     const,
@@ -27,6 +28,8 @@ from autoprune.repack.kernels.ir import (
     op_function,
     pointer_field,
     smaller,
+    store_vector,
+    vector,
 )
 from autoprune.repack.kernels.offset_gemm import cover, tile, tiles
 
@@ -74,15 +77,28 @@ class Field(IntEnum):
     LIVE = 37  # 1 when input channels are gated
     LIVE_SLOT = 38  # factors of the input channels
     LIVE_OFFSET = 39
-    LIVE_IMAGE = 40
-    LIVE_OF = 41  # address of int32 a kept position: the factor its input channel was multiplied by
-    NUMBERS = 42  # address of int32 0, 1, 2, ...: the list where every input channel lives
+    LIVE_IMAGE = 40  # so many are an image's
+    RUNS = 41  # address of int32 a group and factor of the input: the first entry of those channels; and the end
+    ENTRIES = 42  # address of int64 a kept position: its offset, and 32 bits up where in its group its weights lie
     SHARED = 43  # 1 when all groups keep the same positions
+    DEAD = 44  # what becomes of groups that do not live: see `Dead`
 
 
-def scratch(rows: int, kept: int) -> int:
-    """Floats of scratch a thread needs for groups of `rows` filters that keep at most `kept` positions."""
-    return rows + kept
+class Dead(IntEnum):
+    """What a group that does not live needs: everything but sums, zeros, nothing."""
+
+    FINISHED = 0  # a residual, or an activation that makes something of zero
+    ZEROS = 1
+    UNREAD = 2
+
+
+FACTORS = 16  # floats before a thread's list
+SLACK = 16  # behind it: the widest vector
+
+
+def scratch(kept: int) -> int:
+    """Floats of scratch a thread needs for groups that keep at most `kept` positions."""
+    return FACTORS + 2 * kept + SLACK
 
 
 @once_a_process
@@ -101,7 +117,7 @@ def gated_gemm(rows: int, target: Target, activation: str = "") -> int:
 
 
 def _op(module: ir.Module, rows: int, built: dict[int, ir.Function], heights: dict[int, int], lanes: int) -> None:
-    select_live = _select_live(module)
+    select_live = _select_live(module, lanes)
     b, fields, slots, item, thread = op_function(module)
     get = {field: b.load(at(b, fields, const(field))) for field in Field}
 
@@ -124,13 +140,13 @@ def _op(module: ir.Module, rows: int, built: dict[int, ir.Function], heights: di
     mask = at(b, pointer_field(b, get[Field.MASK], INTS), start)
     low, high = float_field(b, get[Field.LOW]), float_field(b, get[Field.HIGH])
     pointer = pointer_field(b, get[Field.GROUP_POINTER], INTS)
-    live_of = pointer_field(b, get[Field.LIVE_OF], INTS)
+    runs = pointer_field(b, get[Field.RUNS], INTS)
     factors = at(
         b, address(b, slots, get[Field.SCRATCH_SLOT], get[Field.SCRATCH_OFFSET]), b.mul(thread, get[Field.SCRATCH])
     )
     has_live = b.icmp_signed("!=", get[Field.LIVE], const(0))
-    own = b.bitcast(at(b, factors, const(rows)), INTS)
-    list_ = b.select(has_live, own, pointer_field(b, get[Field.NUMBERS], INTS))
+    own = b.bitcast(at(b, factors, const(FACTORS)), LONGS)
+    entries = pointer_field(b, get[Field.ENTRIES], LONGS)
     shared = b.icmp_signed("!=", get[Field.SHARED], const(0))
     first = b.mul(chunk, get[Field.CHUNK])
     last = smaller(b, b.add(first, get[Field.CHUNK]), get[Field.GROUPS])
@@ -142,7 +158,8 @@ def _op(module: ir.Module, rows: int, built: dict[int, ir.Function], heights: di
         kept = b.sub(long_at(b, pointer, b.add(group, const(1))), begin)
         with b.if_else(has_live) as (some, all_):
             with some:
-                b.store(b.call(select_live, [at(b, live_of, begin), kept, live, own]), found)
+                first_run = at(b, runs, b.mul(group, get[Field.LIVE_IMAGE]))
+                b.store(b.call(select_live, [first_run, entries, get[Field.LIVE_IMAGE], live, own]), found)
             with all_:
                 b.store(kept, found)
 
@@ -153,13 +170,14 @@ def _op(module: ir.Module, rows: int, built: dict[int, ir.Function], heights: di
         gate_of = at(b, pointer_field(b, get[Field.GATE_OF], INTS), row0)
         alive = ir.Constant(ir.IntType(1), 0)
         for row in range(rows):
-            factor = b.load(at(b, gate, long_at(b, gate_of, const(row))))
-            b.store(factor, at(b, factors, const(row)))
-            alive = b.or_(alive, b.fcmp_unordered("!=", factor, ir.Constant(F32, 0.0)))
+            factor = at(b, gate, long_at(b, gate_of, const(row)))
+            b.store(b.load(factor), at(b, factors, const(row)))
+            alive = b.or_(alive, _lives(b, factor))
         with b.if_then(b.and_(alive, b.not_(shared))):
             find(group)
         count = b.select(alive, b.load(found), const(0))
         begin = long_at(b, pointer, group)
+        list_ = b.select(has_live, own, at(b, entries, begin))
         offsets = at(b, pointer_field(b, get[Field.OFFSETS], INTS), begin)
         values = at(b, pointer_field(b, get[Field.VALUES], FLOATS), b.mul(begin, const(rows)))
         bias = at(b, pointer_field(b, get[Field.BIAS], FLOATS), row0)
@@ -179,31 +197,47 @@ def _op(module: ir.Module, rows: int, built: dict[int, ir.Function], heights: di
                     ],
                 )  # fmt: skip
 
-        cover(b, length, lanes, max(built), compute)
+        with b.if_else(b.or_(alive, b.icmp_signed("==", get[Field.DEAD], const(Dead.FINISHED)))) as (work, rest):
+            with work:
+                cover(b, length, lanes, max(built), compute)
+            with rest, b.if_then(b.icmp_signed("==", get[Field.DEAD], const(Dead.ZEROS))):
+                nothing = ir.Constant(vector(lanes), None)
+                for row in range(rows):
+                    line = at(b, y, long_at(b, y_channel, const(row)))
+                    with loop(b, const(0), length, lanes) as position:
+                        store_vector(b, nothing, at(b, line, position), lanes)
     b.ret_void()
 
 
-def _select_live(module: ir.Module) -> ir.Function:
-    """Writes the numbers of the positions whose factor is not zero to `found`, at most `count`; returns how many."""
-    kind = ir.FunctionType(I64, [INTS, I64, FLOATS, INTS])
+def _select_live(module: ir.Module, lanes: int) -> ir.Function:
+    """Writes the entries of a group whose input channels live to `found`; returns how many.
+
+    Whole vectors are written: up to one beyond the last entry.
+    """
+    kind = ir.FunctionType(I64, [INTS, LONGS, I64, FLOATS, LONGS])
     function = ir.Function(module, kind, "select_live")
     function.linkage = "internal"
-    of, count, factors, found = function.args
-    entry, head, body, done = (function.append_basic_block(name) for name in ("entry", "head", "body", "done"))
-    b = ir.IRBuilder(entry)
-    b.branch(head)
-    b.position_at_end(head)
-    number, length = b.phi(I64), b.phi(I64)
-    number.add_incoming(const(0), entry)
-    length.add_incoming(const(0), entry)
-    b.cbranch(b.icmp_signed("<", number, count), body, done)
-    b.position_at_end(body)
-    b.store(b.trunc(number, ir.IntType(32)), at(b, found, length))
-    factor = b.load(at(b, factors, long_at(b, of, number)))
-    alive = b.zext(b.fcmp_unordered("!=", factor, ir.Constant(F32, 0.0)), I64)
-    number.add_incoming(b.add(number, const(1)), body)
-    length.add_incoming(b.add(length, alive), body)
-    b.branch(head)
-    b.position_at_end(done)
-    b.ret(length)
+    runs, entries, gates, factors, found = function.args
+    b = ir.IRBuilder(function.append_basic_block("entry"))
+    length = b.alloca(I64)
+    b.store(const(0), length)
+    step = lanes // 2
+    several = ir.VectorType(I64, step).as_pointer()
+    with loop(b, const(0), gates) as gate, b.if_then(_lives(b, at(b, factors, gate))):
+        begin, end = long_at(b, runs, gate), long_at(b, runs, b.add(gate, const(1)))
+        filled = b.load(length)
+        source, target = at(b, entries, begin), at(b, found, filled)
+        count = b.sub(end, begin)
+        with loop(b, const(0), count, step) as number:
+            copied = b.load(b.bitcast(at(b, source, number), several))
+            copied.align = 4
+            b.store(copied, b.bitcast(at(b, target, number), several)).align = 4
+        b.store(b.add(filled, count), length)
+    b.ret(b.load(length))
     return function
+
+
+def _lives(b: ir.IRBuilder, factor: ir.Value) -> ir.Value:
+    """Whether the float there is not zero."""
+    bits = b.load(b.bitcast(factor, INTS))
+    return b.icmp_signed("!=", b.shl(bits, ir.Constant(I32, 1)), ir.Constant(I32, 0))

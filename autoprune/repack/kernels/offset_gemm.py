@@ -24,8 +24,10 @@ from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
 from autoprune.repack.kernels.ir import (
     F32,
     FLOATS,
+    I32,
     I64,
     INTS,
+    LONGS,
     address,
     at,
     clamp,
@@ -125,11 +127,11 @@ def tile(module: ir.Module, rows: int, vectors: int, lanes: int, activation: str
     """`rows` filters by `vectors` x `lanes` positions: sums, residual, clamp, mask, store.
 
     Sums start from the bias, or where `carry` says so from what the panel before left in `partial`; they end in the
-    output, or there. Where `gated`, two more arguments follow: the numbers of the `kept` positions to walk among those
-    of the group, and a factor a row, which its sum is multiplied by.
+    output, or there. Where `gated`, two more arguments follow: the `kept` positions to walk, each its offset and, 32
+    bits up, where its weights lie; and a factor a row, which its sum is multiplied by.
     """
     kinds = [FLOATS, INTS, I64, FLOATS, I64, FLOATS, FLOATS, INTS, FLOATS, INTS, I64, INTS, F32, F32, FLOATS, I64]
-    function = inner_function(module, f"tile_{rows}x{vectors}", [*kinds, INTS, FLOATS] if gated else kinds)
+    function = inner_function(module, f"tile_{rows}x{vectors}", [*kinds, LONGS, FLOATS] if gated else kinds)
     (x, offsets, kept, w, pitch, bias, y, y_channel, residual, residual_channel, has_residual, mask, low, high,
      partial, carry, *gate) = function.args  # fmt: skip
     fused = fma(module, lanes)
@@ -160,10 +162,10 @@ def tile(module: ir.Module, rows: int, vectors: int, lanes: int, activation: str
             each.add_incoming(before[row][v], carried)
     b.cbranch(b.icmp_signed("<", k, kept), body, done)
     b.position_at_end(body)
-    number = long_at(b, gate[0], k) if gated else k
-    source = at(b, x, long_at(b, offsets, number))
+    entry_ = b.load(at(b, gate[0], k)) if gated else None
+    source = at(b, x, long_at(b, offsets, k) if entry_ is None else b.sext(b.trunc(entry_, I32), I64))
     inputs = [load_vector(b, at(b, source, const(lanes * v)), lanes) for v in range(vectors)]
-    weights = at(b, w, b.mul(number, pitch))
+    weights = at(b, w, b.mul(k, pitch) if entry_ is None else b.ashr(entry_, const(32)))
     for row in range(rows):
         weight = splat(b, b.load(at(b, weights, const(row))), lanes)
         for v in range(vectors):

@@ -137,6 +137,9 @@ def _torch(op: Op, x: list[Any], w: Mapping[str, Tensor], values: Values) -> Any
     return aten.call(a["op"], a["args"], a["kwargs"], values, a.get("item"))
 
 
+KEEPS_ZERO = ("relu", "relu6", "silu", "gelu", "gelu_tanh", "tanh", "hardswish")
+"""Activations of which zero is zero."""
+
 PACKED = ("conv2d", "gated_conv2d", "linear", "recurrent")
 """The kinds whose weight is packed."""
 

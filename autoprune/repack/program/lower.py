@@ -22,12 +22,13 @@ from autoprune.repack.formats import GROUP_SIZES
 from autoprune.repack.kernels.attention import scratch as scratch_size
 from autoprune.repack.kernels.compiler import Target
 from autoprune.repack.kernels.gate import scratch as gate_scratch
+from autoprune.repack.kernels.gated_gemm import Dead
 from autoprune.repack.kernels.gated_gemm import scratch as gated_scratch
 from autoprune.repack.kernels.window import Mode
 from autoprune.repack.program import nodes
 from autoprune.repack.program.graph import Graph, Op, evaluate_op
-from autoprune.repack.program.kinds import residual_of
-from autoprune.repack.program.layout import FLOAT_BYTES, MapLayout
+from autoprune.repack.program.kinds import KEEPS_ZERO, residual_of
+from autoprune.repack.program.layout import FLOAT_BYTES, MapLayout, aligned
 from autoprune.repack.program.memory import Arena, Buffer, place
 from autoprune.repack.program.native import NativeOp
 from autoprune.repack.program.weights import Weights
@@ -407,7 +408,7 @@ class _Lowering:
         live = self.factors(op, "live", channels)
         made = self.new_map(op, shape)
         gated = op.kind == "gated_conv2d"
-        room = self.gated_room(op) if gated else 0
+        room, dead = (self.gated_room(op), self.dead(op)) if gated else (0, Dead.FINISHED)
         scratch = self.scratch(room if gated else nodes.panel_scratch(max(GROUP_SIZES)))  # whatever the tuning tries
         made.pitch.join(given.pitch)
         if residual is not None:
@@ -418,7 +419,7 @@ class _Lowering:
             other = None if residual is None else residual.at
             return nodes.convolution(
                 op.output, weights, window, op.activation, tiling, batch, given.at, made.at, other, scratch,
-                self.target, nodes.Gated(gate, live, room) if gated else None,
+                self.target, nodes.Gated(gate, live, dead, room) if gated else None,
             )  # fmt: skip
 
         reads = [given.buffer, scratch, *(each.buffer for each in (residual, gate, live) if each is not None)]
@@ -440,7 +441,21 @@ class _Lowering:
         """Floats of scratch a thread needs for a gated convolution, however its weight is packed."""
         columns = self.constants[op.tensors["weight"]][0].numel()
         longest = np.diff(self.weights[op.output].packed.group_pointer).max(initial=0)
-        return gated_scratch(max(GROUP_SIZES), max(columns, int(longest)))
+        return aligned(gated_scratch(max(columns, int(longest))))
+
+    def dead(self, op: Op) -> Dead:
+        """What becomes of the channels that a gated convolution silences."""
+        finished = residual_of(op) is not None or op.activation not in (None, *KEEPS_ZERO)
+        if finished or not op.attributes["gate"]:
+            return Dead.FINISHED
+        looking = [each for each in self.graph.ops if op.output in each.reads]
+        skipping = [
+            each for each in looking
+            if each.attributes.get("live") and each.inputs.count(op.output) == 1 and each.inputs[0] == op.output
+            and each.inputs[1 + each.attributes["gate"]] == op.inputs[1]
+        ]  # fmt: skip
+        unread = len(skipping) == len(looking) and op.output not in self.graph.output_names()
+        return Dead.UNREAD if unread else Dead.ZEROS
 
     def gate(self, op: Op) -> bool:
         weight, bias, threshold = (

@@ -106,11 +106,13 @@ class Gated:
     Attributes:
         gate: of its output.
         live: of its input.
+        dead: what becomes of output channels that do not live.
         room: floats of scratch a thread has.
     """
 
     gate: Factors | None
     live: Factors | None
+    dead: gated_gemm.Dead
     room: int
 
 
@@ -175,24 +177,28 @@ def convolution(
             f.RESIDUAL_IMAGE: residual.layout.image, f.RESIDUAL_CHANNEL: _channels(weights, residual.layout),
         }  # fmt: skip
     if gated is not None:
-        given |= _gated(weights, packed, gated, scratch)
+        given |= _gated(weights, packed, offsets, gated, scratch)
         kernel = gated_gemm.gated_gemm(packed.group_size, target, other)
         return _op(name, kernel, gated_gemm.Field, given, batch * blocks * chunks)
     kernel = offset_gemm.offset_gemm(packed.group_size, target, other, tiling.panel > 0)
     return _op(name, kernel, f, given, batch * blocks * chunks)
 
 
-def _gated(weights: Weights, packed: PackedWeight, gated: Gated, scratch: Buffer) -> dict[IntEnum, Any]:
+def _gated(
+    weights: Weights, packed: PackedWeight, offsets: NDArray[np.int32], gated: Gated, scratch: Buffer
+) -> dict[IntEnum, Any]:
     """Which factor belongs to each row and to each kept position, and where the factors lie."""
     f = gated_gemm.Field
     kept = np.diff(packed.group_pointer)
     longest = int(kept.max(initial=0))
-    if gated_gemm.scratch(packed.group_size, longest) > gated.room:
+    if gated_gemm.scratch(longest) > gated.room:
         raise AutopruneError(f"a packed group keeps {longest} positions, more than there is room for.")
     alike = packed.index.reshape(packed.groups, -1) if len(set(kept.tolist())) == 1 else None
+    within = np.arange(len(packed.index)) - np.repeat(packed.group_pointer[:-1].astype(np.int64), kept)
+    entries = (within * packed.group_size << 32) + (offsets.astype(np.int64) & 0xFFFFFFFF)
     given: dict[IntEnum, Any] = {
         f.SCRATCH_SLOT: scratch.slot, f.SCRATCH_OFFSET: scratch.offset, f.SCRATCH: gated.room,
-        f.NUMBERS: np.arange(max(1, longest), dtype=np.int32),
+        f.DEAD: gated.dead,
         f.SHARED: int(alike is not None and bool((alike == alike[:1]).all())),
     }  # fmt: skip
     if (gate := gated.gate) is not None:
@@ -204,11 +210,15 @@ def _gated(weights: Weights, packed: PackedWeight, gated: Gated, scratch: Buffer
     else:
         given |= {f.GATE_OFFSET: np.ones(1, np.float32), f.GATE_OF: np.zeros(len(weights.rows), np.int32)}
     if (live := gated.live) is not None:
-        channel = packed.index // packed.taps
+        runs = np.repeat(np.arange(packed.groups) * live.groups, kept) + packed.index // packed.taps // live.channels
+        order = np.argsort(runs, kind="stable")
+        ends = np.cumsum(np.bincount(runs, minlength=packed.groups * live.groups))
         given |= {
             f.LIVE: 1, f.LIVE_SLOT: live.buffer.slot, f.LIVE_OFFSET: live.buffer.offset + live.offset,
-            f.LIVE_IMAGE: live.groups, f.LIVE_OF: (channel // live.channels).astype(np.int32),
+            f.LIVE_IMAGE: live.groups, f.RUNS: np.concatenate([[0], ends]).astype(np.int32),
         }  # fmt: skip
+        entries = entries[order]
+    given[f.ENTRIES] = np.concatenate([entries, np.zeros(gated_gemm.SLACK, np.int64)])
     return given
 
 

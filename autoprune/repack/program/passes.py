@@ -17,7 +17,7 @@ from autoprune.recurrent import GATES, by_unit
 from autoprune.repack.program.channels import drop_dead_channels
 from autoprune.repack.program.editor import Editor, infer_shapes
 from autoprune.repack.program.graph import Graph, Op
-from autoprune.repack.program.kinds import residual_of
+from autoprune.repack.program.kinds import KEEPS_ZERO, residual_of
 
 LAYERS = ("conv2d", "linear")
 FUSING = (*LAYERS, "gated_conv2d")
@@ -152,16 +152,13 @@ def _silencing(edited: Editor, name: str) -> str | None:
     """The factors where zero means that a channel of the value is zero everywhere."""
     source = edited.ops.get(name)
     while source is not None and source.kind in ("activation", "max_pool2d", "avg_pool2d"):
-        if source.kind == "activation" and source.attributes["name"] not in _KEEPS_ZERO:
+        if source.kind == "activation" and source.attributes["name"] not in KEEPS_ZERO:
             return None
         source = edited.ops.get(source.inputs[0])
     if source is None or source.kind != "gated_conv2d" or not source.attributes["gate"]:
         return None
-    kept = residual_of(source) is None and source.activation in (None, *_KEEPS_ZERO)
+    kept = residual_of(source) is None and source.activation in (None, *KEEPS_ZERO)
     return source.inputs[1] if kept else None
-
-
-_KEEPS_ZERO = ("relu", "relu6", "silu", "gelu", "gelu_tanh", "tanh", "hardswish")
 
 
 def _divides(edited: Editor, factors: str, channels: str) -> bool:
