@@ -146,7 +146,7 @@ def fetched(
 
     Args:
         op: of `program.nodes.convolution` or `linear`.
-        kind: ``conv2d`` or ``linear``.
+        kind: ``conv2d``, ``gated_conv2d`` (as if every channel lived) or ``linear``.
         rows: filters in a group.
         target: what its kernel was compiled for.
         slots: base addresses, as the kernel gets them.
@@ -327,7 +327,11 @@ class _Convolution(_Work):
         return Touches.joined(parts)
 
 
-_WORKS: Mapping[str, type[_Work]] = {"conv2d": _Convolution, "linear": _Linear}
+_WORKS: Mapping[str, type[_Work]] = {
+    "conv2d": _Convolution,
+    "gated_conv2d": _Convolution,
+    "linear": _Linear,
+}
 MODELLED = frozenset(_WORKS)
 """The kinds of layers whose fetches can be told."""
 

@@ -214,7 +214,7 @@ def _about(
     kind = op.attributes["op"].split(".")[1] if op.kind == "torch" else op.kind
     held = [values[each] for each in {*op.inputs, op.output, *op.tensors.values()} if each in values]
     moved = sum(each.nbytes for each in held)
-    if op.kind == "conv2d":
+    if op.kind.endswith("conv2d"):
         x, y, kernel = values[op.inputs[0]], values[op.output], values[op.tensors["weight"]].shape[2:]
         most = x.shape[0] * x.shape[1] * y.shape[2:].numel() * kernel.numel()
         moved -= max(0, x.nbytes - FLOAT_BYTES * most)  # a stride that leaves positions out

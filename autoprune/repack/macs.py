@@ -47,7 +47,7 @@ def positions(op: Op, shape: Sequence[int]) -> int:
     """How often a packed operation with an output of `shape` meets its weight."""
     if op.kind == "recurrent":
         return prod(shape[1:3])
-    return prod(shape) // (shape[1] if op.kind == "conv2d" else shape[-1])
+    return prod(shape) // (shape[1] if op.kind.endswith("conv2d") else shape[-1])
 
 
 def find_readers(model: nn.Module, inputs: Any) -> dict[str, str]:

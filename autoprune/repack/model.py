@@ -22,7 +22,7 @@ from autoprune.repack.kernels.compiler import unavailable
 from autoprune.repack.outputs import same_output
 from autoprune.repack.program.capture import CaptureError, capture
 from autoprune.repack.program.graph import Graph, Op
-from autoprune.repack.program.kinds import PACKED
+from autoprune.repack.program.kinds import PACKED, residual_of
 from autoprune.repack.program.lower import is_depthwise
 from autoprune.repack.program.passes import simplify
 from autoprune.repack.program.program import Program, check_threads
@@ -123,8 +123,17 @@ def packable(graph: Graph) -> dict[str, Layer]:
             weight = graph.constants[op.tensors["weight"]]
             if weight.dtype == torch.float32 and not is_depthwise(op, weight):
                 bias = graph.constants[op.tensors["bias"]] if "bias" in op.tensors else None
-                layers[op.output] = Layer(weight, bias, op.attributes.get("groups", 1))
+                layers[op.output] = Layer(weight, bias, op.attributes.get("groups", 1), gated_together(graph, op))
     return layers
+
+
+def gated_together(graph: Graph, op: Op) -> int:
+    """Neighbouring filters of a layer that a gate silences together; 0 without one."""
+    if not op.attributes.get("gate"):
+        return 0
+    source = graph.producers().get(op.inputs[1])
+    weight = graph.constants[op.tensors["weight"]]
+    return len(weight) // len(graph.constants[source.tensors["weight"]]) if source and source.kind == "gate" else 1
 
 
 def build_program(
@@ -170,4 +179,5 @@ def _report(original: nn.Module, graph: Graph, layers: dict[str, Layer], tuned: 
 
 
 def _fused(op: Op) -> str:
-    return " + ".join([*(["sum"] if len(op.inputs) > 1 else []), *([op.activation] if op.activation else [])])
+    gated = [key for key in ("gate", "live") if op.attributes.get(key)]
+    return " + ".join([*gated, *(["sum"] if residual_of(op) else []), *([op.activation] if op.activation else [])])

@@ -19,6 +19,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from autoprune.dynamic import ChannelGate, GatedConv2d, Gating, gate_channels_
 from autoprune.errors import AutopruneError, FileError
 from autoprune.files import write_tensors
 from autoprune.patterns import PATTERNS
@@ -67,6 +68,21 @@ class Maps(nn.Module):
         return y
 
 
+class Silenced(nn.Module):
+    """Every kind of operation of gates; the last is of a convolution that has groups, which nothing fuses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.one, self.two = (nn.Conv2d(*size, 3, 2, 1) for size in ((3, 8), (8, 8), (8, 16)))
+        gate_channels_(self, X, ["one", "two"], Gating(4))
+        self.last = GatedConv2d(nn.Conv2d(16, 8, 1, groups=2), nn.Identity(), ChannelGate(16, 8, Gating(2)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.two(self.one(self.stem(x)).relu())
+        y: Tensor = self.last(x).mean((2, 3)) if hasattr(self, "last") else x
+        return y
+
+
 class Tokens(nn.Module):
     """Every kind of operation that works on tokens."""
 
@@ -106,7 +122,7 @@ def sequences() -> nn.Sequential:
 
 
 BUILDS: dict[str, Callable[[], nn.Module]] = {
-    "modules": layers, "maps": Maps, "tokens": Tokens, "states": States, "sequences": sequences,
+    "modules": layers, "maps": Maps, "gated": Silenced, "tokens": Tokens, "states": States, "sequences": sequences,
 }  # fmt: skip
 MODULES = ("modules", "sequences")
 FORMS = pytest.mark.parametrize("form", BUILDS)
@@ -213,7 +229,7 @@ def test_a_round_trip_is_equal_bit_for_bit(form: str, tmp_path: Path, path: Path
 
 def test_the_programs_hold_every_kind_of_operation() -> None:
     kinds: set[str] = set()
-    for form in ("maps", "tokens", "states"):
+    for form in ("maps", "gated", "tokens", "states"):
         model = repacked(form)
         assert isinstance(model, ProgramModel)
         kinds |= {op.kind for op in model.program.graph.ops}
@@ -549,5 +565,5 @@ def test_hostile_arrays_with_right_checksums_are_refused_or_harmless(form: str, 
                                   {"autoprune": json.dumps(about)}))  # fmt: skip
         results.setdefault(name.rpartition("|")[2], set()).add(outcome(path, form))
     fields = {"positions", "rows", "values", *(["scales"] if form == "tokens" else [])}
-    assert all("refused" in results[field] for field in fields - ({"rows"} if form == "maps" else set()))
+    assert all("refused" in results[field] for field in fields - ({"rows"} if form in ("maps", "gated") else set()))
     assert any("ran" in each for each in results.values())

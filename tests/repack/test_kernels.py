@@ -26,6 +26,7 @@ from autoprune.repack.kernels.compiler import Target, host, narrowed
 from autoprune.repack.layers import PackedConv2d, PackedLayer, PackedLinear
 from autoprune.repack.program import memory
 from autoprune.repack.program.graph import Graph, Input, Op, reference
+from autoprune.repack.program.kinds import PACKED
 from autoprune.repack.program.layout import ALIGN
 from autoprune.repack.program.lower import is_depthwise
 from autoprune.repack.program.nodes import Tiling
@@ -177,7 +178,7 @@ def program_of(
     weights = {}
     for op in ops:
         weight = constants[op.tensors["weight"]] if "weight" in op.tensors else None
-        if weight is not None and op.kind in ("conv2d", "linear") and not is_depthwise(op, weight):
+        if weight is not None and op.kind in PACKED and not is_depthwise(op, weight):
             packed = pack(weight, op.attributes.get("groups", 1), size)
             weights[op.output] = Weights.of(packed, constants.get(op.tensors.get("bias", "")))
     return Program(graph, weights, dict.fromkeys(weights, tiling), threads=1, target=target_of(lanes))
@@ -271,6 +272,49 @@ def test_a_convolution_stays_inside_its_buffers(lanes: int, size: int) -> None:
             op = replace(op, inputs=("x0", "x1"))
         for tiling in (Tiling(), PANELS[turn % len(PANELS)] if size in (4, 16) else BLOCKS[turn % 3]):
             assert_stays_inside(program_of([op], constants, inputs, size, lanes, tiling), inputs)
+
+
+@pytest.mark.parametrize("lanes", LANES)
+@pytest.mark.parametrize("size", GROUP_SIZES)
+def test_a_gated_convolution_stays_inside_its_buffers(lanes: int, size: int) -> None:
+    generator = torch.Generator().manual_seed(size)
+    for turn, (kernel, window, _, extent) in enumerate(CONVOLUTIONS):
+        conv = nn.Conv2d(12, 24, kernel)
+        pruned(conv, min(size, 4), (0.0, 0.5, 0.9)[turn % 3])
+        x = torch.randn(2, 12, *extent, generator=generator)
+        flags = {"gate": turn % 3 != 1, "live": turn % 3 != 2}
+        more = {"groups": 1, "activation": (None, "relu", "silu")[turn % 3], **flags}
+        names, factors = [name for name, given in flags.items() if given], []
+        for groups in [3, 4][: len(names)]:
+            share = (0.0, 0.5, 1.0)[(turn + len(factors)) % 3]  # all dead, some, all live
+            factors.append((torch.rand(2, groups, generator=generator) + 0.5) * (torch.rand(2, groups) < share))
+        inputs = [x, *factors]
+        read = tuple(f"x{number}" for number in range(len(inputs)))
+        op = window_op("gated_conv2d", "y", read, window, **more, tensors={"weight": "w", "bias": "b"})
+        constants = {"w": conv.weight.detach(), "b": torch.randn(24, generator=generator)}
+        if turn % 2:
+            described = tuple(Input(name, (), "float32") for name in read)
+            shape = reference(Graph(described, (op,), "y", constants), tuple(inputs)).shape
+            inputs.append(torch.randn(shape, generator=generator))
+            op = replace(op, inputs=(*read, f"x{len(read)}"))
+        for tiling in (Tiling(), BLOCKS[turn % 3]):
+            assert_stays_inside(program_of([op], constants, inputs, size, lanes, tiling), inputs)
+
+
+@pytest.mark.parametrize("lanes", LANES)
+def test_a_gate_stays_inside_its_buffers(lanes: int) -> None:
+    generator = torch.Generator().manual_seed(lanes)
+    for channels, groups, keep, threshold, extent in (
+        (1, 1, 0, 0.0, (1, 1)), (3, 5, 2, 0.0, (4, 3)), (4, 2, 1, 1e9, (7, 7)), (17, 16, 16, 0.9, (5, 33)),
+        (32, 31, 0, 1.0, (12, 2)),
+    ):  # fmt: skip
+        constants = {
+            "w": torch.randn(groups, channels, generator=generator), "b": torch.ones(groups),
+            "t": torch.tensor([threshold]),
+        }  # fmt: skip
+        op = Op("gate", "y", ("x0",), {"keep": keep}, {"weight": "w", "bias": "b", "threshold": "t"})
+        x = torch.randn(2, channels, *extent, generator=generator)
+        assert_stays_inside(program_of([op], constants, [x], 1, lanes), [x])
 
 
 SLIDING: list[tuple[str, int | tuple[int, int], dict[str, Any], tuple[int, int]]] = [

@@ -24,8 +24,10 @@ from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
 from autoprune.repack.kernels.ir import (
     F32,
     FLOATS,
+    I32,
     I64,
     INTS,
+    LONGS,
     address,
     at,
     clamp,
@@ -116,21 +118,22 @@ def offset_gemm(rows: int, target: Target, activation: str = "", panels: bool = 
 def offset_gemm_module(rows: int, target: Target, activation: str = "", panels: bool = False) -> ir.Module:
     """The op, not yet compiled."""
     module = ir.Module()
-    built = {count: _tile(module, each, count, target.lanes, activation) for count, each in tiles(rows, target).items()}
+    built = {count: tile(module, each, count, target.lanes, activation) for count, each in tiles(rows, target).items()}
     _op(module, rows, built, tiles(rows, target), target.lanes, panels)
     return module
 
 
-def _tile(module: ir.Module, rows: int, vectors: int, lanes: int, activation: str) -> ir.Function:
+def tile(module: ir.Module, rows: int, vectors: int, lanes: int, activation: str, gated: bool = False) -> ir.Function:
     """`rows` filters by `vectors` x `lanes` positions: sums, residual, clamp, mask, store.
 
     Sums start from the bias, or where `carry` says so from what the panel before left in `partial`; they end in the
-    output, or there.
+    output, or there. Where `gated`, two more arguments follow: the `kept` positions to walk, each its offset and, 32
+    bits up, where its weights lie; and a factor a row, which its sum is multiplied by.
     """
     kinds = [FLOATS, INTS, I64, FLOATS, I64, FLOATS, FLOATS, INTS, FLOATS, INTS, I64, INTS, F32, F32, FLOATS, I64]
-    function = inner_function(module, f"tile_{rows}x{vectors}", kinds)
+    function = inner_function(module, f"tile_{rows}x{vectors}", [*kinds, LONGS, FLOATS] if gated else kinds)
     (x, offsets, kept, w, pitch, bias, y, y_channel, residual, residual_channel, has_residual, mask, low, high,
-     partial, carry) = function.args  # fmt: skip
+     partial, carry, *gate) = function.args  # fmt: skip
     fused = fma(module, lanes)
     entry, head, body, done = (function.append_basic_block(name) for name in ("entry", "head", "body", "done"))
     add, finish = (function.append_basic_block(name) for name in ("add", "finish"))
@@ -159,9 +162,10 @@ def _tile(module: ir.Module, rows: int, vectors: int, lanes: int, activation: st
             each.add_incoming(before[row][v], carried)
     b.cbranch(b.icmp_signed("<", k, kept), body, done)
     b.position_at_end(body)
-    source = at(b, x, long_at(b, offsets, k))
+    entry_ = b.load(at(b, gate[0], k)) if gated else None
+    source = at(b, x, long_at(b, offsets, k) if entry_ is None else b.sext(b.trunc(entry_, I32), I64))
     inputs = [load_vector(b, at(b, source, const(lanes * v)), lanes) for v in range(vectors)]
-    weights = at(b, w, b.mul(k, pitch))
+    weights = at(b, w, b.mul(k, pitch) if entry_ is None else b.ashr(entry_, const(32)))
     for row in range(rows):
         weight = splat(b, b.load(at(b, weights, const(row))), lanes)
         for v in range(vectors):
@@ -178,6 +182,9 @@ def _tile(module: ir.Module, rows: int, vectors: int, lanes: int, activation: st
             store_vector(b, sums[row][v], at(b, partial, const((row * vectors + v) * lanes)), lanes)
     b.ret_void()
     b.position_at_end(give)
+    if gated:
+        factors = [splat(b, b.load(at(b, gate[1], const(row))), lanes) for row in range(rows)]
+        sums = [[b.fmul(each, factor) for each in line] for line, factor in zip(sums, factors, strict=True)]
     b.cbranch(b.icmp_signed("!=", has_residual, const(0)), add, finish)
     b.position_at_end(add)
     added = []
@@ -261,7 +268,7 @@ def _op(
 
     if not panels:
         with loop(b, first, last) as group:
-            _cover(b, length, lanes, max(built), lambda count, position: compute(
+            cover(b, length, lanes, max(built), lambda count, position: compute(
                 group, group, position, count, y, const(0)))  # fmt: skip
         b.ret_void()
         return
@@ -273,14 +280,12 @@ def _op(
         came = b.select(b.icmp_signed(">", panel, const(0)), const(CARRY_IN), const(0))
         goes = b.select(b.icmp_signed("<", panel, final), const(CARRY_OUT), const(0))
         list_, carry = b.add(b.mul(group, get[Field.PANELS]), panel), b.or_(came, goes)
-        _cover(b, length, lanes, max(built), lambda count, position: compute(
+        cover(b, length, lanes, max(built), lambda count, position: compute(
             group, list_, position, count, at(b, partials, b.mul(position, const(rows))), carry))  # fmt: skip
     b.ret_void()
 
 
-def _cover(
-    b: ir.IRBuilder, length: ir.Value, lanes: int, widest: int, compute: Callable[[int, ir.Value], None]
-) -> None:
+def cover(b: ir.IRBuilder, length: ir.Value, lanes: int, widest: int, compute: Callable[[int, ir.Value], None]) -> None:
     """Tiles for `length` positions: as many of the widest as leave no single vector over, then narrower ones."""
     vectors = b.sdiv(b.add(length, const(lanes - 1)), const(lanes))
     rest = b.srem(vectors, const(widest))

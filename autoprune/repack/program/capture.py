@@ -17,6 +17,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
+from autoprune.dynamic import gates
 from autoprune.inventory import copy_for_inference
 from autoprune.recurrent import WholeSequences, recurrent_modules
 from autoprune.repack.program import aten, exporting, lifting
@@ -55,7 +56,7 @@ def capture(model: nn.Module, inputs: Sequence[Any]) -> Graph:
             raise CaptureError(f"only dense tensors on the CPU can be inputs of a program, not {_describe(x)}.")
     copied = copy_for_inference(model)
     recurrent = [module for _, module in recurrent_modules(copied)]
-    copied = _whole_sequences(copied)
+    copied = _whole_operators(copied)
     for free in _freedoms(inputs, recurrent):
         try:
             return _captured(copied, inputs, free)
@@ -88,8 +89,10 @@ def _freedoms(inputs: Sequence[Tensor], recurrent: Sequence[nn.LSTM | nn.GRU]) -
     yield [()] * len(inputs)
 
 
-def _whole_sequences(model: nn.Module) -> nn.Module:
-    """Makes every recurrent direction one operator, which torch.export would take apart; in place but for the root."""
+def _whole_operators(model: nn.Module) -> nn.Module:
+    """Makes gates and recurrent directions operators, which torch.export would take apart; changes all but the root."""
+    for gate in gates(model).values():
+        gate.whole = True
     for name, module in list(recurrent_modules(model)):
         if not name:
             return WholeSequences(module)

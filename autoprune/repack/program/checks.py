@@ -98,6 +98,23 @@ SCHEMAS: Mapping[str, Schema] = {
         {"layer": _text},
         {"weight": (4, True), "bias": (1, False)},
     ),
+    "gate": Schema(
+        (1, 1), {"keep": _integer(0)}, tensors={"weight": (2, True), "bias": (1, True), "threshold": (1, True)}
+    ),
+    "scale": Schema((2, 2)),
+    "gated_conv2d": Schema(
+        (2, 4),
+        {
+            **_GEOMETRY,
+            "dilation": _pair(1),
+            "groups": _integer(1, 1),
+            "activation": _activation,
+            "gate": _flag,
+            "live": _flag,
+        },
+        {"layer": _text},
+        {"weight": (4, True), "bias": (1, False)},
+    ),
     "linear": Schema((1, 2), {"activation": _activation}, {"layer": _text}, {"weight": (2, True), "bias": (1, False)}),
     "max_pool2d": Schema((1, 1), {**_GEOMETRY, "kernel": _pair(1), "dilation": _pair(1)}),
     "avg_pool2d": Schema((1, 1), {**_GEOMETRY, "kernel": _pair(1), "count_include_pad": _flag}),
@@ -180,6 +197,23 @@ def _check_layer(op: Op, constants: Mapping[str, Tensor], what: str) -> None:
         raise FileError(f"{what} has {weight.shape[0]} filters in {op.attributes['groups']} groups.")
 
 
+def _check_gate(op: Op, constants: Mapping[str, Tensor], what: str) -> None:
+    weight, bias, threshold = (constants[op.tensors[role]] for role in ("weight", "bias", "threshold"))
+    if min(weight.shape) < 1 or bias.shape != weight.shape[:1] or threshold.numel() != 1:
+        raise FileError(f"{what} has a weight of shape {tuple(weight.shape)} and a bias that does not fit it.")
+    if len({weight.dtype, bias.dtype, threshold.dtype}) > 1:
+        raise FileError(f"{what} has weights of types that differ.")
+    if op.attributes["keep"] > len(weight):
+        raise FileError(f"{what} keeps {op.attributes['keep']} of {len(weight)} groups.")
+
+
+def _check_gated(op: Op, constants: Mapping[str, Tensor], what: str) -> None:
+    _check_layer(op, constants, what)
+    operands = 1 + op.attributes["gate"] + op.attributes["live"]
+    if operands == 1 or len(op.inputs) not in (operands, operands + 1):
+        raise FileError(f"{what} has {len(op.inputs)} inputs.")
+
+
 def _check_recurrent(op: Op, constants: Mapping[str, Tensor], what: str) -> None:
     _check_layer(op, constants, what)
     rows, hidden = constants[op.tensors["weight"]].shape
@@ -229,6 +263,8 @@ def _check_torch(op: Op, constants: Mapping[str, Tensor], what: str) -> None:
 
 _MORE: Mapping[str, Callable[[Op, Mapping[str, Tensor], str], None]] = {
     "conv2d": _check_layer,
+    "gate": _check_gate,
+    "gated_conv2d": _check_gated,
     "linear": _check_layer,
     "recurrent": _check_recurrent,
     "layer_norm": _check_layer_norm,

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from autoprune.dynamic import saliency, scaled, winners
 from autoprune.recurrent import GATES, by_gate, run_steps
 from autoprune.repack.program import aten
 
@@ -39,6 +40,26 @@ def _conv2d(op: Op, x: list[Any], w: Mapping[str, Tensor], _: Values) -> Tensor:
     a = op.attributes
     y = F.conv2d(x[0], w["weight"], w.get("bias"), a["stride"], a["padding"], a["dilation"], a["groups"])
     return activate(y if len(x) == 1 else y + x[1], op.activation)
+
+
+def _gate(op: Op, x: list[Any], w: Mapping[str, Tensor], _: Values) -> Tensor:
+    scores = saliency(x[0], w["weight"], w["bias"])
+    return winners(scores, w["threshold"], min(op.attributes["keep"], scores.shape[1]))
+
+
+def _scale(op: Op, x: list[Any], w: Mapping[str, Tensor], _: Values) -> Tensor:
+    return scaled(x[0], x[1])
+
+
+def _gated_conv2d(op: Op, x: list[Any], w: Mapping[str, Tensor], _: Values) -> Tensor:
+    a, given, rest = op.attributes, x[0], list(x[1:])
+    factors = rest.pop(0) if a["gate"] else None
+    if a["live"]:
+        silent = scaled(torch.ones_like(given[:, :, :1, :1]), rest.pop(0)) == 0
+        given = given.masked_fill(silent, 0.0)
+    y = F.conv2d(given, w["weight"], w.get("bias"), a["stride"], a["padding"], a["dilation"], a["groups"])
+    y = y if factors is None else scaled(y, factors)
+    return activate(y + rest[0] if rest else y, op.activation)
 
 
 def _linear(op: Op, x: list[Any], w: Mapping[str, Tensor], _: Values) -> Tensor:
@@ -116,8 +137,18 @@ def _torch(op: Op, x: list[Any], w: Mapping[str, Tensor], values: Values) -> Any
     return aten.call(a["op"], a["args"], a["kwargs"], values, a.get("item"))
 
 
-PACKED = ("conv2d", "linear", "recurrent")
+KEEPS_ZERO = ("relu", "relu6", "silu", "gelu", "gelu_tanh", "tanh", "hardswish")
+"""Activations of which zero is zero."""
+
+PACKED = ("conv2d", "gated_conv2d", "linear", "recurrent")
 """The kinds whose weight is packed."""
+
+
+def residual_of(op: Op) -> str | None:
+    """The value that a convolution or Linear adds to its result."""
+    operands = 1 + sum(op.attributes.get(key, False) for key in ("gate", "live"))
+    return op.inputs[operands] if len(op.inputs) > operands else None
+
 
 SCALARS: Mapping[str, Callable[[Any, Any], Any]] = {  # of integers, symbolic ones while torch.export traces
     "size": lambda x, axis: x.shape[axis],
@@ -132,6 +163,9 @@ Evaluate = Callable[["Op", list[Any], Mapping[str, Tensor], Values], Any]
 
 KINDS: Mapping[str, Evaluate] = {
     "conv2d": _conv2d,
+    "gate": _gate,
+    "scale": _scale,
+    "gated_conv2d": _gated_conv2d,
     "linear": _linear,
     "max_pool2d": _max_pool2d,
     "avg_pool2d": _avg_pool2d,

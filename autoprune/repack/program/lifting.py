@@ -164,6 +164,20 @@ def _addmm(site: Site) -> Result:
     return _product(site, "mat1", "mat2", "self") if whole else None
 
 
+def _gate(site: Site) -> Result:
+    """The predictor of a gated convolution."""
+    tensors = site.weights(weight="weight", bias="bias", threshold="threshold")
+    if tensors is None or not site.is_value("x", 4):
+        return None
+    return Lifted("gate", (site.name("x"),), {"keep": site.args["keep"]}, tensors)
+
+
+def _scale(site: Site) -> Result:
+    if not site.is_value("y", 4) or not site.is_value("factors", 2):
+        return None
+    return Lifted("scale", (site.name("y"), site.name("factors")))
+
+
 def _norm(site: Site) -> Result:
     """Batch norm outside training, as the one operator that the passes know."""
     a = site.args
@@ -340,6 +354,8 @@ def _whole(site: Site) -> Result:
 _LIFTINGS: Mapping[str, Callable[[Site], Result]] = {
     "conv2d.default": _conv2d,
     "conv2d.padding": _conv2d,
+    "autoprune.channel_gate.default": _gate,
+    "autoprune.scale_channels.default": _scale,
     "linear.default": _linear,
     "addmm.default": _addmm,
     "mm.default": lambda site: _product(site, "self", "mat2", None),

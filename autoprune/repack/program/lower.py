@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,10 +21,14 @@ from autoprune.errors import AutopruneError
 from autoprune.repack.formats import GROUP_SIZES
 from autoprune.repack.kernels.attention import scratch as scratch_size
 from autoprune.repack.kernels.compiler import Target
+from autoprune.repack.kernels.gate import scratch as gate_scratch
+from autoprune.repack.kernels.gated_gemm import Dead
+from autoprune.repack.kernels.gated_gemm import scratch as gated_scratch
 from autoprune.repack.kernels.window import Mode
 from autoprune.repack.program import nodes
 from autoprune.repack.program.graph import Graph, Op, evaluate_op
-from autoprune.repack.program.layout import FLOAT_BYTES, MapLayout
+from autoprune.repack.program.kinds import KEEPS_ZERO, residual_of
+from autoprune.repack.program.layout import FLOAT_BYTES, MapLayout, aligned
 from autoprune.repack.program.memory import Arena, Buffer, place
 from autoprune.repack.program.native import NativeOp
 from autoprune.repack.program.weights import Weights
@@ -401,9 +406,14 @@ class _Lowering:
             given, window = self.subsampled(x, window.stride), replace(window, stride=(1, 1))
         else:
             given = self.map(x, window.padding, window.stride)
-        residual = self.map(op.inputs[1]) if len(op.inputs) > 1 else None
+        added = residual_of(op)
+        residual = None if added is None else self.map(added)
+        gate = self.factors(op, "gate", shape[1])
+        live = self.factors(op, "live", channels)
         made = self.new_map(op, shape)
-        scratch = self.scratch(nodes.panel_scratch(max(GROUP_SIZES)))  # whatever the tuning tries
+        gated = op.kind == "gated_conv2d"
+        room, dead = (self.gated_room(op), self.dead(op)) if gated else (0, Dead.FINISHED)
+        scratch = self.scratch(room if gated else nodes.panel_scratch(max(GROUP_SIZES)))  # whatever the tuning tries
         made.pitch.join(given.pitch)
         if residual is not None:
             made.pitch.join(residual.pitch)
@@ -412,12 +422,66 @@ class _Lowering:
             assert weights is not None
             other = None if residual is None else residual.at
             return nodes.convolution(
-                op.output, weights, window, op.activation, tiling, batch, given.at, made.at, other, scratch, self.target
-            )
+                op.output, weights, window, op.activation, tiling, batch, given.at, made.at, other, scratch,
+                self.target, nodes.Gated(gate, live, dead, room) if gated else None,
+            )  # fmt: skip
 
-        reads = [given.buffer, scratch, *([residual.buffer] if residual is not None else [])]
+        reads = [given.buffer, scratch, *(each.buffer for each in (residual, gate, live) if each is not None)]
         positions = (shape[2] - 1) * (shape[3] + window.padding[1]) + shape[3]  # about: the pitch is not known yet
         self.steps.append(NativeStep(op.output, reads, made.buffer, build, op, (positions, batch)))
+        return True
+
+    def factors(self, op: Op, role: str, channels: int) -> nodes.Factors | None:
+        """Where the factors of a gated convolution's output or input channels lie."""
+        if not op.attributes.get(role):
+            return None
+        view = self.rows(op.inputs[1] if role == "gate" else op.inputs[1 + op.attributes["gate"]])
+        batch = self.values[op.inputs[0]].shape[0]
+        if len(view.shape) != 2 or view.shape[0] != batch or view.shape[1] < 1 or channels % view.shape[1]:
+            raise AutopruneError(f"{op.output!r} has factors of shape {view.shape} for {channels} channels of {batch}.")
+        return nodes.Factors(view.buffer, view.offset * FLOAT_BYTES, view.shape[1], channels // view.shape[1])
+
+    def gated_room(self, op: Op) -> int:
+        """Floats of scratch a thread needs for a gated convolution, however its weight is packed."""
+        columns = self.constants[op.tensors["weight"]][0].numel()
+        longest = np.diff(self.weights[op.output].packed.group_pointer).max(initial=0)
+        return aligned(gated_scratch(max(columns, int(longest))))
+
+    def dead(self, op: Op) -> Dead:
+        """What becomes of the channels that a gated convolution silences."""
+        finished = residual_of(op) is not None or op.activation not in (None, *KEEPS_ZERO)
+        if finished or not op.attributes["gate"]:
+            return Dead.FINISHED
+        looking = [each for each in self.graph.ops if op.output in each.reads]
+        skipping = [
+            each for each in looking
+            if each.attributes.get("live") and each.inputs.count(op.output) == 1 and each.inputs[0] == op.output
+            and each.inputs[1 + each.attributes["gate"]] == op.inputs[1]
+        ]  # fmt: skip
+        unread = len(skipping) == len(looking) and op.output not in self.graph.output_names()
+        return Dead.UNREAD if unread else Dead.ZEROS
+
+    def gate(self, op: Op) -> bool:
+        weight, bias, threshold = (
+            self.graph.constants[op.tensors[role]] for role in ("weight", "bias", "threshold")
+        )  # fmt: skip
+        x = self.values[op.inputs[0]]
+        if x.dim() != 4 or weight.dtype != torch.float32 or weight.is_meta or not x.shape[2] * x.shape[3]:
+            return False
+        if x.shape[1] != weight.shape[1]:
+            raise AutopruneError(f"a gate takes {weight.shape[1]} channels, not an input of shape {tuple(x.shape)}.")
+        given = self.map(op.inputs[0])
+        meta = self.define(op.output, (x.shape[0], len(weight)))
+        buffer = self.buffers[_storage(meta)] = Buffer(meta.numel())
+        scratch = self.scratch(gate_scratch(weight.shape[1], len(weight), self.target))
+        arrays = [each.numpy() for each in (weight, bias, threshold)]
+
+        def build(*_: Any) -> NativeOp:
+            return nodes.gate(
+                op.output, x.shape[0], given.at, buffer, scratch, arrays, op.attributes["keep"], self.target
+            )
+
+        self.steps.append(NativeStep(op.output, [given.buffer, scratch], buffer, build))
         return True
 
     def skips(self, x: str, window: nodes.Window) -> bool:
@@ -447,12 +511,12 @@ class _Lowering:
         return self.scratches[-1]
 
     def same_shape(self, op: Op, shape: tuple[int, ...]) -> None:
-        """Raises AutopruneError unless the second operand, where there is one, has `shape`."""
-        for name in op.inputs[1:]:
-            if tuple(self.values[name].shape) != shape:
-                raise AutopruneError(
-                    f"{op.output!r} adds a value of shape {tuple(self.values[name].shape)} to one of {shape}."
-                )
+        """Raises AutopruneError unless what is added, where there is something, has `shape`."""
+        name = op.inputs[1] if op.kind == "add" else residual_of(op)
+        if name is not None and tuple(self.values[name].shape) != shape:
+            raise AutopruneError(
+                f"{op.output!r} adds a value of shape {tuple(self.values[name].shape)} to one of {shape}."
+            )
 
     def depthwise(self, op: Op, window: nodes.Window, shape: tuple[int, ...]) -> None:
         weight = self.graph.constants[op.tensors["weight"]]
@@ -654,6 +718,8 @@ def _is_float(value: Any) -> bool:
 
 _RULES: Mapping[str, Callable[[_Lowering, Op], bool]] = {
     "conv2d": _Lowering.conv2d,
+    "gated_conv2d": _Lowering.conv2d,
+    "gate": _Lowering.gate,
     "linear": _Lowering.linear,
     "recurrent": _Lowering.recurrent,
     "max_pool2d": _Lowering.pool,

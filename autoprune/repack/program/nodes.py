@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any
@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from autoprune.errors import AutopruneError
 from autoprune.recurrent import GATES
 from autoprune.repack.formats import PackedWeight
-from autoprune.repack.kernels import attention, copy, maps, offset_gemm, recurrent, rows, rows_gemm, window
+from autoprune.repack.kernels import attention, copy, gated_gemm, maps, offset_gemm, recurrent, rows, rows_gemm, window
+from autoprune.repack.kernels import gate as gates
 from autoprune.repack.kernels.compiler import Target
 from autoprune.repack.kernels.math import clamp_bounds
 from autoprune.repack.program.layout import FLOAT_BYTES, MapLayout, aligned
@@ -82,6 +84,38 @@ class MapAt:
         return self.buffer.offset + self.layout.origin * FLOAT_BYTES
 
 
+@dataclass(frozen=True)
+class Factors:
+    """A gate's output, ``(batch, groups)``: one factor a group of neighbouring channels.
+
+    Attributes:
+        offset: bytes from the slot's base.
+        channels: of a group.
+    """
+
+    buffer: Buffer
+    offset: int
+    groups: int
+    channels: int
+
+
+@dataclass(frozen=True)
+class Gated:
+    """What a gated convolution knows of its channels.
+
+    Attributes:
+        gate: of its output.
+        live: of its input.
+        dead: what becomes of output channels that do not live.
+        room: floats of scratch a thread has.
+    """
+
+    gate: Factors | None
+    live: Factors | None
+    dead: gated_gemm.Dead
+    room: int
+
+
 def _fields(kinds: type[IntEnum], given: Mapping[IntEnum, Any]) -> NDArray[np.int64]:
     """The array a kernel reads; arrays become their addresses."""
     values = np.zeros(len(kinds), np.int64)
@@ -104,10 +138,12 @@ def _clamped(activation: str | None) -> tuple[int, int, str]:
 
 def convolution(
     name: str, weights: Weights, window_: Window, activation: str | None, tiling: Tiling, batch: int,
-    x: MapAt, y: MapAt, residual: MapAt | None, scratch: Buffer, target: Target,
+    x: MapAt, y: MapAt, residual: MapAt | None, scratch: Buffer, target: Target, gated: Gated | None = None,
 ) -> NativeOp:  # fmt: skip
     """A packed convolution; x is padded, or in phase planes for a stride."""
     f = offset_gemm.Field
+    if gated is not None:
+        tiling = replace(tiling, panel=0)  # a list of live positions is walked at once
     packed = serpentine(weights.packed) if tiling.serpentine else weights.packed
     taps = np.array([x.layout.tap(dy, dx) for dy, dx in window_.taps()], np.int64)
     channel, tap = np.divmod(packed.index, packed.taps)
@@ -140,8 +176,71 @@ def convolution(
             f.RESIDUAL: 1, f.RESIDUAL_SLOT: residual.buffer.slot, f.RESIDUAL_OFFSET: residual.offset,
             f.RESIDUAL_IMAGE: residual.layout.image, f.RESIDUAL_CHANNEL: _channels(weights, residual.layout),
         }  # fmt: skip
+    if gated is not None:
+        given |= _gated(weights, packed, offsets, gated, scratch)
+        kernel = gated_gemm.gated_gemm(packed.group_size, target, other)
+        return _op(name, kernel, gated_gemm.Field, given, batch * blocks * chunks)
     kernel = offset_gemm.offset_gemm(packed.group_size, target, other, tiling.panel > 0)
     return _op(name, kernel, f, given, batch * blocks * chunks)
+
+
+def _gated(
+    weights: Weights, packed: PackedWeight, offsets: NDArray[np.int32], gated: Gated, scratch: Buffer
+) -> dict[IntEnum, Any]:
+    """Which factor belongs to each row and to each kept position, and where the factors lie."""
+    f = gated_gemm.Field
+    kept = np.diff(packed.group_pointer)
+    longest = int(kept.max(initial=0))
+    if gated_gemm.scratch(longest) > gated.room:
+        raise AutopruneError(f"a packed group keeps {longest} positions, more than there is room for.")
+    alike = packed.index.reshape(packed.groups, -1) if len(set(kept.tolist())) == 1 else None
+    within = np.arange(len(packed.index)) - np.repeat(packed.group_pointer[:-1].astype(np.int64), kept)
+    entries = (within * packed.group_size << 32) + (offsets.astype(np.int64) & 0xFFFFFFFF)
+    given: dict[IntEnum, Any] = {
+        f.SCRATCH_SLOT: scratch.slot, f.SCRATCH_OFFSET: scratch.offset, f.SCRATCH: gated.room,
+        f.DEAD: gated.dead,
+        f.SHARED: int(alike is not None and bool((alike == alike[:1]).all())),
+    }  # fmt: skip
+    if (gate := gated.gate) is not None:
+        of = (weights.rows // gate.channels).astype(np.int32)
+        given |= {
+            f.GATE_SLOT: gate.buffer.slot, f.GATE_OFFSET: gate.buffer.offset + gate.offset, f.GATE_IMAGE: gate.groups,
+            f.GATE_OF: of,
+        }  # fmt: skip
+    else:
+        given |= {f.GATE_OFFSET: np.ones(1, np.float32), f.GATE_OF: np.zeros(len(weights.rows), np.int32)}
+    if (live := gated.live) is not None:
+        runs = np.repeat(np.arange(packed.groups) * live.groups, kept) + packed.index // packed.taps // live.channels
+        order = np.argsort(runs, kind="stable")
+        ends = np.cumsum(np.bincount(runs, minlength=packed.groups * live.groups))
+        given |= {
+            f.LIVE: 1, f.LIVE_SLOT: live.buffer.slot, f.LIVE_OFFSET: live.buffer.offset + live.offset,
+            f.LIVE_IMAGE: live.groups, f.RUNS: np.concatenate([[0], ends]).astype(np.int32),
+        }  # fmt: skip
+        entries = entries[order]
+    given[f.ENTRIES] = np.concatenate([entries, np.zeros(gated_gemm.SLACK, np.int64)])
+    return given
+
+
+def gate(
+    name: str, batch: int, x: MapAt, y: Buffer, scratch: Buffer, arrays: Sequence[NDArray[np.float32]], keep: int,
+    target: Target,
+) -> NativeOp:  # fmt: skip
+    """The gate of a convolution; `arrays` are its weight, bias and threshold, `y` is (batch, groups)."""
+    f, (weight, bias, threshold) = gates.Field, arrays
+    groups, channels = weight.shape
+    padded = np.zeros((groups, gates.columns(channels, target)), np.float32)
+    padded[:, :channels] = weight
+    layout = x.layout
+    given: dict[IntEnum, Any] = {
+        f.X_SLOT: x.buffer.slot, f.X_OFFSET: x.offset, f.X_IMAGE: layout.image, f.X_CHANNEL: layout.channel(1),
+        f.Y_SLOT: y.slot, f.Y_OFFSET: y.offset, f.SCRATCH_SLOT: scratch.slot, f.SCRATCH_OFFSET: scratch.offset,
+        f.SCRATCH: gates.scratch(channels, groups, target), f.POSITIONS: layout.positions, f.CHANNELS: channels,
+        f.MASK: layout.mask(), f.WEIGHT: padded, f.COLUMNS: padded.shape[1], f.BIAS: np.ascontiguousarray(bias),
+        f.SCALE: float_bits(1 / (layout.height * layout.width)), f.GROUPS: groups,
+        f.THRESHOLD: float_bits(float(threshold[0])), f.KEEP: keep or groups,
+    }  # fmt: skip
+    return _op(name, gates.gate(target), f, given, batch)
 
 
 def serpentine(packed: PackedWeight) -> PackedWeight:

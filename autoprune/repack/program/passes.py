@@ -17,8 +17,10 @@ from autoprune.recurrent import GATES, by_unit
 from autoprune.repack.program.channels import drop_dead_channels
 from autoprune.repack.program.editor import Editor, infer_shapes
 from autoprune.repack.program.graph import Graph, Op
+from autoprune.repack.program.kinds import KEEPS_ZERO, residual_of
 
 LAYERS = ("conv2d", "linear")
+FUSING = (*LAYERS, "gated_conv2d")
 _NORM = "aten.batch_norm.default"
 
 
@@ -75,7 +77,7 @@ def _affine(edited: Editor, op: Op) -> tuple[Tensor, Tensor]:
 
 
 def _is_fused(op: Op) -> bool:
-    return op.activation is not None or len(op.inputs) > 1
+    return op.activation is not None or residual_of(op) is not None
 
 
 def _standalone_norms(edited: Editor, op: Op) -> bool:
@@ -96,7 +98,7 @@ def _fuse_activation(edited: Editor, op: Op) -> bool:
     if op.kind != "activation":
         return False
     before = edited.ops.get(op.inputs[0])
-    if before is None or before.kind not in (*LAYERS, "add") or before.activation is not None:
+    if before is None or before.kind not in (*FUSING, "add") or before.activation is not None:
         return False
     if not edited.only_reader(before, op):
         return False
@@ -110,13 +112,59 @@ def _fuse_add(edited: Editor, op: Op) -> bool:
         return False
     for name, residual in (op.inputs, op.inputs[::-1]):
         layer = edited.ops.get(name)
-        if layer is None or layer.kind not in LAYERS or _is_fused(layer) or name == residual:
+        if layer is None or layer.kind not in FUSING or _is_fused(layer) or name == residual:
             continue
         if edited.only_reader(layer, op):
             merged = replace(layer, output=op.output, inputs=(*layer.inputs, residual))
             edited.merge(layer, op, merged.with_attributes(activation=op.activation))
             return True
     return False
+
+
+def _fuse_gate(edited: Editor, op: Op) -> bool:
+    """The factors of a gate become part of the convolution whose channels they scale."""
+    if op.kind != "scale":
+        return False
+    conv, factors = edited.ops.get(op.inputs[0]), op.inputs[1]
+    if conv is None or conv.kind != "conv2d" or conv.attributes["groups"] > 1 or _is_fused(conv):
+        return False
+    if not edited.only_reader(conv, op) or not _divides(edited, factors, op.output):
+        return False
+    merged = replace(conv, kind="gated_conv2d", output=op.output, inputs=(conv.inputs[0], factors))
+    edited.merge(conv, op, merged.with_attributes(gate=True, live=False))
+    return True
+
+
+def _skip_silent(edited: Editor, op: Op) -> bool:
+    """A convolution of what a gate has silenced reads the channels that live."""
+    if op.kind not in ("conv2d", "gated_conv2d") or op.attributes["groups"] > 1 or op.attributes.get("live"):
+        return False
+    factors = _silencing(edited, op.inputs[0])
+    if factors is None or not _divides(edited, factors, op.inputs[0]):
+        return False
+    gated = op.attributes.get("gate", False)
+    inputs = (*op.inputs[: 1 + gated], factors, *op.inputs[1 + gated :])
+    edited.replace(op, replace(op, kind="gated_conv2d", inputs=inputs).with_attributes(gate=gated, live=True))
+    return True
+
+
+def _silencing(edited: Editor, name: str) -> str | None:
+    """The factors where zero means that a channel of the value is zero everywhere."""
+    source = edited.ops.get(name)
+    while source is not None and source.kind in ("activation", "max_pool2d", "avg_pool2d"):
+        if source.kind == "activation" and source.attributes["name"] not in KEEPS_ZERO:
+            return None
+        source = edited.ops.get(source.inputs[0])
+    if source is None or source.kind != "gated_conv2d" or not source.attributes["gate"]:
+        return None
+    kept = residual_of(source) is None and source.activation in (None, *KEEPS_ZERO)
+    return source.inputs[1] if kept else None
+
+
+def _divides(edited: Editor, factors: str, channels: str) -> bool:
+    """Whether there is one factor for so many channels each."""
+    given, shape = edited.shapes[factors], edited.shapes[channels]
+    return given[0] == shape[0] and given[1] > 0 and shape[1] % given[1] == 0
 
 
 def _merge_reshapes(edited: Editor, op: Op) -> bool:
@@ -238,8 +286,10 @@ _PASSES: tuple[Callable[[Editor, Op], bool], ...] = (
     _interleave_gates,
     _drop_silent_units,
     _read_live_units,
+    _fuse_gate,
     _fuse_activation,
     _fuse_add,
+    _skip_silent,
     _merge_reshapes,
     _drop_zero_branch,
 )

@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +24,7 @@ from autoprune.files import cache_folder, read_json, write_json
 from autoprune.latency.machine import machine_identity
 from autoprune.latency.timer import Clock
 from autoprune.repack.fetch import Cache, fetched
-from autoprune.repack.formats import pack
+from autoprune.repack.formats import pack, pack_rows
 from autoprune.repack.grouping import GROUP_SIZES, Grouping
 from autoprune.repack.kernels.compiler import Target
 from autoprune.repack.program.graph import Op
@@ -51,11 +52,13 @@ class Layer:
         weight: dense, ``(out, in / groups, kh, kw)`` or ``(out, in)``, with its zeros.
         bias: ``(out,)`` or None.
         groups: of a grouped convolution.
+        together: neighbouring filters that live or die together, so that only they share a packed group; 0: any may.
     """
 
     weight: Tensor
     bias: Tensor | None
     groups: int
+    together: int = 0
 
     @cached_property
     def grouping(self) -> Grouping:
@@ -64,14 +67,26 @@ class Layer:
 
     def pack(self, size: int) -> Weights:
         """Its weights in groups of `size`; 0: in the largest that its zeros allow."""
+        if self.together:
+            rows = np.arange(len(self.weight), dtype=np.int32).reshape(-1, size or self.sizes()[0])
+            return Weights.of(pack_rows(self.weight, self.groups, rows), self.bias)
         return Weights.of(pack(self.weight, self.groups, size or None, self.grouping), self.bias)
 
     def sizes(self) -> list[int]:
         """Group sizes worth timing, the most promising first."""
         factors = COST["conv2d" if self.weight.dim() == 4 else "linear"]
-        cost = {size: self.grouping.density(size) * factors[size] for size in GROUP_SIZES}
+        if self.together:
+            fitting = [size for size in GROUP_SIZES if len(self.weight) % size == 0 and size <= max(4, self.together)]
+            cost = {size: self.neighbours_density(size) * factors[size] for size in fitting}
+        else:
+            cost = {size: self.grouping.density(size) * factors[size] for size in GROUP_SIZES}
         best = min(cost.values())
-        return sorted((size for size in GROUP_SIZES if cost[size] <= best * WORTH_TRYING + 1e-9), key=cost.__getitem__)
+        return sorted((size for size in cost if cost[size] <= best * WORTH_TRYING + 1e-9), key=cost.__getitem__)
+
+    def neighbours_density(self, size: int) -> float:
+        """What is stored where neighbours share a group, as a share of the weight."""
+        alive = (self.weight.reshape(len(self.weight) // size, size, -1) != 0).any(dim=1)
+        return float(alive.double().mean())
 
 
 class TuningCache:
@@ -171,10 +186,11 @@ def key_of(step: NativeStep, layer: Layer, plan: Plan) -> str:
     assert op is not None
     densities = [round(layer.grouping.density(size) * 20) / 20 for size in GROUP_SIZES]
     what = [op.kind, list(layer.weight.shape), layer.groups, _geometry(op), step.size, densities, plan.threads]
+    what += [layer.together, op.attributes["gate"], op.attributes["live"]] if op.kind == "gated_conv2d" else []
     return json.dumps(what)
 
 
-_GEOMETRY = ("stride", "padding", "dilation", "cell", "threshold", "keep")
+_GEOMETRY = ("stride", "padding", "dilation", "cell", "threshold", "keep")  # of any kind; None where there is none
 
 
 def _geometry(op: Op) -> list[Any]:

@@ -1,0 +1,170 @@
+"""The gate of a convolution as one native op: the mean size of each channel, a small Linear, ReLU, the winners."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import llvmlite.ir as ir
+
+from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
+from autoprune.repack.kernels.ir import (
+    F32,
+    FLOATS,
+    I32,
+    I64,
+    INTS,
+    address,
+    at,
+    const,
+    float_field,
+    load_vector,
+    loop,
+    masked,
+    op_function,
+    pointer_field,
+    vector,
+)
+
+TOGETHER = 4  # channels whose sums are in flight at once
+
+
+class Field(IntEnum):
+    """Entries of the int64 array that describes one op; sizes in floats."""
+
+    X_SLOT = 0
+    X_OFFSET = 1  # bytes, of position (0, 0) in channel 0
+    X_IMAGE = 2
+    X_CHANNEL = 3
+    Y_SLOT = 4
+    Y_OFFSET = 5
+    SCRATCH_SLOT = 6
+    SCRATCH_OFFSET = 7
+    SCRATCH = 8  # from a thread's scratch to the next: see `scratch`
+    POSITIONS = 9
+    CHANNELS = 10
+    MASK = 11  # address of int32 a position: -1 inside the map, 0 on its border
+    WEIGHT = 12  # address of (groups, CHANNELS up to whole vectors), zeros behind the last channel
+    COLUMNS = 13  # of it
+    BIAS = 14
+    SCALE = 15  # float bits: of a channel's sum
+    GROUPS = 16
+    THRESHOLD = 17  # float bits: the least that wins
+    KEEP = 18  # so many of the largest win; GROUPS: all
+
+
+def columns(channels: int, target: Target) -> int:
+    """Channels up to whole vectors, and to as many as are summed together."""
+    step = max(TOGETHER, target.lanes)
+    return -(-channels // step) * step
+
+
+def scratch(channels: int, groups: int, target: Target) -> int:
+    """Floats of scratch a thread needs."""
+    return columns(channels, target) + groups
+
+
+@once_a_process
+def gate(target: Target) -> int:
+    """The op; an item is an image."""
+    module, lanes = ir.Module(), target.lanes
+    b, fields, slots, image, thread = op_function(module)
+    get = {field: b.load(at(b, fields, const(field))) for field in Field}
+    x = at(b, address(b, slots, get[Field.X_SLOT], get[Field.X_OFFSET]), b.mul(image, get[Field.X_IMAGE]))
+    y = at(b, address(b, slots, get[Field.Y_SLOT], get[Field.Y_OFFSET]), b.mul(image, get[Field.GROUPS]))
+    means = address(b, slots, get[Field.SCRATCH_SLOT], get[Field.SCRATCH_OFFSET])
+    means = at(b, means, b.mul(thread, get[Field.SCRATCH]))
+    scores = at(b, means, get[Field.COLUMNS])
+    _means(b, get, x, means, lanes)
+    _scores(b, get, means, scores, lanes)
+    _winners(b, get, scores, y)
+    b.ret_void()
+    return compile_op(module, "op", target)
+
+
+def _total(b: ir.IRBuilder, sums: ir.Value, lanes: int) -> ir.Value:
+    total = b.extract_element(sums, const(0))
+    for lane in range(1, lanes):
+        total = b.fadd(total, b.extract_element(sums, const(lane)))
+    return total
+
+
+def _means(b: ir.IRBuilder, get: dict[Field, ir.Value], x: ir.Value, means: ir.Value, lanes: int) -> None:
+    """The mean size of each channel; behind the last one, zeros."""
+    mask, scale = pointer_field(b, get[Field.MASK], INTS), float_field(b, get[Field.SCALE])
+    sign = ir.Constant(ir.VectorType(I32, lanes), [0x7FFFFFFF] * lanes)
+    final = b.sub(get[Field.CHANNELS], const(1))
+    with loop(b, const(0), get[Field.COLUMNS], TOGETHER) as channel:
+        numbers = [b.add(channel, const(each)) for each in range(TOGETHER)]
+        real = [b.icmp_signed("<=", number, final) for number in numbers]
+        planes = [
+            at(b, x, b.mul(b.select(fine, number, final), get[Field.X_CHANNEL]))
+            for number, fine in zip(numbers, real, strict=True)
+        ]
+        before = b.block
+        head, body, done = (b.append_basic_block(name) for name in ("sum", "more", "summed"))
+        b.branch(head)
+        b.position_at_end(head)
+        position = b.phi(I64)
+        sums = [b.phi(vector(lanes)) for _ in planes]
+        position.add_incoming(const(0), before)
+        for each in sums:
+            each.add_incoming(ir.Constant(vector(lanes), None), before)
+        b.cbranch(b.icmp_signed("<", position, get[Field.POSITIONS]), body, done)
+        b.position_at_end(body)
+        for each, plane in zip(sums, planes, strict=True):
+            value = masked(b, load_vector(b, at(b, plane, position), lanes), at(b, mask, position), lanes)
+            size = b.bitcast(b.and_(b.bitcast(value, ir.VectorType(I32, lanes)), sign), vector(lanes))
+            each.add_incoming(b.fadd(each, size), body)
+        position.add_incoming(b.add(position, const(lanes)), body)
+        b.branch(head)
+        b.position_at_end(done)
+        for number, fine, each in zip(numbers, real, sums, strict=True):
+            mean = b.fmul(_total(b, each, lanes), scale)
+            b.store(b.select(fine, mean, ir.Constant(F32, 0.0)), at(b, means, number))
+
+
+def _scores(b: ir.IRBuilder, get: dict[Field, ir.Value], means: ir.Value, scores: ir.Value, lanes: int) -> None:
+    """relu(weight @ means + bias)."""
+    weight, bias = (pointer_field(b, get[field], FLOATS) for field in (Field.WEIGHT, Field.BIAS))
+    zero = ir.Constant(F32, 0.0)
+    with loop(b, const(0), get[Field.GROUPS]) as group:
+        row = at(b, weight, b.mul(group, get[Field.COLUMNS]))
+        before = b.block
+        head, body, done = (b.append_basic_block(name) for name in ("dot", "next", "dotted"))
+        b.branch(head)
+        b.position_at_end(head)
+        column, sums = b.phi(I64), b.phi(vector(lanes))
+        column.add_incoming(const(0), before)
+        sums.add_incoming(ir.Constant(vector(lanes), None), before)
+        b.cbranch(b.icmp_signed("<", column, get[Field.COLUMNS]), body, done)
+        b.position_at_end(body)
+        product = b.fmul(load_vector(b, at(b, row, column), lanes), load_vector(b, at(b, means, column), lanes))
+        sums.add_incoming(b.fadd(sums, product), body)
+        column.add_incoming(b.add(column, const(lanes)), body)
+        b.branch(head)
+        b.position_at_end(done)
+        score = b.fadd(_total(b, sums, lanes), b.load(at(b, bias, group)))
+        b.store(b.select(b.fcmp_ordered("<", score, zero), zero, score), at(b, scores, group))
+
+
+def _winners(b: ir.IRBuilder, get: dict[Field, ir.Value], scores: ir.Value, y: ir.Value) -> None:
+    """Each score that is at least the threshold and that fewer than KEEP others exceed; zero in place of the rest."""
+    threshold = float_field(b, get[Field.THRESHOLD])
+    with loop(b, const(0), get[Field.GROUPS]) as group:
+        score = b.load(at(b, scores, group))
+        before = b.block
+        head, body, done = (b.append_basic_block(name) for name in ("rank", "other", "ranked"))
+        b.branch(head)
+        b.position_at_end(head)
+        other, larger = b.phi(I64), b.phi(I64)
+        other.add_incoming(const(0), before)
+        larger.add_incoming(const(0), before)
+        b.cbranch(b.icmp_signed("<", other, get[Field.GROUPS]), body, done)
+        b.position_at_end(body)
+        exceeds = b.fcmp_ordered(">", b.load(at(b, scores, other)), score)
+        larger.add_incoming(b.add(larger, b.zext(exceeds, I64)), body)
+        other.add_incoming(b.add(other, const(1)), body)
+        b.branch(head)
+        b.position_at_end(done)
+        wins = b.and_(b.fcmp_ordered(">=", score, threshold), b.icmp_signed("<", larger, get[Field.KEEP]))
+        b.store(b.select(wins, score, ir.Constant(F32, 0.0)), at(b, y, group))

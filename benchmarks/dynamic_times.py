@@ -1,0 +1,157 @@
+"""What benchmarks/dynamic.py measures: each image's latency, what lives, where the time goes."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from dynamic_runs import PATTERN, PLACES, Run, task
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from autoprune.dynamic import Gating, gate_channels_, gates, live_shares
+from autoprune.inventory import take_inventory
+from autoprune.latency.timer import Protocol, measure_together
+from autoprune.masks import weight_of
+from autoprune.patterns import PATTERNS
+from autoprune.registry import Choice
+from autoprune.repack import ProgramModel, repack
+from autoprune.repack.layer_times import COPY, layer_times
+from autoprune.report.console import Console
+from autoprune.tasks import TASKS
+
+IMAGES, ROUNDS = 200, 15
+PROFILED = 5  # images
+WIDTHS = ([16, 32, 64], [32, 64, 128])
+SHARES = (1.0, 0.75, 0.5, 0.25)
+SPARSITIES = (0.0, 0.75, 0.9)
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """A run's latency.
+
+    Attributes:
+        ms: (rounds, images) milliseconds.
+        live: mean share of groups that live; 1 without gates.
+        all_live_ms: median milliseconds of the same model whose gates let everything pass; of itself without gates.
+        profile: microseconds of predictors, convolutions, layout copies and the rest; and of the call around them.
+    """
+
+    run: Run
+    ms: NDArray[np.float64]
+    live: float
+    all_live_ms: float
+    profile: Mapping[str, float]
+
+    @property
+    def per_image(self) -> NDArray[np.float64]:
+        """Median milliseconds of each image."""
+        return np.median(self.ms, axis=0)
+
+    @property
+    def mean_ms(self) -> float:
+        return float(self.per_image.mean())
+
+
+def measure_runs(runs: Sequence[Run], console: Console) -> list[Measured]:
+    """Times every model on every image, in turns."""
+    images = torch.cat([x for x, _ in task().testing])[:: 10_000 // IMAGES][:IMAGES]
+    x = task().example_inputs(1)
+    fast = {run: _repacked(run.model, x) for run in runs}
+    open_ = {run: _repacked(let_pass(run.model), x) if gates(run.model) else fast[run] for run in runs}
+    times = {run: np.zeros((ROUNDS, len(images))) for run in runs}
+    with torch.inference_mode(), console.bar("timing", ROUNDS) as bar:
+        for number in range(ROUNDS):
+            for image in range(len(images)):
+                given = images[image : image + 1]
+                for run in runs if (number + image) % 2 else runs[::-1]:
+                    fast[run](given)
+                    start = time.perf_counter()
+                    fast[run](given)
+                    times[run][number, image] = 1e3 * (time.perf_counter() - start)
+            bar.advance(1)
+    passing = measure_together({str(run.variant): partial(open_[run], *x) for run in runs}, Protocol(threads=1))
+    return [
+        Measured(
+            run, times[run], _live(run.model, images), passing[str(run.variant)].median_ms,
+            profiled(fast[run], run.model, images, float(np.median(times[run]))),
+        )
+        for run in runs
+    ]  # fmt: skip
+
+
+def let_pass(model: nn.Module) -> nn.Module:
+    """A copy whose gates silence nothing."""
+    opened = copy.deepcopy(model)
+    for gate in gates(opened).values():
+        gate.gating = Gating(gate.gating.group_size, 1.0)
+        with torch.no_grad():
+            gate.threshold.zero_()
+            gate.bias += 10.0
+    return opened
+
+
+def profiled(fast: ProgramModel, model: nn.Module, images: Tensor, whole_ms: float) -> dict[str, float]:
+    """Microseconds an image, by what they are spent on; a timed operation's own call is taken out."""
+    totals: dict[str, list[float]] = {"predictors": [], "convolutions": [], "copies": [], "rest": []}
+    for image in range(0, len(images), len(images) // PROFILED):
+        parts = dict.fromkeys(totals, 0.0)
+        for row in layer_times(fast, model, images[image : image + 1], Protocol(samples=20)):
+            kinds = {"gate": "predictors", "conv2d": "convolutions", "gated_conv2d": "convolutions", COPY: "copies"}
+            parts[kinds.get(row.kind, "rest")] += max(0.0, row.median_us - CALL_US)
+        for name, value in parts.items():
+            totals[name].append(value)
+    found = {name: statistics.fmean(values) for name, values in totals.items()}
+    return {**found, "call": 1e3 * whole_ms - sum(found.values())}
+
+
+CALL_US = 1.0  # of one native operation from Python
+
+
+def mechanism(console: Console) -> dict[tuple[str, float, float | None], float]:
+    """Median milliseconds by widths, static sparsity and live share (None: no gates), of untrained models."""
+    found: dict[tuple[str, float, float | None], float] = {}
+    with console.bar("live shares", len(WIDTHS)) as bar:
+        for widths in WIDTHS:
+            given = TASKS.create(Choice("fashion_mnist", {"widths": widths}))
+            x, calls = given.example_inputs(1), {}
+            for sparsity in SPARSITIES:
+                for share in (None, *SHARES):
+                    model = copy.deepcopy(given.model).eval()
+                    if share is not None:
+                        gate_channels_(model, x, PLACES["inner"], Gating(4, share))
+                    _prune(model, x, sparsity)
+                    fast = _repacked(model.eval(), x)
+                    calls[f"{sparsity} {share}"] = partial(fast, *x)
+                    found[str(widths), sparsity, share] = 0.0
+            times = measure_together(calls, Protocol(threads=1))
+            for name, sparsity, share in found:
+                if name == str(widths):
+                    found[name, sparsity, share] = times[f"{sparsity} {share}"].median_ms
+            bar.advance(1)
+    return found
+
+
+@torch.no_grad()
+def _prune(model: nn.Module, x: tuple[Tensor, ...], sparsity: float) -> None:
+    for name in take_inventory(model, x).names[1:-1] if sparsity else ():
+        weight = weight_of(model, name)
+        weight.mul_(PATTERNS.create(PATTERN).mask(weight.abs(), sparsity))
+
+
+def _repacked(model: nn.Module, x: tuple[Tensor, ...]) -> ProgramModel:
+    fast = repack(model, x, threads=1, form="program")
+    assert isinstance(fast, ProgramModel)
+    return fast
+
+
+def _live(model: nn.Module, images: Tensor) -> float:
+    shares = live_shares(model, images)
+    return float(torch.stack(list(shares.values())).mean()) if shares else 1.0
