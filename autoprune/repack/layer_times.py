@@ -148,12 +148,12 @@ def _program_pass(plan: Plan, inputs: tuple[Tensor, ...], clock: Clock) -> _Time
     """Runs the program an operation at a time: (its index, seconds)."""
     frame = plan.frame()
     plan.fill(frame, inputs)
-    slots, values, index = frame.slots.ctypes.data, dict(plan.lowered.scalars), 0
+    slots, index = frame.address, 0
     for part in plan.parts:
         if isinstance(part, NativeSequence):
             calls = [partial(part.run_op, at, slots) for at in range(len(part.ops))]
         else:
-            calls = [partial(plan.run_torch, part, frame, values)]
+            calls = [partial(plan.run_torch, part, frame)]
         for call in calls:
             start = clock()
             call()

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 import math
+import operator as operator_module
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -142,6 +143,35 @@ def references(value: Any) -> list[str]:
     if isinstance(value, dict) and isinstance(value.get("ref"), str):
         return [value["ref"]]
     return []
+
+
+def bind(
+    name: str, args: Any, kwargs: Mapping[str, Any], item: int | None, fixed: Mapping[str, Any]
+) -> Callable[[Mapping[str, Any]], Any]:
+    """`call` made ready for many calls on the CPU: values -> result, where those of `fixed` are the same in each."""
+    operator = resolve(name)
+    given = {key: _bound(value, fixed) for key, value in kwargs.items()}
+    if any(argument.name == "device" for argument in operator._schema.arguments):
+        cpu = torch.device("cpu")
+        given["device"] = lambda _: cpu
+    places, named = [_bound(value, fixed) for value in args], list(given.items())
+
+    def run(values: Mapping[str, Any]) -> Any:
+        result = operator(*[each(values) for each in places], **{key: each(values) for key, each in named})
+        return result if item is None else result[item]
+
+    return run
+
+
+def _bound(value: Any, fixed: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], Any]:
+    """An encoded argument as what gives it, decoded as far as `fixed` tells."""
+    if all(name in fixed for name in references(value)):
+        known = decode(value, fixed)
+        return lambda _: known
+    if isinstance(value, dict):
+        return operator_module.itemgetter(value["ref"])
+    parts = [_bound(each, fixed) for each in value]
+    return lambda values: [each(values) for each in parts]
 
 
 def call(name: str, args: Any, kwargs: Mapping[str, Any], values: Mapping[str, Any], item: int | None = None) -> Any:

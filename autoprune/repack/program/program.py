@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from autoprune.errors import AutopruneError
 from autoprune.repack.kernels.compiler import Target, host
+from autoprune.repack.program import aten
 from autoprune.repack.program.graph import Graph, Input, build_outputs, evaluate_op
 from autoprune.repack.program.lower import ARENA, FAILURES, Lowered, NativeStep, TorchStep, View, lower
 from autoprune.repack.program.native import NativeOp, NativeSequence
@@ -47,6 +48,7 @@ class Plan:
         self.graph, self.lowered, self._threads, self._most = graph, lowered, threads, lowered.threads
         # The weights of packed layers are shapes alone: torch must not meet them.
         self._constants = {name: value for name, value in graph.constants.items() if not value.is_meta}
+        self._calls = {step: self._call_of(step) for step in lowered.steps if isinstance(step, TorchStep)}
         self.parts: list[NativeSequence | TorchStep] = []
         ops: list[NativeOp] = []
         for step in lowered.steps:
@@ -59,6 +61,15 @@ class Plan:
             self.parts.append(NativeSequence(ops))
         self._free: list[_Frame] = []
         self._lock = threading.Lock()
+
+    def _call_of(self, step: TorchStep) -> Callable[[dict[str, Any]], Any]:
+        """The tensors it reads -> its result, everything else looked up now."""
+        op, fixed = step.op, {**self._constants, **self.lowered.scalars}
+        if op.kind == "torch":
+            a = op.attributes
+            known = {name: value for name, value in fixed.items() if name not in step.reads}
+            return aten.bind(a["op"], a["args"], a["kwargs"], a.get("item"), known)
+        return lambda given: evaluate_op(op, {**self.lowered.scalars, **given}, self._constants)
 
     @property
     def threads(self) -> int:
@@ -106,14 +117,13 @@ class Plan:
         """One call's outputs; what lies in the frame's arena stays there."""
         self.fill(frame, inputs)
         holders = frame.holders
-        values: dict[str, Any] = dict(self.lowered.scalars)
         sequence = 0
         for part in self.parts:
             if isinstance(part, NativeSequence):
                 self.run_native(part, frame, sequence)
                 sequence += 1
             else:
-                self.run_torch(part, frame, values)
+                self.run_torch(part, frame)
         result = build_outputs(self.graph.outputs, self.returned(holders))
         for slot in (*self.lowered.inputs, *self.lowered.outputs):
             holders[slot] = holders[0]  # what the caller holds may be freed
@@ -138,10 +148,10 @@ class Plan:
 
         team(threads).call(work, joined)
 
-    def run_torch(self, step: TorchStep, frame: _Frame, values: dict[str, Any]) -> None:
+    def run_torch(self, step: TorchStep, frame: _Frame) -> None:
         given = {name: _tensor(frame.holders, view) for name, view in step.reads.items()}
         try:
-            result = evaluate_op(step.op, {**values, **given}, self._constants)
+            result = self._calls[step](given)
         except FAILURES as error:
             raise AutopruneError(f"the operation {step.op.output!r} does not take these values: {error}") from error
         if tuple(result.shape) != step.shape or result.dtype != step.dtype or not result.is_cpu:
