@@ -52,5 +52,5 @@ def test_the_report_says_whether_the_bar_is_reached(told: ModuleType, dynamic_ms
 
 def test_variants_have_files_of_their_own(told: ModuleType) -> None:
     runs, benchmark = importlib.import_module("dynamic_runs"), importlib.import_module("dynamic")
-    assert len({variant.key for variant in benchmark.BOTH}) == len(benchmark.BOTH)
+    assert len({variant.key for variant in benchmark.VARIANTS}) == len(benchmark.VARIANTS)
     assert str(runs.Variant(0.75, "inner", 0.5)) == "static 75% + inner gates, groups of 4, 50% over all inputs"
