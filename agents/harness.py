@@ -51,7 +51,7 @@ class TrialLog:
         trials = read_lines(self.path, "the trial log")
         try:
             for trial in trials:
-                _ = (Plan.from_json(trial["plan"]), float(trial["reward"]), float(trial["accuracy"]))
+                _ = (Plan.from_json(trial["plan"]), float(trial["reward"]), float(trial["score"]))
         except (KeyError, TypeError, ValueError) as error:
             raise FileError(f"the trial log is corrupt: {self.path} ({error}). Delete it to search again.") from None
         return trials

@@ -43,13 +43,13 @@ def uniform_at(env: PruneEnv, speedup: float) -> Trial | None:
             aim *= (speedup / measured) ** 0.7
     if not found:
         return None
-    best = max(found, key=lambda trial: float(trial["accuracy"]))
+    best = max(found, key=lambda trial: float(trial["score"]))
     return {**best, "reward": reward_at(env, best, speedup)}
 
 
 def reward_at(env: PruneEnv, trial: Trial, speedup: float) -> float:
     """A trial's reward had the target been `speedup`."""
-    measured = Measurement(float(trial["accuracy"]), float(trial["latency_ms"]), float(trial["speedup"]))
+    measured = Measurement(float(trial["score"]), float(trial["latency_ms"]), float(trial["speedup"]))
     return terminal_reward(replace(env.problem, target=Target(speedup=max(SLOWEST, speedup))), measured).total
 
 

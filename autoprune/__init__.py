@@ -6,7 +6,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from autoprune.errors import AutopruneError
+from autoprune.metric import Metric
 from autoprune.plan import Plan
+from autoprune.recurrent import cut_states_
 
 # Not lazily: the name must be bound after the package of the same name, or that would shadow the function.
 from autoprune.repack import ExportReport, RepackedModel, export_onnx, load, repack, save
@@ -24,12 +26,14 @@ __all__ = [
     "AutopruneError",
     "Compressed",
     "ExportReport",
+    "Metric",
     "Plan",
     "PruningHooks",
     "RepackedModel",
     "Target",
     "__version__",
     "compress",
+    "cut_states_",
     "export_onnx",
     "load",
     "repack",

@@ -16,6 +16,7 @@ from autoprune.agents.policy import Policy
 from autoprune.config import Config, parse_config
 from autoprune.inventory import copy_for_inference
 from autoprune.masks import Batches, Loss
+from autoprune.metric import ACCURACY, Metric
 from autoprune.plan import Plan
 from autoprune.progress import SILENT, Progress
 from autoprune.repack import RepackedModel
@@ -53,6 +54,7 @@ def compress(
     target: Target | float = 2.0,
     *,
     loss: Loss = functional.cross_entropy,
+    metric: Metric = ACCURACY,
     config: Mapping[str, Any] | None = None,
     directory: Path | str | None = None,
     progress: Progress = SILENT,
@@ -62,10 +64,11 @@ def compress(
     Args:
         model: a trained module; left as it is.
         train: re-iterable batches of ``(inputs, target)``, for calibration and fine-tuning.
-        evaluate: model -> score in [0, 1], higher is better; called once a trial.
+        evaluate: model -> score, higher is better; called once a trial.
         example_inputs: as the model is called, at the batch size latency matters for.
         target: a `Target`, or the speed-up wanted over dense torch eager.
         loss: ``loss(model(*inputs), target)`` is a scalar.
+        metric: how a score reads; accuracy is a score in [0, 1].
         config: sections of a config that differ from the defaults, e.g. ``{"search": {"episodes": 50}}``.
         directory: where the run is kept and resumed from; a temporary folder when None.
         progress: where long work is shown.
@@ -89,6 +92,7 @@ def compress(
         loss=loss,
         dense_training=None,
         score=lambda candidate, _: evaluate(candidate),
+        metric=metric,
         examples=inputs,
     )
     if directory is not None:

@@ -251,15 +251,16 @@ def memory_table(rows: Sequence[LayerMemory]) -> str:
     )  # fmt: skip
     cells = []
     for row in rows:
-        fetched = [row.fetched.bytes_of(what) for what in What]
+        fetched = [None if row.fetched is None else row.fetched.bytes_of(what) for what in What]
         cells.append((
             row.name, percent(row.sparsity, 0), str(row.group_size), _kilobytes(row.dense_bytes),
             _kilobytes(row.stored_bytes), times(row.dense_bytes / max(1, row.stored_bytes)),
             f"{row.encoding}{'' if row.shared else ', a filter'}",
-            *(_bits(row.position_bits[name]) for name in encodings), *(_kilobytes(each) for each in fetched),
+            *(_bits(row.position_bits[name]) for name in encodings),
+            *(MISSING if each is None else _kilobytes(each) for each in fetched),
         ))  # fmt: skip
     dense, stored = sum(row.dense_bytes for row in rows), sum(row.stored_bytes for row in rows)
-    totals = [sum(row.fetched.bytes_of(what) for row in rows) for what in What]
+    totals = [sum(row.fetched.bytes_of(what) for row in rows if row.fetched is not None) for what in What]
     whole = ("all of these", "", "", _kilobytes(dense), _kilobytes(stored), times(dense / max(1, stored)), "")
     about = (
         "Bits that tell a nonzero weight's position: once a filter / once a group. Input, weight, index and output: "

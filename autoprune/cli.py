@@ -144,7 +144,7 @@ def train(config: ConfigPath, run_dir: RunDir = None, overrides: Overrides = Non
     best = job.found.best
     plan = job.plan
     typer.echo(
-        f"{len(job.found.trials)} trials; the best has {100 * best['accuracy']:.2f}% validation accuracy at "
+        f"{len(job.found.trials)} trials; the best has a validation {job.task.metric.said(best['score'])} at "
         f"{best['speedup']:.2f}x. {len(plan.layers)} layers planned: {job.directory / 'plan.json'}. "
         f"Policy: {job.directory / 'policy'}"
     )
@@ -182,9 +182,9 @@ def prune(
     job = _run(config, run_dir, overrides)
     if plan is not None:
         job.adopt(plan)
-    accuracy = job.task.evaluate(job.pruned)
+    metric, score = job.task.metric, job.task.evaluate(job.pruned)
     typer.echo(
-        f"pruned, not fine-tuned: {100 * accuracy:.2f}% validation accuracy (dense {100 * job.dense_accuracy:.2f}%). "
+        f"pruned, not fine-tuned: validation {metric.said(score)} (dense {metric.text(job.dense_score)}). "
         f"{job.directory / 'pruned.safetensors'}"
     )
 
@@ -221,8 +221,8 @@ def finetune(config: ConfigPath, run_dir: RunDir = None, overrides: Overrides = 
     Example: autoprune finetune configs/digits.toml
     """
     job = _run(config, run_dir, overrides)
-    accuracy = job.task.evaluate(job.masked)
-    typer.echo(f"fine-tuned: {100 * accuracy:.2f}% validation accuracy. {job.directory / 'masked.safetensors'}")
+    said = job.task.metric.said(job.task.evaluate(job.masked))
+    typer.echo(f"fine-tuned: validation {said}. {job.directory / 'masked.safetensors'}")
 
 
 @app.command()
@@ -394,9 +394,7 @@ def apply(
     model: Annotated[str, typer.Option(help="package.module:function returning the trained nn.Module.")],
     data: Annotated[str, typer.Option(help="package.module:function returning (train_loader, validation_loader).")],
     speedup: Annotated[float | None, typer.Option(help="At least this speed-up over dense torch eager.")] = None,
-    accuracy_drop: Annotated[
-        float | None, typer.Option(help="At most this drop, as a fraction: 0.01 is a point.")
-    ] = None,
+    accuracy_drop: Annotated[float | None, typer.Option(help="At most this drop: 0.01 is a point of accuracy.")] = None,
     out: Annotated[Path, typer.Option(help="Where the pruned, repacked model and the report go.")] = Path(
         "runs/applied"
     ),

@@ -241,7 +241,7 @@ def take_inventory(
     order = list(calls) + [name for name in candidates if name not in calls]
     for name in order:
         module = candidates[name]
-        kind = _kind(probe, name, module)
+        kind = kind_of(probe, name, module)
         reason = _reason_to_keep(name, module, calls.get(name), owners, keep_dense, min_weights)
         if reason:
             dense.append(KeptDense(name, kind, reason))
@@ -339,7 +339,8 @@ def conv_padding(module: nn.Conv2d) -> tuple[int, int]:
     return (int(module.padding[0]), int(module.padding[1]))
 
 
-def _kind(model: nn.Module, name: str, module: nn.Module) -> str:
+def kind_of(model: nn.Module, name: str, module: nn.Module) -> str:
+    """What the layer `module`, called `name` in `model`, is: ``conv2d``, ``linear``, ``lstm`` or ``gru``."""
     place = split_name(name)
     cell = None if place is None else cell_of(model.get_submodule(place[0]))
     return cell or type(module).__name__.lower()

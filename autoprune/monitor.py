@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from autoprune.metric import Metric
 from autoprune.progress import Bar
 from autoprune.report.data import MeasuredPoint
 from autoprune.report.plots import front_figure
@@ -15,20 +16,20 @@ FRONT_EVERY = 25  # trials between two pictures of the front
 
 
 def point(trial: Mapping[str, Any]) -> MeasuredPoint:
-    """A trial in the plane of accuracy and latency."""
-    return MeasuredPoint(float(trial["latency_ms"]), float(trial["accuracy"]))
+    """A trial in the plane of score and latency."""
+    return MeasuredPoint(float(trial["latency_ms"]), float(trial["score"]))
 
 
 class SearchMonitor:
     """Shows trials as they come; `resumed` comes first, once, with those of an interrupted search."""
 
-    def __init__(self, directory: Path, config: str, dense: MeasuredPoint, bar: Bar) -> None:
-        self._directory, self._config, self._dense, self._bar = directory, config, dense, bar
+    def __init__(self, directory: Path, config: str, metric: Metric, dense: MeasuredPoint, bar: Bar) -> None:
+        self._directory, self._config, self._metric, self._dense, self._bar = directory, config, metric, dense, bar
         self._trials: list[Mapping[str, Any]] = []
-        self._writer = TrialWriter(directory, config)
+        self._writer = TrialWriter(directory, config, metric=metric)
 
     def resumed(self, trials: Sequence[Mapping[str, Any]]) -> None:
-        self._writer = TrialWriter(self._directory, self._config, trials)
+        self._writer = TrialWriter(self._directory, self._config, trials, self._metric)
         self._trials = list(trials)
         self._advance(len(trials))
 
@@ -36,7 +37,9 @@ class SearchMonitor:
         self._trials.append(trial)
         self._writer.trial(index, trial)
         if index % FRONT_EVERY == FRONT_EVERY - 1:
-            figure = front_figure([point(each) for each in self._trials], point(self._best), self._dense)
+            figure = front_figure(
+                [point(each) for each in self._trials], point(self._best), self._dense, metric=self._metric
+            )
             self._writer.front(index, figure)
         self._advance(1)
 
@@ -50,4 +53,4 @@ class SearchMonitor:
     def _advance(self, steps: int) -> None:
         if self._trials:
             best = self._best
-            self._bar.advance(steps, f"best {100 * best['accuracy']:.2f}% at {best['speedup']:.2f}x")
+            self._bar.advance(steps, f"best {self._metric.text(best['score'])} at {best['speedup']:.2f}x")

@@ -112,6 +112,11 @@ class StateCut:
         if self.threshold > 0.0 and self.keep < 1.0:
             raise ConfigError("cut states by a threshold or by the share to keep, not by both.")
 
+    def part(self, progress: float) -> StateCut:
+        """The cut on its way, along a cubic: nothing at 0, itself at 1."""
+        done = 1.0 - (1.0 - min(1.0, progress)) ** 3
+        return StateCut(self.threshold * done, 1.0 - (1.0 - self.keep) * done)
+
     def kept(self, units: int) -> int:
         """How many of `units` entries a step keeps; 0 where nothing is cut by their number."""
         return 0 if self.keep >= 1.0 else max(1, round(self.keep * units))
@@ -121,15 +126,12 @@ NO_CUT = StateCut()
 
 
 def cut_state(state: Tensor, threshold: float, keep: int) -> Tensor:
-    """`state` ``(..., units)`` with zeros where it is small; gradients pass as if nothing were cut."""
+    """`state` ``(..., units)`` with zeros where it is small, or smaller than the `keep` largest."""
     if threshold <= 0.0 and keep == 0:
         return state
     size = state.detach().abs()
     least = size.topk(keep, dim=-1).values[..., -1:] if keep else threshold
-    small = size < least
-    if not torch.is_grad_enabled():
-        return state.masked_fill(small, 0.0)
-    return state - state.detach().masked_fill(~small, 0.0)
+    return state.masked_fill(size < least, 0.0)
 
 
 def step_cell(cell: str, given: Tensor, learned: Tensor, h: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -251,12 +253,17 @@ def run_directions(module: nn.LSTM | nn.GRU, x: Any, hx: Any, sequence: Sequence
             last.append([_last(each, 1 - axis, bool(suffix), lengths) for each in states])
             outputs.append(_real(states[0], 1 - axis, lengths))
         x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
-    ends = tuple(torch.stack([each[part] for each in last]) for part in range(len(last[0])))
+    ends = tuple(_stacked([each[part] for each in last]) for part in range(len(last[0])))
     if single:
         x, ends = x.squeeze(axis), tuple(each.squeeze(1) for each in ends)
     if packed is not None and lengths is not None:
         x = _packed_like(packed, x, lengths, module.batch_first)
     return x, ends if cell_of(module) == "lstm" else ends[0]
+
+
+def _stacked(values: list[Tensor]) -> Tensor:
+    """Along a new first axis; of one value a view."""
+    return values[0].unsqueeze(0) if len(values) == 1 else torch.stack(values)
 
 
 def _last(states: Tensor, time: int, reverse: bool, lengths: Tensor | None) -> Tensor:
@@ -288,7 +295,9 @@ def _packed_like(packed: PackedSequence, x: Tensor, lengths: Tensor, batch_first
     return PackedSequence(data, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices)
 
 
-def run_stepwise(module: nn.LSTM | nn.GRU, x: Any, hx: Any = None, linear: LinearCall | None = None) -> tuple[Any, Any]:
+def run_stepwise(
+    module: nn.LSTM | nn.GRU, x: Any, hx: Any = None, linear: LinearCall | None = None, cut: StateCut | None = None
+) -> tuple[Any, Any]:
     """What the module computes, a step at a time, through calls of its Linear layers; its states cut, if it cuts them.
 
     Args:
@@ -296,8 +305,9 @@ def run_stepwise(module: nn.LSTM | nn.GRU, x: Any, hx: Any = None, linear: Linea
         x: as the module takes it: a sequence, a batch of them or a PackedSequence.
         hx: likewise.
         linear: computes the Linear layers.
+        cut: of the states; the module's own when None.
     """
-    cell, cut = cell_of(module), state_cut(module)
+    cell, pruned = cell_of(module), cut or state_cut(module)
     assert cell is not None
 
     def own(name: str, given: Tensor) -> Tensor:
@@ -308,8 +318,8 @@ def run_stepwise(module: nn.LSTM | nn.GRU, x: Any, hx: Any = None, linear: Linea
     def sequence(suffix: str, x: Tensor, h: Tensor | None, c: Tensor | None, lengths: Tensor | None) -> Tensor:
         return run_steps(
             call(f"weight_ih_{suffix}", x), lambda state: call(f"weight_hh_{suffix}", state), h, c, cell=cell,
-            time_first=not module.batch_first, reverse=suffix.endswith("_reverse"), threshold=cut.threshold,
-            keep=cut.kept(module.hidden_size), lengths=lengths,
+            time_first=not module.batch_first, reverse=suffix.endswith("_reverse"), threshold=pruned.threshold,
+            keep=pruned.kept(module.hidden_size), lengths=lengths,
         )  # fmt: skip
 
     return run_directions(module, x, hx, sequence)
@@ -368,32 +378,44 @@ def recurrent_modules(model: nn.Module) -> Iterator[tuple[str, nn.LSTM | nn.GRU]
 
 
 class SparseStateLSTM(nn.LSTM):
-    """An LSTM that cuts its states at every step, in training (straight through) as in use; see `cut_states_`."""
+    """An LSTM that cuts its states at every step, in training as in use; see `cut_states_`."""
 
     cut: StateCut
+    over: int
 
     def forward(self, x: Any, hx: Any = None) -> Any:
-        return run_stepwise(self, x, hx)
+        return run_stepwise(self, x, hx, cut=_present_cut(self))
 
 
 class SparseStateGRU(nn.GRU):
     """A GRU that does."""
 
     cut: StateCut
+    over: int
 
     def forward(self, x: Any, hx: Any = None) -> Any:
-        return run_stepwise(self, x, hx)
+        return run_stepwise(self, x, hx, cut=_present_cut(self))
 
 
 _SPARSE: Mapping[str, type[nn.Module]] = {"lstm": SparseStateLSTM, "gru": SparseStateGRU}
 
 
 def state_cut(module: nn.Module) -> StateCut:
-    """How a recurrent module cuts its states."""
+    """How a recurrent module cuts its states, training apart."""
     return module.cut if isinstance(module, (SparseStateLSTM, SparseStateGRU)) else NO_CUT
 
 
-def cut_states_(model: nn.Module, *, threshold: float = 0.0, keep: float = 1.0) -> nn.Module:
+def _present_cut(module: SparseStateLSTM | SparseStateGRU) -> StateCut:
+    """The cut of this call; counts the calls in training while the cut deepens."""
+    if not module.training or not module.over:
+        return module.cut
+    steps = cast("Tensor", module.cut_steps)
+    progress = int(steps) / module.over
+    steps += 1
+    return module.cut.part(progress)
+
+
+def cut_states_(model: nn.Module, *, threshold: float = 0.0, keep: float = 1.0, over: int = 0) -> nn.Module:
     """Makes every LSTM and GRU of `model` set the small entries of its states to zero at every step, in place.
 
     Train the model on: it learns to do with the states that are left. Repacked, it skips the columns of ``weight_hh``
@@ -403,11 +425,16 @@ def cut_states_(model: nn.Module, *, threshold: float = 0.0, keep: float = 1.0) 
         model: any module with an ``nn.LSTM`` or ``nn.GRU`` in it.
         threshold: entries smaller in size become zero; >= 0.
         keep: in place of it: the share of the entries, the largest, that stay, in (0, 1].
+        over: calls in training over which the cut deepens from nothing to this, along a cubic; a trained model that
+            loses most of its states at once hardly recovers. The module counts them in a buffer, ``cut_steps``. 0:
+            the whole cut at once. In eval mode it is always the whole one.
 
     Raises:
         ConfigError: a number out of range, both given, or no recurrent module to cut.
     """
     cut = StateCut(threshold, keep)
+    if not isinstance(over, int) or isinstance(over, bool) or over < 0:
+        raise ConfigError(f"the cut of states deepens over a whole number of calls >= 0, not {over!r}.")
     found = list(recurrent_modules(model))
     if not found:
         raise ConfigError("this model has no nn.LSTM or nn.GRU (without projections) whose states could be cut.")
@@ -416,5 +443,7 @@ def cut_states_(model: nn.Module, *, threshold: float = 0.0, keep: float = 1.0) 
         assert cell is not None
         sparse: Any = module
         sparse.__class__ = _SPARSE[cell]
-        sparse.cut = cut
+        sparse.cut, sparse.over = cut, over
+        if over:
+            sparse.register_buffer("cut_steps", torch.zeros((), dtype=torch.int64))
     return model

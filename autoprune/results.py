@@ -17,6 +17,7 @@ from autoprune.latency.machine import machine_identity
 from autoprune.latency.table import LatencyTable
 from autoprune.latency.timer import Latency, Protocol, measure_together, speedup
 from autoprune.masks import nonzero_parameters, sparsity, weight_of
+from autoprune.metric import Metric
 from autoprune.monitor import point
 from autoprune.report.data import MeasuredPoint, PlanRow, Report, ResultRow, SearchRow
 from autoprune.report.page import report_page
@@ -52,22 +53,20 @@ def results(run: Run, *, again: bool = False) -> tuple[ResultRow, ...]:
 
     dense_file = run.directory / "dense.safetensors"
     write_tensors(dense_file, run.dense.state_dict())
-    dense_accuracy = run.task.test(run.dense)
+    dense_score = run.task.test(run.dense)
     size, parameters = dense_file.stat().st_size, sum(p.numel() for p in run.dense.parameters())
     same_work = {EAGER, *(f"dense, {name}" for name in baselines())}
     best = min(same_work & set(times), key=lambda name: times[name].median_ms)
 
-    def row(name: str, label: str, accuracy: float, count: int, size_bytes: int) -> ResultRow:
+    def row(name: str, label: str, score: float, count: int, size_bytes: int) -> ResultRow:
         took = times[name]
-        return ResultRow(
-            label, accuracy, took, speedup(times[EAGER], took), speedup(times[best], took), count, size_bytes
-        )
+        return ResultRow(label, score, took, speedup(times[EAGER], took), speedup(times[best], took), count, size_bytes)
 
-    rows = [row(EAGER, EAGER, dense_accuracy, parameters, size)]
+    rows = [row(EAGER, EAGER, dense_score, parameters, size)]
     for name in times:
         if name not in (EAGER, MASKED, REPACKED):
             label = f"{name}, best engine" if name == best else name
-            rows.append(row(name, label, dense_accuracy, parameters, size))
+            rows.append(row(name, label, dense_score, parameters, size))
     kept = nonzero_parameters(masked)
     packed_size = (run.directory / "repacked.safetensors").stat().st_size
     rows.append(row(MASKED, MASKED, run.task.test(masked), kept, size))
@@ -123,8 +122,8 @@ def write_report(run: Run) -> str:
     rows = results(run)
     page = report_page(
         Report(
-            title=f"{run.task.name}: {run.config.target}",
-            headline=_headline(rows, run.config.target),
+            title=f"{run.task.name}: {run.config.target.text(run.task.metric)}",
+            headline=_headline(rows, run.config.target, run.task.metric),
             facts=_facts(run),
             results=rows,
             plan=_plan_rows(run),
@@ -138,6 +137,7 @@ def write_report(run: Run) -> str:
             },
             machine=machine_identity(),
             figures=_figures(run),
+            metric=run.task.metric,
         )
     )
     write_text(run.directory / "report.md", page)
@@ -149,20 +149,19 @@ def _row(rows: tuple[ResultRow, ...], name: str) -> ResultRow:
     return next(row for row in rows if row.name == name)
 
 
-def _headline(rows: tuple[ResultRow, ...], target: Target) -> str:
+def _headline(rows: tuple[ResultRow, ...], target: Target, metric: Metric) -> str:
     dense, fast = _row(rows, EAGER), _row(rows, REPACKED)
-    assert fast.accuracy is not None
-    assert dense.accuracy is not None
+    assert fast.score is not None
+    assert dense.score is not None
     assert fast.speedup is not None
     assert fast.speedup_over_best is not None
-    lost = 100 * (dense.accuracy - fast.accuracy)
-    change = f"{lost:.2f} points of accuracy lost" if lost > 0 else f"{abs(lost):.2f} points of accuracy gained"
-    text = f"The repacked model is **{fast.speedup:.2f}x** faster than dense torch eager, {change}"
+    drop = dense.score - fast.score
+    text = f"The repacked model is **{fast.speedup:.2f}x** faster than dense torch eager, {metric.change(drop)}"
     text += f"; against the best dense engine of the same run it is {fast.speedup_over_best:.2f}x."
     if target.speedup is not None and fast.speedup < target.speedup * (1 - MISSED):
         text += f" The target of {target.speedup:g}x was missed in this measurement: ask for more, or search longer."
-    if target.accuracy_drop is not None and lost > 100 * target.accuracy_drop:
-        text += f" The target of at most {100 * target.accuracy_drop:g} points was missed: fine-tune longer."
+    if target.accuracy_drop is not None and drop > target.accuracy_drop:
+        text += f" The target of at most {metric.allowance(target.accuracy_drop)} was missed: fine-tune longer."
     if fast.speedup_over_best < 1.0:
         text += " The best dense engine is faster than the repacked model: prefer it for this model."
     return text
@@ -172,7 +171,7 @@ def _facts(run: Run) -> dict[str, Any]:
     config, halving = run.config, run.config.search.halving
     facts = {
         "task": config.task,
-        "target": config.target,
+        "target": config.target.text(run.task.metric),
         **(
             {
                 "agent": config.search.agent,
@@ -192,7 +191,7 @@ def _facts(run: Run) -> dict[str, Any]:
     if _searched(run) and run.uniform["uniform"] is None:
         facts["uniform, same speed-up"] = "no uniform plan was measured to be as fast as the agent's"
     if run.task.testing is run.task.validation:
-        facts["test split"] = "none was given: accuracies are of the validation split that the search saw"
+        facts["test split"] = "none was given: the figures are of the validation split that the search saw"
     return facts
 
 
@@ -243,7 +242,7 @@ def _search_rows(run: Run) -> tuple[SearchRow, ...]:
     compared = run.uniform
 
     def row(agent: str, episodes: int, trial: Trial) -> SearchRow:
-        return SearchRow(agent, episodes, trial["reward"], trial["accuracy"], trial["latency_ms"], trial["speedup"])
+        return SearchRow(agent, episodes, trial["reward"], trial["score"], trial["latency_ms"], trial["speedup"])
 
     rows = [row(str(run.config.search.agent.name), len(run.found.trials), compared["agent"])]
     if compared["uniform"] is not None:
@@ -262,25 +261,30 @@ def _figures(run: Run) -> dict[str, str]:
         return figures
     trials, compared = run.found.trials, run.uniform
     uniform = point(compared["uniform"]) if compared["uniform"] else None
-    dense = MeasuredPoint(run.table.dense_ms, run.dense_accuracy)
+    dense = MeasuredPoint(run.table.dense_ms, run.dense_score)
     save_png(
-        front_figure([point(t) for t in trials], point(run.found.best), dense, uniform), run.directory / "front.png"
+        front_figure([point(t) for t in trials], point(run.found.best), dense, uniform, run.task.metric),
+        run.directory / "front.png",
     )
     rewards = {run.config.search.agent.name: [float(trial["reward"]) for trial in trials]}
     save_png(reward_figure(rewards), run.directory / "reward.png")
-    return {**figures, "Accuracy and latency of every trial": "front.png", "Reward": "reward.png"}
+    return {
+        **figures,
+        f"{run.task.metric.name.capitalize()} and latency of every trial": "front.png",
+        "Reward": "reward.png",
+    }
 
 
 def _write_hparams(run: Run, rows: tuple[ResultRow, ...]) -> None:
-    fast = _row(rows, REPACKED)
+    fast, metric = _row(rows, REPACKED), run.task.metric
     flat = {
         "agent": str(run.config.search.agent),
         "episodes": run.config.search.episodes,
-        "target": str(run.config.target),
+        "target": run.config.target.text(run.task.metric),
         "recovery": str(run.config.env.recovery),
         "training": str(run.plan.training),
         "learning_rate": run.config.finetune.settings.learning_rate,
         "seed": run.config.seed,
     }
     with TrialWriter(run.directory / "tensorboard" / "final") as writer:
-        writer.hparams(flat, {"accuracy": fast.accuracy or 0.0, "speedup": fast.speedup or 0.0})
+        writer.hparams(flat, {metric.tag: metric.figure(fast.score or 0.0), "speedup": fast.speedup or 0.0})

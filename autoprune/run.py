@@ -156,7 +156,7 @@ class Run:
             return dense_model(self.task, self.config.task, settings, self.config.seed, self.progress)
 
     @cached_property
-    def dense_accuracy(self) -> float:
+    def dense_score(self) -> float:
         """On the validation split."""
         return self.task.evaluate(self.dense)
 
@@ -227,7 +227,7 @@ class Run:
         drops = probe_sensitivity(
             probe,
             self.offered.names,
-            self.dense_accuracy,
+            self.dense_score,
             env.pattern,
             env.criterion,
             path=self.directory / "sensitivity.json",
@@ -242,7 +242,7 @@ class Run:
             inventory=self.offered,
             table=self.table,
             sensitivity=sensitivity,
-            dense_accuracy=self.dense_accuracy,
+            dense_score=self.dense_score,
             evaluate=evaluate,
             target=self.config.target,
             pattern=env.pattern,
@@ -274,10 +274,12 @@ class Run:
         """The search's trials; only those that are missing are run."""
         config, directory = self.config, self.directory / "search"
         agent, env = AGENTS.create(config.search.agent), self.env
-        self.progress.say(f"search: {config.search.agent}, {config.search.episodes} episodes, {config.target}")
+        self.progress.say(
+            f"search: {config.search.agent}, {config.search.episodes} episodes, {config.target.text(self.task.metric)}"
+        )
         with self.progress.bar("search", config.search.episodes) as bar:
-            dense = MeasuredPoint(self.table.dense_ms, self.dense_accuracy)
-            monitor = SearchMonitor(self.directory / "tensorboard", self._config_text(), dense, bar)
+            dense = MeasuredPoint(self.table.dense_ms, self.dense_score)
+            monitor = SearchMonitor(self.directory / "tensorboard", self._config_text(), self.task.metric, dense, bar)
             try:
                 result = search(
                     agent,
@@ -311,7 +313,9 @@ class Run:
 
             def shown(trial: Trial) -> None:
                 log.append(trial)
-                bar.advance(1, f"{trial[FIDELITY]} steps: {100 * trial['accuracy']:.2f}% at {trial['speedup']:.2f}x")
+                bar.advance(
+                    1, f"{trial[FIDELITY]} steps: {self.task.metric.text(trial['score'])} at {trial['speedup']:.2f}x"
+                )
 
             return tuple(halve(trials, ladder, evaluate_at, partial(as_trial, self.problem), shown, done))
 
@@ -327,7 +331,7 @@ class Run:
         plan.save(path)
         best = self.found.best
         self.progress.say(
-            f"best plan: accuracy {best['accuracy']:.4f}, {best['speedup']:.2f}x, reward {best['reward']:.3f}"
+            f"best plan: {self.task.metric.said(best['score'])}, {best['speedup']:.2f}x, reward {best['reward']:.3f}"
         )
         return plan
 

@@ -1,10 +1,11 @@
-"""What a run is asked for: a speed-up, an accuracy drop, or a sparsity."""
+"""What a run is asked for: a speed-up, a drop of the accuracy (or whatever the score is), or a sparsity."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from autoprune.errors import ConfigError
+from autoprune.metric import Metric
 
 
 @dataclass(frozen=True)
@@ -13,7 +14,8 @@ class Target:
 
     Attributes:
         speedup: end-to-end, over the dense model in torch eager under the same protocol; above 1.
-        accuracy_drop: the largest loss of validation accuracy allowed, as a fraction, in (0, 1).
+        accuracy_drop: how much worse the validation score may get, in (0, 1): a fraction of accuracy, or bits per
+            character, as the task's metric is.
         sparsity: share of zeros of the planned layers, in (0, 1).
     """
 
@@ -28,15 +30,16 @@ class Target:
             raise ConfigError(f"target.speedup must be above 1 (and below 1000), not {self.speedup}.")
         if self.accuracy_drop is not None and not 0.0 < self.accuracy_drop < 1.0:
             raise ConfigError(
-                f"target.accuracy_drop is a fraction in (0, 1), e.g. 0.01 for one point, not {self.accuracy_drop}."
+                f"target.accuracy_drop is in (0, 1), e.g. 0.01 for one point of accuracy, not {self.accuracy_drop}."
             )
 
         if self.sparsity is not None and not 0.0 < self.sparsity < 1.0:
             raise ConfigError(f"target.sparsity is a fraction in (0, 1), e.g. 0.9, not {self.sparsity}.")
 
-    def __str__(self) -> str:
+    def text(self, metric: Metric) -> str:
+        """The target as people read it, of a task of this metric."""
         if self.sparsity is not None:
-            return f"{100 * self.sparsity:g}% sparsity, most accurate"
+            return f"{100 * self.sparsity:g}% sparsity, best {metric.name}"
         if self.speedup is not None:
-            return f"at least {self.speedup:g}x faster, most accurate"
-        return f"at most {100 * (self.accuracy_drop or 0):g} points lost, fastest"
+            return f"at least {self.speedup:g}x faster, best {metric.name}"
+        return f"at most {metric.allowance(self.accuracy_drop or 0.0)} worse, fastest"

@@ -1,4 +1,4 @@
-"""Stand-ins for slow and noisy parts: a fake clock and a problem with analytic latency and accuracy."""
+"""Stand-ins for slow and noisy parts: a fake clock and a problem with analytic latency and score."""
 
 from __future__ import annotations
 
@@ -51,21 +51,21 @@ def fake_table(inventory: Inventory, patterns: tuple[Choice, ...], *, fixed_us: 
 
 @dataclass(frozen=True)
 class FakeEvaluate:
-    """Analytic accuracy (layers differ in how soon they break) and the table's own latency."""
+    """Analytic score (layers differ in how soon they break) and the table's own latency."""
 
     inventory: Inventory
     table: LatencyTable
-    dense_accuracy: float = 0.98
+    dense_score: float = 0.98
 
     def layer_drop(self, name: str, sparsity: float) -> float:
-        """Accuracy lost by one layer: late, wide layers bear more."""
+        """Drop of the score by one layer: late, wide layers bear more."""
         rank = self.inventory.names.index(name) / max(1, len(self.inventory.layers) - 1)
         return float(0.4 * sparsity ** (2.0 + 8.0 * rank))
 
     def __call__(self, plan: Plan) -> Measurement:
         lost = sum(self.layer_drop(name, layer.sparsity) for name, layer in plan.layers.items())
         latency_ms = self.table.predict_ms(plan)
-        return Measurement(self.dense_accuracy * math.exp(-lost), latency_ms, self.table.dense_ms / latency_ms)
+        return Measurement(self.dense_score * math.exp(-lost), latency_ms, self.table.dense_ms / latency_ms)
 
 
 def small_cnn() -> nn.Module:
@@ -101,7 +101,7 @@ def fake_problem(target: Target | None = None, sizes: tuple[int, ...] = (4, 8, 1
         inventory=inventory,
         table=table,
         sensitivity=Sensitivity(anchors, drops),
-        dense_accuracy=evaluate.dense_accuracy,
+        dense_score=evaluate.dense_score,
         evaluate=evaluate,
         target=target or Target(speedup=3.0),
         pattern=patterns[len(patterns) // 2],

@@ -16,6 +16,7 @@ from pathlib import Path
 from autoprune.config import load_config
 from autoprune.files import write_text
 from autoprune.latency.machine import machine_text
+from autoprune.metric import Metric
 from autoprune.report.console import Console
 from autoprune.report.table import markdown_table
 from autoprune.run import Run
@@ -36,11 +37,15 @@ def main() -> None:
         config = load_config(given.config, [*given.overrides, f"seed={seed}"])
         run = Run(config, given.runs / f"{given.config.stem}-seed{seed}", progress=Console())
         agent, uniform = run.uniform["agent"], run.uniform["uniform"]
-        cells = [str(seed), *_cells(agent), *(_cells(uniform) if uniform else ["-"] * 3)]
+        metric = run.task.metric
+        cells = [str(seed), *_cells(agent, metric), *(_cells(uniform, metric) if uniform else ["-"] * 3)]
         rows.append(cells)
         if uniform:
             gains.append(agent["reward"] - uniform["reward"])
-    header = ("seed", *(f"{who} {what}" for who in ("agent", "uniform") for what in ("reward", "accuracy", "speed-up")))
+    header = (
+        "seed",
+        *(f"{who} {what}" for who in ("agent", "uniform") for what in ("reward", metric.name, "speed-up")),
+    )
     latency = config.latency
     machine = machine_text()
     spread = f"{min(gains):.3f} to {max(gains):.3f}" if gains else "-"
@@ -53,8 +58,8 @@ def main() -> None:
             markdown_table(header, rows),
             f"Reward gained over uniform: mean {statistics.fmean(gains):.3f} ({spread})." if gains else "",
             "",
-            f"{config.search.episodes} episodes, target {config.target}; batch {latency.batch}, {latency.threads} "
-            f"thread(s), {latency.search_samples} interleaved rounds a trial. {machine}.",
+            f"{config.search.episodes} episodes, target {config.target.text(metric)}; batch {latency.batch}, "
+            f"{latency.threads} thread(s), {latency.search_samples} interleaved rounds a trial. {machine}.",
             "",
         ]
     )
@@ -62,8 +67,8 @@ def main() -> None:
     write_text(RESULTS / f"agent_vs_uniform_{given.config.stem}.md", text)
 
 
-def _cells(trial: dict[str, float]) -> list[str]:
-    return [f"{trial['reward']:.3f}", f"{100 * trial['accuracy']:.2f}%", f"{trial['speedup']:.2f}x"]
+def _cells(trial: dict[str, float], metric: Metric) -> list[str]:
+    return [f"{trial['reward']:.3f}", f"{metric.text(trial['score'])}", f"{trial['speedup']:.2f}x"]
 
 
 if __name__ == "__main__":

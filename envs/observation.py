@@ -15,7 +15,7 @@ from autoprune.envs.problem import Problem
 from autoprune.plan import LayerSpec, Plan
 
 OBSERVATION_VERSION = 2
-KINDS = ("conv2d", "grouped conv2d", "linear", "lstm")
+KINDS = ("conv2d", "grouped conv2d", "linear", "recurrent")
 CURVE_ANCHORS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95)  # sparsities at which the curves are read
 LIMIT = 10.0
 
@@ -81,6 +81,8 @@ class Observer:
 
 
 def _kind(layer: LayerSpec) -> str:
+    if layer.gates > 1:
+        return "recurrent"
     return "grouped conv2d" if layer.conv_groups > 1 else layer.kind
 
 

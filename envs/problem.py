@@ -17,7 +17,7 @@ from autoprune.target import Target
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Accuracy lost when one layer alone is pruned to an anchor sparsity; one curve a layer, in [0, 1]."""
+    """Drop of the score when one layer alone is pruned to an anchor sparsity; one curve a layer, >= 0."""
 
     anchors: tuple[float, ...]
     drops: Mapping[str, tuple[float, ...]]
@@ -32,7 +32,7 @@ class Problem:
     """One task: model, data and target, reduced to what an agent needs.
 
     Attributes:
-        dense_accuracy: the dense model's validation accuracy, in [0, 1].
+        dense_score: the dense model's, on the validation split.
         evaluate: plan -> Measurement; the expensive part of an episode.
         pattern: the pattern of layers whose pattern no action sets; likewise `criterion`.
         training: the sparse-training method of plans whose method no action sets.
@@ -42,7 +42,7 @@ class Problem:
     inventory: Inventory
     table: LatencyTable
     sensitivity: Sensitivity
-    dense_accuracy: float
+    dense_score: float
     evaluate: Evaluate
     target: Target
     pattern: Choice

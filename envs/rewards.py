@@ -10,8 +10,8 @@ from autoprune.envs.problem import Problem
 from autoprune.evaluation.measurement import Measurement
 from autoprune.plan import Plan
 
-ACCURACY_WEIGHT = 10.0  # one point of accuracy is 0.1 of reward: the scale the agents' defaults are made for
-SHORTFALL_WEIGHT = 10.0  # 10% short of the speed-up costs as much as 10 points of accuracy
+SCORE_WEIGHT = 10.0  # 0.01, a point of accuracy, is 0.1 of reward: the scale the agents' defaults are made for
+SHORTFALL_WEIGHT = 10.0  # 10% short of the speed-up costs as much as 0.1 of score
 TOLERANCE = 0.02  # a speed-up is met within the timer's noise
 
 
@@ -19,29 +19,29 @@ TOLERANCE = 0.02  # a speed-up is met within the timer's noise
 class Reward:
     """The terms of a terminal reward; their sum is what the agent gets."""
 
-    accuracy: float
+    score: float
     speed: float
 
     @property
     def total(self) -> float:
-        return self.accuracy + self.speed
+        return self.score + self.speed
 
 
 def terminal_reward(problem: Problem, measured: Measurement) -> Reward:
     """Scores a measured plan against the target.
 
-    Speed-up target: accuracy gained over dense, less a penalty for what the *measured* speed-up is short of.
-    Accuracy target: log2 of the measured speed-up, less a penalty for accuracy lost beyond what is allowed. Sparsity
-    target: accuracy gained over dense; every plan has that sparsity.
+    Speed-up target: score gained over dense, less a penalty for what the *measured* speed-up is short of.
+    Accuracy target: log2 of the measured speed-up, less a penalty for a drop beyond what is allowed. Sparsity
+    target: score gained over dense; every plan has that sparsity.
     """
-    gained = measured.accuracy - problem.dense_accuracy
+    gained = measured.score - problem.dense_score
     if problem.target.sparsity is not None:
-        return Reward(ACCURACY_WEIGHT * gained, 0.0)
+        return Reward(SCORE_WEIGHT * gained, 0.0)
     if problem.target.speedup is not None:
         short = max(0.0, problem.target.speedup / measured.speedup - 1.0 - TOLERANCE)
-        return Reward(ACCURACY_WEIGHT * gained, -SHORTFALL_WEIGHT * short)
+        return Reward(SCORE_WEIGHT * gained, -SHORTFALL_WEIGHT * short)
     allowed = problem.target.accuracy_drop or 0.0
-    return Reward(10 * ACCURACY_WEIGHT * min(0.0, gained + allowed), math.log2(measured.speedup))
+    return Reward(10 * SCORE_WEIGHT * min(0.0, gained + allowed), math.log2(measured.speedup))
 
 
 def as_trial(problem: Problem, plan: Plan, measured: Measurement) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def as_trial(problem: Problem, plan: Plan, measured: Measurement) -> dict[str, A
 def potential(problem: Problem, plan: Plan, decided: int) -> float:
     """How good the decided part of a plan looks before it is measured; 0 before the first layer.
 
-    Minus the accuracy its layers lose one by one (sensitivity curves) plus, for an accuracy target, the time the
+    Minus the score its layers lose one by one (sensitivity curves) plus, for an accuracy target, the time the
     table says they save.
     """
     lost = saved_us = 0.0
@@ -62,7 +62,7 @@ def potential(problem: Problem, plan: Plan, decided: int) -> float:
         lost += problem.sensitivity.drop(name, layer.sparsity)
         table = problem.table
         saved_us += table.dense_us(name) - table.layer_us(name, str(layer.pattern), layer.sparsity)
-    value = -ACCURACY_WEIGHT * lost
+    value = -SCORE_WEIGHT * lost
     if problem.target.accuracy_drop is not None:
         value += problem.table.scale * saved_us / 1e3 / problem.table.dense_ms
     return value

@@ -133,7 +133,7 @@ def test_compress_takes_a_model_that_bypasses_its_submodules() -> None:
     assert "head" not in done.plan.layers
     assert done.model(held_out).shape == (16, 3)
     assert "repacked" in done.report
-    assert evaluate(done.model) == done.rows[-1].accuracy
+    assert evaluate(done.model) == done.rows[-1].score
 
 
 @pytest.mark.parametrize(("form", "head", "why"), [("program", "jit", "packed"), ("modules", "dense", "never ran")])

@@ -67,12 +67,12 @@ class Evaluator:
     def __call__(self, plan: Plan) -> Measurement:
         fast = self.repacked(self.masked_model(plan), plan)
         # The repacked model is scored: it gives the masked one's output, sooner.
-        accuracy = self.score(fast)
+        score = self.score(fast)
         dense, packed = self.time(fast)
-        return Measurement(accuracy, packed.median_ms, speedup(dense, packed))
+        return Measurement(score, packed.median_ms, speedup(dense, packed))
 
     def score(self, model: nn.Module) -> float:
-        """Validation accuracy."""
+        """On the validation split."""
         with torch_threads(self.work_threads):
             return self.subject.task.evaluate(model)
 

@@ -17,12 +17,12 @@ class Measurement:
     """One plan under the run's protocol.
 
     Attributes:
-        accuracy: validation accuracy after the stated recovery, in [0, 1].
+        score: on the validation split after the stated recovery; higher is better.
         latency_ms: median of the whole repacked model, milliseconds.
         speedup: over the dense model in torch eager, timed in turns with it.
     """
 
-    accuracy: float
+    score: float
     latency_ms: float
     speedup: float
 
@@ -46,9 +46,7 @@ class CachedEvaluate:
         lines = read_lines(path, "the record of evaluated plans") if path is not None else []
         try:
             self._known = {
-                str(line["key"]): Measurement(
-                    float(line["accuracy"]), float(line["latency_ms"]), float(line["speedup"])
-                )
+                str(line["key"]): Measurement(float(line["score"]), float(line["latency_ms"]), float(line["speedup"]))
                 for line in lines
             }
         except (KeyError, TypeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Sensitivity: the accuracy lost when one layer alone is pruned, at anchor sparsities."""
+"""Sensitivity: the drop of the score when one layer alone is pruned, at anchor sparsities."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ Drops = dict[str, tuple[float, ...]]
 def probe_sensitivity(
     evaluator: Evaluator,
     names: Sequence[str],
-    dense_accuracy: float,
+    dense_score: float,
     pattern: Choice,
     criterion: Choice,
     *,
     path: Path | None = None,
     progress: Progress = SILENT,
 ) -> Drops:
-    """Prunes each layer alone to each anchor and scores it: layer -> accuracy dropped at ANCHORS, in [0, 1].
+    """Prunes each layer alone to each anchor and scores it: layer -> drop of the score at ANCHORS, >= 0.
 
     Args:
         evaluator: masks, recovers and scores.
         names: the layers.
-        dense_accuracy: what nothing pruned scores.
+        dense_score: what nothing pruned scores.
         pattern: of the probes; likewise `criterion`.
         criterion: scores the weights.
         path: a JSON file that keeps finished layers, so that an interrupted probe goes on where it stopped.
@@ -43,7 +43,7 @@ def probe_sensitivity(
         for name in names:
             if name not in drops:
                 scores = [_score(evaluator, name, LayerPlan(anchor, pattern, criterion)) for anchor in ANCHORS]
-                drops[name] = tuple(max(0.0, dense_accuracy - score) for score in scores)
+                drops[name] = tuple(max(0.0, dense_score - score) for score in scores)
                 if path is not None:
                     about = {"anchors": ANCHORS, "pattern": str(pattern), "criterion": str(criterion)}
                     write_json(path, {**about, "drops": drops})

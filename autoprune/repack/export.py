@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from autoprune.errors import AutopruneError, ConfigError, MissingExtra, did_you_mean
-from autoprune.inventory import as_tuple, copy_for_inference
+from autoprune.inventory import as_tuple, copy_for_inference, kind_of, weighted_layers
 from autoprune.latency.engines import ENGINES
 from autoprune.latency.engines.base import INSTALL
 from autoprune.latency.engines.export import OnnxEngine
@@ -188,6 +188,8 @@ def _attempts(
 ) -> list[_Attempt]:
     """The chosen forms; in an engine also all layers dense, and the model as it stands, should the first be slower."""
     graph = simplify(capture(original, inputs))
+    if any(op.kind == "recurrent" for op in graph.ops):
+        raise CaptureError("an LSTM or GRU is one operator in ONNX and has no other form")
 
     def outputs(output: Any) -> list[Tensor]:
         return _leaves(graph.outputs, output)
@@ -207,7 +209,7 @@ def _attempts(
         modules = {name: FORMS[choice.form](forms[name]) for name, choice in each.items()}
         module = GraphModule(graph, {name: modules[call] for name, call in first.items()}).eval()
         rows = _rows(original, graph, {name: each[call] for name, call in first.items()})
-        batched, names = zip(*((0 in x.free, x.name) for x in graph.inputs), strict=True)
+        batched, names = zip(*((x.batched, x.name) for x in graph.inputs), strict=True)
         tried.append(_Attempt(module, batched, outputs, rows, names))
     if timing.engine is not None:
         tried.append(_as_it_stands(original, inputs, "exported as it stands: no other form of the model was as fast"))
@@ -228,8 +230,8 @@ def _leaves(structure: Any, output: Any) -> list[Tensor]:
 def _as_it_stands(original: nn.Module, inputs: tuple[Any, ...], why: str) -> _Attempt:
     batched = [isinstance(x, Tensor) and x.ndim > 0 and x.shape[0] == len(inputs[0]) for x in inputs]
     rows = tuple(
-        ExportedLayer(name, _kind(module), _sparsity(module.weight), DENSE, None, None, why)
-        for name, module in _layers(original)
+        ExportedLayer(name, kind_of(original, name, module), _sparsity(weight), DENSE, None, None, why)
+        for name, module, weight in _layers(original)
     )
     return _Attempt(
         original, batched, lambda output: [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)], rows
@@ -239,29 +241,27 @@ def _as_it_stands(original: nn.Module, inputs: tuple[Any, ...], why: str) -> _At
 def _rows(original: nn.Module, graph: Graph, chosen: Mapping[str, Chosen]) -> tuple[ExportedLayer, ...]:
     ops: dict[str, Op] = {op.attributes["layer"]: op for op in reversed(graph.ops) if "layer" in op.attributes}
     rows = []
-    for name, module in _layers(original):
+    for name, module, weight in _layers(original):
         if (op := ops.get(name)) is None:
             choice = Chosen(DENSE, "not found in the graph: it does not run, or another layer took it over")
-            left = module.weight.shape
+            left = weight.shape
         else:
             choice = chosen.get(op.output, Chosen(DENSE, "grouped and gated convolutions and float16 have one form"))
             left = graph.constants[op.tensors["weight"]].shape
         form, why = choice.form, choice.why or "it has no zeros"
-        if left != module.weight.shape:
+        if left != weight.shape:
             form = COMPACTED if form == DENSE else form
-            why = f"{left[0]} of {len(module.weight)} filters, {left[1]} of {module.weight.shape[1]} channels are left"
+            why = f"{left[0]} of {len(weight)} filters, {left[1]} of {weight.shape[1]} channels are left"
             why += f"; {choice.why}" if choice.why else ""
         measured = (choice.dense_us, choice.packed_us)
-        rows.append(ExportedLayer(name, _kind(module), _sparsity(module.weight), form, *measured, why))
+        rows.append(ExportedLayer(name, kind_of(original, name, module), _sparsity(weight), form, *measured, why))
     return tuple(rows)
 
 
-def _layers(model: nn.Module) -> list[tuple[str, nn.Conv2d | nn.Linear]]:
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
-
-
-def _kind(module: nn.Module) -> str:
-    return "conv2d" if isinstance(module, nn.Conv2d) else "linear"
+def _layers(model: nn.Module) -> list[tuple[str, nn.Module, Tensor]]:
+    """Name, layer and weight of every layer that could be packed."""
+    layers = weighted_layers(model).items()
+    return [(name, module, module.weight) for name, module in layers if isinstance(module.weight, Tensor)]
 
 
 def _sparsity(weight: Tensor) -> float:

@@ -332,6 +332,8 @@ _WORKS: Mapping[str, type[_Work]] = {
     "gated_conv2d": _Convolution,
     "linear": _Linear,
 }
+MODELLED = frozenset(_WORKS)
+"""The kinds of layers whose fetches can be told."""
 
 
 def _array(op: NativeOp, address: int) -> NDArray[np.int32]:

@@ -200,7 +200,8 @@ def _works(program: Program, plan: Plan) -> list[_Work]:
             continue
         backend = NATIVE if isinstance(step, NativeStep) else TORCH
         about = _about(op, backend, program.weights.get(op.output), program.tilings.get(op.output), values)
-        layer = op.attributes.get("layer")
+        # a recurrent weight's own layer does one step, the operation all of them
+        layer = None if op.kind == "recurrent" else op.attributes.get("layer")
         works.append(_Work(about, None if layer in seen else layer))  # a later call may have another input
         seen.add(layer)
     return works

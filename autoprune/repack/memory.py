@@ -12,7 +12,7 @@ from autoprune.errors import AutopruneError
 from autoprune.inventory import as_tuple
 from autoprune.registry import Choice
 from autoprune.repack.encodings import CANDIDATES, ENCODINGS
-from autoprune.repack.fetch import Cache, Fetched, fetched
+from autoprune.repack.fetch import MODELLED, Cache, Fetched, fetched
 from autoprune.repack.program.lower import NativeStep
 from autoprune.repack.report import ProgramModel, RepackedModel
 from autoprune.repack.stored import by_filter, by_group, store
@@ -32,7 +32,7 @@ class LayerMemory:
         shared: likewise.
         position_bits: encoding -> bits a nonzero weight, told once a filter and once a group; missing where the
             encoding cannot tell them.
-        fetched: of one inference, by the model of `fetch`.
+        fetched: of one inference, by the model of `fetch`; None for a kind it does not know.
     """
 
     name: str
@@ -43,7 +43,7 @@ class LayerMemory:
     encoding: Choice
     shared: bool
     position_bits: dict[str, tuple[float | None, float | None]]
-    fetched: Fetched
+    fetched: Fetched | None
 
 
 def layer_memory(fast: RepackedModel, example_inputs: Any, cache: Cache | None = None) -> tuple[LayerMemory, ...]:
@@ -87,7 +87,7 @@ def layer_memory(fast: RepackedModel, example_inputs: Any, cache: Cache | None =
                 {
                     name: (_share(one, nonzero), _share(shared, nonzero)) for name, (one, shared) in bits.items()
                 },
-                fetched(
+                None if step.layer.kind not in MODELLED else fetched(
                     step.build(weights, tiling), step.layer.kind, packed.group_size, program.target, frame.slots,
                     cache or Cache(),
                 ),

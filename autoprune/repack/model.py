@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.errors import AutopruneError
-from autoprune.inventory import as_tuple, copy_for_inference, weighted_layers
+from autoprune.inventory import as_tuple, copy_for_inference, kind_of, weighted_layers
 from autoprune.latency.timer import Clock, Protocol
 from autoprune.masks import Masks, apply_masks_
-from autoprune.recurrent import cell_of, split_name
 from autoprune.repack.kernels.compiler import unavailable
 from autoprune.repack.outputs import same_output
 from autoprune.repack.program.capture import CaptureError, capture
@@ -161,9 +160,7 @@ def _report(original: nn.Module, graph: Graph, layers: dict[str, Layer], tuned: 
         if not isinstance(module.weight, Tensor):
             rows.append(LayerReport(name, "lstm", 0.0, 1, DENSE, None, None, "", "it has projections (proj_size)"))
             continue
-        place = split_name(name)
-        cell = None if place is None else cell_of(original.get_submodule(place[0]))
-        kind = cell or ("conv2d" if isinstance(module, nn.Conv2d) else "linear")
+        kind = kind_of(original, name, module)
         sparsity = 1.0 - int(torch.count_nonzero(module.weight)) / max(1, module.weight.numel())
         op = by_layer.get(name)
         if op is None:

@@ -69,8 +69,17 @@ class ProgramModel(RepackedModel):
         self.program = program
         self.eval()
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Any:
+        # what disables compilation costs as much as a small model takes
+        return self._left_alone(*args, **kwargs) if torch.compiler.is_compiling() else self._call(*args, **kwargs)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _left_alone(self, *args: Tensor, **kwargs: Tensor) -> Any:
+        return self._call(*args, **kwargs)
+
+    def _call(self, *args: Tensor, **kwargs: Tensor) -> Any:
+        if not kwargs and len(args) == len(self.program.graph.inputs):
+            return self.program(*args)
         names = [each.name for each in self.program.graph.inputs]
         unknown = [name for name in kwargs if name not in names[len(args) :]]
         if unknown or len(args) + len(kwargs) != len(names):

@@ -8,6 +8,7 @@ from typing import Any
 
 from autoprune.inventory import KeptDense
 from autoprune.latency.timer import Latency
+from autoprune.metric import ACCURACY, Metric
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class ResultRow:
 
     Attributes:
         name: e.g. ``dense, onnxruntime`` or ``pruned, repacked``.
-        accuracy: on the test split, in [0, 1].
+        score: on the test split; the report's metric says how it reads.
         latency: of the whole model, from the run's one `measure_together`.
         speedup: over the dense model in torch eager.
         speedup_over_best: over the fastest dense engine of the same run.
@@ -25,7 +26,7 @@ class ResultRow:
     """
 
     name: str
-    accuracy: float | None = None
+    score: float | None = None
     latency: Latency | None = None
     speedup: float | None = None
     speedup_over_best: float | None = None
@@ -54,17 +55,17 @@ class SearchRow:
     agent: str
     episodes: int
     reward: float
-    accuracy: float
+    score: float
     latency_ms: float
     speedup: float
 
 
 @dataclass(frozen=True)
 class MeasuredPoint:
-    """One plan (or model) in the plane of the front plot; accuracy in [0, 1]."""
+    """One plan (or model) in the plane of the front plot; the score is higher when better."""
 
     latency_ms: float
-    accuracy: float
+    score: float
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class Report:
         facts: what was run: task, target, agent, training, seed, ...
         kept_dense: layers that were not pruned, and why.
         protocol: how latency was measured.
+        metric: how scores read.
         machine: `autoprune.latency.machine.machine_identity`.
         figures: caption -> file name beside the page.
     """
@@ -90,3 +92,4 @@ class Report:
     protocol: Mapping[str, Any]
     machine: Mapping[str, Any]
     figures: Mapping[str, str] = field(default_factory=dict)
+    metric: Metric = ACCURACY

@@ -22,9 +22,12 @@ def report_page(report: Report) -> str:
     """Returns the page as markdown. Sections without content are left out."""
     dense = [[layer.name, layer.kind, layer.reason] for layer in report.kept_dense]
     sections = [
-        ("Result", ABOUT_RESULTS + "\n" + result_table(report.results) if report.results else ""),
+        ("Result", ABOUT_RESULTS + "\n" + result_table(report.results, report.metric) if report.results else ""),
         ("What was run", _facts(report.facts)),
-        ("Agent and rivals", ABOUT_SEARCHES + "\n" + search_table(report.searches) if report.searches else ""),
+        (
+            "Agent and rivals",
+            ABOUT_SEARCHES + "\n" + search_table(report.searches, report.metric) if report.searches else "",
+        ),
         ("Plan", ABOUT_PLAN + "\n" + plan_table(report.plan) if report.plan else ""),
         ("Layers that stayed dense", markdown_table(("layer", "kind", "why"), dense, left=3) if dense else ""),
         ("Figures", _figures(report.figures)),

@@ -15,16 +15,17 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from autoprune.files import write_bytes
+from autoprune.metric import ACCURACY, Metric
 from autoprune.report.data import MeasuredPoint
 
 MANY_LAYERS = 60  # more names than this would not be legible
 
 
 def pareto_front(points: Sequence[MeasuredPoint]) -> list[MeasuredPoint]:
-    """The points that no other beats in both, from fast to accurate; ties keep one."""
+    """The points that no other beats in both, from fast to good; ties keep one."""
     front: list[MeasuredPoint] = []
-    for point in sorted(points, key=lambda point: (point.latency_ms, -point.accuracy)):
-        if not front or point.accuracy > front[-1].accuracy:
+    for point in sorted(points, key=lambda point: (point.latency_ms, -point.score)):
+        if not front or point.score > front[-1].score:
             front.append(point)
     return front
 
@@ -34,16 +35,19 @@ def front_figure(
     best: MeasuredPoint | None = None,
     dense: MeasuredPoint | None = None,
     uniform: MeasuredPoint | None = None,
+    metric: Metric = ACCURACY,
 ) -> Figure:
-    """Accuracy over latency: all trials, their front, and the marks that are given."""
-    figure, axes = _figure("latency (ms)", "accuracy (%)", "Accuracy and measured latency of the trials")
-    axes.scatter(*_coordinates(trials), s=14, color="0.7", label="trials")
+    """The metric over latency: all trials, their front, and the marks that are given."""
+    figure, axes = _figure(
+        "latency (ms)", metric.label, f"{metric.name.capitalize()} and measured latency of the trials"
+    )
+    axes.scatter(*_coordinates(trials, metric), s=14, color="0.7", label="trials")
     front = pareto_front(trials)
-    axes.plot(*_coordinates(front), color="C0", drawstyle="steps-post", marker=".", label="front")
+    axes.plot(*_coordinates(front, metric), color="C0", drawstyle="steps-post", marker=".", label="front")
     marks = (("best", best, "*", "C3", 180), ("dense", dense, "s", "k", 50), ("uniform", uniform, "D", "C2", 50))
     for label, point, marker, colour, area in marks:
         if point is not None:
-            axes.scatter(*_coordinates([point]), s=area, marker=marker, color=colour, label=label, zorder=3)
+            axes.scatter(*_coordinates([point], metric), s=area, marker=marker, color=colour, label=label, zorder=3)
     axes.legend()
     return figure
 
@@ -96,5 +100,5 @@ def _figure(x: str, y: str, title: str, *, height: float = 4.2) -> tuple[Figure,
     return figure, axes
 
 
-def _coordinates(points: Sequence[MeasuredPoint]) -> tuple[list[float], list[float]]:
-    return [point.latency_ms for point in points], [100 * point.accuracy for point in points]
+def _coordinates(points: Sequence[MeasuredPoint], metric: Metric) -> tuple[list[float], list[float]]:
+    return [point.latency_ms for point in points], [metric.figure(point.score) for point in points]

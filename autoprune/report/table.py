@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from rich.cells import cell_len
 
+from autoprune.metric import ACCURACY, Metric
 from autoprune.report.data import PlanRow, ResultRow, SearchRow
 
 MISSING = "-"
@@ -23,11 +24,11 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left
     return "\n".join(_line(row, widths, left) for row in (cells[0], rule, *cells[1:])) + "\n"
 
 
-def result_table(rows: Sequence[ResultRow]) -> str:
-    """The final table: accuracy, latency, speed-ups, parameters, size."""
+def result_table(rows: Sequence[ResultRow], metric: Metric = ACCURACY) -> str:
+    """The final table: the metric, latency, speed-ups, parameters, size."""
     header = (
         "model",
-        "accuracy",
+        metric.name,
         "latency ms (p10-p90)",
         "speed-up",
         "vs best dense",
@@ -37,7 +38,7 @@ def result_table(rows: Sequence[ResultRow]) -> str:
     cells = [
         (
             row.name,
-            percent(row.accuracy, 2),
+            MISSING if row.score is None else metric.text(row.score),
             MISSING if row.latency is None else str(row.latency),
             times(row.speedup),
             times(row.speedup_over_best),
@@ -71,15 +72,15 @@ def plan_table(rows: Sequence[PlanRow]) -> str:
     return markdown_table(header, [*cells, total], left=4)
 
 
-def search_table(rows: Sequence[SearchRow]) -> str:
+def search_table(rows: Sequence[SearchRow], metric: Metric = ACCURACY) -> str:
     """The agent beside its rivals, each with the best plan of its own budget."""
-    header = ("agent", "episodes", "best reward", "accuracy", "latency ms", "speed-up")
+    header = ("agent", "episodes", "best reward", metric.name, "latency ms", "speed-up")
     cells = [
         (
             row.agent,
             f"{row.episodes:,}",
             f"{row.reward:.4f}",
-            percent(row.accuracy, 2),
+            metric.text(row.score),
             f"{row.latency_ms:.3f}",
             times(row.speedup),
         )

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard import summary as summaries
 
+from autoprune.metric import ACCURACY, Metric
 from autoprune.report.plots import pixels, sparsity_figure
 
-FIGURES = ("accuracy", "latency_ms", "speedup", "reward")
+FIGURES = ("latency_ms", "speedup", "reward")
 
 
 class TrialWriter:
@@ -26,9 +27,17 @@ class TrialWriter:
         directory: one run in TensorBoard.
         config: shown as text, once.
         logged: the trials of an earlier, interrupted run, in order; they are not written again.
+        metric: how scores read.
     """
 
-    def __init__(self, directory: Path, config: str = "", logged: Sequence[Mapping[str, Any]] = ()) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        config: str = "",
+        logged: Sequence[Mapping[str, Any]] = (),
+        metric: Metric = ACCURACY,
+    ) -> None:
+        self._metric = metric
         self._directory, self._config, self._logged = directory, config, logged
         self._writer: SummaryWriter | None = None
         self._next = len(logged)
@@ -41,7 +50,7 @@ class TrialWriter:
         self.close()
 
     def trial(self, index: int, trial: Mapping[str, Any]) -> None:
-        """Writes one trial: ``reward``, its ``terms``, ``accuracy``, ``latency_ms``, ``speedup``, and its plan if best.
+        """Writes one trial: ``reward``, its ``terms``, the metric, ``latency_ms``, ``speedup``, and its plan if best.
 
         Args:
             index: of the trial in the search, counted from 0.
@@ -49,14 +58,16 @@ class TrialWriter:
         """
         writer = self._open(index)
         self._next = index + 1
-        for name in FIGURES:
-            writer.add_scalar(f"trial/{name}", float(trial[name]), index)
+        figures = {self._metric.tag: self._metric.figure(float(trial["score"]))}
+        figures |= {name: float(trial[name]) for name in FIGURES}
+        for name, value in figures.items():
+            writer.add_scalar(f"trial/{name}", value, index)
         for name, value in trial["terms"].items():
             writer.add_scalar(f"reward/{name}", float(value), index)
         if float(trial["reward"]) > self._best:
             self._best = float(trial["reward"])
-            for name in FIGURES:
-                writer.add_scalar(f"best/{name}", float(trial[name]), index)
+            for name, value in figures.items():
+                writer.add_scalar(f"best/{name}", value, index)
             layers = trial["plan"]["layers"]
             self.plan(index, {name: float(layer["sparsity"]) for name, layer in layers.items()})
         writer.add_scalar("trial/best_reward", self._best, index)

@@ -1,7 +1,7 @@
 """Tasks: model + data + metric under a name in a config, and the model zoo. One file and one row a task."""
 
 from autoprune.registry import Registry
-from autoprune.tasks.base import Task, accuracy
+from autoprune.tasks.base import Task, accuracy, minus_bits
 from autoprune.tasks.batches import ShiftFlip, TensorBatches
 from autoprune.tasks.zoo import MODELS
 
@@ -10,8 +10,11 @@ TASKS: Registry[Task] = Registry(
     {
         "digits": "autoprune.tasks.digits:digits",
         "fashion_mnist": "autoprune.tasks.fashion_mnist:fashion_mnist",
+        "japanese_vowels": "autoprune.tasks.japanese_vowels:japanese_vowels",
+        "moby_dick": "autoprune.tasks.moby_dick:moby_dick",
+        "spoken_digits": "autoprune.tasks.spoken_digits:spoken_digits",
         "user": "autoprune.tasks.user:user",
     },
 )
 
-__all__ = ["MODELS", "TASKS", "ShiftFlip", "Task", "TensorBatches", "accuracy"]
+__all__ = ["MODELS", "TASKS", "ShiftFlip", "Task", "TensorBatches", "accuracy", "minus_bits"]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from autoprune.errors import AutopruneError
 from autoprune.inventory import as_tuple
 from autoprune.masks import Batches, Loss
+from autoprune.metric import ACCURACY, Metric
 from autoprune.settings import TrainingSettings
 
 
@@ -20,20 +23,34 @@ def accuracy(model: nn.Module, batches: Batches) -> float:
 
     The model runs in eval and inference mode; its mode is restored.
     """
+    return _mean(model, batches, lambda logits, target: logits.argmax(dim=-1) == target)
+
+
+def minus_bits(model: nn.Module, batches: Batches) -> float:
+    """Mean log2 of the probability of each target: minus the bits it takes to tell it. Shapes as of `accuracy`."""
+    return _mean(model, batches, lambda logits, target: -_nats(logits, target) / math.log(2.0))
+
+
+def _nats(logits: Tensor, target: Tensor) -> Tensor:
+    return functional.cross_entropy(logits.flatten(0, -2), target.flatten(), reduction="none")
+
+
+def _mean(model: nn.Module, batches: Batches, worth: Callable[[Tensor, Tensor], Tensor]) -> float:
+    """The mean of what each target is worth, given its logits."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
-    right, count = 0, 0
+    total, count = 0.0, 0
     try:
         with torch.inference_mode():
             for inputs, target in batches:
-                right += int((model(*as_tuple(inputs)).argmax(dim=-1) == target).sum())
+                total += float(worth(model(*as_tuple(inputs)), target).sum(dtype=torch.float64))
                 count += target.numel()
     finally:
         for module, mode in modes:
             module.training = mode
     if count == 0:
         raise AutopruneError("there is no data to evaluate on; give at least one batch.")
-    return right / count
+    return total / count
 
 
 @dataclass(frozen=True)
@@ -49,7 +66,8 @@ class Task:
         testing: the split of reported figures.
         loss: ``loss(model(*inputs), target)`` is a scalar.
         dense_training: how the dense model is trained; None when it comes trained.
-        score: (model, split) -> figure in [0, 1], higher is better.
+        score: (model, split) -> a number, higher is better.
+        metric: how a score reads.
         examples: inputs to run and time the model on; taken from `calibration` when None.
     """
 
@@ -62,14 +80,15 @@ class Task:
     loss: Loss
     dense_training: TrainingSettings | None
     score: Callable[[nn.Module, Batches], float] = accuracy
+    metric: Metric = ACCURACY
     examples: tuple[Tensor, ...] | None = None
 
     def evaluate(self, model: nn.Module) -> float:
-        """Score of `model` on the validation split, in [0, 1]."""
+        """Score of `model` on the validation split."""
         return self.score(model, self.validation)
 
     def test(self, model: nn.Module) -> float:
-        """Score of `model` on the test split, in [0, 1]."""
+        """Score of `model` on the test split."""
         return self.score(model, self.testing)
 
     def example_inputs(self, batch: int = 1) -> tuple[Tensor, ...]:

@@ -1,55 +1,65 @@
-"""Batches of tensors that fit in memory, and the augmentation of small images."""
+"""Batches of tensors that fit in memory, how data is split, and the augmentation of small images."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from autoprune.errors import AutopruneError
+from autoprune.inventory import as_tuple
 
 EVALUATION_BATCH = 256
+Inputs = TypeVar("Inputs", Tensor, tuple[Tensor, ...])
 
 
 @dataclass(frozen=True)
-class TensorBatches:
-    """Re-iterable batches of ``x`` (N, ...) and ``y`` (N,). All randomness is torch's global generator's.
+class TensorBatches(Generic[Inputs]):
+    """Re-iterable batches of ``x`` (N, ...) and ``y`` (N, ...). All randomness is torch's global generator's.
 
     Attributes:
-        x: inputs.
+        x: inputs: a tensor, or a tuple of them for a model that takes several.
         y: targets.
         batch_size: samples a batch; the last one may be smaller.
         shuffle: a new order every time it is iterated.
         augment: changes each batch of inputs, or None.
     """
 
-    x: Tensor
+    x: Inputs
     y: Tensor
     batch_size: int = EVALUATION_BATCH
     shuffle: bool = False
-    augment: Callable[[Tensor], Tensor] | None = None
+    augment: Callable[[Inputs], Inputs] | None = None
 
     def __post_init__(self) -> None:
-        if len(self.x) != len(self.y):
-            raise AutopruneError(f"inputs and targets must be as many, not {len(self.x)} and {len(self.y)}.")
+        for x in as_tuple(self.x):
+            if len(x) != len(self.y):
+                raise AutopruneError(f"inputs and targets must be as many, not {len(x)} and {len(self.y)}.")
         if self.batch_size < 1:
             raise AutopruneError(f"batch_size must be at least 1, not {self.batch_size}.")
 
     def __len__(self) -> int:
-        return -(-len(self.x) // self.batch_size)
+        return -(-len(self.y) // self.batch_size)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        order = torch.randperm(len(self.x)) if self.shuffle else torch.arange(len(self.x))
+    def __iter__(self) -> Iterator[tuple[Inputs, Tensor]]:
+        order = torch.randperm(len(self.y)) if self.shuffle else torch.arange(len(self.y))
         for indices in torch.split(order, self.batch_size):
-            x = self.x[indices]
+            x = _at(self.x, indices)
             yield (self.augment(x) if self.augment else x), self.y[indices]
 
-    def first(self, count: int, batch_size: int) -> tuple[tuple[Tensor, Tensor], ...]:
+    def first(self, count: int, batch_size: int) -> tuple[tuple[Inputs, Tensor], ...]:
         """The first `count` samples as fixed batches, in their order and not augmented."""
-        return tuple(TensorBatches(self.x[:count], self.y[:count], batch_size))
+        indices = torch.arange(min(count, len(self.y)))
+        return tuple(TensorBatches(_at(self.x, indices), self.y[indices], batch_size))
+
+
+def _at(x: Inputs, indices: Tensor) -> Inputs:
+    return tuple(each[indices] for each in x) if isinstance(x, tuple) else x[indices]
 
 
 @dataclass(frozen=True)
@@ -78,3 +88,21 @@ def normalised(*splits: Tensor) -> tuple[Tensor, ...]:
     """Every split less the first one's mean, over its deviation."""
     deviation, mean = torch.std_mean(splits[0])
     return tuple((split - mean) / deviation for split in splits)
+
+
+def stratified_split(y: Tensor, fractions: Sequence[float]) -> tuple[Tensor, ...]:
+    """Indices of one part a fraction; every class is split alike, in an order drawn from seed 0.
+
+    Args:
+        y: classes (N,), from 0 up.
+        fractions: of the parts; their sum is 1.
+    """
+    generator = np.random.default_rng(0)
+    parts: list[list[Tensor]] = [[] for _ in fractions]
+    bounds = np.cumsum(fractions)[:-1]
+    for label in range(int(y.max()) + 1):
+        members = torch.nonzero(y == label).flatten().numpy()
+        cuts = (bounds * len(members)).round().astype(int)
+        for part, piece in zip(parts, np.split(generator.permutation(members), cuts), strict=True):
+            part.append(torch.from_numpy(piece))
+    return tuple(torch.from_numpy(generator.permutation(torch.cat(part).numpy())) for part in parts)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
@@ -12,7 +11,7 @@ from torch.nn import functional
 
 from autoprune.settings import TrainingSettings
 from autoprune.tasks.base import Task
-from autoprune.tasks.batches import ShiftFlip, TensorBatches, normalised
+from autoprune.tasks.batches import ShiftFlip, TensorBatches, normalised, stratified_split
 from autoprune.tasks.zoo import build_model, model_args, positive
 
 SIDE = 32
@@ -42,7 +41,7 @@ def digits(
     """
     positive("batch_size", batch_size)
     x, y = _images()
-    parts = _stratified_split(y, (0.6, 0.2, 0.2))
+    parts = stratified_split(y, (0.6, 0.2, 0.2))
     train_x, validation_x, test_x = normalised(*(x[part] for part in parts))
     train_y, validation_y, test_y = (y[part] for part in parts)
     train = TensorBatches(train_x, train_y, batch_size, shuffle=True, augment=ShiftFlip(2) if augment else None)
@@ -62,16 +61,3 @@ def _images() -> tuple[Tensor, Tensor]:
     data = load_digits()
     x = torch.from_numpy(data.images / 16.0).float()[:, None]  # (N, 1, 8, 8)
     return functional.interpolate(x, size=(SIDE, SIDE), mode="bilinear"), torch.from_numpy(data.target).long()
-
-
-def _stratified_split(y: Tensor, fractions: Sequence[float]) -> tuple[Tensor, ...]:
-    """Indices of one part a fraction; every class is split alike, in an order drawn from seed 0."""
-    generator = np.random.default_rng(0)
-    parts: list[list[Tensor]] = [[] for _ in fractions]
-    bounds = np.cumsum(fractions)[:-1]
-    for label in range(int(y.max()) + 1):
-        members = torch.nonzero(y == label).flatten().numpy()
-        cuts = (bounds * len(members)).round().astype(int)
-        for part, piece in zip(parts, np.split(generator.permutation(members), cuts), strict=True):
-            part.append(torch.from_numpy(piece))
-    return tuple(torch.from_numpy(generator.permutation(torch.cat(part).numpy())) for part in parts)

@@ -16,10 +16,10 @@ from autoprune.testing import fake_problem
 
 PLANS = [fake_problem().uniform(0.1 * (index + 1)) for index in range(6)]
 CHEAP: list[Trial] = [
-    {"plan": plan.to_json(), "reward": reward, "accuracy": 0.5, "speedup": 2.0, "latency_ms": 1.0}
+    {"plan": plan.to_json(), "reward": reward, "score": 0.5, "speedup": 2.0, "latency_ms": 1.0}
     for plan, reward in zip(PLANS, (5.0, 9.0, 7.0, 8.0, 6.0, 4.0), strict=True)
 ]
-REAL = dict(zip((plan.key for plan in PLANS), (0.0, 0.1, 0.9, 0.5, 0.99, 1.0), strict=True))  # accuracy once trained
+REAL = dict(zip((plan.key for plan in PLANS), (0.0, 0.1, 0.9, 0.5, 0.99, 1.0), strict=True))  # score once trained
 
 
 def evaluations(asked: list[tuple[int, str]]) -> Callable[[int], Evaluate]:
@@ -34,7 +34,7 @@ def evaluations(asked: list[tuple[int, str]]) -> Callable[[int], Evaluate]:
 
 
 def as_trial(plan: Plan, measured: Measurement) -> Trial:
-    return {"plan": plan.to_json(), **measured.to_json(), "reward": measured.accuracy}
+    return {"plan": plan.to_json(), **measured.to_json(), "reward": measured.score}
 
 
 def test_the_ladder_ends_with_one_plan() -> None:

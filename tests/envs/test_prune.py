@@ -173,7 +173,7 @@ def test_every_plan_has_the_sparsity_that_was_asked_for() -> None:
         trial = run_episode(env, lambda *_: draws.uniform(-1, 1, 1).astype(np.float32))
         plan = Plan.from_json(trial["plan"])
         assert 0.8 <= zeros(problem, plan) < 0.83
-        assert trial["reward"] == pytest.approx(10 * (trial["accuracy"] - problem.dense_accuracy))
+        assert trial["reward"] == pytest.approx(10 * (trial["score"] - problem.dense_score))
         shares.add(tuple(layer.sparsity for layer in plan.layers.values()))
     assert len(shares) == 5
 

@@ -274,7 +274,7 @@ def test_several_inputs() -> None:
             return (x + y) * scale
 
     graph = simplify(capture(Two(), (torch.randn(1, 4), torch.randn(1, 4), torch.randn(4))))
-    assert [0 in each.free for each in graph.inputs] == [True, True, False]
+    assert [each.batched for each in graph.inputs] == [True, True, False]
     given = (torch.randn(3, 4), torch.randn(3, 4), torch.randn(4))
     assert same(reference(graph, given), (given[0] + given[1]) * given[2])
 
@@ -551,7 +551,9 @@ CORRUPT: dict[str, Any] = {
     "scalar of another": _attribute("scalar", "args", [GRAPH.ops[0].output, 0]),
     "input type": _set("inputs", 0, "dtype", "float31"),
     "input shape": _set("inputs", 0, "shape", [1, -3, 6, 6]),
-    "input batched": _set("inputs", 0, "batched", 1),
+    "input free": _set("inputs", 0, "free", 1),
+    "input axis": _set("inputs", 0, "free", [2]),
+    "input axes": _set("inputs", 0, "free", [0, 1, None]),
     "input twice": _set("inputs", GRAPH.to_json()["inputs"] * 2),
     "no operations": _set("ops", {}),
     "operation is a number": _set("ops", 0, 1),

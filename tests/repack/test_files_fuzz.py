@@ -17,11 +17,13 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from autoprune.dynamic import ChannelGate, GatedConv2d, Gating, gate_channels_
 from autoprune.errors import AutopruneError, FileError
 from autoprune.files import write_tensors
 from autoprune.patterns import PATTERNS
+from autoprune.recurrent import cut_states_, layers_of
 from autoprune.registry import Choice
 from autoprune.repack import ProgramModel, RepackedModel, files, load, repack, save
 from autoprune.repack.files import _checksum
@@ -95,7 +97,34 @@ class Tokens(nn.Module):
         return {"y": self.out(y) + x, "more": [x * 0.5, None, (1, x.softmax(-1))]}
 
 
-BUILDS: dict[str, Callable[[], nn.Module]] = {"modules": layers, "maps": Maps, "gated": Silenced, "tokens": Tokens}
+class States(nn.Module):
+    """Recurrent operations: with and without states to begin with, in both directions, states cut, a silent unit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(12, 8, 2, batch_first=True, bidirectional=True)
+        self.gru, self.head = nn.GRU(16, 8, batch_first=True), nn.Linear(8, 5)
+        cut_states_(self.gru, keep=0.5)
+        with torch.no_grad():
+            for name, parameter in self.lstm.named_parameters():
+                if name.endswith("l0"):
+                    parameter[16:24:3] = 0.0  # the gate that writes
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y, (h, c) = self.lstm(x.reshape(x.shape[0], -1, 12))
+        z, _ = self.gru(y, h[:1])
+        return self.head(z), c
+
+
+def sequences() -> nn.Sequential:
+    """The architecture of a recurrent ``modules`` form, freshly initialised."""
+    return nn.Sequential(nn.Flatten(2), nn.LSTM(36, 8, 2, bidirectional=True))
+
+
+BUILDS: dict[str, Callable[[], nn.Module]] = {
+    "modules": layers, "maps": Maps, "gated": Silenced, "tokens": Tokens, "states": States, "sequences": sequences,
+}  # fmt: skip
+MODULES = ("modules", "sequences")
 FORMS = pytest.mark.parametrize("form", BUILDS)
 
 
@@ -110,9 +139,14 @@ def repacked(form: str) -> RepackedModel:
                 module.weight.mul_(pattern.mask(module.weight.abs(), 0.6))
             if isinstance(module, nn.Linear):
                 module.weight.copy_(torch.cat([module.weight[::2], module.weight[1::2]]))  # out of order
+            if isinstance(module, (nn.LSTM, nn.GRU)):
+                for layer in layers_of(module).values():
+                    layer.weight.mul_(pattern.mask(layer.weight.abs(), 0.6))
             if isinstance(module, nn.BatchNorm2d):
                 nn.init.uniform_(module.running_mean)  # type: ignore[arg-type]
                 nn.init.uniform_(module.running_var, 0.5, 2.0)  # type: ignore[arg-type]
+    if form == "sequences":
+        return repack(model, X, form="modules", choose=lambda *_: "jit")
     if form != "modules":
         return repack(model, X, form="program", threads=1)
     done = repack(model, X, choose=lambda name, _: BACKENDS_IN_TURN[name])
@@ -133,8 +167,8 @@ def content(form: str) -> tuple[dict[str, Tensor], str, bytes]:
 
 
 @functools.cache
-def architecture() -> nn.Module:
-    return layers()
+def architecture(form: str = "modules") -> nn.Module:
+    return BUILDS[form]()
 
 
 def inputs_of(model: RepackedModel) -> tuple[Tensor, ...]:
@@ -143,19 +177,19 @@ def inputs_of(model: RepackedModel) -> tuple[Tensor, ...]:
         return (X,)
     made = []
     for each in model.program.graph.inputs:
-        shape = (3, *each.shape[1:]) if 0 in each.free else each.shape
+        shape = tuple((3, 2)[each.free_axes[at]] if at in each.free_axes else n for at, n in enumerate(each.shape))
         size = functools.reduce(lambda total, extent: total * extent, shape, 1)
         made.append(torch.ones(shape if size <= SMALL else (1,), dtype=getattr(torch, each.dtype)))
     return tuple(made)
 
 
 @torch.inference_mode()
-def outcome(path: Path) -> str:
+def outcome(path: Path, form: str = "modules") -> str:
     """Loads and runs; any exception but a FileError of loading or an AutopruneError of the call fails the test."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, of what an edited graph asks it for
         try:
-            loaded = load(path, architecture())
+            loaded = load(path, architecture("sequences" if form == "sequences" else "modules"))
         except FileError:
             return "refused"
         try:
@@ -183,10 +217,10 @@ def saved(path: Path) -> Path:
 @FORMS
 def test_a_round_trip_is_equal_bit_for_bit(form: str, tmp_path: Path, path: Path) -> None:
     save(repacked(form), path)
-    loaded = load(path, layers()) if form == "modules" else load(path)
+    loaded = load(path, BUILDS[form]()) if form in MODULES else load(path)
     with torch.inference_mode():
-        one, other = loaded(X), repacked(form)(X)
-    assert torch.equal(one["y"], other["y"]) if form == "tokens" else torch.equal(one, other)
+        one, other = (tree_leaves(each(X)) for each in (loaded, repacked(form)))
+    assert all(torch.equal(*pair) for pair in zip(one, other, strict=True) if isinstance(pair[0], Tensor))
     assert loaded.report == repacked(form).report
     again = tmp_path / "again.safetensors"
     save(loaded, again)
@@ -195,7 +229,7 @@ def test_a_round_trip_is_equal_bit_for_bit(form: str, tmp_path: Path, path: Path
 
 def test_the_programs_hold_every_kind_of_operation() -> None:
     kinds: set[str] = set()
-    for form in ("maps", "gated", "tokens"):
+    for form in ("maps", "gated", "tokens", "states"):
         model = repacked(form)
         assert isinstance(model, ProgramModel)
         kinds |= {op.kind for op in model.program.graph.ops}
@@ -290,7 +324,7 @@ def test_a_failed_save_leaves_the_old_file(saved: Path, monkeypatch: pytest.Monk
 )
 def test_any_description_is_refused(form: str, path: Path, text: str) -> None:
     write_tensors(path, content(form)[0], {"autoprune": text})
-    assert outcome(path) == "refused"
+    assert outcome(path, form) == "refused"
 
 
 # Damage --------------------------------------------------------------------------------------------------------------
@@ -328,7 +362,7 @@ def test_damaged_bytes_are_refused_or_harmless(form: str, path: Path, mutate: Ca
         damaged = bytes(mutate(bytearray(sound), random.Random(seed)))
         if damaged != sound:
             path.write_bytes(damaged)
-            results[outcome(path)] += 1
+            results[outcome(path, form)] += 1
     assert results["refused"] > 0.9 * results.total()
 
 
@@ -393,7 +427,8 @@ def rewired(graph: Any, rng: random.Random) -> Any:
     else:
         given = graph["inputs"][0]
         given["shape"] = [rng.choice([0, 1, 2, 3, 6, 7, 36]) for _ in range(rng.choice([4, 4, 4, 3, 2, 5]))]
-        given["batched"], given["dtype"] = rng.random() < 0.5, rng.choice(["float32", "float32", "float64", "int64"])
+        given["free"] = rng.choice([[], [0], [0, 1], [None, 0]])
+        given["dtype"] = rng.choice(["float32", "float32", "float64", "int64"])
     return graph
 
 
@@ -416,7 +451,7 @@ def described(form: str, rng: random.Random) -> Any:
     """The sound file's description with something changed."""
     about = json.loads(content(form)[1])
     part = rng.choice(["about", "graph", "wired", "wired", "wired", "layers"])
-    if form == "modules" or part == "about":
+    if form in MODULES or part == "about":
         return changed(about, rng)
     if part == "graph":
         about["graph"] = changed(about["graph"], rng)
@@ -435,13 +470,13 @@ def described(form: str, rng: random.Random) -> Any:
 def test_a_changed_description_is_refused_or_harmless(form: str, path: Path) -> None:
     tensors = content(form)[0]
     results: Counter[str] = Counter()
-    for seed in range(300 if form == "modules" else 1400):
+    for seed in range(500 if form in MODULES else 1400):
         text = json.dumps(described(form, random.Random(seed)))
         path.write_bytes(to_bytes(tensors, {"autoprune": text}))
-        results[outcome(path)] += 1
+        results[outcome(path, form)] += 1
     assert results["refused"] > 100
     assert results["ran"] > 10  # a changed timing is harmless
-    assert results["cannot run"] > 10 or form == "modules"
+    assert results["cannot run"] > 10 or form in MODULES
 
 
 NUMBERS = [("version",)] + [
@@ -476,7 +511,7 @@ def test_a_changed_header_is_refused_or_harmless(form: str, path: Path) -> None:
             header = changed(header, rng)
         text = json.dumps(header).encode()
         path.write_bytes(struct.pack("<Q", len(text)) + text + sound[8 + length :])
-        outcome(path)
+        outcome(path, form)
 
 
 INTEGERS = [-(2**31), -2, -1, 0, 1, 2, 255, 2**15 - 1, 2**31 - 1]
@@ -519,16 +554,16 @@ def hostile(tensors: dict[str, Tensor], rng: random.Random) -> str:
 def test_hostile_arrays_with_right_checksums_are_refused_or_harmless(form: str, path: Path) -> None:
     sound, text, _ = content(form)
     results: dict[str, set[str]] = {}
-    for seed in range(200 if form == "modules" else 700):
+    for seed in range(200 if form in MODULES else 700):
         rng = random.Random(seed)
         tensors, about = dict(sound), json.loads(text)
         name = hostile(tensors, rng)
-        if form != "modules" and rng.random() < 0.2:
+        if form not in MODULES and rng.random() < 0.2:
             about["graph"] = rewired(about["graph"], rng)
         about["checksum"] = _checksum(tensors)
         path.write_bytes(to_bytes({key: value.contiguous() for key, value in tensors.items()},
                                   {"autoprune": json.dumps(about)}))  # fmt: skip
-        results.setdefault(name.rpartition("|")[2], set()).add(outcome(path))
+        results.setdefault(name.rpartition("|")[2], set()).add(outcome(path, form))
     fields = {"positions", "rows", "values", *(["scales"] if form == "tokens" else [])}
     assert all("refused" in results[field] for field in fields - ({"rows"} if form in ("maps", "gated") else set()))
     assert any("ran" in each for each in results.values())

@@ -581,3 +581,28 @@ def test_threads_may_repack_at_once(tmp_path: Path) -> None:
     assert TuningCache(path).found
     assert [each.name for each in tmp_path.iterdir()] == ["tuning.json"]
     assert all(same_output(fast(x), model(x)) for fast, model, x in zip(made, models, inputs, strict=True))
+
+
+def test_what_is_returned_twice_shares_no_memory() -> None:
+    """A result may be written to by the caller without changing another, nor what the next call computes."""
+    torch.manual_seed(0)
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = nn.LSTM(4, 8)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            y, (h, c) = self.rnn(x)
+            return y, h, c
+
+    x = torch.randn(1, 2, 4)
+    fast = repack(Twice().eval(), x, form="program", threads=1)
+    with torch.inference_mode():
+        y, h, c = fast(x)
+        before = [each.clone() for each in (y, h, c)]
+        y.zero_()
+        assert torch.equal(h, before[1])
+        assert torch.equal(c, before[2])
+        for one, other in zip(fast(x), before, strict=True):
+            assert torch.equal(one, other)

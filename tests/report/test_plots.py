@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
+from autoprune.metric import BITS_PER_CHARACTER
 from autoprune.report.data import MeasuredPoint
 from autoprune.report.plots import front_figure, pareto_front, pixels, reward_figure, save_png, sparsity_figure
 
@@ -23,10 +24,10 @@ TRIALS = [MeasuredPoint(1.0, 0.7), MeasuredPoint(2.0, 0.9), MeasuredPoint(3.0, 0
 def test_the_front_is_what_no_point_beats(points: list[MeasuredPoint]) -> None:
     front = pareto_front(points)
     for point in points:
-        assert any(kept.latency_ms <= point.latency_ms and kept.accuracy >= point.accuracy for kept in front)
+        assert any(kept.latency_ms <= point.latency_ms and kept.score >= point.score for kept in front)
     for fast, accurate in pairwise(front):
         assert fast.latency_ms < accurate.latency_ms
-        assert fast.accuracy < accurate.accuracy
+        assert fast.score < accurate.score
 
 
 def labels(figure: Figure) -> list[str]:
@@ -40,6 +41,16 @@ def test_the_front_figure_marks_what_it_is_given() -> None:
     line: Any = marked.axes[0].lines[0]
     assert list(line.get_xdata()) == [1.0, 2.0]
     assert list(line.get_ydata()) == pytest.approx([70, 90])
+    assert marked.axes[0].get_ylabel() == "accuracy (%)"
+
+
+def test_the_front_of_another_metric_shows_its_figures() -> None:
+    points = [MeasuredPoint(1.0, -2.5), MeasuredPoint(2.0, -2.1), MeasuredPoint(3.0, -2.3)]
+    axes = front_figure(points, metric=BITS_PER_CHARACTER).axes[0]
+    line: Any = axes.lines[0]
+    assert list(line.get_xdata()) == [1.0, 2.0], "fewer bits are better"
+    assert list(line.get_ydata()) == pytest.approx([2.5, 2.1])
+    assert axes.get_ylabel() == "bits per character"
 
 
 def test_the_reward_figure_never_falls() -> None:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 
 from autoprune.latency.timer import Latency
+from autoprune.metric import BITS_PER_CHARACTER
 from autoprune.report.data import PlanRow, ResultRow, SearchRow
 from autoprune.report.table import markdown_table, plan_table, result_table, search_table, size
 
@@ -62,6 +63,15 @@ def test_the_search_table() -> None:
     assert search_table([row]).splitlines()[-1] == (
         "| ppo   |      300 |     -0.2500 |   97.65% |      1.500 |    3.02x |"
     )
+
+
+def test_tables_of_another_metric_say_its_name_and_its_figures() -> None:
+    rows = [ResultRow("dense, eager", -2.0625), ResultRow("dense, openvino")]
+    cells = [[cell.strip() for cell in line.split("|")] for line in result_table(rows, BITS_PER_CHARACTER).splitlines()]
+    assert [line[2] for line in cells] == ["bits per character", "-----------------:", "2.0625", "-"]
+    found = search_table([SearchRow("ppo", 300, -0.25, -2.0625, 1.5, 3.02)], BITS_PER_CHARACTER)
+    assert "| bits per character |" in found
+    assert "|             2.0625 |" in found
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from autoprune.metric import BITS_PER_CHARACTER
 from autoprune.report.data import MeasuredPoint
 from autoprune.report.plots import front_figure
 from autoprune.report.tensorboard import TrialWriter
@@ -18,11 +19,11 @@ def make_trial(reward: float) -> dict[str, Any]:
     layers = {"conv1": {"sparsity": 0.5 + reward / 10}, "conv2": {"sparsity": 0.9}}
     return {
         "plan": {"layers": layers},
-        "accuracy": 0.9 + reward / 100,
+        "score": 0.9 + reward / 100,
         "latency_ms": 2.0 - reward,
         "speedup": 2.0,
         "reward": reward,
-        "terms": {"accuracy": reward, "speed": 0.0},
+        "terms": {"score": reward, "speed": 0.0},
     }
 
 
@@ -58,11 +59,20 @@ def test_a_search_is_read_back(tmp_path: Path) -> None:
     assert scalars(events, "best/latency_ms") == [(0, 1.9), (1, 1.6), (3, 1.5)]
     assert scalars(events, "sparsity/conv1") == [(0, 0.51), (1, 0.54), (3, 0.55)]
     assert scalars(events, "reward/speed")[-1] == (4, 0.0)
+    assert scalars(events, "trial/accuracy")[0] == (0, 90.1), "per cent, as everywhere"
     assert scalars(events, "final/speedup") == [(5, 3.0)]
-    assert {"trial/accuracy", "trial/latency_ms", "trial/speedup", "reward/accuracy"} <= set(events.Tags()["scalars"])
+    assert {"trial/accuracy", "trial/latency_ms", "trial/speedup", "reward/score"} <= set(events.Tags()["scalars"])
     assert events.Tags()["images"] == ["plan", "front"]
     assert len(events.Tensors("config/text_summary")) == 1
     assert "_hparams_/experiment" in events.summary_metadata
+
+
+def test_another_metric_has_its_own_tag(tmp_path: Path) -> None:
+    with TrialWriter(tmp_path, metric=BITS_PER_CHARACTER) as writer:
+        writer.trial(0, {**TRIALS[0], "score": -2.5})
+    events = read(tmp_path)
+    assert scalars(events, "trial/bits_per_character") == scalars(events, "best/bits_per_character") == [(0, 2.5)]
+    assert "trial/accuracy" not in events.Tags()["scalars"]
 
 
 def test_a_resumed_search_shows_each_trial_once(tmp_path: Path) -> None:

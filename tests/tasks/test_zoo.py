@@ -6,29 +6,41 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from autoprune.errors import ConfigError
 from autoprune.inventory import take_inventory
-from autoprune.tasks.zoo import MODELS, build_model
+from autoprune.tasks.zoo import MODELS, build_model, build_sequence_model, build_text_model
 from autoprune.tasks.zoo.initialise import randomise_norms_
 from autoprune.tasks.zoo.small import residual_cnn
 from autoprune.tasks.zoo.standard import STANDARD, standard_input, standard_model
 from autoprune.tasks.zoo.transformer import Attention, bert_mini
 
+SEQUENCES, TEXT = ("lstm_classifier",), ("char_lstm",)
+
 
 def build(name: str, seed: int = 0, **args: Any) -> nn.Module:
+    if name in SEQUENCES:
+        return build_sequence_model(name, args, features=3, classes=7, seed=seed)
+    if name in TEXT:
+        return build_text_model(name, args, characters=7, seed=seed)
     return build_model(name, args, in_channels=3, size=16, classes=7, seed=seed)
+
+
+def inputs_of(name: str) -> tuple[Tensor, ...]:
+    if name in SEQUENCES:
+        return torch.randn(2, 5, 3), torch.tensor([5, 2])
+    return (torch.randint(7, (2, 5)),) if name in TEXT else (torch.randn(2, 3, 16, 16),)
 
 
 @pytest.mark.parametrize("name", list(MODELS))
 def test_gives_logits_trains_and_can_be_pruned(name: str) -> None:
-    model, x = build(name), torch.randn(2, 3, 16, 16)
-    logits = model(x)
-    assert logits.shape == (2, 7)
+    model, inputs = build(name), inputs_of(name)
+    logits = model(*inputs)
+    assert logits.shape == ((2, 5, 7) if name in TEXT else (2, 7))
     logits.square().sum().backward()
     assert all(p.grad is not None and bool(torch.isfinite(p.grad).all()) for p in model.parameters())
-    inventory = take_inventory(model, x)
+    inventory = take_inventory(model, inputs)
     unprunable = {row.name: row.reason for row in inventory.dense if "weights" not in row.reason}
     assert len(inventory.layers) >= 2
     # attention reads its projection behind the module's back
@@ -69,6 +81,11 @@ def test_residual_cnn_has_a_norm_and_a_relu_a_convolution() -> None:
         ("vit_small", {"heads": 5}, "heads must divide width"),
         ("vit_small", {"blocks": 0}, "must be a positive integer, not 0"),
         ("vit_small", {"patch": 5}, "patch must divide the image's side"),
+        ("lstm_classifier", {"layers": 0}, "features, classes, hidden and layers must be a positive integer, not 0"),
+        ("lstm_classifier", {"cell": "rnn"}, "unknown cell 'rnn'"),
+        ("lstm_classifier", {"size": 16}, "model 'lstm_classifier' has no argument 'size'"),
+        ("char_lstm", {"embedding": 0}, "characters, hidden, layers and embedding must be a positive integer, not 0"),
+        ("char_lstm", {"dropout": -0.1}, "dropout must be in [0, 1), not -0.1"),
     ],
 )
 def test_refuses(name: str, args: dict[str, Any], said: str) -> None:

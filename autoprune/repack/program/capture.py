@@ -21,7 +21,7 @@ from autoprune.dynamic import gates
 from autoprune.inventory import copy_for_inference
 from autoprune.recurrent import WholeSequences, recurrent_modules
 from autoprune.repack.program import aten, exporting, lifting
-from autoprune.repack.program.exporting import CaptureError
+from autoprune.repack.program.exporting import CaptureError, Free
 from autoprune.repack.program.graph import Graph, Input, Op, evaluate_op
 from autoprune.repack.program.lifting import Alias, Lifted, Site
 
@@ -54,8 +54,10 @@ def capture(model: nn.Module, inputs: Sequence[Any]) -> Graph:
     for x in inputs:
         if not isinstance(x, Tensor) or x.device.type != "cpu" or x.layout != torch.strided:
             raise CaptureError(f"only dense tensors on the CPU can be inputs of a program, not {_describe(x)}.")
-    copied, sequences = _whole_sequences(copy_for_inference(model))
-    for free in _freedoms(inputs, sequences):
+    copied = copy_for_inference(model)
+    recurrent = [module for _, module in recurrent_modules(copied)]
+    copied = _whole_operators(copied)
+    for free in _freedoms(inputs, recurrent):
         try:
             return _captured(copied, inputs, free)
         except CaptureError:  # it is made for some extents
@@ -64,34 +66,46 @@ def capture(model: nn.Module, inputs: Sequence[Any]) -> Graph:
     raise AssertionError("the last freedom is none")
 
 
-def _freedoms(inputs: Sequence[Tensor], sequences: bool) -> Iterator[list[tuple[int, ...]]]:
-    """The free axes of each input, from as many as there may be to none."""
-    first = inputs[0].shape if inputs else ()
-    alike = [[x.ndim > axis and x.shape[axis : axis + 1] == first[axis : axis + 1] for x in inputs] for axis in (0, 1)]
-    for axes in ((0, 1), (0,), ()) if sequences else ((0,), ()):
-        free = [tuple(axis for axis in axes if alike[axis][number]) for number in range(len(inputs))]
-        if any(free) or not axes:
-            yield free
+def _freedoms(inputs: Sequence[Tensor], recurrent: Sequence[nn.LSTM | nn.GRU]) -> Iterator[list[Free]]:
+    """What each input's extents may be, from as free as possible to fixed; see `Input.free`."""
+    first = tuple(inputs[0].shape[:2]) if inputs else ()
+    batch: list[Free] = [(0,) if first and x.shape[:1] == first[:1] else () for x in inputs]
+    if recurrent and len(first) == 2:
+        by_batch = recurrent[0].batch_first
+        sequence = (0, 1) if by_batch else (1, 0)
+        states = {(m.num_layers * (1 + m.bidirectional), m.hidden_size) for m in recurrent}
+
+        def of(x: Tensor) -> Free:
+            """A state before the first step has its batch on the second axis."""
+            if x.ndim == 3 and x is not inputs[0] and (x.shape[0], x.shape[2]) in states:
+                return (None, 0)
+            if x.ndim == 1:
+                return (0,) if x.shape[0] == first[0 if by_batch else 1] else ()
+            return tuple(n if x.shape[axis] == first[axis] else None for axis, n in enumerate(sequence[: x.ndim]))
+
+        yield [of(x) for x in inputs]
+    if any(batch):
+        yield batch
+    yield [()] * len(inputs)
 
 
-def _whole_sequences(model: nn.Module) -> tuple[nn.Module, bool]:
-    """Gates and recurrent directions as operators, which torch.export would take apart; and whether any recur."""
+def _whole_operators(model: nn.Module) -> nn.Module:
+    """Makes gates and recurrent directions operators, which torch.export would take apart; changes all but the root."""
     for gate in gates(model).values():
         gate.whole = True
-    found = list(recurrent_modules(model))
-    for name, module in found:
+    for name, module in list(recurrent_modules(model)):
         if not name:
-            return WholeSequences(module), True
+            return WholeSequences(module)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, WholeSequences(module))
-    return model, bool(found)
+    return model
 
 
 def _describe(x: Any) -> str:
     return f"a tensor on {x.device} with layout {x.layout}" if isinstance(x, Tensor) else type(x).__name__
 
 
-def _captured(model: nn.Module, inputs: Sequence[Tensor], free: Sequence[tuple[int, ...]]) -> Graph:
+def _captured(model: nn.Module, inputs: Sequence[Tensor], free: Sequence[Free]) -> Graph:
     program = exporting.export(model, inputs, free)
     described = _described(program, inputs, free)
     if exporting.is_functional(program.graph):
@@ -102,7 +116,7 @@ def _captured(model: nn.Module, inputs: Sequence[Tensor], free: Sequence[tuple[i
     return _Translation(exporting.functional(program), described).graph().validate()
 
 
-def _described(program: ExportedProgram, inputs: Sequence[Tensor], free: Sequence[tuple[int, ...]]) -> list[Input]:
+def _described(program: ExportedProgram, inputs: Sequence[Tensor], free: Sequence[Free]) -> list[Input]:
     described = []
     names = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind == InputKind.USER_INPUT]
     for name, x, axes in zip(names, inputs, free, strict=True):

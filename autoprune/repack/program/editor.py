@@ -124,7 +124,8 @@ def infer_shapes(graph: Graph) -> dict[str, tuple[int, ...]]:
     constants: Mapping[str, Tensor] = {name: value.to("meta") for name, value in graph.constants.items()}
     values: dict[str, Any] = {}
     for each in graph.inputs:
-        shape = tuple(FREE[axis] if axis in each.free else extent for axis, extent in enumerate(each.shape))
+        numbers = each.free_axes
+        shape = tuple(FREE[numbers[axis]] if axis in numbers else extent for axis, extent in enumerate(each.shape))
         values[each.name] = torch.empty(shape, dtype=decode_dtype(each.dtype), device="meta")
     for op in graph.ops:
         values[op.output] = evaluate_op(op, values, constants)

@@ -43,12 +43,15 @@ _FRESH = {
 }
 
 
+Free = tuple[int | None, ...]
+
+
 class CaptureError(AutopruneError):
     """A model that cannot be captured as a graph; it can still be repacked a layer at a time."""
 
 
-def export(model: nn.Module, inputs: Sequence[Tensor], free: Sequence[tuple[int, ...]]) -> ExportedProgram:
-    """Asks for a form of the model in which the `free` axes of each input may have any extent."""
+def export(model: nn.Module, inputs: Sequence[Tensor], free: Sequence[Free]) -> ExportedProgram:
+    """Asks for a form of the model in which the `free` axes of each input (see `Input.free`) may have any extent."""
     examples = tuple(_larger(x, axes) for x, axes in zip(inputs, free, strict=True))
     try:
         shapes = dynamic_shapes(model, free)
@@ -59,19 +62,20 @@ def export(model: nn.Module, inputs: Sequence[Tensor], free: Sequence[tuple[int,
         raise _failed(error) from error
 
 
-def _larger(x: Tensor, free: tuple[int, ...]) -> Tensor:
+def _larger(x: Tensor, free: Free) -> Tensor:
     """Torch takes an extent of 1 for a constant."""
-    for axis in free:
-        x = torch.cat([x, x], dim=axis) if x.shape[axis] == 1 else x
+    for axis, number in enumerate(free):
+        x = x if number is None else torch.cat([x, x], dim=axis) if x.shape[axis] == 1 else x
     return x
 
 
-def dynamic_shapes(model: nn.Module, free: Sequence[tuple[int, ...]]) -> tuple[Any, ...] | None:
+def dynamic_shapes(model: nn.Module, free: Sequence[Free]) -> tuple[Any, ...] | None:
     """Which extents may be any, nested as the arguments of `forward`: what ``*args`` takes is a tuple of its own."""
-    names = (Dim("batch"), Dim("second"))
-    extents = [{axis: names[axis] for axis in axes} or None for axes in free]
+    names = (Dim("batch"), Dim("steps"))
+    axes = [{axis: names[number] for axis, number in enumerate(each) if number is not None} for each in free]
+    extents = [each or None for each in axes]
     given = inspect.signature(model.forward).bind(*extents).arguments
-    return tuple(given.values()) if any(free) else None
+    return tuple(given.values()) if any(axes) else None
 
 
 def _failed(error: Exception) -> CaptureError:

@@ -26,14 +26,24 @@ class Input:
     Attributes:
         shape: of the example.
         dtype: e.g. ``float32``.
-        free: the axes, of the first two, whose extent may be any at a call: axis 0, one for all inputs that have it
-            free, and axis 1 likewise.
+        free: for each axis, up to the second: None where its extent is fixed, else the number of the extent it has,
+            which may be any at a call: axes of one number, in all inputs, have one extent. 0 is the batch's.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
-    free: tuple[int, ...] = ()
+    free: tuple[int | None, ...] = ()
+
+    @property
+    def batched(self) -> bool:
+        """Whether the first axis is the batch's."""
+        return self.free[:1] == (0,)
+
+    @property
+    def free_axes(self) -> dict[int, int]:
+        """Free axis -> number of its extent."""
+        return {axis: number for axis, number in enumerate(self.free) if number is not None}
 
 
 @dataclass(frozen=True)
@@ -85,8 +95,8 @@ class Graph:
 
     @property
     def dynamic(self) -> bool:
-        """Whether a call may have another batch size than the example."""
-        return any(0 in each.free for each in self.inputs)
+        """Whether a call may have other extents than the example."""
+        return any(each.free_axes for each in self.inputs)
 
     def producers(self) -> dict[str, Op]:
         """Value -> the operation that defines it; the model's inputs have none."""

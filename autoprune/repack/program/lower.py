@@ -148,6 +148,7 @@ class Lowered:
         threads: the most that may work on one call.
         scalars: the integers that torch's operators are given.
         returned: value -> where it lies when the last step is done.
+        copied: those of them that lie in memory which is not theirs alone.
         values: every tensor that has a name, constants and those that lowering adds, on the meta device.
     """
 
@@ -160,6 +161,7 @@ class Lowered:
     scalars: Mapping[str, int]
     threads: int
     returned: Mapping[str, View]
+    copied: frozenset[str]
     values: Mapping[str, Tensor]
 
 
@@ -220,6 +222,7 @@ class _Lowering:
         outputs: dict[int, tuple[int, ...]] = {}
         tensors = [name for name in self.graph.output_names() if isinstance(self.values[name], Tensor)]
         returned = {name: self.returned(name, outputs) for name in tensors}
+        copied = _sharing(returned)
         for index, step in enumerate(self.steps):
             reads = step.reads if isinstance(step, NativeStep) else [view.buffer for view in step.reads.values()]
             for buffer in [*reads, *([step.writes] if isinstance(step, NativeStep) else [])]:
@@ -230,6 +233,7 @@ class _Lowering:
         arena = place(self.native_buffers(), ARENA)
         return Lowered(
             tuple(self.steps), arena, self.slots, tuple(inputs), outputs, self.fixed, scalars, self.threads, returned,
+            copied,
             {name: value for name, value in self.values.items() if isinstance(value, Tensor)},
         )  # fmt: skip
 
@@ -341,10 +345,10 @@ class _Lowering:
     def returned(self, name: str, outputs: dict[int, tuple[int, ...]]) -> View:
         """Where an output of the model lies; what native ops computed goes straight into a fresh tensor."""
         view, meta = self.plain(name), self.values[name]
-        whole = meta.is_contiguous() and meta.storage_offset() == 0 and view.buffer.size == meta.numel()
-        if view.buffer.slot < 0 and whole:
+        if view.buffer.slot < 0 and meta.is_contiguous() and 2 * meta.numel() >= view.buffer.size:
             view.buffer.slot = self.in_slot().slot
-            outputs[view.buffer.slot] = tuple(meta.shape)
+            whole = view.buffer.size == meta.numel()
+            outputs[view.buffer.slot] = tuple(meta.shape) if whole else (view.buffer.size,)
         return view
 
     # Operations -----------------------------------------------------------------------------------------------------
@@ -684,6 +688,19 @@ class _Lowering:
         reads = [x.buffer, *([residual.buffer] if residual is not None else [])]
         self.steps.append(NativeStep(op.output, reads, buffer, build, op, (tokens, 1)))
         return True
+
+
+def _sharing(returned: Mapping[str, View]) -> frozenset[str]:
+    """The results that must be copied: what lies in the arena, and what another result holds too."""
+    copied, held = set(), dict[int, list[tuple[int, int]]]()
+    for name, view in returned.items():
+        last = view.start + sum((extent - 1) * step for extent, step in zip(view.shape, view.stride, strict=True))
+        others = held.setdefault(view.buffer.slot, [])
+        if view.buffer.slot == ARENA or any(a <= last and view.start <= z for a, z in others):
+            copied.add(name)
+        else:
+            others.append((view.start, last))
+    return frozenset(copied)
 
 
 def _storage(meta: Tensor) -> int:

@@ -371,33 +371,12 @@ def sequence(
         f.OUT_INDEX: np.ascontiguousarray(packed.out_index), f.FIRST: weights.first, f.GROUPS: packed.groups,
         f.THRESHOLD: float_bits(size.threshold), f.KEEP: size.keep,
     }  # fmt: skip
-    if tiling.columns and walks_columns(weights):
-        given |= _columns(weights, size.hidden)
-    else:
-        given |= {
-            f.GROUP_POINTER: packed.group_pointer, f.INDEX: packed.index, f.VALUES: packed.values,
-            f.BIAS: weights.bias_rows,
-        }  # fmt: skip
-    form = recurrent.Form(size.cell, packed.group_size, tiling.columns and walks_columns(weights), size.prune)
+    columns = weights.by_column if tiling.columns else None
+    pointer, index, values = columns or (packed.group_pointer, packed.index, packed.values)
+    given |= {f.GROUP_POINTER: pointer, f.INDEX: index, f.VALUES: values}
+    given[f.BIAS] = weights.bias_rows if columns is None else weights.bias
+    form = recurrent.Form(size.cell, packed.group_size, columns is not None, size.prune)
     return _op(name, recurrent.recurrent(form, target), f, given, -(-size.batch // block))
-
-
-def walks_columns(weights: Weights) -> bool:
-    """Whether a recurrent weight can be walked by column: each group's rows lie side by side."""
-    return bool((weights.first >= 0).all())
-
-
-def _columns(weights: Weights, hidden: int) -> dict[IntEnum, Any]:
-    """The kept positions by column: the first row of each one's group."""
-    f, packed = recurrent.Field, weights.packed
-    group = np.repeat(np.arange(packed.groups), np.diff(packed.group_pointer))
-    order = np.argsort(packed.index, kind="stable")
-    ends = np.cumsum(np.bincount(packed.index, minlength=hidden))
-    return {
-        f.GROUP_POINTER: np.concatenate([[0], ends]).astype(np.int32),
-        f.INDEX: np.ascontiguousarray(weights.first[group[order]]),
-        f.VALUES: np.ascontiguousarray(packed.values[order]), f.BIAS: weights.bias,
-    }  # fmt: skip
 
 
 def sliding(

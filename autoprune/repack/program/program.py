@@ -15,7 +15,7 @@ from torch import Tensor
 
 from autoprune.errors import AutopruneError
 from autoprune.repack.kernels.compiler import Target, host
-from autoprune.repack.program.graph import Graph, build_outputs, evaluate_op
+from autoprune.repack.program.graph import Graph, Input, build_outputs, evaluate_op
 from autoprune.repack.program.lower import ARENA, FAILURES, Lowered, NativeStep, TorchStep, View, lower
 from autoprune.repack.program.native import NativeOp, NativeSequence
 from autoprune.repack.program.nodes import Tiling
@@ -32,6 +32,7 @@ class _Frame:
     slots: NDArray[np.int64]
     holders: list[Tensor]
     counters: list[NDArray[np.int64]]
+    address: int = 0  # of the slots
     helpers: int = 0  # that may still look at the counters
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -77,7 +78,7 @@ class Plan:
         for slot, holder in enumerate(holders):
             slots[slot] = holder.data_ptr() if holder.numel() else 0
         counters = [part.new_counters() for part in self.parts if isinstance(part, NativeSequence)]
-        return _Frame(slots, holders, counters)
+        return _Frame(slots, holders, counters, slots.ctypes.data)
 
     def release(self, frame: _Frame) -> None:
         """Gives a call's memory back."""
@@ -119,10 +120,9 @@ class Plan:
         return result
 
     def run_native(self, part: NativeSequence, frame: _Frame, sequence: int) -> None:
-        slots, counters = frame.slots.ctypes.data, frame.counters[sequence]
-        threads = self.threads
+        slots, counters, threads = frame.address, frame.counters[sequence], self.threads
         if threads == 1:
-            part.run(slots, counters.ctypes.data)
+            part.run(slots, 0)
             return
         counters[:] = 0
 
@@ -159,7 +159,7 @@ class Plan:
         results: dict[str, Any] = dict(self.lowered.scalars)
         for name, view in self.lowered.returned.items():
             tensor = _tensor(holders, view)
-            results[name] = tensor.clone() if view.buffer.slot == ARENA else tensor
+            results[name] = tensor.clone() if name in self.lowered.copied else tensor
         return results
 
 
@@ -176,7 +176,10 @@ def check_threads(threads: object) -> None:
         raise AutopruneError(f"threads must be a positive integer or None, not {threads!r}.")
 
 
-_FREE = {(): "", (0,): " (any batch size)", (1,): " (any second extent)", (0, 1): " (any batch size and second extent)"}
+def _any(given: Input) -> str:
+    """What a call may change of an input's shape."""
+    axes = " and ".join(str(axis) for axis in given.free_axes)
+    return "" if not axes else " (any batch size)" if given.free_axes == {0: 0} else f" (any extent of axis {axes})"
 
 
 class Program:
@@ -244,14 +247,13 @@ class Program:
         for x, expected in zip(inputs, given, strict=True):
             extents = zip(x.shape, expected.shape, strict=False)
             differing = [axis for axis, (got, wanted) in enumerate(extents) if got != wanted]
-            if x.dim() != len(expected.shape) or not {*differing} <= {*expected.free}:
+            if x.dim() != len(expected.shape) or not {*differing} <= expected.free_axes.keys():
                 raise AutopruneError(
-                    f"this program was made for an input of shape {tuple(expected.shape)}"
-                    f"{_FREE[expected.free]}, not {tuple(x.shape)}."
+                    f"this program was made for an input of shape {tuple(expected.shape)}{_any(expected)}, "
+                    f"not {tuple(x.shape)}."
                 )
-        for axis, what in enumerate(("batch sizes", "second extents")):
-            found = {x.shape[axis] for x, expected in zip(inputs, given, strict=True) if axis in expected.free}
+        for number, what in enumerate(("batch sizes", "numbers of steps")):
+            pairs = zip(inputs, given, strict=True)
+            found = {x.shape[axis] for x, each in pairs for axis, own in each.free_axes.items() if own == number}
             if len(found) > 1:
                 raise AutopruneError(f"the inputs' {what} differ: {sorted(found)}.")
-            if 0 in found and axis:
-                raise AutopruneError("a sequence has at least one step; an input here has none.")

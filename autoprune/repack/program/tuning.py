@@ -30,7 +30,7 @@ from autoprune.repack.kernels.compiler import Target
 from autoprune.repack.program.graph import Op
 from autoprune.repack.program.lower import NativeStep
 from autoprune.repack.program.native import NativeOp, NativeSequence
-from autoprune.repack.program.nodes import Tiling, walks_columns
+from autoprune.repack.program.nodes import Tiling
 from autoprune.repack.program.program import Plan, Program
 from autoprune.repack.program.weights import Weights
 
@@ -260,7 +260,7 @@ def tilings(step: NativeStep, weights: Weights, threads: int) -> Iterable[Tiling
     positions, batch = step.size
     if step.layer is not None and step.layer.kind == "recurrent":
         # an item is some sequences of the batch, all their steps
-        walks = (False, True) if walks_columns(weights) else (False,)
+        walks = (False,) if weights.by_column is None else (False, True)
         return [Tiling(size, 1, min(batch, threads), columns=columns) for columns in walks]
     least = ITEMS_A_THREAD * threads if threads > 1 else 1
     blocks = [positions] if step.layer is not None and step.layer.kind == "linear" else [48, 192, positions]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,20 +38,35 @@ class Weights:
             raise FileError("a packed group begins with a row that has no filter.")
         return cls(packed, zeros if bias is None else np.ascontiguousarray(bias.detach().numpy(), np.float32))
 
-    @property
+    @cached_property
     def rows(self) -> Ints:
         """The filter of each row, ``(groups * group_size,)``; a row without one repeats its group's first."""
         index = self.packed.out_index
         return np.where(index < 0, index[:, :1], index).ravel().astype(np.int32)
 
-    @property
+    @cached_property
     def bias_rows(self) -> Floats:
         """The bias of each row."""
         return np.ascontiguousarray(self.bias[self.rows])
 
-    @property
+    @cached_property
     def first(self) -> Ints:
         """A group's first filter where its filters are neighbours, else -1."""
         index = self.packed.out_index
         neighbours = (index == index[:, :1] + np.arange(index.shape[1])).all(axis=1)
         return np.where(neighbours, index[:, 0], -1).astype(np.int32)
+
+    @cached_property
+    def by_column(self) -> tuple[Ints, Ints, Floats] | None:
+        """The kept positions column by column: where each column's begin, first row of each one's group, values.
+
+        None where a group's rows do not lie side by side.
+        """
+        if not bool((self.first >= 0).all()):
+            return None
+        packed = self.packed
+        group = np.repeat(np.arange(packed.groups), np.diff(packed.group_pointer))
+        order = np.argsort(packed.index, kind="stable")
+        ends = np.cumsum(np.bincount(packed.index, minlength=packed.shape[1]))
+        pointer = np.concatenate([[0], ends]).astype(np.int32)
+        return pointer, self.first[group[order]], packed.values[order]

@@ -1,4 +1,4 @@
-"""The model zoo: a file a family, a row an image classifier.
+"""The model zoo: a file a family, a row a model of images, of sequences or of text.
 
 `standard` gives the published ones at their published shapes, ready to be timed.
 """
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from autoprune.errors import ConfigError
 from autoprune.registry import Choice, Registry
 from autoprune.tasks.zoo.arguments import positive
 
@@ -28,6 +29,8 @@ MODELS: Registry[nn.Module] = Registry(
         "resnet50": "autoprune.tasks.zoo.resnet:resnet50",
         "mobilenet_v2": "autoprune.tasks.zoo.mobilenet:mobilenet_v2",
         "vit_small": "autoprune.tasks.zoo.transformer:vit_small",
+        "lstm_classifier": "autoprune.tasks.zoo.recurrent:lstm_classifier",
+        "char_lstm": "autoprune.tasks.zoo.recurrent:char_lstm",
     },
 )
 
@@ -38,14 +41,39 @@ def build_model(
     """Builds the zoo's model called `name` for ``(batch, in_channels, size, size)`` images, initialised from `seed`.
 
     Raises:
-        ConfigError: unknown model, or an argument it does not take.
+        ConfigError: unknown model, one that is not of images, or an argument it does not take.
     """
-    data = {"in_channels": in_channels, "classes": classes}
-    if "size" in inspect.signature(MODELS.get(name)).parameters:  # convolutions take any size
-        data["size"] = size
+    return _build(name, args, {"in_channels": in_channels, "size": size, "classes": classes}, seed, "images")
+
+
+def build_sequence_model(name: str, args: Mapping[str, Any], *, features: int, classes: int, seed: int) -> nn.Module:
+    """Builds the zoo's model called `name` for padded ``(batch, steps, features)`` and lengths, like `build_model`."""
+    return _build(name, args, {"features": features, "classes": classes}, seed, "sequences")
+
+
+def build_text_model(name: str, args: Mapping[str, Any], *, characters: int, seed: int) -> nn.Module:
+    """Builds the zoo's model called `name` for characters ``(batch, steps)`` as int64, like `build_model`."""
+    return _build(name, args, {"characters": characters}, seed, "text")
+
+
+def _build(name: str, args: Mapping[str, Any], data: Mapping[str, int], seed: int, kind: str) -> nn.Module:
+    """What a model is told of its `data`, of this `kind`, says which models are made for it."""
+    if not _fits(name, data):
+        fitting = ", ".join(model for model in MODELS if _fits(model, data))
+        raise ConfigError(f"model {name!r} is not one of {kind}. Those of {kind}: {fitting}.")
+    taken = inspect.signature(MODELS.get(name)).parameters
+    told = {key: value for key, value in data.items() if key in taken}  # convolutions take images of any size
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return MODELS.create(Choice(name, {**args, **data}))
+        return MODELS.create(Choice(name, {**args, **told}))
+
+
+def _fits(name: str, data: Mapping[str, int]) -> bool:
+    parameters = inspect.signature(MODELS.get(name)).parameters
+    return _INPUTS & parameters.keys() <= data.keys()
+
+
+_INPUTS = {"in_channels", "features", "characters"}  # what one item of an input is made of
 
 
 def model_args(widths: Sequence[int] | None, blocks: int | None) -> dict[str, Any]:
@@ -54,4 +82,4 @@ def model_args(widths: Sequence[int] | None, blocks: int | None) -> dict[str, An
     return {name: value for name, value in given.items() if value is not None}
 
 
-__all__ = ["MODELS", "build_model", "model_args", "positive"]
+__all__ = ["MODELS", "build_model", "build_sequence_model", "build_text_model", "model_args", "positive"]

@@ -1,0 +1,292 @@
+"""What pruning costs recurrent networks, in weights and in states, and what it gives.
+
+    python benchmarks/recurrent_training.py --tasks spoken_digits,japanese_vowels  # an hour on one core
+    python benchmarks/recurrent_training.py --tasks moby_dick --seeds 1  # two hours
+    python benchmarks/recurrent_training.py --time  # times the models of the first seed
+    python benchmarks/recurrent_training.py --report  # draws what there is
+
+Every run of a task trains for the same epochs from the same initial weights, whatever it prunes: weights by `gradual`
+in groups of 16 rows (the last layer stays dense), states by keeping the largest at every step. Nothing was chosen on a
+test split. Runs are kept in benchmarks/results/recurrent_training/ as they end, so a run that was stopped goes on; so
+does a training, from its last epoch. Writes benchmarks/results/recurrent_training.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from statistics import fmean, pstdev
+from typing import Any
+
+import torch
+from torch import nn
+
+import autoprune
+from autoprune.allocation import WeightCost
+from autoprune.errors import AutopruneError
+from autoprune.files import append_line, cache_folder, read_lines, read_tensors, write_tensors, write_text
+from autoprune.inventory import as_tuple, take_inventory
+from autoprune.latency.engines import ENGINES, baselines
+from autoprune.latency.machine import machine_text
+from autoprune.latency.timer import Protocol, measure_together, speedup
+from autoprune.masks import weight_of
+from autoprune.metric import Metric
+from autoprune.plan import LayerPlan, Plan
+from autoprune.recurrent import cut_states_, recurrent_modules
+from autoprune.registry import Choice
+from autoprune.report.console import Console
+from autoprune.report.table import MISSING, markdown_table
+from autoprune.settings import TrainingSettings
+from autoprune.tasks import TASKS, Task
+from autoprune.training import TRAINING
+from autoprune.training.loop import count_batches, train_
+from autoprune.training.widening import make_pruner_
+
+RESULTS = Path(__file__).parent / "results"
+KEPT = cache_folder() / "benchmarks" / "recurrent"
+GROUP = 16
+DEEPENS = 0.6  # of the training: until then more and more is cut
+METHOD = Choice("gradual", {"end": DEEPENS})
+PROTOCOL = Protocol(samples=25, warmup=3, threads=1, min_sample_ms=2.0, lead=1)
+
+
+@dataclass(frozen=True, order=True)
+class Variant:
+    """What is pruned: a share of the weights, and all states but a share."""
+
+    weights: float = 0.0
+    states: float = 1.0
+
+    def __str__(self) -> str:
+        parts = [f"{self.weights:.0%} of the weights cut"] if self.weights else []
+        parts += [f"{self.states:.0%} of each state kept"] if self.states < 1.0 else []
+        return ", ".join(parts) or "dense"
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A task and what is pruned of its model, the most telling first; runs are `longer` than the dense training."""
+
+    name: str
+    variants: tuple[Variant, ...]
+    longer: int = 1
+
+
+SMALL = (Variant(), Variant(0.9), Variant(0.0, 0.2), Variant(0.9, 0.2), Variant(0.95), Variant(0.0, 0.1))
+SHOWN = {
+    each.name: each
+    for each in (
+        Shown("spoken_digits", SMALL, longer=3),
+        Shown("japanese_vowels", SMALL),
+        Shown("moby_dick", (Variant(), Variant(0.8), Variant(0.9), Variant(0.8, 0.2))),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A run's figures; `zeros` is the share of state entries that are zero at the real steps of the test split."""
+
+    task: str
+    variant: Variant
+    seed: int
+    validation: float
+    test: float
+    zeros: float
+    sparsity: float
+    seconds: float
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Outcome:
+        return cls(**{**data, "variant": Variant(**data["variant"])})
+
+
+def make_task(shown: Shown, seed: int) -> Task:
+    return TASKS.create(Choice(shown.name, {"seed": seed}))
+
+
+def settings_of(shown: Shown, task: Task) -> TrainingSettings:
+    """Of every run, dense ones too."""
+    assert task.dense_training is not None
+    return task.dense_training.changed({"epochs": shown.longer * task.dense_training.epochs})
+
+
+def model_path(shown: Shown, variant: Variant, seed: int) -> Path:
+    return KEPT / f"{shown.name}-{variant.weights:g}-{variant.states:g}-{seed}.safetensors"
+
+
+def train_one(shown: Shown, variant: Variant, seed: int, console: Console) -> Outcome:
+    """One run, from its last epoch when it was stopped before."""
+    torch.set_num_threads(1)
+    task = make_task(shown, seed)
+    model, x, settings = copy.deepcopy(task.model), task.example_inputs(2), settings_of(shown, task)
+    if variant.states < 1.0:
+        cut_states_(model, keep=variant.states, over=round(DEEPENS * settings.epochs * count_batches(task.train)))
+    inventory = take_inventory(model, x)
+    inventory = take_inventory(model, x, keep_dense=(inventory.names[-1],))
+    method = pruner = None
+    if variant.weights:
+        layer = LayerPlan(variant.weights, Choice("group", {"size": GROUP}))
+        method, plan = TRAINING.create(METHOD), Plan(dict.fromkeys(inventory.names, layer), METHOD)
+        pruner = make_pruner_(method, model, inventory, plan, x, task.calibration, task.loss, WeightCost)
+    path, start = model_path(shown, variant, seed), time.process_time()
+    train_(
+        model, task.train, task.loss, settings, seed=seed, method=method, pruner=pruner,
+        checkpoint=path.with_suffix(".training"), progress=console, title=f"{shown.name}, {variant}, seed {seed}",
+    )  # fmt: skip
+    model.eval()
+    write_tensors(path, model.state_dict())
+    weights = [weight_of(model, name) for name in inventory.names]
+    cut = 1.0 - sum(int(torch.count_nonzero(each)) for each in weights) / sum(each.numel() for each in weights)
+    return Outcome(
+        shown.name, variant, seed, task.evaluate(model), task.test(model), zero_states(model, task), cut,
+        time.process_time() - start,
+    )  # fmt: skip
+
+
+@torch.inference_mode()
+def zero_states(model: nn.Module, task: Task) -> float:
+    """The share of state entries that are zero; steps behind the end of a sequence are left out."""
+    zeros = total = 0
+    lengths: torch.Tensor | None = None
+
+    def count(_module: nn.Module, _given: Any, output: Any) -> None:
+        nonlocal zeros, total
+        states = output[0]
+        real = torch.ones(states.shape[:2], dtype=torch.bool)
+        if lengths is not None:
+            real = torch.arange(states.shape[1]) < lengths[:, None]
+        zeros += int((states == 0)[real].sum())
+        total += int(real.sum()) * states.shape[2]
+
+    hooks = [module.register_forward_hook(count) for _, module in recurrent_modules(model)]
+    for inputs, _ in task.testing:
+        given = as_tuple(inputs)
+        lengths = given[1] if len(given) > 1 else None
+        model(*given)
+    for hook in hooks:
+        hook.remove()
+    return zeros / max(1, total)
+
+
+def time_models(names: Sequence[str], console: Console) -> None:
+    """Times the first seed's models, packed, in turns with the dense engines."""
+    torch.set_num_threads(1)
+    for name in names:
+        shown = SHOWN[name]
+        task = make_task(shown, 0)
+        x = task.example_inputs(1)
+        variants = [each.variant for each in outcomes() if each.task == name and each.seed == 0]
+        if not variants:
+            continue
+        calls: dict[Any, Any] = {
+            engine: ENGINES.create(Choice(engine)).prepare(task.model, x, 1) for engine in baselines()
+        }
+        for variant in variants:
+            model = copy.deepcopy(task.model)
+            if variant.states < 1.0:
+                cut_states_(model, keep=variant.states, over=1)
+            model.load_state_dict(read_tensors(model_path(shown, variant, 0), "the model")[0])
+            calls[variant] = partial(autoprune.repack(model.eval(), x, threads=1), *x)
+            console.say(f"{name}, {variant}: repacked")
+        times = measure_together(calls, PROTOCOL)
+        best = min((each for each in times if isinstance(each, str)), key=lambda each: times[each].median_ms)
+        for variant in variants:
+            row = {"task": name, "variant": asdict(variant), "ms": times[variant].median_ms, "best": best,
+                   "best_ms": times[best].median_ms, "speedup": speedup(times[best], times[variant]),
+                   "shape": [list(each.shape) for each in x]}  # fmt: skip
+            append_line(RESULTS / "recurrent_training" / "times.jsonl", row)
+
+
+def outcomes() -> list[Outcome]:
+    return [Outcome.from_json(row) for row in read_lines(RESULTS / "recurrent_training" / "runs.jsonl", "the runs")]
+
+
+def report() -> str:
+    """The page, from the runs."""
+    lines = ["# What pruning costs recurrent networks", "", "Written by `python benchmarks/recurrent_training.py`.", ""]
+    lines += [line for line in (__doc__ or "").splitlines()[7:] if line]
+    lines += ["", f"Timed on {machine_text()}, one thread, batch 1, against the best dense engine of the same run.", ""]
+    timed = {}
+    for row in read_lines(RESULTS / "recurrent_training" / "times.jsonl", "the times"):
+        timed[row["task"], Variant(**row["variant"])] = row
+    for name in SHOWN:
+        runs = [each for each in outcomes() if each.task == name]
+        if not runs:
+            continue
+        task = make_task(SHOWN[name], 0)
+        dense = fmean(each.test for each in runs if each.variant == Variant())
+        difference = partial(_difference, task.metric)
+        rows = []
+        for variant in sorted({each.variant for each in runs}):
+            own = [each for each in runs if each.variant == variant]
+            tests, time_row = [each.test for each in own], timed.get((name, variant))
+            rows.append((
+                str(variant), f"{fmean(each.sparsity for each in own):.1%}", f"{fmean(each.zeros for each in own):.1%}",
+                task.metric.text(fmean(tests)), difference(pstdev(tests)) if len(tests) > 1 else MISSING,
+                difference(dense - fmean(tests)), str(len(own)),
+                MISSING if time_row is None else f"{time_row['ms']:.3f}",
+                MISSING if time_row is None else f"{time_row['speedup']:.2f}x ({time_row['best']})",
+            ))  # fmt: skip
+        header = (
+            "pruned", "zero weights", "zero states", f"test {task.metric.name}", "deviation", "worse than dense",
+            "runs", "ms", "times best dense",
+        )  # fmt: skip
+        lines += [f"## {name}, {settings_of(SHOWN[name], task).epochs} epochs", "", markdown_table(header, rows), ""]
+    return "\n".join(lines) + "\n"
+
+
+def _difference(metric: Metric, drop: float) -> str:
+    return f"{abs(metric.factor) * drop:.{metric.digits}f}"
+
+
+def jobs(names: Sequence[str], variants: int, seeds: int) -> Iterator[tuple[Shown, Variant, int]]:
+    """What is missing, seed by seed."""
+    done = {(each.task, each.variant, each.seed) for each in outcomes()}
+    for seed in range(seeds):
+        for name in names:
+            for variant in SHOWN[name].variants[:variants]:
+                if (name, variant, seed) not in done:
+                    yield SHOWN[name], variant, seed
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", default=",".join(SHOWN), help="of " + ", ".join(SHOWN))
+    parser.add_argument("--variants", type=int, default=99, help="only the first so many")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--time", action="store_true", help="time the models of finished runs, and train nothing")
+    parser.add_argument("--report", action="store_true", help="only draw the table")
+    given, console = parser.parse_args(argv), Console()
+    names = given.tasks.split(",")
+    if unknown := set(names) - set(SHOWN):
+        parser.error(f"unknown task {', '.join(sorted(unknown))}; known: {', '.join(SHOWN)}")
+    failed = False
+    try:
+        if given.time:
+            time_models(names, console)
+        elif not given.report:
+            for shown, variant, seed in jobs(names, given.variants, given.seeds):
+                outcome = train_one(shown, variant, seed, console)
+                append_line(RESULTS / "recurrent_training" / "runs.jsonl", asdict(outcome))
+                console.say(f"{shown.name}, {variant}, seed {seed}: {outcome.test:.4f}")
+    except KeyboardInterrupt:
+        console.say("stopped; what was trained is kept, the same command goes on from here")
+        failed = True
+    except AutopruneError as error:
+        console.say(f"error: {error}")
+        failed = True
+    if outcomes():
+        write_text(RESULTS / "recurrent_training.md", text := report())
+        print(text)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
