@@ -142,7 +142,7 @@ class ChannelGate(nn.Module):
         self.bias = nn.Parameter(torch.ones(groups))
         self.register_buffer("threshold", torch.zeros(1))  # the least factor that lives, where the gate is adaptive
         self.register_buffer("seen", torch.zeros((), dtype=torch.long))  # training batches
-        self.whole = False  # whether it is being captured
+        self.whole: int | None = None  # groups each input keeps, while the gate is captured as one operator
         self._saliency: Tensor | None = None
 
     @property
@@ -158,8 +158,8 @@ class ChannelGate(nn.Module):
         return 0 if self.gating.adaptive else max(1, round(self.share * len(self.bias)))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.whole:
-            factors: Tensor = channel_gate(x, self.weight, self.bias, self.threshold, self.kept)
+        if self.whole is not None:
+            factors: Tensor = channel_gate(x, self.weight, self.bias, self.threshold, self.whole)
             return factors
         scores = saliency(x, self.weight, self.bias)
         if not self.training:
@@ -210,7 +210,7 @@ class GatedConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         factors = self.gate(x)
         y: Tensor = self.norm(self.conv(x))
-        if self.gate.whole:
+        if self.gate.whole is not None:
             captured: Tensor = scale_channels(y, factors)
             return captured
         return scaled(y, factors)

@@ -28,8 +28,13 @@ DYNAMIC = [
     Variant(0.0, "inner", 0.5, adaptive=False),
     Variant(0.0, "inner", 0.25),
     Variant(0.75, "inner", 0.5),
+    Variant(0.75, "inner", 0.25),
+    Variant(0.85, "inner", 0.5),
+    Variant(0.75, "inner", 0.5, size=0),
+    Variant(0.75, "both", 0.5),
+    Variant(0.75, "late", 0.25),
 ]
-BOTH = [*STATIC, *DYNAMIC]
+VARIANTS = [*STATIC, *DYNAMIC]
 
 
 def main() -> None:
@@ -38,9 +43,9 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="train nothing: report what is there")
     given = parser.parse_args()
     if not given.report:
-        train_all(BOTH, given.workers)
+        train_all(VARIANTS, given.workers)
     torch.set_num_threads(1)
-    runs = [read(variant) for variant in BOTH if is_trained(variant)]
+    runs = [read(variant) for variant in VARIANTS if is_trained(variant)]
     console = Console()
     text = report(measure_runs(runs, console), mechanism(console))
     write_text(RESULTS, text)

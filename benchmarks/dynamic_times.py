@@ -23,6 +23,7 @@ from autoprune.patterns import PATTERNS
 from autoprune.registry import Choice
 from autoprune.repack import ProgramModel, repack
 from autoprune.repack.layer_times import COPY, layer_times
+from autoprune.repack.program.native import NativeOp, NativeSequence
 from autoprune.report.console import Console
 from autoprune.tasks import TASKS
 
@@ -38,7 +39,8 @@ class Measured:
     """A run's latency.
 
     Attributes:
-        ms: (rounds, images) milliseconds.
+        ms: (rounds, images) milliseconds of a call.
+        native_ms: likewise of the native code alone, without the Python around it.
         live: mean share of groups that live; 1 without gates.
         all_live_ms: median milliseconds of the same model whose gates let everything pass; of itself without gates.
         profile: microseconds of predictors, convolutions, layout copies and the rest; and of the call around them.
@@ -46,18 +48,23 @@ class Measured:
 
     run: Run
     ms: NDArray[np.float64]
+    native_ms: NDArray[np.float64]
     live: float
     all_live_ms: float
     profile: Mapping[str, float]
 
     @property
     def per_image(self) -> NDArray[np.float64]:
-        """Median milliseconds of each image."""
+        """Median milliseconds of a call with each image."""
         return np.median(self.ms, axis=0)
 
     @property
     def mean_ms(self) -> float:
         return float(self.per_image.mean())
+
+    @property
+    def mean_native_ms(self) -> float:
+        return float(np.median(self.native_ms, axis=0).mean())
 
 
 def measure_runs(runs: Sequence[Run], console: Console) -> list[Measured]:
@@ -66,7 +73,7 @@ def measure_runs(runs: Sequence[Run], console: Console) -> list[Measured]:
     x = task().example_inputs(1)
     fast = {run: _repacked(run.model, x) for run in runs}
     open_ = {run: _repacked(let_pass(run.model), x) if gates(run.model) else fast[run] for run in runs}
-    times = {run: np.zeros((ROUNDS, len(images))) for run in runs}
+    times, natively = ({run: np.zeros((ROUNDS, len(images))) for run in runs} for _ in range(2))
     with torch.inference_mode(), console.bar("timing", ROUNDS) as bar:
         for number in range(ROUNDS):
             for image in range(len(images)):
@@ -76,15 +83,29 @@ def measure_runs(runs: Sequence[Run], console: Console) -> list[Measured]:
                     start = time.perf_counter()
                     fast[run](given)
                     times[run][number, image] = 1e3 * (time.perf_counter() - start)
+                    natively[run][number, image] = _native_ms(fast[run], given)
             bar.advance(1)
     passing = measure_together({str(run.variant): partial(open_[run], *x) for run in runs}, Protocol(threads=1))
     return [
         Measured(
-            run, times[run], _live(run.model, images), passing[str(run.variant)].median_ms,
+            run, times[run], natively[run], _live(run.model, images), passing[str(run.variant)].median_ms,
             profiled(fast[run], run.model, images, float(np.median(times[run]))),
         )
         for run in runs
     ]  # fmt: skip
+
+
+def _native_ms(fast: ProgramModel, given: Tensor) -> float:
+    plan = fast.program.plan((tuple(given.shape),))
+    frame = plan.frame()
+    plan.fill(frame, (given,))
+    (part,) = plan.parts  # one native call: nothing of this model is left to torch
+    assert isinstance(part, NativeSequence)
+    start = time.perf_counter()
+    part.run(frame.slots.ctypes.data, frame.counters[0].ctypes.data)
+    taken = 1e3 * (time.perf_counter() - start)
+    plan.release(frame)
+    return taken
 
 
 def let_pass(model: nn.Module) -> nn.Module:
@@ -99,20 +120,31 @@ def let_pass(model: nn.Module) -> nn.Module:
 
 
 def profiled(fast: ProgramModel, model: nn.Module, images: Tensor, whole_ms: float) -> dict[str, float]:
-    """Microseconds an image, by what they are spent on; a timed operation's own call is taken out."""
+    """Microseconds an image, by what they are spent on; a timed operation's own call is taken out.
+
+    The rest is pooling and the classifier; `call` is the Python around the native code.
+    """
+    call_us = _call_us()
     totals: dict[str, list[float]] = {"predictors": [], "convolutions": [], "copies": [], "rest": []}
     for image in range(0, len(images), len(images) // PROFILED):
         parts = dict.fromkeys(totals, 0.0)
         for row in layer_times(fast, model, images[image : image + 1], Protocol(samples=20)):
             kinds = {"gate": "predictors", "conv2d": "convolutions", "gated_conv2d": "convolutions", COPY: "copies"}
-            parts[kinds.get(row.kind, "rest")] += max(0.0, row.median_us - CALL_US)
+            parts[kinds.get(row.kind, "rest")] += max(0.0, row.median_us - call_us)
         for name, value in parts.items():
             totals[name].append(value)
     found = {name: statistics.fmean(values) for name, values in totals.items()}
     return {**found, "call": 1e3 * whole_ms - sum(found.values())}
 
 
-CALL_US = 1.0  # of one native operation from Python
+def _call_us() -> float:
+    """Median microseconds of calling a native operation that has nothing to do."""
+    nothing, times = NativeSequence([NativeOp("nothing", 0, np.zeros(1, np.int64), 0)]), []
+    for _ in range(500):
+        start = time.perf_counter()
+        nothing.run_op(0, 0)
+        times.append(1e6 * (time.perf_counter() - start))
+    return statistics.median(times)
 
 
 def mechanism(console: Console) -> dict[tuple[str, float, float | None], float]:

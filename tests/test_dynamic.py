@@ -137,6 +137,15 @@ def test_a_gated_program_tells_its_times_and_its_memory() -> None:
     assert report["1.conv2"] == "live + sum + relu"
 
 
+@pytest.mark.parametrize("seen", [0, 2, 6])
+def test_a_model_is_captured_with_what_its_ramp_has_reached(seen: int) -> None:
+    model = net()
+    for each in gate_channels_(model, X, INNER, Gating(2, 0.5, ramp=6)).values():
+        each.gate.seen.fill_(seen)
+    gate = {op.output: op for op in capture(model, (X,)).ops}["channel_gate"]
+    assert gate.attributes["keep"] == {0: 4, 2: 3, 6: 2}[seen]
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [

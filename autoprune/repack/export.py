@@ -246,7 +246,7 @@ def _rows(original: nn.Module, graph: Graph, chosen: Mapping[str, Chosen]) -> tu
             choice = Chosen(DENSE, "not found in the graph: it does not run, or another layer took it over")
             left = weight.shape
         else:
-            choice = chosen.get(op.output, Chosen(DENSE, "neither grouped convolutions nor float16 have other forms"))
+            choice = chosen.get(op.output, Chosen(DENSE, "grouped and gated convolutions and float16 have one form"))
             left = graph.constants[op.tensors["weight"]].shape
         form, why = choice.form, choice.why or "it has no zeros"
         if left != weight.shape:

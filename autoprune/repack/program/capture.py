@@ -92,7 +92,7 @@ def _freedoms(inputs: Sequence[Tensor], recurrent: Sequence[nn.LSTM | nn.GRU]) -
 def _whole_operators(model: nn.Module) -> nn.Module:
     """Makes gates and recurrent directions operators, which torch.export would take apart; changes all but the root."""
     for gate in gates(model).values():
-        gate.whole = True
+        gate.whole = gate.kept
     for name, module in list(recurrent_modules(model)):
         if not name:
             return WholeSequences(module)
