@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.errors import AutopruneError, ConfigError, did_you_mean
-from autoprune.inventory import as_tuple, take_inventory
+from autoprune.inventory import as_tuple, eval_mode, take_inventory
 
 MOMENTUM = 0.05  # of the running threshold: what a training batch adds to it
 
@@ -258,15 +258,10 @@ def gate_channels_(
         conv, behind = cast("nn.Conv2d", model.get_submodule(name)), able[name]
         norm = nn.Identity() if behind is None else model.get_submodule(behind)
         if behind is not None:
-            _put(model, behind, nn.Identity())
+            model.set_submodule(behind, nn.Identity())
         made[name] = GatedConv2d(conv, norm, gates[name]).train(conv.training)
-        _put(model, name, made[name])
+        model.set_submodule(name, made[name])
     return made
-
-
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
 
 
 def gates(model: nn.Module) -> dict[str, ChannelGate]:
@@ -302,14 +297,10 @@ def live_shares(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
         return lambda _module, _given, factors: shares.__setitem__(name, (factors != 0).float().mean(dim=1))
 
     handles = [gate.register_forward_hook(remember(name)) for name, gate in gates(model).items()]
-    modes = [(module, module.training) for module in model.modules()]
     try:
-        model.eval()
-        with torch.inference_mode():
+        with eval_mode(model), torch.inference_mode():
             model(*as_tuple(inputs))
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in modes:
-            module.training = mode
     return shares

@@ -175,6 +175,18 @@ def watch_forward(model: nn.Module, names: Iterable[str], seen: Any) -> Iterator
                 module.__dict__["forward"] = own
 
 
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode, and afterwards in its own again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 def record_inputs(model: nn.Module, example_inputs: Any, names: Sequence[str]) -> dict[str, Tensor]:
     """Runs `model` once and returns the first input of each named layer; layers never called are left out."""
     inputs: dict[str, Tensor] = {}

@@ -343,22 +343,34 @@ class WholeSequences(nn.Module):
         assert cell is not None
 
         def sequence(suffix: str, x: Tensor, h: Tensor | None, c: Tensor | None, lengths: Tensor | None) -> Tensor:
-            time, reverse = int(module.batch_first), suffix.endswith("_reverse")
-            turned = lengths if reverse else None  # sequences end at different steps: each is turned by itself
-            if turned is not None:
-                x = turn_sequences(x, time, turned)
-            gates = functional.linear(x, getattr(self, f"weight_ih_{suffix}"), getattr(self, f"bias_ih_{suffix}", None))
-            weight, bias = getattr(self, f"weight_hh_{suffix}"), getattr(self, f"bias_hh_{suffix}", None)
-            states: Tensor = recurrent(
-                gates, weight, bias, h, c, cell, time == 0, reverse and turned is None, cut.threshold,
-                cut.kept(module.hidden_size),
-            )  # fmt: skip
-            return states if turned is None else torch.stack([turn_sequences(each, time, turned) for each in states])
+            weights = [getattr(self, f"weight_{part}_{suffix}") for part in ("ih", "hh")]
+            biases = [getattr(self, f"bias_{part}_{suffix}", None) for part in ("ih", "hh")]
+
+            def run(x: Tensor, reverse: bool) -> Tensor:
+                gates = functional.linear(x, weights[0], biases[0])
+                states: Tensor = recurrent(
+                    gates, weights[1], biases[1], h, c, cell, not module.batch_first, reverse, cut.threshold,
+                    cut.kept(module.hidden_size),
+                )  # fmt: skip
+                return states
+
+            return run_whole(run, module, suffix, x, lengths)
 
         return run_directions(module, x, hx, sequence)
 
 
-def turn_sequences(values: Tensor, time: int, lengths: Tensor) -> Tensor:
+def run_whole(
+    run: Callable[[Tensor, bool], Tensor], module: nn.LSTM | nn.GRU, suffix: str, x: Tensor, lengths: Tensor | None
+) -> Tensor:
+    """One direction by ``run(x, reverse)``, which knows no lengths: sequences of different ones are turned for it."""
+    reverse = suffix.endswith("_reverse")
+    if not reverse or lengths is None:
+        return run(x, reverse)
+    time = int(module.batch_first)
+    return torch.stack([_turned(each, time, lengths) for each in run(_turned(x, time, lengths), False)])
+
+
+def _turned(values: Tensor, time: int, lengths: Tensor) -> Tensor:
     """Each sequence's real steps in the opposite order."""
     values = values.transpose(0, 1) if time == 0 else values
     steps = torch.arange(values.shape[1])
@@ -377,24 +389,31 @@ def recurrent_modules(model: nn.Module) -> Iterator[tuple[str, nn.LSTM | nn.GRU]
 # Sparse states -------------------------------------------------------------------------------------------------------
 
 
-class SparseStateLSTM(nn.LSTM):
-    """An LSTM that cuts its states at every step, in training as in use; see `cut_states_`."""
+class _SparseState(nn.RNNBase):
+    """Cuts its states at every step, in training as in use; see `cut_states_`."""
 
     cut: StateCut
     over: int
 
     def forward(self, x: Any, hx: Any = None) -> Any:
-        return run_stepwise(self, x, hx, cut=_present_cut(self))
+        return run_stepwise(cast("nn.LSTM | nn.GRU", self), x, hx, cut=self._present_cut())
+
+    def _present_cut(self) -> StateCut:
+        """The cut of this call; counts the calls in training while the cut deepens."""
+        if not self.training or not self.over:
+            return self.cut
+        steps = cast("Tensor", self.cut_steps)
+        progress = int(steps) / self.over
+        steps += 1
+        return self.cut.part(progress)
 
 
-class SparseStateGRU(nn.GRU):
-    """A GRU that does."""
+class SparseStateLSTM(_SparseState, nn.LSTM):
+    """An LSTM that cuts its states."""
 
-    cut: StateCut
-    over: int
 
-    def forward(self, x: Any, hx: Any = None) -> Any:
-        return run_stepwise(self, x, hx, cut=_present_cut(self))
+class SparseStateGRU(_SparseState, nn.GRU):
+    """A GRU that cuts its states."""
 
 
 _SPARSE: Mapping[str, type[nn.Module]] = {"lstm": SparseStateLSTM, "gru": SparseStateGRU}
@@ -402,17 +421,7 @@ _SPARSE: Mapping[str, type[nn.Module]] = {"lstm": SparseStateLSTM, "gru": Sparse
 
 def state_cut(module: nn.Module) -> StateCut:
     """How a recurrent module cuts its states, training apart."""
-    return module.cut if isinstance(module, (SparseStateLSTM, SparseStateGRU)) else NO_CUT
-
-
-def _present_cut(module: SparseStateLSTM | SparseStateGRU) -> StateCut:
-    """The cut of this call; counts the calls in training while the cut deepens."""
-    if not module.training or not module.over:
-        return module.cut
-    steps = cast("Tensor", module.cut_steps)
-    progress = int(steps) / module.over
-    steps += 1
-    return module.cut.part(progress)
+    return module.cut if isinstance(module, _SparseState) else NO_CUT
 
 
 def cut_states_(model: nn.Module, *, threshold: float = 0.0, keep: float = 1.0, over: int = 0) -> nn.Module:

@@ -20,6 +20,14 @@ from autoprune.repack.program.program import Program
 from autoprune.repack.program.weights import Weights
 
 
+def check_input(x: Tensor) -> None:
+    """Raises AutopruneError for what no packed layer takes; of a known shape too: native code takes it for floats."""
+    if x.requires_grad and torch.is_grad_enabled():
+        raise AutopruneError("a repacked model is for inference: call it under torch.inference_mode() or no_grad().")
+    if x.dtype != torch.float32 or not x.is_cpu:
+        raise AutopruneError(f"a packed layer takes float32 on the CPU; the input is {x.dtype} on {x.device}.")
+
+
 class PackedLayer(nn.Module):
     """What the packed layers share: the packed arrays as buffers, and the dense weight rebuilt on request."""
 
@@ -60,12 +68,7 @@ class PackedLayer(nn.Module):
         x = input
         if torch.compiler.is_compiling():
             return self._traced(x)
-        if x.requires_grad and torch.is_grad_enabled():
-            raise AutopruneError(
-                "a repacked model is for inference: call it under torch.inference_mode() or no_grad()."
-            )
-        if x.dtype != torch.float32 or not x.is_cpu:  # of a known shape too: native code takes what it gets for floats
-            raise AutopruneError(f"a packed layer takes float32 on the CPU; the input is {x.dtype} on {x.device}.")
+        check_input(x)
         program = self._program or self._prepare()
         return self._run(program, x)
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from autoprune.errors import AutopruneError
-from autoprune.recurrent import GATES, by_gate, by_unit, cell_of, layers_of, run_directions, state_cut, turn_sequences
+from autoprune.recurrent import GATES, by_unit, cell_of, layers_of, run_directions, run_whole, state_cut
 from autoprune.repack.formats import PackedWeight, pack
+from autoprune.repack.layers import check_input
 from autoprune.repack.program.graph import Graph, Input, Op
 from autoprune.repack.program.nodes import Tiling
 from autoprune.repack.program.passes import simplify
@@ -55,33 +56,23 @@ class PackedRecurrent(nn.Module):
         """The module it stands for, without its weights."""
         return self._settings[0]
 
-    def dense_weights(self) -> dict[str, Tensor]:
-        """Every weight as torch has it, zeros and all."""
-        gates = _gates(self.settings)
-        return {name: by_gate(packed.unpack(), gates) for name, packed in self.packs.items()}
-
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, input: Any, hx: Any = None) -> Any:  # named as torch names it
         given = input.data if isinstance(input, PackedSequence) else input
         for x in (given, *([] if hx is None else hx if isinstance(hx, (tuple, list)) else [hx])):
-            if x.requires_grad and torch.is_grad_enabled():
-                raise AutopruneError(
-                    "a repacked model is for inference: call it under torch.inference_mode() or no_grad()."
-                )
-            if x.dtype != torch.float32 or not x.is_cpu:
-                raise AutopruneError(f"a packed layer takes float32 on the CPU; one input is {x.dtype} on {x.device}.")
+            check_input(x)
         if given.dim() not in (1, 2, 3) or given.shape[-1] != self.settings.input_size or not given.numel():
             raise AutopruneError(
                 f"this layer takes sequences of {self.settings.input_size} features, not shape {tuple(given.shape)}."
             )
 
         def sequence(suffix: str, x: Tensor, h: Tensor | None, c: Tensor | None, lengths: Tensor | None) -> Tensor:
-            time, reverse = int(self.settings.batch_first), suffix.endswith("_reverse")
-            turned = lengths if reverse else None  # sequences end at different steps: each is turned by itself
-            x = x if turned is None else turn_sequences(x, time, turned)
             begin = tuple(each for each in (h, c) if each is not None)
-            states = self._run(suffix, reverse and turned is None, (x, *begin))
-            return states if turned is None else torch.stack([turn_sequences(each, time, turned) for each in states])
+
+            def run(x: Tensor, reverse: bool) -> Tensor:
+                return self._run(suffix, reverse, (x, *begin))
+
+            return run_whole(run, self.settings, suffix, x, lengths)
 
         return run_directions(self.settings, input, hx, sequence)
 

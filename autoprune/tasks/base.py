@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from autoprune.errors import AutopruneError
-from autoprune.inventory import as_tuple
+from autoprune.inventory import as_tuple, eval_mode
 from autoprune.masks import Batches, Loss
 from autoprune.metric import ACCURACY, Metric
 from autoprune.settings import TrainingSettings
@@ -37,17 +37,11 @@ def _nats(logits: Tensor, target: Tensor) -> Tensor:
 
 def _mean(model: nn.Module, batches: Batches, worth: Callable[[Tensor, Tensor], Tensor]) -> float:
     """The mean of what each target is worth, given its logits."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     total, count = 0.0, 0
-    try:
-        with torch.inference_mode():
-            for inputs, target in batches:
-                total += float(worth(model(*as_tuple(inputs)), target).sum(dtype=torch.float64))
-                count += target.numel()
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with eval_mode(model), torch.inference_mode():
+        for inputs, target in batches:
+            total += float(worth(model(*as_tuple(inputs)), target).sum(dtype=torch.float64))
+            count += target.numel()
     if count == 0:
         raise AutopruneError("there is no data to evaluate on; give at least one batch.")
     return total / count

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import llvmlite.ir as ir
@@ -31,6 +31,18 @@ def loop(b: ir.IRBuilder, start: ir.Value, stop: ir.Value, step: int = 1) -> Ite
     i.add_incoming(b.add(i, const(step)), b.block)
     b.branch(head)
     b.position_at_end(done)
+
+
+def spans(
+    b: ir.IRBuilder, first: ir.Value, last: ir.Value, widths: Iterable[int], body: Callable[[ir.Value, int], None]
+) -> None:
+    """``body(start, width)`` over ``range(first, last)``: as many of the first width as fit, then of the next."""
+    start = first
+    for width in dict.fromkeys(widths):
+        stop = b.add(start, b.mul(b.sdiv(b.sub(last, start), const(width)), const(width)))
+        with loop(b, start, stop, width) as position:
+            body(position, width)
+        start = stop
 
 
 def smaller(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:

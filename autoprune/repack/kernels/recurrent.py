@@ -40,7 +40,7 @@ from autoprune.repack.kernels.ir import (
 )
 from autoprune.repack.kernels.math import exp, splat_float
 from autoprune.repack.kernels.rows import each
-from autoprune.repack.kernels.rows_gemm import tile, tokens_together
+from autoprune.repack.kernels.rows_gemm import PackedArrays, group_product
 
 TOGETHER = 4  # vectors of units whose cells are computed side by side: each is a long chain
 
@@ -194,40 +194,17 @@ _Product = Callable[[ir.IRBuilder, _Get, ir.Value, ir.Value, ir.Value, ir.Value,
 
 def _by_group(module: ir.Module, form: Form, target: Target) -> _Product:
     """Each group's rows at once, several entries of the batch together."""
-    most = tokens_together(form.rows, target)
-    counts = sorted({most, max(1, most // 2), max(1, most // 4), 1}, reverse=True)
-    built = {count: tile(module, form.rows, count, target, "") for count in counts}
+    compute = group_product(module, form.rows, target)
 
     def product(
         b: ir.IRBuilder, get: _Get, past: ir.Value, past_entry: ir.Value, first: ir.Value, last: ir.Value,
         entry_work: _Entries,
     ) -> None:  # fmt: skip
-        rows = const(form.rows)
-        low, high = (ir.Constant(F32, bound) for bound in (-math.inf, math.inf))
-        nowhere = const(0)
+        packed = PackedArrays(*(get[Field[name.upper()]] for name in PackedArrays._fields))
+        x, y = (past, past_entry), (entry_work(const(0)).projected, get[Field.SCRATCH])
+        unbounded = ir.Constant(F32, -math.inf), ir.Constant(F32, math.inf)
         with loop(b, const(0), get[Field.GROUPS]) as group:
-            pointer = pointer_field(b, get[Field.GROUP_POINTER], INTS)
-            begin = long_at(b, pointer, group)
-            kept = b.sub(long_at(b, pointer, b.add(group, const(1))), begin)
-            index = at(b, pointer_field(b, get[Field.INDEX], INTS), begin)
-            values = at(b, pointer_field(b, get[Field.VALUES], FLOATS), b.mul(begin, rows))
-            bias = at(b, pointer_field(b, get[Field.BIAS], FLOATS), b.mul(group, rows))
-            out_index = at(b, pointer_field(b, get[Field.OUT_INDEX], INTS), b.mul(group, rows))
-            neighbours = long_at(b, pointer_field(b, get[Field.FIRST], INTS), group)
-            start = first
-            for count in counts:
-                stop = b.add(start, b.mul(b.sdiv(b.sub(last, start), const(count)), const(count)))
-                with loop(b, start, stop, count) as entry:
-                    x = at(b, past, b.mul(entry, past_entry))
-                    y = entry_work(entry).projected
-                    b.call(
-                        built[count],
-                        [
-                            x, past_entry, index, kept, values, bias, y, get[Field.SCRATCH], y, const(0), nowhere,
-                            out_index, neighbours, low, high,
-                        ],
-                    )  # fmt: skip
-                start = stop
+            compute(b, packed, group, (first, last), x, y, (y[0], const(0)), const(0), unbounded)
 
     return product
 

@@ -23,6 +23,7 @@ from autoprune.repack.kernels.ir import (
     op_function,
     pointer_field,
     smaller,
+    spans,
     splat,
     store_vector,
     vector,
@@ -91,12 +92,7 @@ def each(
     b: ir.IRBuilder, count: ir.Value, lanes: int, body: Callable[[ir.Value, int], None], together: int = 1
 ) -> None:
     """``body(position, lanes)`` over `count` floats: `together` vectors as one, whole vectors, then single floats."""
-    start: ir.Value = const(0)
-    for wide in dict.fromkeys((together * lanes, lanes, 1)):
-        stop = b.add(start, b.mul(b.sdiv(b.sub(count, start), const(wide)), const(wide)))
-        with loop(b, start, stop, wide) as position:
-            body(position, wide)
-        start = stop
+    spans(b, const(0), count, (together * lanes, lanes, 1), body)
 
 
 @once_a_process

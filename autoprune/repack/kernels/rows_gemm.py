@@ -7,8 +7,9 @@ one is summed in several independent parts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import IntEnum
+from typing import NamedTuple
 
 import llvmlite.ir as ir
 
@@ -31,6 +32,7 @@ from autoprune.repack.kernels.ir import (
     op_function,
     pointer_field,
     smaller,
+    spans,
     splat,
     store_vector,
     vector,
@@ -76,9 +78,7 @@ def tokens_together(rows: int, target: Target) -> int:
 def rows_gemm(rows: int, target: Target, activation: str = "") -> int:
     """The op for groups of `rows` filters; an item is some groups by some tokens."""
     module = ir.Module()
-    most = tokens_together(rows, target)
-    counts = sorted({most, max(1, most // 2), max(1, most // 4), 1}, reverse=True)
-    built = {count: tile(module, rows, count, target, activation) for count in counts}
+    compute = group_product(module, rows, target, activation)
     b, fields, slots, item, _ = op_function(module)
     get = {field: b.load(at(b, fields, const(field))) for field in Field}
     chunk, block = b.srem(item, get[Field.CHUNKS]), b.sdiv(item, get[Field.CHUNKS])
@@ -88,37 +88,75 @@ def rows_gemm(rows: int, target: Target, activation: str = "") -> int:
     y = address(b, slots, get[Field.Y_SLOT], get[Field.Y_OFFSET])
     residual = address(b, slots, get[Field.RESIDUAL_SLOT], get[Field.RESIDUAL_OFFSET])
     low, high = float_field(b, get[Field.LOW]), float_field(b, get[Field.HIGH])
-    pointer = pointer_field(b, get[Field.GROUP_POINTER], INTS)
+    packed = PackedArrays(*(get[Field[name.upper()]] for name in PackedArrays._fields))
+    lines = (x, get[Field.X_TOKEN]), (y, get[Field.Y_TOKEN]), (residual, get[Field.RESIDUAL_TOKEN])
     first = b.mul(chunk, get[Field.CHUNK])
     with loop(b, first, smaller(b, b.add(first, get[Field.CHUNK]), get[Field.GROUPS])) as group:
-        begin = long_at(b, pointer, group)
-        kept = b.sub(long_at(b, pointer, b.add(group, const(1))), begin)
-        index = at(b, pointer_field(b, get[Field.INDEX], INTS), begin)
-        values = at(b, pointer_field(b, get[Field.VALUES], FLOATS), b.mul(begin, const(rows)))
-        row0 = b.mul(group, const(rows))
-        bias = at(b, pointer_field(b, get[Field.BIAS], FLOATS), row0)
-        out_index = at(b, pointer_field(b, get[Field.OUT_INDEX], INTS), row0)
-        neighbours = long_at(b, pointer_field(b, get[Field.FIRST], INTS), group)
-
-        start = first_token
-        for count in counts:
-            stop = b.add(start, b.mul(b.sdiv(b.sub(last_token, start), const(count)), const(count)))
-            with loop(b, start, stop, count) as token:
-                b.call(
-                    built[count],
-                    [
-                        at(b, x, b.mul(token, get[Field.X_TOKEN])), get[Field.X_TOKEN], index, kept, values, bias,
-                        at(b, y, b.mul(token, get[Field.Y_TOKEN])), get[Field.Y_TOKEN],
-                        at(b, residual, b.mul(token, get[Field.RESIDUAL_TOKEN])), get[Field.RESIDUAL_TOKEN],
-                        get[Field.RESIDUAL], out_index, neighbours, low, high,
-                    ],
-                )  # fmt: skip
-            start = stop
+        compute(b, packed, group, (first_token, last_token), *lines, get[Field.RESIDUAL], (low, high))
     b.ret_void()
     return compile_op(module, "op", target)
 
 
-def tile(module: ir.Module, rows: int, tokens: int, target: Target, activation: str) -> ir.Function:
+class PackedArrays(NamedTuple):
+    """Fields that hold a packed weight: addresses, see `Field`."""
+
+    group_pointer: ir.Value
+    index: ir.Value
+    values: ir.Value
+    bias: ir.Value
+    out_index: ir.Value
+    first: ir.Value
+
+
+Lines = tuple[ir.Value, ir.Value]
+"""The first token's floats, and how many there are from a token to the next."""
+
+GroupProduct = Callable[
+    [
+        ir.IRBuilder, PackedArrays, ir.Value, tuple[ir.Value, ir.Value], Lines, Lines, Lines, ir.Value,
+        tuple[ir.Value, ir.Value],
+    ],
+    None,
+]  # fmt: skip
+"""(builder, weight, group, first and last token, x, y, residual, whether there is one, bounds): one group's results."""
+
+
+def group_product(module: ir.Module, rows: int, target: Target, activation: str = "") -> GroupProduct:
+    """What emits the product of one group of `rows` filters, several tokens together."""
+    most = tokens_together(rows, target)
+    counts = sorted({most, max(1, most // 2), max(1, most // 4), 1}, reverse=True)
+    built = {count: _tile(module, rows, count, target, activation) for count in counts}
+
+    def compute(
+        b: ir.IRBuilder, packed: PackedArrays, group: ir.Value, tokens: tuple[ir.Value, ir.Value], x: Lines, y: Lines,
+        residual: Lines, has_residual: ir.Value, bounds: tuple[ir.Value, ir.Value],
+    ) -> None:  # fmt: skip
+        pointer = pointer_field(b, packed.group_pointer, INTS)
+        begin = long_at(b, pointer, group)
+        kept = b.sub(long_at(b, pointer, b.add(group, const(1))), begin)
+        index = at(b, pointer_field(b, packed.index, INTS), begin)
+        values = at(b, pointer_field(b, packed.values, FLOATS), b.mul(begin, const(rows)))
+        row0 = b.mul(group, const(rows))
+        bias = at(b, pointer_field(b, packed.bias, FLOATS), row0)
+        out_index = at(b, pointer_field(b, packed.out_index, INTS), row0)
+        neighbours = long_at(b, pointer_field(b, packed.first, INTS), group)
+
+        def some(token: ir.Value, count: int) -> None:
+            x_at, y_at, residual_at = (at(b, base, b.mul(token, step)) for base, step in (x, y, residual))
+            b.call(
+                built[count],
+                [
+                    x_at, x[1], index, kept, values, bias, y_at, y[1], residual_at, residual[1], has_residual,
+                    out_index, neighbours, *bounds,
+                ],
+            )  # fmt: skip
+
+        spans(b, *tokens, counts, some)
+
+    return compute
+
+
+def _tile(module: ir.Module, rows: int, tokens: int, target: Target, activation: str) -> ir.Function:
     """All filters of a group for `tokens` tokens."""
     kinds = [
         FLOATS, I64, INTS, I64, FLOATS, FLOATS, FLOATS, I64, FLOATS, I64, I64, INTS, I64, F32, F32,

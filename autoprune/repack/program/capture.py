@@ -96,8 +96,7 @@ def _whole_operators(model: nn.Module) -> nn.Module:
     for name, module in list(recurrent_modules(model)):
         if not name:
             return WholeSequences(module)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, WholeSequences(module))
+        model.set_submodule(name, WholeSequences(module))
     return model
 
 
