@@ -12,7 +12,11 @@ AGENTS: Registry[Agent] = Registry(
         "sac": "autoprune.agents.sac:SACAgent",
         "td3": "autoprune.agents.td3:TD3Agent",
         "ddpg": "autoprune.agents.ddpg:DDPGAgent",
+        "greedy": "autoprune.agents.given:GreedyAgent",
+        "knapsack": "autoprune.agents.given:KnapsackAgent",
+        "restarts": "autoprune.agents.restarts:RestartsAgent",
         "tpe": "autoprune.agents.tpe:TPEAgent",
+        "cma_es": "autoprune.agents.cma_es:CmaEsAgent",
         "policy": "autoprune.agents.pretrained:PretrainedAgent",
     },
 )

@@ -1,4 +1,4 @@
-"""A saved policy as an agent: its mean action first, then (when there is a budget) tries around it."""
+"""A saved policy as an agent: its mean action first, then (when there is a budget) CMA-ES from there."""
 
 from __future__ import annotations
 
@@ -7,23 +7,28 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from autoprune.agents.base import Actor, Agent, OnTrial, run_episode
+from autoprune.agents.base import Agent, OnTrial, run_episode
+from autoprune.agents.evolution import evolve
 from autoprune.agents.policy import Policy
 from autoprune.envs.prune import PruneEnv
 from autoprune.errors import ConfigError
+
+SHIPPED = Path(__file__).parent / "shipped"
 
 
 class PretrainedAgent(Agent):
     """Applies a policy, trained on other models perhaps, to the problem at hand.
 
+    The first episode is the policy's own plan, and the best of all is kept: more episodes never end below it.
+
     Args:
-        path: the policy's folder.
-        noise: standard deviation added to the actions of every episode but the first.
+        path: the policy's folder; the policy that comes with autoprune when left out.
+        spread: standard deviation of the first generation around the policy's actions.
     """
 
-    def __init__(self, path: str, noise: float = 0.2) -> None:
-        self.policy = Policy.load(Path(path))
-        self.noise = noise
+    def __init__(self, path: str | None = None, spread: float = 0.25) -> None:
+        self.policy = Policy.load(Path(path) if path is not None else SHIPPED)
+        self.spread = spread
 
     def search(
         self, env: PruneEnv, episodes: int, seed: int, on_trial: OnTrial, directory: Path | None, done: int
@@ -31,13 +36,18 @@ class PretrainedAgent(Agent):
         if env.action_choices != self.policy.actions:
             ours, theirs = (", ".join(map(str, choices)) for choices in (env.action_choices, self.policy.actions))
             raise ConfigError(f"the policy was trained for the actions {theirs}; this environment has {ours}.")
-        for episode in range(done, episodes):
-            width = self.noise if episode else 0.0
-            on_trial(run_episode(env, self._around(np.random.default_rng([seed, episode]), width)))
+        taken: list[NDArray[np.float32]] = []
 
-    def _around(self, draws: np.random.Generator, width: float) -> Actor:
         def act(observation: NDArray[np.float32], step: int) -> NDArray[np.float32]:
-            mean = self.policy.act(observation, step)
-            return np.clip(mean + width * draws.standard_normal(mean.shape), -1.0, 1.0).astype(np.float32)
+            taken.append(self.policy.act(observation, step))
+            return taken[-1]
 
-        return act
+        first = run_episode(env, act)
+        if episodes == 1:
+            on_trial(first)
+        else:
+            evolve(env, np.clip(np.array(taken, np.float64), -1.0, 1.0), self.spread, episodes, seed, on_trial)
+
+    def resumable_episodes(self, directory: Path, logged: int) -> int:
+        """None: its state is made anew by playing every episode again, from the record of evaluated plans."""
+        return 0

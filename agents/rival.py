@@ -25,6 +25,7 @@ def uniform_at(env: PruneEnv, speedup: float) -> Trial | None:
     Every combination of the actions' other choices is tried, each aimed again until its measurement meets the
     figure. None when no uniform plan is that fast. The reward is scored against `speedup`.
     """
+    env = env.alike()
     reachable = env.reachable_speedup()
     if reachable <= SLOWEST:
         return None
@@ -54,5 +55,4 @@ def reward_at(env: PruneEnv, trial: Trial, speedup: float) -> float:
 
 
 def _aimed(env: PruneEnv, action: NDArray[np.float32], aim: float) -> Trial:
-    aimed = PruneEnv(replace(env.problem, target=Target(speedup=aim)), env.action_choices, env.shaping, env.gamma)
-    return run_episode(aimed, lambda _, __: action)
+    return run_episode(env.of(replace(env.problem, target=Target(speedup=aim))), lambda _, __: action)

@@ -19,6 +19,7 @@ class UniformAgent(Agent):
     def search(
         self, env: PruneEnv, episodes: int, seed: int, on_trial: OnTrial, directory: Path | None, done: int
     ) -> None:
+        env = env.alike()
         grid = itertools.product(*(component.anchors() for component in env.actions.components))
         for units in itertools.islice(grid, done, episodes):
             action = np.array(units, dtype=np.float32)

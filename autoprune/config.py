@@ -59,6 +59,7 @@ class EnvSection(Section):
     keep_dense: tuple[str, ...] = ()  # glob patterns of layer names
     min_weights: Count = 64  # smaller layers stay dense
     min_saving: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.005  # of the dense time, or the layer is left whole
+    start: Literal["uniform", "knapsack"] = "uniform"  # the plan that layers' actions start from
     recovery: ChoiceField = Choice("batch_norm")  # what happens between masking and scoring
     shaping: Annotated[float, Field(ge=0.0)] = 1.0
     gamma: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from autoprune.errors import ConfigError, FileError, did_you_mean
 from autoprune.files import read_json, write_json
@@ -92,11 +92,11 @@ class Plan:
     settings: Mapping[str, float] = field(default_factory=dict)
     version: int = PLAN_VERSION
 
-    def with_layer(self, name: str, layer: LayerPlan) -> Plan:
+    def with_layer(self, name: str, layer: LayerPlan) -> Self:
         """Returns a copy in which `name` is decided as `layer`."""
         return replace(self, layers={**self.layers, name: layer})
 
-    def with_sparsities(self, sparsities: Mapping[str, float]) -> Plan:
+    def with_sparsities(self, sparsities: Mapping[str, float]) -> Self:
         """Returns a copy with the given layers' sparsities changed."""
         changed = {name: replace(self.layers[name], sparsity=value) for name, value in sparsities.items()}
         return replace(self, layers={**self.layers, **changed})

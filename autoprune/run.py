@@ -25,7 +25,7 @@ from autoprune.agents.harness import SearchResult, TrialLog, search
 from autoprune.agents.rival import CLOSE, reward_at, uniform_at
 from autoprune.config import Config
 from autoprune.criteria import CRITERIA
-from autoprune.envs import Problem, PruneEnv, Sensitivity
+from autoprune.envs import Problem, PruneEnv
 from autoprune.envs.actions import ACTIONS, ActionComponent
 from autoprune.envs.actions.criterion import CriterionChoice
 from autoprune.envs.actions.group_size import GroupSize
@@ -38,10 +38,9 @@ from autoprune.evaluation.finetune import finetune_
 from autoprune.evaluation.measurement import CachedEvaluate, Evaluate
 from autoprune.evaluation.profile import profile_settings, profile_table, worth_pruning
 from autoprune.evaluation.recovery import RECOVERIES, Subject
-from autoprune.evaluation.recovery.batch_norm import BatchNorm
 from autoprune.evaluation.recovery.none import NoRecovery
 from autoprune.evaluation.recovery.train import Train
-from autoprune.evaluation.sensitivity import ANCHORS, probe_sensitivity
+from autoprune.evaluation.sensitivity import ANCHORS, Sensitivity, probe_sensitivity
 from autoprune.files import read_json, read_tensors, write_json, write_tensors
 from autoprune.inventory import Inventory, take_inventory
 from autoprune.latency.engines import ENGINES
@@ -223,18 +222,16 @@ class Run:
     @cached_property
     def problem(self) -> Problem:
         env = self.config.env
-        probe = replace(self.evaluator, recovery=BatchNorm())
-        drops = probe_sensitivity(
-            probe,
+        sensitivity = probe_sensitivity(
+            self.subject,
             self.offered.names,
-            self.dense_score,
             env.pattern,
             env.criterion,
             path=self.directory / "sensitivity.json",
             progress=self.progress,
         )
         evaluate = CachedEvaluate(self.evaluator, self.directory / "search" / "evaluations.jsonl")
-        return self._problem(Sensitivity(ANCHORS, drops), evaluate)
+        return self._problem(sensitivity, evaluate)
 
     def _problem(self, sensitivity: Sensitivity, evaluate: Evaluate) -> Problem:
         env = self.config.env
@@ -267,7 +264,7 @@ class Run:
     @cached_property
     def env(self) -> PruneEnv:
         env = self.config.env
-        return PruneEnv(self.problem, env.actions, env.shaping, env.gamma)
+        return PruneEnv(self.problem, env.actions, env.shaping, env.gamma, env.start)
 
     @cached_property
     def found(self) -> SearchResult:
@@ -354,7 +351,8 @@ class Run:
         plan = Plan(dict.fromkeys(self.inventory.names, layer), self.config.finetune.method)
         if target.speedup is not None:
             check_movable(env.pattern)  # before the table, which takes a while
-            unknown = Sensitivity(ANCHORS, dict.fromkeys(self.offered.names, (0.0,) * len(ANCHORS)))
+            none = dict.fromkeys(self.offered.names, (0.0,) * len(ANCHORS))
+            unknown = Sensitivity(ANCHORS, none, none)
             untrained = replace(self.evaluator, recovery=NoRecovery())
             env_ = PruneEnv(self._problem(unknown, CachedEvaluate(untrained)), (Choice("sparsity"),))
             found = uniform_at(env_, target.speedup)
@@ -412,7 +410,7 @@ class Run:
         if not path.exists():
             evaluate = replace(self.evaluator, protocol=self._protocol(self.config.latency.samples))
             problem = replace(self.problem, evaluate=CachedEvaluate(evaluate))
-            env = PruneEnv(problem, self.env.action_choices, self.env.shaping, self.env.gamma)
+            env = self.env.of(problem)
             plan = self.found.plan
             agent = {"plan": plan.to_json(), **problem.evaluate(plan).to_json()}
             speedup = agent["speedup"]

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from autoprune.envs.problem import Problem, Sensitivity
+from autoprune.envs.problem import Problem
 from autoprune.evaluation.measurement import Measurement
+from autoprune.evaluation.sensitivity import Sensitivity
 from autoprune.inventory import Inventory, take_inventory
 from autoprune.latency.table import LatencyTable, LayerTable, Point
 from autoprune.plan import Plan
@@ -96,11 +97,11 @@ def fake_problem(target: Target | None = None, sizes: tuple[int, ...] = (4, 8, 1
     table = fake_table(inventory, patterns)
     evaluate = FakeEvaluate(inventory, table)
     anchors = ANCHORS[1:]
-    drops = {name: tuple(evaluate.layer_drop(name, anchor) for anchor in anchors) for name in inventory.names}
+    loss = {name: tuple(evaluate.layer_drop(name, anchor) for anchor in anchors) for name in inventory.names}
     return Problem(
         inventory=inventory,
         table=table,
-        sensitivity=Sensitivity(anchors, drops),
+        sensitivity=Sensitivity(anchors, loss, dict.fromkeys(inventory.names, anchors)),
         dense_score=evaluate.dense_score,
         evaluate=evaluate,
         target=target or Target(speedup=3.0),

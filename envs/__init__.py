@@ -2,8 +2,9 @@
 
 import gymnasium
 
-from autoprune.envs.problem import Problem, Sensitivity
+from autoprune.envs.problem import Problem
 from autoprune.envs.prune import PruneEnv
+from autoprune.evaluation.sensitivity import Sensitivity
 
 ENV_ID = "autoprune/Prune-v0"
 

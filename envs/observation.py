@@ -1,7 +1,7 @@
 """Observations: fixed length and scale-free, so that one policy fits any model.
 
 Nothing is min-max scaled over a model's own layers: sizes are logs, costs are shares, curves are fractions of the
-dense layer, so the numbers mean the same on a model the policy has never seen.
+dense layer or logs of the loss, so the numbers mean the same on a model the policy has never seen.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from autoprune.envs.curves import GRID, Array, place
 from autoprune.envs.problem import Problem
 from autoprune.plan import LayerSpec, Plan
 
-OBSERVATION_VERSION = 2
+OBSERVATION_VERSION = 3
 KINDS = ("conv2d", "grouped conv2d", "linear", "recurrent")
 CURVE_ANCHORS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95)  # sparsities at which the curves are read
 LIMIT = 10.0
 
-NAMES = (
-    "is run step",
+STRUCTURE = (
     *(f"is {kind}" for kind in KINDS),
     "position",
     "log out",
@@ -28,19 +28,34 @@ NAMES = (
     "log kernel",
     "log positions",
     "strided",
+    "before a norm",
     "share of weights",
     "share of macs",
     "share of latency",
+    "starting sparsity",
+    "starting sparsity before",  # of the layer before this one; likewise after
+    "starting sparsity after",
+)
+CURVES = (
     *(f"latency at {a}" for a in CURVE_ANCHORS),
-    *(f"accuracy drop at {a}" for a in CURVE_ANCHORS),
-    "latency saved so far",
-    "latency still undecided",
-    "accuracy drop so far",
+    *(f"log loss at {a}" for a in CURVE_ANCHORS),
+    *(f"error at {a}" for a in CURVE_ANCHORS),
+    "log loss at the starting sparsity",
+    "error at the starting sparsity",
+    "share of the starting plan's loss",
+)
+MODEL = (
     "log target speed-up",
     "target accuracy drop",
     "target sparsity",
     "log layers",
+    "starting plan's log loss",
+    "starting plan's mean sparsity",
+    "share of time that plans decide",
 )
+PROGRESS = ("latency saved so far", "latency still undecided", "log loss so far")
+
+NAMES = ("is run step", *STRUCTURE, *CURVES, *MODEL, *PROGRESS)
 
 
 def length(action_size: int) -> int:
@@ -49,35 +64,46 @@ def length(action_size: int) -> int:
 
 
 class Observer:
-    """Writes observations of one problem; what does not change within an episode is computed once."""
+    """Writes observations of one problem; what does not change within an episode is computed once.
 
-    def __init__(self, problem: Problem) -> None:
+    Args:
+        problem: what is observed.
+        start: the plan episodes start with.
+        curves: whether the layers' curves are seen; without them those features are 0.
+    """
+
+    def __init__(self, problem: Problem, start: Plan, curves: bool = True) -> None:
         self._problem = problem
-        names = problem.inventory.names
-        self._layers = [_layer(problem, index) for index in range(len(names))]
-        self._run = [0.0] * len(self._layers[0])
-        self._dense_us = [problem.table.dense_us(name) for name in names]
-        target = problem.target
-        self._target = [
-            math.log2(target.speedup) if target.speedup is not None else 0.0,
-            10 * target.accuracy_drop if target.accuracy_drop is not None else 0.0,
-            target.sparsity if target.sparsity is not None else 0.0,
-            math.log2(len(names)) / 6,
-        ]
+        self._start = start
+        rows = _layers(problem, start)
+        if not curves:
+            rows[:, len(STRUCTURE) :] = 0.0
+        model = _model(problem, start)
+        steps = [np.concatenate([[1.0], np.zeros(rows.shape[1]), model])]
+        steps += [np.concatenate([[0.0], row, model]) for row in rows]
+        self._steps = np.clip(np.array(steps), -LIMIT, LIMIT).astype(np.float32)
+        self._dense_ms = problem.curves.dense_ms
+        self._undecided = 1.0 - np.concatenate([[0.0], np.cumsum(self._dense_ms)]) / self._dense_ms.sum()
 
     def observe(self, plan: Plan, step: int, previous: NDArray[np.float32]) -> NDArray[np.float32]:
         """What the agent sees before step `step`: 0 is the run's hyper-parameters, i >= 1 is layer i."""
-        layer = self._run if step == 0 else self._layers[step - 1]
-        features = [float(step == 0), *layer, *self._progress(plan, max(0, step - 1)), *self._target, *previous]
-        return np.clip(np.array(features, dtype=np.float32), -LIMIT, LIMIT)
+        progress = self._progress(plan, max(0, step - 1))
+        return np.concatenate([self._steps[step], np.clip(progress, -LIMIT, LIMIT), previous]).astype(np.float32)
 
-    def _progress(self, plan: Plan, decided: int) -> list[float]:
-        table, names = self._problem.table, self._problem.inventory.names[:decided]
-        done = [(name, plan.layers[name]) for name in names]
-        all_us, dense_us = sum(self._dense_us), sum(self._dense_us[:decided])
-        used_us = sum(table.layer_us(name, str(layer.pattern), layer.sparsity) for name, layer in done)
-        lost = sum(self._problem.sensitivity.drop(name, layer.sparsity) for name, layer in done)
-        return [(dense_us - used_us) / all_us, 1.0 - dense_us / all_us, lost]
+    def _progress(self, plan: Plan, decided: int) -> Array:
+        curves = self._problem.curves
+        saved = lost = 0.0
+        for row, name in enumerate(self._problem.inventory.names[:decided]):
+            layer = plan.layers[name]
+            column = place(layer.sparsity)
+            saved += self._dense_ms[row] - curves.ms(str(layer.pattern))[row, column]
+            lost += curves.loss[row, column]
+        return np.array([saved / self._dense_ms.sum(), self._undecided[decided], log_loss(lost)])
+
+
+def log_loss(loss: float | Array) -> Array:
+    """A rise of the loss from 0.0001 to 10 as about 0 to 1."""
+    return np.asarray((np.log10(np.asarray(loss) + 1e-4) + 4.0) / 5.0)
 
 
 def _kind(layer: LayerSpec) -> str:
@@ -86,23 +112,58 @@ def _kind(layer: LayerSpec) -> str:
     return "grouped conv2d" if layer.conv_groups > 1 else layer.kind
 
 
-def _layer(problem: Problem, index: int) -> list[float]:
-    layers, table = problem.inventory.layers, problem.table
-    layer = layers[index]
-    dense_us = table.dense_us(layer.name)
-    all_us = sum(table.dense_us(other.name) for other in layers)
-    pattern = str(problem.pattern)
-    return [
-        *(float(_kind(layer) == kind) for kind in KINDS),
-        (index + 1) / len(layers),
-        math.log2(layer.weight_shape[0]) / 10,
-        math.log2(layer.weight_shape[1]) / 10,
-        math.log2(math.prod(layer.weight_shape[2:])) / 5,
-        math.log2(max(1, layer.positions)) / 15,
-        float(max(layer.stride) > 1),
-        layer.weights / sum(other.weights for other in layers),
-        layer.macs / sum(other.macs for other in layers),
-        dense_us / all_us,
-        *(table.layer_us(layer.name, pattern, anchor) / dense_us for anchor in CURVE_ANCHORS),
-        *(problem.sensitivity.drop(layer.name, anchor) for anchor in CURVE_ANCHORS),
-    ]
+def _layers(problem: Problem, start: Plan) -> Array:
+    """`STRUCTURE` and `CURVES` of every layer, (layers, features)."""
+    layers, curves = problem.inventory.layers, problem.curves
+    dense_ms, ms = curves.dense_ms, curves.ms(str(problem.pattern))
+    chosen = np.array([place(start.layers[layer.name].sparsity) for layer in layers])
+    lost = curves.loss[np.arange(len(layers)), chosen]
+    around = np.concatenate([[0.0], chosen / GRID, [0.0]])
+    weights, macs = (sum(getattr(layer, name) for layer in layers) for name in ("weights", "macs"))
+    rows = []
+    for row, layer in enumerate(layers):
+        anchors = [place(anchor) for anchor in CURVE_ANCHORS]
+        rows.append(
+            [
+                *(float(_kind(layer) == kind) for kind in KINDS),
+                (row + 1) / len(layers),
+                math.log2(layer.weight_shape[0]) / 10,
+                math.log2(layer.weight_shape[1]) / 10,
+                math.log2(math.prod(layer.weight_shape[2:])) / 5,
+                math.log2(max(1, layer.positions)) / 15,
+                float(max(layer.stride) > 1),
+                float(layer.norm is not None),
+                layer.weights / weights,
+                layer.macs / macs,
+                dense_ms[row] / dense_ms.sum(),
+                around[row + 1],
+                around[row],
+                around[row + 2],
+                *(ms[row, anchors] / dense_ms[row]),
+                *log_loss(curves.loss[row, anchors]),
+                *curves.error[row, anchors],
+                float(log_loss(lost[row])),
+                curves.error[row, chosen[row]],
+                lost[row] / max(1e-9, lost.sum()),
+            ]
+        )
+    return np.array(rows)
+
+
+def _model(problem: Problem, start: Plan) -> Array:
+    """`MODEL`."""
+    target, curves = problem.target, problem.curves
+    chosen = np.array([place(start.layers[name].sparsity) for name in problem.inventory.names])
+    lost = curves.loss[np.arange(len(chosen)), chosen].sum()
+    decided_ms = curves.ms(str(problem.pattern))[:, 0].sum()
+    return np.array(
+        [
+            math.log2(target.speedup) if target.speedup is not None else 0.0,
+            10 * target.accuracy_drop if target.accuracy_drop is not None else 0.0,
+            target.sparsity if target.sparsity is not None else 0.0,
+            math.log2(len(chosen)) / 6,
+            float(log_loss(lost)),
+            float(chosen.mean()) / GRID,
+            decided_ms / (decided_ms + curves.fixed_ms),
+        ]
+    )

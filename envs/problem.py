@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
-import numpy as np
-
+from autoprune.envs.curves import Curves
 from autoprune.evaluation.measurement import Evaluate
+from autoprune.evaluation.sensitivity import Sensitivity
 from autoprune.inventory import Inventory
 from autoprune.latency.table import LatencyTable
 from autoprune.plan import LayerPlan, Plan
 from autoprune.registry import Choice
 from autoprune.target import Target
-
-
-@dataclass(frozen=True)
-class Sensitivity:
-    """Drop of the score when one layer alone is pruned to an anchor sparsity; one curve a layer, >= 0."""
-
-    anchors: tuple[float, ...]
-    drops: Mapping[str, tuple[float, ...]]
-
-    def drop(self, name: str, sparsity: float) -> float:
-        """Linear between anchors, from no loss at sparsity 0."""
-        return float(np.interp(sparsity, (0.0, *self.anchors), (0.0, *self.drops[name])))
 
 
 @dataclass(frozen=True)
@@ -49,6 +37,11 @@ class Problem:
     criterion: Choice
     training: Choice
     max_sparsity: float = 0.95
+
+    @cached_property
+    def curves(self) -> Curves:
+        """What every layer takes and loses at every sparsity."""
+        return Curves(self.inventory, self.table, self.sensitivity)
 
     def uniform(self, sparsity: float) -> Plan:
         """The plan that treats every layer alike."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from autoprune.envs.curves import GRID
 from autoprune.errors import ConfigError, InfeasibleTarget
 from autoprune.inventory import Inventory
 from autoprune.latency.table import LatencyTable
@@ -17,7 +18,6 @@ from autoprune.patterns import PATTERNS
 from autoprune.plan import Plan
 from autoprune.registry import Choice
 
-GRID = 100  # sparsities are multiples of 1/GRID, so equal plans meet in the cache
 _EDGE = 0.005
 _STEPS = 14  # halvings of the shift's interval: finer than the grid
 
@@ -71,11 +71,7 @@ def meet_sparsity(plan: Plan, inventory: Inventory, sparsity: float, max_sparsit
     Raises:
         InfeasibleTarget: `max_sparsity` in every layer is too little.
     """
-    if sparsity > max_sparsity:
-        raise InfeasibleTarget(
-            f"no plan has {100 * sparsity:g}% zeros: a layer may have {100 * max_sparsity:g}% at most. Ask for less, "
-            "or allow more (env.max_sparsity)."
-        )
+    check_sparse(sparsity, max_sparsity)
     if all(layer.sparsity == sparsity for layer in plan.layers.values()):
         return plan
     weights = {name: inventory[name].weights for name in plan.layers}
@@ -115,4 +111,13 @@ def check_feasible(reachable: float, speedup: float, max_sparsity: float) -> Non
             f"no plan reaches a {speedup:g}x speed-up: with every layer at sparsity {max_sparsity:g} the measured "
             f"latency table predicts {reachable:.2f}x at best. Ask for less, allow a higher sparsity "
             "(env.max_sparsity), or let more layers be pruned."
+        )
+
+
+def check_sparse(sparsity: float, max_sparsity: float) -> None:
+    """Raises InfeasibleTarget when no layer may have as many zeros as all are to have."""
+    if sparsity > max_sparsity:
+        raise InfeasibleTarget(
+            f"no plan has {100 * sparsity:g}% zeros: a layer may have {100 * max_sparsity:g}% at most. Ask for less, "
+            "or allow more (env.max_sparsity)."
         )

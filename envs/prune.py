@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import gymnasium
 import numpy as np
@@ -16,9 +16,19 @@ from numpy.typing import NDArray
 
 from autoprune.envs.actions import ACTIONS, ActionSpace
 from autoprune.envs.actions.group_size import GroupSize
+from autoprune.envs.draft import Draft
+from autoprune.envs.knapsack import solve, solve_greedily
 from autoprune.envs.observation import LIMIT, Observer, length
 from autoprune.envs.problem import Problem
-from autoprune.envs.projection import check_feasible, fastest, meet, meet_sparsity, project, release_useless
+from autoprune.envs.projection import (
+    check_feasible,
+    check_sparse,
+    fastest,
+    meet,
+    meet_sparsity,
+    project,
+    release_useless,
+)
 from autoprune.envs.rewards import as_trial, potential
 from autoprune.plan import Plan
 from autoprune.registry import Choice
@@ -27,6 +37,7 @@ START_SPARSITY = 0.5  # where an episode starts when no speed-up target says bet
 
 Observation = NDArray[np.float32]
 Action = NDArray[np.float32]
+Start = Literal["uniform", "knapsack"]
 
 
 class PruneEnv(gymnasium.Env[Observation, Action]):
@@ -41,6 +52,9 @@ class PruneEnv(gymnasium.Env[Observation, Action]):
         actions: the components an agent may choose, by registry row.
         shaping: weight of the shaping; 0 leaves the terminal reward alone. The optimal policy is the same.
         gamma: the discount the agent is trained with; shaping needs the same one.
+        start: the plan an episode starts with, on the target: every layer alike, or the solver's (`envs.knapsack`).
+            Where an action guides the solver, it is the solver's.
+        curves: whether the layers' curves are observed.
 
     Raises:
         InfeasibleTarget: before any episode, when no plan can reach the target.
@@ -54,19 +68,33 @@ class PruneEnv(gymnasium.Env[Observation, Action]):
         actions: Sequence[Choice] = (Choice("criterion"), Choice("sparsity"), Choice("group_size")),
         shaping: float = 1.0,
         gamma: float = 1.0,
+        start: Start = "uniform",
+        curves: bool = True,
     ) -> None:
         self.problem = problem
         self.action_choices = tuple(actions)
         self.actions = ActionSpace([(choice.name, ACTIONS.create(choice)) for choice in actions])
         self.shaping, self.gamma = shaping, gamma
+        self.start: Start = "knapsack" if self.actions.solved else start
+        self._sees_curves = curves
         self.action_space: spaces.Box = self.actions.box  # type: ignore[assignment]  # narrower than Gymnasium's
         size = length(len(self.actions.components))
         self.observation_space = spaces.Box(-LIMIT, LIMIT, (size,), np.float32)
-        self._observer = Observer(problem)
-        self._start = self._starting_plan()
+        self._start = Draft.of(self._starting_plan())
+        self._observer = Observer(problem, self._start, curves)
         self._plan = self._start
         self._step = 0
         self._previous = np.zeros(len(self.actions.components), np.float32)
+
+    def of(self, problem: Problem) -> PruneEnv:
+        """The same environment of another problem."""
+        return PruneEnv(problem, self.action_choices, self.shaping, self.gamma, self.start, self._sees_curves)
+
+    def alike(self) -> PruneEnv:
+        """The same environment, but for layers' actions whose 0 treats every layer alike."""
+        pairs = zip(self.action_choices, self.actions.components, strict=True)
+        actions = [Choice("sparsity") if component.solved else choice for choice, component in pairs]
+        return PruneEnv(self.problem, actions, self.shaping, self.gamma, "uniform", self._sees_curves)
 
     @property
     def steps_per_episode(self) -> int:
@@ -94,18 +122,32 @@ class PruneEnv(gymnasium.Env[Observation, Action]):
             reward = self.shaping * (self.gamma * self._potential() - before)
             return self._observe(), float(reward), False, False, {}
         plan = self.finished(self._plan)
-        trial = as_trial(self.problem, plan, self.problem.evaluate(plan))
+        trial = self.tried(plan)
         # The potential of a terminal state is 0, whatever was reached: that is what leaves the best policy alone.
         return self._observe(), float(trial["reward"] - self.shaping * before), True, False, {"trial": trial}
 
-    def finished(self, plan: Plan) -> Plan:
+    def tried(self, plan: Plan) -> dict[str, Any]:
+        """The trial of a plan, wherever it comes from: evaluated, with its reward."""
+        return as_trial(self.problem, plan, self.problem.evaluate(plan))
+
+    def finished(self, draft: Draft) -> Plan:
         """The plan that is measured: on the budget when there is one, useless sparsity given back."""
+        problem, target = self.problem, self.problem.target
+        if self.actions.solved:
+            solved = draft.plan.with_sparsities(solve(problem, draft))
+            return solved if target.sparsity is not None else release_useless(solved, problem.table)
+        if target.sparsity is not None:
+            return meet_sparsity(draft.plan, problem.inventory, target.sparsity, problem.max_sparsity)
+        if target.speedup is None:
+            return release_useless(draft.plan, problem.table)
+        return project(draft.plan, problem.table, target.speedup, problem.max_sparsity)
+
+    def solved(self, greedily: bool = False) -> Plan:
+        """What the solver makes of the sensitivity curves as they are."""
         problem = self.problem
-        if problem.target.sparsity is not None:
-            return meet_sparsity(plan, problem.inventory, problem.target.sparsity, problem.max_sparsity)
-        if problem.target.speedup is None:
-            return release_useless(plan, problem.table)
-        return project(plan, problem.table, problem.target.speedup, problem.max_sparsity)
+        draft = Draft.of(problem.uniform(START_SPARSITY))
+        found = solve_greedily(problem, draft) if greedily else solve(problem, draft)
+        return draft.plan.with_sparsities(found)
 
     def reachable_speedup(self) -> float:
         """The best speed-up the latency table predicts for any pattern the actions can set."""
@@ -118,14 +160,17 @@ class PruneEnv(gymnasium.Env[Observation, Action]):
         return [replace(self.problem, pattern=pattern).uniform(START_SPARSITY) for pattern in patterns]
 
     def _starting_plan(self) -> Plan:
-        problem, speedup = self.problem, self.problem.target.speedup
-        if problem.target.sparsity is not None:
-            return self.finished(problem.uniform(problem.target.sparsity))
+        problem, target = self.problem, self.problem.target
+        if target.speedup is not None:
+            check_feasible(self.reachable_speedup(), target.speedup, problem.max_sparsity)
+        if target.sparsity is not None:
+            check_sparse(target.sparsity, problem.max_sparsity)
+        if self.start == "knapsack":
+            return self.solved()
         uniform = problem.uniform(START_SPARSITY)
-        if speedup is None:
-            return uniform
-        check_feasible(self.reachable_speedup(), speedup, problem.max_sparsity)
-        return meet(uniform, problem.table, speedup, problem.max_sparsity)
+        if target.sparsity is not None:
+            return meet_sparsity(uniform, problem.inventory, target.sparsity, problem.max_sparsity)
+        return uniform if target.speedup is None else meet(uniform, problem.table, target.speedup, problem.max_sparsity)
 
     def _potential(self) -> float:
         return potential(self.problem, self._plan, max(0, self._step - 1))

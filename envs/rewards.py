@@ -6,6 +6,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from autoprune.envs.curves import place
+from autoprune.envs.knapsack import LOSS_PER_SCORE
 from autoprune.envs.problem import Problem
 from autoprune.evaluation.measurement import Measurement
 from autoprune.plan import Plan
@@ -53,16 +55,17 @@ def as_trial(problem: Problem, plan: Plan, measured: Measurement) -> dict[str, A
 def potential(problem: Problem, plan: Plan, decided: int) -> float:
     """How good the decided part of a plan looks before it is measured; 0 before the first layer.
 
-    Minus the score its layers lose one by one (sensitivity curves) plus, for an accuracy target, the time the
-    table says they save.
+    Minus what its layers lose one by one (sensitivity curves) plus, for an accuracy target, the time the table says
+    they save.
     """
-    lost = saved_us = 0.0
-    for name in problem.inventory.names[:decided]:
+    curves = problem.curves
+    lost = saved_ms = 0.0
+    for row, name in enumerate(problem.inventory.names[:decided]):
         layer = plan.layers[name]
-        lost += problem.sensitivity.drop(name, layer.sparsity)
-        table = problem.table
-        saved_us += table.dense_us(name) - table.layer_us(name, str(layer.pattern), layer.sparsity)
-    value = -SCORE_WEIGHT * lost
+        column = place(layer.sparsity)
+        lost += curves.loss[row, column]
+        saved_ms += curves.dense_ms[row] - curves.ms(str(layer.pattern))[row, column]
+    value = -SCORE_WEIGHT * min(1.0, lost / LOSS_PER_SCORE)
     if problem.target.accuracy_drop is not None:
-        value += problem.table.scale * saved_us / 1e3 / problem.table.dense_ms
-    return value
+        value += saved_ms / problem.table.dense_ms
+    return float(value)

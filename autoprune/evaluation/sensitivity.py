@@ -1,71 +1,233 @@
-"""Sensitivity: the drop of the score when one layer alone is pruned, at anchor sparsities."""
+"""Sensitivity: what pruning one layer alone does, at anchor sparsities, told by one calibration pass.
+
+Nothing is evaluated. A forward and a backward pass give every layer's input x and the gradient g of each sample's loss
+at its output; what a mask takes away from that output is e = (W - masked W) x, a product with the layer alone. Then
+
+- loss: half the mean over samples of (g . e)^2, the rise of the loss to second order, for targets drawn from the
+  model's own predictions, which makes g's outer product the Fisher information, the Hessian of a model that fits
+  (Kunstner et al. 2019; the same expansion as OBD, LeCun et al. 1990, without dropping what weights have in common);
+- error: |e|^2 over the output's variance, the reconstruction error (as in SPDY, Frantar and Alistarh 2022).
+
+Where a batch norm reads the output, e is what is left after its statistics are taken again, as every recovery does.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
+from typing import Any, cast
 
-from autoprune.errors import FileError
-from autoprune.evaluation.evaluator import Evaluator
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from autoprune.errors import AutopruneError, FileError
+from autoprune.evaluation.recovery import Subject
 from autoprune.files import read_json, write_json
-from autoprune.plan import LayerPlan, Plan
+from autoprune.inventory import as_tuple, watch_forward
+from autoprune.masks import Masks
+from autoprune.plan import LayerPlan, LayerSpec, Plan
 from autoprune.progress import SILENT, Progress
+from autoprune.recurrent import layer_at
 from autoprune.registry import Choice
 
-ANCHORS = (0.5, 0.7, 0.8, 0.9, 0.95)
+ANCHORS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
+SAMPLES = 256  # of a small model
+WORK = 4e11  # multiply-accumulates a probe may take: a large model is probed with fewer samples
+FEWEST = 8
+_PRODUCTS = len(ANCHORS) + 5  # a forward, a backward of about three, and one product for each anchor and the whole
 
-Drops = dict[str, tuple[float, ...]]
+SENSITIVITY_VERSION = 2
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """A curve a layer over `anchors`, never falling.
+
+    Attributes:
+        loss: rise of the loss when the layer alone is pruned so far, in the loss's unit.
+        error: share of the variance of the layer's output that is lost.
+    """
+
+    anchors: tuple[float, ...]
+    loss: Mapping[str, tuple[float, ...]]
+    error: Mapping[str, tuple[float, ...]]
 
 
 def probe_sensitivity(
-    evaluator: Evaluator,
+    subject: Subject,
     names: Sequence[str],
-    dense_score: float,
     pattern: Choice,
     criterion: Choice,
     *,
     path: Path | None = None,
     progress: Progress = SILENT,
-) -> Drops:
-    """Prunes each layer alone to each anchor and scores it: layer -> drop of the score at ANCHORS, >= 0.
+) -> Sensitivity:
+    """Probes all layers in one calibration pass.
 
     Args:
-        evaluator: masks, recovers and scores.
+        subject: the dense model, its calibration batches and what the criteria know of its layers.
         names: the layers.
-        dense_score: what nothing pruned scores.
-        pattern: of the probes; likewise `criterion`.
+        pattern: of the masks; likewise `criterion`.
         criterion: scores the weights.
-        path: a JSON file that keeps finished layers, so that an interrupted probe goes on where it stopped.
-        progress: shows a bar over the layers.
+        path: a JSON file that keeps the curves, and gives them back when it was written for the same probe.
+        progress: shows a bar over the batches.
+
+    Raises:
+        AutopruneError: the calibration batches never reach a layer.
     """
-    drops = _read(path, pattern, criterion)
-    with progress.bar("sensitivity", len(names)) as bar:
-        for name in names:
-            if name not in drops:
-                scores = [_score(evaluator, name, LayerPlan(anchor, pattern, criterion)) for anchor in ANCHORS]
-                drops[name] = tuple(max(0.0, dense_score - score) for score in scores)
-                if path is not None:
-                    about = {"anchors": ANCHORS, "pattern": str(pattern), "criterion": str(criterion)}
-                    write_json(path, {**about, "drops": drops})
+    about = {
+        "version": SENSITIVITY_VERSION,
+        "anchors": list(ANCHORS),
+        "pattern": str(pattern),
+        "criterion": str(criterion),
+    }
+    if path is not None and path.exists() and (found := _read(path, about, names)) is not None:
+        return found
+    plans = [Plan(dict.fromkeys(names, LayerPlan(anchor, pattern, criterion))) for anchor in ANCHORS]
+    found = _probe(subject, names, [subject.masks(plan) for plan in plans], progress)
+    if path is not None:
+        write_json(path, {**about, "loss": dict(found.loss), "error": dict(found.error)})
+    return found
+
+
+def _probe(subject: Subject, names: Sequence[str], masks: Sequence[Masks], progress: Progress) -> Sensitivity:
+    model = copy.deepcopy(subject.dense).eval()
+    model.requires_grad_(True)  # not every parameter of a user's model may
+    probes = {
+        name: _LayerProbe(layer_at(model, name), subject.inventory[name], [mask[name] for mask in masks])
+        for name in names
+    }
+    draws = torch.Generator().manual_seed(subject.seed)
+    batches = list(_samples(subject))
+
+    def seen(name: str, args: tuple[Any, ...], output: Tensor) -> None:
+        probes[name].watch(args[0].detach(), output)
+
+    with progress.bar("sensitivity", len(batches)) as bar, torch.enable_grad():
+        for inputs, target in batches:
+            with watch_forward(model, names, seen):
+                output = model(*as_tuple(inputs))
+            # A mean over samples: each sample's own gradient is as many times larger.
+            loss = subject.task.loss(output, _drawn_targets(output, target, draws))
+            torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+            for probe in probes.values():
+                probe.end_batch(len(target))
             bar.advance()
-    return {name: drops[name] for name in names}
+    if missing := [name for name, probe in probes.items() if not probe.samples]:
+        raise AutopruneError(f"calibration never reached {', '.join(missing)}: give batches that run the whole model.")
+    return Sensitivity(
+        ANCHORS,
+        {name: _rising(probe.loss / probe.samples) for name, probe in probes.items()},
+        {name: _rising(probe.lost / max(probe.variance, 1e-12)) for name, probe in probes.items()},
+    )
 
 
-def _score(evaluator: Evaluator, name: str, layer: LayerPlan) -> float:
-    plan = Plan({name: layer})
-    return evaluator.score(evaluator.repacked(evaluator.masked_model(plan), plan))
+def _samples(subject: Subject) -> Iterator[tuple[Any, Tensor]]:
+    """Calibration batches, as many samples as the model's size leaves room for."""
+    batch = max(1, len(as_tuple(subject.task.example_inputs(1))[0]))
+    macs = sum(layer.macs for layer in subject.inventory.layers) / batch
+    left = int(min(SAMPLES, max(FEWEST, WORK / (max(1.0, macs) * _PRODUCTS))))
+    for inputs, target in subject.task.calibration:
+        if left <= 0:
+            return
+        if isinstance(inputs, tuple):
+            yield tuple(x[:left] for x in inputs), target[:left]
+        else:
+            yield inputs[:left], target[:left]
+        left -= len(target)
 
 
-def _read(path: Path | None, pattern: Choice, criterion: Choice) -> Drops:
-    if path is None or not path.exists():
-        return {}
+def _drawn_targets(output: Any, target: Tensor, draws: torch.Generator) -> Tensor:
+    """Classes drawn from the model's predictions; a target that is no class, or below 0 (to be ignored), stays."""
+    classes = isinstance(output, Tensor) and not target.is_floating_point() and output.shape[:-1] == target.shape
+    if not classes:
+        return target
+    shares = output.detach().softmax(-1).flatten(0, -2)  # (samples, classes)
+    drawn = torch.multinomial(shares, 1, generator=draws).reshape(target.shape)
+    return torch.where(target < 0, target, drawn)
+
+
+@dataclass
+class _LayerProbe:
+    """What is summed of one layer while batches pass."""
+
+    module: nn.Module
+    spec: LayerSpec
+    masks: Sequence[Tensor]
+    samples: int = 0
+    loss: Tensor = field(default_factory=lambda: torch.zeros(len(ANCHORS), dtype=torch.float64))
+    lost: Tensor = field(default_factory=lambda: torch.zeros(len(ANCHORS), dtype=torch.float64))
+    variance: float = 0.0
+    _slopes: Tensor | None = None  # g . e of each sample of the batch, over all calls: (anchors, samples)
+
+    def watch(self, x: Tensor, output: Tensor) -> None:
+        """Takes in one call of the layer: the rest follows when the backward pass comes by."""
+
+        def arrived(gradient: Tensor) -> None:
+            self._add(x, gradient.reshape(output.shape))
+
+        # A hook on the base: an in-place ReLU after a view would take a hook on the view away.
+        base = output._base if output._is_view() else output
+        cast("Tensor", base).register_hook(arrived)
+
+    @torch.no_grad()
+    def _add(self, x: Tensor, gradient: Tensor) -> None:
+        weight = cast("Tensor", self.module.weight)
+        whole = _product(self.module, x, weight)
+        axis = 1 if isinstance(self.module, nn.Conv2d) else whole.ndim - 1
+        others = [d for d in range(whole.ndim) if d != axis]
+        centred = whole - whole.mean(others, keepdim=True)
+        self.variance += float(centred.square().sum())
+        slopes = []
+        for place, mask in enumerate(self.masks):
+            left = _product(self.module, x, weight * mask)
+            error = centred - _renormalised(left, whole, others) if self.spec.norm is not None else whole - left
+            self.lost[place] += float(error.square().sum())
+            slopes.append((gradient * error).flatten(1).sum(1).double())
+        stacked = torch.stack(slopes)
+        self._slopes = stacked if self._slopes is None else self._slopes + stacked
+
+    def end_batch(self, samples: int) -> None:
+        """Squares what the batch gave; of a mean of losses, a sample's own gradient is `samples` times as large."""
+        if self._slopes is None:
+            return
+        self.loss += 0.5 * (self._slopes * samples).square().mean(1) * samples
+        self.samples += samples
+        self._slopes = None
+
+
+def _product(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+    """The layer without its bias, with another weight."""
+    if isinstance(module, nn.Conv2d):
+        return cast("Tensor", module._conv_forward(x, weight, None))
+    return functional.linear(x, weight)
+
+
+def _renormalised(left: Tensor, whole: Tensor, others: list[int]) -> Tensor:
+    """`left` with each channel's mean at 0 and its deviation that of `whole`."""
+    deviation, mean = torch.std_mean(left, others, keepdim=True)
+    return (left - mean) / (deviation + 1e-6) * whole.std(others, keepdim=True)
+
+
+def _rising(values: Tensor) -> tuple[float, ...]:
+    return tuple(accumulate((max(0.0, float(value)) for value in values), max))
+
+
+def _read(path: Path, about: Mapping[str, Any], names: Sequence[str]) -> Sensitivity | None:
+    """The curves of a file, None when it holds those of another probe."""
     data = read_json(path, "the sensitivity curves")
     try:
-        if (data["anchors"], data["pattern"], data["criterion"]) != (list(ANCHORS), str(pattern), str(criterion)):
-            return {}
-        drops = {str(name): tuple(float(value) for value in values) for name, values in data["drops"].items()}
-        if any(len(values) != len(ANCHORS) for values in drops.values()):
+        if any(data[key] != value for key, value in about.items()) or set(data["loss"]) != set(names):
+            return None
+        loss, error = (
+            {name: tuple(float(value) for value in data[kind][name]) for name in names} for kind in ("loss", "error")
+        )
+        if any(len(curve) != len(ANCHORS) for curve in (*loss.values(), *error.values())):
             raise ValueError("a curve is short")
-        return drops
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise FileError(f"the sensitivity curves are corrupt: {path} ({error}). Delete the file.") from None
+    except (KeyError, TypeError, ValueError, AttributeError) as error_:
+        raise FileError(f"the sensitivity curves are corrupt: {path} ({error_}). Delete the file.") from None
+    return Sensitivity(ANCHORS, loss, error)

@@ -10,9 +10,9 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
+from autoprune.envs.draft import Draft
 from autoprune.envs.problem import Problem
 from autoprune.errors import ConfigError
-from autoprune.plan import Plan
 
 Scope = Literal["run", "layer"]
 Option = TypeVar("Option")
@@ -24,16 +24,18 @@ class ActionComponent(ABC):
     Attributes:
         scope: ``run`` components are read at step 0, ``layer`` components at each layer's step.
         needs_training: whether the choice only shows in a score whose recovery trains.
+        solved: whether the choice guides the solver, which then makes the plan that is measured.
         after: components whose choice this one builds on: they come before it where both are listed.
     """
 
     scope: ClassVar[Scope]
     needs_training: ClassVar[bool] = False
+    solved: ClassVar[bool] = False
     after: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
-    def decode(self, unit: float, problem: Problem, plan: Plan, layer: str | None) -> Plan:
-        """Returns `plan` with this component's choice made, for `layer`, or for the run when it is None."""
+    def decode(self, unit: float, problem: Problem, draft: Draft, layer: str | None) -> Draft:
+        """Returns `draft` with this component's choice made, for `layer`, or for the run when it is None."""
 
     @abstractmethod
     def anchors(self) -> tuple[float, ...]:
@@ -78,14 +80,19 @@ class ActionSpace:
         return any(component.scope == "layer" for component in self.components)
 
     @property
+    def solved(self) -> bool:
+        """Whether a solver makes the plan from what is chosen."""
+        return any(component.solved for component in self.components)
+
+    @property
     def box(self) -> spaces.Box:
         return spaces.Box(-1.0, 1.0, (len(self.components),), np.float32)
 
     def decode(
-        self, action: NDArray[np.float32], scope: Scope, problem: Problem, plan: Plan, layer: str | None
-    ) -> Plan:
+        self, action: NDArray[np.float32], scope: Scope, problem: Problem, draft: Draft, layer: str | None
+    ) -> Draft:
         """Applies the entries of `action` that belong to `scope`; the others are not read in this step."""
         for unit, component in zip(action, self.components, strict=True):
             if component.scope == scope:
-                plan = component.decode(float(np.clip(unit, -1.0, 1.0)), problem, plan, layer)
-        return plan
+                draft = component.decode(float(np.clip(unit, -1.0, 1.0)), problem, draft, layer)
+        return draft

@@ -7,6 +7,7 @@ ACTIONS: Registry[ActionComponent] = Registry(
     "action",
     {
         "sparsity": "autoprune.envs.actions.sparsity:Sparsity",
+        "coefficient": "autoprune.envs.actions.coefficient:Coefficient",
         "group_size": "autoprune.envs.actions.group_size:GroupSize",
         "criterion": "autoprune.envs.actions.criterion:CriterionChoice",
         "training_method": "autoprune.envs.actions.training_method:TrainingMethod",

@@ -8,9 +8,9 @@ from typing import ClassVar
 
 from autoprune.criteria import CRITERIA
 from autoprune.envs.actions.base import ActionComponent, Scope, centres, pick
+from autoprune.envs.draft import Draft
 from autoprune.envs.problem import Problem
 from autoprune.errors import ConfigError
-from autoprune.plan import Plan
 from autoprune.registry import Choice
 
 
@@ -26,9 +26,9 @@ class CriterionChoice(ActionComponent):
             CRITERIA.get(name)
         self.names = tuple(names)
 
-    def decode(self, unit: float, problem: Problem, plan: Plan, layer: str | None) -> Plan:
+    def decode(self, unit: float, problem: Problem, draft: Draft, layer: str | None) -> Draft:
         chosen = Choice(pick(self.names, unit))
-        return replace(plan, layers={name: replace(each, criterion=chosen) for name, each in plan.layers.items()})
+        return replace(draft, layers={name: replace(each, criterion=chosen) for name, each in draft.layers.items()})
 
     def anchors(self) -> tuple[float, ...]:
         return centres(len(self.names))

@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import ClassVar
 
 from autoprune.envs.actions.base import ActionComponent, Scope, centres, pick
+from autoprune.envs.draft import Draft
 from autoprune.envs.problem import Problem
 from autoprune.errors import ConfigError
-from autoprune.plan import Plan
 from autoprune.registry import Choice
 
 
@@ -28,9 +28,9 @@ class GroupSize(ActionComponent):
         """Every pattern this action can set: the latency table must have their curves."""
         return tuple(Choice("group", {"size": size}) for size in self.sizes)
 
-    def decode(self, unit: float, problem: Problem, plan: Plan, layer: str | None) -> Plan:
+    def decode(self, unit: float, problem: Problem, draft: Draft, layer: str | None) -> Draft:
         assert layer is not None
-        return plan.with_layer(layer, replace(plan.layers[layer], pattern=pick(self.patterns, unit)))
+        return draft.with_layer(layer, replace(draft.layers[layer], pattern=pick(self.patterns, unit)))
 
     def anchors(self) -> tuple[float, ...]:
         return centres(len(self.sizes))

@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import ClassVar
 
 from autoprune.envs.actions.base import ActionComponent, Scope, between
+from autoprune.envs.draft import Draft
 from autoprune.envs.problem import Problem
-from autoprune.plan import Plan
 from autoprune.registry import Choice
 from autoprune.training import TRAINING
 
@@ -21,14 +21,14 @@ class MethodStrength(ActionComponent):
     needs_training: ClassVar[bool] = True
     after: ClassVar[tuple[str, ...]] = ("training_method",)
 
-    def decode(self, unit: float, problem: Problem, plan: Plan, layer: str | None) -> Plan:
-        strength = TRAINING.get(plan.training.name).strength_range
+    def decode(self, unit: float, problem: Problem, draft: Draft, layer: str | None) -> Draft:
+        strength = TRAINING.get(draft.training.name).strength_range
         if strength is None:
-            return plan
+            return draft
         name, low, high = strength
         value = between(low, high, unit, log=low > 0.0 and high >= LOG_FACTOR * low)
-        args = {**plan.training.args, name: value}
-        return replace(plan, training=Choice(plan.training.name, args))
+        args = {**draft.training.args, name: value}
+        return replace(draft, training=Choice(draft.training.name, args))
 
     def anchors(self) -> tuple[float, ...]:
         return (0.0,)

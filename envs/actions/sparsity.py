@@ -1,4 +1,4 @@
-"""Layer action: how sparse, as an offset from the plan that treats every layer alike."""
+"""Layer action: how sparse, as an offset from the plan the episode starts with."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ from dataclasses import replace
 from typing import ClassVar
 
 from autoprune.envs.actions.base import ActionComponent, Scope
+from autoprune.envs.curves import GRID
+from autoprune.envs.draft import Draft
 from autoprune.envs.problem import Problem
-from autoprune.envs.projection import GRID, logit, sigmoid
+from autoprune.envs.projection import logit, sigmoid
 from autoprune.errors import ConfigError
-from autoprune.plan import Plan
 
 
 class Sparsity(ActionComponent):
     """Moves the layer's sparsity by up to `reach` logits from where the episode started.
 
-    The zero action keeps the uniform plan, so that learning starts from a known rule rather than from noise.
+    The zero action keeps that plan (`PruneEnv.start`), so that learning starts from a known rule, not from noise.
     """
 
     scope: ClassVar[Scope] = "layer"
@@ -25,11 +26,11 @@ class Sparsity(ActionComponent):
             raise ConfigError(f"action 'sparsity': reach must be in (0, 10] logits, not {reach}.")
         self.reach = reach
 
-    def decode(self, unit: float, problem: Problem, plan: Plan, layer: str | None) -> Plan:
+    def decode(self, unit: float, problem: Problem, draft: Draft, layer: str | None) -> Draft:
         assert layer is not None
-        start = plan.layers[layer]
+        start = draft.layers[layer]
         moved = sigmoid(logit(start.sparsity) + self.reach * unit)
-        return plan.with_layer(layer, replace(start, sparsity=min(problem.max_sparsity, round(moved * GRID) / GRID)))
+        return draft.with_layer(layer, replace(start, sparsity=min(problem.max_sparsity, round(moved * GRID) / GRID)))
 
     def anchors(self) -> tuple[float, ...]:
         return (0.0,)

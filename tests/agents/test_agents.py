@@ -25,6 +25,8 @@ from autoprune.testing import fake_problem
 
 TRAINABLE = [name for name in AGENTS if issubclass(AGENTS.get(name), SB3Agent)]
 SEARCHING = [name for name in AGENTS if name != "policy"]  # 'policy' needs a file
+ONE_PLAN = ["greedy", "knapsack"]  # made without a search
+DRAWING = [name for name in SEARCHING if name not in ("uniform", *ONE_PLAN)]
 
 
 def build(name: str) -> Agent:
@@ -44,18 +46,18 @@ class Killed(Exception):
 def test_the_same_seed_gives_the_same_search(name: str) -> None:
     runs = [search(build(name), PruneEnv(fake_problem()), 7, seed=5) for _ in range(2)]
     assert runs[0].trials == runs[1].trials
-    assert len(runs[0].trials) == 7
+    assert len(runs[0].trials) == (1 if name in ONE_PLAN else 7)
     assert runs[0].best["reward"] == max(rewards(runs[0]))
 
 
-@pytest.mark.parametrize("name", [name for name in SEARCHING if name != "uniform"])
+@pytest.mark.parametrize("name", DRAWING)
 def test_another_seed_gives_another_search(name: str) -> None:
-    assert rewards(search(build(name), PruneEnv(fake_problem()), 3, seed=0)) != rewards(
-        search(build(name), PruneEnv(fake_problem()), 3, seed=1)
+    assert rewards(search(build(name), PruneEnv(fake_problem()), 12, seed=0)) != rewards(
+        search(build(name), PruneEnv(fake_problem()), 12, seed=1)
     )
 
 
-@pytest.mark.parametrize("name", SEARCHING)
+@pytest.mark.parametrize("name", ["uniform", *DRAWING])
 def test_a_killed_search_resumes_as_if_it_had_never_stopped(name: str, tmp_path: Path) -> None:
     whole = search(build(name), PruneEnv(fake_problem()), 27, seed=2)
 

@@ -1,0 +1,59 @@
+"""Random restarts around the knapsack: SPDY's search for the layers' coefficients (Frantar and Alistarh 2022)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoprune.agents.base import Agent, OnTrial, Trial
+from autoprune.envs.draft import Draft
+from autoprune.envs.knapsack import solve
+from autoprune.envs.prune import START_SPARSITY, PruneEnv
+
+
+class RestartsAgent(Agent):
+    """Draws every layer's coefficient from (0, 1], then changes a tenth of the best ones at a time.
+
+    The first plan is the knapsack's own. Every episode draws from its own seed.
+
+    Args:
+        random_share: of the episodes, that draw all coefficients anew.
+        changed_share: of the layers, that a later episode draws anew; one at least.
+    """
+
+    def __init__(self, random_share: float = 0.3, changed_share: float = 0.1) -> None:
+        self.random_share, self.changed_share = random_share, changed_share
+
+    def search(
+        self, env: PruneEnv, episodes: int, seed: int, on_trial: OnTrial, directory: Path | None, done: int
+    ) -> None:
+        layers = len(env.problem.inventory.layers)
+        best, best_reward = np.ones(layers), -np.inf
+        for episode in range(episodes):
+            draws = np.random.default_rng([seed, episode])
+            if episode == 0:
+                tried = np.ones(layers)
+            elif episode < self.random_share * episodes:
+                tried = 1.0 - draws.random(layers)
+            else:
+                tried = best.copy()
+                count = max(1, round(self.changed_share * layers))
+                tried[draws.choice(layers, count, replace=False)] = 1.0 - draws.random(count)
+            trial = _tried(env, tried)
+            if float(trial["reward"]) > best_reward:
+                best, best_reward = tried, float(trial["reward"])
+            on_trial(trial)
+
+    def resumable_episodes(self, directory: Path, logged: int) -> int:
+        """None: the best so far is found again by playing every episode from the record of evaluated plans."""
+        return 0
+
+
+def _tried(env: PruneEnv, coefficients: NDArray[np.float64]) -> Trial:
+    problem = env.problem
+    named = dict(zip(problem.inventory.names, map(float, coefficients), strict=True))
+    draft = replace(Draft.of(problem.uniform(START_SPARSITY)), coefficients=named)
+    return env.tried(draft.plan.with_sparsities(solve(problem, draft)))

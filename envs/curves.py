@@ -1,0 +1,80 @@
+"""A problem's curves on the grid of sparsities: what a layer takes and what it loses, looked up rather than worked out.
+
+Rows are layers in the inventory's order, columns sparsities 0, 1/GRID .. 1 of which `max_sparsity` is the last used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoprune.evaluation.sensitivity import Sensitivity
+from autoprune.inventory import Inventory
+from autoprune.latency.table import LatencyTable
+from autoprune.plan import Plan
+
+GRID = 100  # sparsities are multiples of 1/GRID, so that equal plans meet in the cache
+
+Array = NDArray[np.float64]
+SPARSITIES = np.arange(GRID) / GRID
+
+
+def place(sparsity: float) -> int:
+    """The column of a sparsity."""
+    return round(sparsity * GRID)
+
+
+@dataclass(frozen=True, eq=False)
+class Curves:
+    """Of one inventory, on one machine."""
+
+    inventory: Inventory
+    table: LatencyTable
+    sensitivity: Sensitivity
+    _ms: dict[str, Array] = field(default_factory=dict)
+
+    @cached_property
+    def loss(self) -> Array:
+        """Rise of the loss by each layer alone, (layers, GRID)."""
+        return self._on_grid(self.sensitivity.loss)
+
+    @cached_property
+    def error(self) -> Array:
+        """Share of each layer's output lost, (layers, GRID)."""
+        return self._on_grid(self.sensitivity.error)
+
+    def _on_grid(self, curves: object) -> Array:
+        anchors = (0.0, *self.sensitivity.anchors)
+        assert hasattr(curves, "__getitem__")
+        return np.array([np.interp(SPARSITIES, anchors, (0.0, *curves[name])) for name in self.inventory.names])
+
+    def ms(self, pattern: str) -> Array:
+        """What each layer adds to the whole model's milliseconds under a pattern, (layers, GRID)."""
+        if pattern not in self._ms:
+            table = self.table
+            self._ms[pattern] = np.array(
+                [[table.layer_us(name, pattern, s) for s in SPARSITIES] for name in self.inventory.names]
+            ) * (table.scale / 1e3)
+        return self._ms[pattern]
+
+    @cached_property
+    def dense_ms(self) -> Array:
+        """What each layer would add as torch runs it, (layers,)."""
+        return np.array([self.table.dense_us(name) for name in self.inventory.names]) * (self.table.scale / 1e3)
+
+    @cached_property
+    def fixed_ms(self) -> float:
+        """Milliseconds of all that no plan changes."""
+        names = set(self.inventory.names)
+        whole_us = sum(self.table.whole_us(name) for name in self.table.layers if name not in names)
+        return self.table.rest_ms + self.table.scale * whole_us / 1e3
+
+    def plan_ms(self, plan: Plan) -> Array:
+        """The curves of each layer's own pattern in a plan, (layers, GRID)."""
+        patterns = [str(plan.layers[name].pattern) for name in self.inventory.names]
+        if len(set(patterns)) == 1:
+            return self.ms(patterns[0])
+        return np.array([self.ms(pattern)[row] for row, pattern in enumerate(patterns)])

@@ -1,0 +1,27 @@
+"""A plan in the making: what the actions so far have decided."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from autoprune.plan import Plan
+
+
+@dataclass(frozen=True)
+class Draft(Plan):
+    """A plan, and what the solver is to weigh each layer's sensitivity by when it makes the plan that is measured.
+
+    Attributes:
+        coefficients: layer -> factor on its sensitivity curve, above 0; 1 for a layer that has none.
+    """
+
+    coefficients: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, plan: Plan) -> Draft:
+        return cls(plan.layers, plan.training, plan.settings)
+
+    @property
+    def plan(self) -> Plan:
+        return Plan(self.layers, self.training, self.settings)

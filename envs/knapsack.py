@@ -1,0 +1,121 @@
+"""Which sparsities lose least within a budget: a multiple-choice knapsack over measured curves.
+
+Solved exactly, but for the rounding of the budget to buckets, by dynamic programming (HALP, Shen et al. 2022; SPDY,
+Frantar and Alistarh 2022). A layer's curve may be weighed by a coefficient: what a single layer's curve says of its
+share in a plan is only as true as pruned layers are independent.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoprune.envs.curves import GRID, SPARSITIES, Array, place
+from autoprune.envs.draft import Draft
+from autoprune.envs.problem import Problem
+
+BUCKETS = 600
+LOSS_PER_SCORE = 3.0  # where a drop of the score is allowed: 0.01 of accuracy goes with about 0.03 of cross-entropy
+_TIE = 1e-9  # a sparsity that costs nothing is still more than none
+
+Indices = NDArray[np.int64]
+
+
+def solve(problem: Problem, draft: Draft) -> dict[str, float]:
+    """Layer -> sparsity: the draft's patterns, weighed by its coefficients, on the problem's target.
+
+    A target out of reach gives the plan that comes nearest.
+    """
+    cost, weight, budget = _terms(problem, draft)
+    columns = columns_up_to(problem.max_sparsity)
+    chosen = columns[knapsack(cost[:, columns], weight[:, columns], budget)]
+    return {name: float(SPARSITIES[i]) for name, i in zip(problem.inventory.names, chosen, strict=True)}
+
+
+def solve_greedily(problem: Problem, draft: Draft) -> dict[str, float]:
+    """Likewise, by always pruning further where the least loss buys a unit of the budget."""
+    cost, weight, budget = _terms(problem, draft)
+    columns = columns_up_to(problem.max_sparsity)
+    chosen = columns[greedy(cost[:, columns], weight[:, columns], budget)]
+    return {name: float(SPARSITIES[i]) for name, i in zip(problem.inventory.names, chosen, strict=True)}
+
+
+def _terms(problem: Problem, draft: Draft) -> tuple[Array, Array, float]:
+    """What is made least, what has a budget, each (layers, GRID), and the budget."""
+    curves, target = problem.curves, problem.target
+    coefficients = np.array([draft.coefficients.get(name, 1.0) for name in problem.inventory.names])
+    loss = curves.loss * coefficients[:, None] + _TIE * np.arange(GRID)
+    ms = curves.plan_ms(draft)
+    if target.accuracy_drop is not None:
+        return ms, loss, target.accuracy_drop * LOSS_PER_SCORE
+    if target.sparsity is not None:
+        weights = np.array([layer.weights for layer in problem.inventory.layers], np.float64)
+        return loss, weights[:, None] * (1.0 - SPARSITIES), (1.0 - target.sparsity) * float(weights.sum())
+    assert target.speedup is not None
+    return loss, ms, problem.table.dense_ms / target.speedup - curves.fixed_ms
+
+
+def columns_up_to(max_sparsity: float) -> Indices:
+    """The sparsities a solver chooses from: 0, and finer where a step matters more."""
+    last = place(max_sparsity)
+    wanted = [0, *range(5, 50, 5), *range(50, 80, 2), *range(80, GRID)]
+    return np.array(sorted({*(column for column in wanted if column <= last), last}), np.int64)
+
+
+def knapsack(cost: Array, weight: Array, budget: float, buckets: int = BUCKETS) -> Indices:
+    """One option a row so that the summed cost is least and the summed weight at most `budget`.
+
+    Args:
+        cost: (rows, options), finite.
+        weight: (rows, options).
+        budget: where not even the lightest options fit it, those are returned.
+        buckets: the budget above the lightest options is cut into so many.
+    """
+    lightest = weight.min(axis=1)
+    room = budget - float(lightest.sum())
+    if room <= 0.0:
+        return np.asarray(weight.argmin(axis=1), np.int64)
+    unit = room / buckets
+    taken = np.minimum(np.rint((weight - lightest[:, None]) / unit), buckets + 1).astype(np.int64)
+    capacities = np.arange(buckets + 1)
+    best = np.zeros(buckets + 1)
+    choices = np.empty((len(cost), buckets + 1), np.int64)
+    for row in range(len(cost)):
+        padded = np.concatenate([np.full(buckets + 1, math.inf), best])
+        reached = padded[capacities[None, :] - taken[row][:, None] + buckets + 1] + cost[row][:, None]
+        choices[row] = reached.argmin(axis=0)
+        best = reached[choices[row], capacities]
+    for capacity in range(buckets, -1, -1):  # rounded weights may be a little over in truth
+        chosen = _walk_back(choices, taken, capacity)
+        if float(weight[np.arange(len(cost)), chosen].sum()) <= budget * (1.0 + 1e-9):
+            return chosen
+    return np.asarray(weight.argmin(axis=1), np.int64)
+
+
+def _walk_back(choices: Indices, taken: Indices, capacity: int) -> Indices:
+    chosen = np.empty(len(choices), np.int64)
+    for row in range(len(choices) - 1, -1, -1):
+        chosen[row] = choices[row, capacity]
+        capacity -= int(taken[row, chosen[row]])
+    return chosen
+
+
+def greedy(cost: Array, weight: Array, budget: float) -> Indices:
+    """From the option of least cost in each row, one step after another where a unit of weight costs least.
+
+    Options must be ordered: weight falls and cost rises, or the other way round.
+    """
+    step = 1 if weight[:, -1].sum() <= weight[:, 0].sum() else -1
+    rows, options = cost.shape
+    chosen = np.full(rows, 0 if step == 1 else options - 1, np.int64)
+    while float(weight[np.arange(rows), chosen].sum()) > budget:
+        ahead = chosen + step
+        open_ = np.flatnonzero((ahead >= 0) & (ahead < options))
+        if not len(open_):
+            break
+        dearer = cost[open_, ahead[open_]] - cost[open_, chosen[open_]]
+        lighter = np.maximum(weight[open_, chosen[open_]] - weight[open_, ahead[open_]], 1e-12)
+        chosen[open_[np.argmin(dearer / lighter)]] += step
+    return chosen
