@@ -10,8 +10,8 @@ from stable_baselines3 import TD3
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.noise import NormalActionNoise
 
+from autoprune.agents.episodes import Episodes, actions_of
 from autoprune.agents.sb3 import SB3Agent
-from autoprune.envs.prune import PruneEnv
 
 
 class DeterministicAgent(SB3Agent):
@@ -36,8 +36,8 @@ class DeterministicAgent(SB3Agent):
         self.learning_rate, self.net, self.batch_size = learning_rate, tuple(net), batch_size
         self.updates_per_step, self.noise = updates_per_step, (float(noise[0]), float(noise[1]))
 
-    def build(self, env: PruneEnv, seed: int) -> BaseAlgorithm:
-        size = len(env.action_space.low)
+    def build(self, env: Episodes, seed: int) -> BaseAlgorithm:
+        size = actions_of(env)
         return self.algorithm(
             "MlpPolicy",
             env,

@@ -105,13 +105,13 @@ def search(
         if on_trial is not None:
             on_trial(len(trials) - 1, trial)
 
-    with _own_randomness(), _one_thread():
+    with own_randomness(), _one_thread():
         agent.search(env, episodes, seed, record, directory, done)
     return SearchResult(tuple(trials))
 
 
 @contextmanager
-def _own_randomness() -> Iterator[None]:
+def own_randomness() -> Iterator[None]:
     """stable-baselines3 seeds the global generators: the caller gets theirs back."""
     before = (random.getstate(), np.random.get_state(), torch.get_rng_state())
     try:

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from stable_baselines3.common.base_class import BaseAlgorithm
 
+from autoprune.agents.episodes import Episodes
 from autoprune.envs.observation import OBSERVATION_VERSION
-from autoprune.envs.prune import PruneEnv
 from autoprune.errors import ConfigError, FileError
 from autoprune.files import read_json, read_tensors, write_json, write_tensors
 from autoprune.registry import Choice
@@ -20,7 +20,7 @@ from autoprune.registry import Choice
 POLICY_VERSION = 1
 
 
-def save_policy(directory: Path, model: BaseAlgorithm, agent: Choice, env: PruneEnv) -> None:
+def save_policy(directory: Path, model: BaseAlgorithm, agent: Choice, env: Episodes) -> None:
     """Writes ``policy.safetensors`` and ``policy.json`` into `directory`."""
     write_tensors(directory / "policy.safetensors", model.policy.state_dict())
     write_json(

@@ -8,8 +8,8 @@ from typing import Any
 from stable_baselines3 import SAC
 from stable_baselines3.common.base_class import BaseAlgorithm
 
+from autoprune.agents.episodes import Episodes
 from autoprune.agents.sb3 import SB3Agent
-from autoprune.envs.prune import PruneEnv
 
 
 class SACAgent(SB3Agent):
@@ -34,7 +34,7 @@ class SACAgent(SB3Agent):
         self.learning_rate, self.net, self.batch_size = learning_rate, tuple(net), batch_size
         self.updates_per_step, self.temperature = updates_per_step, temperature
 
-    def build(self, env: PruneEnv, seed: int) -> BaseAlgorithm:
+    def build(self, env: Episodes, seed: int) -> BaseAlgorithm:
         return SAC(
             "MlpPolicy",
             env,

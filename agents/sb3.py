@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
@@ -12,6 +12,7 @@ from stable_baselines3.common.logger import Logger
 
 from autoprune.agents.base import Agent, OnTrial
 from autoprune.agents.checkpoint import checkpoint_episodes, load_checkpoint_, save_checkpoint
+from autoprune.agents.episodes import Episodes
 from autoprune.agents.policy import save_policy
 from autoprune.envs.prune import PruneEnv
 from autoprune.registry import Choice
@@ -25,13 +26,14 @@ class SB3Agent(Agent):
     """
 
     name: str
+    on_policy: ClassVar[bool] = False  # whether it learns from episodes side by side
     checkpoint_every = 10  # episodes; what is lost to a kill is replayed from the cache of evaluated plans
 
     def __init__(self) -> None:
         self._model: BaseAlgorithm | None = None
 
     @abstractmethod
-    def build(self, env: PruneEnv, seed: int) -> BaseAlgorithm:
+    def build(self, env: Episodes, seed: int) -> BaseAlgorithm:
         """Returns the untrained algorithm, whose updates start and end at episode boundaries."""
 
     @abstractmethod

@@ -6,12 +6,12 @@ import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 
 from autoprune.errors import ConfigError, did_you_mean
-from autoprune.files import read_text
+from autoprune.files import read_json, read_text
 from autoprune.registry import Choice
 from autoprune.settings import TrainingSettings
 from autoprune.target import Target
@@ -61,6 +61,7 @@ class EnvSection(Section):
     min_saving: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.005  # of the dense time, or the layer is left whole
     start: Literal["uniform", "knapsack"] = "uniform"  # the plan that layers' actions start from
     recovery: ChoiceField = Choice("batch_norm")  # what happens between masking and scoring
+    timing: Literal["measured", "table"] = "measured"  # of a trial; "table" predicts it, and repacks nothing
     shaping: Annotated[float, Field(ge=0.0)] = 1.0
     gamma: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
 
@@ -115,16 +116,66 @@ class Config(Section):
         return data
 
 
+class FamilySection(Section):
+    """The tasks a generalist learns from; see `tasks.family`."""
+
+    tasks: Annotated[int, Field(ge=5)] = 40  # drawn; every fifth chooses among policies, and is not learned from
+    data: tuple[str, ...] = ("digits", "fashion_mnist")
+    plans: Annotated[int, Field(ge=20)] = 120  # of each task, really evaluated, that its surrogate is fitted to
+    workers: Annotated[int, Field(ge=1)] | None = None  # tasks made ready at a time; one a core when absent
+
+
+class LearningSection(Section):
+    """How a generalist's policy learns."""
+
+    updates: Count = 400
+    envs: Count = 24  # episodes side by side, of learners that can
+    measured_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.02  # of the episodes; the others are the surrogates'
+    judge_every: Count = 10  # updates between two judgements of the policy
+    curves: bool = True  # whether the policy sees the layers' latency and sensitivity curves
+
+
+class GeneralistConfig(Section):
+    """Training over a family of tasks; each section's comments say what a key means."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    family: FamilySection
+    agent: ChoiceField = Choice("ppo", {"episodes_per_update": 4, "learning_rate": 5e-4, "epochs": 6, "minibatches": 4})
+    learning: LearningSection = LearningSection()
+    latency: LatencySection = LatencySection(profile_samples=9)
+    env: EnvSection = EnvSection(
+        actions=(Choice("coefficient"),), max_sparsity=0.98, min_saving=0.001, timing="table", shaping=0.0
+    )
+
+    def to_json(self) -> dict[str, Any]:
+        """The resolved config as plain data; equal configs give equal data."""
+        data: dict[str, Any] = json.loads(self.model_dump_json())
+        return data
+
+
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a TOML config and applies overrides such as ``search.episodes=50``.
 
     Raises FileError when the file is missing and ConfigError for anything in it that cannot be used.
     """
+    return parse_config(_with_overrides(_read_toml(path), overrides), str(path))
+
+
+def is_generalist(path: Path) -> bool:
+    """Whether the config is one of a family of tasks."""
+    return "family" in _read_toml(path)
+
+
+def load_generalist_config(path: Path, overrides: Sequence[str] = ()) -> GeneralistConfig:
+    """Like `load_config`, for a family of tasks."""
+    return _validated(GeneralistConfig, _with_overrides(_read_toml(path), overrides), str(path))
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        data = tomllib.loads(read_text(path, "the config"))
+        return tomllib.loads(read_text(path, "the config"))
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not valid TOML: {error}.") from None
-    return parse_config(_with_overrides(data, overrides), str(path))
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
@@ -134,10 +185,17 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 
 def parse_config(data: Mapping[str, Any], where: str) -> Config:
     """Validates plain data; raises ConfigError that names the key, what was given and what is allowed."""
+    return _validated(Config, data, where)
+
+
+Root = TypeVar("Root", Config, GeneralistConfig)
+
+
+def _validated(kind: type[Root], data: Mapping[str, Any], where: str) -> Root:
     try:
-        return Config.model_validate_json(json.dumps(data))  # JSON mode: lists for tuples, and no other leniency
+        return kind.model_validate_json(json.dumps(data))  # JSON mode: lists for tuples, and no other leniency
     except ValidationError as error:
-        raise ConfigError(f"{where}: " + " ".join(_explain(item) for item in error.errors()[:5])) from None
+        raise ConfigError(f"{where}: " + " ".join(_explain(kind, item) for item in error.errors()[:5])) from None
     except TypeError as error:
         raise ConfigError(
             f"{where}: only numbers, strings, booleans, lists and tables can be used ({error})."
@@ -170,11 +228,11 @@ def _apply_override_(data: dict[str, Any], override: str) -> None:
     table[last] = value
 
 
-def _explain(item: Any) -> str:
+def _explain(kind: type[BaseModel], item: Any) -> str:
     path = [str(part) for part in item["loc"]]
     key, given = ".".join(path), item.get("input")
     if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"unknown key {key!r}. {did_you_mean(path[-1], _keys_at(path[:-1]))}"
+        return f"unknown key {key!r}. {did_you_mean(path[-1], _keys_at(kind, path[:-1]))}"
     if item["type"] == "missing":
         return f"the key {key!r} is missing."
     message = item["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
@@ -182,9 +240,9 @@ def _explain(item: Any) -> str:
     return f"{key or 'the config'}: {message[0].lower()}{message[1:]}{shown}.".replace("..", ".")
 
 
-def _keys_at(path: Sequence[str]) -> list[str]:
+def _keys_at(kind: type[BaseModel], path: Sequence[str]) -> list[str]:
     """The keys allowed in the table at `path`."""
-    table: Any = Config
+    table: Any = kind
     for part in path:
         annotation = table.model_fields[part].annotation if hasattr(table, "model_fields") else table
         table = next(
@@ -192,3 +250,32 @@ def _keys_at(path: Sequence[str]) -> list[str]:
         )
     fields = table.model_fields if hasattr(table, "model_fields") else table.__dataclass_fields__
     return list(fields)
+
+
+def check_directory(directory: Path, resolved: Mapping[str, Any]) -> None:
+    """Raises ConfigError when `directory` holds the run of another config, or is no directory; writes nothing."""
+    path = directory / "config.json"
+    if path.exists():
+        changed = _changed_keys(read_json(path, "the run's config"), resolved)
+        if changed:
+            raise ConfigError(
+                f"{directory} holds a run of another config; these keys differ: {', '.join(changed)}. Nothing "
+                "was changed. Use another --run-dir, give the same config, or delete that directory."
+            )
+    elif directory.exists() and not directory.is_dir():
+        raise ConfigError(f"{directory} is a file: give a run directory, or a name that is free.")
+
+
+def flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as one, ``section.key`` by ``section.key``."""
+    flattened: dict[str, Any] = {}
+    for key, value in data.items():
+        flattened |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flattened
+
+
+def _changed_keys(before: Any, now: Mapping[str, Any]) -> list[str]:
+    if not isinstance(before, dict):
+        return ["(the saved config is corrupt)"]
+    old, new = flat(before), flat(now)
+    return sorted(key for key in {*old, *new} if old.get(key) != new.get(key))

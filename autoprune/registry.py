@@ -6,6 +6,7 @@ import importlib
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Generic, TypeVar, cast
 
 from autoprune.errors import ConfigError, did_you_mean
@@ -24,11 +25,15 @@ class Choice:
     args: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
+        return self._text
+
+    @cached_property
+    def _text(self) -> str:
         inside = ",".join(f"{key}={value}" for key, value in sorted(self.args.items()))
         return f"{self.name}({inside})" if inside else self.name
 
     def __hash__(self) -> int:
-        return hash(str(self))
+        return hash(self._text)
 
     @classmethod
     def of(cls, given: str | Mapping[str, Any] | Choice) -> Choice:

@@ -23,7 +23,7 @@ from autoprune.agents.base import Trial
 from autoprune.agents.halving import FIDELITY, halve, rungs
 from autoprune.agents.harness import SearchResult, TrialLog, search
 from autoprune.agents.rival import CLOSE, reward_at, uniform_at
-from autoprune.config import Config
+from autoprune.config import Config, check_directory, flat
 from autoprune.criteria import CRITERIA
 from autoprune.envs import Problem, PruneEnv
 from autoprune.envs.actions import ACTIONS, ActionComponent
@@ -125,21 +125,7 @@ class Run:
         self.config, self.directory, self.progress, self.clock = config, directory, progress, clock
         self._given_task, self._fresh_table = task, fresh_table
         self._work_threads = torch.get_num_threads()
-        self._check_directory()
-
-    def _check_directory(self) -> None:
-        """Refuses a directory of another run. It is claimed only when the task has proved to work (`inventory`)."""
-        path = self.directory / "config.json"
-        resolved = self.config.to_json()
-        if path.exists():
-            changed = _changed_keys(read_json(path, "the run's config"), resolved)
-            if changed:
-                raise ConfigError(
-                    f"{self.directory} holds a run of another config; these keys differ: {', '.join(changed)}. Nothing "
-                    "was changed. Use another --run-dir, give the same config, or delete that directory."
-                )
-        elif self.directory.exists() and not self.directory.is_dir():
-            raise ConfigError(f"{self.directory} is a file: give a run directory, or a name that is free.")
+        check_directory(directory, config.to_json())  # it is claimed when the task has proved to work: `inventory`
 
     @cached_property
     def task(self) -> Task:
@@ -259,6 +245,7 @@ class Run:
             batch=latency.batch,
             work_threads=self._work_threads,
             clock=self.clock,
+            timed=self.config.env.timing == "measured",
         )
 
     @cached_property
@@ -505,18 +492,4 @@ class Run:
         return Protocol(samples=samples, threads=self.config.latency.threads)
 
     def _config_text(self) -> str:
-        return "\n".join(f"{key} = {value}" for key, value in sorted(_flat(self.config.to_json()).items()))
-
-
-def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in data.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
-def _changed_keys(before: Any, now: dict[str, Any]) -> list[str]:
-    if not isinstance(before, dict):
-        return ["(the saved config is corrupt)"]
-    old, new = _flat(before), _flat(now)
-    return sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
+        return "\n".join(f"{key} = {value}" for key, value in sorted(flat(self.config.to_json()).items()))

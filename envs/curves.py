@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from autoprune.evaluation.sensitivity import Sensitivity
 from autoprune.inventory import Inventory
 from autoprune.latency.table import LatencyTable
-from autoprune.plan import Plan
+from autoprune.plan import LayerPlan, Plan
 
 GRID = 100  # sparsities are multiples of 1/GRID, so that equal plans meet in the cache
 
@@ -27,6 +28,14 @@ def place(sparsity: float) -> int:
     return round(sparsity * GRID)
 
 
+class Decided(NamedTuple):
+    """What the layers decided so far add up to: the first `layers` of the inventory."""
+
+    layers: int = 0
+    saved_ms: float = 0.0  # of what they take as torch runs them
+    lost: float = 0.0  # rise of the loss, one by one
+
+
 @dataclass(frozen=True, eq=False)
 class Curves:
     """Of one inventory, on one machine."""
@@ -35,6 +44,10 @@ class Curves:
     table: LatencyTable
     sensitivity: Sensitivity
     _ms: dict[str, Array] = field(default_factory=dict)
+
+    def are_of(self, inventory: Inventory, table: LatencyTable, sensitivity: Sensitivity) -> bool:
+        """Whether they were made of these very objects."""
+        return self.inventory is inventory and self.table is table and self.sensitivity is sensitivity
 
     @cached_property
     def loss(self) -> Array:
@@ -78,3 +91,9 @@ class Curves:
         if len(set(patterns)) == 1:
             return self.ms(patterns[0])
         return np.array([self.ms(pattern)[row] for row, pattern in enumerate(patterns)])
+
+    def decide(self, before: Decided, layer: LayerPlan) -> Decided:
+        """The next layer decided too."""
+        row, column = before.layers, place(layer.sparsity)
+        saved_ms = self.dense_ms[row] - self.ms(str(layer.pattern))[row, column]
+        return Decided(row + 1, before.saved_ms + float(saved_ms), before.lost + float(self.loss[row, column]))

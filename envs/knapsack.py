@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from autoprune.envs.curves import GRID, SPARSITIES, Array, place
 from autoprune.envs.draft import Draft
 from autoprune.envs.problem import Problem
 
-BUCKETS = 600
+BUCKETS = 500
 LOSS_PER_SCORE = 3.0  # where a drop of the score is allowed: 0.01 of accuracy goes with about 0.03 of cross-entropy
 _TIE = 1e-9  # a sparsity that costs nothing is still more than none
 
@@ -82,9 +83,12 @@ def knapsack(cost: Array, weight: Array, budget: float, buckets: int = BUCKETS) 
     capacities = np.arange(buckets + 1)
     best = np.zeros(buckets + 1)
     choices = np.empty((len(cost), buckets + 1), np.int64)
+    padded = np.full(2 * (buckets + 1), math.inf)
+    shifted = sliding_window_view(padded, buckets + 1)  # row s: what is best with s - buckets - 1 buckets more
     for row in range(len(cost)):
-        padded = np.concatenate([np.full(buckets + 1, math.inf), best])
-        reached = padded[capacities[None, :] - taken[row][:, None] + buckets + 1] + cost[row][:, None]
+        padded[buckets + 1 :] = best
+        reached = shifted[buckets + 1 - taken[row]]
+        reached += cost[row][:, None]
         choices[row] = reached.argmin(axis=0)
         best = reached[choices[row], capacities]
     for capacity in range(buckets, -1, -1):  # rounded weights may be a little over in truth

@@ -11,7 +11,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from autoprune.envs.curves import GRID, Array, place
+from autoprune.envs.curves import GRID, Array, Decided, place
 from autoprune.envs.problem import Problem
 from autoprune.plan import LayerSpec, Plan
 
@@ -73,8 +73,6 @@ class Observer:
     """
 
     def __init__(self, problem: Problem, start: Plan, curves: bool = True) -> None:
-        self._problem = problem
-        self._start = start
         rows = _layers(problem, start)
         if not curves:
             rows[:, len(STRUCTURE) :] = 0.0
@@ -82,23 +80,14 @@ class Observer:
         steps = [np.concatenate([[1.0], np.zeros(rows.shape[1]), model])]
         steps += [np.concatenate([[0.0], row, model]) for row in rows]
         self._steps = np.clip(np.array(steps), -LIMIT, LIMIT).astype(np.float32)
-        self._dense_ms = problem.curves.dense_ms
-        self._undecided = 1.0 - np.concatenate([[0.0], np.cumsum(self._dense_ms)]) / self._dense_ms.sum()
+        dense_ms = problem.curves.dense_ms
+        self._all_ms = float(dense_ms.sum())
+        self._undecided = 1.0 - np.concatenate([[0.0], np.cumsum(dense_ms)]) / self._all_ms
 
-    def observe(self, plan: Plan, step: int, previous: NDArray[np.float32]) -> NDArray[np.float32]:
+    def observe(self, decided: Decided, step: int, previous: NDArray[np.float32]) -> NDArray[np.float32]:
         """What the agent sees before step `step`: 0 is the run's hyper-parameters, i >= 1 is layer i."""
-        progress = self._progress(plan, max(0, step - 1))
-        return np.concatenate([self._steps[step], np.clip(progress, -LIMIT, LIMIT), previous]).astype(np.float32)
-
-    def _progress(self, plan: Plan, decided: int) -> Array:
-        curves = self._problem.curves
-        saved = lost = 0.0
-        for row, name in enumerate(self._problem.inventory.names[:decided]):
-            layer = plan.layers[name]
-            column = place(layer.sparsity)
-            saved += self._dense_ms[row] - curves.ms(str(layer.pattern))[row, column]
-            lost += curves.loss[row, column]
-        return np.array([saved / self._dense_ms.sum(), self._undecided[decided], log_loss(lost)])
+        progress = (decided.saved_ms / self._all_ms, self._undecided[decided.layers], float(log_loss(decided.lost)))
+        return np.concatenate([self._steps[step], np.array(progress, np.float32), previous])
 
 
 def log_loss(loss: float | Array) -> Array:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 from autoprune.envs.curves import Curves
 from autoprune.evaluation.measurement import Evaluate
@@ -25,6 +24,7 @@ class Problem:
         pattern: the pattern of layers whose pattern no action sets; likewise `criterion`.
         training: the sparse-training method of plans whose method no action sets.
         max_sparsity: the highest sparsity of any layer.
+        curves: what every layer takes and loses at every sparsity.
     """
 
     inventory: Inventory
@@ -37,11 +37,12 @@ class Problem:
     criterion: Choice
     training: Choice
     max_sparsity: float = 0.95
+    curves: Curves = field(default=None, repr=False, compare=False)  # type: ignore[assignment]  # made when left out
 
-    @cached_property
-    def curves(self) -> Curves:
-        """What every layer takes and loses at every sparsity."""
-        return Curves(self.inventory, self.table, self.sensitivity)
+    def __post_init__(self) -> None:
+        """Copies of a problem with another target or evaluation share its curves."""
+        if self.curves is None or not self.curves.are_of(self.inventory, self.table, self.sensitivity):
+            object.__setattr__(self, "curves", Curves(self.inventory, self.table, self.sensitivity))
 
     def uniform(self, sparsity: float) -> Plan:
         """The plan that treats every layer alike."""

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from autoprune.envs.actions import ACTIONS, ActionSpace
 from autoprune.envs.actions.group_size import GroupSize
+from autoprune.envs.curves import Decided
 from autoprune.envs.draft import Draft
 from autoprune.envs.knapsack import solve, solve_greedily
 from autoprune.envs.observation import LIMIT, Observer, length
@@ -82,8 +83,8 @@ class PruneEnv(gymnasium.Env[Observation, Action]):
         self.observation_space = spaces.Box(-LIMIT, LIMIT, (size,), np.float32)
         self._start = Draft.of(self._starting_plan())
         self._observer = Observer(problem, self._start, curves)
-        self._plan = self._start
-        self._step = 0
+        self._names = problem.inventory.names
+        self._plan, self._step, self._decided, self._potential = self._start, 0, Decided(), 0.0
         self._previous = np.zeros(len(self.actions.components), np.float32)
 
     def of(self, problem: Problem) -> PruneEnv:
@@ -105,21 +106,24 @@ class PruneEnv(gymnasium.Env[Observation, Action]):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:
         super().reset(seed=seed)
-        self._plan, self._step = self._start, 0
+        self._plan, self._step, self._decided, self._potential = self._start, 0, Decided(), 0.0
         self._previous = np.zeros(len(self.actions.components), np.float32)
         return self._observe(), {}
 
     def step(self, action: Action) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        names = self.problem.inventory.names
-        before = self._potential()
+        units = np.clip(np.asarray(action, np.float32), -1.0, 1.0)
+        before = self._potential
         if self._step == 0:
-            self._plan = self.actions.decode(action, "run", self.problem, self._plan, None)
+            self._plan = self.actions.decode(units, "run", self.problem, self._plan, None)
         else:
-            self._plan = self.actions.decode(action, "layer", self.problem, self._plan, names[self._step - 1])
-        self._previous = np.clip(np.asarray(action, np.float32), -1.0, 1.0)
+            name = self._names[self._step - 1]
+            self._plan = self.actions.decode(units, "layer", self.problem, self._plan, name)
+            self._decided = self.problem.curves.decide(self._decided, self._plan.layers[name])
+        self._previous = units
         self._step += 1
         if self._step < self.steps_per_episode:
-            reward = self.shaping * (self.gamma * self._potential() - before)
+            self._potential = potential(self.problem, self._decided)
+            reward = self.shaping * (self.gamma * self._potential - before)
             return self._observe(), float(reward), False, False, {}
         plan = self.finished(self._plan)
         trial = self.tried(plan)
@@ -172,8 +176,5 @@ class PruneEnv(gymnasium.Env[Observation, Action]):
             return meet_sparsity(uniform, problem.inventory, target.sparsity, problem.max_sparsity)
         return uniform if target.speedup is None else meet(uniform, problem.table, target.speedup, problem.max_sparsity)
 
-    def _potential(self) -> float:
-        return potential(self.problem, self._plan, max(0, self._step - 1))
-
     def _observe(self) -> Observation:
-        return self._observer.observe(self._plan, min(self._step, self.steps_per_episode - 1), self._previous)
+        return self._observer.observe(self._decided, min(self._step, self.steps_per_episode - 1), self._previous)

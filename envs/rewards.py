@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from autoprune.envs.curves import place
+from autoprune.envs.curves import Decided
 from autoprune.envs.knapsack import LOSS_PER_SCORE
 from autoprune.envs.problem import Problem
 from autoprune.evaluation.measurement import Measurement
@@ -52,20 +52,13 @@ def as_trial(problem: Problem, plan: Plan, measured: Measurement) -> dict[str, A
     return {"plan": plan.to_json(), **measured.to_json(), "reward": reward.total, "terms": asdict(reward)}
 
 
-def potential(problem: Problem, plan: Plan, decided: int) -> float:
+def potential(problem: Problem, decided: Decided) -> float:
     """How good the decided part of a plan looks before it is measured; 0 before the first layer.
 
     Minus what its layers lose one by one (sensitivity curves) plus, for an accuracy target, the time the table says
     they save.
     """
-    curves = problem.curves
-    lost = saved_ms = 0.0
-    for row, name in enumerate(problem.inventory.names[:decided]):
-        layer = plan.layers[name]
-        column = place(layer.sparsity)
-        lost += curves.loss[row, column]
-        saved_ms += curves.dense_ms[row] - curves.ms(str(layer.pattern))[row, column]
-    value = -SCORE_WEIGHT * min(1.0, lost / LOSS_PER_SCORE)
+    value = -SCORE_WEIGHT * min(1.0, decided.lost / LOSS_PER_SCORE)
     if problem.target.accuracy_drop is not None:
-        value += saved_ms / problem.table.dense_ms
-    return float(value)
+        value += decided.saved_ms / problem.table.dense_ms
+    return value

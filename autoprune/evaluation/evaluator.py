@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import nn
 
 from autoprune.evaluation.measurement import Measurement
@@ -26,6 +27,7 @@ class Evaluator:
         protocol: the timing of one trial.
         batch: batch size of the timed inference.
         work_threads: torch threads while training and scoring (timing has the protocol's).
+        timed: whether a plan's latency is measured; else the table predicts it, and nothing is repacked.
     """
 
     subject: Subject
@@ -35,6 +37,7 @@ class Evaluator:
     batch: int = 1
     work_threads: int = 1
     clock: Clock = time.perf_counter
+    timed: bool = True
 
     def masked_model(self, plan: Plan) -> nn.Module:
         """The dense model, masked by `plan` and recovered."""
@@ -65,7 +68,12 @@ class Evaluator:
         return TableChoice(self.table, plan)
 
     def __call__(self, plan: Plan) -> Measurement:
-        fast = self.repacked(self.masked_model(plan), plan)
+        model = self.masked_model(plan)
+        if not self.timed:
+            # Convolutions are scored sooner so.
+            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            return Measurement(self.score(model), self.table.predict_ms(plan), self.table.predict_speedup(plan))
+        fast = self.repacked(model, plan)
         # The repacked model is scored: it gives the masked one's output, sooner.
         score = self.score(fast)
         dense, packed = self.time(fast)

@@ -117,3 +117,29 @@ class TrialWriter:
             if index == 0 and self._config:
                 self._writer.add_text("config", f"```\n{self._config}\n```", 0)
         return self._writer
+
+
+class FamilyWriter:
+    """Writes a generalist's training: tasks it learns from, those that choose and those held out, apart.
+
+    Args:
+        directory: one run in TensorBoard.
+        done: updates an earlier, interrupted training has written; what it wrote after them is marked as void.
+    """
+
+    def __init__(self, directory: Path, done: int = 0) -> None:
+        self._writer = SummaryWriter(str(directory), purge_step=done or None)
+
+    def update(self, index: int, advantages: Sequence[float], surrogate_errors: Sequence[float]) -> None:
+        """Means over the episodes of one update; those of nothing are left out."""
+        for name, values in {"learned/advantage": advantages, "surrogate/error": surrogate_errors}.items():
+            if values:
+                self._writer.add_scalar(name, sum(values) / len(values), index)
+
+    def judgement(self, index: int, learned: float, choosing: float, held_out: float) -> None:
+        """Mean advantages of the policy without exploration."""
+        for name, value in {"learned": learned, "choosing": choosing, "held_out": held_out}.items():
+            self._writer.add_scalar(f"{name}/policy_advantage", value, index)
+
+    def close(self) -> None:
+        self._writer.close()

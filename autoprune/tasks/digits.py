@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from sklearn.datasets import load_digits
@@ -12,14 +13,14 @@ from torch.nn import functional
 from autoprune.settings import TrainingSettings
 from autoprune.tasks.base import Task
 from autoprune.tasks.batches import ShiftFlip, TensorBatches, normalised, stratified_split
-from autoprune.tasks.zoo import build_model, model_args, positive
+from autoprune.tasks.zoo import build_model, image_model, positive
 
 SIDE = 32
 DENSE_TRAINING = TrainingSettings(epochs=12, learning_rate=0.1, weight_decay=5e-4, warmup=0.1)
 
 
 def digits(
-    model: str = "residual_cnn",
+    model: str | Mapping[str, Any] = "residual_cnn",
     widths: Sequence[int] | None = None,
     blocks: int | None = None,
     augment: bool = True,
@@ -29,7 +30,7 @@ def digits(
     """Ten classes of 1x32x32 images; 1,078 to train, 360 to validate, 359 to test, the same ones always.
 
     Args:
-        model: a name of the zoo.
+        model: a name of the zoo, or a table of one and its arguments.
         widths: the model's `widths`; its own default when left out.
         blocks: the model's `blocks`; its own default when left out.
         augment: shift the training images by up to 2 pixels.
@@ -47,7 +48,7 @@ def digits(
     train = TensorBatches(train_x, train_y, batch_size, shuffle=True, augment=ShiftFlip(2) if augment else None)
     return Task(
         name="digits",
-        model=build_model(model, model_args(widths, blocks), in_channels=1, size=SIDE, classes=10, seed=seed),
+        model=build_model(*image_model(model, widths, blocks), in_channels=1, size=SIDE, classes=10, seed=seed),
         train=train,
         calibration=train.first(128, 64),
         validation=TensorBatches(validation_x, validation_y),

@@ -5,19 +5,20 @@ from __future__ import annotations
 import gzip
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from autoprune.errors import FileError
+from autoprune.errors import ConfigError, FileError
 from autoprune.settings import TrainingSettings
 from autoprune.tasks.base import Task
 from autoprune.tasks.batches import ShiftFlip, TensorBatches, normalised
-from autoprune.tasks.zoo import build_model, model_args, positive
+from autoprune.tasks.zoo import build_model, image_model, positive
 
 FOLDER = "/usr/share/datasets/fashion-mnist"
 INSTALL = "apt-get install dataset-fashion-mnist"
@@ -28,10 +29,12 @@ DENSE_TRAINING = TrainingSettings(epochs=6, learning_rate=0.1, weight_decay=5e-4
 
 def fashion_mnist(
     folder: str = FOLDER,
-    model: str = "residual_cnn",
-    widths: Sequence[int] = (32, 64, 128),
+    model: str | Mapping[str, Any] = "residual_cnn",
+    widths: Sequence[int] | None = None,
     blocks: int | None = None,
     augment: bool = True,
+    train_samples: int = 60_000 - VALIDATION,
+    validation_samples: int = VALIDATION,
     batch_size: int = 128,
     seed: int = 0,
 ) -> Task:
@@ -39,10 +42,12 @@ def fashion_mnist(
 
     Args:
         folder: where the four ``*-ubyte.gz`` files are.
-        model: a name of the zoo.
-        widths: the model's `widths`.
+        model: a name of the zoo, or a table of one and its arguments.
+        widths: the model's `widths`; its own default when left out, (32, 64, 128) for `residual_cnn`.
         blocks: the model's `blocks`; its own default when left out.
         augment: shift the training images by up to 2 pixels and mirror half of them.
+        train_samples: the first so many are trained on.
+        validation_samples: the last so many of the train split are held out to validate.
         batch_size: training samples a step.
         seed: of the model's initial weights.
 
@@ -50,16 +55,24 @@ def fashion_mnist(
         FileError: the files are missing (the message is the command that installs them) or corrupt.
         ConfigError: an argument out of range, or one the model does not take.
     """
-    positive("batch_size", batch_size)
+    positive("batch_size, train_samples and validation_samples", batch_size, train_samples, validation_samples)
+    if validation_samples > VALIDATION or train_samples > 60_000 - VALIDATION:
+        raise ConfigError(
+            f"fashion_mnist has {60_000 - VALIDATION:,} images to train on and {VALIDATION:,} to validate, "
+            f"not {train_samples:,} and {validation_samples:,}."
+        )
+    if model == "residual_cnn" and widths is None:
+        widths = (32, 64, 128)
     train_x, train_y = _split(Path(folder), "train", 60_000)
     test_x, test_y = _split(Path(folder), "t10k", 10_000)
-    train_x, validation_x, test_x = normalised(train_x[:-VALIDATION], train_x[-VALIDATION:], test_x)
-    train_y, validation_y = train_y[:-VALIDATION], train_y[-VALIDATION:]
+    held_out = slice(60_000 - validation_samples, None)
+    train_x, validation_x, test_x = normalised(train_x[:train_samples], train_x[held_out], test_x)
+    train_y, validation_y = train_y[:train_samples], train_y[held_out]
     change = ShiftFlip(2, flip=True) if augment else None
     train = TensorBatches(train_x, train_y, batch_size, shuffle=True, augment=change)
     return Task(
         name="fashion_mnist",
-        model=build_model(model, model_args(widths, blocks), in_channels=1, size=SIDE, classes=CLASSES, seed=seed),
+        model=build_model(*image_model(model, widths, blocks), in_channels=1, size=SIDE, classes=CLASSES, seed=seed),
         train=train,
         calibration=train.first(512, 128),
         validation=TensorBatches(validation_x, validation_y),

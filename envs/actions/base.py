@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from typing import ClassVar, Literal, TypeVar
 
 import numpy as np
@@ -74,12 +75,12 @@ class ActionSpace:
         self.names = tuple(names)
         self.components = tuple(component for _, component in components)
 
-    @property
+    @cached_property
     def of_layers(self) -> bool:
         """Whether anything is chosen a layer at a time."""
         return any(component.scope == "layer" for component in self.components)
 
-    @property
+    @cached_property
     def solved(self) -> bool:
         """Whether a solver makes the plan from what is chosen."""
         return any(component.solved for component in self.components)
@@ -91,8 +92,8 @@ class ActionSpace:
     def decode(
         self, action: NDArray[np.float32], scope: Scope, problem: Problem, draft: Draft, layer: str | None
     ) -> Draft:
-        """Applies the entries of `action` that belong to `scope`; the others are not read in this step."""
+        """Applies the entries of `action`, in [-1, 1], that belong to `scope`; the others are not read in this step."""
         for unit, component in zip(action, self.components, strict=True):
             if component.scope == scope:
-                draft = component.decode(float(np.clip(unit, -1.0, 1.0)), problem, draft, layer)
+                draft = component.decode(float(unit), problem, draft, layer)
         return draft

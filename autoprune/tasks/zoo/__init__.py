@@ -24,6 +24,11 @@ MODELS: Registry[nn.Module] = Registry(
         "lenet5": "autoprune.tasks.zoo.small:lenet5",
         "mlp": "autoprune.tasks.zoo.small:mlp",
         "tiny_transformer": "autoprune.tasks.zoo.small:tiny_transformer",
+        "depthwise_cnn": "autoprune.tasks.zoo.varied:depthwise_cnn",
+        "inverted_cnn": "autoprune.tasks.zoo.varied:inverted_cnn",
+        "vgg": "autoprune.tasks.zoo.varied:vgg",
+        "inception": "autoprune.tasks.zoo.varied:inception",
+        "mixer": "autoprune.tasks.zoo.varied:mixer",
         "resnet18": "autoprune.tasks.zoo.resnet:resnet18",
         "resnet20": "autoprune.tasks.zoo.resnet:resnet20",
         "resnet50": "autoprune.tasks.zoo.resnet:resnet50",
@@ -76,10 +81,19 @@ def _fits(name: str, data: Mapping[str, int]) -> bool:
 _INPUTS = {"in_channels", "features", "characters"}  # what one item of an input is made of
 
 
-def model_args(widths: Sequence[int] | None, blocks: int | None) -> dict[str, Any]:
-    """The arguments that were given; a model that lacks one refuses it."""
-    given = {"widths": widths, "blocks": blocks}
-    return {name: value for name, value in given.items() if value is not None}
+def image_model(
+    model: str | Mapping[str, Any], widths: Sequence[int] | None, blocks: int | None
+) -> tuple[str, dict[str, Any]]:
+    """The name and the arguments of a task's model: a name, or a table of it and its arguments, and what is set apart.
+
+    Raises:
+        ConfigError: the table has no name, or an argument is given twice.
+    """
+    choice = Choice.of(model)
+    given = {name: value for name, value in {"widths": widths, "blocks": blocks}.items() if value is not None}
+    if twice := sorted(given.keys() & choice.args.keys()):
+        raise ConfigError(f"{twice[0]} is given twice: with the model's arguments and beside them.")
+    return choice.name, {**choice.args, **given}
 
 
-__all__ = ["MODELS", "build_model", "build_sequence_model", "build_text_model", "model_args", "positive"]
+__all__ = ["MODELS", "build_model", "build_sequence_model", "build_text_model", "image_model", "positive"]

@@ -15,7 +15,8 @@ from autoprune.errors import ConfigError
 from autoprune.tasks.zoo.arguments import positive
 
 
-def _widths(widths: Sequence[int]) -> tuple[int, ...]:
+def given_widths(widths: Sequence[int]) -> tuple[int, ...]:
+    """Raises ConfigError unless `widths` are positive integers, one at least."""
     if isinstance(widths, (str, bytes)) or not isinstance(widths, Sequence) or not widths:
         raise ConfigError(f"widths must be a list of positive integers such as [16, 32, 64], not {widths!r}.")
     positive("each of widths", *widths)
@@ -52,9 +53,9 @@ def residual_cnn(
 
     (N, in_channels, H, W) -> logits (N, classes).
     """
-    widths = _widths(widths)
+    widths = given_widths(widths)
     positive("blocks", blocks)
-    layers: list[nn.Module] = [_conv_norm_relu(in_channels, widths[0])]
+    layers: list[nn.Module] = [conv_norm_relu(in_channels, widths[0])]
     width_in = widths[0]
     for stage, width in enumerate(widths):
         for block in range(blocks):
@@ -63,9 +64,10 @@ def residual_cnn(
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width_in, classes))
 
 
-def _conv_norm_relu(in_channels: int, out_channels: int, stride: int = 1) -> nn.Sequential:
+def conv_norm_relu(in_channels: int, out_channels: int, stride: int = 1, kernel: int = 3) -> nn.Sequential:
+    """(N, in_channels, H, W) -> (N, out_channels, H / stride, W / stride)."""
     return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False),
+        nn.Conv2d(in_channels, out_channels, kernel, stride=stride, padding=kernel // 2, bias=False),
         nn.BatchNorm2d(out_channels),
         nn.ReLU(),
     )
@@ -73,9 +75,9 @@ def _conv_norm_relu(in_channels: int, out_channels: int, stride: int = 1) -> nn.
 
 def plain_cnn(in_channels: int, classes: int, widths: Sequence[int] = (16, 32, 64)) -> nn.Sequential:
     """A convolution a width, each after the first with stride 2. (N, in_channels, H, W) -> logits (N, classes)."""
-    widths = _widths(widths)
+    widths = given_widths(widths)
     pairs = zip((in_channels, *widths), widths, strict=False)
-    layers = [_conv_norm_relu(a, b, stride=2 if stage > 0 else 1) for stage, (a, b) in enumerate(pairs)]
+    layers = [conv_norm_relu(a, b, stride=2 if stage > 0 else 1) for stage, (a, b) in enumerate(pairs)]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], classes))
 
 
@@ -85,7 +87,7 @@ def lenet5(in_channels: int, classes: int, widths: Sequence[int] = (20, 50, 500)
     Two 5x5 convolutions, each halved by max pooling, then a hidden layer. (N, in_channels, size, size) -> logits
     (N, classes).
     """
-    widths = _widths(widths)
+    widths = given_widths(widths)
     if len(widths) != 3 or size < 16:
         raise ConfigError(f"lenet5 takes three widths and images of 16x16 or more, not widths={widths}, size={size}.")
     first, second, hidden = widths
@@ -99,7 +101,7 @@ def lenet5(in_channels: int, classes: int, widths: Sequence[int] = (20, 50, 500)
 
 def mlp(in_channels: int, classes: int, widths: Sequence[int] = (256, 128), size: int = 32) -> nn.Sequential:
     """A Linear and a ReLU a width. (N, in_channels, size, size) -> logits (N, classes)."""
-    widths = _widths(widths)
+    widths = given_widths(widths)
     layers: list[nn.Module] = [nn.Flatten()]
     for a, b in zip((in_channels * size * size, *widths), widths, strict=False):
         layers += [nn.Linear(a, b), nn.ReLU()]

@@ -1,0 +1,31 @@
+"""What a stable-baselines3 algorithm is built for: one problem's episodes, or a family's, several side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gymnasium import spaces
+from stable_baselines3.common.vec_env import DummyVecEnv
+
+from autoprune.envs.family import FamilyEnv
+from autoprune.envs.prune import PruneEnv
+
+
+class FamilyEnvs(DummyVecEnv):
+    """Copies of one family's environment, side by side."""
+
+    def __init__(self, copies: Sequence[FamilyEnv]) -> None:
+        super().__init__([lambda copy=copy: copy for copy in copies])  # type: ignore[misc]
+        self.copies = tuple(copies)
+        first = copies[0]
+        self.gamma, self.shaping, self.action_choices = first.gamma, first.shaping, first.action_choices
+        self.steps_per_episode = first.steps_per_episode
+
+
+Episodes = PruneEnv | FamilyEnvs  # what an algorithm is built for
+
+
+def actions_of(env: Episodes) -> int:
+    """How many numbers an action has."""
+    assert isinstance(env.action_space, spaces.Box)
+    return len(env.action_space.low)

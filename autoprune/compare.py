@@ -1,0 +1,234 @@
+"""Agents side by side: the same episodes, the same number of evaluations, and plans measured at the same speed-up.
+
+A search scores plans really and takes their latency from the table, so that no agent is lucky with the clock. What is
+reported is measured: the best plan an agent has after so many evaluations is repacked and timed, moved until its
+measured speed-up is the target's, and scored there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from autoprune.agents import AGENTS
+from autoprune.agents.base import Trial
+from autoprune.agents.harness import search
+from autoprune.agents.rival import CLOSE, uniform_at
+from autoprune.envs import Problem, PruneEnv
+from autoprune.envs.projection import meet, release_useless
+from autoprune.envs.rewards import terminal_reward
+from autoprune.errors import ConfigError, FileError
+from autoprune.evaluation.measurement import Evaluate, Measurement
+from autoprune.files import append_line, read_lines
+from autoprune.plan import Plan
+from autoprune.registry import Choice
+from autoprune.report.table import markdown_table
+
+UNASKED = 0  # evaluations of a rule that makes its plan without any
+_CORRECTIONS = 4  # of the aim, for one measured plan
+_RESAMPLES = 2000
+WITHOUT_EVALUATION = ("uniform", "greedy", "knapsack", "policy")  # their first plan is made before any is scored
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The best plan an agent had after some evaluations, as measured.
+
+    Attributes:
+        task: the problem's name.
+        agent: the registry row, with its arguments where they are not the default ones.
+        evaluations: how many it was given; 0 for a plan made without any.
+        reward: of the search, by scores and the latency table.
+        score: of the plan moved to the target's measured speed-up.
+        speedup: measured.
+        measured_reward: of that score and speed-up.
+        seconds: the search took up to there, evaluations that were remembered not counted.
+    """
+
+    task: str
+    agent: str
+    seed: int
+    evaluations: int
+    reward: float
+    score: float
+    speedup: float
+    measured_reward: float
+    seconds: float
+
+
+def budgets_of(agent: Choice, budgets: Sequence[int]) -> list[int]:
+    """The checkpoints that say something of an agent: rules have one, searches those from 1 evaluation on."""
+    if agent.name in ("greedy", "knapsack"):
+        return [UNASKED]
+    return [budget for budget in budgets if budget > 0 or agent.name in WITHOUT_EVALUATION]
+
+
+def compare(
+    name: str,
+    env: PruneEnv,
+    agent: Choice,
+    seed: int,
+    budgets: Sequence[int],
+    measure: Evaluate,
+) -> list[Outcome]:
+    """Runs one agent once and measures its best plan at every checkpoint.
+
+    Args:
+        name: of the task.
+        env: its evaluation scores plans and takes latency from the table; the target is a speed-up.
+        agent: a registry row.
+        seed: of the search.
+        budgets: checkpoints, evaluations.
+        measure: plan -> a measurement with the clock; remembered by the caller, so that equal plans measure alike.
+
+    Raises:
+        ConfigError: the target is no speed-up: plans are compared at one.
+    """
+    if env.problem.target.speedup is None:
+        raise ConfigError("agents are compared at a speed-up: set target.speedup.")
+    wanted = budgets_of(agent, budgets)
+    started = time.perf_counter()
+    ticks: list[float] = []
+    found = search(
+        AGENTS.create(agent),
+        env,
+        max(1, *wanted),
+        seed,
+        on_trial=lambda *_: ticks.append(time.perf_counter() - started),
+    )
+    outcomes = []
+    for budget in wanted:
+        trials = found.trials[: max(1, budget)]
+        best = max(trials, key=lambda trial: float(trial["reward"]))
+        measured = at_speedup(env.problem, Plan.from_json(best["plan"]), measure)
+        reward = terminal_reward(env.problem, measured).total
+        took = ticks[len(trials) - 1]
+        outcomes.append(
+            Outcome(
+                name, str(agent), seed, budget, float(best["reward"]), measured.score, measured.speedup, reward, took
+            )
+        )
+    return outcomes
+
+
+def at_speedup(problem: Problem, plan: Plan, measure: Evaluate) -> Measurement:
+    """A plan moved to the target's speed-up as measured, within `CLOSE` below it or any amount above, and measured.
+
+    The best-scored of those tried that are fast enough; the fastest when none is.
+    """
+    wanted = problem.target.speedup
+    assert wanted is not None
+    table, aim, tried = problem.table, wanted, []
+    moved = plan
+    for _ in range(_CORRECTIONS):
+        measured = measure(moved)
+        tried.append(measured)
+        if abs(measured.speedup / wanted - 1.0) <= CLOSE:
+            break
+        aim *= (wanted / measured.speedup) ** 0.8
+        moved = release_useless(meet(plan, table, max(1.001, aim), problem.max_sparsity), table)
+    fast = [each for each in tried if each.speedup >= wanted * (1.0 - CLOSE)]
+    return max(fast, key=lambda each: each.score) if fast else max(tried, key=lambda each: each.speedup)
+
+
+class OutcomeLog:
+    """Outcomes as JSON lines, so that a comparison goes on where it was stopped."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> list[Outcome]:
+        try:
+            return [Outcome(**line) for line in read_lines(self.path, "the outcomes")]
+        except TypeError as error:
+            raise FileError(f"the outcomes are corrupt: {self.path} ({error}). Delete the file.") from None
+
+    def append(self, outcomes: Sequence[Outcome]) -> None:
+        for outcome in outcomes:
+            append_line(self.path, asdict(outcome))
+
+
+# What outcomes add up to ---------------------------------------------------------------------------------------------
+
+
+def interquartile_mean(values: Sequence[float]) -> float:
+    """Mean of the middle half, the ends weighed by what of them is in it (Agarwal et al. 2021, rliable)."""
+    ordered = np.sort(np.asarray(values, np.float64))
+    count = len(ordered)
+    edges = np.clip(np.arange(count + 1) / count, 0.25, 0.75)
+    weights = np.diff(edges)
+    return float((ordered * weights).sum() / weights.sum())
+
+
+def interval(by_task: Mapping[str, Sequence[float]], seed: int = 0) -> tuple[float, float]:
+    """95% bootstrap interval of the interquartile mean over all values, resampled within each task (stratified)."""
+    draws = np.random.default_rng(seed)
+    groups = [np.asarray(values, np.float64) for values in by_task.values()]
+    means = [
+        interquartile_mean(np.concatenate([draws.choice(group, len(group)) for group in groups]).tolist())
+        for _ in range(_RESAMPLES)
+    ]
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def relative(outcomes: Sequence[Outcome], of: Callable[[Outcome], float]) -> dict[int, float]:
+    """Each outcome's figure above that of the knapsack on the same task, keyed by its place in `outcomes`."""
+    base = {each.task: of(each) for each in outcomes if each.agent == "knapsack"}
+    return {place: of(each) - base[each.task] for place, each in enumerate(outcomes) if each.task in base}
+
+
+def summary_table(outcomes: Sequence[Outcome]) -> str:
+    """Agent by evaluations: measured score above the knapsack's, interquartile mean and interval, in points."""
+    above = relative(outcomes, lambda each: each.score)
+    budgets = sorted({each.evaluations for each in outcomes})
+    rows = []
+    for agent in dict.fromkeys(each.agent for each in outcomes):
+        cells = []
+        for budget in budgets:
+            by_task: dict[str, list[float]] = {}
+            for place, each in enumerate(outcomes):
+                if each.agent == agent and each.evaluations == budget and place in above:
+                    by_task.setdefault(each.task, []).append(100 * above[place])
+            if not by_task:
+                cells.append("-")
+                continue
+            everything = [value for values in by_task.values() for value in values]
+            low, high = interval(by_task)
+            cells.append(f"{interquartile_mean(everything):+.2f} [{low:+.2f}, {high:+.2f}]")
+        rows.append([agent, *cells])
+    return markdown_table(("agent", *(f"{budget} evaluations" for budget in budgets)), rows, left=1)
+
+
+def task_table(outcomes: Sequence[Outcome], evaluations: int) -> str:
+    """Task by agent: measured score in points, mean over seeds, at so many evaluations or a rule's none."""
+    agents = list(dict.fromkeys(each.agent for each in outcomes))
+    rows = []
+    for task in dict.fromkeys(each.task for each in outcomes):
+        cells = []
+        for agent in agents:
+            mine = [each for each in outcomes if (each.task, each.agent) == (task, agent)]
+            fitting = [each for each in mine if each.evaluations == evaluations] or [
+                each for each in mine if each.evaluations == UNASKED and agent in ("greedy", "knapsack", "uniform")
+            ]
+            cells.append(f"{100 * float(np.mean([each.score for each in fitting])):.2f}" if fitting else "-")
+        rows.append([task, *cells])
+    return markdown_table(("task", *agents), rows, left=1)
+
+
+def uniform_outcome(name: str, env: PruneEnv, measure: Evaluate) -> Outcome:
+    """The uniform rule at the target, by the clock."""
+    wanted = env.problem.target.speedup
+    assert wanted is not None
+    trial: Trial | None = uniform_at(env.of(replace(env.problem, evaluate=measure)), wanted)
+    data: dict[str, Any] = trial or {}
+    if not data:
+        raise ConfigError(f"{name}: no uniform plan was measured to be {wanted:g}x faster.")
+    return Outcome(
+        name, "uniform", 0, UNASKED, data["reward"], data["score"], data["speedup"], data["reward"], seconds=0.0
+    )

@@ -1,0 +1,279 @@
+"""A generalist: one policy for many models, trained on a family of tasks and judged on others.
+
+Stages, each kept in the directory: every task gets a dense model, a latency table, sensitivity curves, and plans that
+are really evaluated; a surrogate of each task is fitted to those; the policy learns, mostly on surrogates.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from autoprune.agents import AGENTS
+from autoprune.agents.base import Actor
+from autoprune.agents.checkpoint import checkpoint_episodes
+from autoprune.agents.family import FamilyLearner, Update, advantage_of
+from autoprune.agents.sb3 import SB3Agent
+from autoprune.config import Config, GeneralistConfig, check_directory, parse_config
+from autoprune.envs import Problem, PruneEnv
+from autoprune.envs.draft import Draft
+from autoprune.envs.family import FamilyEnv, Stake, speedup_at, stakes_of
+from autoprune.envs.knapsack import solve
+from autoprune.envs.surrogate import Surrogate, fit_surrogate
+from autoprune.errors import AutopruneError, ConfigError
+from autoprune.evaluation.measurement import Evaluate
+from autoprune.files import append_line, read_lines, write_json
+from autoprune.plan import Plan
+from autoprune.progress import SILENT, Progress
+from autoprune.report.tensorboard import FamilyWriter
+from autoprune.run import Run
+from autoprune.target import Target
+from autoprune.tasks.family import Member, draw_members, held_out_members
+
+CHOOSING = 5  # every fifth task of the family chooses among the policies of one training; no policy learns from it
+_WIDTH = 0.8  # of the coefficients' logs, of the plans a surrogate is fitted to
+_ASKED = Target(speedup=2.0)  # of a task's run; its stakes have their own
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A task of the family, ready for episodes.
+
+    Attributes:
+        stakes: its targets; none when pruning it decides nothing.
+        surrogate: of its evaluation.
+    """
+
+    name: str
+    problem: Problem
+    stakes: tuple[Stake, ...]
+    surrogate: Surrogate
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """How much better than the solver's a policy's plans are: mean advantage over tasks (`envs.family`), by surrogates.
+
+    Attributes:
+        update: after which, counted from 0.
+        learned: tasks it learns from.
+        choosing: drawn tasks it does not learn from; the best here is kept.
+        held_out: tasks of other builds, that nothing is chosen by.
+    """
+
+    update: int
+    learned: float
+    choosing: float
+    held_out: float
+
+
+class Generalist:
+    """The stages of one training over a family.
+
+    Args:
+        config: what to do.
+        directory: where everything is kept; that of another config is refused.
+    """
+
+    def __init__(self, config: GeneralistConfig, directory: Path, *, progress: Progress = SILENT) -> None:
+        self.config, self.directory, self.progress = config, directory, progress
+        self._judging: dict[str, list[PruneEnv]] = {}
+        check_directory(directory, config.to_json())
+
+    @cached_property
+    def members(self) -> tuple[Member, ...]:
+        family = self.config.family
+        return draw_members(family.tasks, self.config.seed, family.data)
+
+    @cached_property
+    def judges(self) -> tuple[Member, ...]:
+        """The tasks that are held out."""
+        return held_out_members(self.config.family.data)
+
+    def run_of(self, member: Member) -> Run:
+        """The run that keeps what a task needs."""
+        return Run(member_config(self.config, member), self.directory / "tasks" / member.name)
+
+    @cached_property
+    def prepared(self) -> dict[str, Prepared]:
+        """All tasks with something at stake, drawn and held out, by name; what is missing is made, a core a task."""
+        write_json(self.directory / "config.json", self.config.to_json())
+        everyone = [*self.members, *self.judges]
+        missing = [member for member in everyone if not (self._done(member)).exists()]
+        with self.progress.bar("tasks", len(everyone)) as bar:
+            bar.advance(len(everyone) - len(missing))
+            workers = min(len(missing), self.config.family.workers or torch.get_num_threads())
+            if workers > 1:
+                # Spawned: torch's threads do not survive a fork.
+                with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+                    waiting = {pool.submit(_prepare, self.config, member, self.directory): member for member in missing}
+                    for done in as_completed(waiting):
+                        done.result()
+                        bar.advance(1, waiting[done].name)
+            else:
+                for member in missing:
+                    _prepare(self.config, member, self.directory)
+                    bar.advance(1, member.name)
+        found = {member.name: self._load(member) for member in everyone}
+        for name, each in found.items():
+            if not each.stakes:
+                self.progress.say(f"  {name:<28} is left out: pruning it decides too little, or breaks it at once")
+        return {name: each for name, each in found.items() if each.stakes}
+
+    def _done(self, member: Member) -> Path:
+        return self.directory / "tasks" / member.name / "prepared.json"
+
+    def _load(self, member: Member) -> Prepared:
+        problem = self.run_of(member).problem
+        plans = surrogate_plans(problem, self.config.family.plans, self.config.seed)
+        surrogate = fit_surrogate(problem, plans, [problem.evaluate(plan).score for plan in plans])
+        self.progress.say(
+            f"  {member.name:<28} {len(problem.inventory.layers):>2} layers, {speedup_at(problem, 0.0):.2f}x to "
+            f"{speedup_at(problem, 1.0):.2f}x, surrogate off by {100 * surrogate.error:.1f} points (rank "
+            f"{surrogate.rank:.2f})"
+        )
+        return Prepared(member.name, problem, tuple(stakes_of(member.name, problem)), surrogate)
+
+    def split(self) -> tuple[list[Prepared], list[Prepared], list[Prepared]]:
+        """The tasks that are learned from, those that choose, and those held out.
+
+        Raises:
+            AutopruneError: a part is empty.
+        """
+        drawn = [self.prepared[member.name] for member in self.members if member.name in self.prepared]
+        learned = [each for index, each in enumerate(drawn) if index % CHOOSING != CHOOSING - 1]
+        choosing = [each for index, each in enumerate(drawn) if index % CHOOSING == CHOOSING - 1]
+        held_out = [self.prepared[member.name] for member in self.judges if member.name in self.prepared]
+        if not learned or not choosing or not held_out:
+            raise AutopruneError(
+                f"the family has {len(drawn)} tasks with something at stake and {len(held_out)} held out: {CHOOSING} "
+                "and 1 at least are needed. Draw more tasks (family.tasks), or allow a higher env.max_sparsity."
+            )
+        return learned, choosing, held_out
+
+    def learner(self, learned: Sequence[Prepared]) -> FamilyLearner:
+        config, env = self.config, self.config.env
+        stakes = all_stakes(learned)
+        cheap = {each.name: each.surrogate for each in learned}
+
+        def make(place: int) -> FamilyEnv:
+            return FamilyEnv(
+                stakes,
+                env.actions,
+                cheap,
+                measured_share=config.learning.measured_share,
+                seed=place,
+                curves=config.learning.curves,
+                start=env.start,
+                shaping=env.shaping,
+                gamma=env.gamma,
+            )
+
+        agent = AGENTS.create(config.agent)
+        if not isinstance(agent, SB3Agent):
+            raise ConfigError(f"agent {config.agent.name!r} learns no policy: a generalist needs one that does.")
+        return FamilyLearner(agent, make, config.learning.envs, config.seed)
+
+    def train(self) -> Judgement:
+        """Learns, or goes on learning; the policy that the choosing tasks like best is kept in ``policy``."""
+        learned, choosing, held_out = self.split()
+        learner = self.learner(learned)
+        updates, every = self.config.learning.updates, self.config.learning.judge_every
+        judgements = [Judgement(**line) for line in read_lines(self._judged, "the judgements")]
+        done = checkpoint_episodes(self.directory)
+        judgements = [each for each in judgements if each.update < done]
+        writer = FamilyWriter(self.directory / "tensorboard", done)
+        with self.progress.bar("learning", updates) as bar:
+            bar.advance(done)
+
+            def seen(update: Update) -> None:
+                writer.update(update.index, update.advantages, update.surrogate_errors)
+                said = ""
+                if (update.index + 1) % every == 0 or update.index + 1 == updates:
+                    judgement = Judgement(
+                        update.index,
+                        *(self._judge(learner.act, part) for part in (learned, choosing, held_out)),
+                    )
+                    if not judgements or judgement.choosing > max(each.choosing for each in judgements):
+                        learner.save_policy(self.directory / "policy")
+                    judgements.append(judgement)
+                    append_line(self._judged, asdict(judgement))
+                    writer.judgement(update.index, judgement.learned, judgement.choosing, judgement.held_out)
+                    said = f"advantage {judgement.learned:+.3f}, choosing {judgement.choosing:+.3f}"
+                bar.advance(1, said)
+
+            try:
+                learner.learn(updates, self.directory, seen)
+            finally:
+                writer.close()
+        return max(judgements, key=lambda each: each.choosing)
+
+    @property
+    def _judged(self) -> Path:
+        return self.directory / "judgements.jsonl"
+
+    def _judge(self, act: Actor, tasks: Sequence[Prepared]) -> float:
+        """Mean advantage of a policy's plans over tasks, by their surrogates: each task counts alike."""
+        means = []
+        for each in tasks:
+            if each.name not in self._judging:
+                self._judging[each.name] = [self._environment(stake, each.surrogate) for stake in each.stakes]
+            means.append(float(np.mean([advantage_of(act, env) for env in self._judging[each.name]])))
+        return float(np.mean(means))
+
+    def _environment(self, stake: Stake, evaluate: Evaluate) -> PruneEnv:
+        env = self.config.env
+        problem = replace(stake.problem, evaluate=evaluate)
+        return PruneEnv(problem, env.actions, env.shaping, env.gamma, env.start, self.config.learning.curves)
+
+
+def member_config(config: GeneralistConfig, member: Member) -> Config:
+    """The config of one task's run."""
+    return parse_config(
+        {
+            "seed": config.seed,
+            "task": {"name": member.task.name, **member.task.args},
+            "dense": member.dense.to_json(),
+            "target": {"speedup": _ASKED.speedup},
+            "latency": config.latency.model_dump(mode="json"),
+            "env": config.env.model_dump(mode="json"),
+        },
+        member.name,
+    )
+
+
+def _prepare(config: GeneralistConfig, member: Member, directory: Path) -> None:
+    """Makes all that a task needs and leaves it in its run's directory; runs in a process of its own."""
+    torch.set_num_threads(1)
+    own = directory / "tasks" / member.name
+    problem = Run(member_config(config, member), own).problem
+    for plan in surrogate_plans(problem, config.family.plans, config.seed):
+        problem.evaluate(plan)
+    stakes = stakes_of(member.name, problem)
+    write_json(own / "prepared.json", {"stakes": [stake.fraction for stake in stakes]})
+
+
+def surrogate_plans(problem: Problem, count: int, seed: int) -> list[Plan]:
+    """Plans of all speeds, each the solver's under random coefficients."""
+    draws = np.random.default_rng(seed)
+    names = problem.inventory.names
+    plans = []
+    for _ in range(count):
+        aimed = replace(problem, target=Target(speedup=speedup_at(problem, float(draws.uniform(0.1, 0.95)))))
+        logs = np.clip(_WIDTH * draws.standard_normal(len(names)), -2.0, 2.0)
+        draft = Draft.of(aimed.uniform(0.5))
+        weighed: Mapping[str, float] = dict(zip(names, (math.exp(value) for value in logs), strict=True))
+        plans.append(draft.plan.with_sparsities(solve(aimed, replace(draft, coefficients=weighed))))
+    return plans
+
+
+def all_stakes(prepared: Sequence[Prepared]) -> list[Stake]:
+    return [stake for each in prepared for stake in each.stakes]

@@ -1,0 +1,155 @@
+"""Many problems as one environment: every episode draws a problem and a target, for a policy that is to fit any."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+from autoprune.envs.observation import LIMIT, length
+from autoprune.envs.problem import Problem
+from autoprune.envs.prune import Action, Observation, PruneEnv
+from autoprune.envs.rewards import as_trial
+from autoprune.errors import AutopruneError
+from autoprune.evaluation.measurement import Evaluate
+from autoprune.plan import Plan
+from autoprune.registry import Choice
+from autoprune.target import Target
+
+WORTH = 1.2  # times faster the fastest plan must be than all weights kept, or there is nothing to decide
+FRACTIONS = tuple(round(0.2 + 0.05 * i, 2) for i in range(16))  # of the way from the slowest to the fastest plan
+LEAST, MOST = 0.01, 0.3  # drop of the solver's plan: with less nothing is at stake, with more nothing is left
+FLOOR = 0.2  # of a reward: below it, advantages are not blown up
+
+Evaluations = Mapping[str, Evaluate]
+
+
+@dataclass(frozen=True, eq=False)
+class Stake:
+    """A problem on a target at which it matters what is pruned.
+
+    Attributes:
+        name: of the problem.
+        problem: with the target.
+        fraction: where the target stands between the slowest and the fastest plan; 0 for a drop of the score.
+    """
+
+    name: str
+    problem: Problem
+    fraction: float = 0.0
+
+
+def speedup_at(problem: Problem, fraction: float) -> float:
+    """The speed-up a fraction of the way from all weights kept to `max_sparsity` everywhere, by the table."""
+    slowest, fastest = (problem.table.predict_speedup(problem.uniform(s)) for s in (0.0, problem.max_sparsity))
+    return max(1.01, slowest + fraction * (fastest - slowest))
+
+
+def stakes_of(name: str, problem: Problem, fractions: Sequence[float] = FRACTIONS) -> list[Stake]:
+    """The targets of a problem whose solver's plan, really evaluated, loses something but not all."""
+    found: list[Stake] = []
+    if speedup_at(problem, 1.0) < WORTH * speedup_at(problem, 0.0):
+        return found
+    for fraction in fractions:
+        aimed = replace(problem, target=Target(speedup=speedup_at(problem, fraction)))
+        plan = PruneEnv(aimed, (Choice("coefficient"),)).solved()
+        if LEAST <= problem.dense_score - problem.evaluate(plan).score <= MOST:
+            found.append(Stake(name, aimed, fraction))
+    return found
+
+
+class FamilyEnv(gymnasium.Env[Observation, Action]):
+    """Episodes of `PruneEnv` over many stakes.
+
+    The reward is an advantage: what the plan is worth more than the solver's on the same stake, in units of what that
+    one loses. So tasks count alike, whatever their scores, and 0 is the best rule known.
+
+    Args:
+        stakes: drawn from alike by problem, then by target.
+        actions: as of `PruneEnv`.
+        cheap: problem's name -> a surrogate of its evaluation.
+        measured_share: of the episodes that are evaluated for real.
+        seed: of what is drawn.
+        curves: whether the layers' curves are observed.
+        start: as of `PruneEnv`; likewise `shaping` and `gamma`.
+
+    Raises:
+        AutopruneError: there are no stakes.
+    """
+
+    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 - Gymnasium declares it so
+
+    def __init__(
+        self,
+        stakes: Sequence[Stake],
+        actions: Sequence[Choice],
+        cheap: Evaluations,
+        *,
+        measured_share: float = 0.0,
+        seed: int = 0,
+        curves: bool = True,
+        start: Any = "knapsack",
+        shaping: float = 0.0,
+        gamma: float = 1.0,
+    ) -> None:
+        if not stakes:
+            raise AutopruneError(
+                "no task of the family has a target at which pruning costs between "
+                f"{100 * LEAST:g} and {100 * MOST:g} points: draw more tasks, or allow a higher env.max_sparsity."
+            )
+        self._by_name: dict[str, list[Stake]] = {}
+        for stake in stakes:
+            self._by_name.setdefault(stake.name, []).append(stake)
+        self.action_choices = tuple(actions)
+        self._cheap, self._share = cheap, measured_share
+        self._settings: tuple[Any, ...] = (shaping, gamma, start, curves)
+        self.gamma, self.shaping = gamma, shaping
+        self._envs: dict[tuple[int, bool], tuple[PruneEnv, float]] = {}
+        first = self._environment(stakes[0], cheaply=True)[0]
+        self.action_space: gymnasium.spaces.Box = first.action_space  # type: ignore[assignment]  # as PruneEnv's
+        self.observation_space = gymnasium.spaces.Box(-LIMIT, LIMIT, (length(len(actions)),), np.float32)
+        self.steps_per_episode = round(
+            float(np.mean([1 + len(stake.problem.inventory.layers) * first.actions.of_layers for stake in stakes]))
+        )
+        self._draws = np.random.default_rng(seed)
+        self._env, self._baseline, self._stake, self._cheaply = first, 0.0, stakes[0], True
+
+    def reseed(self, seed: Sequence[int]) -> None:
+        """Draws from here on as an environment made with this seed would."""
+        self._draws = np.random.default_rng(list(seed))
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
+        super().reset(seed=seed)
+        names = list(self._by_name)
+        targets = self._by_name[names[self._draws.integers(len(names))]]
+        self._stake = targets[self._draws.integers(len(targets))]
+        self._cheaply = self._draws.random() >= self._share
+        self._env, self._baseline = self._environment(self._stake, self._cheaply)
+        return self._env.reset()
+
+    def step(self, action: Action) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        observation, reward, over, truncated, info = self._env.step(action)
+        scale = FLOOR + abs(self._baseline)
+        if over:
+            reward -= self._baseline
+            info |= {"name": self._stake.name, "measured": not self._cheaply}
+            info["advantage"] = (info["trial"]["reward"] - self._baseline) / scale
+            if not self._cheaply:
+                plan = Plan.from_json(info["trial"]["plan"])
+                info["surrogate_error"] = abs(self._cheap[self._stake.name](plan).score - info["trial"]["score"])
+        return observation, reward / scale, over, truncated, info
+
+    def _environment(self, stake: Stake, cheaply: bool) -> tuple[PruneEnv, float]:
+        """The environment of a stake, and the reward of the solver's plan in it."""
+        key = (id(stake), cheaply)
+        if key not in self._envs:
+            problem = replace(stake.problem, evaluate=self._cheap[stake.name]) if cheaply else stake.problem
+            env = PruneEnv(problem, self.action_choices, *self._settings)
+            plan = env.solved()
+            self._envs[key] = env, float(as_trial(problem, plan, problem.evaluate(plan))["reward"])
+        return self._envs[key]
