@@ -18,7 +18,8 @@ class FamilyEnvs(DummyVecEnv):
         super().__init__([lambda copy=copy: copy for copy in copies])  # type: ignore[misc]
         self.copies = tuple(copies)
         first = copies[0]
-        self.gamma, self.shaping, self.action_choices = first.gamma, first.shaping, first.action_choices
+        self.action_choices, self.start, self.curves = first.action_choices, first.start, first.curves
+        self.gamma, self.shaping = first.gamma, first.shaping
         self.steps_per_episode = first.steps_per_episode
 
 

@@ -58,6 +58,7 @@ class FamilyLearner:
         self._steps = 1 if agent.on_policy else max(1, envs) * self._envs.steps_per_episode
         with own_randomness():
             self._model = agent.build(self._envs, seed)
+        self._envs.reset()  # uses up the seeds that the algorithm gave them: each update has its own
         self._model.set_logger(Logger(folder=None, output_formats=[]))
 
     def learn(self, updates: int, directory: Path, on_update: Callable[[Update], None]) -> None:

@@ -13,11 +13,13 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 
 from autoprune.agents.episodes import Episodes
 from autoprune.envs.observation import OBSERVATION_VERSION
+from autoprune.envs.prune import STARTS, Start
 from autoprune.errors import ConfigError, FileError
 from autoprune.files import read_json, read_tensors, write_json, write_tensors
 from autoprune.registry import Choice
 
-POLICY_VERSION = 1
+POLICY_VERSION = 2
+SHIPPED = Path(__file__).parent / "shipped"  # the policy that comes along
 
 
 def save_policy(directory: Path, model: BaseAlgorithm, agent: Choice, env: Episodes) -> None:
@@ -33,16 +35,23 @@ def save_policy(directory: Path, model: BaseAlgorithm, agent: Choice, env: Episo
             "actions": [choice.to_json() for choice in env.action_choices],
             "gamma": env.gamma,
             "shaping": env.shaping,
+            "start": env.start,
+            "curves": env.curves,
         },
     )
 
 
 class Policy:
-    """A learned policy, ready to act on any problem."""
+    """A learned policy, ready to act on any problem.
 
-    def __init__(self, model: BaseAlgorithm, actions: Sequence[Choice]) -> None:
+    Attributes:
+        actions: of the environment it acts in; likewise `start` and `curves`.
+    """
+
+    def __init__(self, model: BaseAlgorithm, actions: Sequence[Choice], start: Start, curves: bool) -> None:
         self._model = model
         self.actions = tuple(actions)
+        self.start, self.curves = start, curves
 
     def act(self, observation: NDArray[np.float32], step: int) -> NDArray[np.float32]:
         """The policy's mean action."""
@@ -70,6 +79,7 @@ class Policy:
             agent = AGENTS.create(Choice.from_json(about["agent"]))
             if not isinstance(agent, SB3Agent):
                 raise ConfigError(f"agent {about['agent']['name']!r} learns no policy.")
+            start, curves = STARTS[STARTS.index(about["start"])], bool(about["curves"])
             length = int(about["observation_length"])
             if not 0 < length < 10_000:
                 raise ValueError(f"observation_length is {length}")
@@ -82,7 +92,7 @@ class Policy:
         except RuntimeError as error:
             first = str(error).splitlines()[0]
             raise FileError(f"the policy is corrupt: {folder / 'policy.safetensors'} ({first}).") from None
-        return cls(model, actions)
+        return cls(model, actions, start, curves)
 
 
 class _Spaces(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):

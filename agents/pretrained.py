@@ -9,11 +9,9 @@ from numpy.typing import NDArray
 
 from autoprune.agents.base import Agent, OnTrial, run_episode
 from autoprune.agents.evolution import evolve
-from autoprune.agents.policy import Policy
+from autoprune.agents.policy import SHIPPED, Policy
 from autoprune.envs.prune import PruneEnv
 from autoprune.errors import ConfigError
-
-SHIPPED = Path(__file__).parent / "shipped"
 
 
 class PretrainedAgent(Agent):

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional
 
-from autoprune.agents.policy import Policy
+from autoprune.agents.policy import SHIPPED, Policy
 from autoprune.config import Config, parse_config
 from autoprune.inventory import copy_for_inference
 from autoprune.masks import Batches, Loss
@@ -107,22 +107,29 @@ def _compressed(run: Run) -> Compressed:
 
 
 def apply_config(
-    policy: Path, model: str, data: str, target: Target, episodes: int, overrides: Mapping[str, Any] | None = None
+    policy: Path | None,
+    model: str,
+    data: str,
+    target: Target,
+    episodes: int,
+    overrides: Mapping[str, Any] | None = None,
 ) -> Config:
     """The config of a run that applies a saved policy to a user's own model.
 
     Args:
-        policy: the policy's folder.
+        policy: the policy's folder; None takes the one that comes with autoprune.
         model: ``package.module:function`` returning the trained module.
         data: ``package.module:function`` returning ``(train_loader, validation_loader)``.
         target: what is asked for.
-        episodes: 1 takes the policy's plan; more look around it.
+        episodes: 1 takes the policy's plan; more refine it.
         overrides: sections of the config that differ.
     """
-    actions = [{"name": choice.name, **choice.args} for choice in Policy.load(policy).actions]
+    learned = Policy.load(SHIPPED if policy is None else policy)
+    actions = [{"name": choice.name, **choice.args} for choice in learned.actions]
     given = dict(overrides or {})
-    env = {"actions": actions, **given.pop("env", {})}
-    search = {"agent": {"name": "policy", "path": str(policy)}, "episodes": episodes, **given.pop("search", {})}
+    env = {"actions": actions, "start": learned.start, "curves": learned.curves, **given.pop("env", {})}
+    agent = {"name": "policy"} if policy is None else {"name": "policy", "path": str(policy)}
+    search = {"agent": agent, "episodes": episodes, **given.pop("search", {})}
     sections = {
         "task": {"name": "user", "model": model, "data": data},
         "target": {key: value for key, value in vars(target).items() if value is not None},

@@ -19,6 +19,7 @@ from autoprune.agents import AGENTS
 from autoprune.agents.base import Trial
 from autoprune.agents.harness import search
 from autoprune.agents.rival import CLOSE, uniform_at
+from autoprune.config import load_config
 from autoprune.envs import Problem, PruneEnv
 from autoprune.envs.projection import meet, release_useless
 from autoprune.envs.rewards import terminal_reward
@@ -26,12 +27,15 @@ from autoprune.errors import ConfigError, FileError
 from autoprune.evaluation.measurement import Evaluate, Measurement
 from autoprune.files import append_line, read_lines
 from autoprune.plan import Plan
+from autoprune.progress import SILENT, Progress
 from autoprune.registry import Choice
 from autoprune.report.table import markdown_table
+from autoprune.run import Run
 
 UNASKED = 0  # evaluations of a rule that makes its plan without any
 _CORRECTIONS = 4  # of the aim, for one measured plan
 _RESAMPLES = 2000
+ONE_SEED = ("uniform", "greedy", "knapsack")  # these draw nothing
 WITHOUT_EVALUATION = ("uniform", "greedy", "knapsack", "policy")  # their first plan is made before any is scored
 
 
@@ -231,4 +235,69 @@ def uniform_outcome(name: str, env: PruneEnv, measure: Evaluate) -> Outcome:
         raise ConfigError(f"{name}: no uniform plan was measured to be {wanted:g}x faster.")
     return Outcome(
         name, "uniform", 0, UNASKED, data["reward"], data["score"], data["speedup"], data["reward"], seconds=0.0
+    )
+
+
+def compare_all(
+    name: str,
+    env: PruneEnv,
+    agents: Sequence[Choice],
+    budgets: Sequence[int],
+    seeds: int,
+    measure: Evaluate,
+    log: OutcomeLog,
+    progress: Progress = SILENT,
+) -> list[Outcome]:
+    """Every agent and seed on one task; those in the log are not run again. Rules that draw nothing have one seed."""
+    done = {(each.agent, each.seed) for each in log.read() if each.task == name}
+    jobs = [(agent, seed) for agent in agents for seed in range(1 if agent.name in ONE_SEED else seeds)]
+    with progress.bar(f"compare {name}", len(jobs)) as bar:
+        for agent, seed in jobs:
+            if (str(agent), seed) not in done:
+                if agent.name == "uniform":
+                    log.append([uniform_outcome(name, env, measure)])
+                else:
+                    log.append(compare(name, env, agent, seed, budgets, measure))
+            bar.advance(1, f"{agent}, seed {seed}")
+    wanted = {str(agent) for agent in agents}
+    return [each for each in log.read() if each.task == name and each.agent in wanted]
+
+
+def compare_run(
+    config: Path,
+    run_dir: Path | None,
+    overrides: Sequence[str],
+    agents: Sequence[str],
+    evaluations: Sequence[str],
+    seeds: int,
+    progress: Progress = SILENT,
+) -> str:
+    """`compare_all` on the task of a config, in a run directory; returns the tables.
+
+    Raises:
+        ConfigError: an agent nobody knows, checkpoints that are no numbers, or a target that is no speed-up.
+    """
+    try:
+        budgets = sorted({int(each) for each in evaluations})
+        if budgets[0] < 0:
+            raise ValueError
+    except ValueError:
+        raise ConfigError(f"evaluations are numbers such as 0,1,10,50, not {','.join(evaluations)!r}.") from None
+    choices = [Choice(name.strip()) for name in agents]
+    for choice in choices:
+        AGENTS.get(choice.name)
+    loaded = load_config(config, [*overrides, "env.timing=table", 'env.actions=["coefficient"]'])
+    run = Run(loaded, run_dir or Path("runs") / f"{config.stem}-compare", progress=progress)
+    env = run.env
+    log = OutcomeLog(run.directory / "outcomes.jsonl")
+    outcomes = compare_all(run.task.name, env, choices, budgets, seeds, run.measured, log, progress)
+    return report(outcomes, max(budgets))
+
+
+def report(outcomes: Sequence[Outcome], evaluations: int) -> str:
+    """Both tables, with what their figures are."""
+    return (
+        "Measured score above the knapsack's at the same measured speed-up, in points: interquartile mean over tasks "
+        f"and seeds, 95% bootstrap interval.\n\n{summary_table(outcomes)}\n\nMeasured score, in points, after "
+        f"{evaluations} evaluations:\n\n{task_table(outcomes, evaluations)}"
     )

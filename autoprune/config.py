@@ -61,6 +61,7 @@ class EnvSection(Section):
     min_saving: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.005  # of the dense time, or the layer is left whole
     start: Literal["uniform", "knapsack"] = "uniform"  # the plan that layers' actions start from
     recovery: ChoiceField = Choice("batch_norm")  # what happens between masking and scoring
+    curves: bool = True  # whether the agent sees the layers' latency and sensitivity curves
     timing: Literal["measured", "table"] = "measured"  # of a trial; "table" predicts it, and repacks nothing
     shaping: Annotated[float, Field(ge=0.0)] = 1.0
     gamma: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
@@ -132,7 +133,6 @@ class LearningSection(Section):
     envs: Count = 24  # episodes side by side, of learners that can
     measured_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.02  # of the episodes; the others are the surrogates'
     judge_every: Count = 10  # updates between two judgements of the policy
-    curves: bool = True  # whether the policy sees the layers' latency and sensitivity curves
 
 
 class GeneralistConfig(Section):
@@ -158,7 +158,10 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises FileError when the file is missing and ConfigError for anything in it that cannot be used.
     """
-    return parse_config(_with_overrides(_read_toml(path), overrides), str(path))
+    data = _with_overrides(_read_toml(path), overrides)
+    if "family" in data:
+        raise ConfigError(f"{path} is about a family of tasks: 'autoprune train' takes it, no other command.")
+    return parse_config(data, str(path))
 
 
 def is_generalist(path: Path) -> bool:

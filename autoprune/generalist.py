@@ -171,7 +171,7 @@ class Generalist:
                 cheap,
                 measured_share=config.learning.measured_share,
                 seed=place,
-                curves=config.learning.curves,
+                curves=env.curves,
                 start=env.start,
                 shaping=env.shaping,
                 gamma=env.gamma,
@@ -232,7 +232,7 @@ class Generalist:
     def _environment(self, stake: Stake, evaluate: Evaluate) -> PruneEnv:
         env = self.config.env
         problem = replace(stake.problem, evaluate=evaluate)
-        return PruneEnv(problem, env.actions, env.shaping, env.gamma, env.start, self.config.learning.curves)
+        return PruneEnv(problem, env.actions, env.shaping, env.gamma, env.start, env.curves)
 
 
 def member_config(config: GeneralistConfig, member: Member) -> Config:

@@ -249,9 +249,15 @@ class Run:
         )
 
     @cached_property
+    def measured(self) -> CachedEvaluate:
+        """Evaluates plans with the clock, as long as the final table does, and remembers them."""
+        evaluate = replace(self.evaluator, protocol=self._protocol(self.config.latency.samples), timed=True)
+        return CachedEvaluate(evaluate, self.directory / "search" / "measured.jsonl")
+
+    @cached_property
     def env(self) -> PruneEnv:
         env = self.config.env
-        return PruneEnv(self.problem, env.actions, env.shaping, env.gamma, env.start)
+        return PruneEnv(self.problem, env.actions, env.shaping, env.gamma, env.start, env.curves)
 
     @cached_property
     def found(self) -> SearchResult:
@@ -395,8 +401,7 @@ class Run:
         """
         path = self.directory / "uniform.json"
         if not path.exists():
-            evaluate = replace(self.evaluator, protocol=self._protocol(self.config.latency.samples))
-            problem = replace(self.problem, evaluate=CachedEvaluate(evaluate))
+            problem = replace(self.problem, evaluate=self.measured)
             env = self.env.of(problem)
             plan = self.found.plan
             agent = {"plan": plan.to_json(), **problem.evaluate(plan).to_json()}

@@ -11,7 +11,7 @@ import numpy as np
 
 from autoprune.envs.observation import LIMIT, length
 from autoprune.envs.problem import Problem
-from autoprune.envs.prune import Action, Observation, PruneEnv
+from autoprune.envs.prune import Action, Observation, PruneEnv, Start
 from autoprune.envs.rewards import as_trial
 from autoprune.errors import AutopruneError
 from autoprune.evaluation.measurement import Evaluate
@@ -91,7 +91,7 @@ class FamilyEnv(gymnasium.Env[Observation, Action]):
         measured_share: float = 0.0,
         seed: int = 0,
         curves: bool = True,
-        start: Any = "knapsack",
+        start: Start = "knapsack",
         shaping: float = 0.0,
         gamma: float = 1.0,
     ) -> None:
@@ -106,7 +106,7 @@ class FamilyEnv(gymnasium.Env[Observation, Action]):
         self.action_choices = tuple(actions)
         self._cheap, self._share = cheap, measured_share
         self._settings: tuple[Any, ...] = (shaping, gamma, start, curves)
-        self.gamma, self.shaping = gamma, shaping
+        self.gamma, self.shaping, self.start, self.curves = gamma, shaping, start, curves
         self._envs: dict[tuple[int, bool], tuple[PruneEnv, float]] = {}
         first = self._environment(stakes[0], cheaply=True)[0]
         self.action_space: gymnasium.spaces.Box = first.action_space  # type: ignore[assignment]  # as PruneEnv's
@@ -125,6 +125,8 @@ class FamilyEnv(gymnasium.Env[Observation, Action]):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:
         super().reset(seed=seed)
+        if seed is not None:
+            self.reseed((seed,))
         names = list(self._by_name)
         targets = self._by_name[names[self._draws.integers(len(names))]]
         self._stake = targets[self._draws.integers(len(targets))]

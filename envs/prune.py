@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import gymnasium
 import numpy as np
@@ -39,6 +39,7 @@ START_SPARSITY = 0.5  # where an episode starts when no speed-up target says bet
 Observation = NDArray[np.float32]
 Action = NDArray[np.float32]
 Start = Literal["uniform", "knapsack"]
+STARTS: tuple[Start, ...] = get_args(Start)
 
 
 class PruneEnv(gymnasium.Env[Observation, Action]):
@@ -77,7 +78,7 @@ class PruneEnv(gymnasium.Env[Observation, Action]):
         self.actions = ActionSpace([(choice.name, ACTIONS.create(choice)) for choice in actions])
         self.shaping, self.gamma = shaping, gamma
         self.start: Start = "knapsack" if self.actions.solved else start
-        self._sees_curves = curves
+        self.curves = curves
         self.action_space: spaces.Box = self.actions.box  # type: ignore[assignment]  # narrower than Gymnasium's
         size = length(len(self.actions.components))
         self.observation_space = spaces.Box(-LIMIT, LIMIT, (size,), np.float32)
@@ -89,13 +90,13 @@ class PruneEnv(gymnasium.Env[Observation, Action]):
 
     def of(self, problem: Problem) -> PruneEnv:
         """The same environment of another problem."""
-        return PruneEnv(problem, self.action_choices, self.shaping, self.gamma, self.start, self._sees_curves)
+        return PruneEnv(problem, self.action_choices, self.shaping, self.gamma, self.start, self.curves)
 
     def alike(self) -> PruneEnv:
         """The same environment, but for layers' actions whose 0 treats every layer alike."""
         pairs = zip(self.action_choices, self.actions.components, strict=True)
         actions = [Choice("sparsity") if component.solved else choice for choice, component in pairs]
-        return PruneEnv(self.problem, actions, self.shaping, self.gamma, "uniform", self._sees_curves)
+        return PruneEnv(self.problem, actions, self.shaping, self.gamma, "uniform", self.curves)
 
     @property
     def steps_per_episode(self) -> int:

@@ -6,12 +6,24 @@ from pathlib import Path
 
 import pytest
 
-from autoprune.config import Config, load_config, parse_config, parse_overrides
+from autoprune.agents import AGENTS
+from autoprune.config import (
+    Config,
+    GeneralistConfig,
+    is_generalist,
+    load_config,
+    load_generalist_config,
+    parse_config,
+    parse_overrides,
+)
+from autoprune.envs.actions import ACTIONS
 from autoprune.errors import ConfigError, FileError
 from autoprune.registry import Choice
 from autoprune.run import check_names
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
+SHIPPED = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
+CONFIGS = [path for path in SHIPPED if not is_generalist(path)]
+GENERALISTS = [path for path in SHIPPED if is_generalist(path)]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -21,8 +33,20 @@ def test_shipped_configs_are_valid_and_survive_json(path: Path) -> None:
     assert parse_config(config.to_json(), "again") == config
 
 
+@pytest.mark.parametrize("path", GENERALISTS, ids=lambda path: path.stem)
+def test_shipped_configs_of_families_are_valid_and_no_other_command_s(path: Path) -> None:
+    config = load_generalist_config(path)
+    for choice in config.env.actions:
+        ACTIONS.create(choice)
+    AGENTS.create(config.agent)
+    assert GeneralistConfig.model_validate_json(config.model_dump_json()) == config
+    with pytest.raises(ConfigError, match="autoprune train"):
+        load_config(path)
+
+
 def test_there_are_shipped_configs() -> None:
     assert {"digits", "fashion_mnist"} <= {path.stem for path in CONFIGS}
+    assert {path.stem for path in GENERALISTS} == {"generalist"}
 
 
 WRONG = [

@@ -1,0 +1,107 @@
+"""A family as one environment: advantages over the solver, and surrogates that tell plans apart."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+
+from autoprune.envs.family import FRACTIONS, FamilyEnv, Stake, speedup_at, stakes_of
+from autoprune.envs.problem import Problem
+from autoprune.envs.surrogate import FEWEST, fit_surrogate
+from autoprune.errors import AutopruneError
+from autoprune.evaluation.measurement import Measurement
+from autoprune.generalist import surrogate_plans
+from autoprune.plan import Plan
+from autoprune.registry import Choice
+from autoprune.target import Target
+from autoprune.testing import fake_problem
+
+ACTIONS = (Choice("coefficient"),)
+
+
+def family(measured_share: float = 0.0, seed: int = 0) -> FamilyEnv:
+    problem = fake_problem()
+    stakes = [Stake("one", replace(problem, target=Target(speedup=each))) for each in (1.5, 2.0, 2.5, 3.0, 4.0)]
+    return FamilyEnv(stakes, ACTIONS, {"one": problem.evaluate}, measured_share=measured_share, seed=seed)
+
+
+def played(env: gymnasium.Env[np.ndarray, np.ndarray], unit: float) -> dict[str, object]:
+    env.reset()
+    over, info = False, {}
+    while not over:
+        *_, over, _, info = env.step(np.full(1, unit, np.float32))
+    return info
+
+
+def test_the_family_is_a_gymnasium_environment() -> None:
+    check_env(family(), skip_render_check=True)
+
+
+def test_the_zero_action_has_no_advantage_and_the_return_is_the_advantage() -> None:
+    assert played(family(), 0.0)["advantage"] == pytest.approx(0.0)
+    env = family()
+    env.reset()
+    over, total, draws = False, 0.0, np.random.default_rng(1)
+    while not over:
+        _, reward, over, _, info = env.step(draws.uniform(-1, 1, 1).astype(np.float32))
+        total += float(reward)
+    assert total == pytest.approx(info["advantage"])
+
+
+def test_a_seed_draws_the_same_stakes_and_reseeding_starts_again() -> None:
+    def speedups(env: FamilyEnv) -> list[object]:
+        return [played(env, 0.3)["trial"]["plan"] for _ in range(6)]  # type: ignore[index]
+
+    first, second = family(seed=3), family(seed=4)
+    first.reseed((7, 1))
+    second.reseed((7, 1))
+    assert speedups(first) == speedups(second)
+    assert speedups(family(seed=3)) != speedups(family(seed=4))
+
+
+def test_measured_episodes_say_how_far_off_the_surrogate_is() -> None:
+    problem = fake_problem()
+
+    def wrong(plan: Plan) -> Measurement:
+        right = problem.evaluate(plan)
+        return replace(right, score=right.score - 0.125)
+
+    env = FamilyEnv(stakes_of("one", problem), ACTIONS, {"one": wrong}, measured_share=1.0)
+    info = played(env, 0.5)
+    assert info["measured"]
+    assert info["surrogate_error"] == pytest.approx(0.125)
+
+
+def test_stakes_lose_something_but_not_all() -> None:
+    problem = fake_problem()
+    stakes = stakes_of("one", problem)
+    assert stakes
+    assert {stake.fraction for stake in stakes} < set(FRACTIONS)
+    assert all(stake.problem.target.speedup == speedup_at(problem, stake.fraction) for stake in stakes)
+    sturdy = replace(problem, evaluate=lambda plan: replace(problem.evaluate(plan), score=problem.dense_score))
+    assert stakes_of("sturdy", sturdy) == []
+    with pytest.raises(AutopruneError, match="family"):
+        FamilyEnv([], ACTIONS, {})
+
+
+def test_a_surrogate_tells_plans_apart_that_it_has_not_seen() -> None:
+    problem: Problem = fake_problem()
+    plans = surrogate_plans(problem, 80, seed=0)
+    surrogate = fit_surrogate(problem, plans, [problem.evaluate(plan).score for plan in plans])
+    fresh = surrogate_plans(problem, 30, seed=1)
+    off = [abs(surrogate(plan).score - problem.evaluate(plan).score) for plan in fresh]
+    assert np.mean(off) < 0.02
+    assert surrogate.rank > 0.95
+    assert surrogate(fresh[0]).speedup == pytest.approx(problem.evaluate(fresh[0]).speedup)
+    with pytest.raises(AutopruneError, match=str(FEWEST)):
+        fit_surrogate(problem, plans[:3], [0.0] * 3)
+
+
+def test_stakes_share_the_problem_s_curves() -> None:
+    problem = fake_problem()
+    stakes: list[Stake] = stakes_of("one", problem)
+    assert all(stake.problem.curves is problem.curves for stake in stakes)
