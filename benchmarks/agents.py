@@ -1,0 +1,182 @@
+"""Who plans best: the shipped policy and its rivals on tasks of builds it never saw. Two hours on two cores.
+
+    python benchmarks/agents.py                       # goes on where it was stopped
+    python benchmarks/agents.py --tasks fashion-vgg --seeds 1
+    python benchmarks/agents.py --report              # write the page of what is there already
+
+Every task has one target: of those at which the knapsack's plan costs something, the one where it costs nearest to 5
+points. Searches score plans on the validation split after batch norms are set again; what is reported is each best
+plan repacked, moved until its measured speed-up is the target's, and scored there. Writes benchmarks/results/agents.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+
+from autoprune.compare import Job, Outcome, OutcomeLog, compare_all, interquartile_mean, interval, jobs_of, relative
+from autoprune.compare import report as tables
+from autoprune.config import load_generalist_config
+from autoprune.envs import PruneEnv
+from autoprune.envs.family import Stake, stakes_of
+from autoprune.files import cache_folder, write_text
+from autoprune.generalist import Generalist
+from autoprune.latency.machine import machine_text
+from autoprune.registry import Choice
+from autoprune.report.console import Console
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+CONFIG = HERE.parent / "configs" / "generalist.toml"
+ALL = ("uniform", "greedy", "knapsack", "random", "restarts", "tpe", "cma_es", "policy")
+BUDGETS = (0, 1, 10, 50)
+REFERENCE, MOST = ("restarts", "cma_es", "policy"), 300  # the best plan known: one seed of these
+ASKED_DROP = 0.05  # of the knapsack's plan
+
+
+def jobs(seeds: int) -> list[Job]:
+    choices = [Choice(name) for name in ALL]
+    listed = jobs_of(choices, seeds, BUDGETS)
+    listed = [replace(job, budgets=(*job.budgets, 100)) if job.agent.name == "random" else job for job in listed]
+    return listed + [Job(Choice(name), 0, (MOST,)) for name in REFERENCE]
+
+
+def stake_of(name: str, generalist: Generalist) -> Stake | None:
+    member = next(each for each in generalist.judges if each.name == name)
+    problem = generalist.run_of(member).problem
+    stakes = stakes_of(name, problem)
+
+    def drop(stake: Stake) -> float:
+        env = PruneEnv(stake.problem, generalist.config.env.actions)
+        return problem.dense_score - problem.evaluate(env.solved()).score
+
+    return min(stakes, key=lambda stake: abs(drop(stake) - ASKED_DROP)) if stakes else None
+
+
+def run_task(name: str, directory: Path, seeds: int) -> str:
+    torch.set_num_threads(1)
+    generalist = Generalist(load_generalist_config(CONFIG), directory)
+    stake = stake_of(name, generalist)
+    if stake is None:
+        return f"{name}: nothing at stake"
+    env = PruneEnv(stake.problem, generalist.config.env.actions, start="knapsack", shaping=0.0)
+    member = next(each for each in generalist.judges if each.name == name)
+    log = OutcomeLog(RESULTS / "agents" / f"{name}.jsonl")
+    compare_all(name, env, jobs(seeds), generalist.run_of(member).measured, log)
+    return f"{name}: done, target {stake.problem.target.speedup:.2f}x"
+
+
+def wins(outcomes: list[Outcome]) -> str:
+    """On how many tasks the policy's plan, made without an evaluation, scores above a rival's."""
+    lines = []
+    for rival, evaluations in (("uniform", 0), ("greedy", 0), ("knapsack", 0), ("random", 100)):
+        above = tied = tasks = 0
+        for task in sorted({each.task for each in outcomes}):
+            mine = mean(outcomes, task, "policy", 0)
+            theirs = mean(outcomes, task, rival, evaluations)
+            if np.isnan(mine) or np.isnan(theirs):
+                continue
+            tasks, above, tied = tasks + 1, above + (mine > theirs), tied + (mine == theirs)
+        after = f"after {evaluations} evaluations" if evaluations else "without an evaluation"
+        lines.append(f"- {rival} {after}: better on {above} of {tasks} tasks, equal on {tied}")
+    return "\n".join(lines)
+
+
+def mean(outcomes: list[Outcome], task: str, agent: str, evaluations: int) -> float:
+    scores = [e.score for e in outcomes if (e.task, e.agent, e.evaluations) == (task, agent, evaluations)]
+    return float(np.mean(scores)) if scores else float("nan")
+
+
+def gap_to_best(outcomes: list[Outcome]) -> str:
+    """How far the policy is, zero-shot and after 50 evaluations, from the best plan anyone found."""
+    rows = []
+    for task in sorted({each.task for each in outcomes}):
+        best = max(each.score for each in outcomes if each.task == task)
+        zero, fifty = (100 * (best - mean(outcomes, task, "policy", budget)) for budget in (0, 50))
+        rows.append(f"- {task}: {zero:.2f} points zero-shot, {fifty:.2f} after 50 evaluations")
+    return "\n".join(rows)
+
+
+def picture(outcomes: list[Outcome], path: Path) -> None:
+    above = relative(outcomes, lambda each: each.score)
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    for agent in dict.fromkeys(each.agent for each in outcomes):
+        budgets = sorted({each.evaluations for each in outcomes if each.agent == agent and each.evaluations <= 100})
+        centre, low, high = [], [], []
+        for budget in budgets:
+            by_task: dict[str, list[float]] = {}
+            for place, each in enumerate(outcomes):
+                if (each.agent, each.evaluations) == (agent, budget) and place in above:
+                    by_task.setdefault(each.task, []).append(100 * above[place])
+            centre.append(interquartile_mean([value for values in by_task.values() for value in values]))
+            bounds = interval(by_task)
+            low.append(bounds[0])
+            high.append(bounds[1])
+        line = axes.plot([max(0.5, b) for b in budgets], centre, marker="o", label=agent)[0]
+        axes.fill_between([max(0.5, b) for b in budgets], low, high, alpha=0.15, color=line.get_color())
+    axes.set_xscale("log")
+    axes.set_yscale("symlog", linthresh=2)
+    axes.set_xticks([0.5, 1, 10, 50, 100], ["0", "1", "10", "50", "100"])
+    axes.set_xlabel("evaluations")
+    axes.set_ylabel("points of accuracy above the knapsack")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def write_page() -> str:
+    outcomes = [each for path in sorted((RESULTS / "agents").glob("*.jsonl")) for each in OutcomeLog(path).read()]
+    picture(outcomes, RESULTS / "agents.png")
+    seconds = {
+        agent: np.median([e.seconds for e in outcomes if e.agent == agent and e.evaluations == 50])
+        for agent in ("random", "restarts", "tpe", "cma_es", "policy")
+        if any(e.agent == agent and e.evaluations == 50 for e in outcomes)
+    }
+    page = "\n\n".join(
+        [
+            "# Agents at equal evaluations",
+            f"{len({e.task for e in outcomes})} tasks of builds the policy never saw; batch 1, 1 thread, CPU. "
+            f"{machine_text()}",
+            tables(outcomes, 50),
+            "![points above the knapsack](agents.png)",
+            "The policy's plan without an evaluation against\n\n" + wins(outcomes),
+            "Below the best plan anyone found, with up to 300 evaluations:\n\n" + gap_to_best(outcomes),
+            "Seconds of a search of 50 evaluations, median, evaluations remembered from other searches not counted: "
+            + ", ".join(f"{agent} {value:.0f}" for agent, value in seconds.items()),
+        ]
+    )
+    write_text(RESULTS / "agents.md", page + "\n")
+    return page
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--directory", type=Path, default=cache_folder() / "benchmarks" / "agents")
+    parser.add_argument("--tasks", nargs="*", help="of those held out; all when left out")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--report", action="store_true", help="run nothing: write the page of what is there")
+    given = parser.parse_args()
+    if not given.report:
+        generalist = Generalist(load_generalist_config(CONFIG), given.directory, progress=Console())
+        names = given.tasks or [member.name for member in generalist.judges]
+        with ProcessPoolExecutor(given.workers, multiprocessing.get_context("spawn")) as pool:
+            for said in pool.map(run_task, names, [given.directory] * len(names), [given.seeds] * len(names)):
+                print(said, flush=True)
+    print(write_page())
+
+
+if __name__ == "__main__":
+    main()
