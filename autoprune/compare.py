@@ -32,6 +32,7 @@ from autoprune.registry import Choice
 from autoprune.report.table import markdown_table
 from autoprune.run import Run
 
+_ACTIONS = '["mix", {name = "coefficient", reach = 1.0}]'  # the shipped policy's
 UNASKED = 0  # evaluations of a rule that makes its plan without any
 _CORRECTIONS = 4  # of the aim, for one measured plan
 _RESAMPLES = 2000
@@ -309,7 +310,7 @@ def compare_run(
     choices = [Choice(name.strip()) for name in agents]
     for choice in choices:
         AGENTS.get(choice.name)
-    loaded = load_config(config, [*overrides, "env.timing=table", 'env.actions=["coefficient"]'])
+    loaded = load_config(config, [*overrides, "env.timing=table", f"env.actions={_ACTIONS}"])
     run = Run(loaded, run_dir or Path("runs") / f"{config.stem}-compare", progress=progress)
     env = run.env
     log = OutcomeLog(run.directory / "outcomes.jsonl")

@@ -144,7 +144,11 @@ class GeneralistConfig(Section):
     learning: LearningSection = LearningSection()
     latency: LatencySection = LatencySection(profile_samples=9)
     env: EnvSection = EnvSection(
-        actions=(Choice("coefficient"),), max_sparsity=0.98, min_saving=0.001, timing="table", shaping=0.0
+        actions=(Choice("mix"), Choice("coefficient", {"reach": 1.0})),
+        max_sparsity=0.98,
+        min_saving=0.001,
+        timing="table",
+        shaping=0.0,
     )
 
     def to_json(self) -> dict[str, Any]:

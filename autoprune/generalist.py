@@ -6,6 +6,8 @@ are really evaluated; a surrogate of each task is fitted to those; the policy le
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import multiprocessing
 from collections.abc import Mapping, Sequence
@@ -22,7 +24,7 @@ from autoprune.agents.base import Actor
 from autoprune.agents.checkpoint import checkpoint_episodes
 from autoprune.agents.family import FamilyLearner, Update, advantage_of
 from autoprune.agents.sb3 import SB3Agent
-from autoprune.config import Config, GeneralistConfig, check_directory, parse_config
+from autoprune.config import GeneralistConfig, check_directory, parse_config
 from autoprune.envs import Problem, PruneEnv
 from autoprune.envs.draft import Draft
 from autoprune.envs.family import FamilyEnv, Stake, speedup_at, stakes_of
@@ -30,7 +32,7 @@ from autoprune.envs.knapsack import solve
 from autoprune.envs.surrogate import Surrogate, fit_surrogate
 from autoprune.errors import AutopruneError, ConfigError
 from autoprune.evaluation.measurement import Evaluate
-from autoprune.files import append_line, read_lines, write_json
+from autoprune.files import append_line, cache_folder, read_lines, write_json
 from autoprune.plan import Plan
 from autoprune.progress import SILENT, Progress
 from autoprune.report.tensorboard import FamilyWriter
@@ -40,6 +42,9 @@ from autoprune.tasks.family import Member, draw_members, held_out_members
 
 CHOOSING = 5  # every fifth task of the family chooses among the policies of one training; no policy learns from it
 _WIDTH = 0.8  # of the coefficients' logs, of the plans a surrogate is fitted to
+_OF_TASKS = frozenset(
+    {"pattern", "criterion", "max_sparsity", "keep_dense", "min_weights", "min_saving", "recovery", "timing"}
+)  # of the environment's settings, those that a task's making depends on
 _ASKED = Target(speedup=2.0)  # of a task's run; its stakes have their own
 
 
@@ -100,7 +105,7 @@ class Generalist:
 
     def run_of(self, member: Member) -> Run:
         """The run that keeps what a task needs."""
-        return Run(member_config(self.config, member), self.directory / "tasks" / member.name)
+        return member_run(self.config, member)
 
     @cached_property
     def prepared(self) -> dict[str, Prepared]:
@@ -114,13 +119,13 @@ class Generalist:
             if workers > 1:
                 # Spawned: torch's threads do not survive a fork.
                 with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-                    waiting = {pool.submit(_prepare, self.config, member, self.directory): member for member in missing}
+                    waiting = {pool.submit(_prepare, self.config, member): member for member in missing}
                     for done in as_completed(waiting):
                         done.result()
                         bar.advance(1, waiting[done].name)
             else:
                 for member in missing:
-                    _prepare(self.config, member, self.directory)
+                    _prepare(self.config, member)
                     bar.advance(1, member.name)
         found = {member.name: self._load(member) for member in everyone}
         for name, each in found.items():
@@ -129,7 +134,7 @@ class Generalist:
         return {name: each for name, each in found.items() if each.stakes}
 
     def _done(self, member: Member) -> Path:
-        return self.directory / "tasks" / member.name / "prepared.json"
+        return self.run_of(member).directory / "prepared.json"
 
     def _load(self, member: Member) -> Prepared:
         problem = self.run_of(member).problem
@@ -235,30 +240,36 @@ class Generalist:
         return PruneEnv(problem, env.actions, env.shaping, env.gamma, env.start, env.curves)
 
 
-def member_config(config: GeneralistConfig, member: Member) -> Config:
-    """The config of one task's run."""
-    return parse_config(
+def member_run(config: GeneralistConfig, member: Member) -> Run:
+    """The run of one task, in the user's cache: what is made ready once serves every training and comparison.
+
+    Its config holds what a task's making depends on, and no more: not what an agent may choose or see.
+    """
+    env = config.env.model_dump(mode="json", include=set(_OF_TASKS))
+    parsed = parse_config(
         {
             "seed": config.seed,
             "task": {"name": member.task.name, **member.task.args},
             "dense": member.dense.to_json(),
             "target": {"speedup": _ASKED.speedup},
             "latency": config.latency.model_dump(mode="json"),
-            "env": config.env.model_dump(mode="json"),
+            "env": {"actions": ["coefficient"], **env},
         },
         member.name,
     )
+    digest = hashlib.sha256(json.dumps(parsed.to_json(), sort_keys=True).encode()).hexdigest()[:8]
+    return Run(parsed, cache_folder() / "family" / f"{member.name}-{digest}")
 
 
-def _prepare(config: GeneralistConfig, member: Member, directory: Path) -> None:
+def _prepare(config: GeneralistConfig, member: Member) -> None:
     """Makes all that a task needs and leaves it in its run's directory; runs in a process of its own."""
     torch.set_num_threads(1)
-    own = directory / "tasks" / member.name
-    problem = Run(member_config(config, member), own).problem
+    run = member_run(config, member)
+    problem = run.problem
     for plan in surrogate_plans(problem, config.family.plans, config.seed):
         problem.evaluate(plan)
     stakes = stakes_of(member.name, problem)
-    write_json(own / "prepared.json", {"stakes": [stake.fraction for stake in stakes]})
+    write_json(run.directory / "prepared.json", {"stakes": [stake.fraction for stake in stakes]})
 
 
 def surrogate_plans(problem: Problem, count: int, seed: int) -> list[Plan]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,17 +39,18 @@ from autoprune.report.console import Console
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 CONFIG = HERE.parent / "configs" / "generalist.toml"
+DIRECTORY = cache_folder() / "benchmarks" / "agents"  # nothing is written there: tasks have their own place
 ALL = ("uniform", "greedy", "knapsack", "random", "restarts", "tpe", "cma_es", "policy")
 BUDGETS = (0, 1, 10, 50)
 REFERENCE, MOST = ("restarts", "cma_es", "policy"), 300  # the best plan known: one seed of these
 ASKED_DROP = 0.05  # of the knapsack's plan
 
 
-def jobs(seeds: int) -> list[Job]:
-    choices = [Choice(name) for name in ALL]
+def jobs(agents: tuple[str, ...], seeds: int) -> list[Job]:
+    choices = [Choice(name) for name in agents]
     listed = jobs_of(choices, seeds, BUDGETS)
     listed = [replace(job, budgets=(*job.budgets, 100)) if job.agent.name == "random" else job for job in listed]
-    return listed + [Job(Choice(name), 0, (MOST,)) for name in REFERENCE]
+    return listed + [Job(Choice(name), 0, (MOST,)) for name in REFERENCE if name in agents]
 
 
 def stake_of(name: str, generalist: Generalist) -> Stake | None:
@@ -64,16 +65,16 @@ def stake_of(name: str, generalist: Generalist) -> Stake | None:
     return min(stakes, key=lambda stake: abs(drop(stake) - ASKED_DROP)) if stakes else None
 
 
-def run_task(name: str, directory: Path, seeds: int) -> str:
+def run_task(name: str, agents: tuple[str, ...], seeds: int) -> str:
     torch.set_num_threads(1)
-    generalist = Generalist(load_generalist_config(CONFIG), directory)
+    generalist = Generalist(load_generalist_config(CONFIG), DIRECTORY)
     stake = stake_of(name, generalist)
     if stake is None:
         return f"{name}: nothing at stake"
-    env = PruneEnv(stake.problem, generalist.config.env.actions, start="knapsack", shaping=0.0)
+    env = PruneEnv(stake.problem, generalist.config.env.actions, shaping=0.0)
     member = next(each for each in generalist.judges if each.name == name)
     log = OutcomeLog(RESULTS / "agents" / f"{name}.jsonl")
-    compare_all(name, env, jobs(seeds), generalist.run_of(member).measured, log)
+    compare_all(name, env, jobs(agents, seeds), generalist.run_of(member).measured, log)
     return f"{name}: done, target {stake.problem.target.speedup:.2f}x"
 
 
@@ -163,18 +164,19 @@ def write_page() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--directory", type=Path, default=cache_folder() / "benchmarks" / "agents")
     parser.add_argument("--tasks", nargs="*", help="of those held out; all when left out")
+    parser.add_argument("--agents", nargs="*", default=ALL, help="rows of the registry")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--report", action="store_true", help="run nothing: write the page of what is there")
     given = parser.parse_args()
     if not given.report:
-        generalist = Generalist(load_generalist_config(CONFIG), given.directory, progress=Console())
+        generalist = Generalist(load_generalist_config(CONFIG), DIRECTORY, progress=Console())
         names = given.tasks or [member.name for member in generalist.judges]
         with ProcessPoolExecutor(given.workers, multiprocessing.get_context("spawn")) as pool:
-            for said in pool.map(run_task, names, [given.directory] * len(names), [given.seeds] * len(names)):
-                print(said, flush=True)
+            waiting = [pool.submit(run_task, name, tuple(given.agents), given.seeds) for name in names]
+            for done in as_completed(waiting):
+                print(done.result(), flush=True)
     print(write_page())
 
 

@@ -85,7 +85,7 @@ def aimed(problem):
 CONFIG = {
     "task": "given",
     "target": {"speedup": 2.0},
-    "env": {"actions": ["coefficient"], "max_sparsity": 0.98, "timing": "table"},
+    "env": {"actions": ["mix", "coefficient"], "max_sparsity": 0.98, "timing": "table"},
     "latency": {"profile_samples": 5},
 }
 

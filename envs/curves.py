@@ -19,6 +19,8 @@ from autoprune.plan import LayerPlan, Plan
 
 GRID = 100  # sparsities are multiples of 1/GRID, so that equal plans meet in the cache
 
+_NONE = 1e-6  # of a loss or an error: what a power is taken of must not be 0
+
 Array = NDArray[np.float64]
 SPARSITIES = np.arange(GRID) / GRID
 
@@ -58,6 +60,13 @@ class Curves:
     def error(self) -> Array:
         """Share of each layer's output lost, (layers, GRID)."""
         return self._on_grid(self.sensitivity.error)
+
+    def mixed(self, mix: float) -> Array:
+        """``loss^(1 - mix) * error^mix``, never falling, (layers, GRID): the loss alone at 0, the error alone at 1."""
+        if mix == 0.0:
+            return self.loss
+        mixed = (self.loss + _NONE) ** (1.0 - mix) * (self.error + _NONE) ** mix
+        return np.maximum.accumulate(mixed - mixed[:, :1], axis=1)
 
     def _on_grid(self, curves: object) -> Array:
         anchors = (0.0, *self.sensitivity.anchors)

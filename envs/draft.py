@@ -14,9 +14,11 @@ class Draft(Plan):
 
     Attributes:
         coefficients: layer -> factor on its sensitivity curve, above 0; 1 for a layer that has none.
+        mix: what a sensitivity curve is made of: ``loss^(1 - mix) * error^mix``, in [-1, 1].
     """
 
     coefficients: Mapping[str, float] = field(default_factory=dict)
+    mix: float = 0.0
 
     @classmethod
     def of(cls, plan: Plan) -> Draft:

@@ -47,7 +47,7 @@ def _terms(problem: Problem, draft: Draft) -> tuple[Array, Array, float]:
     """What is made least, what has a budget, each (layers, GRID), and the budget."""
     curves, target = problem.curves, problem.target
     coefficients = np.array([draft.coefficients.get(name, 1.0) for name in problem.inventory.names])
-    loss = curves.loss * coefficients[:, None] + _TIE * np.arange(GRID)
+    loss = curves.mixed(draft.mix) * coefficients[:, None] + _TIE * np.arange(GRID)
     ms = curves.plan_ms(draft)
     if target.accuracy_drop is not None:
         return ms, loss, target.accuracy_drop * LOSS_PER_SCORE

@@ -66,6 +66,8 @@ def length(action_size: int) -> int:
 class Observer:
     """Writes observations of one problem; what does not change within an episode is computed once.
 
+    Before the run's hyper-parameters, a layer's features are means over all layers.
+
     Args:
         problem: what is observed.
         start: the plan episodes start with.
@@ -77,7 +79,7 @@ class Observer:
         if not curves:
             rows[:, len(STRUCTURE) :] = 0.0
         model = _model(problem, start)
-        steps = [np.concatenate([[1.0], np.zeros(rows.shape[1]), model])]
+        steps = [np.concatenate([[1.0], rows.mean(0), model])]
         steps += [np.concatenate([[0.0], row, model]) for row in rows]
         self._steps = np.clip(np.array(steps), -LIMIT, LIMIT).astype(np.float32)
         dense_ms = problem.curves.dense_ms

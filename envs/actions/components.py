@@ -8,6 +8,7 @@ ACTIONS: Registry[ActionComponent] = Registry(
     {
         "sparsity": "autoprune.envs.actions.sparsity:Sparsity",
         "coefficient": "autoprune.envs.actions.coefficient:Coefficient",
+        "mix": "autoprune.envs.actions.mix:Mix",
         "group_size": "autoprune.envs.actions.group_size:GroupSize",
         "criterion": "autoprune.envs.actions.criterion:CriterionChoice",
         "training_method": "autoprune.envs.actions.training_method:TrainingMethod",
