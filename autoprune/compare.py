@@ -24,7 +24,7 @@ from autoprune.envs import Problem, PruneEnv
 from autoprune.envs.projection import meet, release_useless
 from autoprune.envs.rewards import terminal_reward
 from autoprune.errors import ConfigError, FileError
-from autoprune.evaluation.measurement import Evaluate, Measurement
+from autoprune.evaluation.measurement import ByTable, Evaluate, Measurement
 from autoprune.files import append_line, read_lines
 from autoprune.plan import Plan
 from autoprune.progress import SILENT, Progress
@@ -120,16 +120,16 @@ def compare(
     return outcomes
 
 
-def calibrated(env: PruneEnv, measure: Evaluate) -> PruneEnv:
-    """The same environment with a table that predicts the knapsack's plan as it is measured.
+def calibrated(problem: Problem, plan: Plan, measure: Evaluate) -> Problem:
+    """The same problem with a table that predicts `plan` as it is measured; trials are timed by that table.
 
-    A table is right about layers and a few percent off about the whole: plans aimed with it then miss the target alike,
+    A table is right about layers and some percent off about the whole: plans aimed with it would miss the target alike,
     and every one of them would have to be aimed again.
     """
-    plan = env.solved()
-    ratio = measure(plan).speedup / env.problem.table.predict_speedup(plan)
-    table = replace(env.problem.table, dense_ms=env.problem.table.dense_ms * ratio)
-    return env.of(replace(env.problem, table=table))
+    assert isinstance(problem.evaluate, ByTable)
+    ratio = measure(plan).speedup / problem.table.predict_speedup(plan)
+    table = replace(problem.table, dense_ms=problem.table.dense_ms * ratio)
+    return replace(problem, table=table, evaluate=ByTable(problem.evaluate.evaluate, table))
 
 
 def at_speedup(problem: Problem, plan: Plan, measure: Evaluate) -> Measurement:
@@ -273,7 +273,6 @@ def compare_all(
 ) -> list[Outcome]:
     """Runs the jobs on one task, but for those whose outcomes are in the log; returns what the log then holds."""
     done = {(each.agent, each.seed, each.evaluations) for each in log.read() if each.task == name}
-    env = calibrated(env, measure)
     with progress.bar(f"compare {name}", len(jobs)) as bar:
         for job in jobs:
             if any((str(job.agent), job.seed, budget) not in done for budget in job.budgets):
@@ -313,6 +312,7 @@ def compare_run(
     loaded = load_config(config, [*overrides, "env.timing=table", f"env.actions={_ACTIONS}"])
     run = Run(loaded, run_dir or Path("runs") / f"{config.stem}-compare", progress=progress)
     env = run.env
+    env = env.of(calibrated(env.problem, env.solved(), run.measured))
     log = OutcomeLog(run.directory / "outcomes.jsonl")
     outcomes = compare_all(run.task.name, env, jobs_of(choices, seeds, budgets), run.measured, log, progress)
     return report(outcomes, max(budgets))

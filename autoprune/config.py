@@ -129,7 +129,7 @@ class FamilySection(Section):
 class LearningSection(Section):
     """How a generalist's policy learns."""
 
-    updates: Count = 400
+    updates: Count = 160
     envs: Count = 24  # episodes side by side, of learners that can
     measured_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.02  # of the episodes; the others are the surrogates'
     judge_every: Count = 10  # updates between two judgements of the policy

@@ -35,7 +35,7 @@ from autoprune.errors import ConfigError, FileError, InfeasibleTarget
 from autoprune.evaluation.dense import check_reseedable, dense_model, other_dense_models
 from autoprune.evaluation.evaluator import Evaluator
 from autoprune.evaluation.finetune import finetune_
-from autoprune.evaluation.measurement import CachedEvaluate, Evaluate
+from autoprune.evaluation.measurement import ByTable, CachedEvaluate, Evaluate
 from autoprune.evaluation.profile import profile_settings, profile_table, worth_pruning
 from autoprune.evaluation.recovery import RECOVERIES, Subject
 from autoprune.evaluation.recovery.none import NoRecovery
@@ -216,7 +216,9 @@ class Run:
             path=self.directory / "sensitivity.json",
             progress=self.progress,
         )
-        evaluate = CachedEvaluate(self.evaluator, self.directory / "search" / "evaluations.jsonl")
+        evaluate: Evaluate = CachedEvaluate(self.evaluator, self.directory / "search" / "evaluations.jsonl")
+        if env.timing == "table":
+            evaluate = ByTable(evaluate, self.table)
         return self._problem(sensitivity, evaluate)
 
     def _problem(self, sensitivity: Sensitivity, evaluate: Evaluate) -> Problem:

@@ -25,21 +25,33 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from autoprune.compare import Job, Outcome, OutcomeLog, compare_all, interquartile_mean, interval, jobs_of, relative
+from autoprune.compare import (
+    Job,
+    Outcome,
+    OutcomeLog,
+    calibrated,
+    compare_all,
+    interquartile_mean,
+    interval,
+    jobs_of,
+    relative,
+)
 from autoprune.compare import report as tables
 from autoprune.config import load_generalist_config
 from autoprune.envs import PruneEnv
-from autoprune.envs.family import Stake, stakes_of
-from autoprune.files import cache_folder, write_text
-from autoprune.generalist import Generalist
+from autoprune.envs.family import Stake, speedup_at, stakes_of
+from autoprune.files import write_text
+from autoprune.generalist import member_run
 from autoprune.latency.machine import machine_text
 from autoprune.registry import Choice
-from autoprune.report.console import Console
+from autoprune.run import Run
+from autoprune.target import Target
+from autoprune.tasks.family import held_out_members
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 CONFIG = HERE.parent / "configs" / "generalist.toml"
-DIRECTORY = cache_folder() / "benchmarks" / "agents"  # nothing is written there: tasks have their own place
+COEFFICIENT = (Choice("coefficient"),)
 ALL = ("uniform", "greedy", "knapsack", "random", "restarts", "tpe", "cma_es", "policy")
 BUDGETS = (0, 1, 10, 50)
 REFERENCE, MOST = ("restarts", "cma_es", "policy"), 300  # the best plan known: one seed of these
@@ -53,29 +65,32 @@ def jobs(agents: tuple[str, ...], seeds: int) -> list[Job]:
     return listed + [Job(Choice(name), 0, (MOST,)) for name in REFERENCE if name in agents]
 
 
-def stake_of(name: str, generalist: Generalist) -> Stake | None:
-    member = next(each for each in generalist.judges if each.name == name)
-    problem = generalist.run_of(member).problem
+def stake_of(name: str, run: Run) -> Stake | None:
+    """The target, on a table that is right about the whole model half way to the fastest plan."""
+    problem = run.problem
+    half = replace(problem, target=Target(speedup=speedup_at(problem, 0.5)))
+    problem = calibrated(problem, PruneEnv(half, COEFFICIENT).solved(), run.measured)
     stakes = stakes_of(name, problem)
 
     def drop(stake: Stake) -> float:
-        env = PruneEnv(stake.problem, generalist.config.env.actions)
-        return problem.dense_score - problem.evaluate(env.solved()).score
+        return problem.dense_score - problem.evaluate(PruneEnv(stake.problem, COEFFICIENT).solved()).score
 
     return min(stakes, key=lambda stake: abs(drop(stake) - ASKED_DROP)) if stakes else None
 
 
 def run_task(name: str, agents: tuple[str, ...], seeds: int) -> str:
     torch.set_num_threads(1)
-    generalist = Generalist(load_generalist_config(CONFIG), DIRECTORY)
-    stake = stake_of(name, generalist)
+    config = load_generalist_config(CONFIG)
+    run = member_run(config, next(each for each in held_out_members(config.family.data) if each.name == name))
+    stake = stake_of(name, run)
     if stake is None:
         return f"{name}: nothing at stake"
-    env = PruneEnv(stake.problem, generalist.config.env.actions, shaping=0.0)
-    member = next(each for each in generalist.judges if each.name == name)
-    log = OutcomeLog(RESULTS / "agents" / f"{name}.jsonl")
-    compare_all(name, env, jobs(agents, seeds), generalist.run_of(member).measured, log)
-    return f"{name}: done, target {stake.problem.target.speedup:.2f}x"
+    env = PruneEnv(stake.problem, config.env.actions, shaping=0.0)
+    outcomes = compare_all(
+        name, env, jobs(agents, seeds), run.measured, OutcomeLog(RESULTS / "agents" / f"{name}.jsonl")
+    )
+    base = next((each.score for each in outcomes if each.agent == "knapsack"), float("nan"))
+    return f"{name}: done, target {stake.problem.target.speedup:.2f}x, dense {run.dense_score:.4f}, knapsack {base:.4f}"
 
 
 def wins(outcomes: list[Outcome]) -> str:
@@ -171,8 +186,7 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="run nothing: write the page of what is there")
     given = parser.parse_args()
     if not given.report:
-        generalist = Generalist(load_generalist_config(CONFIG), DIRECTORY, progress=Console())
-        names = given.tasks or [member.name for member in generalist.judges]
+        names = given.tasks or [member.name for member in held_out_members(load_generalist_config(CONFIG).family.data)]
         with ProcessPoolExecutor(given.workers, multiprocessing.get_context("spawn")) as pool:
             waiting = [pool.submit(run_task, name, tuple(given.agents), given.seeds) for name in names]
             for done in as_completed(waiting):

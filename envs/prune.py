@@ -95,7 +95,8 @@ class PruneEnv(gymnasium.Env[Observation, Action]):
     def alike(self) -> PruneEnv:
         """The same environment, but for layers' actions whose 0 treats every layer alike."""
         pairs = zip(self.action_choices, self.actions.components, strict=True)
-        actions = [Choice("sparsity") if component.solved else choice for choice, component in pairs]
+        actions = [choice for choice, component in pairs if not component.solved]
+        actions += [Choice("sparsity")] * self.actions.solved
         return PruneEnv(self.problem, actions, self.shaping, self.gamma, "uniform", self.curves)
 
     @property

@@ -9,6 +9,7 @@ from typing import Any
 
 from autoprune.errors import FileError
 from autoprune.files import append_line, read_lines
+from autoprune.latency.table import LatencyTable
 from autoprune.plan import Plan
 
 
@@ -31,6 +32,18 @@ class Measurement:
 
 
 Evaluate = Callable[[Plan], Measurement]
+
+
+@dataclass(frozen=True)
+class ByTable:
+    """Wraps an evaluation: its score, and the latency that a table predicts, whichever table that is by now."""
+
+    evaluate: Evaluate
+    table: LatencyTable
+
+    def __call__(self, plan: Plan) -> Measurement:
+        score = self.evaluate(plan).score
+        return Measurement(score, self.table.predict_ms(plan), self.table.predict_speedup(plan))
 
 
 class CachedEvaluate:

@@ -91,3 +91,22 @@ def test_the_zero_action_of_coefficients_is_the_solver_s_plan() -> None:
         *_, info = env.step(np.zeros(1, np.float32))
     planned = {name: layer["sparsity"] for name, layer in info["trial"]["plan"]["layers"].items()}
     assert planned == {name: layer.sparsity for name, layer in env.solved().layers.items()}
+
+
+def test_the_uniform_rule_is_at_hand_whatever_guides_the_solver() -> None:
+    env = PruneEnv(fake_problem(Target(speedup=3.0)), (Choice("mix"), Choice("coefficient"), Choice("criterion")))
+    alike = env.alike()
+    alike.reset()
+    for _ in range(alike.steps_per_episode):
+        *_, info = alike.step(np.zeros(len(alike.action_choices), np.float32))
+    assert len({layer["sparsity"] for layer in info["trial"]["plan"]["layers"].values()}) == 1
+
+
+def test_a_mix_of_curves_never_falls_and_is_the_loss_at_0() -> None:
+    curves = fake_problem().curves
+    assert np.array_equal(curves.mixed(0.0), curves.loss)
+    for mix in (-1.0, -0.3, 0.4, 1.0):
+        mixed = curves.mixed(mix)
+        assert np.isfinite(mixed).all()
+        assert (np.diff(mixed, axis=1) >= 0).all()
+    assert curves.mixed(1.0) == pytest.approx(curves.error, abs=1e-4)
