@@ -7,6 +7,7 @@ measured speed-up is the target's, and scored there.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -34,7 +35,7 @@ from autoprune.run import Run
 
 _ACTIONS = '["mix", {name = "coefficient", reach = 1.0}]'  # the shipped policy's
 UNASKED = 0  # evaluations of a rule that makes its plan without any
-_CORRECTIONS = 4  # of the aim, for one measured plan
+_CORRECTIONS = 8  # of the aim, for one measured plan
 _RESAMPLES = 2000
 ONE_SEED = ("uniform", "greedy", "knapsack")  # these draw nothing
 WITHOUT_EVALUATION = ("uniform", "greedy", "knapsack", "policy")  # their first plan is made before any is scored
@@ -135,18 +136,22 @@ def calibrated(problem: Problem, plan: Plan, measure: Evaluate) -> Problem:
 def at_speedup(problem: Problem, plan: Plan, measure: Evaluate) -> Measurement:
     """A plan moved to the target's speed-up as measured, within `CLOSE` below it or any amount above, and measured.
 
-    The best-scored of those tried that are fast enough; the fastest when none is.
+    All its sparsities are shifted alike until the clock agrees; what was too slow and what was fast enough close in on
+    it from both sides. Of those fast enough the best-scored is taken; the fastest when none is.
     """
     wanted = problem.target.speedup
     assert wanted is not None
-    table, aim, tried = problem.table, wanted, []
-    moved = plan
+    table, aim = problem.table, problem.table.predict_speedup(plan)
+    low, high = 1.0, table.predict_speedup(problem.uniform(problem.max_sparsity))  # aims
+    tried, moved = [], plan
     for _ in range(_CORRECTIONS):
         measured = measure(moved)
         tried.append(measured)
         if abs(measured.speedup / wanted - 1.0) <= CLOSE:
             break
-        aim *= (wanted / measured.speedup) ** 0.8
+        low, high = (low, min(high, aim)) if measured.speedup > wanted else (max(low, aim), high)
+        guess = aim * wanted / measured.speedup
+        aim = guess if low < guess < high else math.sqrt(low * high)
         moved = release_useless(meet(plan, table, max(1.001, aim), problem.max_sparsity), table)
     fast = [each for each in tried if each.speedup >= wanted * (1.0 - CLOSE)]
     return max(fast, key=lambda each: each.score) if fast else max(tried, key=lambda each: each.speedup)
