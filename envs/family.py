@@ -19,7 +19,7 @@ from autoprune.plan import Plan
 from autoprune.registry import Choice
 from autoprune.target import Target
 
-WORTH = 1.2  # times faster the fastest plan must be than all weights kept, or there is nothing to decide
+WORTH = 1.1  # times faster the fastest plan must be than all weights kept, or there is nothing to decide
 FRACTIONS = tuple(round(0.2 + 0.05 * i, 2) for i in range(16))  # of the way from the slowest to the fastest plan
 LEAST, MOST = 0.01, 0.3  # drop of the solver's plan: with less nothing is at stake, with more nothing is left
 FLOOR = 0.2  # of a reward: below it, advantages are not blown up

@@ -1,0 +1,113 @@
+"""A generalist: its tasks are made ready once, its training is kept, resumed and told."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+import pytest
+
+from autoprune import generalist as module
+from autoprune.agents.policy import SHIPPED, Policy
+from autoprune.config import FamilySection, GeneralistConfig, LearningSection
+from autoprune.envs.family import Stake
+from autoprune.envs.surrogate import fit_surrogate
+from autoprune.errors import AutopruneError, ConfigError
+from autoprune.generalist import Generalist, Prepared, member_run, surrogate_plans
+from autoprune.registry import Choice
+from autoprune.settings import TrainingSettings
+from autoprune.target import Target
+from autoprune.tasks.family import DATA, Member, draw_members, held_out_members
+from autoprune.testing import fake_problem
+
+PPO = Choice("ppo", {"net": [16], "episodes_per_update": 2})
+
+
+def config(**learning: object) -> GeneralistConfig:
+    return GeneralistConfig(
+        family=FamilySection(tasks=8, data=("digits",), plans=20),
+        agent=PPO,
+        learning=LearningSection(**{"updates": 6, "envs": 3, "judge_every": 3, "measured_share": 0.2, **learning}),  # type: ignore[arg-type]
+    )
+
+
+class Fake(Generalist):
+    """Tasks that take no time."""
+
+    @cached_property
+    def prepared(self) -> dict[str, Prepared]:
+        found = {}
+        for member in (*self.members, *self.judges):
+            problem = fake_problem(Target(speedup=2.5))
+            plans = surrogate_plans(problem, 30, seed=0)
+            surrogate = fit_surrogate(problem, plans, [problem.evaluate(plan).score for plan in plans])
+            stakes = tuple(
+                Stake(member.name, replace(problem, target=Target(speedup=speedup))) for speedup in (2.0, 3.0)
+            )
+            found[member.name] = Prepared(member.name, problem, stakes, surrogate)
+        return found
+
+
+def test_a_family_is_drawn_alike_from_a_seed_and_never_holds_what_it_is_judged_by() -> None:
+    assert draw_members(24, 3) == draw_members(24, 3)
+    assert draw_members(24, 3) != draw_members(24, 4)
+    drawn, judged = draw_members(60, 0), held_out_members()
+    assert len({member.name for member in (*drawn, *judged)}) == len(drawn) + len(judged)
+    assert {member.task.name for member in drawn} == set(DATA)
+
+    def builds(members: tuple[Member, ...]) -> set[str]:
+        return {member.task.args["model"]["name"] for member in members if "model" in member.task.args}
+
+    assert not builds(drawn) & builds(judged)
+    assert len(judged) >= 8
+    with pytest.raises(ConfigError, match="digits"):
+        draw_members(5, 0, ("digit",))
+
+
+def test_training_keeps_the_policy_that_the_choosing_tasks_like_best(tmp_path: Path) -> None:
+    best = Fake(config(), tmp_path).train()
+    lines = [json.loads(line) for line in (tmp_path / "judgements.jsonl").read_text().splitlines()]
+    assert [line["update"] for line in lines] == [2, 5]
+    assert best.choosing == max(line["choosing"] for line in lines)
+    assert Policy.load(tmp_path / "policy").actions == config().env.actions
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_a_training_that_is_done_is_not_run_again_and_another_config_is_refused(tmp_path: Path) -> None:
+    first = Fake(config(), tmp_path)
+    best = first.train()
+    assert Fake(config(), tmp_path).train() == best
+    module.write_json(tmp_path / "config.json", config().to_json())
+    with pytest.raises(ConfigError, match=r"learning\.updates"):
+        Fake(config(updates=7), tmp_path)
+
+
+def test_a_family_with_nothing_at_stake_is_told(tmp_path: Path) -> None:
+    fake = Fake(config(), tmp_path)
+    fake.__dict__["prepared"] = {}
+    with pytest.raises(AutopruneError, match=r"family\.tasks"):
+        fake.train()
+
+
+def test_a_task_is_made_ready_once_for_any_actions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "cache_folder", lambda: tmp_path)
+    model = {"name": "mlp", "widths": [48, 32]}
+    member = Member("tiny", Choice("digits", {"model": model}), TrainingSettings(epochs=1, learning_rate=0.02))
+    given = config()
+    module._prepare(given, member)
+    run = member_run(given, member)
+    assert (run.directory / "prepared.json").exists()
+    other = given.model_copy(update={"env": given.env.model_copy(update={"actions": (Choice("sparsity"),)})})
+    assert member_run(other, member).directory == run.directory
+    assert member_run(given.model_copy(update={"seed": 1}), member).directory != run.directory
+    known = (run.directory / "search" / "evaluations.jsonl").read_text()
+    module._prepare(other, member)
+    assert (run.directory / "search" / "evaluations.jsonl").read_text() == known
+
+
+def test_the_shipped_policy_loads_and_has_a_card() -> None:
+    policy = Policy.load(SHIPPED)
+    assert policy.actions == GeneralistConfig(family=FamilySection()).env.actions
+    assert "held-out" in (SHIPPED / "CARD.md").read_text().lower()
