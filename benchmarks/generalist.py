@@ -32,6 +32,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 CONFIG = HERE.parent / "configs" / "generalist.toml"
 PPO = {"episodes_per_update": 4, "learning_rate": 5e-4, "epochs": 6, "minibatches": 4}
+SPARSITY = (Choice("sparsity"),)
 MIX, COEFFICIENT = Choice("mix"), Choice("coefficient", {"reach": 1.0})
 
 
@@ -51,11 +52,11 @@ VARIANTS = (
     Variant("coefficients", "coefficients alone, a factor of up to e", {"actions": (COEFFICIENT,)}),
     Variant("wide", "mix and coefficients of up to e^2", {"actions": (MIX, Choice("coefficient", {"reach": 2.0}))}),
     Variant("mix", "the mix alone", {"actions": (MIX,)}),
-    Variant("residual", "offsets from the knapsack's sparsities", {"actions": (Choice("sparsity"),), "start": "knapsack"}),
-    Variant("absolute", "offsets from uniform sparsities", {"actions": (Choice("sparsity"),)}),
+    Variant("residual", "offsets from the knapsack's sparsities", {"actions": SPARSITY, "start": "knapsack"}),
+    Variant("absolute", "offsets from uniform sparsities", {"actions": SPARSITY}),
     Variant("blind", "as shipped, no curves seen", {"curves": False}),
     Variant("shaped", "offsets from the knapsack's, rewards shaped",
-            {"actions": (Choice("sparsity"),), "start": "knapsack", "shaping": 1.0}),
+            {"actions": SPARSITY, "start": "knapsack", "shaping": 1.0}),
     Variant("sac", "as shipped, SAC", agent=Choice("sac"), updates=40),
     Variant("td3", "as shipped, TD3", agent=Choice("td3"), updates=40),
 )  # fmt: skip
