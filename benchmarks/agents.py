@@ -25,6 +25,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
+from autoprune.agents.rival import CLOSE
 from autoprune.compare import (
     Job,
     Outcome,
