@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,8 @@ from autoprune.plan import LayerPlan, LayerSpec, Plan
 from autoprune.progress import SILENT, Progress
 from autoprune.recurrent import layer_at
 from autoprune.registry import Choice
-from autoprune.repack import lower_layer
+from autoprune.repack import CaptureError, Graph, ProgramModel, capture, lower_layer, repack
+from autoprune.repack.layer_times import LayerTime, layer_times
 
 ANCHORS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
 WHOLE_ANCHORS = (0.5, 0.8, 0.95)  # uniform models timed end to end, to join the layers' times to the model's
@@ -63,17 +65,112 @@ def profile_table(
         clock: seconds.
         progress: shows a bar over the layers.
     """
-    batch = int(settings["batch"])
-    inputs = record_inputs(
-        copy_for_inference(subject.dense), subject.task.example_inputs(batch), subject.inventory.names
-    )
+    inputs = subject.task.example_inputs(int(settings["batch"]))
+    layers = _in_programs(subject, patterns, inputs, protocol, clock, progress)
+    if layers is not None:
+        return _joined(subject, layers, patterns[-1], settings, protocol, clock, _shift)
+    layers = _one_by_one(subject, patterns, inputs, protocol, clock, progress)
+    return _joined(subject, layers, patterns[-1], settings, protocol, clock, _line)
+
+
+def _in_programs(
+    subject: Subject,
+    patterns: Sequence[Choice],
+    inputs: tuple[Tensor, ...],
+    protocol: Protocol,
+    clock: Clock,
+    progress: Progress,
+) -> dict[str, LayerTable] | None:
+    """Times layers where they run: inside whole programs, all layers at one sparsity, one program a sparsity.
+
+    On its own a packed layer is mostly the call from Python, so that small layers look as dear as large ones. None
+    where the model is no program, or an operation is more than one layer (a recurrence has two weights).
+    """
+    specs = subject.inventory.layers
+    if any(spec.gates > 1 for spec in specs):
+        return None
+    try:
+        graph = capture(subject.dense, inputs)
+    except CaptureError:
+        return None
+    whole: dict[str, LayerTime] | None = None
+    curves: dict[str, dict[str, list[Point]]] = {spec.name: {} for spec in specs}
+    with progress.bar("latency table", 1 + len(patterns) * len(ANCHORS)) as bar, torch_threads(protocol.threads):
+        for choice in patterns:
+            for sparsity in (0.0, *ANCHORS):
+                now = whole if sparsity == 0.0 else None  # nothing masked is the same under any pattern
+                if now is None:
+                    now = _program_times(subject, graph, choice, sparsity, inputs, protocol, clock)
+                    bar.advance()
+                if now is None:
+                    return None
+                whole = whole or now
+                for spec in specs:
+                    point = Point(sparsity, now[spec.name].median_us, now[spec.name].backend)
+                    curves[spec.name].setdefault(str(choice), []).append(point)
+    assert whole is not None
+    return {
+        spec.name: LayerTable(
+            whole[spec.name].dense_us or whole[spec.name].median_us,
+            spec.calls,
+            {key: tuple(points) for key, points in curves[spec.name].items()},
+        )
+        for spec in specs
+    }
+
+
+def _program_times(
+    subject: Subject,
+    graph: Graph,
+    pattern: Choice,
+    sparsity: float,
+    inputs: tuple[Tensor, ...],
+    protocol: Protocol,
+    clock: Clock,
+) -> dict[str, LayerTime] | None:
+    """One call of every layer, all of them masked alike; None where the program does not hold them all."""
+    model = copy.deepcopy(subject.dense)
+    if sparsity > 0.0:
+        for spec in subject.inventory.layers:
+            _mask_(layer_at(model, spec.name), spec, pattern, sparsity)
+    fast = repack(model, inputs, graph=graph, clock=clock)
+    if not isinstance(fast, ProgramModel):
+        return None
+    rows: dict[str, list[LayerTime]] = {}
+    for row in layer_times(fast, model, inputs, replace(protocol, threads=1), clock):
+        rows.setdefault(row.name, []).append(row)
+    if any(spec.name not in rows for spec in subject.inventory.layers):
+        return None
+    return {
+        name: replace(of[0], median_us=statistics.fmean(each.median_us for each in of)) for name, of in rows.items()
+    }
+
+
+def _mask_(module: nn.Module, spec: LayerSpec, pattern: Choice, sparsity: float) -> None:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    saliency = Magnitude().saliency(weight, LayerStatistics(), spec.conv_groups)
+    with torch.no_grad():
+        weight.mul_(mask_of(PATTERNS.create(pattern), spec, saliency, sparsity))
+
+
+def _one_by_one(
+    subject: Subject,
+    patterns: Sequence[Choice],
+    inputs: tuple[Tensor, ...],
+    protocol: Protocol,
+    clock: Clock,
+    progress: Progress,
+) -> dict[str, LayerTable]:
+    """Times every layer as a module of its own, with each backend."""
+    recorded = record_inputs(copy_for_inference(subject.dense), inputs, subject.inventory.names)
     layers = {}
     with progress.bar("latency table", len(subject.inventory.layers)) as bar, torch_threads(protocol.threads):
         for spec in subject.inventory.layers:
             module = layer_at(subject.dense, spec.name)
-            layers[spec.name] = _layer(module, inputs[spec.name], patterns, spec, protocol, clock)
+            layers[spec.name] = _layer(module, recorded[spec.name], patterns, spec, protocol, clock)
             bar.advance()
-    return _joined(subject, layers, patterns[-1], settings, protocol, clock)
+    return layers
 
 
 def _layer(
@@ -98,14 +195,9 @@ def _layer(
     curves = {}
     for choice in patterns:
         points = [whole]
-        pattern = PATTERNS.create(choice)
         for anchor in ANCHORS:
             masked = copy.deepcopy(module)
-            weight = masked.weight
-            assert isinstance(weight, Tensor)
-            saliency = Magnitude().saliency(weight, LayerStatistics(), spec.conv_groups)
-            with torch.no_grad():
-                weight.mul_(mask_of(pattern, spec, saliency, anchor))
+            _mask_(masked, spec, choice, anchor)
             points.append(fastest(masked, anchor))
         curves[str(choice)] = tuple(points)
     return LayerTable(statistics.median(dense_us), spec.calls, curves)
@@ -122,6 +214,7 @@ def _joined(
     settings: Mapping[str, Any],
     protocol: Protocol,
     clock: Clock,
+    fit: Callable[[Sequence[float], Sequence[float]], tuple[float, float]],
 ) -> LatencyTable:
     """Fits ``rest + scale * sum of layers`` to uniform models timed end to end."""
     unit = LatencyTable(layers, dense_ms=1.0, rest_ms=0.0, scale=1.0, settings=settings, machine=machine_identity())
@@ -135,8 +228,13 @@ def _joined(
         dense.append(dense_time.median_ms)
     dense_ms = statistics.median(dense)
     # Each model was timed in turns with the dense one: in units of it, drift of the machine cancels.
-    rest_ms, scale = _line(sums, [w / d * dense_ms for w, d in zip(whole, dense, strict=True)])
+    rest_ms, scale = fit(sums, [w / d * dense_ms for w, d in zip(whole, dense, strict=True)])
     return LatencyTable(layers, dense_ms, rest_ms, scale, settings, machine_identity())
+
+
+def _shift(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
+    """``y = rest + x``: what was timed inside programs is what it takes there."""
+    return max(0.0, statistics.fmean(y) - statistics.fmean(x)), 1.0
 
 
 def _line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
