@@ -20,7 +20,7 @@ from autoprune.registry import Choice
 from autoprune.target import Target
 
 WORTH = 1.1  # times faster the fastest plan must be than all weights kept, or there is nothing to decide
-FRACTIONS = tuple(round(0.2 + 0.05 * i, 2) for i in range(16))  # of the way from the slowest to the fastest plan
+FRACTIONS = (0.03, 0.06, 0.1, 0.15, *(round(0.2 + 0.05 * i, 2) for i in range(16)))
 LEAST, MOST = 0.01, 0.3  # drop of the solver's plan: with less nothing is at stake, with more nothing is left
 FLOOR = 0.2  # of a reward: below it, advantages are not blown up
 
