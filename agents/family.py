@@ -46,15 +46,15 @@ class FamilyLearner:
 
     Args:
         agent: a stable-baselines3 one.
-        make: a copy's number -> the family's environment.
+        family: the family's environment; copies of it run side by side.
         envs: episodes side by side, where the agent learns from such; else 1.
         seed: of everything that is drawn.
     """
 
-    def __init__(self, agent: SB3Agent, make: Callable[[int], FamilyEnv], envs: int, seed: int) -> None:
+    def __init__(self, agent: SB3Agent, family: FamilyEnv, envs: int, seed: int) -> None:
         self._agent, self._seed = agent, seed
         count = envs if agent.on_policy else 1
-        self._envs = FamilyEnvs([make(place) for place in range(count)])
+        self._envs = FamilyEnvs([family.twin(place) for place in range(count)])
         self._steps = 1 if agent.on_policy else max(1, envs) * self._envs.steps_per_episode
         with own_randomness():
             self._model = agent.build(self._envs, seed)

@@ -172,23 +172,20 @@ class Generalist:
         stakes = all_stakes(learned)
         cheap = {each.name: each.surrogate for each in learned}
 
-        def make(place: int) -> FamilyEnv:
-            return FamilyEnv(
-                stakes,
-                env.actions,
-                cheap,
-                measured_share=config.learning.measured_share,
-                seed=place,
-                curves=env.curves,
-                start=env.start,
-                shaping=env.shaping,
-                gamma=env.gamma,
-            )
-
+        family = FamilyEnv(
+            stakes,
+            env.actions,
+            cheap,
+            measured_share=config.learning.measured_share,
+            curves=env.curves,
+            start=env.start,
+            shaping=env.shaping,
+            gamma=env.gamma,
+        )
         agent = AGENTS.create(config.agent)
         if not isinstance(agent, SB3Agent):
             raise ConfigError(f"agent {config.agent.name!r} learns no policy: a generalist needs one that does.")
-        return FamilyLearner(agent, make, config.learning.envs, config.seed)
+        return FamilyLearner(agent, family, config.learning.envs, config.seed)
 
     def train(self) -> Judgement:
         """Learns, or goes on learning; the policy that the choosing tasks like best is kept in ``policy``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +13,6 @@ import numpy as np
 from autoprune.envs.observation import LIMIT, length
 from autoprune.envs.problem import Problem
 from autoprune.envs.prune import Action, Observation, PruneEnv, Start
-from autoprune.envs.rewards import as_trial
 from autoprune.errors import AutopruneError
 from autoprune.evaluation.measurement import Evaluate
 from autoprune.plan import Plan
@@ -107,7 +107,8 @@ class FamilyEnv(gymnasium.Env[Observation, Action]):
         self._cheap, self._share = cheap, measured_share
         self._settings: tuple[Any, ...] = (shaping, gamma, start, curves)
         self.gamma, self.shaping, self.start, self.curves = gamma, shaping, start, curves
-        self._envs: dict[tuple[int, bool], tuple[PruneEnv, float]] = {}
+        self._made: dict[tuple[int, bool], tuple[PruneEnv, float]] = {}  # shared by copies
+        self._envs: dict[tuple[int, bool], tuple[PruneEnv, float]] = {}  # own
         first = self._environment(stakes[0], cheaply=True)[0]
         self.action_space: gymnasium.spaces.Box = first.action_space  # type: ignore[assignment]  # as PruneEnv's
         self.observation_space = gymnasium.spaces.Box(-LIMIT, LIMIT, (length(len(actions)),), np.float32)
@@ -116,6 +117,13 @@ class FamilyEnv(gymnasium.Env[Observation, Action]):
         )
         self._draws = np.random.default_rng(seed)
         self._env, self._baseline, self._stake, self._cheaply = first, 0.0, stakes[0], True
+
+    def twin(self, seed: int) -> FamilyEnv:
+        """Another environment of the same family, with draws of its own; what takes long to make is made once."""
+        twin = copy.copy(self)
+        twin._envs = {}
+        twin.reseed((seed,))
+        return twin
 
     def reseed(self, seed: Sequence[int]) -> None:
         """Draws from here on as an environment made with this seed would."""
@@ -149,9 +157,11 @@ class FamilyEnv(gymnasium.Env[Observation, Action]):
     def _environment(self, stake: Stake, cheaply: bool) -> tuple[PruneEnv, float]:
         """The environment of a stake, and the reward of the solver's plan in it."""
         key = (id(stake), cheaply)
-        if key not in self._envs:
+        if key not in self._made:
             problem = replace(stake.problem, evaluate=self._cheap[stake.name]) if cheaply else stake.problem
             env = PruneEnv(problem, self.action_choices, *self._settings)
-            plan = env.solved()
-            self._envs[key] = env, float(as_trial(problem, plan, problem.evaluate(plan))["reward"])
+            self._made[key] = env, float(env.tried(env.solved())["reward"])
+        if key not in self._envs:
+            env, baseline = self._made[key]
+            self._envs[key] = copy.copy(env), baseline  # an episode's state is its own; the rest never changes
         return self._envs[key]

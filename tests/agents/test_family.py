@@ -43,7 +43,7 @@ def learner(name: str, seed: int = 0) -> FamilyLearner:
     assert isinstance(agent, SB3Agent)
     stakes = misjudged()
     cheap = {"one": stakes[0].problem.evaluate}
-    return FamilyLearner(agent, lambda place: FamilyEnv(stakes, ACTIONS, cheap, seed=place), envs=4, seed=seed)
+    return FamilyLearner(agent, FamilyEnv(stakes, ACTIONS, cheap), envs=4, seed=seed)
 
 
 def advantages(name: str, updates: int, directory: Path, stop_at: int | None = None) -> list[Update]:

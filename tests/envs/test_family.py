@@ -105,3 +105,14 @@ def test_stakes_share_the_problem_s_curves() -> None:
     problem = fake_problem()
     stakes: list[Stake] = stakes_of("one", problem)
     assert all(stake.problem.curves is problem.curves for stake in stakes)
+
+
+def test_twins_share_what_never_changes_and_not_their_episodes() -> None:
+    first = family(seed=0)
+    second = first.twin(5)
+    alone = family(seed=5)
+    alone.reseed((5,))
+    first.reset()
+    first.step(np.full(1, 0.7, np.float32))
+    assert played(second, 0.4) == played(alone, 0.4)
+    assert first._envs is not second._envs
