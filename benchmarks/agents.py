@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
@@ -56,15 +57,16 @@ COEFFICIENT = (Choice("coefficient"),)
 ALL = ("uniform", "greedy", "knapsack", "random", "restarts", "tpe", "cma_es", "policy")
 BUDGETS = (0, 1, 10, 50)
 REFERENCE = ("restarts", "cma_es", "policy")  # the best plan known is looked for by one seed of these
+RANDOM = 100  # evaluations of random search besides
 ASKED_DROP = 0.05  # of the knapsack's plan
 AIMS = 5
 
 
-def jobs(agents: tuple[str, ...], seeds: int, most: int) -> list[Job]:
+def jobs(agents: Sequence[str], seeds: int, budgets: Sequence[int], most: int) -> list[Job]:
     choices = [Choice(name) for name in agents]
-    listed = jobs_of(choices, seeds, BUDGETS)
-    listed = [replace(job, budgets=(*job.budgets, 100)) if job.agent.name == "random" else job for job in listed]
-    return listed + [Job(Choice(name), 0, (most,)) for name in REFERENCE if name in agents and most > BUDGETS[-1]]
+    listed = jobs_of(choices, seeds, budgets)
+    listed = [replace(job, budgets=(*job.budgets, RANDOM)) if job.agent.name == "random" else job for job in listed]
+    return listed + [Job(Choice(name), 0, (most,)) for name in REFERENCE if name in agents and most > max(budgets)]
 
 
 def stake_of(name: str, run: Run) -> Stake | None:
@@ -87,7 +89,7 @@ def stake_of(name: str, run: Run) -> Stake | None:
     return chosen
 
 
-def run_task(name: str, agents: tuple[str, ...], seeds: int, most: int) -> str:
+def run_task(name: str, agents: Sequence[str], seeds: int, budgets: Sequence[int], most: int) -> str:
     torch.set_num_threads(1)
     config = load_generalist_config(CONFIG)
     run = member_run(config, next(each for each in held_out_members(config.family.data) if each.name == name))
@@ -96,7 +98,7 @@ def run_task(name: str, agents: tuple[str, ...], seeds: int, most: int) -> str:
         return f"{name}: nothing at stake"
     env = PruneEnv(stake.problem, config.env.actions, shaping=0.0)
     outcomes = compare_all(
-        name, env, jobs(agents, seeds, most), run.measured, OutcomeLog(RESULTS / "agents" / f"{name}.jsonl")
+        name, env, jobs(agents, seeds, budgets, most), run.measured, OutcomeLog(RESULTS / "agents" / f"{name}.jsonl")
     )
     base = next((each.score for each in outcomes if each.agent == "knapsack"), float("nan"))
     return f"{name}: done, target {stake.problem.target.speedup:.2f}x, dense {run.dense_score:.4f}, knapsack {base:.4f}"
@@ -200,7 +202,8 @@ def main() -> None:
     if not given.report:
         names = given.tasks or [member.name for member in held_out_members(load_generalist_config(CONFIG).family.data)]
         with ProcessPoolExecutor(given.workers, multiprocessing.get_context("spawn")) as pool:
-            waiting = [pool.submit(run_task, name, tuple(given.agents), given.seeds, given.reference) for name in names]
+            settings = (given.agents, given.seeds, given.evaluations, given.reference)
+            waiting = [pool.submit(run_task, name, *settings) for name in names]
             for done in as_completed(waiting):
                 print(done.result(), flush=True)
     print(write_page())
