@@ -193,6 +193,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="*", help="of those held out; all when left out")
     parser.add_argument("--agents", nargs="*", default=ALL, help="rows of the registry")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--evaluations", nargs="*", type=int, default=BUDGETS, help="checkpoints")
     parser.add_argument(
         "--reference", type=int, default=300, help="evaluations of the best plan known; 0: not looked for"
     )
