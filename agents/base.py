@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,14 @@ Actor = Callable[[NDArray[np.float32], int], NDArray[np.float32]]  # (observatio
 
 
 class Agent(ABC):
-    """Searches by running episodes; the harness keeps the trials."""
+    """Searches by running episodes; the harness keeps the trials.
+
+    Attributes:
+        replays: whether a resumed search makes its state anew by playing every episode again, from the record of
+            evaluated plans.
+    """
+
+    replays: ClassVar[bool] = False
 
     @abstractmethod
     def search(
@@ -37,7 +44,7 @@ class Agent(ABC):
 
     def resumable_episodes(self, directory: Path, logged: int) -> int:
         """How many of the `logged` episodes need not be run again; all of them for an agent without memory."""
-        return logged
+        return 0 if self.replays else logged
 
     def save_policy(self, directory: Path, env: PruneEnv) -> bool:
         """Writes the learned policy, if there is one, and says whether there was."""

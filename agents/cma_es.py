@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -18,6 +19,8 @@ class CmaEsAgent(Agent):
         spread: standard deviation of the first generation's actions.
     """
 
+    replays: ClassVar[bool] = True
+
     def __init__(self, spread: float = 0.4) -> None:
         self.spread = spread
 
@@ -26,7 +29,3 @@ class CmaEsAgent(Agent):
     ) -> None:
         start = np.zeros((env.steps_per_episode, len(env.actions.components)))
         evolve(env, start, self.spread, episodes, seed, on_trial)
-
-    def resumable_episodes(self, directory: Path, logged: int) -> int:
-        """None: its state is made anew by playing every episode again, from the record of evaluated plans."""
-        return 0

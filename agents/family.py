@@ -9,17 +9,16 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 
-from autoprune.agents.base import run_episode
+from autoprune.agents.base import Actor, run_episode
 from autoprune.agents.checkpoint import checkpoint_episodes, load_checkpoint_, save_checkpoint
 from autoprune.agents.episodes import FamilyEnvs
 from autoprune.agents.harness import own_randomness
 from autoprune.agents.policy import save_policy
 from autoprune.agents.sb3 import SB3Agent
-from autoprune.envs.family import FLOOR, FamilyEnv
+from autoprune.envs.family import FamilyEnv, advantage
 from autoprune.envs.prune import PruneEnv
 from autoprune.registry import Choice
 
@@ -89,10 +88,6 @@ class FamilyLearner:
     def save_policy(self, directory: Path) -> None:
         save_policy(directory, self._model, Choice(self._agent.name, self._agent.arguments()), self._envs)
 
-    @property
-    def model(self) -> BaseAlgorithm:
-        return self._model
-
 
 class _Seen(BaseCallback):
     """Collects what episodes report."""
@@ -109,7 +104,7 @@ class _Seen(BaseCallback):
         return True
 
 
-def advantage_of(act: Callable[[NDArray[np.float32], int], NDArray[np.float32]], env: PruneEnv) -> float:
+def advantage_of(act: Actor, env: PruneEnv) -> float:
     """What a policy's plan is worth more than the solver's, in units of what that one loses; see `envs.family`."""
     baseline = float(env.tried(env.solved())["reward"])
-    return (float(run_episode(env, act)["reward"]) - baseline) / (FLOOR + abs(baseline))
+    return advantage(float(run_episode(env, act)["reward"]), baseline)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,8 @@ class PretrainedAgent(Agent):
         path: the policy's folder; the policy that comes with autoprune when left out.
         spread: standard deviation of the first generation around the policy's actions.
     """
+
+    replays: ClassVar[bool] = True
 
     def __init__(self, path: str | None = None, spread: float = 0.25) -> None:
         self.policy = Policy.load(Path(path) if path is not None else SHIPPED)
@@ -45,7 +48,3 @@ class PretrainedAgent(Agent):
             on_trial(first)
         else:
             evolve(env, np.clip(np.array(taken, np.float64), -1.0, 1.0), self.spread, episodes, seed, on_trial)
-
-    def resumable_episodes(self, directory: Path, logged: int) -> int:
-        """None: its state is made anew by playing every episode again, from the record of evaluated plans."""
-        return 0

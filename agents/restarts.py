@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
-from autoprune.agents.base import Agent, OnTrial, Trial
-from autoprune.envs.draft import Draft
-from autoprune.envs.knapsack import solve
-from autoprune.envs.prune import START_SPARSITY, PruneEnv
+from autoprune.agents.base import Agent, OnTrial
+from autoprune.envs.knapsack import weighed
+from autoprune.envs.prune import PruneEnv
 
 
 class RestartsAgent(Agent):
@@ -23,6 +21,8 @@ class RestartsAgent(Agent):
         random_share: of the episodes, that draw all coefficients anew.
         changed_share: of the layers, that a later episode draws anew; one at least.
     """
+
+    replays: ClassVar[bool] = True
 
     def __init__(self, random_share: float = 0.3, changed_share: float = 0.1) -> None:
         self.random_share, self.changed_share = random_share, changed_share
@@ -42,18 +42,7 @@ class RestartsAgent(Agent):
                 tried = best.copy()
                 count = max(1, round(self.changed_share * layers))
                 tried[draws.choice(layers, count, replace=False)] = 1.0 - draws.random(count)
-            trial = _tried(env, tried)
+            trial = env.tried(weighed(env.problem, tried))
             if float(trial["reward"]) > best_reward:
                 best, best_reward = tried, float(trial["reward"])
             on_trial(trial)
-
-    def resumable_episodes(self, directory: Path, logged: int) -> int:
-        """None: the best so far is found again by playing every episode from the record of evaluated plans."""
-        return 0
-
-
-def _tried(env: PruneEnv, coefficients: NDArray[np.float64]) -> Trial:
-    problem = env.problem
-    named = dict(zip(problem.inventory.names, map(float, coefficients), strict=True))
-    draft = replace(Draft.of(problem.uniform(START_SPARSITY)), coefficients=named)
-    return env.tried(draft.plan.with_sparsities(solve(problem, draft)))

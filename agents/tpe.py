@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,8 @@ class TPEAgent(Agent):
     Args:
         startup: episodes drawn at random before there is a model.
     """
+
+    replays: ClassVar[bool] = True
 
     def __init__(self, startup: int = 10) -> None:
         try:
@@ -49,7 +51,3 @@ class TPEAgent(Agent):
             trial = run_episode(env, act)
             study.tell(asked, float(trial["reward"]))
             on_trial(trial)
-
-    def resumable_episodes(self, directory: Path, logged: int) -> int:
-        """None: the model is made anew by playing every episode again, from the record of evaluated plans."""
-        return 0

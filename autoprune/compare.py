@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -198,24 +198,24 @@ def interval(by_task: Mapping[str, Sequence[float]], seed: int = 0) -> tuple[flo
     return float(low), float(high)
 
 
-def relative(outcomes: Sequence[Outcome], of: Callable[[Outcome], float]) -> dict[int, float]:
-    """Each outcome's figure above that of the knapsack on the same task, keyed by its place in `outcomes`."""
-    base = {each.task: of(each) for each in outcomes if each.agent == "knapsack"}
-    return {place: of(each) - base[each.task] for place, each in enumerate(outcomes) if each.task in base}
+def points_above(outcomes: Sequence[Outcome], agent: str, evaluations: int) -> dict[str, list[float]]:
+    """Task -> points of an agent's measured scores above the knapsack's on it, a seed each."""
+    base = {each.task: each.score for each in outcomes if each.agent == "knapsack"}
+    above: dict[str, list[float]] = {}
+    for each in outcomes:
+        if (each.agent, each.evaluations) == (agent, evaluations) and each.task in base:
+            above.setdefault(each.task, []).append(100 * (each.score - base[each.task]))
+    return above
 
 
 def summary_table(outcomes: Sequence[Outcome]) -> str:
     """Agent by evaluations: measured score above the knapsack's, interquartile mean and interval, in points."""
-    above = relative(outcomes, lambda each: each.score)
     budgets = sorted({each.evaluations for each in outcomes})
     rows = []
     for agent in dict.fromkeys(each.agent for each in outcomes):
         cells = []
         for budget in budgets:
-            by_task: dict[str, list[float]] = {}
-            for place, each in enumerate(outcomes):
-                if each.agent == agent and each.evaluations == budget and place in above:
-                    by_task.setdefault(each.task, []).append(100 * above[place])
+            by_task = points_above(outcomes, agent, budget)
             if not by_task:
                 cells.append("-")
                 continue
@@ -235,7 +235,7 @@ def task_table(outcomes: Sequence[Outcome], evaluations: int) -> str:
         for agent in agents:
             mine = [each for each in outcomes if (each.task, each.agent) == (task, agent)]
             fitting = [each for each in mine if each.evaluations == evaluations] or [
-                each for each in mine if each.evaluations == UNASKED and agent in ("greedy", "knapsack", "uniform")
+                each for each in mine if each.evaluations == UNASKED and agent in ONE_SEED
             ]
             cells.append(f"{100 * float(np.mean([each.score for each in fitting])):.2f}" if fitting else "-")
         rows.append([task, *cells])

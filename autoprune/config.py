@@ -38,6 +38,15 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, arbitrary_types_allowed=True)
 
 
+class Root(Section):
+    """A whole config."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The resolved config as plain data; equal configs give equal data."""
+        data: dict[str, Any] = json.loads(self.model_dump_json())
+        return data
+
+
 class LatencySection(Section):
     """How latency is measured, everywhere in the run."""
 
@@ -98,7 +107,7 @@ class RepackSection(Section):
     value_bits: Literal[32, 8] = 32  # 8: weights rounded, one scale a group of filters; what is measured is rounded too
 
 
-class Config(Section):
+class Config(Root):
     """Everything a run does; each section's comments say what a key means."""
 
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
@@ -110,11 +119,6 @@ class Config(Section):
     search: SearchSection = SearchSection()
     finetune: FinetuneSection = FinetuneSection()
     repack: RepackSection = RepackSection()
-
-    def to_json(self) -> dict[str, Any]:
-        """The resolved config as plain data; equal configs give equal data."""
-        data: dict[str, Any] = json.loads(self.model_dump_json())
-        return data
 
 
 class FamilySection(Section):
@@ -135,7 +139,7 @@ class LearningSection(Section):
     judge_every: Count = 10  # updates between two judgements of the policy
 
 
-class GeneralistConfig(Section):
+class GeneralistConfig(Root):
     """Training over a family of tasks; each section's comments say what a key means."""
 
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
@@ -150,11 +154,6 @@ class GeneralistConfig(Section):
         timing="table",
         shaping=0.0,
     )
-
-    def to_json(self) -> dict[str, Any]:
-        """The resolved config as plain data; equal configs give equal data."""
-        data: dict[str, Any] = json.loads(self.model_dump_json())
-        return data
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -195,10 +194,10 @@ def parse_config(data: Mapping[str, Any], where: str) -> Config:
     return _validated(Config, data, where)
 
 
-Root = TypeVar("Root", Config, GeneralistConfig)
+Kind = TypeVar("Kind", bound=Root)
 
 
-def _validated(kind: type[Root], data: Mapping[str, Any], where: str) -> Root:
+def _validated(kind: type[Kind], data: Mapping[str, Any], where: str) -> Kind:
     try:
         return kind.model_validate_json(json.dumps(data))  # JSON mode: lists for tuples, and no other leniency
     except ValidationError as error:

@@ -9,10 +9,9 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
-import math
 import multiprocessing
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -28,9 +27,8 @@ from autoprune.agents.family import FamilyLearner, Update, advantage_of
 from autoprune.agents.sb3 import SB3Agent
 from autoprune.config import GeneralistConfig, check_directory, parse_config
 from autoprune.envs import Problem, PruneEnv
-from autoprune.envs.draft import Draft
 from autoprune.envs.family import FamilyEnv, Stake, speedup_at, stakes_of
-from autoprune.envs.knapsack import solve
+from autoprune.envs.knapsack import weighed
 from autoprune.envs.surrogate import Surrogate, fit_surrogate
 from autoprune.errors import AutopruneError, ConfigError
 from autoprune.evaluation.measurement import Evaluate
@@ -284,14 +282,11 @@ def _keep_memory() -> None:
 def surrogate_plans(problem: Problem, count: int, seed: int) -> list[Plan]:
     """Plans of all speeds, each the solver's under random coefficients."""
     draws = np.random.default_rng(seed)
-    names = problem.inventory.names
     plans = []
     for _ in range(count):
         aimed = replace(problem, target=Target(speedup=speedup_at(problem, float(draws.uniform(0.1, 0.95)))))
-        logs = np.clip(_WIDTH * draws.standard_normal(len(names)), -2.0, 2.0)
-        draft = Draft.of(aimed.uniform(0.5))
-        weighed: Mapping[str, float] = dict(zip(names, (math.exp(value) for value in logs), strict=True))
-        plans.append(draft.plan.with_sparsities(solve(aimed, replace(draft, coefficients=weighed))))
+        logs = np.clip(_WIDTH * draws.standard_normal(len(problem.inventory.layers)), -2.0, 2.0)
+        plans.append(weighed(aimed, np.exp(logs)))
     return plans
 
 

@@ -36,7 +36,7 @@ from autoprune.compare import (
     interquartile_mean,
     interval,
     jobs_of,
-    relative,
+    points_above,
 )
 from autoprune.compare import report as tables
 from autoprune.config import load_generalist_config
@@ -136,16 +136,12 @@ def gap_to_best(outcomes: list[Outcome]) -> str:
 
 
 def picture(outcomes: list[Outcome], path: Path) -> None:
-    above = relative(outcomes, lambda each: each.score)
     figure, axes = plt.subplots(figsize=(7, 4.5))
     for agent in dict.fromkeys(each.agent for each in outcomes):
         budgets = sorted({each.evaluations for each in outcomes if each.agent == agent and each.evaluations <= 100})
         centre, low, high = [], [], []
         for budget in budgets:
-            by_task: dict[str, list[float]] = {}
-            for place, each in enumerate(outcomes):
-                if (each.agent, each.evaluations) == (agent, budget) and place in above:
-                    by_task.setdefault(each.task, []).append(100 * above[place])
+            by_task = points_above(outcomes, agent, budget)
             centre.append(interquartile_mean([value for values in by_task.values() for value in values]))
             bounds = interval(by_task)
             low.append(bounds[0])

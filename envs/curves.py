@@ -5,6 +5,7 @@ Rows are layers in the inventory's order, columns sparsities 0, 1/GRID .. 1 of w
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -68,9 +69,8 @@ class Curves:
         mixed = (self.loss + _NONE) ** (1.0 - mix) * (self.error + _NONE) ** mix
         return np.maximum.accumulate(mixed - mixed[:, :1], axis=1)
 
-    def _on_grid(self, curves: object) -> Array:
+    def _on_grid(self, curves: Mapping[str, tuple[float, ...]]) -> Array:
         anchors = (0.0, *self.sensitivity.anchors)
-        assert hasattr(curves, "__getitem__")
         return np.array([np.interp(SPARSITIES, anchors, (0.0, *curves[name])) for name in self.inventory.names])
 
     def ms(self, pattern: str) -> Array:

@@ -22,7 +22,7 @@ from autoprune.target import Target
 WORTH = 1.1  # times faster the fastest plan must be than all weights kept, or there is nothing to decide
 FRACTIONS = (0.03, 0.06, 0.1, 0.15, *(round(0.2 + 0.05 * i, 2) for i in range(16)))
 LEAST, MOST = 0.01, 0.3  # drop of the solver's plan: with less nothing is at stake, with more nothing is left
-FLOOR = 0.2  # of a reward: below it, advantages are not blown up
+_FLOOR = 0.2  # of a reward: below it, advantages are not blown up
 
 Evaluations = Mapping[str, Evaluate]
 
@@ -59,6 +59,15 @@ def stakes_of(name: str, problem: Problem, fractions: Sequence[float] = FRACTION
         if LEAST <= problem.dense_score - problem.evaluate(plan).score <= MOST:
             found.append(Stake(name, aimed, fraction))
     return found
+
+
+def advantage(reward: float, baseline: float) -> float:
+    """What a reward is worth more than that of the solver's plan, in units of what that one loses."""
+    return (reward - baseline) / _scale(baseline)
+
+
+def _scale(baseline: float) -> float:
+    return _FLOOR + abs(baseline)
 
 
 class FamilyEnv(gymnasium.Env[Observation, Action]):
@@ -144,11 +153,11 @@ class FamilyEnv(gymnasium.Env[Observation, Action]):
 
     def step(self, action: Action) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         observation, reward, over, truncated, info = self._env.step(action)
-        scale = FLOOR + abs(self._baseline)
+        scale = _scale(self._baseline)
         if over:
             reward -= self._baseline
             info |= {"name": self._stake.name, "measured": not self._cheaply}
-            info["advantage"] = (info["trial"]["reward"] - self._baseline) / scale
+            info["advantage"] = advantage(info["trial"]["reward"], self._baseline)
             if not self._cheaply:
                 plan = Plan.from_json(info["trial"]["plan"])
                 info["surrogate_error"] = abs(self._cheap[self._stake.name](plan).score - info["trial"]["score"])

@@ -8,6 +8,8 @@ share in a plan is only as true as pruned layers are independent.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -16,6 +18,7 @@ from numpy.typing import NDArray
 from autoprune.envs.curves import GRID, SPARSITIES, Array, place
 from autoprune.envs.draft import Draft
 from autoprune.envs.problem import Problem
+from autoprune.plan import Plan
 
 BUCKETS = 500
 LOSS_PER_SCORE = 3.0  # where a drop of the score is allowed: 0.01 of accuracy goes with about 0.03 of cross-entropy
@@ -24,23 +27,24 @@ _TIE = 1e-9  # a sparsity that costs nothing is still more than none
 Indices = NDArray[np.int64]
 
 
-def solve(problem: Problem, draft: Draft) -> dict[str, float]:
-    """Layer -> sparsity: the draft's patterns, weighed by its coefficients, on the problem's target.
+def solve(problem: Problem, draft: Draft, greedily: bool = False) -> Plan:
+    """The draft's plan with the sparsities that lose least on the problem's target, weighed by its coefficients.
 
-    A target out of reach gives the plan that comes nearest.
+    A target out of reach gives the plan that comes nearest. `greedily`: by always pruning further where the least loss
+    buys a unit of the budget.
     """
     cost, weight, budget = _terms(problem, draft)
     columns = columns_up_to(problem.max_sparsity)
-    chosen = columns[knapsack(cost[:, columns], weight[:, columns], budget)]
-    return {name: float(SPARSITIES[i]) for name, i in zip(problem.inventory.names, chosen, strict=True)}
+    choose = greedy if greedily else knapsack
+    chosen = columns[choose(cost[:, columns], weight[:, columns], budget)]
+    sparsities = {name: float(SPARSITIES[i]) for name, i in zip(problem.inventory.names, chosen, strict=True)}
+    return draft.plan.with_sparsities(sparsities)
 
 
-def solve_greedily(problem: Problem, draft: Draft) -> dict[str, float]:
-    """Likewise, by always pruning further where the least loss buys a unit of the budget."""
-    cost, weight, budget = _terms(problem, draft)
-    columns = columns_up_to(problem.max_sparsity)
-    chosen = columns[greedy(cost[:, columns], weight[:, columns], budget)]
-    return {name: float(SPARSITIES[i]) for name, i in zip(problem.inventory.names, chosen, strict=True)}
+def weighed(problem: Problem, coefficients: Iterable[float]) -> Plan:
+    """The solver's plan under a coefficient for every layer, in the inventory's order."""
+    named = dict(zip(problem.inventory.names, map(float, coefficients), strict=True))
+    return solve(problem, replace(Draft.of(problem.uniform(0.0)), coefficients=named))
 
 
 def _terms(problem: Problem, draft: Draft) -> tuple[Array, Array, float]:

@@ -18,7 +18,7 @@ from autoprune.envs.actions import ACTIONS, ActionSpace
 from autoprune.envs.actions.group_size import GroupSize
 from autoprune.envs.curves import Decided
 from autoprune.envs.draft import Draft
-from autoprune.envs.knapsack import solve, solve_greedily
+from autoprune.envs.knapsack import solve
 from autoprune.envs.observation import LIMIT, Observer, length
 from autoprune.envs.problem import Problem
 from autoprune.envs.projection import (
@@ -140,7 +140,7 @@ class PruneEnv(gymnasium.Env[Observation, Action]):
         """The plan that is measured: on the budget when there is one, useless sparsity given back."""
         problem, target = self.problem, self.problem.target
         if self.actions.solved:
-            solved = draft.plan.with_sparsities(solve(problem, draft))
+            solved = solve(problem, draft)
             return solved if target.sparsity is not None else release_useless(solved, problem.table)
         if target.sparsity is not None:
             return meet_sparsity(draft.plan, problem.inventory, target.sparsity, problem.max_sparsity)
@@ -150,10 +150,7 @@ class PruneEnv(gymnasium.Env[Observation, Action]):
 
     def solved(self, greedily: bool = False) -> Plan:
         """What the solver makes of the sensitivity curves as they are."""
-        problem = self.problem
-        draft = Draft.of(problem.uniform(START_SPARSITY))
-        found = solve_greedily(problem, draft) if greedily else solve(problem, draft)
-        return draft.plan.with_sparsities(found)
+        return solve(self.problem, Draft.of(self.problem.uniform(START_SPARSITY)), greedily)
 
     def reachable_speedup(self) -> float:
         """The best speed-up the latency table predicts for any pattern the actions can set."""

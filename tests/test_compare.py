@@ -20,7 +20,7 @@ from autoprune.compare import (
     interquartile_mean,
     interval,
     jobs_of,
-    relative,
+    points_above,
     report,
     summary_table,
     task_table,
@@ -120,7 +120,9 @@ def test_tables_show_points_above_the_knapsack() -> None:
         outcome("a", "tpe", 0.52),
         outcome("b", "tpe", 0.72),
     ]
-    assert list(relative(outcomes, lambda each: each.score).values()) == pytest.approx([0.0, 0.0, 0.02, 0.02])
+    assert points_above(outcomes, "knapsack", 0) == {"a": [0.0], "b": [0.0]}
+    above = points_above(outcomes, "tpe", 10)
+    assert [above["a"], above["b"]] == [pytest.approx([2.0]), pytest.approx([2.0])]
     assert "+2.00 [+2.00, +2.00]" in summary_table(outcomes)
     assert "72.00" in task_table(outcomes, 10)
     assert "70.00" in task_table(outcomes, 10)  # a rule has one plan, at any number

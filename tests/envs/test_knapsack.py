@@ -81,7 +81,7 @@ def test_a_layer_that_counts_more_is_pruned_less() -> None:
     plain = solve(problem, draft)
     careful = solve(problem, replace(draft, coefficients={name: 50.0}))
     careless = solve(problem, replace(draft, coefficients={name: 0.02}))
-    assert careful[name] < plain[name] < careless[name]
+    assert careful.layers[name].sparsity < plain.layers[name].sparsity < careless.layers[name].sparsity
 
 
 def test_the_zero_action_of_coefficients_is_the_solver_s_plan() -> None:
