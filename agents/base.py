@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,10 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoprune.envs.prune import PruneEnv
+from autoprune.envs.rewards import as_trial
+from autoprune.plan import Plan
 
 Trial = dict[str, Any]  # what the environment's last step reports: plan, measurement, reward and its terms
 OnTrial = Callable[[Trial], None]
 Actor = Callable[[NDArray[np.float32], int], NDArray[np.float32]]  # (observation, step) -> action
+BATCH = 64  # plans made before the first of them is measured: many times the workers of a machine
 
 
 class Agent(ABC):
@@ -53,11 +57,24 @@ class Agent(ABC):
 
 def run_episode(env: PruneEnv, act: Actor) -> Trial:
     """Plays one episode and returns its trial."""
+    return next(run_episodes(env, [act]))
+
+
+def run_episodes(env: PruneEnv, actors: Iterable[Actor]) -> Iterator[Trial]:
+    """Plays an episode an actor, evaluating many plans at once; yields the trials in the actors' order.
+
+    Only for actors that learn nothing from each other's trials: plans are made before those in front are measured.
+    """
+    waiting = iter(actors)
+    while plans := [_finished_plan(env, act) for act in islice(waiting, BATCH)]:
+        for plan, measured in zip(plans, env.problem.evaluate.in_order(plans), strict=True):
+            yield as_trial(env.problem, plan, measured)
+
+
+def _finished_plan(env: PruneEnv, act: Actor) -> Plan:
     observation, _ = env.reset()
-    step, over = 0, False
-    info: dict[str, Any] = {}
-    while not over:
-        observation, _, over, _, info = env.step(act(observation, step))
-        step += 1
-    trial: Trial = info["trial"]
-    return trial
+    for step in count():
+        observation, _, plan = env.advance(act(observation, step))
+        if plan is not None:
+            return plan
+    raise AssertionError("an episode ends")

@@ -8,7 +8,7 @@ import numpy as np
 from cmaes import CMA
 from numpy.typing import NDArray
 
-from autoprune.agents.base import Actor, OnTrial, run_episode
+from autoprune.agents.base import Actor, OnTrial, run_episodes
 from autoprune.envs.prune import PruneEnv
 
 Numbers = NDArray[np.float64]
@@ -32,15 +32,14 @@ def evolve(env: PruneEnv, start: Numbers, spread: float, episodes: int, seed: in
     if len(mean) < 2:
         raise ValueError("CMA-ES needs two numbers to choose at least")
     search = CMA(mean=mean, sigma=spread, bounds=bounds, seed=seed % 2**32, population_size=generation)
-    asked: list[tuple[Numbers, float]] = []
-    for episode in range(episodes):
-        values = mean if episode == 0 else search.ask()
-        trial = run_episode(env, _acting(env, read, values))
-        on_trial(trial)
-        asked.append((values, -float(trial["reward"])))
+    for begun in range(0, episodes, generation):
+        asked = [mean if begun + place == 0 else search.ask() for place in range(min(generation, episodes - begun))]
+        rewards = []
+        for trial in run_episodes(env, [_acting(env, read, values) for values in asked]):
+            on_trial(trial)
+            rewards.append(-float(trial["reward"]))
         if len(asked) == generation:
-            search.tell(asked)
-            asked = []
+            search.tell(list(zip(asked, rewards, strict=True)))
 
 
 def _read(env: PruneEnv) -> NDArray[np.bool_]:

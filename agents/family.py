@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 
@@ -16,7 +14,7 @@ from autoprune.agents.base import Actor, run_episode
 from autoprune.agents.checkpoint import checkpoint_episodes, load_checkpoint_, save_checkpoint
 from autoprune.agents.episodes import FamilyEnvs
 from autoprune.agents.harness import own_randomness
-from autoprune.agents.policy import save_policy
+from autoprune.agents.policy import MeanAction, save_policy
 from autoprune.agents.sb3 import SB3Agent
 from autoprune.envs.family import FamilyEnv, advantage
 from autoprune.envs.prune import PruneEnv
@@ -48,6 +46,9 @@ class FamilyLearner:
         family: the family's environment; copies of it run side by side.
         envs: episodes side by side, where the agent learns from such; else 1.
         seed: of everything that is drawn.
+
+    Attributes:
+        act: the policy's mean action as it is now.
     """
 
     def __init__(self, agent: SB3Agent, family: FamilyEnv, envs: int, seed: int) -> None:
@@ -58,6 +59,7 @@ class FamilyLearner:
         with own_randomness():
             self._model = agent.build(self._envs, seed)
         self._envs.reset()  # uses up the seeds that the algorithm gave them: each update has its own
+        self.act = MeanAction(self._model)
         self._model.set_logger(Logger(folder=None, output_formats=[]))
 
     def learn(self, updates: int, directory: Path, on_update: Callable[[Update], None]) -> None:
@@ -79,11 +81,6 @@ class FamilyLearner:
         seen = _Seen()
         self._model.learn(self._steps, callback=seen, reset_num_timesteps=False)
         return Update(index, tuple(seen.advantages), tuple(seen.errors))
-
-    def act(self, observation: NDArray[np.float32], step: int) -> NDArray[np.float32]:
-        """The policy's mean action as it is now."""
-        action, _ = self._model.predict(observation, deterministic=True)
-        return np.asarray(action, np.float32)
 
     def save_policy(self, directory: Path) -> None:
         save_policy(directory, self._model, Choice(self._agent.name, self._agent.arguments()), self._envs)

@@ -63,12 +63,12 @@ def halve(
     climbed: list[Trial] = []
     for rung in ladder:
         below = climbed if climbed else list(trials)
-        evaluate = evaluate_at(rung.steps)
-        here = []
-        for plan in _best(below, rung.plans):
+        plans, here = _best(below, rung.plans), []
+        measured = evaluate_at(rung.steps).in_order([plan for plan in plans if (rung.steps, plan.key) not in known])
+        for plan in plans:
             trial = known.get((rung.steps, plan.key))
             if trial is None:
-                trial = {**as_trial(plan, evaluate(plan)), FIDELITY: rung.steps}
+                trial = {**as_trial(plan, next(measured)), FIDELITY: rung.steps}
                 on_trial(trial)
             here.append(trial)
         climbed = [*climbed, *here]

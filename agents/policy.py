@@ -41,22 +41,31 @@ def save_policy(directory: Path, model: BaseAlgorithm, agent: Choice, env: Episo
     )
 
 
+class MeanAction:
+    """A model's mean action, step by step; a recurrent one's state begins anew with every episode."""
+
+    def __init__(self, model: BaseAlgorithm) -> None:
+        self._model = model
+        self._state: tuple[NDArray[np.float32], ...] | None = None
+
+    def __call__(self, observation: NDArray[np.float32], step: int) -> NDArray[np.float32]:
+        state = self._state if step > 0 else None
+        action, self._state = self._model.predict(observation, state, np.array([step == 0]), deterministic=True)
+        return np.asarray(action, dtype=np.float32)
+
+
 class Policy:
     """A learned policy, ready to act on any problem.
 
     Attributes:
+        act: its mean action.
         actions: of the environment it acts in; likewise `start` and `curves`.
     """
 
     def __init__(self, model: BaseAlgorithm, actions: Sequence[Choice], start: Start, curves: bool) -> None:
-        self._model = model
+        self.act = MeanAction(model)
         self.actions = tuple(actions)
         self.start, self.curves = start, curves
-
-    def act(self, observation: NDArray[np.float32], step: int) -> NDArray[np.float32]:
-        """The policy's mean action."""
-        action, _ = self._model.predict(observation, deterministic=True)
-        return np.asarray(action, dtype=np.float32)
 
     @classmethod
     def load(cls, path: Path) -> Policy:

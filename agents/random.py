@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from autoprune.agents.base import Agent, OnTrial, run_episode
+from autoprune.agents.base import Agent, OnTrial, run_episodes
 from autoprune.envs.prune import PruneEnv
 
 
@@ -18,8 +18,10 @@ class RandomAgent(Agent):
     def search(
         self, env: PruneEnv, episodes: int, seed: int, on_trial: OnTrial, directory: Path | None, done: int
     ) -> None:
-        for episode in range(done, episodes):
-            on_trial(run_episode(env, partial(_draw, np.random.default_rng([seed, episode]), env.action_space.shape)))
+        shape = env.action_space.shape
+        actors = (partial(_draw, np.random.default_rng([seed, episode]), shape) for episode in range(done, episodes))
+        for trial in run_episodes(env, actors):
+            on_trial(trial)
 
 
 def _draw(

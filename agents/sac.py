@@ -34,8 +34,12 @@ class SACAgent(SB3Agent):
         self.learning_rate, self.net, self.batch_size = learning_rate, tuple(net), batch_size
         self.updates_per_step, self.temperature = updates_per_step, temperature
 
+    def algorithm(self) -> type[SAC]:
+        """The class that is built."""
+        return SAC
+
     def build(self, env: Episodes, seed: int) -> BaseAlgorithm:
-        return SAC(
+        return self.algorithm()(
             "MlpPolicy",
             env,
             learning_rate=self.learning_rate,

@@ -40,6 +40,9 @@ class SB3Agent(Agent):
     def arguments(self) -> dict[str, Any]:
         """The constructor's arguments, so that a policy file can rebuild the same network."""
 
+    def on_search(self, model: BaseAlgorithm, episodes: int) -> None:
+        """Called once, before the first episode, with how many are to be played."""
+
     def on_episode(self, model: BaseAlgorithm, progress: float) -> None:
         """Called before each episode (or batch of them) with the share of the search that is over."""
 
@@ -50,6 +53,7 @@ class SB3Agent(Agent):
         model.set_logger(Logger(folder=None, output_formats=[]))  # the default one leaves a folder behind each search
         if directory is not None and done:
             load_checkpoint_(directory, model)
+        self.on_search(model, episodes - done)
         remaining = (episodes - done) * env.steps_per_episode
         if remaining > 0:
             recorder = _Recorder(self, on_trial, directory, episodes, done)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from autoprune.agents.base import Agent, OnTrial, run_episode
+from autoprune.agents.base import Agent, OnTrial, run_episodes
 from autoprune.envs.prune import PruneEnv
 
 
@@ -21,9 +21,9 @@ class UniformAgent(Agent):
     ) -> None:
         env = env.alike()
         grid = itertools.product(*(component.anchors() for component in env.actions.components))
-        for units in itertools.islice(grid, done, episodes):
-            action = np.array(units, dtype=np.float32)
-            on_trial(run_episode(env, partial(_always, action)))
+        actions = (np.array(units, dtype=np.float32) for units in itertools.islice(grid, done, episodes))
+        for trial in run_episodes(env, (partial(_always, action) for action in actions)):
+            on_trial(trial)
 
 
 def _always(action: NDArray[np.float32], observation: NDArray[np.float32], step: int) -> NDArray[np.float32]:

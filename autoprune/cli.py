@@ -36,6 +36,15 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key, e.g. --set search.episodes=50.")
 ]
 
+# Of the commands that search.
+Workers = Annotated[
+    int | None, typer.Option(help="Processes that evaluate trials. They change no result. [default: one a core]", min=1)
+]
+Ray = Annotated[
+    str | None,
+    typer.Option(metavar="ADDRESS", help="A Ray cluster that evaluates trials: auto, HOST:PORT; local starts one."),
+]
+
 # Of the commands that take a run's config or a model's function.
 ConfigOrFunction = Annotated[
     str, typer.Argument(help="A TOML config, or package.module:function returning an nn.Module.", show_default=False)
@@ -81,12 +90,21 @@ def _console() -> Console:
     return Console()
 
 
-def _run(config: Path, run_dir: Path | None, overrides: list[str] | None, *, fresh_table: bool = False) -> Run:
+def _run(
+    config: Path,
+    run_dir: Path | None,
+    overrides: list[str] | None,
+    *,
+    fresh_table: bool = False,
+    workers: int | None = None,
+    ray: str | None = None,
+) -> Run:
     from autoprune.config import load_config
     from autoprune.run import Run
 
     loaded = load_config(config, overrides or [])
-    return Run(loaded, run_dir or Path("runs") / config.stem, progress=_console(), fresh_table=fresh_table)
+    directory = run_dir or Path("runs") / config.stem
+    return Run(loaded, directory, progress=_console(), fresh_table=fresh_table, workers=workers, ray=ray)
 
 
 def _run_in(directory: Path) -> Run:
@@ -96,20 +114,29 @@ def _run_in(directory: Path) -> Run:
     from autoprune.run import Run
 
     path = directory / "config.json"
-    return Run(parse_config(read_json(path, "the run's config"), str(path)), directory, progress=_console())
+    config = parse_config(read_json(path, "the run's config"), str(path))
+    return Run(config, directory, progress=_console(), workers=None)
 
 
 @app.command()
-def run(config: ConfigPath, run_dir: RunDir = None, overrides: Overrides = None) -> None:
+def run(
+    config: ConfigPath,
+    run_dir: RunDir = None,
+    overrides: Overrides = None,
+    workers: Workers = None,
+    ray: Ray = None,
+) -> None:
     """The whole job: train dense, profile, search, fine-tune, repack, measure, report.
 
     A stopped run goes on where it was when the same command is given again.
 
     Example: autoprune run configs/digits.toml --set target.speedup=3
+
+    Example: autoprune run configs/digits.toml --ray auto
     """
     from autoprune.results import write_report
 
-    job = _run(config, run_dir, overrides)
+    job = _run(config, run_dir, overrides, workers=workers, ray=ray)
     if (job.directory / "report.md").exists():
         typer.echo((job.directory / "report.md").read_text(encoding="utf-8"))
         typer.echo(f"This run is complete: {job.directory}. Give another --run-dir, or delete it, to run again.")
@@ -135,7 +162,13 @@ def profile(
 
 
 @app.command()
-def train(config: ConfigPath, run_dir: RunDir = None, overrides: Overrides = None) -> None:
+def train(
+    config: ConfigPath,
+    run_dir: RunDir = None,
+    overrides: Overrides = None,
+    workers: Workers = None,
+    ray: Ray = None,
+) -> None:
     """Train the agent: search for a plan and save the policy; of a family of tasks, a policy for any model.
 
     Example: autoprune train configs/digits.toml --set search.agent=sac
@@ -145,9 +178,9 @@ def train(config: ConfigPath, run_dir: RunDir = None, overrides: Overrides = Non
     from autoprune.config import is_generalist
 
     if is_generalist(config):
-        _train_generalist(config, run_dir, overrides)
+        _train_generalist(config, run_dir, overrides, workers, ray)
         return
-    job = _run(config, run_dir, overrides)
+    job = _run(config, run_dir, overrides, workers=workers, ray=ray)
     best = job.found.best
     plan = job.plan
     typer.echo(
@@ -157,13 +190,18 @@ def train(config: ConfigPath, run_dir: RunDir = None, overrides: Overrides = Non
     )
 
 
-def _train_generalist(config: Path, run_dir: Path | None, overrides: list[str] | None) -> None:
+def _train_generalist(
+    config: Path, run_dir: Path | None, overrides: list[str] | None, workers: int | None, ray: str | None
+) -> None:
     from autoprune.config import load_generalist_config
+    from autoprune.errors import ConfigError
     from autoprune.generalist import Generalist
 
+    if ray is not None:
+        raise ConfigError("a generalist's tasks are made in processes of this machine: give --workers, not --ray.")
     loaded = load_generalist_config(config, overrides or [])
     directory = run_dir or Path("runs") / config.stem
-    best = Generalist(loaded, directory, progress=_console()).train()
+    best = Generalist(loaded, directory, progress=_console(), workers=workers).train()
     typer.echo(
         f"The policy of update {best.update + 1} is kept: its plans are {100 * best.learned:+.1f}% of the knapsack's "
         f"loss better on tasks it learned from, {100 * best.choosing:+.1f}% on those that chose it, "
@@ -451,6 +489,8 @@ def apply(
         int, typer.Option(help="1 takes the policy's plan; more refine it, and never end below it.", min=1)
     ] = 1,
     overrides: Overrides = None,
+    workers: Workers = None,
+    ray: Ray = None,
 ) -> None:
     """Apply a learned policy to your own model: plan, prune, fine-tune, repack, measure.
 
@@ -467,7 +507,7 @@ def apply(
 
     target = Target(speedup=speedup, accuracy_drop=accuracy_drop)
     config = apply_config(policy, model, data, target, episodes, parse_overrides(overrides or []))
-    typer.echo(write_report(Run(config, out, progress=Console())))
+    typer.echo(write_report(Run(config, out, progress=Console(), workers=workers, ray=ray)))
     typer.echo(f"Written to {out}.")
 
 

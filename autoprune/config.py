@@ -124,16 +124,16 @@ class Config(Root):
 class FamilySection(Section):
     """The tasks a generalist learns from; see `tasks.family`."""
 
-    tasks: Annotated[int, Field(ge=5)] = 40  # drawn; every fifth chooses among policies, and is not learned from
+    tasks: Annotated[int, Field(ge=5)] = 40  # drawn; one in five chooses among policies, and is not learned from
     data: tuple[str, ...] = ("digits", "fashion_mnist")
+    drops: tuple[Annotated[float, Field(gt=0.0, lt=1.0)], ...] = ()  # of the score, as targets beside speed-ups
     plans: Annotated[int, Field(ge=20)] = 120  # of each task, really evaluated, that its surrogate is fitted to
-    workers: Annotated[int, Field(ge=1)] | None = None  # tasks made ready at a time; one a core when absent
 
 
 class LearningSection(Section):
     """How a generalist's policy learns."""
 
-    updates: Count = 160
+    updates: Count = 220
     envs: Count = 24  # episodes side by side, of learners that can
     measured_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.02  # of the episodes; the others are the surrogates'
     judge_every: Count = 10  # updates between two judgements of the policy
@@ -144,7 +144,9 @@ class GeneralistConfig(Root):
 
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     family: FamilySection
-    agent: ChoiceField = Choice("ppo", {"episodes_per_update": 4, "learning_rate": 5e-4, "epochs": 6, "minibatches": 4})
+    agent: ChoiceField = Choice(
+        "ppo", {"episodes_per_update": 16, "learning_rate": 5e-4, "epochs": 6, "minibatches": 8, "net": [128, 128]}
+    )
     learning: LearningSection = LearningSection()
     latency: LatencySection = LatencySection(profile_samples=9)
     env: EnvSection = EnvSection(

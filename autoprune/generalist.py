@@ -32,6 +32,7 @@ from autoprune.envs.knapsack import weighed
 from autoprune.envs.surrogate import Surrogate, fit_surrogate
 from autoprune.errors import AutopruneError, ConfigError
 from autoprune.evaluation.measurement import Evaluate
+from autoprune.evaluation.pool import cores
 from autoprune.files import append_line, cache_folder, read_lines, write_json
 from autoprune.plan import Plan
 from autoprune.progress import SILENT, Progress
@@ -40,7 +41,7 @@ from autoprune.run import Run
 from autoprune.target import Target
 from autoprune.tasks.family import Member, draw_members, held_out_members
 
-CHOOSING = 5  # every fifth task of the family chooses among the policies of one training; no policy learns from it
+CHOOSING = 5  # one in five tasks of the family chooses among the policies of one training; no policy learns from it
 _WIDTH = 0.8  # of the coefficients' logs, of the plans a surrogate is fitted to
 _OF_TASKS = frozenset(
     {"pattern", "criterion", "max_sparsity", "keep_dense", "min_weights", "min_saving", "recovery", "timing"}
@@ -87,10 +88,14 @@ class Generalist:
     Args:
         config: what to do.
         directory: where everything is kept; that of another config is refused.
+        workers: tasks made ready at a time, a process each; None: one a core.
     """
 
-    def __init__(self, config: GeneralistConfig, directory: Path, *, progress: Progress = SILENT) -> None:
+    def __init__(
+        self, config: GeneralistConfig, directory: Path, *, progress: Progress = SILENT, workers: int | None = None
+    ) -> None:
         self.config, self.directory, self.progress = config, directory, progress
+        self._workers = cores() if workers is None else workers
         self._judging: dict[str, list[PruneEnv]] = {}
         check_directory(directory, config.to_json())
 
@@ -110,13 +115,13 @@ class Generalist:
 
     @cached_property
     def prepared(self) -> dict[str, Prepared]:
-        """All tasks with something at stake, drawn and held out, by name; what is missing is made, a core a task."""
+        """All tasks with something at stake, drawn and held out, by name; what is missing is made, a process each."""
         write_json(self.directory / "config.json", self.config.to_json())
         everyone = [*self.members, *self.judges]
         missing = [member for member in everyone if not (self._done(member)).exists()]
         with self.progress.bar("tasks", len(everyone)) as bar:
             bar.advance(len(everyone) - len(missing))
-            workers = min(len(missing), self.config.family.workers or torch.get_num_threads())
+            workers = min(len(missing), self._workers)
             if workers > 1:
                 # Spawned: torch's threads do not survive a fork.
                 with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
@@ -146,7 +151,9 @@ class Generalist:
             f"{speedup_at(problem, 1.0):.2f}x, surrogate off by {100 * surrogate.error:.1f} points (rank "
             f"{surrogate.rank:.2f})"
         )
-        return Prepared(member.name, problem, tuple(stakes_of(member.name, problem)), surrogate)
+        return Prepared(
+            member.name, problem, tuple(stakes_of(member.name, problem, drops=self.config.family.drops)), surrogate
+        )
 
     def split(self) -> tuple[list[Prepared], list[Prepared], list[Prepared]]:
         """The tasks that are learned from, those that choose, and those held out.
@@ -154,14 +161,17 @@ class Generalist:
         Raises:
             AutopruneError: a part is empty.
         """
-        drawn = [self.prepared[member.name] for member in self.members if member.name in self.prepared]
-        learned = [each for index, each in enumerate(drawn) if index % CHOOSING != CHOOSING - 1]
-        choosing = [each for index, each in enumerate(drawn) if index % CHOOSING == CHOOSING - 1]
+        learned: list[Prepared] = []
+        choosing: list[Prepared] = []
+        for index, member in enumerate(self.members):
+            if member.name in self.prepared:
+                (choosing if _chooses(index) else learned).append(self.prepared[member.name])
         held_out = [self.prepared[member.name] for member in self.judges if member.name in self.prepared]
         if not learned or not choosing or not held_out:
             raise AutopruneError(
-                f"the family has {len(drawn)} tasks with something at stake and {len(held_out)} held out: {CHOOSING} "
-                "and 1 at least are needed. Draw more tasks (family.tasks), or allow a higher env.max_sparsity."
+                f"the family has {len(learned) + len(choosing)} tasks with something at stake and {len(held_out)} held "
+                f"out: {CHOOSING} and 1 at least are needed. Draw more tasks (family.tasks), or allow a higher "
+                "env.max_sparsity."
             )
         return learned, choosing, held_out
 
@@ -265,9 +275,8 @@ def _prepare(config: GeneralistConfig, member: Member) -> None:
     _keep_memory()
     run = member_run(config, member)
     problem = run.problem
-    for plan in surrogate_plans(problem, config.family.plans, config.seed):
-        problem.evaluate(plan)
-    stakes = stakes_of(member.name, problem)
+    problem.evaluate.all(surrogate_plans(problem, config.family.plans, config.seed))
+    stakes = stakes_of(member.name, problem, drops=config.family.drops)
     write_json(run.directory / "prepared.json", {"stakes": [stake.fraction for stake in stakes]})
 
 
@@ -288,6 +297,11 @@ def surrogate_plans(problem: Problem, count: int, seed: int) -> list[Plan]:
         logs = np.clip(_WIDTH * draws.standard_normal(len(problem.inventory.layers)), -2.0, 2.0)
         plans.append(weighed(aimed, np.exp(logs)))
     return plans
+
+
+def _chooses(index: int) -> bool:
+    """One of every `CHOOSING` tasks, another one each time: kinds of models come in turn, and all must choose."""
+    return (index + index // CHOOSING) % CHOOSING == CHOOSING - 1
 
 
 def all_stakes(prepared: Sequence[Prepared]) -> list[Stake]:

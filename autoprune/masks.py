@@ -6,7 +6,7 @@ operator, weight sharing, an exporter) sees the pruned one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -18,7 +18,7 @@ from autoprune.errors import AutopruneError
 from autoprune.inventory import Inventory, as_tuple, watch_forward
 from autoprune.patterns import PATTERNS
 from autoprune.patterns.base import Pattern
-from autoprune.patterns.layered import mask_of
+from autoprune.patterns.layered import mask_of, masks_of
 from autoprune.plan import LayerSpec, Plan
 from autoprune.recurrent import layer_at, partner_of
 
@@ -194,6 +194,25 @@ def make_masks(model: nn.Module, inventory: Inventory, plan: Plan, statistics: M
     """
     saliency = score_layers(model, inventory, plan, statistics)
     return cut_layers(saliency, inventory, plan, {name: plan.layers[name].sparsity for name in saliency})
+
+
+def masks_at(
+    model: nn.Module,
+    inventory: Inventory,
+    plan: Plan,
+    statistics: Mapping[str, LayerStatistics],
+    sparsities: Sequence[float],
+) -> dict[str, list[Tensor]]:
+    """Layer -> its mask at each sparsity in place of the plan's; layers are ranked once where they can be.
+
+    Layers at sparsity 0 in the plan have none.
+    """
+    saliency = score_layers(model, inventory, plan, statistics)
+    patterns = {name: PATTERNS.create(plan.layers[name].pattern) for name in saliency}
+    return {
+        name: masks_of(pattern, inventory[name], _unit_saliency(saliency, inventory[name], patterns), sparsities)
+        for name, pattern in patterns.items()
+    }
 
 
 def apply_masks_(model: nn.Module, masks: Mapping[str, Tensor], inventory: Inventory | None = None) -> nn.Module:

@@ -7,9 +7,11 @@ goes on where it was, and every verb of the command line is "run the stages up t
 from __future__ import annotations
 
 import copy
+import hashlib
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -33,10 +35,12 @@ from autoprune.envs.projection import check_movable, meet
 from autoprune.envs.rewards import as_trial
 from autoprune.errors import ConfigError, FileError, InfeasibleTarget
 from autoprune.evaluation.dense import check_reseedable, dense_model, other_dense_models
-from autoprune.evaluation.evaluator import Evaluator
+from autoprune.evaluation.evaluator import Beside, Evaluator
 from autoprune.evaluation.finetune import finetune_
 from autoprune.evaluation.measurement import ByTable, CachedEvaluate, Evaluate
+from autoprune.evaluation.pool import Pool, ProcessPool, cores
 from autoprune.evaluation.profile import profile_settings, profile_table, worth_pruning
+from autoprune.evaluation.ray_pool import RayPool
 from autoprune.evaluation.recovery import RECOVERIES, Subject
 from autoprune.evaluation.recovery.none import NoRecovery
 from autoprune.evaluation.recovery.train import Train
@@ -45,6 +49,7 @@ from autoprune.files import read_json, read_tensors, write_json, write_tensors
 from autoprune.inventory import Inventory, take_inventory
 from autoprune.latency.engines import ENGINES
 from autoprune.latency.machine import machine_identity
+from autoprune.latency.quiet import timing
 from autoprune.latency.table import LatencyTable
 from autoprune.latency.timer import Clock, Protocol, speedup, torch_threads
 from autoprune.masks import collect_statistics
@@ -106,9 +111,12 @@ class Run:
         directory: where everything is written; a directory of another config is refused.
         task: in place of the task the config names.
         fresh_table: measure the latency table again even if there is one.
+        workers: processes that evaluate trials, which change no result; None: one a core.
+        ray: in their place, the address of a Ray cluster: see `evaluation.ray_pool`.
 
     Raises:
-        ConfigError: the config names what does not exist, or the directory holds a run of another config.
+        ConfigError: the config names what does not exist, the directory holds a run of another config, or workers are
+            asked for here and on a cluster.
     """
 
     def __init__(
@@ -120,11 +128,16 @@ class Run:
         progress: Progress = SILENT,
         clock: Clock = time.perf_counter,
         fresh_table: bool = False,
+        workers: int | None = 1,
+        ray: str | None = None,
     ) -> None:
         check_names(config, task_given=task is not None)
         self.config, self.directory, self.progress, self.clock = config, directory, progress, clock
         self._given_task, self._fresh_table = task, fresh_table
+        self._workers, self._ray = cores() if workers is None else workers, ray
         self._work_threads = torch.get_num_threads()
+        if ray is not None and workers is not None and workers != 1:
+            raise ConfigError("workers and ray exclude each other: a cluster's nodes say how many workers they have.")
         check_directory(directory, config.to_json())  # it is claimed when the task has proved to work: `inventory`
 
     @cached_property
@@ -187,7 +200,8 @@ class Run:
         if path.exists() and not self._fresh_table:
             return LatencyTable.load(path, settings=settings, machine=machine_identity())
         protocol = self._protocol(self.config.latency.profile_samples)
-        table = profile_table(self.subject, self.patterns, settings, protocol, self.clock, self.progress)
+        with timing():
+            table = profile_table(self.subject, self.patterns, settings, protocol, self.clock, self.progress)
         table.save(path)
         self._fresh_table = False
         self.progress.say(
@@ -216,10 +230,21 @@ class Run:
             path=self.directory / "sensitivity.json",
             progress=self.progress,
         )
-        evaluate: Evaluate = CachedEvaluate(self.evaluator, self.directory / "search" / "evaluations.jsonl")
+        evaluate: Evaluate = CachedEvaluate(self._pool, self.directory / "search" / "evaluations.jsonl")
         if env.timing == "table":
             evaluate = ByTable(evaluate, self.table)
         return self._problem(sensitivity, evaluate)
+
+    @cached_property
+    def _pool(self) -> Pool:
+        """The search's workers; `found` ends them."""
+        return self._pooled(self.evaluator)
+
+    def _pooled(self, evaluator: Evaluator) -> Pool:
+        if self._ray is not None:
+            return RayPool(replace(evaluator, work_threads=1), self._ray)
+        each = replace(evaluator, work_threads=max(1, self._work_threads // self._workers))
+        return ProcessPool(evaluator, self._workers, each)
 
     def _problem(self, sensitivity: Sensitivity, evaluate: Evaluate) -> Problem:
         env = self.config.env
@@ -256,6 +281,13 @@ class Run:
         evaluate = replace(self.evaluator, protocol=self._protocol(self.config.latency.samples), timed=True)
         return CachedEvaluate(evaluate, self.directory / "search" / "measured.jsonl")
 
+    def beside(self, reference: Plan, speedup: float) -> CachedEvaluate:
+        """Evaluates plans with the clock, in turns with a reference plan of that speed-up, and remembers them."""
+        protocol = replace(self._protocol(self.config.latency.samples), lead=1)  # each with its own warm caches
+        evaluate = Beside(replace(self.evaluator, protocol=protocol, timed=True), reference, speedup)
+        digest = hashlib.sha256(f"{reference.key} {speedup:.6f}".encode()).hexdigest()[:8]
+        return CachedEvaluate(evaluate, self.directory / "search" / f"beside-{digest}.jsonl")
+
     @cached_property
     def env(self) -> PruneEnv:
         env = self.config.env
@@ -272,7 +304,7 @@ class Run:
         with self.progress.bar("search", config.search.episodes) as bar:
             dense = MeasuredPoint(self.table.dense_ms, self.dense_score)
             monitor = SearchMonitor(self.directory / "tensorboard", self._config_text(), self.task.metric, dense, bar)
-            try:
+            with closing(monitor), self._pool:
                 result = search(
                     agent,
                     env,
@@ -282,8 +314,6 @@ class Run:
                     on_trial=monitor.trial,
                     on_resumed=monitor.resumed,
                 )
-            finally:
-                monitor.close()
         if not (self.directory / "policy" / "policy.json").exists():
             agent.save_policy(self.directory / "policy", env)
         return replace(result, halved=self._halved(result.trials)) if config.search.halving else result
@@ -296,11 +326,14 @@ class Run:
         log = TrialLog(self.directory / "search" / "trials.jsonl")
         done = [trial for trial in log.read() if FIDELITY in trial]
 
-        def evaluate_at(steps: int) -> Evaluate:
-            path = self.directory / "search" / f"evaluations-{steps}.jsonl"
-            return CachedEvaluate(replace(self.evaluator, recovery=Train(steps)), path)
+        pools = ExitStack()
 
-        with self.progress.bar("halving", sum(rung.plans for rung in ladder)) as bar:
+        def evaluate_at(steps: int) -> Evaluate:
+            pools.close()  # the rung below is done
+            pool = pools.enter_context(self._pooled(replace(self.evaluator, recovery=Train(steps))))
+            return CachedEvaluate(pool, self.directory / "search" / f"evaluations-{steps}.jsonl")
+
+        with pools, self.progress.bar("halving", sum(rung.plans for rung in ladder)) as bar:
             bar.advance(len(done))
 
             def shown(trial: Trial) -> None:

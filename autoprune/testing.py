@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from autoprune.envs.problem import Problem
-from autoprune.evaluation.measurement import Measurement
+from autoprune.evaluation.measurement import Evaluate, Measurement
 from autoprune.evaluation.sensitivity import Sensitivity
 from autoprune.inventory import Inventory, take_inventory
 from autoprune.latency.table import LatencyTable, LayerTable, Point
@@ -51,7 +52,17 @@ def fake_table(inventory: Inventory, patterns: tuple[Choice, ...], *, fixed_us: 
 
 
 @dataclass(frozen=True)
-class FakeEvaluate:
+class EvaluateBy(Evaluate):
+    """A function as an evaluation."""
+
+    function: Callable[[Plan], Measurement]
+
+    def __call__(self, plan: Plan) -> Measurement:
+        return self.function(plan)
+
+
+@dataclass(frozen=True)
+class FakeEvaluate(Evaluate):
     """Analytic score (layers differ in how soon they break) and the table's own latency."""
 
     inventory: Inventory

@@ -6,7 +6,8 @@
 
 Every task has one target: of those at which the knapsack's plan costs something, the one where it costs nearest to 5
 points. Searches score plans on the validation split after batch norms are set again; what is reported is each best
-plan repacked, moved until its measured speed-up is the target's, and scored there. Writes benchmarks/results/agents.md.
+plan repacked, timed in turns with the knapsack's, moved until it is as fast, and scored there. Writes
+benchmarks/results/agents.md.
 """
 
 from __future__ import annotations
@@ -26,12 +27,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from autoprune.agents.rival import CLOSE
 from autoprune.compare import (
     Job,
     Outcome,
     OutcomeLog,
-    calibrated,
+    beside_knapsack,
     compare_all,
     interquartile_mean,
     interval,
@@ -40,14 +40,12 @@ from autoprune.compare import (
 )
 from autoprune.compare import report as tables
 from autoprune.config import load_generalist_config
-from autoprune.envs import PruneEnv
-from autoprune.envs.family import Stake, speedup_at, stakes_of
+from autoprune.envs import Problem, PruneEnv
+from autoprune.envs.family import Stake, stakes_of
 from autoprune.files import write_text
 from autoprune.generalist import member_run
 from autoprune.latency.machine import machine_text
 from autoprune.registry import Choice
-from autoprune.run import Run
-from autoprune.target import Target
 from autoprune.tasks.family import held_out_members
 
 HERE = Path(__file__).parent
@@ -59,7 +57,6 @@ BUDGETS = (0, 1, 10, 50)
 REFERENCE = ("restarts", "cma_es", "policy")  # the best plan known is looked for by one seed of these
 RANDOM = 100  # evaluations of random search besides
 ASKED_DROP = 0.05  # of the knapsack's plan
-AIMS = 5
 
 
 def jobs(agents: Sequence[str], seeds: int, budgets: Sequence[int], most: int) -> list[Job]:
@@ -69,37 +66,26 @@ def jobs(agents: Sequence[str], seeds: int, budgets: Sequence[int], most: int) -
     return listed + [Job(Choice(name), 0, (most,)) for name in REFERENCE if name in agents and most > max(budgets)]
 
 
-def stake_of(name: str, run: Run) -> Stake | None:
-    """The target, by a table that is right about the knapsack's plan for it: aimed, measured and aimed again."""
-    problem = run.problem
-    plan = PruneEnv(replace(problem, target=Target(speedup=speedup_at(problem, 0.5))), COEFFICIENT).solved()
-    chosen = None
-    for _ in range(AIMS):
-        problem = calibrated(problem, plan, run.measured)
-        stakes = stakes_of(name, problem)
-        if not stakes:
-            return None
-        plans = [PruneEnv(stake.problem, COEFFICIENT).solved() for stake in stakes]
-        off = [abs(problem.dense_score - problem.evaluate(each).score - ASKED_DROP) for each in plans]
-        chosen, plan = stakes[int(np.argmin(off))], plans[int(np.argmin(off))]
-        wanted = chosen.problem.target.speedup
-        assert wanted is not None
-        if abs(run.measured(plan).speedup / wanted - 1.0) <= CLOSE:
-            break
-    return chosen
+def stake_of(name: str, problem: Problem) -> Stake | None:
+    """Of the targets with something at stake, the one at which the knapsack's plan costs nearest to `ASKED_DROP`."""
+
+    def off(stake: Stake) -> float:
+        plan = PruneEnv(stake.problem, COEFFICIENT).solved()
+        return abs(problem.dense_score - problem.evaluate(plan).score - ASKED_DROP)
+
+    return min(stakes_of(name, problem), key=off, default=None)
 
 
 def run_task(name: str, agents: Sequence[str], seeds: int, budgets: Sequence[int], most: int) -> str:
     torch.set_num_threads(1)
     config = load_generalist_config(CONFIG)
     run = member_run(config, next(each for each in held_out_members(config.family.data) if each.name == name))
-    stake = stake_of(name, run)
+    log = OutcomeLog(RESULTS / "agents" / f"{name}.jsonl")
+    stake = stake_of(name, run.problem)
     if stake is None:
         return f"{name}: nothing at stake"
     env = PruneEnv(stake.problem, config.env.actions, shaping=0.0)
-    outcomes = compare_all(
-        name, env, jobs(agents, seeds, budgets, most), run.measured, OutcomeLog(RESULTS / "agents" / f"{name}.jsonl")
-    )
+    outcomes = compare_all(name, env, jobs(agents, seeds, budgets, most), beside_knapsack(run, env), log)
     base = next((each.score for each in outcomes if each.agent == "knapsack"), float("nan"))
     return f"{name}: done, target {stake.problem.target.speedup:.2f}x, dense {run.dense_score:.4f}, knapsack {base:.4f}"
 

@@ -29,6 +29,7 @@ from autoprune.repack.stored import VALUE_BITS, by_filter, by_group, restore, st
 from autoprune.report.table import MISSING, markdown_table
 from autoprune.run import Run
 
+MODEL = "## A whole model\n\n"
 RESULTS = Path(__file__).parent / "results" / "encodings.md"
 SHAPE = (512, 512, 3, 3)
 SPARSITIES, GROUPS = (0.0, 0.5, 0.75, 0.9, 0.95, 0.98), (1, 8, 16)
@@ -48,11 +49,13 @@ def main() -> None:
         "Bits that tell the position of one nonzero weight: told once a filter / once a group of filters. The file "
         "takes the smallest. Decoding: bytes of the packed float32 values, and of the dense weight they stand for, "
         "over the time from the file's tensors to the checked packed weight; one thread, medians.\n\n"
-        f"{layers()}\n"
+        f"{layers()}\n{machine}\n\n"
     )
     if given.run is not None:
-        text += f"## A whole model\n\n{model(given.run)}\n"
-    write_text(RESULTS, f"{text}{machine}\n")
+        text += f"{MODEL}{model(given.run)}\n{machine}\n"
+    elif RESULTS.exists() and MODEL in (before := RESULTS.read_text(encoding="utf-8")):
+        text += MODEL + before.partition(MODEL)[2]  # as it was measured, with its machine
+    write_text(RESULTS, text)
     print(text)
 
 

@@ -9,6 +9,7 @@ the sensitivity probe and the plan; then the steps of the environment alone. Wri
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,12 @@ from torch.nn import functional
 
 from autoprune.agents.policy import SHIPPED, Policy
 from autoprune.config import parse_config
-from autoprune.envs import PruneEnv
+from autoprune.envs import Problem, PruneEnv
 from autoprune.envs.family import speedup_at
-from autoprune.evaluation.measurement import Measurement
+from autoprune.evaluation.measurement import Evaluate, Measurement
 from autoprune.files import cache_folder, write_text
 from autoprune.latency.machine import machine_text
+from autoprune.latency.table import LatencyTable
 from autoprune.plan import Plan
 from autoprune.registry import Choice
 from autoprune.report.console import Console
@@ -72,14 +74,19 @@ def planned(directory: Path, policy: Policy) -> tuple[dict[str, float], Plan, Pr
     return seconds, Plan.from_json(info["trial"]["plan"]), env
 
 
-def aimed(problem):
+def aimed(problem: Problem) -> Problem:
     """Half way to the fastest plan, and nothing evaluated: a plan is what is timed."""
-    from dataclasses import replace
+    return replace(problem, target=Target(speedup=speedup_at(problem, 0.5)), evaluate=Unscored(problem.table))
 
-    def unscored(plan: Plan) -> Measurement:
-        return Measurement(0.0, problem.table.predict_ms(plan), problem.table.predict_speedup(plan))
 
-    return replace(problem, target=Target(speedup=speedup_at(problem, 0.5)), evaluate=unscored)
+@dataclass(frozen=True)
+class Unscored(Evaluate):
+    """Nothing is evaluated."""
+
+    table: LatencyTable
+
+    def __call__(self, plan: Plan) -> Measurement:
+        return Measurement(0.0, self.table.predict_ms(plan), self.table.predict_speedup(plan))
 
 
 CONFIG = {

@@ -48,13 +48,24 @@ def speedup_at(problem: Problem, fraction: float) -> float:
     return max(1.01, slowest + fraction * (fastest - slowest))
 
 
-def stakes_of(name: str, problem: Problem, fractions: Sequence[float] = FRACTIONS) -> list[Stake]:
-    """The targets of a problem whose solver's plan, really evaluated, loses something but not all."""
-    found: list[Stake] = []
+def stakes_of(
+    name: str, problem: Problem, fractions: Sequence[float] = FRACTIONS, drops: Sequence[float] = ()
+) -> list[Stake]:
+    """The targets of a problem whose solver's plan, really evaluated, loses something but not all.
+
+    Args:
+        name: of the problem.
+        problem: whatever its target.
+        fractions: of the way to the fastest plan, where speed-ups are asked for.
+        drops: of the score that are allowed, where the fastest plan is asked for.
+    """
     if speedup_at(problem, 1.0) < WORTH * speedup_at(problem, 0.0):
-        return found
-    for fraction in fractions:
-        aimed = replace(problem, target=Target(speedup=speedup_at(problem, fraction)))
+        return []
+    targets = [(Target(speedup=speedup_at(problem, fraction)), fraction) for fraction in fractions]
+    targets += [(Target(accuracy_drop=drop), 0.0) for drop in drops]
+    found: list[Stake] = []
+    for target, fraction in targets:
+        aimed = replace(problem, target=target)
         plan = PruneEnv(aimed, (Choice("coefficient"),)).solved()
         if LEAST <= problem.dense_score - problem.evaluate(plan).score <= MOST:
             found.append(Stake(name, aimed, fraction))

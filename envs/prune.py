@@ -113,6 +113,19 @@ class PruneEnv(gymnasium.Env[Observation, Action]):
         return self._observe(), {}
 
     def step(self, action: Action) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        observation, reward, plan = self.advance(action)
+        if plan is None:
+            return observation, reward, False, False, {}
+        trial = self.tried(plan)
+        return observation, float(trial["reward"] + reward), True, False, {"trial": trial}
+
+    def advance(self, action: Action) -> tuple[Observation, float, Plan | None]:
+        """A step without the evaluation, for those who evaluate many plans at once.
+
+        Returns:
+            The observation, the shaping's reward, and after the last step the finished plan: its terminal reward
+            (`envs.rewards.as_trial`) is to be added.
+        """
         units = np.clip(np.asarray(action, np.float32), -1.0, 1.0)
         before = self._potential
         if self._step == 0:
@@ -126,11 +139,9 @@ class PruneEnv(gymnasium.Env[Observation, Action]):
         if self._step < self.steps_per_episode:
             self._potential = potential(self.problem, self._decided)
             reward = self.shaping * (self.gamma * self._potential - before)
-            return self._observe(), float(reward), False, False, {}
-        plan = self.finished(self._plan)
-        trial = self.tried(plan)
+            return self._observe(), float(reward), None
         # The potential of a terminal state is 0, whatever was reached: that is what leaves the best policy alone.
-        return self._observe(), float(trial["reward"] - self.shaping * before), True, False, {"trial": trial}
+        return self._observe(), float(-self.shaping * before), self.finished(self._plan)
 
     def tried(self, plan: Plan) -> dict[str, Any]:
         """The trial of a plan, wherever it comes from: evaluated, with its reward."""

@@ -17,7 +17,7 @@ from scipy.stats import spearmanr
 from autoprune.envs.curves import Array, place
 from autoprune.envs.problem import Problem
 from autoprune.errors import AutopruneError
-from autoprune.evaluation.measurement import Measurement
+from autoprune.evaluation.measurement import Evaluate, Measurement
 from autoprune.plan import Plan
 
 HELD_BACK = 0.2  # of the plans: those the error is told by
@@ -28,7 +28,7 @@ _FLOOR = 0.02  # a drop is fitted relative to itself and this: plans that lose l
 
 
 @dataclass(frozen=True, eq=False)
-class Surrogate:
+class Surrogate(Evaluate):
     """Callable: plan -> Measurement.
 
     Attributes:

@@ -14,7 +14,6 @@ from autoprune.compare import (
     Outcome,
     OutcomeLog,
     at_speedup,
-    calibrated,
     compare,
     compare_all,
     interquartile_mean,
@@ -58,15 +57,6 @@ def test_a_plan_is_moved_until_its_measured_speed_up_is_the_target_s() -> None:
     measured = at_speedup(of, plan, slower(of))  # type: ignore[arg-type]
     assert measured.speedup == pytest.approx(2.5, rel=0.03)
     assert measured.score < of.evaluate(plan).score  # it had to be pruned further
-
-
-def test_a_calibrated_table_predicts_the_plan_as_measured() -> None:
-    of = problem()
-    plan = PruneEnv(of, ACTIONS).solved()
-    right = calibrated(of, plan, slower(of))  # type: ignore[arg-type]
-    assert right.table.predict_speedup(plan) == pytest.approx(0.8 * of.table.predict_speedup(plan))
-    assert right.evaluate(plan).speedup == pytest.approx(right.table.predict_speedup(plan))
-    assert right.evaluate(plan).score == of.evaluate(plan).score
 
 
 def test_searches_are_looked_at_after_each_budget_and_never_get_worse() -> None:

@@ -66,6 +66,15 @@ def test_a_family_is_drawn_alike_from_a_seed_and_never_holds_what_it_is_judged_b
         draw_members(5, 0, ("digit",))
 
 
+def test_all_kinds_of_models_choose(tmp_path: Path) -> None:
+    parted = Fake(config().model_copy(update={"family": FamilySection(tasks=25, data=("digits",))}), tmp_path).split()
+    learned, choosing, held_out = ({each.name for each in part} for part in parted)
+    assert len({name.split("-")[2] for name in choosing}) == len({name.split("-")[2] for name in learned}) == 5
+    assert (len(learned), len(choosing)) == (20, 5)
+    assert not learned & choosing
+    assert not (learned | choosing) & held_out
+
+
 def test_training_keeps_the_policy_that_the_choosing_tasks_like_best(tmp_path: Path) -> None:
     best = Fake(config(), tmp_path).train()
     lines = [json.loads(line) for line in (tmp_path / "judgements.jsonl").read_text().splitlines()]

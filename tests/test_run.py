@@ -24,6 +24,7 @@ from autoprune.patterns import PATTERNS
 from autoprune.plan import Plan
 from autoprune.results import write_report
 from autoprune.run import Run
+from autoprune.testing import FakeClock
 
 SMALL = {
     "task": {"name": "digits", "widths": [8, 16]},
@@ -127,6 +128,17 @@ def test_the_plan_is_the_best_of_those_trained_for_longest(copied: Path) -> None
     assert Run(config(), copied).found.halved == again.halved
 
 
+def test_workers_change_no_trial_and_are_no_part_of_a_run(copied: Path) -> None:
+    found = []
+    for workers in (1, 2):
+        shutil.rmtree(copied / "search")
+        run = Run(config(), copied, clock=FakeClock(2.0**-10), workers=workers)  # exact sums, wherever it stands
+        found.append(run.found)
+    assert found[0] == found[1]
+    assert len(found[0].halved) == 3
+    assert Run(config(), copied, workers=3).found == found[0]
+
+
 def test_values_of_eight_bits_are_what_is_measured(finished: Path, tmp_path: Path) -> None:
     kept = shutil.ignore_patterns("config.json", "repacked.safetensors")
     run = Run(config(repack={"value_bits": 8}), Path(shutil.copytree(finished, tmp_path / "eight", ignore=kept)))
@@ -201,6 +213,11 @@ def test_a_plan_can_be_given_in_place_of_a_search(finished: Path, tmp_path: Path
     other.save(tmp_path / "other.json")
     with pytest.raises(ConfigError, match="has a plan already"):
         run.adopt(tmp_path / "other.json")
+
+
+def test_workers_here_and_on_a_cluster_exclude_each_other(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="exclude each other"):
+        Run(config(), tmp_path, workers=4, ray="auto")
 
 
 def test_a_killed_run_resumes(finished: Path, tmp_path: Path) -> None:

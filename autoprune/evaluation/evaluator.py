@@ -10,8 +10,9 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from autoprune.evaluation.measurement import Measurement
+from autoprune.evaluation.measurement import Evaluate, Measurement
 from autoprune.evaluation.recovery import Recovery, Subject
+from autoprune.latency.quiet import timing, working
 from autoprune.latency.table import LatencyTable
 from autoprune.latency.timer import Clock, Latency, Protocol, measure_together, speedup, torch_threads
 from autoprune.plan import Plan
@@ -20,7 +21,7 @@ from autoprune.repack import CaptureError, Graph, LayerForm, RepackedModel, capt
 
 
 @dataclass(frozen=True)
-class Evaluator:
+class Evaluator(Evaluate):
     """Callable: plan -> Measurement. Deterministic but for the clock.
 
     Attributes:
@@ -68,14 +69,26 @@ class Evaluator:
         return TableChoice(self.table, plan)
 
     def __call__(self, plan: Plan) -> Measurement:
-        model = self.masked_model(plan)
-        if not self.timed:
-            # Convolutions are scored sooner so.
-            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            return Measurement(self.score(model), self.table.predict_ms(plan), self.table.predict_speedup(plan))
+        with working():
+            model = self.masked_model(plan)
+            if not self.timed:
+                return self.predicted(model, plan)
+            score, fast = self.scored(model, plan)
+        return self.measured(score, fast)
+
+    def predicted(self, model: nn.Module, plan: Plan) -> Measurement:
+        """The score of `plan`'s masked model, and the table's latency."""
+        score = self.score(model.to(memory_format=torch.channels_last))  # type: ignore[call-overload]  # sooner so
+        return Measurement(score, self.table.predict_ms(plan), self.table.predict_speedup(plan))
+
+    def scored(self, model: nn.Module, plan: Plan) -> tuple[float, RepackedModel]:
+        """The score of `plan`'s masked model, and the model repacked: what is safe beside other work."""
         fast = self.repacked(model, plan)
         # The repacked model is scored: it gives the masked one's output, sooner.
-        score = self.score(fast)
+        return self.score(fast), fast
+
+    def measured(self, score: float, fast: RepackedModel) -> Measurement:
+        """Times a repacked model that scored `score`."""
         dense, packed = self.time(fast)
         return Measurement(score, packed.median_ms, speedup(dense, packed))
 
@@ -84,14 +97,47 @@ class Evaluator:
         with torch_threads(self.work_threads):
             return self.subject.task.evaluate(model)
 
-    def time(self, fast: nn.Module) -> tuple[Latency, Latency]:
-        """Latency of the dense model in torch eager and of a repacked one, in turns."""
+    def time(self, fast: nn.Module, baseline: nn.Module | None = None) -> tuple[Latency, Latency]:
+        """Latency of a baseline, the dense model in torch eager by default, and of a repacked one, in turns.
+
+        Nobody works meanwhile.
+        """
         inputs = self.subject.task.example_inputs(self.batch)
-        dense = self.subject.dense
-        times = measure_together(
-            {"dense": lambda: dense(*inputs), "repacked": lambda: fast(*inputs)}, self.protocol, self.clock
-        )
-        return times["dense"], times["repacked"]
+        slow = self.subject.dense if baseline is None else baseline
+        with timing():
+            times = measure_together(
+                {"baseline": lambda: slow(*inputs), "repacked": lambda: fast(*inputs)}, self.protocol, self.clock
+            )
+        return times["baseline"], times["repacked"]
+
+
+@dataclass(frozen=True)
+class Beside(Evaluate):
+    """Measures plans in turns with a reference plan, both repacked, so that they can be compared with each other.
+
+    Two programs of one kind feel a machine's moods alike, within 2% where either is off by 10% against torch eager.
+
+    Attributes:
+        evaluator: masks, recovers, repacks, scores and times.
+        reference: the plan that others are timed in turns with.
+        speedup: what the reference is said to have, over the dense model.
+    """
+
+    evaluator: Evaluator
+    reference: Plan
+    speedup: float
+
+    def __call__(self, plan: Plan) -> Measurement:
+        with working():
+            score, fast = self.evaluator.scored(self.evaluator.masked_model(plan), plan)
+            beside = self._packed
+        reference, packed = self.evaluator.time(fast, beside)
+        ratio = 1.0 if plan.key == self.reference.key else speedup(reference, packed)
+        return Measurement(score, packed.median_ms, self.speedup * ratio)
+
+    @cached_property
+    def _packed(self) -> RepackedModel:
+        return self.evaluator.repacked(self.evaluator.masked_model(self.reference), self.reference)
 
 
 @dataclass(frozen=True)

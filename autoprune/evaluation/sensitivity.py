@@ -28,7 +28,8 @@ from autoprune.errors import AutopruneError, FileError
 from autoprune.evaluation.recovery import Subject
 from autoprune.files import read_json, write_json
 from autoprune.inventory import as_tuple, watch_forward
-from autoprune.masks import Masks
+from autoprune.latency.quiet import working
+from autoprune.masks import masks_at
 from autoprune.plan import LayerPlan, LayerSpec, Plan
 from autoprune.progress import SILENT, Progress
 from autoprune.recurrent import layer_at
@@ -87,20 +88,21 @@ def probe_sensitivity(
     }
     if path is not None and path.exists() and (found := _read(path, about, names)) is not None:
         return found
-    plans = [Plan(dict.fromkeys(names, LayerPlan(anchor, pattern, criterion))) for anchor in ANCHORS]
-    found = _probe(subject, names, [subject.masks(plan) for plan in plans], progress)
+    plan = Plan(dict.fromkeys(names, LayerPlan(max(ANCHORS), pattern, criterion)))
+    with working():
+        masks = masks_at(subject.dense, subject.inventory, plan, subject.statistics, ANCHORS)
+        found = _probe(subject, names, masks, progress)
     if path is not None:
         write_json(path, {**about, "loss": dict(found.loss), "error": dict(found.error)})
     return found
 
 
-def _probe(subject: Subject, names: Sequence[str], masks: Sequence[Masks], progress: Progress) -> Sensitivity:
+def _probe(
+    subject: Subject, names: Sequence[str], masks: Mapping[str, Sequence[Tensor]], progress: Progress
+) -> Sensitivity:
     model = copy.deepcopy(subject.dense).eval()
     model.requires_grad_(True)  # not every parameter of a user's model may
-    probes = {
-        name: _LayerProbe(layer_at(model, name), subject.inventory[name], [mask[name] for mask in masks])
-        for name in names
-    }
+    probes = {name: _LayerProbe(layer_at(model, name), subject.inventory[name], masks[name]) for name in names}
     draws = torch.Generator().manual_seed(subject.seed)
     batches = list(_samples(subject))
 
@@ -177,17 +179,34 @@ class _LayerProbe:
     @torch.no_grad()
     def _add(self, x: Tensor, gradient: Tensor) -> None:
         weight = cast("Tensor", self.module.weight)
-        whole = _product(self.module, x, weight)
-        axis = 1 if isinstance(self.module, nn.Conv2d) else whole.ndim - 1
-        others = [d for d in range(whole.ndim) if d != axis]
-        centred = whole - whole.mean(others, keepdim=True)
-        self.variance += float(centred.square().sum())
+        convolution = isinstance(self.module, nn.Conv2d)
+        whole = _by_channel(_product(self.module, x, weight), convolution)
+        mean = whole.mean((0, 2), keepdim=True)
+        self.variance += float((whole - mean).square().sum())
+        if self.spec.norm is not None:
+            whole = whole - mean
+        given = _by_channel(gradient, convolution)
+        # Passes over feature maps are dear: the error is never made, its sums are put together from products by sample
+        # and channel of the output (o), what the mask leaves of it (l) and the gradient (g).
+        fixed = torch.stack([whole, given], dim=2)
+        oo, og = _products(fixed, whole)
+        g = given.sum(2).double()
+        count = whole.shape[0] * whole.shape[2]
         slopes = []
         for place, mask in enumerate(self.masks):
-            left = _product(self.module, x, weight * mask)
-            error = centred - _renormalised(left, whole, others) if self.spec.norm is not None else whole - left
-            self.lost[place] += float(error.square().sum())
-            slopes.append((gradient * error).flatten(1).sum(1).double())
+            left = _by_channel(_product(self.module, x, weight * mask), convolution)
+            lo, lg = _products(fixed, left)
+            ll = _products(left.unsqueeze(2), left)[0].sum(0)
+            if self.spec.norm is not None:  # what is left gets the output's deviation, and no mean
+                mean = left.sum(2).double().sum(0) / count
+                ll = (ll - count * mean.square()).clamp(min=0.0)
+                scale = _deviation(oo.sum(0), count) / (_deviation(ll, count) + 1e-6)
+                lg = lg - mean * g
+            else:
+                scale = torch.ones_like(ll)
+            error = (oo - 2.0 * scale * lo).sum() + (scale.square() * ll).sum()
+            self.lost[place] += max(0.0, float(error))
+            slopes.append((og - scale * lg).sum(1))
         stacked = torch.stack(slopes)
         self._slopes = stacked if self._slopes is None else self._slopes + stacked
 
@@ -207,10 +226,20 @@ def _product(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
     return functional.linear(x, weight)
 
 
-def _renormalised(left: Tensor, whole: Tensor, others: list[int]) -> Tensor:
-    """`left` with each channel's mean at 0 and its deviation that of `whole`."""
-    deviation, mean = torch.std_mean(left, others, keepdim=True)
-    return (left - mean) / (deviation + 1e-6) * whole.std(others, keepdim=True)
+def _by_channel(values: Tensor, convolution: bool) -> Tensor:
+    """A layer's output or its gradient as (samples, channels, positions)."""
+    if not convolution:
+        values = values.movedim(-1, 1)
+    return values.reshape(*values.shape[:2], -1)
+
+
+def _products(several: Tensor, one: Tensor) -> tuple[Tensor, ...]:
+    """Of each of `several` (samples, channels, k, positions) with `one`, summed over positions: k of float64."""
+    return torch.matmul(several, one.unsqueeze(3)).squeeze(3).double().unbind(2)
+
+
+def _deviation(squares: Tensor, count: int) -> Tensor:
+    return (squares / max(1, count - 1)).sqrt()
 
 
 def _rising(values: Tensor) -> tuple[float, ...]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar, final
 
 import torch
@@ -21,6 +23,11 @@ class Pattern(ABC):
 
     any_sparsity: ClassVar[bool] = True
     whole_filters: ClassVar[bool] = False
+
+    @property
+    def nested(self) -> bool:
+        """Whether a mask keeps all that a sparser one keeps, so that masks of any sparsity come from one ranking."""
+        return True
 
     @abstractmethod
     def cells(self, shape: tuple[int, ...], conv_groups: int = 1) -> Tensor:
@@ -59,25 +66,25 @@ class Pattern(ABC):
         """
         if not 0.0 <= sparsity < 1.0:
             raise AutopruneError(f"a sparsity must be in [0, 1), not {sparsity}.")
-        if not bool(torch.isfinite(saliency).all()):
-            raise AutopruneError("the saliency holds NaN or infinity; the model or its gradients have diverged.")
-        scores = saliency.detach().double()
+        scores = _checked(saliency)
         if within is not None:
             scores = scores.masked_fill(~within, -1.0)  # below every score: ties cannot bring it back
         cells = self.arrange(scores, sparsity if final_sparsity is None else final_sparsity, conv_groups)
         mask = self.select(scores, sparsity, cells)
         return mask if within is None else mask & within
 
+    @final
+    def masks(self, saliency: Tensor, sparsities: Sequence[float], conv_groups: int = 1) -> list[Tensor]:
+        """`mask` at each sparsity, the layer ranked once where masks are nested."""
+        if not self.nested:
+            return [self.mask(saliency, sparsity, conv_groups) for sparsity in sparsities]
+        cells = self.cells(tuple(saliency.shape), conv_groups)
+        order, size = _ranked(_checked(saliency), cells)
+        return [_alive(order, size, sparsity)[cells] for sparsity in sparsities]
+
     def select(self, saliency: Tensor, sparsity: float, cells: Tensor) -> Tensor:
         """Ranks all the layer's cells by mean saliency against one another."""
-        score, size = cell_means(saliency, cells)
-        order = torch.argsort(score, descending=True, stable=True)
-        budget = round((1.0 - sparsity) * cells.numel())
-        kept = torch.cumsum(size[order], 0) <= budget
-        kept[0] = True
-        alive = torch.zeros(len(size), dtype=torch.bool)
-        alive[order[kept]] = True
-        return alive[cells]
+        return _alive(*_ranked(saliency, cells), sparsity)[cells]
 
     def feasible(self, shape: tuple[int, ...], sparsity: float, conv_groups: int = 1) -> float:
         """Returns the sparsity `mask` will have when asked for `sparsity`, exact for equal-sized cells."""
@@ -93,6 +100,29 @@ class Pattern(ABC):
         size = torch.bincount(cells)
         kept = torch.zeros_like(size).index_add_(0, cells, flat)
         return bool(((kept == 0) | (kept == size)).all())
+
+
+def _checked(saliency: Tensor) -> Tensor:
+    """As float64, in which no sum of finite floats overflows."""
+    scores = saliency.detach()
+    if not math.isfinite(float(scores.sum(dtype=torch.float64))):
+        raise AutopruneError("the saliency holds NaN or infinity; the model or its gradients have diverged.")
+    return scores.double()
+
+
+def _ranked(saliency: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
+    """The cells, the most salient first, and the weights each cell holds; both ``(cells,)``."""
+    score, size = cell_means(saliency, cells)
+    return torch.argsort(score, descending=True, stable=True), size
+
+
+def _alive(order: Tensor, size: Tensor, sparsity: float) -> Tensor:
+    """The first cells of `order` that hold the weights to keep, at least one: bool, ``(cells,)``."""
+    kept = torch.cumsum(size[order], 0) <= round((1.0 - sparsity) * int(size.sum()))
+    kept[0] = True
+    alive = torch.zeros(len(size), dtype=torch.bool)
+    alive[order[kept]] = True
+    return alive
 
 
 def cell_means(values: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,6 +31,10 @@ class Group(Pattern):
             raise ConfigError(f"pattern 'group': permute must be true or false, not {permute!r}.")
         self.size, self.permute = size, permute
 
+    @property
+    def nested(self) -> bool:
+        return not self.permute  # who shares a group depends on the sparsity
+
     def cells(self, shape: tuple[int, ...], conv_groups: int = 1) -> Tensor:
         return _cells(self._places(shape[0], conv_groups), shape)
 

@@ -6,6 +6,8 @@ whole units and the packed cell reads its gates without a gather; patterns of wh
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from autoprune.patterns.base import Pattern
@@ -43,3 +45,9 @@ def mask_of(
     before = None if within is None else seen_by(pattern, layer, within)
     seen = seen_by(pattern, layer, saliency)
     return put_back(layer, pattern.mask(seen, sparsity, layer.conv_groups, before, final_sparsity))
+
+
+def masks_of(pattern: Pattern, layer: LayerSpec, saliency: Tensor, sparsities: Sequence[float]) -> list[Tensor]:
+    """`mask_of` at each sparsity."""
+    masks = pattern.masks(seen_by(pattern, layer, saliency), sparsities, layer.conv_groups)
+    return [put_back(layer, mask) for mask in masks]

@@ -24,6 +24,10 @@ class NOfM(Pattern):
             raise ConfigError(f"pattern 'n:m': n and m must be integers with 1 <= n < m <= 64, not n={n!r}, m={m!r}.")
         self.n, self.m = n, m
 
+    @property
+    def nested(self) -> bool:
+        return False  # blocks are ranked one by one, and only above some sparsity
+
     def cells(self, shape: tuple[int, ...], conv_groups: int = 1) -> Tensor:
         return torch.arange(shape[0] * columns(shape)).reshape(shape)
 

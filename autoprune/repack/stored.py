@@ -136,7 +136,9 @@ def restore(about: Any, tensors: Mapping[str, Tensor]) -> PackedWeight:
     if shared:  # the decoder has checked the positions, and what is above all else that validate would
         pointer = cells.pointer
         before = (np.arange(len(rows), dtype=np.int64) - owners(rows, shape[0], conv_groups)) * columns
-        index = (cells.kept - np.repeat(before, np.diff(pointer))).astype(np.int32)
+        # In 32 bits, half the memory to pass over: what overflows in both terms cancels out.
+        index = cells.kept.astype(np.int32)
+        index -= np.repeat(before.astype(np.int32), np.diff(pointer))
         return PackedWeight(
             shape, conv_groups, size, pointer.astype(np.int32), index, np.ascontiguousarray(whole), rows
         )
@@ -158,7 +160,8 @@ def _quantise(values: Floats, cells: Cells) -> tuple[NDArray[np.int8], Floats]:
 def _dequantise(values: NDArray[np.int8], scales: Tensor, cells: Cells) -> Floats:
     if scales.dtype != torch.float32 or scales.shape != (cells.rows,):
         raise FileError(f"scales are {scales.dtype} of shape {tuple(scales.shape)}")
-    whole: Floats = values * np.repeat(scales.numpy(), np.diff(cells.pointer))[:, None]
+    of_row: Floats = np.repeat(scales.numpy(), np.diff(cells.pointer))[:, None]
+    whole: Floats = np.multiply(of_row, values, out=of_row if values.shape[1] == 1 else None)
     return whole
 
 

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from autoprune.errors import AutopruneError
 from autoprune.inventory import as_tuple
+from autoprune.latency.quiet import working
 from autoprune.masks import Batches, Loss, Masks
 from autoprune.progress import SILENT, Progress
 from autoprune.settings import TrainingSettings, learning_rate, make_optimizer
@@ -117,22 +118,23 @@ def train_(
                 rate = learning_rate(settings, step, total_steps)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
-                output = model(*as_tuple(inputs))
-                value = distillation(output, inputs, target) if distillation else loss(output, target)
-                _check_finite(value, step, total_steps, rate)
-                optimizer.zero_grad()
-                value.backward()
-                if settings.clip_norm is not None:
-                    nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
-                if method:
-                    method.before_step(step)
-                optimizer.step()
-                if method:
-                    method.after_step(step)
-                    if on_signals and (step % max(1, total_steps // SIGNALS) == 0 or step == total_steps):
-                        on_signals(step, method.signals())
-                if distillation:
-                    distillation.after_step(step)
+                with working():  # a timing of another run may come between two steps
+                    output = model(*as_tuple(inputs))
+                    value = distillation(output, inputs, target) if distillation else loss(output, target)
+                    _check_finite(value, step, total_steps, rate)
+                    optimizer.zero_grad()
+                    value.backward()
+                    if settings.clip_norm is not None:
+                        nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
+                    if method:
+                        method.before_step(step)
+                    optimizer.step()
+                    if method:
+                        method.after_step(step)
+                        if on_signals and (step % max(1, total_steps // SIGNALS) == 0 or step == total_steps):
+                            on_signals(step, method.signals())
+                    if distillation:
+                        distillation.after_step(step)
                 epoch_loss += value.item()
                 bar.advance(1, f"loss {value.item():.3f}")
             _check_count(step - first, min(per_epoch, total_steps - first), epoch)

@@ -18,7 +18,7 @@ from autoprune.evaluation.measurement import Measurement
 from autoprune.plan import Plan
 from autoprune.registry import Choice
 from autoprune.target import Target
-from autoprune.testing import fake_problem
+from autoprune.testing import EvaluateBy, fake_problem
 
 ACTIONS = (Choice("coefficient"),)
 
@@ -33,7 +33,7 @@ def misjudged() -> list[Stake]:
         more = sum(0.5 * plan.layers[name].sparsity ** 3 for name in names[:2])
         return replace(right, score=right.score - more)
 
-    own = replace(problem, evaluate=evaluate)
+    own = replace(problem, evaluate=EvaluateBy(evaluate))
     return [Stake("one", replace(own, target=Target(speedup=speedup))) for speedup in (2.0, 2.5, 3.0)]
 
 

@@ -23,14 +23,15 @@ REAL = dict(zip((plan.key for plan in PLANS), (0.0, 0.1, 0.9, 0.5, 0.99, 1.0), s
 
 
 def evaluations(asked: list[tuple[int, str]]) -> Callable[[int], Evaluate]:
-    def at(steps: int) -> Evaluate:
-        def evaluate(plan: Plan) -> Measurement:
-            asked.append((steps, plan.key))
-            return Measurement(REAL[plan.key] - 1.0 / steps, 1.0, 2.0)
+    class Trained(Evaluate):
+        def __init__(self, steps: int) -> None:
+            self.steps = steps
 
-        return evaluate
+        def __call__(self, plan: Plan) -> Measurement:
+            asked.append((self.steps, plan.key))
+            return Measurement(REAL[plan.key] - 1.0 / self.steps, 1.0, 2.0)
 
-    return at
+    return Trained
 
 
 def as_trial(plan: Plan, measured: Measurement) -> Trial:

@@ -18,7 +18,7 @@ from autoprune.generalist import surrogate_plans
 from autoprune.plan import Plan
 from autoprune.registry import Choice
 from autoprune.target import Target
-from autoprune.testing import fake_problem
+from autoprune.testing import EvaluateBy, fake_problem
 
 ACTIONS = (Choice("coefficient"),)
 
@@ -70,7 +70,7 @@ def test_measured_episodes_say_how_far_off_the_surrogate_is() -> None:
         right = problem.evaluate(plan)
         return replace(right, score=right.score - 0.125)
 
-    env = FamilyEnv(stakes_of("one", problem), ACTIONS, {"one": wrong}, measured_share=1.0)
+    env = FamilyEnv(stakes_of("one", problem), ACTIONS, {"one": EvaluateBy(wrong)}, measured_share=1.0)
     info = played(env, 0.5)
     assert info["measured"]
     assert info["surrogate_error"] == pytest.approx(0.125)
@@ -82,10 +82,20 @@ def test_stakes_lose_something_but_not_all() -> None:
     assert stakes
     assert {stake.fraction for stake in stakes} < set(FRACTIONS)
     assert all(stake.problem.target.speedup == speedup_at(problem, stake.fraction) for stake in stakes)
-    sturdy = replace(problem, evaluate=lambda plan: replace(problem.evaluate(plan), score=problem.dense_score))
+    unhurt = EvaluateBy(lambda plan: replace(problem.evaluate(plan), score=problem.dense_score))
+    sturdy = replace(problem, evaluate=unhurt)
     assert stakes_of("sturdy", sturdy) == []
     with pytest.raises(AutopruneError, match="family"):
         FamilyEnv([], ACTIONS, {})
+
+
+def test_a_drop_of_the_score_is_a_target_too() -> None:
+    problem = fake_problem()
+    stakes = stakes_of("one", problem, fractions=(), drops=(1e-6, 0.05, 0.1))
+    assert [stake.problem.target.accuracy_drop for stake in stakes] == [0.05, 0.1]
+    env = FamilyEnv(stakes, ACTIONS, {"one": problem.evaluate})
+    assert played(env, 0.0)["advantage"] == pytest.approx(0.0)
+    assert played(env, 0.5)["trial"]["speedup"] > 1.0
 
 
 def test_a_surrogate_tells_plans_apart_that_it_has_not_seen() -> None:

@@ -52,6 +52,19 @@ def test_a_mask_has_the_feasible_sparsity(choice: Choice, case: tuple[torch.Tens
 
 
 @pytest.mark.parametrize("choice", CHOICES, ids=str)
+@given(case=weights(), sparsities=st.lists(st.floats(0.0, 0.99), max_size=4))
+def test_many_masks_are_each_as_if_alone(
+    choice: Choice, case: tuple[torch.Tensor, int], sparsities: list[float]
+) -> None:
+    saliency, groups = case
+    pattern = PATTERNS.create(choice)
+    masks = pattern.masks(saliency, sparsities, groups)
+    assert len(masks) == len(sparsities)
+    for mask, sparsity in zip(masks, sparsities, strict=True):
+        assert torch.equal(mask, pattern.mask(saliency, sparsity, groups))
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=str)
 def test_the_check_refuses_a_mask_of_another_pattern(choice: Choice) -> None:
     pattern = PATTERNS.create(choice)
     mask = torch.ones(16, 16, 3, 3, dtype=torch.bool)

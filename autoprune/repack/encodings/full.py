@@ -17,6 +17,9 @@ class Full(Encoding):
     def encode(self, cells: Cells) -> Bytes:
         return np.empty(0, np.uint8)
 
+    def decode(self, stream: Bytes, rows: int, columns: int, count: int) -> Cells:
+        return Cells(rows, columns, self._decode(stream, rows, columns, count))  # they rise, being counted
+
     def _decode(self, stream: Bytes, rows: int, columns: int, count: int) -> Indices:
         if len(stream) or count != rows * columns:
             raise FileError("not every position is kept")

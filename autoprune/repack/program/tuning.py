@@ -22,6 +22,7 @@ from torch import Tensor
 from autoprune.errors import FileError
 from autoprune.files import cache_folder, read_json, write_json
 from autoprune.latency.machine import machine_identity
+from autoprune.latency.quiet import timing
 from autoprune.latency.timer import Clock
 from autoprune.repack.fetch import Cache, fetched
 from autoprune.repack.formats import pack, pack_rows
@@ -161,11 +162,12 @@ def tune(
         with torch.inference_mode():
             plan.run_in(frame, inputs)  # so that every layer has an input
         bench = _Bench(plan, frame, inputs, clock, program.target)
-        for step in unknown:
-            progress(step.name)
-            if keys[step.name] not in cache.found:
-                cache.found[keys[step.name]], times[step.name] = bench.fastest(step, layers[step.name])
-                cache.changed = True
+        with timing():  # what is found is remembered: it must not be a neighbour's noise
+            for step in unknown:
+                progress(step.name)
+                if keys[step.name] not in cache.found:
+                    cache.found[keys[step.name]], times[step.name] = bench.fastest(step, layers[step.name])
+                    cache.changed = True
         plan.release(frame)
         cache.save()
     for name, key in keys.items():
