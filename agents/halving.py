@@ -63,7 +63,7 @@ def halve(
     climbed: list[Trial] = []
     for rung in ladder:
         below = climbed if climbed else list(trials)
-        plans, here = _best(below, rung.plans), []
+        plans, here = best_plans(below, rung.plans), []
         measured = evaluate_at(rung.steps).in_order([plan for plan in plans if (rung.steps, plan.key) not in known])
         for plan in plans:
             trial = known.get((rung.steps, plan.key))
@@ -75,7 +75,7 @@ def halve(
     return climbed
 
 
-def _best(trials: Sequence[Trial], count: int) -> list[Plan]:
+def best_plans(trials: Sequence[Trial], count: int) -> list[Plan]:
     """The plans with the highest rewards of the highest fidelity, each once; earlier ones first among equals."""
     top = of_highest_fidelity(trials)
     plans = [Plan.from_json(trial["plan"]) for trial in sorted(top, key=lambda trial: -float(trial["reward"]))]

@@ -87,6 +87,7 @@ class HalvingSection(Section):
 class SearchSection(Section):
     agent: ChoiceField = Choice("ppo")
     episodes: Count = 300
+    finalists: Count = 5  # best trials that are timed again, in turns with each other, before one is chosen; 1: none
     halving: HalvingSection | None = None  # off when absent: the best plan is the one that scored best in the search
 
 

