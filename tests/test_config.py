@@ -18,8 +18,8 @@ from autoprune.config import (
 )
 from autoprune.envs.actions import ACTIONS
 from autoprune.errors import ConfigError, FileError
+from autoprune.preparation import check_names
 from autoprune.registry import Choice
-from autoprune.run import check_names
 
 SHIPPED = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
 CONFIGS = [path for path in SHIPPED if not is_generalist(path)]
