@@ -6,9 +6,9 @@
     python benchmarks/recurrent_training.py --report  # draws what there is
 
 Every run of a task trains for the same epochs from the same initial weights, whatever it prunes: weights by `gradual`
-in groups of 16 rows (the last layer stays dense), states by keeping the largest at every step. Nothing was chosen on a
-test split. Runs are kept in benchmarks/results/recurrent_training/ as they end, so a run that was stopped goes on; so
-does a training, from its last epoch. Writes benchmarks/results/recurrent_training.md.
+in groups of 16 rows with the ERK allocation (the last layer stays dense), states by keeping the largest at every step.
+Nothing was chosen on a test split. Runs are kept in benchmarks/results/recurrent_training/ as they end, so a run that
+was stopped goes on; so does a training, from its last epoch. Writes benchmarks/results/recurrent_training.md.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ from autoprune.training.widening import make_pruner_
 RESULTS = Path(__file__).parent / "results"
 KEPT = cache_folder() / "benchmarks" / "recurrent"
 GROUP = 16
-DEEPENS = 0.6  # of the training: until then more and more is cut
-METHOD = Choice("gradual", {"end": DEEPENS})
+METHOD = Choice("gradual", {"end": 0.6, "allocation": "erk"})
+DEEPENS = 0.8  # of the training: until then more and more of the states is cut
 PROTOCOL = Protocol(samples=25, warmup=3, threads=1, min_sample_ms=2.0, lead=1)
 
 
