@@ -137,9 +137,9 @@ class Search(Preparation):
         count, config = self.config.search.finalists, self.config
         if count == 1 or config.target.sparsity is not None or config.env.timing != "measured":
             return ()
-        # A refined policy's own plan is the first: it must not end below that.
-        plans = best_plans(trials, count)
-        plans = list({plan.key: plan for plan in [*plans, Plan.from_json(trials[0]["plan"])]}.values())
+        plans, first = best_plans(trials, count), Plan.from_json(trials[0]["plan"])
+        if first not in plans:  # a refined policy's own plan: it must not end below that
+            plans.append(first)
         if len(plans) == 1:
             return ()
         measured = []

@@ -19,6 +19,7 @@ from autoprune.agents.base import Trial
 from autoprune.cli import app, main
 from autoprune.config import Config, parse_config
 from autoprune.errors import AutopruneError, ConfigError, FileError, InfeasibleTarget, StaleTable
+from autoprune.files import read_tensors
 from autoprune.masks import sparsity, weight_of
 from autoprune.patterns import PATTERNS
 from autoprune.plan import Plan
@@ -170,6 +171,8 @@ def test_values_of_eight_bits_are_what_is_measured(finished: Path, tmp_path: Pat
     with torch.inference_mode():
         rounded, whole = run.repacked(*x), run.masked(*x)
     assert 0 < float((rounded - whole).abs().max()) < 0.1 * float(whole.abs().max())
+    tensors, _ = read_tensors(run.directory / "repacked.safetensors", "the packed file")
+    assert {values.dtype for name, values in tensors.items() if name.endswith("|values")} == {torch.int8}
     sizes = [(folder / "repacked.safetensors").stat().st_size for folder in (run.directory, finished)]
     assert sizes[0] < sizes[1]  # by how much depends on what the plan leaves beside the program's description
 
