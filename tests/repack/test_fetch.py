@@ -18,6 +18,8 @@ from autoprune.patterns.group import Group
 from autoprune.repack import ProgramModel
 from autoprune.repack.fetch import Cache, CacheState, Fetched, What, fetched
 from autoprune.repack.formats import pack
+from autoprune.repack.kernels.compiler import Target, host, narrowed
+from autoprune.repack.kernels.rows_gemm import tokens_together
 from autoprune.repack.memory import layer_memory
 from autoprune.repack.program.graph import Graph, Input, Op
 from autoprune.repack.program.lower import NativeStep
@@ -60,7 +62,9 @@ def test_a_cache_that_cannot_be_is_refused(shape: tuple[int, int, int]) -> None:
         Cache(*shape)
 
 
-def by_convolution(tiling: Tiling, cache: Cache, sparsity: float = 0.5, size: int = 8, filters: int = 32) -> Fetched:
+def by_convolution(
+    tiling: Tiling, cache: Cache, sparsity: float = 0.5, size: int = 8, filters: int = 32, target: Target | None = None
+) -> Fetched:
     torch.manual_seed(0)
     weight = torch.randn(filters, 16, 3, 3)
     weight *= Group(size).mask(weight.abs(), sparsity)
@@ -68,7 +72,7 @@ def by_convolution(tiling: Tiling, cache: Cache, sparsity: float = 0.5, size: in
     attributes = {"stride": [1, 1], "padding": [1, 1], "dilation": [1, 1], "groups": 1, "activation": None}
     op = Op("conv2d", "y", ("x",), attributes, {"weight": "w"})
     graph = Graph((Input("x", (1, 16, 20, 20), "float32"),), (op,), "y", {"w": weight})
-    program = Program(graph, {"y": weights}, {"y": tiling}, threads=1)
+    program = Program(graph, {"y": weights}, {"y": tiling}, threads=1, target=target)
     plan = program.plan(((1, 16, 20, 20),))
     frame = plan.frame()
     step = next(step for step in plan.lowered.steps if isinstance(step, NativeStep) and step.layer)
@@ -108,8 +112,8 @@ def test_fewer_kept_positions_fetch_less() -> None:
 
 
 def test_panels_read_inputs_from_the_nearest_cache() -> None:
-    cache = Cache(8192, 64, 8)
-    whole, panels = (by_convolution(Tiling(8, 48, panel=panel), cache, 0.0) for panel in (0, 36))
+    cache, target = Cache(8192, 64, 8), narrowed(8)  # wider registers hold the whole group: its inputs are read once
+    whole, panels = (by_convolution(Tiling(8, 48, panel=panel), cache, 0.0, target=target) for panel in (0, 36))
     assert panels.lines[What.INPUT] < 0.5 * whole.lines[What.INPUT]
 
 
@@ -140,8 +144,8 @@ def test_a_linear_streams_its_weights_once_for_one_token(size: int) -> None:
 
 
 def test_many_tokens_read_the_weights_again_for_every_few() -> None:
-    totals = []
-    for tokens in (1, 24, 48):
+    totals, few = [], tokens_together(16, host())
+    for tokens in (1, 2 * few, 4 * few):
         model, x = nn.Sequential(nn.Linear(256, 128)), torch.ones(tokens, 256)
         fast = autoprune.repack(model, x, cache=told(TuningCache(), Tiling(16, 1000)))
         (row,) = layer_memory(fast, x, Cache(1024, 64, 8))

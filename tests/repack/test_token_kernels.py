@@ -55,7 +55,8 @@ def test_an_activation_is_torchs(name: str, lanes: int) -> None:
 def test_an_activation_passes_what_is_not_finite(name: str) -> None:
     x = torch.tensor([NAN, INF, 1e30, 1e4] * 4)
     assert torch.equal(activated(name, x, host()).isnan(), x.isnan())
-    assert torch.allclose(activated(name, x, host()), ACTIVATIONS[name](x), equal_nan=True)
+    wanted = ACTIVATIONS[name](x.double()).float()  # with AVX-512, torch's own float32 GELU of infinity is not a number
+    assert torch.allclose(activated(name, x, host()), wanted, equal_nan=True)
 
 
 def test_every_activation_of_a_graph_has_a_kernel() -> None:
