@@ -243,8 +243,9 @@ class _Convolution(_Work):
     def __init__(self, op: NativeOp, rows: int, target: Target, slots: Longs, sample: bool) -> None:
         self.op, self.rows, self.slots, self.sample = op, rows, slots, sample
         self.lanes, self.heights = target.lanes, offset_gemm.tiles(rows, target)
-        self.widest = max(self.heights)
-        f = op.fields
+        self.widest, f = max(self.heights), op.fields
+        gated = len(f) > max(_F) + 1  # then no position is taken singly
+        self.singles = None if gated else offset_gemm.singles(rows, target)
         self.pointer, self.offsets = _array(op, f[_F.GROUP_POINTER]), _array(op, f[_F.OFFSETS]).astype(np.int64)
         self.y_channel = _array(op, f[_F.Y_CHANNEL]).astype(np.int64)
         self.residual_channel = _array(op, f[_F.RESIDUAL_CHANNEL]).astype(np.int64)
@@ -256,7 +257,7 @@ class _Convolution(_Work):
         block = item // f[_F.BLOCK_STRIDE] % f[_F.BLOCKS]
         image = item // f[_F.IMAGE_STRIDE] % f[_F.BATCH]
         start = int(block * f[_F.BLOCK])
-        length = int(min(f[_F.BLOCK], f[_F.POSITIONS] - start))
+        length = int(f[_F.POSITIONS] - start if block == f[_F.BLOCKS] - 1 else f[_F.BLOCK])
         first, last = int(chunk * f[_F.CHUNK]), int(min((chunk + 1) * f[_F.CHUNK], f[_F.GROUPS]))
         if self.sample:
             length, last = min(length, 2 * self.widest * self.lanes), min(last, first + SAMPLED_GROUPS)
@@ -278,34 +279,47 @@ class _Convolution(_Work):
                 carry = (offset_gemm.CARRY_IN if panel else 0) | (
                     offset_gemm.CARRY_OUT if panel < self.panels - 1 else 0
                 )
-                for count, positions in self._cover(length):
-                    yield self._compute(group, list_, x, count, ends, scratch, carry).at(positions)
+                for count, positions, alone in self._cover(length):
+                    yield self._compute(group, list_, x, count, ends, scratch, carry, alone).at(positions)
 
-    def _cover(self, length: int) -> Iterator[tuple[int, Longs]]:
-        """Tiles, widest first, as `offset_gemm` lays them: vectors of a tile, and where such tiles begin."""
-        vectors, lanes, widest = -(-length // self.lanes), self.lanes, self.widest
+    def _cover(self, length: int) -> Iterator[tuple[int, Longs, int]]:
+        """Tiles as `offset_gemm` lays them: vectors, where they begin, and how far their single position lies; or 0."""
+        vectors, lanes, widest, begin = -(-length // self.lanes), self.lanes, self.widest, 0
+        few, single = length % lanes, self.singles
+        if single and 0 < few <= single.most and few * single.count <= length // lanes:
+            for number in range(few):
+                begin = number * single.count * lanes
+                yield single.count, np.array([begin], np.int64), length // lanes * lanes + number - begin
+            begin = few * single.count * lanes
+            vectors = length // lanes - few * single.count
         rest = vectors % widest
         whole = vectors - rest
         if widest > 2 and rest == 1 and vectors > 1:
             whole -= widest
         if whole:
-            yield widest, np.arange(0, whole, widest, dtype=np.int64) * lanes
+            yield widest, begin + np.arange(0, whole, widest, dtype=np.int64) * lanes, 0
         left = vectors - whole
         parts = [left] if left < widest else [-(-left // 2), left // 2]
         for part in parts:
             if part:
-                yield part, np.array([whole * lanes], np.int64)
+                yield part, np.array([begin + whole * lanes], np.int64), 0
             whole += part
 
     def _compute(
-        self, group: int, list_: int, x: int, count: int, ends: tuple[int, int, int], scratch: int, carry: int
-    ) -> Touches:
-        """A group's sums over one list of kept positions, for one tile: see `offset_gemm`."""
+        self, group: int, list_: int, x: int, count: int, ends: tuple[int, int, int], scratch: int, carry: int,
+        alone: int,
+    ) -> Touches:  # fmt: skip
+        """A group's sums over one list of kept positions, for one tile: see `offset_gemm`.
+
+        Of a single position, its input and its output are looked at: the rest lies in lines that are met anyway.
+        """
         f, rows, height, moving = self.op.fields, self.rows, self.heights[count], FLOAT_BYTES
         begin, end = int(self.pointer[list_]), int(self.pointer[list_ + 1])
         kept, span = np.arange(begin, end), FLOAT_BYTES * count * self.lanes
         index = _touches(int(f[_F.OFFSETS]) + INDEX_BYTES * kept, INDEX_BYTES, What.INDEX)
-        input_ = _touches(x + FLOAT_BYTES * self.offsets[begin:end], span, What.INPUT, moving)
+        inputs = [_touches(x + FLOAT_BYTES * self.offsets[begin:end], span, What.INPUT, moving)]
+        if alone:
+            inputs.append(_touches(inputs[0][0][:, 0] + FLOAT_BYTES * alone, FLOAT_BYTES, What.INPUT, moving))
         y, residual, mask = ends
         parts = []
         for row in reversed(range(0, rows, height)):
@@ -313,7 +327,7 @@ class _Convolution(_Work):
             bias = _touches(int(f[_F.BIAS]) + FLOAT_BYTES * (group * rows + row), FLOAT_BYTES * height, What.WEIGHT)
             parts.append(_in_turn(sums if carry & offset_gemm.CARRY_IN else bias))
             values = int(f[_F.VALUES]) + FLOAT_BYTES * (kept * rows + row)
-            parts.append(_in_turn(index, input_, _touches(values, FLOAT_BYTES * height, What.WEIGHT)))
+            parts.append(_in_turn(index, *inputs, _touches(values, FLOAT_BYTES * height, What.WEIGHT)))
             if carry & offset_gemm.CARRY_OUT:
                 parts.append(_in_turn(sums))
                 continue
@@ -324,6 +338,8 @@ class _Convolution(_Work):
             parts.append(_in_turn(_touches(mask, span, What.OUTPUT, moving)))
             lines = y + FLOAT_BYTES * self.y_channel[each[::-1]]
             parts.append(_in_turn(_touches(lines, span, What.OUTPUT, moving)))
+            if alone:
+                parts.append(_in_turn(_touches(lines + FLOAT_BYTES * alone, FLOAT_BYTES, What.OUTPUT, moving)))
         return Touches.joined(parts)
 
 

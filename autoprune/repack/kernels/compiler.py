@@ -34,11 +34,16 @@ class Target:
     cpu: str
     features: str
 
+    @property
+    def registers(self) -> int:
+        """Vector registers."""
+        return 32 if self.lanes == 16 else 16
+
     def tile(self, rows: int) -> tuple[int, int]:
         """Register tile for groups of `rows` filters: (rows, vectors of positions) that fit the registers."""
-        if self.lanes == 16:  # 32 registers
+        if self.registers == 32:
             return (8, 3) if rows >= 8 else (4, 6) if rows >= 4 else (2, 10) if rows >= 2 else (1, 12)
-        return (4, 3) if rows >= 4 else (2, 5) if rows >= 2 else (1, 8)  # 16 registers
+        return (4, 3) if rows >= 4 else (2, 5) if rows >= 2 else (1, 8)
 
 
 @cache

@@ -31,7 +31,7 @@ from autoprune.repack.kernels.ir import (
     store_vector,
     vector,
 )
-from autoprune.repack.kernels.offset_gemm import cover, tile, tiles
+from autoprune.repack.kernels.offset_gemm import Extra, block_at, cover, tile, tiles
 
 
 class Field(IntEnum):
@@ -70,18 +70,19 @@ class Field(IntEnum):
     SCRATCH_OFFSET = 30
     SCRATCH = 31  # floats from a thread's scratch to the next: see `scratch`
     PANELS = 32  # always 0: a list is walked at once
-    GATE_SLOT = 33  # factors of the output channels
-    GATE_OFFSET = 34
-    GATE_IMAGE = 35  # floats from an image's to the next's
-    GATE_OF = 36  # address of int32 a row: the factor it is multiplied by
-    LIVE = 37  # 1 when input channels are gated
-    LIVE_SLOT = 38  # factors of the input channels
-    LIVE_OFFSET = 39
-    LIVE_IMAGE = 40  # so many are an image's
-    RUNS = 41  # address of int32 a group and factor of the input: the first entry of those channels; and the end
-    ENTRIES = 42  # address of int64 a kept position: its offset, and 32 bits up where in its group its weights lie
-    SHARED = 43  # 1 when all groups keep the same positions
-    DEAD = 44  # what becomes of groups that do not live: see `Dead`
+    # 33 to 37: of columns that are masked, which a gated convolution has none of
+    GATE_SLOT = 38  # factors of the output channels
+    GATE_OFFSET = 39
+    GATE_IMAGE = 40  # floats from an image's to the next's
+    GATE_OF = 41  # address of int32 a row: the factor it is multiplied by
+    LIVE = 42  # 1 when input channels are gated
+    LIVE_SLOT = 43  # factors of the input channels
+    LIVE_OFFSET = 44
+    LIVE_IMAGE = 45  # so many are an image's
+    RUNS = 46  # address of int32 a group and factor of the input: the first entry of those channels; and the end
+    ENTRIES = 47  # address of int64 a kept position: its offset, and 32 bits up where in its group its weights lie
+    SHARED = 48  # 1 when all groups keep the same positions
+    DEAD = 49  # what becomes of groups that do not live: see `Dead`
 
 
 class Dead(IntEnum):
@@ -111,8 +112,9 @@ def gated_gemm(rows: int, target: Target, activation: str = "") -> int:
         activation: a row of ACTIVATIONS that is no clamp.
     """
     module, heights = ir.Module(), tiles(rows, target)
-    built = {count: tile(module, each, count, target.lanes, activation, gated=True) for count, each in heights.items()}
-    _op(module, rows, built, heights, target.lanes)
+    lanes = target.lanes
+    built = {count: tile(module, each, count, lanes, activation, Extra.GATED) for count, each in heights.items()}
+    _op(module, rows, built, heights, lanes)
     return compile_op(module, "op", target)
 
 
@@ -126,8 +128,7 @@ def _op(module: ir.Module, rows: int, built: dict[int, ir.Function], heights: di
 
     chunk, block = index(Field.CHUNK_STRIDE, Field.CHUNKS), index(Field.BLOCK_STRIDE, Field.BLOCKS)
     image = index(Field.IMAGE_STRIDE, Field.BATCH)
-    start = b.mul(block, get[Field.BLOCK])
-    length = smaller(b, get[Field.BLOCK], b.sub(get[Field.POSITIONS], start))
+    start, length = block_at(b, block, get[Field.BLOCK], get[Field.BLOCKS], get[Field.POSITIONS])
 
     def base(slot: Field, offset: Field, stride: Field) -> ir.Value:
         return at(b, address(b, slots, get[slot], get[offset]), b.mul(image, get[stride]))

@@ -33,6 +33,39 @@ def loop(b: ir.IRBuilder, start: ir.Value, stop: ir.Value, step: int = 1) -> Ite
     b.position_at_end(done)
 
 
+def fold(
+    b: ir.IRBuilder, start: ir.Value, stop: ir.Value, values: Sequence[ir.Value],
+    body: Callable[[ir.Value, list[ir.Value]], Sequence[ir.Value]],
+) -> list[ir.Value]:  # fmt: skip
+    """``for i in range(start, stop): values = body(i, values)``; what the last turn leaves."""
+    before = b.block
+    head, turn, done = (b.append_basic_block(name) for name in ("fold", "turn", "folded"))
+    b.branch(head)
+    b.position_at_end(head)
+    i = b.phi(I64)
+    i.add_incoming(start, before)
+    held = [b.phi(value.type) for value in values]
+    for phi, value in zip(held, values, strict=True):
+        phi.add_incoming(value, before)
+    b.cbranch(b.icmp_signed("<", i, stop), turn, done)
+    b.position_at_end(turn)
+    made = body(i, list(held))
+    for phi, value in zip(held, made, strict=True):
+        phi.add_incoming(value, b.block)
+    i.add_incoming(b.add(i, const(1)), b.block)
+    b.branch(head)
+    b.position_at_end(done)
+    return list(held)
+
+
+def gathered(b: ir.IRBuilder, places: Sequence[ir.Value]) -> ir.Value:
+    """A vector of the floats at `places`."""
+    vector_ = ir.Constant(vector(len(places)), ir.Undefined)
+    for lane, place in enumerate(places):
+        vector_ = b.insert_element(vector_, b.load(place), ir.Constant(I32, lane))
+    return vector_
+
+
 def spans(
     b: ir.IRBuilder, first: ir.Value, last: ir.Value, widths: Iterable[int], body: Callable[[ir.Value, int], None]
 ) -> None:
@@ -150,3 +183,19 @@ def masked(b: ir.IRBuilder, value: ir.Value, mask: ir.Value, lanes: int) -> ir.V
     kept = b.load(b.bitcast(mask, integers.as_pointer()))
     kept.align = 4
     return b.bitcast(b.and_(b.bitcast(value, integers), kept), vector(lanes))
+
+
+def load_mask(b: ir.IRBuilder, pointer: ir.Value, lanes: int) -> ir.Value:
+    """Bits of the int32s at `pointer`, -1 or 0 each."""
+    integers = ir.VectorType(I32, lanes) if lanes > 1 else I32
+    given = b.load(b.bitcast(pointer, integers.as_pointer()))
+    given.align = 4
+    return b.icmp_signed("!=", given, ir.Constant(integers, None if lanes > 1 else 0))
+
+
+def kept_by(b: ir.IRBuilder, value: ir.Value, bits: ir.Value | None) -> ir.Value:
+    """`value` where `bits` are set, zero elsewhere, whatever `value` is there; all of it where they are None."""
+    if bits is None:
+        return value
+    zero = ir.Constant(value.type, 0.0) if value.type == F32 else ir.Constant(value.type, None)
+    return b.select(bits, value, zero)

@@ -5,6 +5,11 @@ constant offset for every output position, so there is no im2col, no gather, and
 group by some vectors of positions stay in registers while k walks the group's kept positions. Results lie in an
 array of the same pitch as the input's, so that a tile is stored as it is; a mask clears what falls on the border.
 
+Where maps are small, a border column a row is much to compute for nothing: rows then follow each other, and a column of
+the kernel is read through a mask of the positions at which it lies inside the map. The kept positions of a group come
+in runs of one column each. Positions that fill no vector are taken singly where they are few: a vector holds the
+filters of a group then, and a wide tile walks the position along.
+
 An item is some groups by some positions of one image. How many, and which runs fastest, is tuned: few positions by
 all groups keep the input in the nearest cache, few groups by all positions the weights.
 
@@ -16,7 +21,8 @@ panel and the next.
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import IntEnum
+from dataclasses import dataclass
+from enum import Flag, IntEnum, auto
 
 import llvmlite.ir as ir
 
@@ -34,7 +40,11 @@ from autoprune.repack.kernels.ir import (
     const,
     float_field,
     fma,
+    fold,
+    gathered,
     inner_function,
+    kept_by,
+    load_mask,
     load_vector,
     long_at,
     loop,
@@ -45,10 +55,10 @@ from autoprune.repack.kernels.ir import (
     smaller,
     splat,
     store_vector,
-    vector,
 )
 from autoprune.repack.kernels.math import ACTIVATIONS
 
+AHEAD = 1024  # floats: weights are fetched a page ahead, because the hardware stops fetching where a page ends
 CARRY_IN, CARRY_OUT = 1, 2  # bits: sums go on from a panel before; to a panel after
 
 
@@ -84,26 +94,53 @@ class Field(IntEnum):
     CHUNK_STRIDE = 26  # items from a chunk to the next
     BLOCK_STRIDE = 27
     IMAGE_STRIDE = 28
-    SCRATCH_SLOT = 29  # from here on: with panels alone
+    SCRATCH_SLOT = 29  # with panels alone
     SCRATCH_OFFSET = 30
     SCRATCH = 31  # floats from a thread's scratch to the next: see `scratch`
-    PANELS = 32
+    PANELS = 32  # likewise
+    RUNS = 33  # of a list of kept positions; from here on: where columns are masked
+    ENDS = 34  # address of int32 a list and run: its end, in kept positions from the list's begin
+    COLUMNS = 35  # masks; run r reads through mask r mod COLUMNS
+    INSIDE = 36  # address of int32 a column and position: -1 where what it reads lies inside the map, else 0
+    INSIDE_LENGTH = 37  # from a column's to the next
 
 
 def tiles(rows: int, target: Target) -> dict[int, int]:
     """Vectors of positions -> rows of the register tile that computes them, for groups of `rows` filters."""
     _, widest = target.tile(rows)
-    registers = 32 if target.lanes == 16 else 16
 
     def height(count: int) -> int:
-        fitting = [each for each in (1, 2, 4, 8, 16) if each * count + count + 1 <= registers]
+        fitting = [each for each in (1, 2, 4, 8, 16) if each * count + count + 1 <= target.registers]
         return min(rows, fitting[-1] if fitting else 1)
 
     return {count: height(count) for count in range(1, widest + 1)}
 
 
+@dataclass(frozen=True)
+class Singles:
+    """How positions are taken singly.
+
+    Attributes:
+        most: so many are cheaper than one more vector.
+        count: vectors of the tile that walks one along.
+    """
+
+    most: int
+    count: int
+
+
+def singles(rows: int, target: Target) -> Singles | None:
+    """For groups of `rows` filters; None where it is never cheaper."""
+    heights = tiles(rows, target)
+    fitting = [
+        count for count, height in heights.items()
+        if height >= 4 and (height + 1) * count + 3 <= target.registers
+    ]  # fmt: skip
+    return Singles(heights[fitting[-1]] // 2, fitting[-1]) if fitting else None
+
+
 @once_a_process
-def offset_gemm(rows: int, target: Target, activation: str = "", panels: bool = False) -> int:
+def offset_gemm(rows: int, target: Target, activation: str = "", panels: bool = False, columns: bool = False) -> int:
     """The op for groups of `rows` filters; compiled once a process.
 
     Args:
@@ -111,32 +148,64 @@ def offset_gemm(rows: int, target: Target, activation: str = "", panels: bool = 
         target: what to compile for.
         activation: a row of ACTIVATIONS that is no clamp.
         panels: whether a group's inputs are cut into panels.
+        columns: whether columns are read through masks.
     """
-    return compile_op(offset_gemm_module(rows, target, activation, panels), "op", target)
+    return compile_op(offset_gemm_module(rows, target, activation, panels, columns), "op", target)
 
 
-def offset_gemm_module(rows: int, target: Target, activation: str = "", panels: bool = False) -> ir.Module:
+def offset_gemm_module(
+    rows: int, target: Target, activation: str = "", panels: bool = False, columns: bool = False
+) -> ir.Module:
     """The op, not yet compiled."""
-    module = ir.Module()
-    built = {count: tile(module, each, count, target.lanes, activation) for count, each in tiles(rows, target).items()}
-    _op(module, rows, built, tiles(rows, target), target.lanes, panels)
+    module, lanes, heights = ir.Module(), target.lanes, tiles(rows, target)
+    form = Extra.COLUMNS if columns else Extra.NOTHING
+    built = {count: tile(module, each, count, lanes, activation, form) for count, each in heights.items()}
+    alone = singles(rows, target)
+    single = alone and tile(module, heights[alone.count], alone.count, lanes, activation, form | Extra.SINGLE)
+    _op(module, rows, built, heights, (alone, single) if alone else None, lanes, panels, columns)
     return module
 
 
-def tile(module: ir.Module, rows: int, vectors: int, lanes: int, activation: str, gated: bool = False) -> ir.Function:
+class Extra(Flag):
+    """What a tile does beside its positions."""
+
+    NOTHING = 0
+    SINGLE = auto()
+    COLUMNS = auto()
+    GATED = auto()
+
+
+_ARGUMENTS = {
+    Extra.SINGLE: [I64, FLOATS],
+    Extra.COLUMNS: [I64, INTS, I64, INTS, I64],
+    Extra.GATED: [LONGS, FLOATS],
+}
+
+
+def tile(
+    module: ir.Module, rows: int, vectors: int, lanes: int, activation: str, extra: Extra = Extra.NOTHING
+) -> ir.Function:
     """`rows` filters by `vectors` x `lanes` positions: sums, residual, clamp, mask, store.
 
     Sums start from the bias, or where `carry` says so from what the panel before left in `partial`; they end in the
-    output, or there. Where `gated`, two more arguments follow: the `kept` positions to walk, each its offset and, 32
-    bits up, where its weights lie; and a factor a row, which its sum is multiplied by.
+    output, or there. More arguments follow, in this order, for
+
+    - SINGLE: how far from the first position the single one lies, and its own partial sums;
+    - COLUMNS: runs, their ends, columns, what lies inside by column, and how far it is from a column's to the next;
+    - GATED: the `kept` positions to walk, each its offset and, 32 bits up, where its weights lie; a factor a row, which
+      its sum is multiplied by.
     """
     kinds = [FLOATS, INTS, I64, FLOATS, I64, FLOATS, FLOATS, INTS, FLOATS, INTS, I64, INTS, F32, F32, FLOATS, I64]
-    function = inner_function(module, f"tile_{rows}x{vectors}", [*kinds, LONGS, FLOATS] if gated else kinds)
+    for each in extra:
+        kinds += _ARGUMENTS[each]
+    name = "_".join([f"tile_{rows}x{vectors}", *(each.name or "" for each in extra)])
+    function = inner_function(module, name, kinds)
     (x, offsets, kept, w, pitch, bias, y, y_channel, residual, residual_channel, has_residual, mask, low, high,
-     partial, carry, *gate) = function.args  # fmt: skip
-    fused = fma(module, lanes)
-    entry, head, body, done = (function.append_basic_block(name) for name in ("entry", "head", "body", "done"))
-    add, finish = (function.append_basic_block(name) for name in ("add", "finish"))
+     partial, carry, *more) = function.args  # fmt: skip
+    alone, partial_alone = _taken(more, Extra.SINGLE, extra) or (None, None)
+    runs = _taken(more, Extra.COLUMNS, extra)
+    gate = _taken(more, Extra.GATED, extra)
+    entry, body, add, finish = (function.append_basic_block(name) for name in ("entry", "body", "add", "finish"))
     b = ir.IRBuilder(entry)
     for row in range(rows):  # written long after: no store has to wait for its cache line
         line = at(b, y, long_at(b, y_channel, const(row)))
@@ -145,80 +214,117 @@ def tile(module: ir.Module, rows: int, vectors: int, lanes: int, activation: str
     fresh, carried = (function.append_basic_block(name) for name in ("fresh", "carried"))
     b.cbranch(b.icmp_signed("==", b.and_(carry, const(CARRY_IN)), const(0)), fresh, carried)
     b.position_at_end(fresh)
-    start = [splat(b, b.load(at(b, bias, const(row))), lanes) for row in range(rows)]
-    b.branch(head)
+    biases = [splat(b, b.load(at(b, bias, const(row))), lanes) for row in range(rows)]
+    start = [each for each in biases for _ in range(vectors)]
+    start += [load_vector(b, bias, rows)] if alone is not None else []
+    b.branch(body)
     b.position_at_end(carried)
-    places = [[at(b, partial, const((row * vectors + v) * lanes)) for v in range(vectors)] for row in range(rows)]
-    before = [[load_vector(b, place, lanes) for place in line] for line in places]
-    b.branch(head)
-    b.position_at_end(head)
-    k = b.phi(I64)
-    k.add_incoming(const(0), fresh)
-    k.add_incoming(const(0), carried)
-    sums = [[b.phi(vector(lanes)) for _ in range(vectors)] for _ in range(rows)]
-    for row, first in enumerate(start):
-        for v, each in enumerate(sums[row]):
-            each.add_incoming(first, fresh)
-            each.add_incoming(before[row][v], carried)
-    b.cbranch(b.icmp_signed("<", k, kept), body, done)
-    b.position_at_end(body)
-    entry_ = b.load(at(b, gate[0], k)) if gated else None
-    source = at(b, x, long_at(b, offsets, k) if entry_ is None else b.sext(b.trunc(entry_, I32), I64))
-    inputs = [load_vector(b, at(b, source, const(lanes * v)), lanes) for v in range(vectors)]
-    weights = at(b, w, b.mul(k, pitch) if entry_ is None else b.ashr(entry_, const(32)))
-    for row in range(rows):
-        weight = splat(b, b.load(at(b, weights, const(row))), lanes)
-        for v in range(vectors):
-            sums[row][v].add_incoming(b.call(fused, [inputs[v], weight, sums[row][v]]), body)
-    k.add_incoming(b.add(k, const(1)), body)
-    b.branch(head)
 
-    b.position_at_end(done)
+    def places() -> list[tuple[ir.Value, int]]:
+        """Where the sums are kept between panels, and how wide they are."""
+        own = [(at(b, partial, const(part * lanes)), lanes) for part in range(rows * vectors)]
+        return own if alone is None else [*own, (partial_alone, rows)]
+
+    before = [load_vector(b, place, width) for place, width in places()]
+    b.branch(body)
+    b.position_at_end(body)
+    sums = [b.phi(value.type) for value in start]
+    for phi, value, left in zip(sums, start, before, strict=True):
+        phi.add_incoming(value, fresh)
+        phi.add_incoming(left, carried)
+
+    def walk(sums: list[ir.Value], first: ir.Value, last: ir.Value, inside: ir.Value | None) -> list[ir.Value]:
+        """The sums and what the kept positions from `first` to `last` add to them."""
+        bits = [None] * vectors if inside is None else [
+            load_mask(b, at(b, inside, const(v * lanes)), lanes) for v in range(vectors)
+        ]  # fmt: skip
+        bit = None if inside is None or alone is None else load_mask(b, at(b, inside, alone), 1)
+
+        def turn(k: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+            entry_ = b.load(at(b, gate[0], k)) if gate else None
+            source = at(b, x, long_at(b, offsets, k) if entry_ is None else b.sext(b.trunc(entry_, I32), I64))
+            inputs = [kept_by(b, load_vector(b, at(b, source, const(lanes * v)), lanes), bits[v])
+                      for v in range(vectors)]  # fmt: skip
+            weights = at(b, w, b.mul(k, pitch) if entry_ is None else b.ashr(entry_, const(32)))
+            if not gate:
+                prefetch(b, module, at(b, weights, const(AHEAD)))
+            made = []
+            for row in range(rows):
+                weight = splat(b, b.load(at(b, weights, const(row))), lanes)
+                for v in range(vectors):
+                    made.append(b.call(fma(module, lanes), [inputs[v], weight, sums[row * vectors + v]]))
+            if alone is not None:
+                given = splat(b, kept_by(b, b.load(at(b, source, alone)), bit), rows)
+                made.append(b.call(fma(module, rows), [given, load_vector(b, weights, rows), sums[-1]]))
+            return made
+
+        return fold(b, first, last, sums, turn)
+
+    if runs is None:
+        sums = walk(sums, const(0), kept, None)
+    else:
+        count, ends, columns, inside, length = runs
+
+        def run(number: ir.Value, held: list[ir.Value]) -> list[ir.Value]:
+            end, column = long_at(b, ends, number), b.srem(number, columns)
+            return [end, *walk(held[1:], held[0], end, at(b, inside, b.mul(column, length)))]
+
+        _, *sums = fold(b, const(0), count, [const(0), *sums], run)
     keep, give = (function.append_basic_block(name) for name in ("keep", "give"))
     b.cbranch(b.icmp_signed("==", b.and_(carry, const(CARRY_OUT)), const(0)), give, keep)
     b.position_at_end(keep)
-    for row in range(rows):
-        for v in range(vectors):
-            store_vector(b, sums[row][v], at(b, partial, const((row * vectors + v) * lanes)), lanes)
+    for each, (place, width) in zip(sums, places(), strict=True):
+        store_vector(b, each, place, width)
     b.ret_void()
     b.position_at_end(give)
-    if gated:
+    if gate:
         factors = [splat(b, b.load(at(b, gate[1], const(row))), lanes) for row in range(rows)]
-        sums = [[b.fmul(each, factor) for each in line] for line, factor in zip(sums, factors, strict=True)]
+        sums = [b.fmul(each, factors[part // vectors]) for part, each in enumerate(sums)]
     b.cbranch(b.icmp_signed("!=", has_residual, const(0)), add, finish)
     b.position_at_end(add)
-    added = []
-    for row in range(rows):
-        line = at(b, residual, long_at(b, residual_channel, const(row)))
-        added.append(
-            [b.fadd(sums[row][v], load_vector(b, at(b, line, const(lanes * v)), lanes)) for v in range(vectors)]
-        )
+    lines = [at(b, residual, long_at(b, residual_channel, const(row))) for row in range(rows)]
+    addends = [load_vector(b, at(b, line, const(lanes * v)), lanes) for line in lines for v in range(vectors)]
+    addends += [gathered(b, [at(b, line, alone) for line in lines])] if alone is not None else []
+    added = [b.fadd(each, addend) for each, addend in zip(sums, addends, strict=True)]
     b.branch(finish)
     b.position_at_end(finish)
-    results = []
-    for row in range(rows):
-        for v in range(vectors):
-            value = b.phi(vector(lanes))
-            value.add_incoming(sums[row][v], give)
-            value.add_incoming(added[row][v], add)
-            results.append(value)
-    lows, highs = splat(b, low, lanes), splat(b, high, lanes)
+    results = [b.phi(value.type) for value in sums]
+    for phi, value, other in zip(results, sums, added, strict=True):
+        phi.add_incoming(value, give)
+        phi.add_incoming(other, add)
+
+    def finished(value: ir.Value, width: int) -> ir.Value:
+        value = clamp(b, value, splat(b, low, width), splat(b, high, width))
+        return ACTIVATIONS[activation](b, module, value, width) if activation else value
+
+    ready = finished(results[-1], rows) if alone is not None else None
     # Rows that stand in for a missing filter repeat the first row's channel: the first row is stored last.
     for row in reversed(range(rows)):
         line = at(b, y, long_at(b, y_channel, const(row)))
         for v in range(vectors):
-            value = clamp(b, results[row * vectors + v], lows, highs)
-            if activation:
-                value = ACTIVATIONS[activation](b, module, value, lanes)
+            value = finished(results[row * vectors + v], lanes)
             value = masked(b, value, at(b, mask, const(lanes * v)), lanes)
             store_vector(b, value, at(b, line, const(lanes * v)), lanes)
+        if alone is not None:
+            value = b.extract_element(ready, ir.Constant(I32, row))
+            b.store(masked(b, value, at(b, mask, alone), 1), at(b, line, alone))
     b.ret_void()
     return function
 
 
+def _taken(more: list[ir.Value], wanted: Extra, extra: Extra) -> list[ir.Value] | None:
+    """The next arguments, where they are those of `wanted`."""
+    if wanted not in extra:
+        return None
+    taken = more[: len(_ARGUMENTS[wanted])]
+    del more[: len(taken)]
+    return taken
+
+
 def _op(
-    module: ir.Module, rows: int, built: dict[int, ir.Function], heights: dict[int, int], lanes: int, panels: bool
-) -> None:
+    module: ir.Module, rows: int, built: dict[int, ir.Function], heights: dict[int, int],
+    single: tuple[Singles, ir.Function] | None, lanes: int, panels: bool, columns: bool,
+) -> None:  # fmt: skip
     b, fields, slots, item, thread = op_function(module)
     get = {field: b.load(at(b, fields, const(field))) for field in Field}
 
@@ -227,8 +333,7 @@ def _op(
 
     chunk, block = index(Field.CHUNK_STRIDE, Field.CHUNKS), index(Field.BLOCK_STRIDE, Field.BLOCKS)
     image = index(Field.IMAGE_STRIDE, Field.BATCH)
-    start = b.mul(block, get[Field.BLOCK])
-    length = smaller(b, get[Field.BLOCK], b.sub(get[Field.POSITIONS], start))
+    start, length = block_at(b, block, get[Field.BLOCK], get[Field.BLOCKS], get[Field.POSITIONS])
 
     def base(slot: Field, offset: Field, stride: Field) -> ir.Value:
         return at(b, address(b, slots, get[slot], get[offset]), b.add(b.mul(image, get[stride]), start))
@@ -236,16 +341,14 @@ def _op(
     x = base(Field.X_SLOT, Field.X_OFFSET, Field.X_IMAGE)
     y = base(Field.Y_SLOT, Field.Y_OFFSET, Field.Y_IMAGE)
     residual = base(Field.RESIDUAL_SLOT, Field.RESIDUAL_OFFSET, Field.RESIDUAL_IMAGE)
-    mask = at(b, pointer_field(b, get[Field.MASK], INTS), start)
+    mask, inside = (at(b, pointer_field(b, get[each], INTS), start) for each in (Field.MASK, Field.INSIDE))
     low, high = float_field(b, get[Field.LOW]), float_field(b, get[Field.HIGH])
     pointer = pointer_field(b, get[Field.GROUP_POINTER], INTS)
     first = b.mul(chunk, get[Field.CHUNK])
     last = smaller(b, b.add(first, get[Field.CHUNK]), get[Field.GROUPS])
 
-    def compute(
-        group: ir.Value, list_: ir.Value, position: ir.Value, count: int, partial: ir.Value, carry: ir.Value
-    ) -> None:
-        """A group's sums over one list of kept positions, for `count` vectors from `position` on."""
+    def work(group: ir.Value, list_: ir.Value, partials: ir.Value, carry: ir.Value) -> None:
+        """A group's sums over one list of kept positions, at all positions of the item."""
         begin = long_at(b, pointer, list_)
         kept = b.sub(long_at(b, pointer, b.add(list_, const(1))), begin)
         row0 = b.mul(group, const(rows))
@@ -254,22 +357,33 @@ def _op(
         bias = at(b, pointer_field(b, get[Field.BIAS], FLOATS), row0)
         y_channel = at(b, pointer_field(b, get[Field.Y_CHANNEL], INTS), row0)
         residual_channel = at(b, pointer_field(b, get[Field.RESIDUAL_CHANNEL], INTS), row0)
-        for row in reversed(range(0, rows, heights[count])):
-            step = const(row)
-            b.call(
-                built[count],
-                [
+        ends = at(b, pointer_field(b, get[Field.ENDS], INTS), b.mul(list_, get[Field.RUNS]))
+
+        def compute(count: int, position: ir.Value, alone: ir.Value | None = None) -> None:
+            """`count` vectors from `position` on, and the single position `alone`."""
+            partial = at(b, partials, b.mul(position, const(rows)))
+            for row in reversed(range(0, rows, heights[count])):
+                step, function = const(row), built[count]
+                given = [
                     at(b, x, position), offsets, kept, at(b, values, step), const(rows), at(b, bias, step),
                     at(b, y, position), at(b, y_channel, step), at(b, residual, position),
                     at(b, residual_channel, step), get[Field.RESIDUAL], at(b, mask, position), low, high,
                     at(b, partial, const(row * count * lanes)), carry,
-                ],
-            )  # fmt: skip
+                ]  # fmt: skip
+                if alone is not None and single is not None:
+                    function = single[1]
+                    own = at(b, partials, b.add(b.mul(alone, const(rows)), step))
+                    given += [b.sub(alone, position), own]
+                if columns:
+                    here = at(b, inside, position)
+                    given += [get[Field.RUNS], ends, get[Field.COLUMNS], here, get[Field.INSIDE_LENGTH]]
+                b.call(function, given)
+
+        cover(b, length, lanes, max(built), compute, single[0] if single else None)
 
     if not panels:
         with loop(b, first, last) as group:
-            cover(b, length, lanes, max(built), lambda count, position: compute(
-                group, group, position, count, y, const(0)))  # fmt: skip
+            work(group, group, y, const(0))
         b.ret_void()
         return
 
@@ -279,22 +393,44 @@ def _op(
     with loop(b, first, last) as group, loop(b, const(0), get[Field.PANELS]) as panel:
         came = b.select(b.icmp_signed(">", panel, const(0)), const(CARRY_IN), const(0))
         goes = b.select(b.icmp_signed("<", panel, final), const(CARRY_OUT), const(0))
-        list_, carry = b.add(b.mul(group, get[Field.PANELS]), panel), b.or_(came, goes)
-        cover(b, length, lanes, max(built), lambda count, position: compute(
-            group, list_, position, count, at(b, partials, b.mul(position, const(rows))), carry))  # fmt: skip
+        work(group, b.add(b.mul(group, get[Field.PANELS]), panel), partials, b.or_(came, goes))
     b.ret_void()
 
 
-def cover(b: ir.IRBuilder, length: ir.Value, lanes: int, widest: int, compute: Callable[[int, ir.Value], None]) -> None:
-    """Tiles for `length` positions: as many of the widest as leave no single vector over, then narrower ones."""
-    vectors = b.sdiv(b.add(length, const(lanes - 1)), const(lanes))
+def block_at(
+    b: ir.IRBuilder, block: ir.Value, size: ir.Value, blocks: ir.Value, positions: ir.Value
+) -> tuple[ir.Value, ir.Value]:
+    """Where a block of positions begins, and how long it is; the last one takes what is left."""
+    start = b.mul(block, size)
+    last = b.icmp_signed("==", block, b.sub(blocks, const(1)))
+    return start, b.select(last, b.sub(positions, start), size)
+
+
+def cover(
+    b: ir.IRBuilder, length: ir.Value, lanes: int, widest: int, compute: Callable[..., None],
+    single: Singles | None = None,
+) -> None:  # fmt: skip
+    """Tiles for `length` positions: as many of the widest as leave no single vector over, then narrower ones.
+
+    Positions that fill no vector are one more vector, or are walked along by the first tiles, one each.
+    """
+    vectors, begin = b.sdiv(b.add(length, const(lanes - 1)), const(lanes)), const(0)
+    if single is not None:
+        whole, rest = b.sdiv(length, const(lanes)), b.srem(length, const(lanes))
+        carried = b.mul(rest, const(single.count))
+        few = b.and_(b.icmp_signed("<=", rest, const(single.most)), b.icmp_signed("<=", carried, whole))
+        with loop(b, const(0), b.select(few, rest, const(0))) as number:
+            alone = b.add(b.mul(whole, const(lanes)), number)
+            compute(single.count, b.mul(number, const(single.count * lanes)), alone)
+        begin = b.select(few, b.mul(carried, const(lanes)), const(0))
+        vectors = b.select(few, b.sub(whole, carried), vectors)
     rest = b.srem(vectors, const(widest))
     wide = b.sub(vectors, rest)
     if widest > 2:  # one vector over: taken with a wide tile's as two narrower ones, both busy
         spare = b.and_(b.icmp_signed("==", rest, const(1)), b.icmp_signed(">", vectors, const(1)))
         wide = b.select(spare, b.sub(wide, const(widest)), wide)
     with loop(b, const(0), wide, widest) as v:
-        compute(widest, b.mul(v, const(lanes)))
+        compute(widest, b.add(begin, b.mul(v, const(lanes))))
     left = b.sub(vectors, wide)
     end = b.append_basic_block("covered")
     counts = [*range(1, widest), widest + 1]
@@ -303,7 +439,7 @@ def cover(b: ir.IRBuilder, length: ir.Value, lanes: int, widest: int, compute: C
     for count, case in cases.items():
         switch.add_case(const(count), case)
         b.position_at_end(case)
-        at_position = b.mul(wide, const(lanes))
+        at_position = b.add(begin, b.mul(wide, const(lanes)))
         parts = [count] if count < widest else [-(-count // 2), count // 2]
         for part in parts:
             compute(part, at_position)

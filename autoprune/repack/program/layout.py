@@ -6,6 +6,9 @@ neighbour of any position lies a constant distance away, inside the border where
 
 A map read with a stride is stored as phase planes: padded position (y, x) in plane (y mod s, x mod s), where what
 neighbouring outputs read are neighbours again.
+
+Where a map is small, border columns are much to compute for nothing. It has none then (`pad_w` is 0), and who looks
+beyond a row's ends does so through a mask (`inside`).
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ class MapLayout:
         pad_h, pad_w: border rows and columns that may be read; the border's value is 0, or `border`.
         stride_h, stride_w: 1, or the number of phases.
         border: what lies around the map.
+        reach: columns beyond a row's ends that are looked at, and masked, beside the border's.
     """
 
     channels: int
@@ -50,6 +54,7 @@ class MapLayout:
     stride_h: int = 1
     stride_w: int = 1
     border: float = 0.0
+    reach: int = 0
 
     @property
     def phases(self) -> int:
@@ -65,12 +70,16 @@ class MapLayout:
     @property
     def plane(self) -> int:
         """From a plane to the next; whole vectors written from the last row's positions stay inside."""
-        return _spread(aligned(max(self.rows * self.pitch, self.positions - self.width + aligned(self.width))))
+        floats = self.rows * self.pitch
+        if self.phases == 1:
+            floats = max(floats, self.positions - self.width + aligned(self.width))
+        return _spread(aligned(floats))
 
     @property
     def origin(self) -> int:
         """Position (0, 0) of channel 0, aligned to a vector."""
-        return aligned(self.pad_h * self.pitch + self.pad_w) if self.phases == 1 else 0
+        border = self.pad_h * self.pitch + self.pad_w if self.phases == 1 else 0
+        return aligned(border + self.reach)
 
     @property
     def image(self) -> int:
@@ -109,3 +118,10 @@ class MapLayout:
         rows = np.tile(inside, self.height)[: self.positions]
         mask[: self.positions] = -rows.astype(np.int32)
         return mask
+
+    def inside(self, width: int, column: int, count: int) -> NDArray[np.int32]:
+        """For the first `count` positions of outputs of a `width`: -1 where what lies `column` beside is in the map."""
+        x = np.arange(self.pitch)
+        source = x * self.stride_w + column
+        row = (x < width) & (source >= 0) & (source < self.width)
+        return -np.resize(row, count).astype(np.int32)

@@ -35,6 +35,7 @@ from autoprune.repack.program.weights import Weights
 
 ARENA = 1  # slot of the arena; slot 0 holds 0
 WIDEST_STRIDE = 4  # of a sliding window's kernel
+CROWDED = 0.95  # share of a convolution's vectors that must be left for a map to have no border columns
 # What torch and unpacking raise for values that do not fit an operation; a graph from a file may hold any.
 FAILURES = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
 NOT_NEGATIVE = ("relu", "relu6", "sigmoid", "hardsigmoid")
@@ -66,10 +67,12 @@ class _Map:
     border: float
     pitch: _Class = field(default_factory=_Class)
     pad: tuple[int, int] = (0, 0)
+    reach: int = 0
     buffer: Buffer = field(default_factory=lambda: Buffer(0))
 
-    def padded(self, padding: tuple[int, int]) -> _Map:
-        """Makes room for a reader that looks `padding` beyond the map."""
+    def padded(self, padding: tuple[int, int], reach: int = 0) -> _Map:
+        """Makes room for a reader that looks `padding` beyond the map, and `reach` columns more through masks."""
+        self.reach = max(self.reach, reach)
         self.pad = (max(self.pad[0], padding[0]), max(self.pad[1], padding[1]))
         width, wide = self.shape[3], self.stride[1]
         needed = width + self.pad[1] if self.stride == (1, 1) else -(-(width + 2 * self.pad[1]) // wide)
@@ -80,7 +83,8 @@ class _Map:
     @property
     def layout(self) -> MapLayout:
         _, channels, height, width = self.shape
-        return MapLayout(channels, height, width, self.pitch.root().width, *self.pad, *self.stride, self.border)
+        pitch = self.pitch.root().width
+        return MapLayout(channels, height, width, pitch, *self.pad, *self.stride, self.border, self.reach)
 
     @property
     def at(self) -> nodes.MapAt:
@@ -222,7 +226,6 @@ class _Lowering:
         outputs: dict[int, tuple[int, ...]] = {}
         tensors = [name for name in self.graph.output_names() if isinstance(self.values[name], Tensor)]
         returned = {name: self.returned(name, outputs) for name in tensors}
-        copied = _sharing(returned)
         for index, step in enumerate(self.steps):
             reads = step.reads if isinstance(step, NativeStep) else [view.buffer for view in step.reads.values()]
             for buffer in [*reads, *([step.writes] if isinstance(step, NativeStep) else [])]:
@@ -231,6 +234,7 @@ class _Lowering:
             view.buffer.used(len(self.steps))
         scalars = {name: value for name, value in self.values.items() if isinstance(value, int)}
         arena = place(self.native_buffers(), ARENA)
+        copied = _sharing(returned)  # now that it is known what lies in the arena
         return Lowered(
             tuple(self.steps), arena, self.slots, tuple(inputs), outputs, self.fixed, scalars, self.threads, returned,
             copied,
@@ -299,15 +303,16 @@ class _Lowering:
         return self.copies[name][1]
 
     def map(
-        self, name: str, padding: tuple[int, int] = (0, 0), stride: tuple[int, int] = (1, 1), border: float = 0.0
-    ) -> _Map:
-        """The value as a map with room for `padding`, in phase planes where `stride` is given."""
+        self, name: str, padding: tuple[int, int] = (0, 0), stride: tuple[int, int] = (1, 1), border: float = 0.0,
+        reach: int = 0,
+    ) -> _Map:  # fmt: skip
+        """The value as a map with room for `padding` and `reach`, in phase planes where `stride` is given."""
         if name in self.positive and border < 0:
             border = 0.0  # a maximum over values that are not negative
         key = (name, stride, border)
         if key not in self.maps:
             self.convert(name, key)
-        return self.maps[key].padded(padding)
+        return self.maps[key].padded(padding, reach)
 
     def convert(self, name: str, key: tuple[str, tuple[int, int], float]) -> None:
         batch, channels, height, width = self.values[name].shape
@@ -404,6 +409,9 @@ class _Lowering:
             return True
         if self.skips(x, window):
             given, window = self.subsampled(x, window.stride), replace(window, stride=(1, 1))
+        elif op.kind == "conv2d" and self.crowded(window, shape):
+            reach = max(abs(dx) for _, dx in window.taps())
+            given = self.map(x, (window.padding[0], 0), window.stride, reach=reach)
         else:
             given = self.map(x, window.padding, window.stride)
         added = residual_of(op)
@@ -430,6 +438,13 @@ class _Lowering:
         positions = (shape[2] - 1) * (shape[3] + window.padding[1]) + shape[3]  # about: the pitch is not known yet
         self.steps.append(NativeStep(op.output, reads, made.buffer, build, op, (positions, batch)))
         return True
+
+    def crowded(self, window: nodes.Window, shape: tuple[int, ...]) -> bool:
+        """Whether a map is so small that its border's columns are too much to compute."""
+        (height, width), lanes = shape[2:], self.target.lanes
+        vectors = -(-((height - 1) * (width + window.padding[1]) + width) // lanes)
+        whole, rest = divmod(height * width, lanes)
+        return whole + min(1.0, rest / lanes) <= CROWDED * vectors
 
     def factors(self, op: Op, role: str, channels: int) -> nodes.Factors | None:
         """Where the factors of a gated convolution's output or input channels lie."""

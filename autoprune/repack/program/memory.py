@@ -52,7 +52,7 @@ def _key(layout: MapLayout | None) -> Hashable:
     """Buffers of one key may follow each other in one place; those of None hold nothing that must stay."""
     if layout is None or layout.phases > 1 or (layout.pad_h, layout.pad_w, layout.border) == (0, 0, 0.0):
         return None  # rows, planes that are cleared when they are filled, maps that nobody looks beyond
-    return (layout.height, layout.width, layout.pitch, layout.pad_h, layout.pad_w, layout.border)
+    return (layout.height, layout.width, layout.pitch, layout.pad_h, layout.pad_w, layout.border, layout.origin)
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,13 @@ from autoprune.repack.kernels import attention, copy, gated_gemm, maps, offset_g
 from autoprune.repack.kernels import gate as gates
 from autoprune.repack.kernels.compiler import Target
 from autoprune.repack.kernels.math import clamp_bounds
-from autoprune.repack.program.layout import FLOAT_BYTES, MapLayout, aligned
+from autoprune.repack.program.layout import ALIGN, FLOAT_BYTES, MapLayout, aligned
 from autoprune.repack.program.memory import Buffer, float_bits
 from autoprune.repack.program.native import NativeOp
 from autoprune.repack.program.weights import Weights
 
 PANEL_BLOCK = 384  # the most positions an item has with panels: their sums must stay in the nearest cache
+RUN = 32  # kept positions of one column that are walked before the next column's, about
 CHUNK_FLOATS = 16384  # of a map that an item of an element-wise op works on
 
 
@@ -118,7 +119,7 @@ class Gated:
 
 def _fields(kinds: type[IntEnum], given: Mapping[IntEnum, Any]) -> NDArray[np.int64]:
     """The array a kernel reads; arrays become their addresses."""
-    values = np.zeros(len(kinds), np.int64)
+    values = np.zeros(max(kinds) + 1, np.int64)
     for field, value in given.items():
         values[field] = value.ctypes.data if isinstance(value, np.ndarray) else value
     return values
@@ -155,12 +156,13 @@ def convolution(
     most = min(positions, PANEL_BLOCK) if tiling.panel else positions
     block = -(-min(tiling.block, most) // lanes) * lanes
     chunk = min(tiling.chunk or packed.groups, packed.groups)
-    blocks, chunks = -(-positions // block), -(-packed.groups // chunk)
+    # a last block of less than a vector is part of the one before: its positions may be taken singly
+    blocks, chunks = max(1, (positions - lanes) // block + 1), -(-packed.groups // chunk)
+    mask = y.layout.mask()
     given: dict[IntEnum, Any] = {
         f.X_SLOT: x.buffer.slot, f.X_OFFSET: x.offset, f.Y_SLOT: y.buffer.slot, f.Y_OFFSET: y.offset,
-        f.X_IMAGE: x.layout.image, f.Y_IMAGE: y.layout.image, f.MASK: y.layout.mask(),
-        f.GROUP_POINTER: packed.group_pointer, f.OFFSETS: offsets, f.VALUES: packed.values,
-        f.BIAS: weights.bias_rows, f.Y_CHANNEL: _channels(weights, y.layout), f.LOW: low, f.HIGH: high,
+        f.X_IMAGE: x.layout.image, f.Y_IMAGE: y.layout.image, f.MASK: mask, f.BIAS: weights.bias_rows,
+        f.Y_CHANNEL: _channels(weights, y.layout), f.LOW: low, f.HIGH: high,
         f.GROUPS: packed.groups, f.POSITIONS: positions, f.CHUNK: chunk, f.BLOCK: block, f.CHUNKS: chunks,
         f.BLOCKS: blocks, f.BATCH: batch,
     }  # fmt: skip
@@ -168,8 +170,8 @@ def convolution(
         given |= {f.CHUNK_STRIDE: 1, f.BLOCK_STRIDE: chunks, f.IMAGE_STRIDE: chunks * blocks}
     else:
         given |= {f.BLOCK_STRIDE: 1, f.IMAGE_STRIDE: blocks, f.CHUNK_STRIDE: blocks * batch}
-    if tiling.panel:
-        given |= _panels(packed, offsets, tiling, scratch)
+    masks = _columns(window_, x.layout, y.layout.width, len(mask))
+    given |= _lists(packed, offsets, tiling, masks, scratch)
     given[f.RESIDUAL_CHANNEL] = given[f.Y_CHANNEL]
     if residual is not None:
         given |= {
@@ -180,8 +182,74 @@ def convolution(
         given |= _gated(weights, packed, offsets, gated, scratch)
         kernel = gated_gemm.gated_gemm(packed.group_size, target, other)
         return _op(name, kernel, gated_gemm.Field, given, batch * blocks * chunks)
-    kernel = offset_gemm.offset_gemm(packed.group_size, target, other, tiling.panel > 0)
+    kernel = offset_gemm.offset_gemm(packed.group_size, target, other, tiling.panel > 0, masks is not None)
     return _op(name, kernel, f, given, batch * blocks * chunks)
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Columns of a kernel that are read through masks.
+
+    Attributes:
+        of_tap: the mask of each tap.
+        inside: ``(masks, positions)``.
+    """
+
+    of_tap: NDArray[np.int64]
+    inside: NDArray[np.int32]
+
+
+def _columns(window_: Window, layout: MapLayout, width: int, count: int) -> _Columns | None:
+    """What is inside the map by column of the kernel, for `count` positions; None where the map has a border."""
+    if layout.pad_w >= window_.padding[1]:
+        return None
+    inside, of_tap = np.unique(
+        [layout.inside(width, dx, count) for _, dx in window_.taps()], axis=0, return_inverse=True
+    )
+    return _Columns(of_tap.reshape(-1), inside)
+
+
+def _lists(
+    packed: PackedWeight, offsets: NDArray[np.int32], tiling: Tiling, masks: _Columns | None, scratch: Buffer
+) -> dict[IntEnum, Any]:
+    """The kept positions: a list for each group, or group and panel; in runs of one mask where there are masks."""
+    f = offset_gemm.Field
+    if not tiling.panel and masks is None:
+        return {f.GROUP_POINTER: packed.group_pointer, f.OFFSETS: offsets, f.VALUES: packed.values}
+    group = np.repeat(np.arange(packed.groups), np.diff(packed.group_pointer))
+    _, number = np.unique(packed.index, return_inverse=True)
+    inputs = int(number.max(initial=-1)) + 1
+    panels = (-(-inputs // tiling.panel) or 1) if tiling.panel else 1
+    panel = number // tiling.panel if tiling.panel else np.zeros_like(number)
+    backwards = (group % 2 == 1) & tiling.serpentine
+    lists = group * panels + np.where(backwards, panels - 1 - panel, panel)
+    runs, run = 1, np.zeros_like(number)
+    given: dict[IntEnum, Any] = {}
+    if masks is not None:
+        columns = len(masks.inside)
+        parts = max(1, round(len(packed.index) / (packed.groups * panels * columns * RUN)))
+        part = number * parts // max(1, inputs) if not tiling.panel else number % tiling.panel * parts // tiling.panel
+        runs = parts * columns
+        run = np.where(backwards, parts - 1 - part, part) * columns + masks.of_tap[packed.index % packed.taps]
+        given |= {
+            f.RUNS: runs, f.COLUMNS: columns, f.INSIDE: np.ascontiguousarray(masks.inside),
+            f.INSIDE_LENGTH: masks.inside.shape[1],
+        }  # fmt: skip
+    order = np.argsort(lists * runs + run, kind="stable")
+    counts = np.bincount(lists * runs + run, minlength=packed.groups * panels * runs).reshape(-1, runs)
+    ends = counts.cumsum(axis=1)
+    if masks is not None:
+        given[f.ENDS] = np.ascontiguousarray(ends, np.int32)
+    given |= {
+        f.GROUP_POINTER: np.concatenate([[0], ends[:, -1].cumsum()]).astype(np.int32),
+        f.OFFSETS: np.ascontiguousarray(offsets[order]), f.VALUES: np.ascontiguousarray(packed.values[order]),
+    }  # fmt: skip
+    if tiling.panel:
+        given |= {
+            f.PANELS: panels, f.SCRATCH_SLOT: scratch.slot, f.SCRATCH_OFFSET: scratch.offset,
+            f.SCRATCH: panel_scratch(packed.group_size),
+        }  # fmt: skip
+    return given
 
 
 def _gated(
@@ -251,28 +319,9 @@ def serpentine(packed: PackedWeight) -> PackedWeight:
     return replace(packed, index=index, values=values)
 
 
-def _panels(packed: PackedWeight, offsets: NDArray[np.int32], tiling: Tiling, scratch: Buffer) -> dict[IntEnum, Any]:
-    """The kept positions, a list for each group and panel."""
-    f = offset_gemm.Field
-    _, number = np.unique(packed.index, return_inverse=True)
-    panels = -(-(int(number.max(initial=-1)) + 1) // tiling.panel) or 1
-    group = np.repeat(np.arange(packed.groups), np.diff(packed.group_pointer))
-    panel = number // tiling.panel
-    backwards = (group % 2 == 1) & tiling.serpentine
-    lists = group * panels + np.where(backwards, panels - 1 - panel, panel)
-    order = np.argsort(lists, kind="stable")
-    ends = np.cumsum(np.bincount(lists, minlength=packed.groups * panels))
-    return {
-        f.GROUP_POINTER: np.concatenate([[0], ends]).astype(np.int32), f.PANELS: panels,
-        f.OFFSETS: np.ascontiguousarray(offsets[order]), f.VALUES: np.ascontiguousarray(packed.values[order]),
-        f.SCRATCH_SLOT: scratch.slot, f.SCRATCH_OFFSET: scratch.offset,
-        f.SCRATCH: panel_scratch(packed.group_size),
-    }  # fmt: skip
-
-
 def panel_scratch(rows: int) -> int:
     """Floats of scratch a thread needs for a tiling with panels of groups of `rows` filters."""
-    return rows * aligned(PANEL_BLOCK)
+    return rows * (aligned(PANEL_BLOCK) + ALIGN)
 
 
 def _channels(weights: Weights, layout: MapLayout) -> NDArray[np.int32]:
@@ -475,7 +524,7 @@ def copied(
     if phases is not None:
         given |= {
             f.STRIDE_H: phases.stride_h, f.STRIDE_W: phases.stride_w, f.PAD_H: phases.pad_h, f.PAD_W: phases.pad_w,
-            f.Y_PLANE: phases.plane, f.CLEARED: phases.channel(1),
+            f.Y_PLANE: phases.plane, f.CLEARED: phases.phases * phases.plane,
         }  # fmt: skip
     return _op(name, copy.copy_map(target), f, given, batch * size[0])
 
