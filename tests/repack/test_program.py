@@ -260,6 +260,14 @@ def test_what_was_returned_stays_as_it_was(mixed: tuple[nn.Module, ProgramModel]
     assert identical({**first, "rows": kept["rows"], "views": kept["views"]}, kept)
 
 
+@pytest.mark.parametrize("place", [(0, 0), (3, 3), (5, 4), (15, 13)])
+def test_a_maximum_over_nan_is_nan(place: tuple[int, int]) -> None:
+    model, x = nn.MaxPool2d(3, 2, 1).eval(), image()
+    fast = program_of(model, x)
+    x[0, 1, place[0], place[1]] = float("nan")
+    assert torch.equal(fast(x).isnan(), model(x).isnan())
+
+
 class Turned(nn.Module):
     """What native ops computed, seen through a view: it lies in the memory that the next call writes to."""
 

@@ -100,7 +100,7 @@ def vector(lanes: int) -> ir.Type:
 def splat(b: ir.IRBuilder, scalar: ir.Value, lanes: int) -> ir.Value:
     if lanes == 1:
         return scalar
-    undefined = ir.Constant(vector(lanes), ir.Undefined)
+    undefined = ir.Constant(ir.VectorType(scalar.type, lanes), ir.Undefined)
     first = b.insert_element(undefined, scalar, ir.Constant(I32, 0))
     return b.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(I32, lanes), [0] * lanes))
 
@@ -110,6 +110,16 @@ def load_vector(b: ir.IRBuilder, pointer: ir.Value, lanes: int) -> ir.Value:
     loaded = b.load(b.bitcast(pointer, vector(lanes).as_pointer()))
     loaded.align = 4
     return loaded
+
+
+def masked_load(b: ir.IRBuilder, module: ir.Module, pointer: ir.Value, wanted: ir.Value, lanes: int) -> ir.Value:
+    """`lanes` floats from `pointer`, zero where the bits of `wanted` are; what lies there is not touched."""
+    kind, bits = vector(lanes), ir.VectorType(ir.IntType(1), lanes)
+    place = b.bitcast(pointer, kind.as_pointer())
+    name = f"llvm.masked.load.v{lanes}f32.p0v{lanes}f32"
+    signature = ir.FunctionType(kind, [place.type, I32, bits, kind])
+    function = module.globals.get(name) or ir.Function(module, signature, name)
+    return b.call(function, [place, ir.Constant(I32, 4), wanted, ir.Constant(kind, None)])
 
 
 def store_vector(b: ir.IRBuilder, value: ir.Value, pointer: ir.Value, lanes: int) -> None:

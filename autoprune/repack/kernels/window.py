@@ -34,6 +34,7 @@ from autoprune.repack.kernels.ir import (
     vector,
 )
 from autoprune.repack.kernels.math import ACTIVATIONS
+from autoprune.repack.kernels.offset_gemm import cover
 
 
 class Mode(Enum):
@@ -76,8 +77,8 @@ class Field(IntEnum):
 def window(mode: Mode, stride: int, target: Target, activation: str = "") -> int:
     """The op for windows `stride` columns apart; an item is some channels of an image."""
     module = ir.Module()
-    vectors = 8 if stride == 1 else 4
-    built = {count: _run(module, mode, stride, count, target.lanes, activation) for count in (vectors, 1)}
+    widest = 6 if stride == 1 else 4  # at once, so that none waits for the one before it
+    built = {count: _run(module, mode, stride, count, target.lanes, activation) for count in range(1, widest + 1)}
     b, fields, slots, item, _ = op_function(module)
     get = {field: b.load(at(b, fields, const(field))) for field in Field}
     chunk, image = b.srem(item, get[Field.CHUNKS]), b.sdiv(item, get[Field.CHUNKS])
@@ -87,7 +88,6 @@ def window(mode: Mode, stride: int, target: Target, activation: str = "") -> int
     mask, scale = pointer_field(b, get[Field.MASK], INTS), pointer_field(b, get[Field.SCALE], FLOATS)
     offsets = pointer_field(b, get[Field.OFFSETS], INTS)
     start = b.mul(chunk, get[Field.CHUNK])
-    wide = vectors * target.lanes
     with loop(b, start, smaller(b, b.add(start, get[Field.CHUNK]), get[Field.CHANNELS])) as channel:
         plane, out = at(b, x, b.mul(channel, get[Field.X_CHANNEL])), at(b, y, b.mul(channel, get[Field.Y_CHANNEL]))
         weights = at(b, pointer_field(b, get[Field.WEIGHTS], FLOATS), b.mul(channel, get[Field.TAPS]))
@@ -104,11 +104,7 @@ def window(mode: Mode, stride: int, target: Target, activation: str = "") -> int
                      at(b, out, here), low, high],
                 )  # fmt: skip
 
-            whole = b.mul(b.sdiv(get[Field.COLUMNS], const(wide)), const(wide))
-            with loop(b, const(0), whole, wide) as column:
-                compute(vectors, column)
-            with loop(b, whole, get[Field.COLUMNS], target.lanes) as column:
-                compute(1, column)
+            cover(b, get[Field.COLUMNS], target.lanes, widest, compute)
     b.ret_void()
     return compile_op(module, "op", target)
 
@@ -144,7 +140,8 @@ def _run(module: ir.Module, mode: Mode, stride: int, vectors: int, lanes: int, a
         elif mode is Mode.AVERAGE:
             value = b.fadd(given, each)
         else:  # NaN wins, as in torch
-            value = b.select(b.fcmp_unordered(">", given, each), given, each)
+            wins = b.or_(b.fcmp_ordered(">", given, each), b.fcmp_unordered("uno", given, given))
+            value = b.select(wins, given, each)
         each.add_incoming(value, body)
     tap.add_incoming(b.add(tap, const(1)), body)
     b.branch(head)

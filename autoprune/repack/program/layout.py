@@ -70,10 +70,9 @@ class MapLayout:
     @property
     def plane(self) -> int:
         """From a plane to the next; whole vectors written from the last row's positions stay inside."""
-        floats = self.rows * self.pitch
-        if self.phases == 1:
-            floats = max(floats, self.positions - self.width + aligned(self.width))
-        return _spread(aligned(floats))
+        before = self.positions - self.width if self.phases == 1 else (self.rows - 1) * self.pitch
+        row = self.width if self.phases == 1 else self.pitch
+        return _spread(aligned(max(self.rows * self.pitch, before + aligned(row))))
 
     @property
     def origin(self) -> int:

@@ -60,7 +60,11 @@ class _Class:
 
 @dataclass(eq=False)
 class _Map:
-    """A value as a feature map; its layout stands when every reader is known."""
+    """A value as a feature map; its layout stands when every reader is known.
+
+    Attributes:
+        over: a map that this one may be written over, where it is not needed any more.
+    """
 
     shape: tuple[int, int, int, int]
     stride: tuple[int, int]
@@ -68,6 +72,7 @@ class _Map:
     pitch: _Class = field(default_factory=_Class)
     pad: tuple[int, int] = (0, 0)
     reach: int = 0
+    over: _Map | None = None
     buffer: Buffer = field(default_factory=lambda: Buffer(0))
 
     def padded(self, padding: tuple[int, int], reach: int = 0) -> _Map:
@@ -243,6 +248,10 @@ class _Lowering:
 
     def native_buffers(self) -> list[Buffer]:
         """Buffers that lie in the arena, sized now that every layout stands."""
+        for each in self.maps.values():
+            if each.over is not None:
+                each.padded(each.over.pad, each.over.reach)  # one layout, so that one place can hold both
+                each.buffer.over = each.over.buffer
         for each in self.maps.values():
             if each.buffer.slot < 0:
                 each.buffer.layout = each.layout
@@ -425,6 +434,8 @@ class _Lowering:
         made.pitch.join(given.pitch)
         if residual is not None:
             made.pitch.join(residual.pitch)
+            if shape[1] // a["groups"] % max(GROUP_SIZES) == 0:  # no row stands in for a missing filter
+                made.over = residual
 
         def build(weights: Weights | None, tiling: nodes.Tiling) -> NativeOp:
             assert weights is not None
@@ -595,6 +606,7 @@ class _Lowering:
         made = self.new_map(op, shape)
         for each in given:
             made.pitch.join(each.pitch)
+        made.over = given[-1]
         activation = op.attributes["name"] if op.kind == "activation" else op.activation
 
         def build(*_: Any) -> NativeOp:

@@ -26,6 +26,7 @@ class Buffer:
         slot: index into the call's base addresses.
         offset: bytes.
         first, last: the steps between which it is in use.
+        over: what may be overwritten by it, position by position, when it is read for the last time.
     """
 
     size: int
@@ -34,6 +35,7 @@ class Buffer:
     offset: int = 0
     first: int = -1
     last: int = -1
+    over: Buffer | None = None
 
     def used(self, step: int) -> None:
         self.first = step if self.first < 0 else self.first
@@ -51,7 +53,7 @@ class _Block:
 def _key(layout: MapLayout | None) -> Hashable:
     """Buffers of one key may follow each other in one place; those of None hold nothing that must stay."""
     if layout is None or layout.phases > 1 or (layout.pad_h, layout.pad_w, layout.border) == (0, 0, 0.0):
-        return None  # rows, planes that are cleared when they are filled, maps that nobody looks beyond
+        return None  # rows, planes that are filled with their border, maps that nobody looks beyond
     return (layout.height, layout.width, layout.pitch, layout.pad_h, layout.pad_w, layout.border, layout.origin)
 
 
@@ -81,9 +83,14 @@ def place(buffers: list[Buffer], slot: int) -> Arena:
     """Gives every buffer its offset in the arena in `slot`, in the order they come into use."""
     blocks: list[_Block] = []
     for buffer in sorted((each for each in buffers if each.first >= 0), key=lambda each: each.first):
-        key = _key(buffer.layout)
+        key, over = _key(buffer.layout), buffer.over
         free = [block for block in blocks if block.key == key and block.free_from <= buffer.first]
-        fitting = min(free, key=lambda block: (max(0, buffer.size - block.size), block.size), default=None)
+        if over is not None and over.last == buffer.first and over.layout == buffer.layout:
+            fitting = next((block for block in blocks if over in block.users), None)
+        else:  # of blocks alike the one used last, which is still in a cache
+            fitting = min(
+                free, key=lambda block: (max(0, buffer.size - block.size), block.size, -block.free_from), default=None
+            )
         if fitting is None:
             fitting = _Block(key, 0, 0)
             blocks.append(fitting)

@@ -520,13 +520,13 @@ def copied(
     """
     f = copy.Field
     given: dict[IntEnum, Any] = dict(zip(f, (x[0], x[1], y[0], y[1], *size, *x[2], *y[2]), strict=False))
-    given |= {f.STRIDE_H: 1, f.STRIDE_W: 1}
-    if phases is not None:
-        given |= {
-            f.STRIDE_H: phases.stride_h, f.STRIDE_W: phases.stride_w, f.PAD_H: phases.pad_h, f.PAD_W: phases.pad_w,
-            f.Y_PLANE: phases.plane, f.CLEARED: phases.phases * phases.plane,
-        }  # fmt: skip
-    return _op(name, copy.copy_map(target), f, given, batch * size[0])
+    if phases is None:
+        return _op(name, copy.copy_map(target), f, given, batch * size[0])
+    given |= {
+        f.STRIDE_H: phases.stride_h, f.PAD_H: phases.pad_h, f.PAD_W: phases.pad_w, f.ROWS: phases.rows,
+        f.Y_PLANE: phases.plane,
+    }  # fmt: skip
+    return _op(name, copy.phase_planes(phases.stride_w, target), f, given, batch * size[0])
 
 
 def layer_norm(
