@@ -1,4 +1,4 @@
-"""Copies a feature map into another layout, native ops: into a border, into phase planes, or out again."""
+"""Copies a feature map into another layout, native ops: as it is, or with its border, in phase planes for a stride."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from autoprune.repack.kernels.ir import (
     I32,
     address,
     at,
+    clear,
     const,
     loop,
     masked_load,
@@ -38,18 +39,21 @@ class Field(IntEnum):
     Y_IMAGE = 10
     Y_CHANNEL = 11
     Y_ROW = 12
-    STRIDE_H = 13  # row phases; from here on: into phase planes
+    STRIDE_H = 13  # row phases; from here on: into planes
     PAD_H = 14
     PAD_W = 15
     ROWS = 16  # of a plane
     Y_PLANE = 17  # from a phase plane to the next
+    POSITIONS = 18  # of a channel, where there is one plane
+    BORDER = 19  # floats of border behind them, which are cleared
+    BORDER_FIRST = 20  # and before the first channel
 
 
 @once_a_process
 def copy_map(target: Target) -> int:
     """The op that keeps rows as they are; an item is a channel of an image."""
     module = ir.Module()
-    b, get, x, y = _start(module)
+    b, get, _, x, y = _start(module)
     with loop(b, const(0), get[Field.HEIGHT]) as row:
         line, into = at(b, x, b.mul(row, get[Field.X_ROW])), at(b, y, b.mul(row, get[Field.Y_ROW]))
         with loop(b, const(0), get[Field.WIDTH]) as column:
@@ -59,13 +63,14 @@ def copy_map(target: Target) -> int:
 
 
 @once_a_process
-def phase_planes(stride: int, target: Target) -> int:
+def planes(stride: int, target: Target) -> int:
     """The op that deals columns out to `stride` phases, and rows to theirs; an item is a channel of an image.
 
-    Whole rows of the planes are written, their border too, and up to a vector of zeros behind them.
+    Whole rows of the planes are written, their border too, and up to a vector of zeros behind them. One phase each is
+    a map with its border.
     """
     module, lanes = ir.Module(), target.lanes
-    b, get, x, y = _start(module)
+    b, get, item, x, y = _start(module)
     with loop(b, const(0), get[Field.ROWS]) as row, loop(b, const(0), get[Field.STRIDE_H]) as phase:
         source = b.sub(b.add(b.mul(row, get[Field.STRIDE_H]), phase), get[Field.PAD_H])
         inside = b.icmp_unsigned("<", source, get[Field.HEIGHT])  # a row above the map is a large one, unsigned
@@ -83,12 +88,15 @@ def phase_planes(stride: int, target: Target) -> int:
             for column in range(stride):
                 place = at(b, into, b.mul(const(column), get[Field.Y_PLANE]))
                 store_vector(b, _dealt(b, parts, column, lanes), at(b, place, position), lanes)
+    clear(b, at(b, y, get[Field.POSITIONS]), get[Field.BORDER])
+    with b.if_then(b.icmp_signed("==", item, const(0))):
+        clear(b, at(b, y, b.neg(get[Field.BORDER_FIRST])), get[Field.BORDER_FIRST])
     b.ret_void()
     return compile_op(module, "op", target)
 
 
-def _start(module: ir.Module) -> tuple[ir.IRBuilder, dict[Field, ir.Value], ir.Value, ir.Value]:
-    """Builder, fields, and where the item's channel lies."""
+def _start(module: ir.Module) -> tuple[ir.IRBuilder, dict[Field, ir.Value], ir.Value, ir.Value, ir.Value]:
+    """Builder, fields, item, and where its channel lies."""
     b, fields, slots, item, _ = op_function(module)
     get = {field: b.load(at(b, fields, const(field))) for field in Field}
     channel, image = b.srem(item, get[Field.CHANNELS]), b.sdiv(item, get[Field.CHANNELS])
@@ -96,7 +104,7 @@ def _start(module: ir.Module) -> tuple[ir.IRBuilder, dict[Field, ir.Value], ir.V
     x = at(b, x, b.add(b.mul(image, get[Field.X_IMAGE]), b.mul(channel, get[Field.X_CHANNEL])))
     y = address(b, slots, get[Field.Y_SLOT], get[Field.Y_OFFSET])
     y = at(b, y, b.add(b.mul(image, get[Field.Y_IMAGE]), b.mul(channel, get[Field.Y_CHANNEL])))
-    return b, get, x, y
+    return b, get, item, x, y
 
 
 def _integers(values: Iterable[int]) -> ir.Constant:

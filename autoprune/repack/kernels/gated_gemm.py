@@ -21,6 +21,7 @@ from autoprune.repack.kernels.ir import (
     LONGS,
     address,
     at,
+    clear,
     const,
     float_field,
     long_at,
@@ -31,7 +32,7 @@ from autoprune.repack.kernels.ir import (
     store_vector,
     vector,
 )
-from autoprune.repack.kernels.offset_gemm import Extra, block_at, cover, tile, tiles
+from autoprune.repack.kernels.offset_gemm import Extra, block_at, clear_border, cover, tile, tiles
 
 
 class Field(IntEnum):
@@ -71,18 +72,20 @@ class Field(IntEnum):
     SCRATCH = 31  # floats from a thread's scratch to the next: see `scratch`
     PANELS = 32  # always 0: a list is walked at once
     # 33 to 37: of columns that are masked, which a gated convolution has none of
-    GATE_SLOT = 38  # factors of the output channels
-    GATE_OFFSET = 39
-    GATE_IMAGE = 40  # floats from an image's to the next's
-    GATE_OF = 41  # address of int32 a row: the factor it is multiplied by
-    LIVE = 42  # 1 when input channels are gated
-    LIVE_SLOT = 43  # factors of the input channels
-    LIVE_OFFSET = 44
-    LIVE_IMAGE = 45  # so many are an image's
-    RUNS = 46  # address of int32 a group and factor of the input: the first entry of those channels; and the end
-    ENTRIES = 47  # address of int64 a kept position: its offset, and 32 bits up where in its group its weights lie
-    SHARED = 48  # 1 when all groups keep the same positions
-    DEAD = 49  # what becomes of groups that do not live: see `Dead`
+    BORDER = 38
+    BORDER_FIRST = 39
+    GATE_SLOT = 40  # factors of the output channels
+    GATE_OFFSET = 41
+    GATE_IMAGE = 42  # floats from an image's to the next's
+    GATE_OF = 43  # address of int32 a row: the factor it is multiplied by
+    LIVE = 44  # 1 when input channels are gated
+    LIVE_SLOT = 45  # factors of the input channels
+    LIVE_OFFSET = 46
+    LIVE_IMAGE = 47  # so many are an image's
+    RUNS = 48  # address of int32 a group and factor of the input: the first entry of those channels; and the end
+    ENTRIES = 49  # address of int64 a kept position: its offset, and 32 bits up where in its group its weights lie
+    SHARED = 50  # 1 when all groups keep the same positions
+    DEAD = 51  # what becomes of groups that do not live: see `Dead`
 
 
 class Dead(IntEnum):
@@ -164,6 +167,12 @@ def _op(module: ir.Module, rows: int, built: dict[int, ir.Function], heights: di
             with all_:
                 b.store(kept, found)
 
+    channels = pointer_field(b, get[Field.Y_CHANNEL], INTS)
+    with b.if_then(b.icmp_signed("==", block, const(0))):
+        span = (b.mul(first, const(rows)), b.mul(last, const(rows)))
+        clear_border(b, y, channels, span, get[Field.POSITIONS], get[Field.BORDER])
+    with b.if_then(b.icmp_signed("==", item, const(0))):
+        clear(b, at(b, y, b.neg(get[Field.BORDER_FIRST])), get[Field.BORDER_FIRST])
     with b.if_then(shared):
         find(first)
     with loop(b, first, last) as group:
@@ -182,7 +191,7 @@ def _op(module: ir.Module, rows: int, built: dict[int, ir.Function], heights: di
         offsets = at(b, pointer_field(b, get[Field.OFFSETS], INTS), begin)
         values = at(b, pointer_field(b, get[Field.VALUES], FLOATS), b.mul(begin, const(rows)))
         bias = at(b, pointer_field(b, get[Field.BIAS], FLOATS), row0)
-        y_channel = at(b, pointer_field(b, get[Field.Y_CHANNEL], INTS), row0)
+        y_channel = at(b, channels, row0)
         residual_channel = at(b, pointer_field(b, get[Field.RESIDUAL_CHANNEL], INTS), row0)
 
         def compute(width: int, position: ir.Value) -> None:

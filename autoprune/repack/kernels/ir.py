@@ -78,6 +78,12 @@ def spans(
         start = stop
 
 
+def clear(b: ir.IRBuilder, pointer: ir.Value, count: ir.Value) -> None:
+    """Sets `count` floats to zero."""
+    with loop(b, const(0), count) as i:
+        b.store(ir.Constant(F32, 0.0), at(b, pointer, i))
+
+
 def smaller(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
     return b.select(b.icmp_signed("<", x, y), x, y)
 

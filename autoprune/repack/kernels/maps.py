@@ -14,6 +14,7 @@ from autoprune.repack.kernels.ir import (
     address,
     at,
     clamp,
+    clear,
     const,
     float_field,
     load_vector,
@@ -59,6 +60,8 @@ class Field(IntEnum):
     LOW = 17  # float bits: results are clamped
     HIGH = 18
     SCALE = 19  # float bits: of a channel's sum
+    BORDER = 20  # floats of border behind a channel's positions, which are cleared
+    BORDER_FIRST = 21  # and before the first channel
 
 
 def _start(
@@ -97,6 +100,9 @@ def elementwise(combine: Combine, target: Target, activation: str = "") -> int:
             if activation:
                 value = ACTIVATIONS[activation](b, module, value, lanes)
             store_vector(b, masked(b, value, at(b, mask, position), lanes), at(b, out, position), lanes)
+        clear(b, at(b, out, get[Field.POSITIONS]), get[Field.BORDER])
+        with b.if_then(b.icmp_signed("==", b.or_(image, channel), const(0))):
+            clear(b, at(b, out, b.neg(get[Field.BORDER_FIRST])), get[Field.BORDER_FIRST])
     b.ret_void()
     return compile_op(module, "op", target)
 

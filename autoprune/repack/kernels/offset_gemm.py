@@ -37,6 +37,7 @@ from autoprune.repack.kernels.ir import (
     address,
     at,
     clamp,
+    clear,
     const,
     float_field,
     fma,
@@ -98,11 +99,13 @@ class Field(IntEnum):
     SCRATCH_OFFSET = 30
     SCRATCH = 31  # floats from a thread's scratch to the next: see `scratch`
     PANELS = 32  # likewise
-    RUNS = 33  # of a list of kept positions; from here on: where columns are masked
+    RUNS = 33  # of a list of kept positions; this and the next four: where columns are masked
     ENDS = 34  # address of int32 a list and run: its end, in kept positions from the list's begin
     COLUMNS = 35  # masks; run r reads through mask r mod COLUMNS
     INSIDE = 36  # address of int32 a column and position: -1 where what it reads lies inside the map, else 0
     INSIDE_LENGTH = 37  # from a column's to the next
+    BORDER = 38  # floats of border behind a channel's positions, which are cleared
+    BORDER_FIRST = 39  # and before the first channel
 
 
 def tiles(rows: int, target: Target) -> dict[int, int]:
@@ -347,6 +350,13 @@ def _op(
     first = b.mul(chunk, get[Field.CHUNK])
     last = smaller(b, b.add(first, get[Field.CHUNK]), get[Field.GROUPS])
 
+    channels = pointer_field(b, get[Field.Y_CHANNEL], INTS)
+    with b.if_then(b.icmp_signed("==", block, const(0))):
+        span = (b.mul(first, const(rows)), b.mul(last, const(rows)))
+        clear_border(b, y, channels, span, get[Field.POSITIONS], get[Field.BORDER])
+    with b.if_then(b.icmp_signed("==", item, const(0))):
+        clear(b, at(b, y, b.neg(get[Field.BORDER_FIRST])), get[Field.BORDER_FIRST])
+
     def work(group: ir.Value, list_: ir.Value, partials: ir.Value, carry: ir.Value) -> None:
         """A group's sums over one list of kept positions, at all positions of the item."""
         begin = long_at(b, pointer, list_)
@@ -355,7 +365,7 @@ def _op(
         offsets = at(b, pointer_field(b, get[Field.OFFSETS], INTS), begin)
         values = at(b, pointer_field(b, get[Field.VALUES], FLOATS), b.mul(begin, const(rows)))
         bias = at(b, pointer_field(b, get[Field.BIAS], FLOATS), row0)
-        y_channel = at(b, pointer_field(b, get[Field.Y_CHANNEL], INTS), row0)
+        y_channel = at(b, channels, row0)
         residual_channel = at(b, pointer_field(b, get[Field.RESIDUAL_CHANNEL], INTS), row0)
         ends = at(b, pointer_field(b, get[Field.ENDS], INTS), b.mul(list_, get[Field.RUNS]))
 
@@ -395,6 +405,15 @@ def _op(
         goes = b.select(b.icmp_signed("<", panel, final), const(CARRY_OUT), const(0))
         work(group, b.add(b.mul(group, get[Field.PANELS]), panel), partials, b.or_(came, goes))
     b.ret_void()
+
+
+def clear_border(
+    b: ir.IRBuilder, y: ir.Value, channels: ir.Value, rows: tuple[ir.Value, ir.Value], positions: ir.Value,
+    border: ir.Value,
+) -> None:  # fmt: skip
+    """Clears what lies behind the positions of some rows' channels: memory that other maps lay in before."""
+    with loop(b, *rows) as row:
+        clear(b, at(b, y, b.add(long_at(b, channels, row), positions)), border)
 
 
 def block_at(

@@ -18,6 +18,7 @@ from autoprune.repack.kernels.ir import (
     address,
     at,
     clamp,
+    clear,
     const,
     float_field,
     fma,
@@ -71,6 +72,9 @@ class Field(IntEnum):
     MASK = 20  # address of int32 a position: -1 inside the map, 0 on its border
     LOW = 21  # float bits: results are clamped
     HIGH = 22
+    POSITIONS = 23  # of a channel of the output, those on the border between rows counted
+    BORDER = 24  # floats of border behind them, which are cleared
+    BORDER_FIRST = 25  # and before the first channel
 
 
 @once_a_process
@@ -105,6 +109,9 @@ def window(mode: Mode, stride: int, target: Target, activation: str = "") -> int
                 )  # fmt: skip
 
             cover(b, get[Field.COLUMNS], target.lanes, widest, compute)
+        clear(b, at(b, out, get[Field.POSITIONS]), get[Field.BORDER])
+        with b.if_then(b.icmp_signed("==", b.or_(image, channel), const(0))):
+            clear(b, at(b, out, b.neg(get[Field.BORDER_FIRST])), get[Field.BORDER_FIRST])
     b.ret_void()
     return compile_op(module, "op", target)
 

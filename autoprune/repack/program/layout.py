@@ -71,8 +71,7 @@ class MapLayout:
     def plane(self) -> int:
         """From a plane to the next; whole vectors written from the last row's positions stay inside."""
         before = self.positions - self.width if self.phases == 1 else (self.rows - 1) * self.pitch
-        row = self.width if self.phases == 1 else self.pitch
-        return _spread(aligned(max(self.rows * self.pitch, before + aligned(row))))
+        return _spread(aligned(max(self.rows * self.pitch, before + aligned(self.pitch))))
 
     @property
     def origin(self) -> int:
@@ -109,6 +108,16 @@ class MapLayout:
     def positions(self) -> int:
         """Flat positions from (0, 0) to the last of a channel, those on the border between rows counted."""
         return (self.height - 1) * self.pitch + self.width
+
+    @property
+    def behind(self) -> int:
+        """Floats of border behind the last position of a channel, before the next channel's first."""
+        return self.plane - self.positions if self.pad_h or self.pad_w else 0
+
+    @property
+    def before(self) -> int:
+        """Floats of border before the first channel."""
+        return self.pad_h * self.pitch + self.pad_w
 
     def mask(self) -> NDArray[np.int32]:
         """-1 inside the map, 0 on its border, for every flat position and the width of a tile beyond."""

@@ -340,8 +340,7 @@ class _Lowering:
                 assert view is not None
                 x = (view.buffer.slot, view.start * FLOAT_BYTES, (view.stride[0], view.stride[1], view.stride[2]))
             y = (made.buffer.slot, made.at.offset, (layout.image, layout.channel(1), layout.pitch))
-            phases = layout if layout.phases > 1 else None
-            return nodes.copied(name, batch, x, y, (channels, height, width), phases, self.target)
+            return nodes.copied(name, batch, x, y, (channels, height, width), layout, self.target)
 
         read = source.buffer if source is not None else view.buffer if view is not None else Buffer(0)
         self.steps.append(NativeStep(name, [read], made.buffer, build))

@@ -1,7 +1,7 @@
 """Which buffers share memory: a call's values lie in one arena; a value's place is used again after its last use.
 
-A feature map that is read beyond its border only takes the place of one whose borders lie at the same addresses: they
-are filled once, when the arena is made, and nothing ever writes to them.
+A feature map whose border is not zero only takes the place of one whose borders lie at the same addresses: they are
+filled once, when the arena is made, and nothing ever writes to them.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ class _Block:
 
 def _key(layout: MapLayout | None) -> Hashable:
     """Buffers of one key may follow each other in one place; those of None hold nothing that must stay."""
-    if layout is None or layout.phases > 1 or (layout.pad_h, layout.pad_w, layout.border) == (0, 0, 0.0):
-        return None  # rows, planes that are filled with their border, maps that nobody looks beyond
-    return (layout.height, layout.width, layout.pitch, layout.pad_h, layout.pad_w, layout.border, layout.origin)
+    if layout is None or layout.border == 0:
+        return None  # what writes a map clears its border
+    return (layout.height, layout.width, layout.pitch, layout.pad_h, layout.pad_w, layout.border)
 
 
 @dataclass(frozen=True)
@@ -87,9 +87,9 @@ def place(buffers: list[Buffer], slot: int) -> Arena:
         free = [block for block in blocks if block.key == key and block.free_from <= buffer.first]
         if over is not None and over.last == buffer.first and over.layout == buffer.layout:
             fitting = next((block for block in blocks if over in block.users), None)
-        else:  # of blocks alike the one used last, which is still in a cache
+        else:  # of those that are large enough the one used last: it is still in a cache
             fitting = min(
-                free, key=lambda block: (max(0, buffer.size - block.size), block.size, -block.free_from), default=None
+                free, key=lambda block: (max(0, buffer.size - block.size), -block.free_from, block.size), default=None
             )
         if fitting is None:
             fitting = _Block(key, 0, 0)

@@ -164,7 +164,7 @@ def convolution(
         f.X_IMAGE: x.layout.image, f.Y_IMAGE: y.layout.image, f.MASK: mask, f.BIAS: weights.bias_rows,
         f.Y_CHANNEL: _channels(weights, y.layout), f.LOW: low, f.HIGH: high,
         f.GROUPS: packed.groups, f.POSITIONS: positions, f.CHUNK: chunk, f.BLOCK: block, f.CHUNKS: chunks,
-        f.BLOCKS: blocks, f.BATCH: batch,
+        f.BLOCKS: blocks, f.BATCH: batch, f.BORDER: y.layout.behind, f.BORDER_FIRST: y.layout.before,
     }  # fmt: skip
     if tiling.inputs_first:
         given |= {f.CHUNK_STRIDE: 1, f.BLOCK_STRIDE: chunks, f.IMAGE_STRIDE: chunks * blocks}
@@ -446,8 +446,9 @@ def sliding(
         f.X_SLOT: x.buffer.slot, f.X_OFFSET: x.offset, f.Y_SLOT: y.buffer.slot, f.Y_OFFSET: y.offset,
         f.X_IMAGE: layout.image, f.Y_IMAGE: out.image, f.X_CHANNEL: layout.channel(1), f.Y_CHANNEL: out.channel(1),
         f.X_ROW: sh * layout.pitch, f.Y_ROW: out.pitch, f.ROWS: 1 if flat else out.height,
-        f.COLUMNS: out.positions if flat else out.width, f.CHANNELS: out.channels, f.CHUNK: chunk, f.CHUNKS: chunks,
+        f.COLUMNS: out.positions if flat else out.pitch, f.CHANNELS: out.channels, f.CHUNK: chunk, f.CHUNKS: chunks,
         f.TAPS: len(offsets), f.OFFSETS: offsets, f.SCALE: scale, f.MASK: out.mask(), f.LOW: low, f.HIGH: high,
+        f.POSITIONS: out.positions, f.BORDER: out.behind, f.BORDER_FIRST: out.before,
     }  # fmt: skip
     if weights is not None and bias is not None:
         given |= {f.WEIGHTS: weights, f.BIAS: bias}
@@ -477,7 +478,7 @@ def combine(
     low, high, function = _clamped(activation)
     given = _channelwise(x, y.layout.positions) | {
         f.Y_SLOT: y.buffer.slot, f.Y_OFFSET: y.offset, f.Y_IMAGE: y.layout.image, f.Y_CHANNEL: y.layout.channel(1),
-        f.MASK: y.layout.mask(), f.LOW: low, f.HIGH: high,
+        f.MASK: y.layout.mask(), f.LOW: low, f.HIGH: high, f.BORDER: y.layout.behind, f.BORDER_FIRST: y.layout.before,
     }  # fmt: skip
     if other is not None:
         given |= {
@@ -510,23 +511,23 @@ def mean(name: str, batch: int, x: MapAt, y: Buffer, target: Target) -> NativeOp
 
 
 def copied(
-    name: str, batch: int, x: tuple[int, int, tuple[int, int, int]], y: tuple[int, int, tuple[int, int, int]],
-    size: tuple[int, int, int], phases: MapLayout | None, target: Target,
+    name: str, batch: int, x: Strided, y: Strided, size: tuple[int, int, int], layout: MapLayout | None,
+    target: Target,
 ) -> NativeOp:  # fmt: skip
-    """Another layout of a map of `size` (channels, height, width).
-
-    x and y are (slot, bytes, floats from an image, channel and row to the next); `phases` is y's layout where y is in
-    phase planes.
-    """
+    """Another layout of a map of `size` (channels, height, width); `layout` is y's where y is a map."""
     f = copy.Field
     given: dict[IntEnum, Any] = dict(zip(f, (x[0], x[1], y[0], y[1], *size, *x[2], *y[2]), strict=False))
-    if phases is None:
+    if layout is None or layout.border != 0:
         return _op(name, copy.copy_map(target), f, given, batch * size[0])
-    given |= {
-        f.STRIDE_H: phases.stride_h, f.PAD_H: phases.pad_h, f.PAD_W: phases.pad_w, f.ROWS: phases.rows,
-        f.Y_PLANE: phases.plane,
-    }  # fmt: skip
-    return _op(name, copy.phase_planes(phases.stride_w, target), f, given, batch * size[0])
+    given |= {f.STRIDE_H: layout.stride_h, f.Y_PLANE: layout.plane}
+    if layout.phases > 1:
+        given |= {f.PAD_H: layout.pad_h, f.PAD_W: layout.pad_w, f.ROWS: layout.rows}
+    else:
+        given |= {
+            f.ROWS: layout.height, f.POSITIONS: layout.positions, f.BORDER: layout.behind,
+            f.BORDER_FIRST: layout.before,
+        }  # fmt: skip
+    return _op(name, copy.planes(layout.stride_w, target), f, given, batch * size[0])
 
 
 def layer_norm(
