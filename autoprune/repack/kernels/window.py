@@ -1,11 +1,14 @@
 """What slides one window over one channel, a native op: depthwise convolution, maximum and average pooling.
 
 Reads a map with its border around it; a stride is served by loading whole runs and keeping every stride-th float.
+Pooling combines the rows of a window first, then its columns, which need no further loads.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from enum import Enum, IntEnum
+from functools import partial, reduce
 
 import llvmlite.ir as ir
 
@@ -14,6 +17,7 @@ from autoprune.repack.kernels.ir import (
     F32,
     FLOATS,
     I32,
+    I64,
     INTS,
     address,
     at,
@@ -22,6 +26,7 @@ from autoprune.repack.kernels.ir import (
     const,
     float_field,
     fma,
+    fold,
     inner_function,
     load_vector,
     long_at,
@@ -64,8 +69,8 @@ class Field(IntEnum):
     CHANNELS = 12
     CHUNK = 13  # channels an item
     CHUNKS = 14
-    TAPS = 15
-    OFFSETS = 16  # address of int32 a tap
+    TAPS = 15  # of a depthwise kernel; rows of a pooling's window
+    OFFSETS = 16  # address of int32 a tap, or a row: floats from an output's input to where it is read, or begins
     WEIGHTS = 17  # address of floats, (channels, taps); depthwise
     BIAS = 18  # address of floats, (channels,); depthwise
     SCALE = 19  # address of floats, (rows, columns) with the output's pitch; average
@@ -78,11 +83,19 @@ class Field(IntEnum):
 
 
 @once_a_process
-def window(mode: Mode, stride: int, target: Target, activation: str = "") -> int:
-    """The op for windows `stride` columns apart; an item is some channels of an image."""
-    module = ir.Module()
-    widest = 6 if stride == 1 else 4  # at once, so that none waits for the one before it
-    built = {count: _run(module, mode, stride, count, target.lanes, activation) for count in range(1, widest + 1)}
+def window(mode: Mode, stride: int, target: Target, activation: str = "", columns: tuple[int, ...] = ()) -> int:
+    """The op for windows `stride` columns apart; an item is some channels of an image.
+
+    Args:
+        mode: what becomes of what a window holds.
+        stride: from an output's input to the next output's, in columns.
+        target: what to compile for.
+        activation: a row of ACTIVATIONS that is no clamp.
+        columns: of a pooling's window, counted from its first.
+    """
+    module, lanes = ir.Module(), target.lanes
+    widest = 6 if stride == 1 else 4  # vectors at once, so that none waits for the one before it
+    built = {count: _run(module, mode, stride, count, lanes, activation, columns) for count in range(1, widest + 1)}
     b, fields, slots, item, _ = op_function(module)
     get = {field: b.load(at(b, fields, const(field))) for field in Field}
     chunk, image = b.srem(item, get[Field.CHUNKS]), b.sdiv(item, get[Field.CHUNKS])
@@ -116,53 +129,71 @@ def window(mode: Mode, stride: int, target: Target, activation: str = "") -> int
     return compile_op(module, "op", target)
 
 
-def _run(module: ir.Module, mode: Mode, stride: int, vectors: int, lanes: int, activation: str) -> ir.Function:
+def _run(
+    module: ir.Module, mode: Mode, stride: int, vectors: int, lanes: int, activation: str, columns: tuple[int, ...]
+) -> ir.Function:
     """`vectors` x `lanes` neighbouring results of a row."""
-    kinds = [FLOATS, INTS, const(0).type, FLOATS, FLOATS, FLOATS, INTS, FLOATS, F32, F32]
+    kinds = [FLOATS, INTS, I64, FLOATS, FLOATS, FLOATS, INTS, FLOATS, F32, F32]
     function = inner_function(module, f"run_{vectors}", kinds)
     x, offsets, taps, weights, bias, scale, mask, y, low, high = function.args
-    entry, head, body, done = (function.append_basic_block(name) for name in ("entry", "head", "body", "done"))
-    b = ir.IRBuilder(entry)
-    initial = {
-        Mode.MAX: ir.Constant(F32, float("-inf")),
-        Mode.AVERAGE: ir.Constant(F32, 0.0),
-        Mode.DEPTHWISE: b.load(bias) if mode is Mode.DEPTHWISE else None,
-    }[mode]
-    first = splat(b, initial, lanes)
-    b.branch(head)
-    b.position_at_end(head)
-    tap = b.phi(const(0).type)
-    tap.add_incoming(const(0), entry)
-    sums = [b.phi(vector(lanes)) for _ in range(vectors)]
-    for each in sums:
-        each.add_incoming(first, entry)
-    b.cbranch(b.icmp_signed("<", tap, taps), body, done)
-    b.position_at_end(body)
-    source = at(b, x, long_at(b, offsets, tap))
-    weight = splat(b, b.load(at(b, weights, tap)), lanes) if mode is Mode.DEPTHWISE else None
-    for v, each in enumerate(sums):
-        given = _every(b, at(b, source, const(v * lanes * stride)), stride, lanes)
-        if mode is Mode.DEPTHWISE:
-            value = b.call(fma(module, lanes), [given, weight, each])
-        elif mode is Mode.AVERAGE:
-            value = b.fadd(given, each)
-        else:  # NaN wins, as in torch
-            wins = b.or_(b.fcmp_ordered(">", given, each), b.fcmp_unordered("uno", given, given))
-            value = b.select(wins, given, each)
-        each.add_incoming(value, body)
-    tap.add_incoming(b.add(tap, const(1)), body)
-    b.branch(head)
-    b.position_at_end(done)
+    b = ir.IRBuilder(function.append_basic_block("entry"))
+    if mode is Mode.DEPTHWISE:
+
+        def add_tap(tap: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+            source = at(b, x, long_at(b, offsets, tap))
+            weight = splat(b, b.load(at(b, weights, tap)), lanes)
+            given = [_every(b, at(b, source, const(v * lanes * stride)), stride, lanes) for v in range(vectors)]
+            return [b.call(fma(module, lanes), [each, weight, total]) for each, total in zip(given, sums, strict=True)]
+
+        results = fold(b, const(0), taps, [splat(b, b.load(bias), lanes)] * vectors, add_tap)
+    else:
+        start, combine = _POOLING[mode]
+        count = -(-(vectors * lanes * stride + columns[-1]) // lanes)
+
+        def add_row(row: ir.Value, held: list[ir.Value]) -> list[ir.Value]:
+            source = at(b, x, long_at(b, offsets, row))
+            given = [load_vector(b, at(b, source, const(v * lanes)), lanes) for v in range(count)]
+            return [combine(b, each, total) for each, total in zip(given, held, strict=True)]
+
+        rows = fold(b, const(0), taps, [ir.Constant(vector(lanes), [start] * lanes)] * count, add_row)
+        results = []
+        for v in range(vectors):
+            picked = [_picked(b, rows, v * lanes * stride + column, stride, lanes) for column in columns]
+            results.append(reduce(partial(combine, b), picked))
     lows, highs = splat(b, low, lanes), splat(b, high, lanes)
-    for v, each in enumerate(sums):
+    for v, value in enumerate(results):
         at_v = const(v * lanes)
-        value = b.fmul(each, load_vector(b, at(b, scale, at_v), lanes)) if mode is Mode.AVERAGE else each
+        if mode is Mode.AVERAGE:
+            value = b.fmul(value, load_vector(b, at(b, scale, at_v), lanes))
         value = clamp(b, value, lows, highs)
         if activation:
             value = ACTIVATIONS[activation](b, module, value, lanes)
         store_vector(b, masked(b, value, at(b, mask, at_v), lanes), at(b, y, at_v), lanes)
     b.ret_void()
     return function
+
+
+def _maximum(b: ir.IRBuilder, one: ir.Value, other: ir.Value) -> ir.Value:
+    """NaN wins, as in torch."""
+    larger = b.select(b.fcmp_ordered(">", one, other), one, other)  # one instruction; `other` where one of them is NaN
+    return b.select(b.fcmp_unordered("uno", one, one), one, larger)
+
+
+_POOLING: Mapping[Mode, tuple[float, Callable[[ir.IRBuilder, ir.Value, ir.Value], ir.Value]]] = {
+    Mode.MAX: (float("-inf"), _maximum),
+    Mode.AVERAGE: (0.0, lambda b, one, other: b.fadd(one, other)),
+}
+"""What a pooling begins with, and how two values become one."""
+
+
+def _picked(b: ir.IRBuilder, vectors: list[ir.Value], first: int, stride: int, lanes: int) -> ir.Value:
+    """Of the floats in `vectors`, one after the other: `lanes` of them from `first` on, `stride` apart."""
+    picked: ir.Value = ir.Constant(vector(lanes), ir.Undefined)
+    places = [first + lane * stride for lane in range(lanes)]
+    for number in range(places[0] // lanes, places[-1] // lanes + 1):
+        here = [lanes + place % lanes if place // lanes == number else lane for lane, place in enumerate(places)]
+        picked = b.shuffle_vector(picked, vectors[number], ir.Constant(ir.VectorType(I32, lanes), here))
+    return picked
 
 
 def _every(b: ir.IRBuilder, pointer: ir.Value, stride: int, lanes: int) -> ir.Value:

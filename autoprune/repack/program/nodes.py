@@ -440,7 +440,11 @@ def sliding(
     low, high, other = _clamped(activation)
     chunk = max(1, min(out.channels, CHUNK_FLOATS // max(1, out.positions)))
     chunks = -(-out.channels // chunk)
-    offsets = np.array([layout.tap(dy, dx) for dy, dx in window_.taps()], np.int32)
+    taps, columns = window_.taps(), ()
+    if mode is not window.Mode.DEPTHWISE:
+        columns = tuple(number * window_.dilation[1] for number in range(window_.kernel[1]))
+        taps = taps[:: window_.kernel[1]]  # the first of each row
+    offsets = np.array([layout.tap(dy, dx) for dy, dx in taps], np.int32)
     scale = _shares(window_, layout, out, count_padding) if mode is window.Mode.AVERAGE else np.zeros(1, np.float32)
     given: dict[IntEnum, Any] = {
         f.X_SLOT: x.buffer.slot, f.X_OFFSET: x.offset, f.Y_SLOT: y.buffer.slot, f.Y_OFFSET: y.offset,
@@ -452,7 +456,7 @@ def sliding(
     }  # fmt: skip
     if weights is not None and bias is not None:
         given |= {f.WEIGHTS: weights, f.BIAS: bias}
-    return _op(name, window.window(mode, sw, target, other), f, given, batch * chunks)
+    return _op(name, window.window(mode, sw, target, other, columns), f, given, batch * chunks)
 
 
 def _shares(window_: Window, layout: MapLayout, out: MapLayout, count_padding: bool) -> NDArray[np.float32]:
