@@ -87,8 +87,8 @@ def layer_memory(fast: RepackedModel, example_inputs: Any, cache: Cache | None =
                 {
                     name: (_share(one, nonzero), _share(shared, nonzero)) for name, (one, shared) in bits.items()
                 },
-                None if step.layer.kind not in MODELLED else fetched(
-                    step.build(weights, tiling), step.layer.kind, packed.group_size, program.target, frame.slots,
+                None if step.form not in MODELLED else fetched(
+                    step.build(weights, tiling), step.form, packed.group_size, program.target, frame.slots,
                     cache or Cache(),
                 ),
             )

@@ -104,6 +104,7 @@ class NativeStep:
         build: from the layer's weights and tiling, where it has them.
         layer: the graph's operation where it has a packed weight.
         size: (positions or tokens, batch) of such a layer.
+        by_position: whether it is a Linear that runs as a convolution, tokens side by side in a vector.
         op: the graph's operation; None: it brings the value `name` into another layout.
     """
 
@@ -114,6 +115,13 @@ class NativeStep:
     layer: Op | None = None
     size: tuple[int, int] = (0, 0)
     op: Op | None = None
+    by_position: bool = False
+
+    @property
+    def form(self) -> str:
+        """The kind of layer that its kernel is made for."""
+        assert self.layer is not None
+        return "conv2d" if self.by_position else self.layer.kind
 
 
 @dataclass(eq=False)
@@ -205,6 +213,7 @@ class _Lowering:
         self.steps: list[NativeStep | TorchStep] = []
         self.values: dict[str, Any] = {}  # meta tensors, and plain integers
         self.maps: dict[tuple[str, tuple[int, int], float], _Map] = {}
+        self.planes: dict[str, _Map] = {}  # rows of tokens with a channel a feature
         self.buffers: dict[int, Buffer] = {}  # storage of a meta tensor -> where it lies
         self.copies: dict[str, tuple[Tensor, View]] = {}  # in rows; holds the tensor, so that its storage is no other's
         self.positive: set[str] = set()
@@ -248,17 +257,18 @@ class _Lowering:
 
     def native_buffers(self) -> list[Buffer]:
         """Buffers that lie in the arena, sized now that every layout stands."""
-        for each in self.maps.values():
+        maps = [*self.maps.values(), *self.planes.values()]
+        for each in maps:
             if each.over is not None:
                 each.padded(each.over.pad, each.over.reach)  # one layout, so that one place can hold both
                 each.buffer.over = each.over.buffer
-        for each in self.maps.values():
+        for each in maps:
             if each.buffer.slot < 0:
                 each.buffer.layout = each.layout
                 each.buffer.size = each.layout.size(each.shape[0])
                 if each.layout.image > 2**31 - 1:
                     raise AutopruneError(f"a feature map of shape {each.shape} is too large for 32-bit offsets.")
-        known = [*(each.buffer for each in self.maps.values()), *self.buffers.values(), *self.scratches]
+        known = [*(each.buffer for each in maps), *self.buffers.values(), *self.scratches]
         return [buffer for buffer in known if buffer.slot < 0]
 
     # Values ---------------------------------------------------------------------------------------------------------
@@ -285,6 +295,8 @@ class _Lowering:
         if key not in self.buffers and name in self.constants:
             self.buffers[key] = self.in_slot()
             self.fixed[self.slots - 1] = name
+        if key not in self.buffers and name in self.planes:
+            self.turn_back(name, self.planes[name])
         if key not in self.buffers:
             source = self.maps[name, (1, 1), 0.0]
             buffer = self.buffers[key] = Buffer(meta.numel())
@@ -370,11 +382,12 @@ class _Lowering:
         if op.kind == "scalar":
             self.values[op.output] = evaluate_op(op, self.values, self.constants)
             return
-        rule = _RULES.get(op.kind)
+        rule, before = _RULES.get(op.kind), len(self.steps)
         if rule is not None and all(_is_float(self.values[name]) for name in op.inputs) and rule(self, op):
-            step = self.steps[-1]  # those before it bring its inputs into the layouts it reads
-            assert isinstance(step, NativeStep)
-            step.op = op
+            # steps before it bring its inputs into the layouts it reads, one behind a layer its output into rows
+            own = next((step for step in self.steps[before:] if getattr(step, "layer", None) is op), self.steps[-1])
+            assert isinstance(own, NativeStep)
+            own.op = op
             return
         meta = evaluate_op(op, self.values, self.constants)
         self.values[op.output] = meta
@@ -693,16 +706,19 @@ class _Lowering:
     def linear(self, op: Op) -> bool:
         if op.output not in self.weights:
             return False
-        weight = self.constants[op.tensors["weight"]]
-        x = self.rows(op.inputs[0])
-        if x.shape[-1] != weight.shape[1]:
-            raise AutopruneError(f"a Linear takes {weight.shape[1]} features, not an input of shape {x.shape}.")
-        residual = self.rows(op.inputs[1]) if len(op.inputs) > 1 else None
-        shape = (*x.shape[:-1], weight.shape[0])
+        weight, given = self.constants[op.tensors["weight"]], self.values[op.inputs[0]].shape
+        if given[-1:] != weight.shape[1:]:
+            raise AutopruneError(f"a Linear takes {weight.shape[1]} features, not an input of shape {tuple(given)}.")
+        shape = (*given[:-1], weight.shape[0])
         self.same_shape(op, shape)
         meta = self.define(op.output, shape)
-        buffer = self.buffers[_storage(meta)] = Buffer(meta.numel())
         tokens = meta.numel() // weight.shape[0]
+        if tokens >= self.target.lanes:
+            self.linear_by_position(op, tokens)
+            return True
+        x = self.rows(op.inputs[0])
+        residual = self.rows(op.inputs[1]) if len(op.inputs) > 1 else None
+        buffer = self.buffers[_storage(meta)] = Buffer(meta.numel())
 
         def build(weights: Weights | None, tiling: nodes.Tiling) -> NativeOp:
             assert weights is not None
@@ -714,6 +730,57 @@ class _Lowering:
         reads = [x.buffer, *([residual.buffer] if residual is not None else [])]
         self.steps.append(NativeStep(op.output, reads, buffer, build, op, (tokens, 1)))
         return True
+
+    def linear_by_position(self, op: Op, tokens: int) -> None:
+        """A Linear over many tokens as a convolution by one position."""
+        out = self.constants[op.tensors["weight"]].shape[0]
+        given = self.turned(op.inputs[0], tokens)
+        made = _Map((1, out, 1, tokens), (1, 1), 0.0).padded((0, 0))
+        made.pitch.join(given.pitch)
+        scratch = self.scratch(nodes.panel_scratch(max(GROUP_SIZES)))  # whatever the tuning tries
+        window = nodes.Window((1, 1), (1, 1), (0, 0), (1, 1))
+        added = op.inputs[1] if len(op.inputs) > 1 else None
+        activation = op.activation if added is None else None
+
+        def build(weights: Weights | None, tiling: nodes.Tiling) -> NativeOp:
+            assert weights is not None
+            return nodes.convolution(
+                op.output, weights, window, activation, tiling, 1, given.at, made.at, None, scratch, self.target
+            )
+
+        residual = None if added is None else self.rows(added)
+        reads = [given.buffer, scratch]
+        self.steps.append(NativeStep(op.output, reads, made.buffer, build, op, (tokens, 1), by_position=True))
+        self.planes[op.output if added is None else f"{op.output} before {added}"] = made
+        if residual is not None:
+            self.turn_back(op.output, made, residual, op.activation)
+
+    def turned(self, name: str, tokens: int) -> _Map:
+        """Rows of tokens as a map with a channel a feature."""
+        if name not in self.planes:
+            view = self.rows(name)
+            made = self.planes[name] = _Map((1, view.shape[-1], 1, tokens), (1, 1), 0.0).padded((0, 0))
+
+            def build(*_: Any) -> NativeOp:
+                x = (view.buffer.slot, view.start * FLOAT_BYTES, view.shape[-1])
+                return nodes.into_planes(name, tokens, x, made.at, self.target)
+
+            self.steps.append(NativeStep(name, [view.buffer], made.buffer, build))
+        return self.planes[name]
+
+    def turn_back(self, name: str, given: _Map, residual: View | None = None, activation: str | None = None) -> None:
+        """The value `name` in rows, from a map with a channel a feature."""
+        meta = self.values[name]
+        buffer = self.buffers[_storage(meta)] = Buffer(meta.numel())
+        _, features, _, tokens = given.shape
+
+        def build(*_: Any) -> NativeOp:
+            y = (buffer.slot, buffer.offset, features)
+            other = None if residual is None else (residual.buffer.slot, residual.start * FLOAT_BYTES, features)
+            return nodes.out_of_planes(name, tokens, given.at, y, other, activation, self.target)
+
+        reads = [given.buffer, *([residual.buffer] if residual is not None else [])]
+        self.steps.append(NativeStep(name, reads, buffer, build))
 
 
 def _sharing(returned: Mapping[str, View]) -> frozenset[str]:

@@ -13,7 +13,18 @@ from numpy.typing import NDArray
 from autoprune.errors import AutopruneError
 from autoprune.recurrent import GATES
 from autoprune.repack.formats import PackedWeight
-from autoprune.repack.kernels import attention, copy, gated_gemm, maps, offset_gemm, recurrent, rows, rows_gemm, window
+from autoprune.repack.kernels import (
+    attention,
+    copy,
+    gated_gemm,
+    maps,
+    offset_gemm,
+    recurrent,
+    rows,
+    rows_gemm,
+    turn,
+    window,
+)
 from autoprune.repack.kernels import gate as gates
 from autoprune.repack.kernels.compiler import Target
 from autoprune.repack.kernels.math import clamp_bounds
@@ -440,7 +451,7 @@ def sliding(
     low, high, other = _clamped(activation)
     chunk = max(1, min(out.channels, CHUNK_FLOATS // max(1, out.positions)))
     chunks = -(-out.channels // chunk)
-    taps, columns = window_.taps(), ()
+    taps, columns = window_.taps(), tuple[int, ...]()
     if mode is not window.Mode.DEPTHWISE:
         columns = tuple(number * window_.dilation[1] for number in range(window_.kernel[1]))
         taps = taps[:: window_.kernel[1]]  # the first of each row
@@ -532,6 +543,35 @@ def copied(
             f.BORDER_FIRST: layout.before,
         }  # fmt: skip
     return _op(name, copy.planes(layout.stride_w, target), f, given, batch * size[0])
+
+
+def into_planes(name: str, tokens: int, x: tuple[int, int, int], y: MapAt, target: Target) -> NativeOp:
+    """Rows of tokens as a map with a channel a feature; x is (slot, bytes, floats from a token to the next)."""
+    f, features = turn.Field, y.layout.channels
+    given: dict[IntEnum, Any] = {
+        f.ROWS_SLOT: x[0], f.ROWS_OFFSET: x[1], f.ROWS_TOKEN: x[2], f.PLANES_SLOT: y.buffer.slot,
+        f.PLANES_OFFSET: y.offset, f.PLANES_FEATURE: y.layout.channel(1), f.TOKENS: tokens, f.FEATURES: features,
+    }  # fmt: skip
+    return _op(name, turn.into_planes(target), f, given, -(-features // target.lanes))
+
+
+def out_of_planes(
+    name: str, tokens: int, x: MapAt, y: tuple[int, int, int], residual: tuple[int, int, int] | None,
+    activation: str | None, target: Target,
+) -> NativeOp:  # fmt: skip
+    """A map with a channel a feature as rows of tokens; y and residual are (slot, bytes, floats to the next token)."""
+    f = turn.Field
+    low, high, other = _clamped(activation)
+    given: dict[IntEnum, Any] = {
+        f.ROWS_SLOT: y[0], f.ROWS_OFFSET: y[1], f.ROWS_TOKEN: y[2], f.PLANES_SLOT: x.buffer.slot,
+        f.PLANES_OFFSET: x.offset, f.PLANES_FEATURE: x.layout.channel(1), f.TOKENS: tokens,
+        f.FEATURES: x.layout.channels, f.LOW: low, f.HIGH: high,
+    }  # fmt: skip
+    if residual is not None:
+        given |= {
+            f.RESIDUAL: 1, f.RESIDUAL_SLOT: residual[0], f.RESIDUAL_OFFSET: residual[1], f.RESIDUAL_TOKEN: residual[2],
+        }  # fmt: skip
+    return _op(name, turn.out_of_planes(target, other), f, given, -(-tokens // target.lanes))
 
 
 def layer_norm(

@@ -35,11 +35,12 @@ from autoprune.repack.program.nodes import Tiling
 from autoprune.repack.program.program import Plan, Program
 from autoprune.repack.program.weights import Weights
 
-VERSION = 6  # of the kernels: what was tuned for others is not used
+VERSION = 7  # of the kernels: what was tuned for others is not used
 ROUNDS = 5
 # What a kept weight costs in groups of this size, relative to the largest: smaller groups load more for each.
-# A convolution's vectors hold positions, a Linear's the filters of a group.
-COST = {"conv2d": {16: 1.0, 8: 1.0, 4: 1.08, 2: 1.6, 1: 2.4}, "linear": {16: 1.0, 8: 1.4, 4: 2.8, 2: 5.0, 1: 8.0}}
+# A vector holds positions, or the filters of a group.
+COST_BY_POSITION = {16: 1.0, 8: 1.0, 4: 1.08, 2: 1.6, 1: 2.4}
+COST_BY_FILTER = {16: 1.0, 8: 1.4, 4: 2.8, 2: 5.0, 1: 8.0}
 WORTH_TRYING = 1.35  # candidates up to this much dearer than the cheapest are timed
 PANELS = ((96, 288), (192, 144), (192, 288), (192, 576))  # positions an item, inputs a panel
 ITEMS_A_THREAD = 8  # so that threads finish together
@@ -73,9 +74,9 @@ class Layer:
             return Weights.of(pack_rows(self.weight, self.groups, rows), self.bias)
         return Weights.of(pack(self.weight, self.groups, size or None, self.grouping), self.bias)
 
-    def sizes(self) -> list[int]:
+    def sizes(self, by_position: bool = False) -> list[int]:
         """Group sizes worth timing, the most promising first."""
-        factors = COST["conv2d" if self.weight.dim() == 4 else "linear"]
+        factors = COST_BY_POSITION if by_position else COST_BY_FILTER
         if self.together:
             fitting = [size for size in GROUP_SIZES if len(self.weight) % size == 0 and size <= max(4, self.together)]
             cost = {size: self.neighbours_density(size) * factors[size] for size in fitting}
@@ -213,7 +214,7 @@ class _Bench:
     def fastest(self, step: NativeStep, layer: Layer) -> tuple[Tiling, float]:
         """The best tiling and its microseconds."""
         candidates: dict[Tiling, NativeSequence] = {}
-        packs = {size: layer.pack(size) for size in layer.sizes()}
+        packs = {size: layer.pack(size) for size in layer.sizes(step.form.endswith("conv2d"))}
         for weights in packs.values():
             for tiling in tilings(step, weights, self.plan.threads):
                 candidates[tiling] = NativeSequence([step.build(weights, tiling)])
@@ -243,14 +244,12 @@ class _Bench:
         self, step: NativeStep, weights: Weights, tiling: Tiling, op: NativeOp
     ) -> tuple[Tiling, NativeOp] | None:
         """The tiling in serpentine order and its op, where that would fetch less than `op` does."""
-        if step.layer is None or step.layer.kind != "conv2d":
+        if step.form != "conv2d":
             return None
         other = replace(tiling, serpentine=True)
         made = step.build(weights, other)
         rising, turned = (
-            fetched(
-                each, step.layer.kind, tiling.group_size, self.target, self.frame.slots, Cache(), sample=True
-            ).total
+            fetched(each, step.form, tiling.group_size, self.target, self.frame.slots, Cache(), sample=True).total
             for each in (op, made)
         )  # fmt: skip
         return (other, made) if turned < rising else None
@@ -260,19 +259,19 @@ def tilings(step: NativeStep, weights: Weights, threads: int) -> Iterable[Tiling
     """The ways to cut a layer's work that are worth timing."""
     groups, size = weights.packed.groups, weights.packed.group_size
     positions, batch = step.size
-    if step.layer is not None and step.layer.kind == "recurrent":
+    if step.form == "recurrent":
         # an item is some sequences of the batch, all their steps
         walks = (False,) if weights.by_column is None else (False, True)
         return [Tiling(size, 1, min(batch, threads), columns=columns) for columns in walks]
     least = ITEMS_A_THREAD * threads if threads > 1 else 1
-    blocks = [positions] if step.layer is not None and step.layer.kind == "linear" else [48, 192, positions]
+    blocks = [positions] if step.form == "linear" else [48, 192, positions]
     made = []
     for block in dict.fromkeys(min(block, positions) for block in blocks):
         items = batch * -(-positions // block)
         chunk = -(-groups // max(1, -(-least // items)))
         made.append(Tiling(size, block, chunk, True))
     whole = Tiling(size, positions, -(-groups // max(least, -(-groups // 4))), False)
-    if step.layer is not None and step.layer.kind == "conv2d" and size >= 4:
+    if step.form == "conv2d" and size >= 4:
         for block, panel in PANELS:
             items = batch * -(-positions // block)
             chunk = -(-groups // max(1, -(-least // items)))

@@ -1,0 +1,141 @@
+"""Turns rows of features into a plane a feature, native ops: into it, and out again with a residual and an activation.
+
+A Linear over many tokens is a convolution by one position: in planes, a vector holds neighbouring tokens. Blocks of
+lanes by lanes are turned in registers (Eklundh 1972): in step s, vectors s apart exchange the halves of every 2s lanes.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import llvmlite.ir as ir
+
+from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
+from autoprune.repack.kernels.ir import (
+    I32,
+    address,
+    at,
+    clamp,
+    const,
+    float_field,
+    load_vector,
+    loop,
+    op_function,
+    smaller,
+    splat,
+    store_vector,
+)
+from autoprune.repack.kernels.math import ACTIVATIONS
+
+
+class Field(IntEnum):
+    """Entries of the int64 array that describes one op; sizes in floats."""
+
+    ROWS_SLOT = 0
+    ROWS_OFFSET = 1  # bytes
+    ROWS_TOKEN = 2  # from a token to the next
+    PLANES_SLOT = 3
+    PLANES_OFFSET = 4
+    PLANES_FEATURE = 5  # from a feature's plane to the next
+    TOKENS = 6
+    FEATURES = 7
+    RESIDUAL = 8  # 1 when there is one; from here on: out of planes alone
+    RESIDUAL_SLOT = 9
+    RESIDUAL_OFFSET = 10
+    RESIDUAL_TOKEN = 11
+    LOW = 12  # float bits: results are clamped
+    HIGH = 13
+
+
+@once_a_process
+def into_planes(target: Target) -> int:
+    """The op; an item is as many features as a vector has lanes. A plane is filled to whole vectors."""
+    module, lanes = ir.Module(), target.lanes
+    b, fields, slots, item, _ = op_function(module)
+    get = {field: b.load(at(b, fields, const(field))) for field in Field}
+    rows = address(b, slots, get[Field.ROWS_SLOT], get[Field.ROWS_OFFSET])
+    planes = address(b, slots, get[Field.PLANES_SLOT], get[Field.PLANES_OFFSET])
+    first = b.mul(item, const(lanes))
+    last_token, features = b.sub(get[Field.TOKENS], const(1)), get[Field.FEATURES]
+    with b.if_else(b.icmp_signed("<=", b.add(first, const(lanes)), features)) as (whole, part):
+        with whole, loop(b, const(0), get[Field.TOKENS], lanes) as token:
+            block = []
+            for i in range(lanes):  # the last token stands for those behind it
+                row = b.mul(smaller(b, b.add(token, const(i)), last_token), get[Field.ROWS_TOKEN])
+                block.append(load_vector(b, at(b, rows, b.add(row, first)), lanes))
+            for i, turned in enumerate(_turned(b, block)):
+                plane = b.mul(b.add(first, const(i)), get[Field.PLANES_FEATURE])
+                store_vector(b, turned, at(b, planes, b.add(plane, token)), lanes)
+        with part, loop(b, first, features) as feature, loop(b, const(0), get[Field.TOKENS]) as token:
+            value = b.load(at(b, rows, b.add(b.mul(token, get[Field.ROWS_TOKEN]), feature)))
+            b.store(value, at(b, planes, b.add(b.mul(feature, get[Field.PLANES_FEATURE]), token)))
+    b.ret_void()
+    return compile_op(module, "op", target)
+
+
+@once_a_process
+def out_of_planes(target: Target, activation: str = "") -> int:
+    """The op; an item is as many tokens as a vector has lanes.
+
+    Args:
+        target: what to compile for.
+        activation: a row of ACTIVATIONS that is no clamp.
+    """
+    module, lanes = ir.Module(), target.lanes
+    b, fields, slots, item, _ = op_function(module)
+    get = {field: b.load(at(b, fields, const(field))) for field in Field}
+    rows = address(b, slots, get[Field.ROWS_SLOT], get[Field.ROWS_OFFSET])
+    planes = address(b, slots, get[Field.PLANES_SLOT], get[Field.PLANES_OFFSET])
+    residual = address(b, slots, get[Field.RESIDUAL_SLOT], get[Field.RESIDUAL_OFFSET])
+    low, high = float_field(b, get[Field.LOW]), float_field(b, get[Field.HIGH])
+    has_residual = b.icmp_signed("!=", get[Field.RESIDUAL], const(0))
+    first, features = b.mul(item, const(lanes)), get[Field.FEATURES]
+    whole = b.sub(features, b.srem(features, const(lanes)))
+
+    def finish(value: ir.Value, token: ir.Value, feature: ir.Value, width: int) -> None:
+        """Some neighbouring features of a token."""
+        before = b.block
+        with b.if_then(has_residual):
+            line = at(b, residual, b.add(b.mul(token, get[Field.RESIDUAL_TOKEN]), feature))
+            added = b.fadd(value, load_vector(b, line, width))
+            inside = b.block
+        result = b.phi(value.type)
+        result.add_incoming(value, before)
+        result.add_incoming(added, inside)
+        finished = clamp(b, result, splat(b, low, width), splat(b, high, width))
+        if activation:
+            finished = ACTIVATIONS[activation](b, module, finished, width)
+        store_vector(b, finished, at(b, rows, b.add(b.mul(token, get[Field.ROWS_TOKEN]), feature)), width)
+
+    with loop(b, const(0), whole, lanes) as feature:
+        block = []
+        for i in range(lanes):
+            plane = b.mul(b.add(feature, const(i)), get[Field.PLANES_FEATURE])
+            block.append(load_vector(b, at(b, planes, b.add(plane, first)), lanes))
+        for i, turned in enumerate(_turned(b, block)):
+            token = b.add(first, const(i))
+            with b.if_then(b.icmp_signed("<", token, get[Field.TOKENS])):
+                finish(turned, token, feature, lanes)
+    end = smaller(b, b.add(first, const(lanes)), get[Field.TOKENS])
+    with loop(b, whole, features) as feature, loop(b, first, end) as token:
+        plane = b.mul(feature, get[Field.PLANES_FEATURE])
+        finish(load_vector(b, at(b, planes, b.add(plane, token)), 1), token, feature, 1)
+    b.ret_void()
+    return compile_op(module, "op", target)
+
+
+def _turned(b: ir.IRBuilder, block: list[ir.Value]) -> list[ir.Value]:
+    """Lane j of vector i becomes lane i of vector j."""
+    lanes, step = len(block), 1
+    while step < lanes:
+        low = [lane if not lane & step else lanes + lane - step for lane in range(lanes)]
+        high = [lanes + lane if lane & step else lane + step for lane in range(lanes)]
+        made = list(block)
+        for i in range(lanes):
+            if not i & step:
+                pair = block[i], block[i + step]
+                made[i], made[i + step] = (
+                    b.shuffle_vector(*pair, ir.Constant(ir.VectorType(I32, lanes), picked)) for picked in (low, high)
+                )
+        block, step = made, 2 * step
+    return block
