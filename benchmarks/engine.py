@@ -49,7 +49,7 @@ from autoprune.files import append_line
 from autoprune.inventory import weighted_layers
 from autoprune.latency.engines import ENGINES, baselines
 from autoprune.latency.engines.base import Call
-from autoprune.latency.timer import Latency, Protocol, measure_together, speedup
+from autoprune.latency.timer import SETTLE_MS, Latency, Protocol, measure_together, speedup
 from autoprune.masks import Masks, apply_masks_, weight_of
 from autoprune.patterns import PATTERNS
 from autoprune.progress import Progress
@@ -177,7 +177,7 @@ def measure(cell: Cell, dense: Dense, seconds: float, deepsparse: DeepSparse | N
 def rounds(calls: dict[str, Call], threads: int, seconds: float) -> int:
     """As many rounds as fit into the time, judged by one."""
     once = measure_together(calls, Protocol(samples=1, warmup=1, threads=threads, min_sample_ms=0.0))
-    round_ms = sum(_round_ms(taken) for taken in once.values())
+    round_ms = sum(_round_ms(taken) + (SETTLE_MS if threads > 1 else 0.0) for taken in once.values())
     return max(ROUNDS[0], min(ROUNDS[1], round(seconds * 1e3 / round_ms)))
 
 

@@ -12,6 +12,9 @@ from typing import Any
 import torch
 
 Clock = Callable[[], float]  # seconds, monotonic
+SETTLE_MS = 100.0
+"""After so long the idle threads of the candidate before are asleep: engines keep them busy waiting for more work, on
+the cores that the next candidate's threads need."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +26,8 @@ class Protocol:
         warmup: untimed calls of each candidate before the first round.
         threads: torch intra-op threads while measuring.
         min_sample_ms: calls are repeated within a sample until it lasts about this long, in milliseconds.
-        lead: untimed calls before each sample. One gives every candidate warm caches, and lets the idle threads of
-            the candidate before it fall asleep: some keep a core busy for milliseconds after their work is done.
+        lead: untimed calls before each sample: one gives every candidate warm caches. Where several threads work, as
+            many more as last `SETTLE_MS`.
     """
 
     samples: int = 50
@@ -91,8 +94,7 @@ def measure_together(
         for _ in range(protocol.samples):
             for name in order:
                 call, count = candidates[name], repeats[name]
-                for _ in range(protocol.lead):
-                    call()
+                _lead(call, protocol, clock)
                 start = clock()
                 for _ in range(count):
                     call()
@@ -100,6 +102,15 @@ def measure_together(
             order.reverse()
             round_done()
     return {name: Latency.from_samples(values, protocol.threads) for name, values in samples.items()}
+
+
+def _lead(call: Callable[[], object], protocol: Protocol, clock: Clock) -> None:
+    for _ in range(protocol.lead):
+        call()
+    if protocol.lead and protocol.threads > 1:
+        end = clock() + SETTLE_MS / 1e3
+        while clock() < end:
+            call()
 
 
 def _warm_up(call: Callable[[], object], protocol: Protocol, clock: Clock) -> int:

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from autoprune.latency.timer import Protocol, measure_together, speedup
+from autoprune.latency.timer import SETTLE_MS, Protocol, measure_together, speedup
 
 
 @pytest.mark.parametrize("lead", [0, 1, 3])
@@ -25,6 +25,18 @@ def test_lead_calls_are_made_before_each_sample_and_not_timed(lead: int) -> None
     assert times["fast"].samples_ms == pytest.approx([2.0] * 4)
     assert speedup(times["slow"], times["fast"]) == pytest.approx(3.0)
     assert calls == [2 + 4 * (1 + lead)] * 2
+
+
+def test_with_several_threads_a_sample_waits_until_those_of_the_candidate_before_sleep() -> None:
+    now, calls = 0.0, 0
+
+    def call() -> None:
+        nonlocal now, calls
+        calls += 1
+        now += 0.01
+
+    measure_together({"a": call}, Protocol(samples=2, warmup=1, threads=2, min_sample_ms=0.0, lead=1), lambda: now)
+    assert calls == 1 + 2 * (1 + round(SETTLE_MS / 10) + 1)
 
 
 def test_a_cold_call_after_another_candidate_is_not_timed_with_a_lead() -> None:

@@ -1,7 +1,8 @@
 """Runs a sequence of native ops with one call, by one thread or several.
 
-Threads take an op's items from a shared counter and go on to the next op when all items are done, so a thread that is
-late, or that the system takes away between two items, holds up nobody: what it would have done the others do.
+Each thread has its share of an op's items, the same neighbours in every op: what it computed is what it reads next. Then
+it takes what the others have left, and goes on to the next op when all items are done, so a thread that is late, or that
+the system takes away between two items, holds up nobody.
 """
 
 from __future__ import annotations
@@ -62,9 +63,15 @@ def _runner() -> Any:
             with alone, loop(b, const(0), items) as item:
                 b.call(kernel, [fields, slots, item, thread])
             with shared:
-                ticket = at(b, counters, b.mul(index, const(2 * _LINE)))
-                done = at(b, ticket, const(_LINE))
-                _take(b, kernel, fields, slots, items, ticket, done, thread)
+                tickets = at(b, counters, b.mul(b.mul(index, b.add(threads, const(1))), const(_LINE)))
+                done = at(b, tickets, b.mul(threads, const(_LINE)))
+                with loop(b, const(0), threads) as turn:
+                    share = b.srem(b.add(thread, turn), threads)
+                    begin, end = (
+                        b.sdiv(b.mul(items, part), threads) for part in (share, b.add(share, const(1)))
+                    )  # fmt: skip
+                    ticket = at(b, tickets, b.mul(share, const(_LINE)))
+                    _take(b, kernel, fields, slots, (begin, end), ticket, done, thread)
                 _wait(b, done, items, idle)
     b.ret_void()
     address = compile_op(module, "run", host())
@@ -72,15 +79,15 @@ def _runner() -> Any:
 
 
 def _take(
-    b: ir.IRBuilder, kernel: ir.Value, fields: ir.Value, slots: ir.Value, items: ir.Value, ticket: ir.Value,
-    done: ir.Value, thread: ir.Value,
+    b: ir.IRBuilder, kernel: ir.Value, fields: ir.Value, slots: ir.Value, share: tuple[ir.Value, ir.Value],
+    ticket: ir.Value, done: ir.Value, thread: ir.Value,
 ) -> None:  # fmt: skip
-    """Works on items as long as there are any."""
+    """Works on the items of a share as long as there are any."""
     head, body, end = (b.append_basic_block(name) for name in ("take", "work", "taken"))
     b.branch(head)
     b.position_at_end(head)
-    item = b.atomic_rmw("add", ticket, const(1), "acq_rel")
-    b.cbranch(b.icmp_signed("<", item, items), body, end)
+    item = b.add(share[0], b.atomic_rmw("add", ticket, const(1), "acq_rel"))
+    b.cbranch(b.icmp_signed("<", item, share[1]), body, end)
     b.position_at_end(body)
     b.call(kernel, [fields, slots, item, thread])
     b.atomic_rmw("add", done, const(1), "acq_rel")
@@ -130,9 +137,9 @@ class NativeSequence:
         self._run = _runner()
         self._idle = _give_way()
 
-    def new_counters(self) -> NDArray[np.int64]:
-        """The threads' shared counters for one call at a time."""
-        return np.zeros(max(1, len(self.ops)) * 2 * _LINE, np.int64)
+    def new_counters(self, threads: int) -> NDArray[np.int64]:
+        """The shared counters of up to so many threads for one call at a time."""
+        return np.zeros(max(1, len(self.ops)) * (threads + 1) * _LINE, np.int64)
 
     def run(self, slots: int, counters: int, thread: int = 0, threads: int = 1) -> None:
         """Runs all ops; `slots` and `counters` are addresses. Returns when all items of the last op are done."""

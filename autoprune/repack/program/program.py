@@ -88,7 +88,7 @@ class Plan:
             holders[slot] = self.graph.constants[name]
         for slot, holder in enumerate(holders):
             slots[slot] = holder.data_ptr() if holder.numel() else 0
-        counters = [part.new_counters() for part in self.parts if isinstance(part, NativeSequence)]
+        counters = [part.new_counters(self._most) for part in self.parts if isinstance(part, NativeSequence)]
         return _Frame(slots, holders, counters, slots.ctypes.data)
 
     def release(self, frame: _Frame) -> None:

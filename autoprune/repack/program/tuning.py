@@ -35,7 +35,7 @@ from autoprune.repack.program.nodes import Tiling
 from autoprune.repack.program.program import Plan, Program
 from autoprune.repack.program.weights import Weights
 
-VERSION = 7  # of the kernels: what was tuned for others is not used
+VERSION = 8  # of the kernels: what was tuned for others is not used
 ROUNDS = 5
 # What a kept weight costs in groups of this size, relative to the largest: smaller groups load more for each.
 # A vector holds positions, or the filters of a group.
@@ -263,6 +263,12 @@ def tilings(step: NativeStep, weights: Weights, threads: int) -> Iterable[Tiling
         # an item is some sequences of the batch, all their steps
         walks = (False,) if weights.by_column is None else (False, True)
         return [Tiling(size, 1, min(batch, threads), columns=columns) for columns in walks]
+    if threads > 1 and step.form == "conv2d" and _by_rows(weights, positions, batch, threads):
+        shares = -(-threads // batch)
+        blocks = [48, 192, positions] if shares == 1 else [-(-positions // (shares * parts)) for parts in (1, 2, 4)]
+        made = [Tiling(size, min(block, positions), groups, True) for block in blocks]
+        panels = PANELS if size >= 4 else ()
+        return dict.fromkeys(made + [Tiling(size, min(b, positions), groups, True, panel) for b, panel in panels])
     least = ITEMS_A_THREAD * threads if threads > 1 else 1
     blocks = [positions] if step.form == "linear" else [48, 192, positions]
     made = []
@@ -277,3 +283,13 @@ def tilings(step: NativeStep, weights: Weights, threads: int) -> Iterable[Tiling
             chunk = -(-groups // max(1, -(-least // items)))
             made.append(Tiling(size, min(block, positions), chunk, True, panel))
     return dict.fromkeys([*made, whole])
+
+
+def _by_rows(weights: Weights, positions: int, batch: int, threads: int) -> bool:
+    """Whether threads should share a convolution by images or rows, which they then find in their own caches.
+
+    They do not where the weights, which each would read whole, are more than what they would have to exchange.
+    """
+    packed = weights.packed
+    out, channels = packed.shape[0], packed.shape[1] * packed.conv_groups
+    return batch >= threads or positions * (out + channels) > packed.values.size
