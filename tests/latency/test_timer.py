@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 
@@ -33,10 +34,11 @@ def test_with_several_threads_a_sample_waits_until_those_of_the_candidate_before
     def call() -> None:
         nonlocal now, calls
         calls += 1
-        now += 0.01
+        now += 2.0**-7
 
     measure_together({"a": call}, Protocol(samples=2, warmup=1, threads=2, min_sample_ms=0.0, lead=1), lambda: now)
-    assert calls == 1 + 2 * (1 + round(SETTLE_MS / 10) + 1)
+    enough = math.ceil(SETTLE_MS / 1e3 * 2**7)
+    assert calls == 1 + 2 * (1 + enough + 1)
 
 
 def test_a_cold_call_after_another_candidate_is_not_timed_with_a_lead() -> None:

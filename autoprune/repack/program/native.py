@@ -1,8 +1,8 @@
 """Runs a sequence of native ops with one call, by one thread or several.
 
-Each thread has its share of an op's items, the same neighbours in every op: what it computed is what it reads next. Then
-it takes what the others have left, and goes on to the next op when all items are done, so a thread that is late, or that
-the system takes away between two items, holds up nobody.
+Each thread has its share of an op's items, neighbours, and as far as can be the same in every op: what it computed is
+what it reads next. Then it takes what the others have left, and goes on to the next op when all items are done, so a
+thread that is late, or that the system takes away between two items, holds up nobody.
 """
 
 from __future__ import annotations
@@ -83,16 +83,21 @@ def _take(
     ticket: ir.Value, done: ir.Value, thread: ir.Value,
 ) -> None:  # fmt: skip
     """Works on the items of a share as long as there are any."""
+    before = b.block
     head, body, end = (b.append_basic_block(name) for name in ("take", "work", "taken"))
     b.branch(head)
     b.position_at_end(head)
+    count = b.phi(I64)
+    count.add_incoming(const(0), before)
     item = b.add(share[0], b.atomic_rmw("add", ticket, const(1), "acq_rel"))
     b.cbranch(b.icmp_signed("<", item, share[1]), body, end)
     b.position_at_end(body)
     b.call(kernel, [fields, slots, item, thread])
-    b.atomic_rmw("add", done, const(1), "acq_rel")
+    count.add_incoming(b.add(count, const(1)), body)
     b.branch(head)
     b.position_at_end(end)
+    with b.if_then(b.icmp_signed(">", count, const(0))):  # told at once: a line that others look at is slow to write
+        b.atomic_rmw("add", done, count, "acq_rel")
 
 
 def _wait(b: ir.IRBuilder, done: ir.Value, items: ir.Value, idle: ir.Value) -> None:
