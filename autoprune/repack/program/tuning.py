@@ -35,7 +35,7 @@ from autoprune.repack.program.nodes import Tiling
 from autoprune.repack.program.program import Plan, Program
 from autoprune.repack.program.weights import Weights
 
-VERSION = 8  # of the kernels: what was tuned for others is not used
+VERSION = 9  # of the kernels: what was tuned for others is not used
 ROUNDS = 5
 # What a kept weight costs in groups of this size, relative to the largest: smaller groups load more for each.
 # A vector holds positions, or the filters of a group.
@@ -264,11 +264,13 @@ def tilings(step: NativeStep, weights: Weights, threads: int) -> Iterable[Tiling
         walks = (False,) if weights.by_column is None else (False, True)
         return [Tiling(size, 1, min(batch, threads), columns=columns) for columns in walks]
     if threads > 1 and step.form == "conv2d" and _by_rows(weights, positions, batch, threads):
-        shares = -(-threads // batch)
-        blocks = [48, 192, positions] if shares == 1 else [-(-positions // (shares * parts)) for parts in (1, 2, 4)]
-        made = [Tiling(size, min(block, positions), groups, True) for block in blocks]
-        panels = PANELS if size >= 4 else ()
-        return dict.fromkeys(made + [Tiling(size, min(b, positions), groups, True, panel) for b, panel in panels])
+        shares = -(-threads // batch)  # of an image: as many blocks for each
+
+        def even(block: int) -> int:
+            return -(-positions // (shares * -(-positions // (shares * block))))
+
+        blocks = [(48, 0), (192, 0), (positions, 0), *(PANELS if size >= 4 else ())]
+        return dict.fromkeys(Tiling(size, even(block), groups, True, panel) for block, panel in blocks)
     least = ITEMS_A_THREAD * threads if threads > 1 else 1
     blocks = [positions] if step.form == "linear" else [48, 192, positions]
     made = []
