@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import itertools
 import math
 import mmap
 import random
@@ -106,6 +107,29 @@ def test_every_vector_width_computes_the_same(lanes: int, size: int) -> None:
         pruned(linear, size, rng.choice([0.0, 0.5, 0.9]))
         x = torch.randn(*rng.choice([(), (1,), (7,), (2, 3), (19,), (40,)]), linear.in_features)
         assert_same(packed_linear(linear, relu, target), linear, x, relu)
+
+
+@pytest.mark.parametrize("lanes", LANES)
+@pytest.mark.parametrize("size", GROUP_SIZES)
+def test_small_maps_are_right_without_border_columns(lanes: int, size: int) -> None:
+    """Sides that leave no, one or several positions beside whole vectors, and kernels that look beyond both ends."""
+    target = target_of(lanes)
+    torch.manual_seed(size)
+    for side, kernel, stride, dilation in itertools.product((3, 4, 7, 8, 14), (3, 5), (1, 2), (1, 2)):
+        conv = nn.Conv2d(3, 20, kernel, stride, padding=dilation * (kernel // 2), dilation=dilation)
+        pruned(conv, size, 0.5)
+        assert_same(packed_conv(conv, True, target), conv, torch.randn(2, 3, side, side), True)
+
+
+@pytest.mark.parametrize("lanes", LANES)
+def test_a_linear_is_right_for_any_number_of_tokens(lanes: int) -> None:
+    """Fewer than a vector holds, and more, and features that fill no vector."""
+    target = target_of(lanes)
+    torch.manual_seed(lanes)
+    for tokens, features, out in itertools.product((1, lanes - 1, lanes, 2 * lanes + 1, 49), (5, 33), (3, 17, 32)):
+        linear = nn.Linear(features, out)
+        pruned(linear, 4, 0.5)
+        assert_same(packed_linear(linear, True, target), linear, torch.randn(tokens, features), True)
 
 
 def test_the_narrow_targets_are_narrow() -> None:

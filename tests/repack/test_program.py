@@ -10,6 +10,7 @@ import os
 import pickle
 import random
 import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -207,6 +208,31 @@ def test_a_late_helper_disturbs_nobody(
         assert identical(fast(image(2, seed)), wanted[seed])
     tuned = program_of(model, image(), threads=3, cache=TuningCache(tmp_path / "tuning.json"))
     assert same_output(tuned(image()), wanted[0])
+
+
+def test_a_helper_whose_last_call_has_returned_takes_part_in_the_next() -> None:
+    team, told, hold, came = Team(2), [], threading.Event(), threading.Event()
+
+    def first(number: int) -> None:
+        if number:
+            hold.wait(30)  # it has done its part, but is held up on the way back
+
+    team.call(first, told.append)
+    team.call(lambda number: came.set() if number else None, told.append)
+    hold.set()
+    assert told == [1, 1]
+    assert came.wait(30)
+
+
+def test_a_helper_of_a_call_that_goes_on_is_left_alone() -> None:
+    team, told, inner = Team(2), [], []
+
+    def first(number: int) -> None:
+        if number == 0:  # another call from inside this one, which is not over
+            team.call(inner.append, told.append)
+
+    team.call(first, told.append)
+    assert (told, inner) == ([1, 0], [0])
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system does not fork")
@@ -608,6 +634,47 @@ def test_threads_may_repack_at_once(tmp_path: Path) -> None:
     assert TuningCache(path).found
     assert [each.name for each in tmp_path.iterdir()] == ["tuning.json"]
     assert all(same_output(fast(x), model(x)) for fast, model, x in zip(made, models, inputs, strict=True))
+
+
+class Residual(nn.Module):
+    """Sums that are written over what they add, and one that may not be: it is read again."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.stem, self.one, self.two, self.three = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        stem = self.stem(x).relu()
+        once = (self.one(stem) + stem).relu()
+        twice = (self.two(once) + once).relu()
+        return self.three(twice) + once
+
+
+@pytest.mark.parametrize("channels", [12, 16, 32])
+@pytest.mark.parametrize("side", [7, 14, 30])
+def test_a_sum_lies_where_what_it_adds_lay_only_if_nobody_reads_that_again(channels: int, side: int) -> None:
+    torch.manual_seed(0)
+    model = pruned(Residual(channels))
+    x = torch.randn(2, channels, side, side)
+    fast = program_of(model, x, threads=2)
+    assert same_output(fast(x), model(x))
+
+
+def test_maps_take_the_place_of_maps_of_other_sizes() -> None:
+    """And find their own border clear, whatever lay there before."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for channels, stride in ((8, 1), (8, 2), (24, 1), (24, 2), (40, 1)):
+        layers += [nn.Conv2d(layers[-3].out_channels if layers else 4, channels, 3, stride, 1), nn.SiLU(),  # type: ignore[arg-type]
+                   nn.AvgPool2d(3, 1, 1)]  # fmt: skip
+    model, x = pruned(nn.Sequential(*layers)), torch.randn(1, 4, 41, 37)
+    fast = program_of(model, x, threads=1)
+    for seed in range(3):
+        y = torch.randn(1, 4, 41, 37, generator=torch.Generator().manual_seed(seed))
+        assert same_output(fast(y), model(y))
+    lowered = fast.program.plan((tuple(x.shape),)).lowered
+    steps = [step for step in lowered.steps if isinstance(step, NativeStep)]
+    assert lowered.arena.size < sum(step.writes.size for step in steps) / 2
 
 
 def test_what_is_returned_twice_shares_no_memory() -> None:

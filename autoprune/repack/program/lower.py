@@ -446,7 +446,8 @@ class _Lowering:
         made.pitch.join(given.pitch)
         if residual is not None:
             made.pitch.join(residual.pitch)
-            if shape[1] // a["groups"] % max(GROUP_SIZES) == 0:  # no row stands in for a missing filter
+            # A convolution looks around what it reads; and a row that stands in for a missing filter is written twice.
+            if residual is not given and shape[1] // a["groups"] % max(GROUP_SIZES) == 0:
                 made.over = residual
 
         def build(weights: Weights | None, tiling: nodes.Tiling) -> NativeOp:
