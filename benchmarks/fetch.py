@@ -120,9 +120,7 @@ class Built:
 
 def counted(built: Built, folder: Path) -> tuple[int, int]:
     """Lines missed in the first and the second cache, by cachegrind."""
-    (folder / "op.o").write_bytes(
-        object_code(offset_gemm_module(SIZE, COUNTED, panels=built.tiling.panel > 0), COUNTED)
-    )
+    (folder / "op.o").write_bytes(object_code(offset_gemm_module(SIZE, COUNTED), COUNTED))
     (folder / "blob").write_bytes(built.blob())
     program = folder / "driver"
     subprocess.run(["gcc", "-O1", "-no-pie", "-w", str(DRIVER), str(folder / "op.o"), "-o", str(program)], check=True)

@@ -103,13 +103,14 @@ def object_code(module: ir.Module, target: Target) -> bytes:
 
 def _optimised(module: ir.Module, target: Target) -> tuple[Any, Any]:
     _initialise()
-    machine = llvm.Target.from_default_triple().create_target_machine(cpu=target.cpu, features=target.features, opt=3)
+    machine = llvm.Target.from_default_triple().create_target_machine(cpu=target.cpu, features=target.features, opt=2)
     parsed = llvm.parse_assembly(str(module))
     parsed.verify()
-    options = llvm.create_pipeline_tuning_options(speed_level=3)
-    options.loop_vectorization = True
-    options.slp_vectorization = True
-    options.loop_unrolling = True
+    # The kernels say themselves what is a vector and what is unrolled: more work for LLVM makes them no faster.
+    options = llvm.create_pipeline_tuning_options(speed_level=2)
+    options.loop_vectorization = True  # of the few plain loops, such as copies
+    options.slp_vectorization = False
+    options.loop_unrolling = False
     builder = llvm.create_pass_builder(machine, options)
     builder.getModulePassManager().run(parsed, builder)
     return parsed, machine

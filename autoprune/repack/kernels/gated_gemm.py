@@ -70,7 +70,7 @@ class Field(IntEnum):
     SCRATCH_SLOT = 29
     SCRATCH_OFFSET = 30
     SCRATCH = 31  # floats from a thread's scratch to the next: see `scratch`
-    PANELS = 32  # always 0: a list is walked at once
+    PANELS = 32  # not used: a list is walked at once
     # 33 to 37: of columns that are masked, which a gated convolution has none of
     BORDER = 38
     BORDER_FIRST = 39

@@ -108,7 +108,7 @@ def splat(b: ir.IRBuilder, scalar: ir.Value, lanes: int) -> ir.Value:
         return scalar
     undefined = ir.Constant(ir.VectorType(scalar.type, lanes), ir.Undefined)
     first = b.insert_element(undefined, scalar, ir.Constant(I32, 0))
-    return b.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(I32, lanes), [0] * lanes))
+    return b.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(I32, lanes), None))
 
 
 def load_vector(b: ir.IRBuilder, pointer: ir.Value, lanes: int) -> ir.Value:

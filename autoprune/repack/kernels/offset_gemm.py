@@ -95,10 +95,10 @@ class Field(IntEnum):
     CHUNK_STRIDE = 26  # items from a chunk to the next
     BLOCK_STRIDE = 27
     IMAGE_STRIDE = 28
-    SCRATCH_SLOT = 29  # with panels alone
+    SCRATCH_SLOT = 29  # where there are several panels
     SCRATCH_OFFSET = 30
     SCRATCH = 31  # floats from a thread's scratch to the next: see `scratch`
-    PANELS = 32  # likewise
+    PANELS = 32  # that a group's inputs are cut into
     RUNS = 33  # of a list of kept positions; this and the next four: where columns are masked
     ENDS = 34  # address of int32 a list and run: its end, in kept positions from the list's begin
     COLUMNS = 35  # masks; run r reads through mask r mod COLUMNS
@@ -143,29 +143,26 @@ def singles(rows: int, target: Target) -> Singles | None:
 
 
 @once_a_process
-def offset_gemm(rows: int, target: Target, activation: str = "", panels: bool = False, columns: bool = False) -> int:
+def offset_gemm(rows: int, target: Target, activation: str = "", columns: bool = False) -> int:
     """The op for groups of `rows` filters; compiled once a process.
 
     Args:
         rows: filters in a group.
         target: what to compile for.
         activation: a row of ACTIVATIONS that is no clamp.
-        panels: whether a group's inputs are cut into panels.
         columns: whether columns are read through masks.
     """
-    return compile_op(offset_gemm_module(rows, target, activation, panels, columns), "op", target)
+    return compile_op(offset_gemm_module(rows, target, activation, columns), "op", target)
 
 
-def offset_gemm_module(
-    rows: int, target: Target, activation: str = "", panels: bool = False, columns: bool = False
-) -> ir.Module:
+def offset_gemm_module(rows: int, target: Target, activation: str = "", columns: bool = False) -> ir.Module:
     """The op, not yet compiled."""
     module, lanes, heights = ir.Module(), target.lanes, tiles(rows, target)
     form = Extra.COLUMNS if columns else Extra.NOTHING
     built = {count: tile(module, each, count, lanes, activation, form) for count, each in heights.items()}
     alone = singles(rows, target)
     single = alone and tile(module, heights[alone.count], alone.count, lanes, activation, form | Extra.SINGLE)
-    _op(module, rows, built, heights, (alone, single) if alone else None, lanes, panels, columns)
+    _op(module, rows, built, heights, (alone, single) if alone else None, lanes, columns)
     return module
 
 
@@ -326,7 +323,7 @@ def _taken(more: list[ir.Value], wanted: Extra, extra: Extra) -> list[ir.Value] 
 
 def _op(
     module: ir.Module, rows: int, built: dict[int, ir.Function], heights: dict[int, int],
-    single: tuple[Singles, ir.Function] | None, lanes: int, panels: bool, columns: bool,
+    single: tuple[Singles, ir.Function] | None, lanes: int, columns: bool,
 ) -> None:  # fmt: skip
     b, fields, slots, item, thread = op_function(module)
     get = {field: b.load(at(b, fields, const(field))) for field in Field}
@@ -390,12 +387,6 @@ def _op(
                 b.call(function, given)
 
         cover(b, length, lanes, max(built), compute, single[0] if single else None)
-
-    if not panels:
-        with loop(b, first, last) as group:
-            work(group, group, y, const(0))
-        b.ret_void()
-        return
 
     partials = address(b, slots, get[Field.SCRATCH_SLOT], get[Field.SCRATCH_OFFSET])
     partials = at(b, partials, b.mul(thread, get[Field.SCRATCH]))

@@ -193,7 +193,7 @@ def convolution(
         given |= _gated(weights, packed, offsets, gated, scratch)
         kernel = gated_gemm.gated_gemm(packed.group_size, target, other)
         return _op(name, kernel, gated_gemm.Field, given, batch * blocks * chunks)
-    kernel = offset_gemm.offset_gemm(packed.group_size, target, other, tiling.panel > 0, masks is not None)
+    kernel = offset_gemm.offset_gemm(packed.group_size, target, other, masks is not None)
     return _op(name, kernel, f, given, batch * blocks * chunks)
 
 
@@ -226,7 +226,7 @@ def _lists(
     """The kept positions: a list for each group, or group and panel; in runs of one mask where there are masks."""
     f = offset_gemm.Field
     if not tiling.panel and masks is None:
-        return {f.GROUP_POINTER: packed.group_pointer, f.OFFSETS: offsets, f.VALUES: packed.values}
+        return {f.GROUP_POINTER: packed.group_pointer, f.OFFSETS: offsets, f.VALUES: packed.values, f.PANELS: 1}
     group = np.repeat(np.arange(packed.groups), np.diff(packed.group_pointer))
     _, number = np.unique(packed.index, return_inverse=True)
     inputs = int(number.max(initial=-1)) + 1
@@ -235,7 +235,7 @@ def _lists(
     backwards = (group % 2 == 1) & tiling.serpentine
     lists = group * panels + np.where(backwards, panels - 1 - panel, panel)
     runs, run = 1, np.zeros_like(number)
-    given: dict[IntEnum, Any] = {}
+    given: dict[IntEnum, Any] = {f.PANELS: panels}
     if masks is not None:
         columns = len(masks.inside)
         parts = max(1, round(len(packed.index) / (packed.groups * panels * columns * RUN)))
@@ -257,8 +257,7 @@ def _lists(
     }  # fmt: skip
     if tiling.panel:
         given |= {
-            f.PANELS: panels, f.SCRATCH_SLOT: scratch.slot, f.SCRATCH_OFFSET: scratch.offset,
-            f.SCRATCH: panel_scratch(packed.group_size),
+            f.SCRATCH_SLOT: scratch.slot, f.SCRATCH_OFFSET: scratch.offset, f.SCRATCH: panel_scratch(packed.group_size),
         }  # fmt: skip
     return given
 

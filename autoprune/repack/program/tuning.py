@@ -35,7 +35,7 @@ from autoprune.repack.program.nodes import Tiling
 from autoprune.repack.program.program import Plan, Program
 from autoprune.repack.program.weights import Weights
 
-VERSION = 9  # of the kernels: what was tuned for others is not used
+VERSION = 6  # of the kernels: what was tuned for others is not used
 ROUNDS = 5
 # What a kept weight costs in groups of this size, relative to the largest: smaller groups load more for each.
 # A vector holds positions, or the filters of a group.
