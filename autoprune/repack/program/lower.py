@@ -28,13 +28,14 @@ from autoprune.repack.kernels.window import Mode
 from autoprune.repack.program import nodes
 from autoprune.repack.program.graph import Graph, Op, evaluate_op
 from autoprune.repack.program.kinds import KEEPS_ZERO, residual_of
-from autoprune.repack.program.layout import FLOAT_BYTES, MapLayout, aligned
+from autoprune.repack.program.layout import ALIGN, FLOAT_BYTES, MapLayout, aligned
 from autoprune.repack.program.memory import Arena, Buffer, place
 from autoprune.repack.program.native import NativeOp
 from autoprune.repack.program.weights import Weights
 
 ARENA = 1  # slot of the arena; slot 0 holds 0
 WIDEST_STRIDE = 4  # of a sliding window's kernel
+WIDEST_REACH = 4 * ALIGN  # columns beyond a row's ends: what lies there must be memory of the map's own buffer
 CROWDED = 0.95  # share of a convolution's vectors that must be left for a map to have no border columns
 # What torch and unpacking raise for values that do not fit an operation; a graph from a file may hold any.
 FAILURES = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
@@ -431,8 +432,7 @@ class _Lowering:
         if self.skips(x, window):
             given, window = self.subsampled(x, window.stride), replace(window, stride=(1, 1))
         elif op.kind == "conv2d" and self.crowded(window, shape):
-            reach = max(abs(dx) for _, dx in window.taps())
-            given = self.map(x, (window.padding[0], 0), window.stride, reach=reach)
+            given = self.map(x, (window.padding[0], 0), window.stride, reach=_reach(window))
         else:
             given = self.map(x, window.padding, window.stride)
         added = residual_of(op)
@@ -468,7 +468,7 @@ class _Lowering:
         (height, width), lanes = shape[2:], self.target.lanes
         vectors = -(-((height - 1) * (width + window.padding[1]) + width) // lanes)
         whole, rest = divmod(height * width, lanes)
-        return whole + min(1.0, rest / lanes) <= CROWDED * vectors
+        return whole + min(1.0, rest / lanes) <= CROWDED * vectors and _reach(window) <= WIDEST_REACH
 
     def factors(self, op: Op, role: str, channels: int) -> nodes.Factors | None:
         """Where the factors of a gated convolution's output or input channels lie."""
@@ -782,6 +782,11 @@ class _Lowering:
 
         reads = [given.buffer, *([residual.buffer] if residual is not None else [])]
         self.steps.append(NativeStep(name, reads, buffer, build))
+
+
+def _reach(window: nodes.Window) -> int:
+    """How many columns beside a position a window looks at, at most."""
+    return max(abs(dx) for _, dx in window.taps())
 
 
 def _sharing(returned: Mapping[str, View]) -> frozenset[str]:
