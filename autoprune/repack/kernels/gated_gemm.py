@@ -21,7 +21,6 @@ from autoprune.repack.kernels.ir import (
     LONGS,
     address,
     at,
-    clear,
     const,
     float_field,
     long_at,
@@ -168,11 +167,9 @@ def _op(module: ir.Module, rows: int, built: dict[int, ir.Function], heights: di
                 b.store(kept, found)
 
     channels = pointer_field(b, get[Field.Y_CHANNEL], INTS)
-    with b.if_then(b.icmp_signed("==", block, const(0))):
-        span = (b.mul(first, const(rows)), b.mul(last, const(rows)))
-        clear_border(b, y, channels, span, get[Field.POSITIONS], get[Field.BORDER])
-    with b.if_then(b.icmp_signed("==", item, const(0))):
-        clear(b, at(b, y, b.neg(get[Field.BORDER_FIRST])), get[Field.BORDER_FIRST])
+    span = (b.mul(first, const(rows)), b.mul(last, const(rows)))
+    border = (get[Field.POSITIONS], get[Field.BORDER], get[Field.BORDER_FIRST])
+    clear_border(b, item, block, y, channels, span, border)
     with b.if_then(shared):
         find(first)
     with loop(b, first, last) as group:

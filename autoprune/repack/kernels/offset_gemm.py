@@ -348,11 +348,9 @@ def _op(
     last = smaller(b, b.add(first, get[Field.CHUNK]), get[Field.GROUPS])
 
     channels = pointer_field(b, get[Field.Y_CHANNEL], INTS)
-    with b.if_then(b.icmp_signed("==", block, const(0))):
-        span = (b.mul(first, const(rows)), b.mul(last, const(rows)))
-        clear_border(b, y, channels, span, get[Field.POSITIONS], get[Field.BORDER])
-    with b.if_then(b.icmp_signed("==", item, const(0))):
-        clear(b, at(b, y, b.neg(get[Field.BORDER_FIRST])), get[Field.BORDER_FIRST])
+    span = (b.mul(first, const(rows)), b.mul(last, const(rows)))
+    border = (get[Field.POSITIONS], get[Field.BORDER], get[Field.BORDER_FIRST])
+    clear_border(b, item, block, y, channels, span, border)
 
     def work(group: ir.Value, list_: ir.Value, partials: ir.Value, carry: ir.Value) -> None:
         """A group's sums over one list of kept positions, at all positions of the item."""
@@ -399,12 +397,19 @@ def _op(
 
 
 def clear_border(
-    b: ir.IRBuilder, y: ir.Value, channels: ir.Value, rows: tuple[ir.Value, ir.Value], positions: ir.Value,
-    border: ir.Value,
+    b: ir.IRBuilder, item: ir.Value, block: ir.Value, y: ir.Value, channels: ir.Value,
+    rows: tuple[ir.Value, ir.Value], border: tuple[ir.Value, ir.Value, ir.Value],
 ) -> None:  # fmt: skip
-    """Clears what lies behind the positions of some rows' channels: memory that other maps lay in before."""
-    with loop(b, *rows) as row:
-        clear(b, at(b, y, b.add(long_at(b, channels, row), positions)), border)
+    """Clears the border of some rows' channels, once a map: other maps lay in this memory before.
+
+    `border` is where it begins, counted from a channel's first position, how long it is there, and before the first
+    channel.
+    """
+    begin, behind, before = border
+    with b.if_then(b.icmp_signed("==", block, const(0))), loop(b, *rows) as row:
+        clear(b, at(b, y, b.add(long_at(b, channels, row), begin)), behind)
+    with b.if_then(b.icmp_signed("==", item, const(0))):
+        clear(b, at(b, y, b.neg(before)), before)
 
 
 def block_at(
