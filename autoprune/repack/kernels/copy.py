@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from enum import IntEnum
 
 import llvmlite.ir as ir
@@ -12,14 +11,14 @@ from autoprune.repack.kernels.ir import (
     I32,
     address,
     at,
-    clear,
+    clear_border,
     const,
     loop,
     masked_load,
     op_function,
+    picked,
     splat,
     store_vector,
-    vector,
 )
 
 
@@ -83,14 +82,14 @@ def planes(stride: int, target: Target) -> int:
             parts = []
             for part in range(stride):
                 start = b.add(first, const(part * lanes))
-                index = b.add(splat(b, b.trunc(start, I32), lanes), _integers(range(lanes)))
+                index = b.add(
+                    splat(b, b.trunc(start, I32), lanes), ir.Constant(ir.VectorType(I32, lanes), list(range(lanes)))
+                )
                 parts.append(masked_load(b, module, at(b, line, start), b.icmp_unsigned("<", index, width), lanes))
             for column in range(stride):
                 place = at(b, into, b.mul(const(column), get[Field.Y_PLANE]))
-                store_vector(b, _dealt(b, parts, column, lanes), at(b, place, position), lanes)
-    clear(b, at(b, y, get[Field.POSITIONS]), get[Field.BORDER])
-    with b.if_then(b.icmp_signed("==", item, const(0))):
-        clear(b, at(b, y, b.neg(get[Field.BORDER_FIRST])), get[Field.BORDER_FIRST])
+                store_vector(b, picked(b, parts, column, stride, lanes), at(b, place, position), lanes)
+    clear_border(b, y, item, (get[Field.POSITIONS], get[Field.BORDER], get[Field.BORDER_FIRST]))
     b.ret_void()
     return compile_op(module, "op", target)
 
@@ -105,18 +104,3 @@ def _start(module: ir.Module) -> tuple[ir.IRBuilder, dict[Field, ir.Value], ir.V
     y = address(b, slots, get[Field.Y_SLOT], get[Field.Y_OFFSET])
     y = at(b, y, b.add(b.mul(image, get[Field.Y_IMAGE]), b.mul(channel, get[Field.Y_CHANNEL])))
     return b, get, item, x, y
-
-
-def _integers(values: Iterable[int]) -> ir.Constant:
-    numbers = list(values)
-    return ir.Constant(ir.VectorType(I32, len(numbers)), numbers)
-
-
-def _dealt(b: ir.IRBuilder, parts: list[ir.Value], column: int, lanes: int) -> ir.Value:
-    """Of the floats in `parts`, one after the other: `column`, and every ``len(parts)``-th from there."""
-    dealt: ir.Value = ir.Constant(vector(lanes), ir.Undefined)
-    for number, part in enumerate(parts):
-        places = [lane * len(parts) + column - number * lanes for lane in range(lanes)]  # of each lane, in this part
-        picked = [lanes + place if 0 <= place < lanes else lane for lane, place in enumerate(places)]
-        dealt = b.shuffle_vector(dealt, part, _integers(picked))
-    return dealt

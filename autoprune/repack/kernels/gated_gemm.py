@@ -31,7 +31,7 @@ from autoprune.repack.kernels.ir import (
     store_vector,
     vector,
 )
-from autoprune.repack.kernels.offset_gemm import Extra, block_at, clear_border, cover, tile, tiles
+from autoprune.repack.kernels.offset_gemm import Extra, block_at, clear_borders, cover, tile, tiles
 
 
 class Field(IntEnum):
@@ -169,7 +169,7 @@ def _op(module: ir.Module, rows: int, built: dict[int, ir.Function], heights: di
     channels = pointer_field(b, get[Field.Y_CHANNEL], INTS)
     span = (b.mul(first, const(rows)), b.mul(last, const(rows)))
     border = (get[Field.POSITIONS], get[Field.BORDER], get[Field.BORDER_FIRST])
-    clear_border(b, item, block, y, channels, span, border)
+    clear_borders(b, item, block, y, channels, span, border)
     with b.if_then(shared):
         find(first)
     with loop(b, first, last) as group:

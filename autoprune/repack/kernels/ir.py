@@ -84,6 +84,20 @@ def clear(b: ir.IRBuilder, pointer: ir.Value, count: ir.Value) -> None:
         b.store(ir.Constant(F32, 0.0), at(b, pointer, i))
 
 
+def clear_border(
+    b: ir.IRBuilder, channel: ir.Value, number: ir.Value, border: tuple[ir.Value, ir.Value, ir.Value]
+) -> None:
+    """Clears what lies around a channel's positions, where other maps lay before.
+
+    `number` is 0 for the map's first channel. `border`: how many positions, floats behind them, and before the first
+    channel.
+    """
+    positions, behind, before = border
+    clear(b, at(b, channel, positions), behind)
+    with b.if_then(b.icmp_signed("==", number, const(0))):
+        clear(b, at(b, channel, b.neg(before)), before)
+
+
 def smaller(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
     return b.select(b.icmp_signed("<", x, y), x, y)
 
@@ -215,3 +229,13 @@ def kept_by(b: ir.IRBuilder, value: ir.Value, bits: ir.Value | None) -> ir.Value
         return value
     zero = ir.Constant(value.type, 0.0) if value.type == F32 else ir.Constant(value.type, None)
     return b.select(bits, value, zero)
+
+
+def picked(b: ir.IRBuilder, vectors: list[ir.Value], first: int, stride: int, lanes: int) -> ir.Value:
+    """Of the floats in `vectors`, one after the other: `lanes` of them from `first` on, `stride` apart."""
+    picked: ir.Value = ir.Constant(vector(lanes), ir.Undefined)
+    places = [first + lane * stride for lane in range(lanes)]
+    for number in range(places[0] // lanes, places[-1] // lanes + 1):
+        here = [lanes + place % lanes if place // lanes == number else lane for lane, place in enumerate(places)]
+        picked = b.shuffle_vector(picked, vectors[number], ir.Constant(ir.VectorType(I32, lanes), here))
+    return picked

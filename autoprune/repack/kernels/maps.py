@@ -14,7 +14,7 @@ from autoprune.repack.kernels.ir import (
     address,
     at,
     clamp,
-    clear,
+    clear_border,
     const,
     float_field,
     load_vector,
@@ -100,9 +100,8 @@ def elementwise(combine: Combine, target: Target, activation: str = "") -> int:
             if activation:
                 value = ACTIVATIONS[activation](b, module, value, lanes)
             store_vector(b, masked(b, value, at(b, mask, position), lanes), at(b, out, position), lanes)
-        clear(b, at(b, out, get[Field.POSITIONS]), get[Field.BORDER])
-        with b.if_then(b.icmp_signed("==", b.or_(image, channel), const(0))):
-            clear(b, at(b, out, b.neg(get[Field.BORDER_FIRST])), get[Field.BORDER_FIRST])
+        border = (get[Field.POSITIONS], get[Field.BORDER], get[Field.BORDER_FIRST])
+        clear_border(b, out, b.or_(image, channel), border)
     b.ret_void()
     return compile_op(module, "op", target)
 

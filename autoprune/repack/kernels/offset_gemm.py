@@ -350,7 +350,7 @@ def _op(
     channels = pointer_field(b, get[Field.Y_CHANNEL], INTS)
     span = (b.mul(first, const(rows)), b.mul(last, const(rows)))
     border = (get[Field.POSITIONS], get[Field.BORDER], get[Field.BORDER_FIRST])
-    clear_border(b, item, block, y, channels, span, border)
+    clear_borders(b, item, block, y, channels, span, border)
 
     def work(group: ir.Value, list_: ir.Value, partials: ir.Value, carry: ir.Value) -> None:
         """A group's sums over one list of kept positions, at all positions of the item."""
@@ -396,7 +396,7 @@ def _op(
     b.ret_void()
 
 
-def clear_border(
+def clear_borders(
     b: ir.IRBuilder, item: ir.Value, block: ir.Value, y: ir.Value, channels: ir.Value,
     rows: tuple[ir.Value, ir.Value], border: tuple[ir.Value, ir.Value, ir.Value],
 ) -> None:  # fmt: skip

@@ -22,7 +22,7 @@ from autoprune.repack.kernels.ir import (
     address,
     at,
     clamp,
-    clear,
+    clear_border,
     const,
     float_field,
     fma,
@@ -33,6 +33,7 @@ from autoprune.repack.kernels.ir import (
     loop,
     masked,
     op_function,
+    picked,
     pointer_field,
     smaller,
     splat,
@@ -122,9 +123,8 @@ def window(mode: Mode, stride: int, target: Target, activation: str = "", column
                 )  # fmt: skip
 
             cover(b, get[Field.COLUMNS], target.lanes, widest, compute)
-        clear(b, at(b, out, get[Field.POSITIONS]), get[Field.BORDER])
-        with b.if_then(b.icmp_signed("==", b.or_(image, channel), const(0))):
-            clear(b, at(b, out, b.neg(get[Field.BORDER_FIRST])), get[Field.BORDER_FIRST])
+        border = (get[Field.POSITIONS], get[Field.BORDER], get[Field.BORDER_FIRST])
+        clear_border(b, out, b.or_(image, channel), border)
     b.ret_void()
     return compile_op(module, "op", target)
 
@@ -158,8 +158,8 @@ def _run(
         rows = fold(b, const(0), taps, [ir.Constant(vector(lanes), [start] * lanes)] * count, add_row)
         results = []
         for v in range(vectors):
-            picked = [_picked(b, rows, v * lanes * stride + column, stride, lanes) for column in columns]
-            results.append(reduce(partial(combine, b), picked))
+            parts = [picked(b, rows, v * lanes * stride + column, stride, lanes) for column in columns]
+            results.append(reduce(partial(combine, b), parts))
     lows, highs = splat(b, low, lanes), splat(b, high, lanes)
     for v, value in enumerate(results):
         at_v = const(v * lanes)
@@ -184,16 +184,6 @@ _POOLING: Mapping[Mode, tuple[float, Callable[[ir.IRBuilder, ir.Value, ir.Value]
     Mode.AVERAGE: (0.0, lambda b, one, other: b.fadd(one, other)),
 }
 """What a pooling begins with, and how two values become one."""
-
-
-def _picked(b: ir.IRBuilder, vectors: list[ir.Value], first: int, stride: int, lanes: int) -> ir.Value:
-    """Of the floats in `vectors`, one after the other: `lanes` of them from `first` on, `stride` apart."""
-    picked: ir.Value = ir.Constant(vector(lanes), ir.Undefined)
-    places = [first + lane * stride for lane in range(lanes)]
-    for number in range(places[0] // lanes, places[-1] // lanes + 1):
-        here = [lanes + place % lanes if place // lanes == number else lane for lane, place in enumerate(places)]
-        picked = b.shuffle_vector(picked, vectors[number], ir.Constant(ir.VectorType(I32, lanes), here))
-    return picked
 
 
 def _every(b: ir.IRBuilder, pointer: ir.Value, stride: int, lanes: int) -> ir.Value:
