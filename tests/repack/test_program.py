@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import functools
 import gc
 import json
@@ -10,13 +11,18 @@ import os
 import pickle
 import random
 import signal
+import subprocess
+import sys
 import threading
+import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -27,8 +33,9 @@ from autoprune.repack.outputs import same_output
 from autoprune.repack.program import program as program_module
 from autoprune.repack.program.lower import ARENA, NativeStep
 from autoprune.repack.program.memory import Buffer, place
+from autoprune.repack.program.native import NativeOp, NativeSequence, give_way, runner
 from autoprune.repack.program.program import MAX_PLANS, Program
-from autoprune.repack.program.team import Team
+from autoprune.repack.program.team import Job, Team
 from autoprune.repack.program.tuning import TuningCache
 from autoprune.testing import FakeClock
 
@@ -183,16 +190,27 @@ class LateTeam:
 
     def __init__(self, comes: bool) -> None:
         self.comes = comes
-        self.waiting: list[Callable[[], None]] = []
+        self.waiting: list[LateTicket] = []
 
-    def call(self, task: Callable[[int], None], joined: Callable[[int], None]) -> None:
-        late, self.waiting = self.waiting, []
-        joined(2)
+    def join_in(self, job: Job, keep: object) -> list[LateTicket]:
         if self.comes:
-            self.waiting = [lambda: task(1), lambda: task(2)]
-        task(0)
-        for work in late:
-            work()
+            for ticket in self.waiting:
+                ticket.come()
+        self.waiting = [LateTicket(number, job, keep) for number in (1, 2)]
+        return self.waiting
+
+
+class LateTicket:
+    def __init__(self, number: int, job: Job, keep: object) -> None:
+        self.number, self.job, self.keep, self.over = number, job, keep, False
+
+    def come(self) -> None:
+        table, ops, slots, counters, threads = self.job
+        runner()(table, 0, ops, slots, counters, self.number, threads, give_way())
+        self.over = True
+
+    def forget(self) -> None:
+        pass
 
 
 @pytest.mark.parametrize("comes", [True, False])
@@ -210,29 +228,82 @@ def test_a_late_helper_disturbs_nobody(
     assert same_output(tuned(image()), wanted[0])
 
 
-def test_a_helper_whose_last_call_has_returned_takes_part_in_the_next() -> None:
-    team, told, hold, came = Team(2), [], threading.Event(), threading.Event()
+def one_op(work: Callable[[int], None]) -> tuple[NativeSequence, Any]:
+    """A sequence of one item, `work(thread)`, and its counters for two threads."""
+    called = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)(lambda fields, slots, item, thread: work(thread))
+    address = ctypes.cast(called, ctypes.c_void_p).value or 0
+    sequence = NativeSequence([NativeOp("op", address, np.zeros(1, np.int64), 1, (called,))])
+    return sequence, sequence.new_counters(2)
 
-    def first(number: int) -> None:
-        if number:
-            hold.wait(30)  # it has done its part, but is held up on the way back
 
-    team.call(first, told.append)
-    team.call(lambda number: came.set() if number else None, told.append)
-    hold.set()
-    assert told == [1, 1]
-    assert came.wait(30)
+def until(done: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("pause", [0.0, 0.2])
+def test_a_helper_does_one_job_after_the_other(pause: float) -> None:
+    team, came = Team(2), list[int]()
+    sequence, counters = one_op(came.append)
+    for number in range(1, 5):
+        counters[:] = 0
+        (ticket,) = team.join_in(sequence.job(0, counters.ctypes.data, 2), None)
+        until(lambda ticket=ticket: ticket.over)  # type: ignore[misc]
+        assert came == [1] * number
+        time.sleep(pause)  # long enough for it to go to sleep
 
 
 def test_a_helper_of_a_call_that_goes_on_is_left_alone() -> None:
-    team, told, inner = Team(2), [], []
+    team, came, hold = Team(2), threading.Event(), threading.Event()
 
-    def first(number: int) -> None:
-        if number == 0:  # another call from inside this one, which is not over
-            team.call(inner.append, told.append)
+    def work(_: int) -> None:
+        came.set()
+        hold.wait(30)
 
-    team.call(first, told.append)
-    assert (told, inner) == ([1, 0], [0])
+    sequence, counters = one_op(work)
+    job = sequence.job(0, counters.ctypes.data, 2)
+    (ticket,) = team.join_in(job, None)
+    assert came.wait(30)
+    assert not ticket.over
+    assert team.join_in(job, None) == []
+    hold.set()
+    until(lambda: ticket.over)
+    assert len(team.join_in(job, None)) == 1
+
+
+def test_a_helper_keeps_what_its_job_needs_until_it_is_over() -> None:
+    class Kept:
+        pass
+
+    team, hold, kept = Team(2), threading.Event(), Kept()
+
+    def work(_: int) -> None:
+        hold.wait(30)
+
+    sequence, counters = one_op(work)
+    alive = weakref.ref(kept)
+    (ticket,) = team.join_in(sequence.job(0, counters.ctypes.data, 2), kept)
+    del kept
+    ticket.forget()
+    assert alive() is not None
+    hold.set()
+    until(lambda: ticket.over)
+    ticket.forget()
+    assert alive() is None
+
+
+def test_a_process_ends_while_helpers_look_out_for_work() -> None:
+    code = """
+import torch, autoprune
+model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU()).eval()
+fast = autoprune.repack(model, torch.zeros(1, 3, 9, 9), threads=3)
+with torch.inference_mode():
+    fast(torch.zeros(1, 3, 9, 9))
+"""
+    for _ in range(2):
+        assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system does not fork")

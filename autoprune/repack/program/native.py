@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from autoprune.repack.kernels.compiler import compile_op, host, once_a_process
 from autoprune.repack.kernels.ir import I64, LONGS, at, const, loop
 
-_LINE = 8  # int64 in a cache line
+LINE = 8  # int64 in a cache line
 _SPINS = 4000  # looks at a counter before the thread gives its core away
 
 
@@ -45,8 +45,8 @@ class NativeOp:
 
 
 @once_a_process
-def _runner() -> Any:
-    """run(table, first, last, slots, counters, thread, threads, give_way)."""
+def runner_address() -> int:
+    """Of the native run(table, first, last, slots, counters, thread, threads, give_way)."""
     module = ir.Module()
     kind = ir.FunctionType(ir.VoidType(), [LONGS, I64, I64, LONGS, LONGS, I64, I64, I64])
     function = ir.Function(module, kind, "run")
@@ -63,19 +63,24 @@ def _runner() -> Any:
             with alone, loop(b, const(0), items) as item:
                 b.call(kernel, [fields, slots, item, thread])
             with shared:
-                tickets = at(b, counters, b.mul(b.mul(index, b.add(threads, const(1))), const(_LINE)))
-                done = at(b, tickets, b.mul(threads, const(_LINE)))
+                tickets = at(b, counters, b.mul(b.mul(index, b.add(threads, const(1))), const(LINE)))
+                done = at(b, tickets, b.mul(threads, const(LINE)))
                 with loop(b, const(0), threads) as turn:
                     share = b.srem(b.add(thread, turn), threads)
                     begin, end = (
                         b.sdiv(b.mul(items, part), threads) for part in (share, b.add(share, const(1)))
                     )  # fmt: skip
-                    ticket = at(b, tickets, b.mul(share, const(_LINE)))
+                    ticket = at(b, tickets, b.mul(share, const(LINE)))
                     _take(b, kernel, fields, slots, (begin, end), ticket, done, thread)
                 _wait(b, done, items, idle)
     b.ret_void()
-    address = compile_op(module, "run", host())
-    return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 8)(address)
+    return compile_op(module, "run", host())
+
+
+@cache
+def runner() -> Any:
+    """The same, to be called from Python."""
+    return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 8)(runner_address())
 
 
 def _take(
@@ -122,7 +127,7 @@ def _wait(b: ir.IRBuilder, done: ir.Value, items: ir.Value, idle: ir.Value) -> N
 
 
 @cache
-def _give_way() -> int:
+def give_way() -> int:
     """The address of the system's function that lets another thread run."""
     if sys.platform == "win32":
         function = ctypes.windll.kernel32.SwitchToThread
@@ -139,15 +144,19 @@ class NativeSequence:
         rows = [(op.kernel, op.fields.ctypes.data, op.items) for op in self.ops]
         self._table = np.array(rows, np.int64).reshape(len(rows), 3)
         self._address = self._table.ctypes.data
-        self._run = _runner()
-        self._idle = _give_way()
+        self._run = runner()
+        self._idle = give_way()
 
     def new_counters(self, threads: int) -> NDArray[np.int64]:
         """The shared counters of up to so many threads for one call at a time."""
-        return np.zeros(max(1, len(self.ops)) * (threads + 1) * _LINE, np.int64)
+        return np.zeros(max(1, len(self.ops)) * (threads + 1) * LINE, np.int64)
 
-    def run(self, slots: int, counters: int, thread: int = 0, threads: int = 1) -> None:
-        """Runs all ops; `slots` and `counters` are addresses. Returns when all items of the last op are done."""
+    def job(self, slots: int, counters: int, threads: int) -> tuple[int, int, int, int, int]:
+        """All ops, for the helpers of a team; `slots` and `counters` are addresses."""
+        return self._address, len(self.ops), slots, counters, threads
+
+    def run(self, slots: int, counters: int = 0, thread: int = 0, threads: int = 1) -> None:
+        """Runs all ops, or what nobody else does of them. Returns when all items of the last op are done."""
         self._run(self._address, 0, len(self.ops), slots, counters, thread, threads, self._idle)
 
     def run_op(self, index: int, slots: int) -> None:

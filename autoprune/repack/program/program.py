@@ -20,7 +20,7 @@ from autoprune.repack.program.graph import Graph, Input, build_outputs, evaluate
 from autoprune.repack.program.lower import ARENA, FAILURES, Lowered, NativeStep, TorchStep, View, lower
 from autoprune.repack.program.native import NativeOp, NativeSequence
 from autoprune.repack.program.nodes import Tiling
-from autoprune.repack.program.team import team
+from autoprune.repack.program.team import Ticket, team
 from autoprune.repack.program.weights import Weights
 
 MAX_PLANS = 128  # input shapes remembered: inputs of ever new shapes must not fill the memory
@@ -33,9 +33,13 @@ class _Frame:
     slots: NDArray[np.int64]
     holders: list[Tensor]
     counters: list[NDArray[np.int64]]
-    address: int = 0  # of the slots
-    helpers: int = 0  # that may still look at the counters
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    address: int  # of the slots
+    helpers: list[Ticket] = field(default_factory=list)
+
+    @property
+    def free(self) -> bool:
+        """Whether nobody looks at its counters any more."""
+        return all(ticket.over for ticket in self.helpers)
 
 
 class Plan:
@@ -79,7 +83,7 @@ class Plan:
         """Memory that no other call uses."""
         with self._lock:
             for index, frame in enumerate(self._free):
-                if frame.helpers == 0:
+                if frame.free:
                     return self._free.pop(index)
         slots = np.zeros(self.lowered.slots, np.int64)
         holders = [torch.empty(0, device="cpu")] * self.lowered.slots
@@ -93,6 +97,8 @@ class Plan:
 
     def release(self, frame: _Frame) -> None:
         """Gives a call's memory back."""
+        for ticket in frame.helpers:
+            ticket.forget()
         with self._lock:
             self._free.append(frame)
 
@@ -109,6 +115,7 @@ class Plan:
     def run(self, inputs: tuple[Tensor, ...]) -> Any:
         """One call's outputs."""
         frame = self.frame()
+        frame.helpers.clear()
         result = self.run_in(frame, inputs)
         self.release(frame)
         return result
@@ -130,23 +137,15 @@ class Plan:
         return result
 
     def run_native(self, part: NativeSequence, frame: _Frame, sequence: int) -> None:
-        slots, counters, threads = frame.address, frame.counters[sequence], self.threads
+        slots, threads = frame.address, self.threads
         if threads == 1:
-            part.run(slots, 0)
+            part.run(slots)
             return
+        counters = frame.counters[sequence]
         counters[:] = 0
-
-        def joined(helpers: int) -> None:
-            with frame.lock:
-                frame.helpers += helpers
-
-        def work(number: int) -> None:
-            part.run(slots, counters.ctypes.data, number, threads)
-            if number:
-                with frame.lock:
-                    frame.helpers -= 1
-
-        team(threads).call(work, joined)
+        place = counters.ctypes.data
+        frame.helpers += team(threads).join_in(part.job(slots, place, threads), (part, frame))
+        part.run(slots, place, 0, threads)
 
     def run_torch(self, step: TorchStep, frame: _Frame) -> None:
         given = {name: _tensor(frame.holders, view) for name, view in step.reads.items()}
