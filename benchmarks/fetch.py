@@ -31,10 +31,10 @@ from autoprune.repack.formats import pack
 from autoprune.repack.kernels.compiler import Target, object_code
 from autoprune.repack.kernels.offset_gemm import offset_gemm_module
 from autoprune.repack.program.graph import Graph, Input, Op
-from autoprune.repack.program.lower import NativeStep
 from autoprune.repack.program.native import NativeOp, NativeSequence
 from autoprune.repack.program.nodes import Tiling
 from autoprune.repack.program.program import Program
+from autoprune.repack.program.steps import NativeStep
 from autoprune.repack.program.weights import Weights
 from autoprune.report.console import Console
 from autoprune.report.table import markdown_table

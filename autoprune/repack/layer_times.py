@@ -22,10 +22,10 @@ from autoprune.repack.macs import positions
 from autoprune.repack.program.graph import Op
 from autoprune.repack.program.kinds import PACKED
 from autoprune.repack.program.layout import FLOAT_BYTES
-from autoprune.repack.program.lower import NativeStep
 from autoprune.repack.program.native import NativeSequence
 from autoprune.repack.program.nodes import Tiling
 from autoprune.repack.program.program import Plan, Program
+from autoprune.repack.program.steps import NativeStep
 from autoprune.repack.program.weights import Weights
 from autoprune.repack.report import ProgramModel
 from autoprune.repack.swap import fresh

@@ -13,7 +13,7 @@ from autoprune.inventory import as_tuple
 from autoprune.registry import Choice
 from autoprune.repack.encodings import CANDIDATES, ENCODINGS
 from autoprune.repack.fetch import MODELLED, Cache, Fetched, fetched
-from autoprune.repack.program.lower import NativeStep
+from autoprune.repack.program.steps import NativeStep
 from autoprune.repack.report import ProgramModel, RepackedModel
 from autoprune.repack.stored import by_filter, by_group, store
 

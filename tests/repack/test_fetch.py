@@ -22,9 +22,9 @@ from autoprune.repack.kernels.compiler import Target, host, narrowed
 from autoprune.repack.kernels.rows_gemm import tokens_together
 from autoprune.repack.memory import layer_memory
 from autoprune.repack.program.graph import Graph, Input, Op
-from autoprune.repack.program.lower import NativeStep
 from autoprune.repack.program.nodes import Tiling, serpentine
 from autoprune.repack.program.program import Program
+from autoprune.repack.program.steps import NativeStep
 from autoprune.repack.program.tuning import TuningCache
 from autoprune.repack.program.weights import Weights
 from autoprune.repack.stored import store

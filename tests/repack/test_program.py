@@ -31,10 +31,10 @@ from autoprune.errors import AutopruneError
 from autoprune.repack import Graph, ProgramModel, capture, load, repack, save
 from autoprune.repack.outputs import same_output
 from autoprune.repack.program import program as program_module
-from autoprune.repack.program.lower import ARENA, NativeStep
 from autoprune.repack.program.memory import Buffer, place
 from autoprune.repack.program.native import NativeOp, NativeSequence, give_way, runner
 from autoprune.repack.program.program import MAX_PLANS, Program
+from autoprune.repack.program.steps import ARENA, NativeStep
 from autoprune.repack.program.team import Job, Team
 from autoprune.repack.program.tuning import TuningCache
 from autoprune.testing import FakeClock

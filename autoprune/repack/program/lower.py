@@ -10,7 +10,7 @@ they form a class, whose pitch is what its widest member needs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -28,159 +28,18 @@ from autoprune.repack.kernels.window import Mode
 from autoprune.repack.program import nodes
 from autoprune.repack.program.graph import Graph, Op, evaluate_op
 from autoprune.repack.program.kinds import KEEPS_ZERO, residual_of
-from autoprune.repack.program.layout import ALIGN, FLOAT_BYTES, MapLayout, aligned
-from autoprune.repack.program.memory import Arena, Buffer, place
+from autoprune.repack.program.layout import ALIGN, FLOAT_BYTES, aligned
+from autoprune.repack.program.memory import Buffer, place
 from autoprune.repack.program.native import NativeOp
+from autoprune.repack.program.steps import ARENA, Lowered, Map, NativeStep, TorchStep, View
 from autoprune.repack.program.weights import Weights
 
-ARENA = 1  # slot of the arena; slot 0 holds 0
 WIDEST_STRIDE = 4  # of a sliding window's kernel
 WIDEST_REACH = 4 * ALIGN  # columns beyond a row's ends: what lies there must be memory of the map's own buffer
 CROWDED = 0.95  # share of a convolution's vectors that must be left for a map to have no border columns
 # What torch and unpacking raise for values that do not fit an operation; a graph from a file may hold any.
 FAILURES = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
 NOT_NEGATIVE = ("relu", "relu6", "sigmoid", "hardsigmoid")
-
-
-@dataclass(eq=False)
-class _Class:
-    """Maps of one pitch; `parent` is where a class went that was joined with another."""
-
-    width: int = 0
-    parent: _Class | None = None
-
-    def root(self) -> _Class:
-        return self if self.parent is None else self.parent.root()
-
-    def join(self, other: _Class) -> None:
-        mine, theirs = self.root(), other.root()
-        if mine is not theirs:
-            theirs.parent = mine
-            mine.width = max(mine.width, theirs.width)
-
-
-@dataclass(eq=False)
-class _Map:
-    """A value as a feature map; its layout stands when every reader is known.
-
-    Attributes:
-        over: a map that this one may be written over, where it is not needed any more.
-    """
-
-    shape: tuple[int, int, int, int]
-    stride: tuple[int, int]
-    border: float
-    pitch: _Class = field(default_factory=_Class)
-    pad: tuple[int, int] = (0, 0)
-    reach: int = 0
-    over: _Map | None = None
-    buffer: Buffer = field(default_factory=lambda: Buffer(0))
-
-    def padded(self, padding: tuple[int, int], reach: int = 0) -> _Map:
-        """Makes room for a reader that looks `padding` beyond the map, and `reach` columns more through masks."""
-        self.reach = max(self.reach, reach)
-        self.pad = (max(self.pad[0], padding[0]), max(self.pad[1], padding[1]))
-        width, wide = self.shape[3], self.stride[1]
-        needed = width + self.pad[1] if self.stride == (1, 1) else -(-(width + 2 * self.pad[1]) // wide)
-        root = self.pitch.root()
-        root.width = max(root.width, needed)
-        return self
-
-    @property
-    def layout(self) -> MapLayout:
-        _, channels, height, width = self.shape
-        pitch = self.pitch.root().width
-        return MapLayout(channels, height, width, pitch, *self.pad, *self.stride, self.border, self.reach)
-
-    @property
-    def at(self) -> nodes.MapAt:
-        return nodes.MapAt(self.buffer, self.layout)
-
-
-@dataclass(eq=False)
-class NativeStep:
-    """A native op.
-
-    Attributes:
-        build: from the layer's weights and tiling, where it has them.
-        layer: the graph's operation where it has a packed weight.
-        size: (positions or tokens, batch) of such a layer.
-        by_position: whether it is a Linear that runs as a convolution, tokens side by side in a vector.
-        op: the graph's operation; None: it brings the value `name` into another layout.
-    """
-
-    name: str
-    reads: list[Buffer]
-    writes: Buffer
-    build: Callable[[Weights | None, nodes.Tiling], NativeOp]
-    layer: Op | None = None
-    size: tuple[int, int] = (0, 0)
-    op: Op | None = None
-    by_position: bool = False
-
-    @property
-    def form(self) -> str:
-        """The kind of layer that its kernel is made for."""
-        assert self.layer is not None
-        return "conv2d" if self.by_position else self.layer.kind
-
-
-@dataclass(eq=False)
-class TorchStep:
-    """An operation torch runs; its result goes to `slot`, at these strides."""
-
-    op: Op
-    reads: dict[str, View]
-    slot: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True)
-class View:
-    """A tensor somewhere in a slot: element offset from the slot's base, shape and strides."""
-
-    buffer: Buffer
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-
-    @property
-    def start(self) -> int:
-        """Elements from the slot's base."""
-        return self.buffer.offset // FLOAT_BYTES + self.offset
-
-
-@dataclass(frozen=True)
-class Lowered:
-    """A program for one set of input shapes.
-
-    Attributes:
-        steps: in order.
-        arena: memory plan of slot ARENA.
-        slots: how many base addresses a call has.
-        inputs: the slot of each input.
-        outputs: slot -> shape of the results native ops write into.
-        constants: slot -> name of a constant that native ops read as a value.
-        threads: the most that may work on one call.
-        scalars: the integers that torch's operators are given.
-        returned: value -> where it lies when the last step is done.
-        copied: those of them that lie in memory which is not theirs alone.
-        values: every tensor that has a name, constants and those that lowering adds, on the meta device.
-    """
-
-    steps: tuple[NativeStep | TorchStep, ...]
-    arena: Arena
-    slots: int
-    inputs: tuple[int, ...]
-    outputs: Mapping[int, tuple[int, ...]]
-    constants: Mapping[int, str]
-    scalars: Mapping[str, int]
-    threads: int
-    returned: Mapping[str, View]
-    copied: frozenset[str]
-    values: Mapping[str, Tensor]
 
 
 def lower(
@@ -198,7 +57,7 @@ def lower(
     Raises:
         AutopruneError: a shape the model does not take.
     """
-    return _Lowering(graph, weights, target, threads).run(shapes)
+    return Lowering(graph, weights, target, threads).run(shapes)
 
 
 def is_depthwise(op: Op, weight: Tensor) -> bool:
@@ -208,13 +67,13 @@ def is_depthwise(op: Op, weight: Tensor) -> bool:
     return groups > 1 and tuple(weight.shape[:2]) == (groups, 1) and len(op.inputs) == 1 and narrow
 
 
-class _Lowering:
+class Lowering:
     def __init__(self, graph: Graph, weights: Mapping[str, Weights], target: Target, threads: int) -> None:
         self.graph, self.weights, self.target, self.threads = graph, weights, target, threads
         self.steps: list[NativeStep | TorchStep] = []
         self.values: dict[str, Any] = {}  # meta tensors, and plain integers
-        self.maps: dict[tuple[str, tuple[int, int], float], _Map] = {}
-        self.planes: dict[str, _Map] = {}  # rows of tokens with a channel a feature
+        self.maps: dict[tuple[str, tuple[int, int], float], Map] = {}
+        self.planes: dict[str, Map] = {}  # rows of tokens with a channel a feature
         self.buffers: dict[int, Buffer] = {}  # storage of a meta tensor -> where it lies
         self.copies: dict[str, tuple[Tensor, View]] = {}  # in rows; holds the tensor, so that its storage is no other's
         self.positive: set[str] = set()
@@ -327,7 +186,7 @@ class _Lowering:
     def map(
         self, name: str, padding: tuple[int, int] = (0, 0), stride: tuple[int, int] = (1, 1), border: float = 0.0,
         reach: int = 0,
-    ) -> _Map:  # fmt: skip
+    ) -> Map:  # fmt: skip
         """The value as a map with room for `padding` and `reach`, in phase planes where `stride` is given."""
         if name in self.positive and border < 0:
             border = 0.0  # a maximum over values that are not negative
@@ -338,7 +197,7 @@ class _Lowering:
 
     def convert(self, name: str, key: tuple[str, tuple[int, int], float]) -> None:
         batch, channels, height, width = self.values[name].shape
-        made = self.maps[key] = _Map((batch, channels, height, width), key[1], key[2])
+        made = self.maps[key] = Map((batch, channels, height, width), key[1], key[2])
         source = self.maps.get((name, (1, 1), 0.0)) if key[1:] != ((1, 1), 0.0) else None
         view = None if source is not None else self.plain(name)
         if view is not None and view.stride[3] != 1:
@@ -358,11 +217,11 @@ class _Lowering:
         read = source.buffer if source is not None else view.buffer if view is not None else Buffer(0)
         self.steps.append(NativeStep(name, [read], made.buffer, build))
 
-    def new_map(self, op: Op, shape: tuple[int, ...]) -> _Map:
+    def new_map(self, op: Op, shape: tuple[int, ...]) -> Map:
         """The map a native op writes."""
         self.define(op.output, shape)
         batch, channels, height, width = shape
-        made = self.maps[op.output, (1, 1), 0.0] = _Map((batch, channels, height, width), (1, 1), 0.0)
+        made = self.maps[op.output, (1, 1), 0.0] = Map((batch, channels, height, width), (1, 1), 0.0)
         name = op.attributes.get("name") if op.kind == "activation" else op.activation
         if name in NOT_NEGATIVE:
             self.positive.add(op.output)
@@ -528,7 +387,7 @@ class _Lowering:
         points = window.kernel == (1, 1) and window.padding == (0, 0) and window.stride != (1, 1)
         return points and window.stride[1] <= WIDEST_STRIDE and (x, window.stride, 0.0) not in self.maps
 
-    def subsampled(self, x: str, stride: tuple[int, int]) -> _Map:
+    def subsampled(self, x: str, stride: tuple[int, int]) -> Map:
         """Every `stride`-th position of the value, as a map of its own."""
         name = f"{x} by {stride[0]} {stride[1]}"
         if name not in self.values:
@@ -536,7 +395,7 @@ class _Lowering:
             batch, channels, height, width = given.shape
             shape = (batch, channels, *window.outputs(height, width))
             self.define(name, shape)
-            made = self.maps[name, (1, 1), 0.0] = _Map(shape, (1, 1), 0.0)
+            made = self.maps[name, (1, 1), 0.0] = Map(shape, (1, 1), 0.0)
 
             def build(*_: Any) -> NativeOp:
                 return nodes.sliding(name, Mode.MAX, window, batch, given.at, made.at, self.target)
@@ -736,7 +595,7 @@ class _Lowering:
         """A Linear over many tokens as a convolution by one position."""
         out = self.constants[op.tensors["weight"]].shape[0]
         given = self.turned(op.inputs[0], tokens)
-        made = _Map((1, out, 1, tokens), (1, 1), 0.0).padded((0, 0))
+        made = Map((1, out, 1, tokens), (1, 1), 0.0).padded((0, 0))
         made.pitch.join(given.pitch)
         scratch = self.scratch(nodes.panel_scratch(max(GROUP_SIZES)))  # whatever the tuning tries
         window = nodes.Window((1, 1), (1, 1), (0, 0), (1, 1))
@@ -756,11 +615,11 @@ class _Lowering:
         if residual is not None:
             self.turn_back(op.output, made, residual, op.activation)
 
-    def turned(self, name: str, tokens: int) -> _Map:
+    def turned(self, name: str, tokens: int) -> Map:
         """Rows of tokens as a map with a channel a feature."""
         if name not in self.planes:
             view = self.rows(name)
-            made = self.planes[name] = _Map((1, view.shape[-1], 1, tokens), (1, 1), 0.0).padded((0, 0))
+            made = self.planes[name] = Map((1, view.shape[-1], 1, tokens), (1, 1), 0.0).padded((0, 0))
 
             def build(*_: Any) -> NativeOp:
                 x = (view.buffer.slot, view.start * FLOAT_BYTES, view.shape[-1])
@@ -769,7 +628,7 @@ class _Lowering:
             self.steps.append(NativeStep(name, [view.buffer], made.buffer, build))
         return self.planes[name]
 
-    def turn_back(self, name: str, given: _Map, residual: View | None = None, activation: str | None = None) -> None:
+    def turn_back(self, name: str, given: Map, residual: View | None = None, activation: str | None = None) -> None:
         """The value `name` in rows, from a map with a channel a feature."""
         meta = self.values[name]
         buffer = self.buffers[_storage(meta)] = Buffer(meta.numel())
@@ -815,18 +674,18 @@ def _is_float(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dtype == torch.float32
 
 
-_RULES: Mapping[str, Callable[[_Lowering, Op], bool]] = {
-    "conv2d": _Lowering.conv2d,
-    "gated_conv2d": _Lowering.conv2d,
-    "gate": _Lowering.gate,
-    "linear": _Lowering.linear,
-    "recurrent": _Lowering.recurrent,
-    "max_pool2d": _Lowering.pool,
-    "avg_pool2d": _Lowering.pool,
-    "layer_norm": _Lowering.layer_norm,
-    "attention": _Lowering.attention,
-    "global_avg_pool": _Lowering.global_avg_pool,
-    "activation": _Lowering.elementwise,
-    "add": _Lowering.elementwise,
+_RULES: Mapping[str, Callable[[Lowering, Op], bool]] = {
+    "conv2d": Lowering.conv2d,
+    "gated_conv2d": Lowering.conv2d,
+    "gate": Lowering.gate,
+    "linear": Lowering.linear,
+    "recurrent": Lowering.recurrent,
+    "max_pool2d": Lowering.pool,
+    "avg_pool2d": Lowering.pool,
+    "layer_norm": Lowering.layer_norm,
+    "attention": Lowering.attention,
+    "global_avg_pool": Lowering.global_avg_pool,
+    "activation": Lowering.elementwise,
+    "add": Lowering.elementwise,
 }
 """Kind -> the rule that lowers it to native ops; False when torch has to run it."""

@@ -1,8 +1,8 @@
 """Where a helper finds its next job: native, so that giving one and seeing it take less than a microsecond.
 
 A box is an array of int64: how many jobs its owner was given, how many it is through with, and the last one, which is
-written only while both are the same, so that it is never read half. The owner looks again and again for a while, letting
-other threads have its core in between, then says that it sleeps and returns.
+written only while both are the same, so that it is never read half. The owner looks again and again for a while,
+letting other threads have its core in between, then says that it sleeps and returns.
 """
 
 from __future__ import annotations

@@ -17,9 +17,10 @@ from autoprune.errors import AutopruneError
 from autoprune.repack.kernels.compiler import Target, host
 from autoprune.repack.program import aten
 from autoprune.repack.program.graph import Graph, Input, build_outputs, evaluate_op
-from autoprune.repack.program.lower import ARENA, FAILURES, Lowered, NativeStep, TorchStep, View, lower
+from autoprune.repack.program.lower import FAILURES, lower
 from autoprune.repack.program.native import NativeOp, NativeSequence
 from autoprune.repack.program.nodes import Tiling
+from autoprune.repack.program.steps import ARENA, Lowered, NativeStep, TorchStep, View
 from autoprune.repack.program.team import Ticket, team
 from autoprune.repack.program.weights import Weights
 

@@ -29,10 +29,10 @@ from autoprune.repack.formats import pack, pack_rows
 from autoprune.repack.grouping import GROUP_SIZES, Grouping
 from autoprune.repack.kernels.compiler import Target
 from autoprune.repack.program.graph import Op
-from autoprune.repack.program.lower import NativeStep
 from autoprune.repack.program.native import NativeOp, NativeSequence
 from autoprune.repack.program.nodes import Tiling
 from autoprune.repack.program.program import Plan, Program
+from autoprune.repack.program.steps import NativeStep
 from autoprune.repack.program.weights import Weights
 
 VERSION = 6  # of the kernels: what was tuned for others is not used
