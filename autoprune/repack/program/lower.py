@@ -25,13 +25,23 @@ from autoprune.repack.kernels.gate import scratch as gate_scratch
 from autoprune.repack.kernels.gated_gemm import Dead
 from autoprune.repack.kernels.gated_gemm import scratch as gated_scratch
 from autoprune.repack.kernels.window import Mode
-from autoprune.repack.program import nodes
+from autoprune.repack.program import nodes, pointwise
 from autoprune.repack.program.graph import Graph, Op, evaluate_op
 from autoprune.repack.program.kinds import KEEPS_ZERO, residual_of
 from autoprune.repack.program.layout import ALIGN, FLOAT_BYTES, aligned
 from autoprune.repack.program.memory import Buffer, place
 from autoprune.repack.program.native import NativeOp
-from autoprune.repack.program.steps import ARENA, Lowered, Map, NativeStep, TorchStep, View
+from autoprune.repack.program.steps import (
+    ARENA,
+    Lowered,
+    Map,
+    NativeStep,
+    TorchStep,
+    View,
+    is_float,
+    place_of,
+    storage_of,
+)
 from autoprune.repack.program.weights import Weights
 
 WIDEST_STRIDE = 4  # of a sliding window's kernel
@@ -87,7 +97,7 @@ class Lowering:
         for given, shape in zip(self.graph.inputs, shapes, strict=True):
             meta = torch.empty(shape, dtype=getattr(torch, given.dtype), device="meta")
             self.values[given.name] = meta
-            self.buffers[_storage(meta)] = self.in_slot()
+            self.buffers[storage_of(meta)] = self.in_slot()
             inputs.append(self.slots - 1)
         for name, tensor in self.constants.items():
             self.values[name] = tensor
@@ -151,7 +161,7 @@ class Lowering:
     def plain(self, name: str) -> View:
         """The value as torch holds it; a map is copied into rows first."""
         meta = self.values[name]
-        key = _storage(meta)
+        key = storage_of(meta)
         if key not in self.buffers and name in self.constants:
             self.buffers[key] = self.in_slot()
             self.fixed[self.slots - 1] = name
@@ -178,9 +188,10 @@ class Lowering:
             return self.plain(name)
         if name not in self.copies:
             meta = self.values[name].contiguous()
+            view = pointwise.copied(self, name, meta)
             attributes = {"op": "aten.contiguous.default", "args": [{"ref": name}], "kwargs": {}}
             op = Op("torch", f"{name} contiguous", (name,), attributes)
-            self.copies[name] = (meta, self.torch_step(op, meta))
+            self.copies[name] = (meta, view or self.torch_step(op, meta))
         return self.copies[name][1]
 
     def map(
@@ -198,24 +209,22 @@ class Lowering:
     def convert(self, name: str, key: tuple[str, tuple[int, int], float]) -> None:
         batch, channels, height, width = self.values[name].shape
         made = self.maps[key] = Map((batch, channels, height, width), key[1], key[2])
-        source = self.maps.get((name, (1, 1), 0.0)) if key[1:] != ((1, 1), 0.0) else None
-        view = None if source is not None else self.plain(name)
-        if view is not None and view.stride[3] != 1:
-            view = self.rows(name)
+        self.copy_into(name, made, again=key[1:] != ((1, 1), 0.0))
+
+    def copy_into(self, name: str, made: Map, first: int = 0, again: bool = True) -> None:
+        """Copies the value into a map's channels from the `first` on; where it is one, and `again`, from its map."""
+        source: Map | View | None = self.maps.get((name, (1, 1), 0.0)) if again else None
+        if source is None:
+            source = self.plain(name)
+            source = source if source.stride[3] == 1 else self.rows(name)
+        read, (batch, channels, height, width) = source, tuple(self.values[name].shape)
 
         def build(*_: Any) -> NativeOp:
-            layout = made.layout
-            if source is not None:
-                given = source.layout
-                x = (source.buffer.slot, source.at.offset, (given.image, given.channel(1), given.pitch))
-            else:
-                assert view is not None
-                x = (view.buffer.slot, view.start * FLOAT_BYTES, (view.stride[0], view.stride[1], view.stride[2]))
-            y = (made.buffer.slot, made.at.offset, (layout.image, layout.channel(1), layout.pitch))
-            return nodes.copied(name, batch, x, y, (channels, height, width), layout, self.target)
+            slot, offset, strides = place_of(made)
+            y = slot, offset + made.layout.channel(first) * FLOAT_BYTES, strides
+            return nodes.copied(name, batch, place_of(read), y, (channels, height, width), made.layout, self.target)
 
-        read = source.buffer if source is not None else view.buffer if view is not None else Buffer(0)
-        self.steps.append(NativeStep(name, [read], made.buffer, build))
+        self.steps.append(NativeStep(name, [source.buffer], made.buffer, build))
 
     def new_map(self, op: Op, shape: tuple[int, ...]) -> Map:
         """The map a native op writes."""
@@ -243,7 +252,7 @@ class Lowering:
             self.values[op.output] = evaluate_op(op, self.values, self.constants)
             return
         rule, before = _RULES.get(op.kind), len(self.steps)
-        if rule is not None and all(_is_float(self.values[name]) for name in op.inputs) and rule(self, op):
+        if rule is not None and all(is_float(self.values[name]) for name in op.inputs) and rule(self, op):
             # steps before it bring its inputs into the layouts it reads, one behind a layer its output into rows
             own = next((step for step in self.steps[before:] if getattr(step, "layer", None) is op), self.steps[-1])
             assert isinstance(own, NativeStep)
@@ -256,9 +265,11 @@ class Lowering:
             return
         for name in op.reads:
             source = self.values.get(name)
-            if isinstance(source, Tensor) and _storage(source) == _storage(meta):
+            if isinstance(source, Tensor) and storage_of(source) == storage_of(meta):
                 self.plain(name)  # a view: nothing to run
                 return
+        if pointwise.is_copy(op) and pointwise.copied(self, op.inputs[0], meta):
+            return
         self.torch_step(op, meta)
 
     def torch_step(self, op: Op, meta: Any) -> View:
@@ -268,7 +279,7 @@ class Lowering:
         for name in op.reads:
             if isinstance(self.values[name], Tensor) and name not in self.constants:
                 reads[name] = self.plain(name)
-        buffer = self.buffers[_storage(meta)] = self.in_slot()
+        buffer = self.buffers[storage_of(meta)] = self.in_slot()
         self.steps.append(TorchStep(op, reads, buffer.slot, tuple(meta.shape), tuple(meta.stride()), meta.dtype))
         return View(buffer, 0, tuple(meta.shape), tuple(meta.stride()))
 
@@ -370,7 +381,7 @@ class Lowering:
             raise AutopruneError(f"a gate takes {weight.shape[1]} channels, not an input of shape {tuple(x.shape)}.")
         given = self.map(op.inputs[0])
         meta = self.define(op.output, (x.shape[0], len(weight)))
-        buffer = self.buffers[_storage(meta)] = Buffer(meta.numel())
+        buffer = self.buffers[storage_of(meta)] = Buffer(meta.numel())
         scratch = self.scratch(gate_scratch(weight.shape[1], len(weight), self.target))
         arrays = [each.numpy() for each in (weight, bias, threshold)]
 
@@ -460,7 +471,7 @@ class Lowering:
         given = self.map(op.inputs[0])
         batch, channels, _, _ = given.shape
         meta = self.define(op.output, (batch, channels, 1, 1) if op.attributes["keepdim"] else (batch, channels))
-        buffer = self.buffers[_storage(meta)] = Buffer(meta.numel())
+        buffer = self.buffers[storage_of(meta)] = Buffer(meta.numel())
 
         def build(*_: Any) -> NativeOp:
             return nodes.mean(op.output, batch, given.at, buffer, self.target)
@@ -469,10 +480,10 @@ class Lowering:
         return True
 
     def elementwise(self, op: Op) -> bool:
-        """On maps; values that lie in rows are left to torch."""
+        """On maps, or on values that lie in rows."""
         shape = tuple(self.values[op.inputs[0]].shape)
         if not all((name, (1, 1), 0.0) in self.maps for name in op.inputs):
-            return False
+            return pointwise.in_rows(self, op)
         self.same_shape(op, shape)
         given = [self.map(name) for name in op.inputs]
         made = self.new_map(op, shape)
@@ -491,13 +502,13 @@ class Lowering:
     def layer_norm(self, op: Op) -> bool:
         x, features = self.rows(op.inputs[0]), op.attributes["size"]
         arrays = {role: self.graph.constants[name] for role, name in op.tensors.items()}
-        fitting = all(_is_float(each) and each.shape == (features,) for each in arrays.values())
+        fitting = all(is_float(each) and each.shape == (features,) for each in arrays.values())
         if x.shape[-1:] != (features,) or not fitting:
             return False
         weight = arrays.get("weight", torch.ones(features, dtype=torch.float32, device="cpu")).contiguous().numpy()
         bias = arrays.get("bias", torch.zeros(features, dtype=torch.float32, device="cpu")).contiguous().numpy()
         meta = self.define(op.output, x.shape)
-        buffer = self.buffers[_storage(meta)] = Buffer(meta.numel())
+        buffer = self.buffers[storage_of(meta)] = Buffer(meta.numel())
 
         def build(*_: Any) -> NativeOp:
             given, made = (x.buffer.slot, x.start * FLOAT_BYTES), (buffer.slot, buffer.offset)
@@ -517,13 +528,13 @@ class Lowering:
         if k.shape != (batch, heads, keys, width) or v.shape != k.shape or keys < 1:
             return False
         meta = self.define(op.output, q.shape, order=(0, 2, 1, 3))
-        buffer = self.buffers[_storage(meta)] = Buffer(meta.numel())
+        buffer = self.buffers[storage_of(meta)] = Buffer(meta.numel())
         scratch = self.scratch(scratch_size(keys, width, self.target))
         scale = op.attributes["scale"]
         scale = width**-0.5 if scale is None else scale
 
         def build(*_: Any) -> NativeOp:
-            q_at, k_at, v_at = (_strided(view) for view in views)
+            q_at, k_at, v_at = (place_of(view) for view in views)
             y_at = (buffer.slot, buffer.offset, (meta.stride(0), meta.stride(1), meta.stride(2)))
             size = (batch, heads, queries, keys, width)
             return nodes.attend(op.output, q_at, k_at, v_at, y_at, scratch, size, scale, self.target)
@@ -549,7 +560,7 @@ class Lowering:
             a["threshold"], a["keep"],
         )  # fmt: skip
         meta = self.define(op.output, (2 if size.cell == "lstm" else 1, *x.shape[:2], hidden))
-        buffer = self.buffers[_storage(meta)] = Buffer(meta.numel())
+        buffer = self.buffers[storage_of(meta)] = Buffer(meta.numel())
         scratch = Buffer(batch * size.scratch)
         self.scratches.append(scratch)
 
@@ -578,7 +589,7 @@ class Lowering:
             return True
         x = self.rows(op.inputs[0])
         residual = self.rows(op.inputs[1]) if len(op.inputs) > 1 else None
-        buffer = self.buffers[_storage(meta)] = Buffer(meta.numel())
+        buffer = self.buffers[storage_of(meta)] = Buffer(meta.numel())
 
         def build(weights: Weights | None, tiling: nodes.Tiling) -> NativeOp:
             assert weights is not None
@@ -631,7 +642,7 @@ class Lowering:
     def turn_back(self, name: str, given: Map, residual: View | None = None, activation: str | None = None) -> None:
         """The value `name` in rows, from a map with a channel a feature."""
         meta = self.values[name]
-        buffer = self.buffers[_storage(meta)] = Buffer(meta.numel())
+        buffer = self.buffers[storage_of(meta)] = Buffer(meta.numel())
         _, features, _, tokens = given.shape
 
         def build(*_: Any) -> NativeOp:
@@ -661,19 +672,6 @@ def _sharing(returned: Mapping[str, View]) -> frozenset[str]:
     return frozenset(copied)
 
 
-def _storage(meta: Tensor) -> int:
-    """What tells whether two tensors share memory."""
-    return int(meta.untyped_storage()._cdata)
-
-
-def _strided(view: View) -> nodes.Strided:
-    return view.buffer.slot, view.start * FLOAT_BYTES, (view.stride[0], view.stride[1], view.stride[2])
-
-
-def _is_float(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dtype == torch.float32
-
-
 _RULES: Mapping[str, Callable[[Lowering, Op], bool]] = {
     "conv2d": Lowering.conv2d,
     "gated_conv2d": Lowering.conv2d,
@@ -687,5 +685,6 @@ _RULES: Mapping[str, Callable[[Lowering, Op], bool]] = {
     "global_avg_pool": Lowering.global_avg_pool,
     "activation": Lowering.elementwise,
     "add": Lowering.elementwise,
+    "torch": pointwise.torch_operator,
 }
 """Kind -> the rule that lowers it to native ops; False when torch has to run it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
@@ -22,6 +23,7 @@ from autoprune.repack.kernels import (
     recurrent,
     rows,
     rows_gemm,
+    strided,
     turn,
     window,
 )
@@ -126,6 +128,10 @@ class Gated:
     live: Factors | None
     dead: gated_gemm.Dead
     room: int
+
+
+Place = tuple[int, int, tuple[int, ...]]
+"""Slot, bytes, and floats from an entry to the next along each axis."""
 
 
 def _fields(kinds: type[IntEnum], given: Mapping[IntEnum, Any]) -> NDArray[np.int64]:
@@ -525,12 +531,12 @@ def mean(name: str, batch: int, x: MapAt, y: Buffer, target: Target) -> NativeOp
 
 
 def copied(
-    name: str, batch: int, x: Strided, y: Strided, size: tuple[int, int, int], layout: MapLayout | None,
+    name: str, batch: int, x: Place, y: Place, size: tuple[int, int, int], layout: MapLayout | None,
     target: Target,
 ) -> NativeOp:  # fmt: skip
     """Another layout of a map of `size` (channels, height, width); `layout` is y's where y is a map."""
     f = copy.Field
-    given: dict[IntEnum, Any] = dict(zip(f, (x[0], x[1], y[0], y[1], *size, *x[2], *y[2]), strict=False))
+    given: dict[IntEnum, Any] = dict(zip(f, (x[0], x[1], y[0], y[1], *size, *x[2][:3], *y[2][:3]), strict=False))
     if layout is None or layout.border != 0:
         return _op(name, copy.copy_map(target), f, given, batch * size[0])
     given |= {f.STRIDE_H: layout.stride_h, f.Y_PLANE: layout.plane}
@@ -589,18 +595,14 @@ def layer_norm(
     return _op(name, rows.layer_norm(target), f, given, -(-tokens // block))
 
 
-Strided = tuple[int, int, tuple[int, int, int]]
-"""Slot, bytes, and floats from an image, head and token to the next."""
-
-
 def attend(
-    name: str, q: Strided, k: Strided, v: Strided, y: Strided, scratch: Buffer, size: tuple[int, int, int, int, int],
+    name: str, q: Place, k: Place, v: Place, y: Place, scratch: Buffer, size: tuple[int, int, int, int, int],
     scale: float, target: Target,
 ) -> NativeOp:  # fmt: skip
     """Attention; `size` is batch, heads, queries, keys and the width of a head."""
     f = attention.Field
     batch, heads, queries, keys, width = size
-    places = [number for slot, offset, strides in (q, k, v, y) for number in (slot, offset, *strides)]
+    places = [number for slot, offset, strides in (q, k, v, y) for number in (slot, offset, *strides[:3])]
     given: dict[IntEnum, Any] = dict(zip(f, places, strict=False))
     given |= {
         f.SCRATCH_SLOT: scratch.slot, f.SCRATCH_OFFSET: scratch.offset,
@@ -608,3 +610,51 @@ def attend(
         f.WIDTH: width, f.SCALE: float_bits(scale),
     }  # fmt: skip
     return _op(name, attention.attention(target), f, given, batch * heads)
+
+
+def pointwise(
+    name: str, shape: tuple[int, ...], x: Place, other: Place | None, y: Place, operation: str, activation: str | None,
+    target: Target,
+) -> NativeOp:  # fmt: skip
+    """One value, or two combined, written in rows; strides of 0 repeat a value."""
+    f = strided.Field
+    places = [place for place in (x, other, y) if place is not None]
+    sizes, strides = merged_axes(shape, [place[2] for place in places])
+    if len(sizes) > strided.AXES:
+        raise AutopruneError(f"{name!r} of shape {shape} has more than {strided.AXES} axes that lie apart.")
+    slots = (f.X_SLOT, f.OTHER_SLOT, f.Y_SLOT) if other else (f.X_SLOT, f.Y_SLOT)
+    given: dict[IntEnum, Any] = {f(f.SIZE + axis): size for axis, size in enumerate(sizes)}
+    for slot, place, steps in zip(slots, places, strides, strict=True):
+        given |= {f(slot + index): number for index, number in enumerate((*place[:2], *steps))}
+    rows = math.prod(sizes[:-1])
+    block = max(1, min(rows, CHUNK_FLOATS // (4 * max(1, sizes[-1]))))
+    low, high, function = _clamped(activation)
+    given |= {f.BLOCK: block, f.LOW: low, f.HIGH: high}
+    lie = [strided.Along.RUN if steps[-1] == 1 else strided.Along.APART if steps[-1] else strided.Along.SAME
+           for steps in strides[:-1]]  # fmt: skip
+    kernel = strided.strided(lie[0], lie[1] if other else None, operation, function, target)
+    return _op(name, kernel, f, given, -(-rows // block) if sizes[-1] else 0)
+
+
+def merged_axes(
+    shape: tuple[int, ...], strides: Sequence[tuple[int, ...]]
+) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
+    """The same entries in as few axes as can be, at least `strided.AXES`, the last of stride 1 in the last operand."""
+    sizes, steps = list[int](), [list[int]() for _ in strides]
+    for size, *apart in zip(shape, *strides, strict=True):
+        if size == 1:
+            continue
+        if sizes and all(each[-1] == step * size for each, step in zip(steps, apart, strict=True)):
+            sizes[-1] *= size
+            for each, step in zip(steps, apart, strict=True):
+                each[-1] = step
+        else:
+            sizes.append(size)
+            for each, step in zip(steps, apart, strict=True):
+                each.append(step)
+    if not sizes or steps[-1][-1] != 1:
+        sizes.append(1)
+        for each in steps:
+            each.append(1)
+    missing = strided.AXES - len(sizes)
+    return (1,) * missing + tuple(sizes), [(0,) * missing + tuple(each) for each in steps]

@@ -1,0 +1,141 @@
+"""A native op on values wherever they lie: one, or two combined, read and written at any strides.
+
+It copies, transposes, concatenates, and adds or scales by what is repeated along some axes (a stride of 0).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from enum import Enum, IntEnum
+
+import llvmlite.ir as ir
+
+from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
+from autoprune.repack.kernels.ir import (
+    address,
+    at,
+    clamp,
+    const,
+    float_field,
+    gathered,
+    load_vector,
+    loop,
+    op_function,
+    smaller,
+    spans,
+    splat,
+    store_vector,
+)
+from autoprune.repack.kernels.math import ACTIVATIONS
+
+AXES = 4
+
+
+class Along(Enum):
+    """How an operand lies along the last axis."""
+
+    RUN = "run"  # neighbours
+    SAME = "same"  # one value for all
+    APART = "apart"
+
+
+class Field(IntEnum):
+    """Entries of the int64 array that describes one op; sizes and strides in floats."""
+
+    X_SLOT = 0
+    X_OFFSET = 1  # bytes
+    X_STRIDE = 2  # of the first axis, and so on
+    X_STRIDE_1 = 3
+    X_STRIDE_2 = 4
+    X_STRIDE_3 = 5
+    OTHER_SLOT = 6
+    OTHER_OFFSET = 7
+    OTHER_STRIDE = 8
+    OTHER_STRIDE_1 = 9
+    OTHER_STRIDE_2 = 10
+    OTHER_STRIDE_3 = 11
+    Y_SLOT = 12
+    Y_OFFSET = 13
+    Y_STRIDE = 14
+    Y_STRIDE_1 = 15
+    Y_STRIDE_2 = 16
+    Y_STRIDE_3 = 17  # 1
+    SIZE = 18  # of the first axis, and so on
+    SIZE_1 = 19
+    SIZE_2 = 20
+    SIZE_3 = 21
+    BLOCK = 22  # rows along the last axis an item
+    LOW = 23  # float bits: results are clamped
+    HIGH = 24
+
+
+Operation = Callable[[ir.IRBuilder, ir.Value, ir.Value], ir.Value]
+OPERATIONS: Mapping[str, Operation] = {
+    "add": lambda b, x, other: b.fadd(x, other),
+    "sub": lambda b, x, other: b.fsub(x, other),
+    "mul": lambda b, x, other: b.fmul(x, other),
+    "div": lambda b, x, other: b.fdiv(x, other),
+}
+"""How two values become one."""
+
+
+@once_a_process
+def strided(x: Along, other: Along | None, operation: str, activation: str, target: Target) -> int:
+    """Y = activation(clamp(x [operation other])); an item is some rows along the last axis.
+
+    Args:
+        x: how the operand lies.
+        other: how the second does; there is none where it is None.
+        operation: a row of OPERATIONS; empty without a second operand.
+        activation: a row of ACTIVATIONS that is no clamp; empty for none.
+        target: what to compile for.
+    """
+    module, lanes = ir.Module(), target.lanes
+    b, fields, slots, item, _ = op_function(module)
+
+    def get(field: Field, axis: int = 0) -> ir.Value:
+        return b.load(at(b, fields, const(field + axis)))
+
+    sizes = [get(Field.SIZE, axis) for axis in range(AXES)]
+    low, high = (float_field(b, get(field)) for field in (Field.LOW, Field.HIGH))
+    operands = [(Field.X_SLOT, x)] if other is None else [(Field.X_SLOT, x), (Field.OTHER_SLOT, other)]
+    places = [*(slot for slot, _ in operands), Field.Y_SLOT]
+    bases = [address(b, slots, get(slot), get(Field(slot + 1))) for slot in places]
+    strides = [[get(Field(slot + 2), axis) for axis in range(AXES)] for slot in places]
+    rows = b.mul(b.mul(sizes[0], sizes[1]), sizes[2])
+    first = b.mul(item, get(Field.BLOCK))
+    with loop(b, first, smaller(b, b.add(first, get(Field.BLOCK)), rows)) as row:
+        rest, index = row, []
+        for axis in (2, 1, 0):
+            index.append(b.srem(rest, sizes[axis]))
+            rest = b.sdiv(rest, sizes[axis])
+        lines = []
+        for base, steps in zip(bases, strides, strict=True):
+            for axis, number in zip((2, 1, 0), index, strict=True):
+                base = at(b, base, b.mul(number, steps[axis]))
+            lines.append(base)
+
+        def compute(position: ir.Value, wide: int, lines: list[ir.Value] = lines) -> None:
+            values = [
+                _read(b, line, position, steps[-1], along, wide)
+                for line, steps, (_, along) in zip(lines, strides, operands, strict=False)
+            ]
+            value = values[0] if other is None else OPERATIONS[operation](b, values[0], values[1])
+            value = clamp(b, value, splat(b, low, wide), splat(b, high, wide))
+            if activation:
+                value = ACTIVATIONS[activation](b, module, value, wide)
+            store_vector(b, value, at(b, lines[-1], position), wide)
+
+        spans(b, const(0), sizes[-1], (lanes, 1), compute)
+    b.ret_void()
+    return compile_op(module, "op", target)
+
+
+def _read(b: ir.IRBuilder, line: ir.Value, position: ir.Value, step: ir.Value, along: Along, wide: int) -> ir.Value:
+    """`wide` values of an operand, from `position` on."""
+    if along is Along.SAME:
+        return splat(b, b.load(line), wide)
+    if along is Along.RUN:
+        return load_vector(b, at(b, line, position), wide)
+    places = [at(b, line, b.mul(b.add(position, const(lane)), step)) for lane in range(wide)]
+    return gathered(b, places) if wide > 1 else b.load(places[0])
