@@ -221,8 +221,9 @@ class Program:
             if plan is None:
                 if len(self._plans) >= MAX_PLANS:
                     self._plans.clear()
-                most = max(self.threads or 1, torch.get_num_threads(), os.cpu_count() or 1)
-                lowered = lower(self.graph, self.weights, shapes, self.target, most)
+                likely = self.threads or torch.get_num_threads()
+                most = max(likely, torch.get_num_threads(), os.cpu_count() or 1)
+                lowered = lower(self.graph, self.weights, shapes, self.target, most, likely)
                 plan = self._plans[shapes] = Plan(self.graph, lowered, self.weights, self.tilings, self.threads)
             return plan
 
