@@ -7,8 +7,9 @@
 
 A cell is one model at one sparsity, group size, batch and number of threads: all engines and the repacked model timed
 in turns. Cells are kept in benchmarks/results/engine/ as they are measured, a file a machine, so a run that was stopped
-goes on with the first that is missing; --redo measures again. benchmarks/results/engine.md and the plots beside it are
-drawn from that file.
+goes on with the first that is missing; --redo measures again. Zeros do not change the speed of a dense engine, so one
+that was far from the best in the first cell of a model, batch and number of threads is left out of the others.
+benchmarks/results/engine.md and the plots beside it are drawn from that file.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -69,6 +70,7 @@ ROUNDS = (7, 50)  # at least and at most, whatever the seconds
 WARMUP = 2
 MIN_SAMPLE_MS = 2.0
 ROOFLINE = Cell("resnet18", 0.75, 8, 1, 1)
+FAR = 1.4  # times the best engine's milliseconds: one that takes as long in a cell is not the best in its neighbours
 WRONG = 1e-3  # a relative error above this is no result
 
 Value = TypeVar("Value", int, float, str)
@@ -82,6 +84,11 @@ class Dense:
     x: Tensor
     calls: dict[str, Call]
     left_out: dict[str, str]
+
+    def without(self, far: Mapping[str, str]) -> Dense:
+        """The same without the engines that are far behind."""
+        calls = {name: call for name, call in self.calls.items() if name not in far}
+        return replace(self, calls=calls, left_out={**self.left_out, **far})
 
 
 def cells(
@@ -113,13 +120,25 @@ def group_masks(model: nn.Module, sparsity: float, group: int) -> Masks:
     return {name: pattern.mask(weight_of(model, name).detach().abs(), sparsity) for name in chosen}
 
 
-def prepare(cell: Cell, progress: Progress) -> Dense:
-    """The dense model in every engine that can run it here."""
+def far_behind(rows: Iterable[Row], cell: Cell) -> dict[str, str]:
+    """The engines that were far from the best in a cell of the same model, batch and threads, and by how much."""
+    found = {}
+    for row in rows:
+        if (row.cell.model, row.cell.batch, row.cell.threads) == (cell.model, cell.batch, cell.threads):
+            for name in baselines():
+                if name in row.times_ms and row.times_ms[name].median > FAR * row.times_ms[row.best].median:
+                    times = row.times_ms[name].median / row.times_ms[row.best].median
+                    found[name] = f"{times:.1f} times as long as {row.best} in {row.cell}"
+    return found
+
+
+def prepare(cell: Cell, far: Mapping[str, str], progress: Progress) -> Dense:
+    """The dense model in every engine that can run it here, but those that are `far` behind."""
     gc.collect()
     torch.compiler.reset()  # what the engines before this left behind
     model, x = standard_model(cell.model), standard_input(cell.model, cell.batch)
-    calls, left_out = {}, {}
-    for name in ENGINES:
+    calls, left_out = {}, dict(far)
+    for name in (name for name in ENGINES if name not in far):
         start = time.perf_counter()
         try:
             calls[name] = ENGINES.create(Choice(name)).prepare(model, x, cell.threads)
@@ -210,11 +229,14 @@ def run(wanted: Sequence[Cell], seconds: float, redo: bool, deepsparse: DeepSpar
         for _, shared in itertools.groupby(missing, key=lambda cell: (cell.model, cell.batch, cell.threads)):
             dense: Dense | None = None
             for cell in shared:
-                dense = dense or prepare(cell, progress)
+                far = far_behind(done.values(), cell)
+                dense = dense or prepare(cell, far, progress)
+                dense = dense.without(far)
                 note = str(cell)
                 try:
                     row = measure(cell, dense, seconds, deepsparse)
                     append_line(path, asdict(row))
+                    done[cell] = row
                     note += f": {row.speedup:.2f}x over {row.best}"
                 except Exception as error:  # a bug in one cell must not cost the hours of the others
                     failed += 1

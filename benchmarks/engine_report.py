@@ -43,7 +43,8 @@ engine**, the median over the rounds (p10-p90).
 
 Pruned by magnitude in groups of G filters, each layer to the same sparsity: every convolution but the first and the
 depthwise ones (so the 1x1 convolutions of MobileNetV2), every Linear but the classifier. Dense engines run the model
-before pruning: zeros do not change their speed.
+before pruning: zeros do not change their speed. So one that took 1.4 times as long as the best in the first cell of a
+model, batch and number of threads was not timed in the others.
 """
 
 

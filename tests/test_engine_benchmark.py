@@ -77,7 +77,7 @@ def test_goes_on_with_the_first_missing_cell(engine: ModuleType, monkeypatch: py
             raise KeyboardInterrupt
         return row(engine, cell)
 
-    monkeypatch.setattr(engine, "prepare", lambda cell, _: prepared.append(cell) or object())
+    monkeypatch.setattr(engine, "prepare", lambda cell, *_: prepared.append(cell) or engine.Dense(None, None, {}, {}))
     monkeypatch.setattr(engine, "measure", measure)
     with pytest.raises(KeyboardInterrupt):
         engine.run(wanted, 1.0, False, None, SILENT)
@@ -98,11 +98,33 @@ def test_a_cell_that_fails_is_counted_and_tried_again(engine: ModuleType, monkey
             raise KeyError("gelu")
         return row(engine, cell)
 
-    monkeypatch.setattr(engine, "prepare", lambda *_: object())
+    monkeypatch.setattr(engine, "prepare", lambda *_: engine.Dense(None, None, {}, {}))
     monkeypatch.setattr(engine, "measure", measure)
     assert engine.run(wanted, 1.0, False, None, SILENT) == 1
     assert engine.run(wanted, 1.0, False, None, SILENT) == 1
     assert list(engine.read_rows(engine.results_file(engine.machine_key()))) == [wanted[1]]
+
+
+def test_engines_far_behind_are_timed_once(engine: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    report, timed = importlib.import_module("engine_report"), list[Any]()
+    wanted = list(engine.cells(("resnet18",), (0.0, 0.5), (8,), (1,), (1, 2)))
+
+    def prepare(cell: Any, far: Any, _: Any) -> Any:
+        names = [name for name in ("eager", "compile", "openvino") if name not in far]
+        return engine.Dense(None, None, dict.fromkeys(names), dict(far))
+
+    def measure(cell: Any, dense: Any, *_: Any) -> Any:
+        timed.append(sorted(dense.calls))
+        ms = {"eager": 8.0, "compile": 4.4, "openvino": 4.0}
+        times = {name: report.spread([ms[name]]) for name in dense.calls}
+        return dataclasses.replace(row(engine, cell), times_ms=times, left_out=dense.left_out)
+
+    monkeypatch.setattr(engine, "prepare", prepare)
+    monkeypatch.setattr(engine, "measure", measure)
+    assert engine.run(wanted, 1.0, False, None, SILENT) == 0
+    assert timed == [["compile", "eager", "openvino"], ["compile", "openvino"]] * 2, "each for its own threads"
+    rows = engine.read_rows(engine.results_file(engine.machine_key()))
+    assert rows[wanted[1]].left_out["eager"] == "2.0 times as long as openvino in resnet18 0% G=1 batch 1 threads 1"
 
 
 def test_report_says_the_goal_the_best_engine_and_what_is_slower(engine: ModuleType, tmp_path: Path) -> None:
