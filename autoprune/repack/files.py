@@ -27,7 +27,9 @@ from autoprune.repack.backends import BACKENDS, LayerForm
 from autoprune.repack.formats import PackedWeight
 from autoprune.repack.program.graph import Graph
 from autoprune.repack.program.kinds import PACKED
+from autoprune.repack.program.lower import FAILURES
 from autoprune.repack.program.program import Program, check_threads
+from autoprune.repack.program.samples import apart
 from autoprune.repack.program.tuning import tiling_from_json
 from autoprune.repack.program.weights import Weights
 from autoprune.repack.report import DENSE, LayerReport, ProgramModel, RepackedModel, SwappedModel
@@ -35,7 +37,7 @@ from autoprune.repack.sequences import PackedRecurrent
 from autoprune.repack.stored import flag, restore, store
 from autoprune.repack.swap import with_submodule
 
-FILE_VERSION = 3
+FILE_VERSION = 4
 _PROGRAM, _MODULES = "program", "modules"
 
 
@@ -150,7 +152,10 @@ def _describe_program(program: Program, value_bits: int, tensors: dict[str, Tens
         if name not in packed:
             tensors[f"constant|{name}"] = tensor
     tilings = {name: asdict(tiling) for name, tiling in program.tilings.items()}
-    return {"form": _PROGRAM, "graph": program.graph.to_json(), "layers": layers, "tilings": tilings}
+    return {
+        "form": _PROGRAM, "graph": program.graph.to_json(), "layers": layers, "tilings": tilings,
+        "by_sample": program.by_sample,
+    }  # fmt: skip
 
 
 def _read_program(tensors: Mapping[str, Tensor], about: Any, threads: int | None) -> Program:
@@ -175,7 +180,11 @@ def _read_program(tensors: Mapping[str, Tensor], about: Any, threads: int | None
     if missing:
         raise FileError(f"it reads {sorted(missing)[0]!r}, which it stores packed alone")
     tilings = {name: tiling_from_json(row) for name, row in about["tilings"].items() if name in weights}
-    return Program(graph, weights, tilings, threads)
+    try:
+        by_sample = flag(about["by_sample"]) and apart(graph)
+    except FAILURES as error:
+        raise FileError(f"its graph has operations that do not fit each other: {error}") from error
+    return Program(graph, weights, tilings, threads, by_sample=by_sample)
 
 
 def _described(packed: PackedWeight) -> tuple[tuple[int, ...], int]:

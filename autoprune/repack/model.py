@@ -28,7 +28,8 @@ from autoprune.repack.program.kinds import PACKED, residual_of
 from autoprune.repack.program.lower import is_depthwise
 from autoprune.repack.program.passes import simplify
 from autoprune.repack.program.program import Program, check_threads
-from autoprune.repack.program.tuning import Layer, Tuned, TuningCache, tune
+from autoprune.repack.program.samples import apart
+from autoprune.repack.program.tuning import Layer, Tuned, TuningCache, fastest, streams_little, tune
 from autoprune.repack.report import DENSE, LayerReport, ProgramModel, RepackedModel
 from autoprune.repack.swap import Choose, fresh, swap_layers
 
@@ -163,9 +164,18 @@ def build_program(
         for name, tensor in graph.constants.items()
     }
     light = replace(graph, constants=constants)
-    draft = Program(light, weights, threads=threads)
-    tuned = tune(draft, layers, inputs, cache, clock, progress)
-    return Program(light, tuned.weights, tuned.tilings, threads), tuned
+    tuned = tune(Program(light, weights, threads=threads), layers, inputs, cache, clock, progress)
+    whole = Program(light, tuned.weights, tuned.tilings, threads)
+    if not apart(light):
+        return whole, tuned
+    if inputs[0].shape[0] == 1:
+        return Program(light, tuned.weights, tuned.tilings, threads, by_sample=streams_little(whole, inputs)), tuned
+    sample = tune(
+        Program(light, weights, threads=1), layers, tuple(x[:1] for x in inputs), cache, clock, progress
+    )  # fmt: skip
+    by_sample = Program(light, sample.weights, sample.tilings, threads, by_sample=True)
+    progress("the batch at once, and sample by sample")
+    return ((whole, tuned), (by_sample, sample))[fastest((whole, by_sample), inputs, clock)]
 
 
 def _report(original: nn.Module, graph: Graph, layers: dict[str, Layer], tuned: Tuned) -> list[LayerReport]:

@@ -143,7 +143,7 @@ class NativeSequence:
         self.ops = tuple(ops)
         rows = [(op.kernel, op.fields.ctypes.data, op.items) for op in self.ops]
         self._table = np.array(rows, np.int64).reshape(len(rows), 3)
-        self._address = self._table.ctypes.data
+        self.address = self._table.ctypes.data
         self._run = runner()
         self._idle = give_way()
 
@@ -153,12 +153,12 @@ class NativeSequence:
 
     def job(self, slots: int, counters: int, threads: int) -> tuple[int, int, int, int, int]:
         """All ops, for the helpers of a team; `slots` and `counters` are addresses."""
-        return self._address, len(self.ops), slots, counters, threads
+        return self.address, len(self.ops), slots, counters, threads
 
     def run(self, slots: int, counters: int = 0, thread: int = 0, threads: int = 1) -> None:
         """Runs all ops, or what nobody else does of them. Returns when all items of the last op are done."""
-        self._run(self._address, 0, len(self.ops), slots, counters, thread, threads, self._idle)
+        self._run(self.address, 0, len(self.ops), slots, counters, thread, threads, self._idle)
 
     def run_op(self, index: int, slots: int) -> None:
         """Runs one op alone, for timing it; what it reads must have been computed."""
-        self._run(self._address, index, index + 1, slots, 0, 0, 1, self._idle)
+        self._run(self.address, index, index + 1, slots, 0, 0, 1, self._idle)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Callable, Mapping
@@ -20,10 +21,13 @@ from autoprune.repack.program.graph import Graph, Input, build_outputs, evaluate
 from autoprune.repack.program.lower import FAILURES, lower
 from autoprune.repack.program.native import NativeOp, NativeSequence
 from autoprune.repack.program.nodes import Tiling
+from autoprune.repack.program.split import can_split, split
 from autoprune.repack.program.steps import ARENA, Lowered, NativeStep, TorchStep, View
 from autoprune.repack.program.team import Ticket, team
 from autoprune.repack.program.weights import Weights
 
+Shapes = tuple[tuple[int, ...], ...]
+EVEN = 4  # samples a thread from which on it matters little that some threads have one more
 MAX_PLANS = 128  # input shapes remembered: inputs of ever new shapes must not fill the memory
 
 
@@ -200,20 +204,27 @@ class Program:
         weights: of every packed convolution and Linear, by the name of its output.
         tilings: how each is cut into items; the default where none is given.
         threads: of one inference; as many as torch uses at the call when None.
+        target: what to compile for; this machine when None.
+        by_sample: whether a batch is computed sample by sample where it can be; the graph keeps samples `apart`.
     """
 
     def __init__(
         self, graph: Graph, weights: Mapping[str, Weights], tilings: Mapping[str, Tiling] | None = None,
-        threads: int | None = None, target: Target | None = None,
+        threads: int | None = None, target: Target | None = None, by_sample: bool = False,
     ) -> None:  # fmt: skip
         self.graph, self.weights, self.tilings = graph, dict(weights), dict(tilings or {})
-        self.threads, self.target = threads, target or host()
-        self._plans: dict[tuple[tuple[int, ...], ...], Plan] = {}
+        self.threads, self.target, self.by_sample = threads, target or host(), by_sample
+        self._plans: dict[Shapes, Plan] = {}
+        self._chosen: dict[tuple[Shapes, int], Plan] = {}
         self._dtypes = [getattr(torch, each.dtype) for each in graph.inputs]
         self._lock = threading.Lock()
 
-    def plan(self, shapes: tuple[tuple[int, ...], ...]) -> Plan:
-        """The program made ready for inputs of `shapes`; raises AutopruneError when the model does not take them."""
+    def plan(self, shapes: Shapes) -> Plan:
+        """The program made ready for inputs of `shapes`, a whole batch at a time.
+
+        Raises:
+            AutopruneError: the model does not take them.
+        """
         if ready := self._plans.get(shapes):
             return ready
         with self._lock:
@@ -221,15 +232,44 @@ class Program:
             if plan is None:
                 if len(self._plans) >= MAX_PLANS:
                     self._plans.clear()
-                likely = self.threads or torch.get_num_threads()
+                likely = self._threads_now
                 most = max(likely, torch.get_num_threads(), os.cpu_count() or 1)
                 lowered = lower(self.graph, self.weights, shapes, self.target, most, likely)
                 plan = self._plans[shapes] = Plan(self.graph, lowered, self.weights, self.tilings, self.threads)
             return plan
 
+    def chosen_plan(self, shapes: Shapes) -> Plan:
+        """What a call with inputs of `shapes` runs: `plan`, or the program that takes a batch apart."""
+        key = shapes, self._threads_now
+        ready = self._chosen.get(key)
+        if ready is None:
+            ready = self._split(*key) or self.plan(shapes)
+            with self._lock:
+                if len(self._chosen) >= MAX_PLANS:
+                    self._chosen.clear()
+                self._chosen[key] = ready
+        return ready
+
+    def _split(self, shapes: Shapes, threads: int) -> Plan | None:
+        """The program that computes a batch sample by sample; None where that is not wanted, or cannot be."""
+        batch = shapes[0][0] if self.by_sample and shapes and shapes[0] else 0
+        if batch < max(2, threads) or (batch % threads and batch < EVEN * threads):
+            return None
+        single = tuple((1, *shape[1:]) for shape in shapes)
+        one = Plan(self.graph, lower(self.graph, self.weights, single, self.target, 1), self.weights, self.tilings, 1)
+        (sequence,) = one.parts if can_split(one.lowered) else (None,)
+        if not isinstance(sequence, NativeSequence):
+            return None
+        sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in zip(single, self._dtypes, strict=True)]
+        return Plan(self.graph, split(one.lowered, sequence, sizes, batch, threads), {}, {}, threads)
+
+    @property
+    def _threads_now(self) -> int:
+        return self.threads or torch.get_num_threads()
+
     def __deepcopy__(self, memo: object) -> Program:
         """A program of its own memory; the weights, which nothing changes, are shared."""
-        return Program(self.graph, self.weights, self.tilings, self.threads, self.target)
+        return Program(self.graph, self.weights, self.tilings, self.threads, self.target, self.by_sample)
 
     def __reduce__(self) -> str:
         raise AutopruneError("a program is made for this machine and is no pickle: write it with autoprune.save.")
@@ -240,7 +280,7 @@ class Program:
                 given = f"one of layout {x.layout}" if isinstance(x, Tensor) else type(x).__name__
                 raise AutopruneError(f"a program takes dense tensors, not {given}.")
         shapes = tuple(tuple(x.shape) for x in inputs)
-        if shapes not in self._plans:
+        if (shapes, self._threads_now) not in self._chosen:
             self._check(inputs)
         for x, dtype in zip(inputs, self._dtypes, strict=True):  # native code takes what it gets for these
             if x.dtype != dtype or not x.is_cpu:
@@ -249,7 +289,7 @@ class Program:
                 raise AutopruneError(
                     "a repacked model is for inference: call it under torch.inference_mode() or no_grad()."
                 )
-        return self.plan(shapes).run(inputs)
+        return self.chosen_plan(shapes).run(inputs)
 
     def _check(self, inputs: tuple[Tensor, ...]) -> None:
         given = self.graph.inputs

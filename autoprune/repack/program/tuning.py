@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -44,6 +44,7 @@ COST_BY_FILTER = {16: 1.0, 8: 1.4, 4: 2.8, 2: 5.0, 1: 8.0}
 WORTH_TRYING = 1.35  # candidates up to this much dearer than the cheapest are timed
 PANELS = ((96, 288), (192, 144), (192, 288), (192, 576))  # positions an item, inputs a panel
 ITEMS_A_THREAD = 8  # so that threads finish together
+STREAMED = 0.06  # bytes of a Linear's weight, read for few tokens, an operation of the whole model
 
 
 @dataclass(frozen=True)
@@ -177,6 +178,34 @@ def tune(
         if weights[name].packed.group_size != size:
             weights[name] = layers[name].pack(size)
     return Tuned(weights, tilings, times)
+
+
+def fastest(programs: Sequence[Callable[..., Any]], inputs: tuple[Tensor, ...], clock: Clock) -> int:
+    """Which of several programs takes the least time, timed in turns."""
+    best = [math.inf] * len(programs)
+    with timing(), torch.inference_mode():
+        for program in programs:
+            program(*inputs)
+        for _ in range(ROUNDS):
+            for number, program in enumerate(programs):
+                start = clock()
+                program(*inputs)
+                best[number] = min(best[number], clock() - start)
+    return best.index(min(best))
+
+
+def streams_little(program: Program, inputs: tuple[Tensor, ...]) -> bool:
+    """Whether reading all weights anew for each sample costs little: none do so for few operations each but small ones.
+
+    Where a layer computes many positions, its weights are a small part of what it reads.
+    """
+    streamed = operations = 0
+    for step in program.plan(tuple(tuple(x.shape) for x in inputs)).lowered.steps:
+        if isinstance(step, NativeStep) and step.layer is not None and step.name in program.weights:
+            packed = program.weights[step.name].packed
+            operations += 2 * packed.values.size * math.prod(step.size)
+            streamed += packed.values.nbytes + packed.index.nbytes if step.form == "linear" else 0
+    return streamed <= STREAMED * operations
 
 
 def _tunable(plan: Plan, layers: Mapping[str, Layer]) -> list[NativeStep]:

@@ -1,0 +1,146 @@
+"""Whether a graph computes each sample of a batch alone, so that it may run sample by sample."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+
+from autoprune.repack.program import aten
+from autoprune.repack.program.editor import FREE, infer_shapes
+from autoprune.repack.program.graph import Graph, Op
+
+BATCH = FREE[0]  # what the batch's extent is where shapes are told
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def apart(graph: Graph) -> bool:
+    """Whether every sample of the outputs depends on the same sample of the inputs alone.
+
+    Decided from what each operation is known to do: False wherever that is not known.
+    """
+    if not all(each.batched and set(each.free_axes.values()) == {0} for each in graph.inputs):
+        return False
+    shapes = infer_shapes(graph)
+    axes: dict[str, int | None] = {each.name: 0 for each in graph.inputs}  # None: the same for every sample
+    axes |= dict.fromkeys(graph.constants)
+    integers = {op.output for op in graph.ops if op.kind == "scalar"}
+    for op in graph.ops:
+        if op.kind == "scalar":
+            continue
+        rule = _TORCH.get(op.attributes["op"]) if op.kind == "torch" else _RULES.get(op.kind)
+        if rule is None and op.kind == "torch" and _is_pointwise(op):
+            rule = _aligned
+        if integers & {*op.reads} and rule not in (_refolded, _repeated):  # they may tell the batch's extent
+            return False
+        axis = shapes[op.output].index(BATCH) if shapes[op.output].count(BATCH) == 1 else None
+        same = all(axes.get(name) is None for name in op.reads)  # of constants: the same for every sample
+        if not same and (axis is None or rule is None or not rule(op, axes, shapes, axis)):
+            return False
+        axes[op.output] = axis
+    return all(axes.get(name) == 0 for name in graph.output_names())
+
+
+Rule = Callable[[Op, Mapping[str, int | None], Shapes, int], bool]
+"""(operation, the batch's axis in every value, shapes, its axis in the output) -> whether samples stay apart."""
+
+
+def _first(op: Op, axes: Mapping[str, int | None], shapes: Shapes, axis: int) -> bool:
+    """All inputs have the batch first, and so has the output."""
+    return axis == 0 and all(axes[name] == 0 for name in op.inputs)
+
+
+def _not_last(op: Op, axes: Mapping[str, int | None], shapes: Shapes, axis: int) -> bool:
+    """It works along the last axis, which is not the batch's."""
+    alike = all(axes[name] == axis and len(shapes[name]) == len(shapes[op.output]) for name in op.inputs)
+    return alike and axis < len(shapes[op.output]) - 1
+
+
+def _outer(op: Op, axes: Mapping[str, int | None], shapes: Shapes, axis: int) -> bool:
+    """Attention: the batch is one of the first two axes."""
+    return axis < 2 and all(axes[name] == axis for name in op.inputs)
+
+
+def _aligned(op: Op, axes: Mapping[str, int | None], shapes: Shapes, axis: int) -> bool:
+    """An operation a position at a time, its operands repeated along the first axes where they are missing."""
+    behind = len(shapes[op.output]) - axis
+    places = [(name, axes[name]) for name in op.reads if name in axes]
+    return all(at is None or len(shapes[name]) - at == behind for name, at in places)
+
+
+def _repeated(op: Op, axes: Mapping[str, int | None], shapes: Shapes, axis: int) -> bool:
+    """Repeated along some axes."""
+    return _aligned(op, axes, shapes, axis)
+
+
+def _refolded(op: Op, axes: Mapping[str, int | None], shapes: Shapes, axis: int) -> bool:
+    """A reshape: what lies before the batch's axis stays before it."""
+    source = next(name for name in op.reads if axes.get(name) is not None)
+    before = shapes[source][: axes[source]]
+    return math.prod(before) == math.prod(shapes[op.output][:axis])
+
+
+def _moved(op: Op, axes: Mapping[str, int | None], shapes: Shapes, axis: int) -> bool:
+    """Axes change places, come or go."""
+    return True
+
+
+def _beside(op: Op, axes: Mapping[str, int | None], shapes: Shapes, axis: int) -> bool:
+    """It works along some axes, which its argument `dim` tells: not the batch's."""
+    operator = aten.resolve(op.attributes["op"])
+    named = dict(zip((argument.name for argument in operator._schema.arguments), op.attributes["args"], strict=False))
+    named |= op.attributes["kwargs"]
+    default = next((each.default_value for each in operator._schema.arguments if each.name == "dim"), None)
+    dims = named.get("dim", default)
+    if dims is None or dims == []:
+        return False
+    dims = dims if isinstance(dims, list) else [dims]
+    given = [name for name in op.reads if name in axes]
+    return all(
+        axes[name] is not None and type(dim) is int and dim % len(shapes[name]) != axes[name]
+        for name in given for dim in dims
+    )  # fmt: skip
+
+
+def _is_pointwise(op: Op) -> bool:
+    return torch.Tag.pointwise in aten.resolve(op.attributes["op"]).tags
+
+
+_RULES: Mapping[str, Rule] = {
+    **dict.fromkeys(("conv2d", "gated_conv2d", "gate", "scale", "max_pool2d", "avg_pool2d", "global_avg_pool"), _first),
+    **dict.fromkeys(("linear", "layer_norm"), _not_last),
+    **dict.fromkeys(("activation", "add"), _aligned),
+    "attention": _outer,
+    "reshape": _refolded,
+}
+
+_TORCH: Mapping[str, Rule] = {
+    **dict.fromkeys(
+        (
+            "aten.transpose.int", "aten.permute.default", "aten.unsqueeze.default", "aten.movedim.int",
+            "aten.t.default",
+        ),
+        _moved,
+    ),
+    **dict.fromkeys(
+        (
+            "aten.select.int", "aten.slice.Tensor", "aten.unbind.int", "aten.split.Tensor", "aten.cat.default",
+            "aten.split_with_sizes.default", "aten.chunk.default", "aten.mean.dim", "aten.sum.dim_IntList",
+            "aten.amax.default", "aten.softmax.int", "aten._softmax.default", "aten.log_softmax.int",
+            "aten.squeeze.dim", "aten.squeeze.dims",
+        ),
+        _beside,
+    ),
+    **dict.fromkeys(
+        (
+            "aten.reshape.default", "aten.view.default", "aten.flatten.using_ints", "aten.unflatten.int",
+            "aten._unsafe_view.default",
+        ),
+        _refolded,
+    ),
+    "aten.expand.default": _repeated,
+    "aten.clone.default": _aligned,
+    "aten.contiguous.default": _aligned,
+    "aten.dropout.default": _aligned,
+}  # fmt: skip
