@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from autoprune.errors import AutopruneError
 from autoprune.repack import ProgramModel, repack
 from autoprune.repack.kernels.compiler import narrowed
 from autoprune.repack.outputs import same_output
@@ -143,3 +144,33 @@ def test_operands_may_lie_at_any_strides(data: st.DataObject) -> None:
     x, y = torch.randn(shape), torch.randn([6] * axes) + 3
     model = Strided(order, steps, repeated, operation).eval()
     assert same_output(program_of(model, (x, y))(x, y), model(x, y), tolerance=1e-6)  # type: ignore[arg-type]
+
+
+class Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.small, self.head = nn.Embedding(40, 19), nn.Embedding(7, 19), nn.Linear(19, 3)
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        return self.head(self.words(numbers) + self.small(numbers))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_rows_of_a_table(dtype: torch.dtype) -> None:
+    model, numbers = Words().eval(), torch.tensor([[0, 6, 3], [5, 1, 1]], dtype=dtype)
+    fast = program_of(model, numbers)
+    for batch in (numbers, numbers[:1], numbers[:0], numbers.flip(0).repeat(3, 1)):
+        assert same_output(fast(batch), model(batch), tolerance=1e-5)
+    steps = fast.program.plan(((2, 3),)).lowered.steps
+    assert any(isinstance(step, TorchStep) for step in steps) == (dtype == torch.int32)
+
+
+@pytest.mark.parametrize("wrong", [7, -1, 2**40, -(2**63)])
+def test_numbers_beyond_a_table_are_refused(wrong: int) -> None:
+    fast = program_of(Words().eval(), torch.zeros(1, 3, dtype=torch.int64))
+    for batch in (1, 4):
+        numbers = torch.zeros(batch, 3, dtype=torch.int64)
+        numbers[-1, 1] = wrong
+        with pytest.raises(AutopruneError, match=rf"holds {wrong}, but the table .* has rows 0 to 6"):
+            fast(numbers)
+        assert fast(torch.zeros_like(numbers)).shape == (batch, 3, 3)

@@ -58,7 +58,7 @@ TOGETHER: dict[str, Callable[[Any, Tensor], Any]] = {
     "running sum": lambda model, y: y.cumsum(0),
     "turned": lambda model, y: y.flip(0),
     "batch in the values": lambda model, y: y / y.shape[0],
-    "folded": lambda model, y: y.reshape(8, y.shape[0], -1).transpose(0, 1),
+    "folded": lambda model, y: y.flatten(0, 1).reshape(-1, 4, 9, 12),
     "batch second": lambda model, y: model.head(y.mean((2, 3))).transpose(0, 1),
     "products": lambda model, y: y.flatten(1) @ y.flatten(1).transpose(0, 1),
     "how many": lambda model, y: (y, y.shape[0]),

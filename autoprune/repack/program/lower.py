@@ -92,15 +92,16 @@ class Lowering:
         self.slots = ARENA + 1
         self.fixed: dict[int, str] = {}
         self.scratches: list[Buffer] = []
+        self.input_slots: dict[str, int] = {}
+        self.limits: dict[int, int] = {}
         self.constants = {name: tensor.to("meta") for name, tensor in graph.constants.items()}
 
     def run(self, shapes: tuple[tuple[int, ...], ...]) -> Lowered:
-        inputs = []
         for given, shape in zip(self.graph.inputs, shapes, strict=True):
             meta = torch.empty(shape, dtype=getattr(torch, given.dtype), device="meta")
             self.values[given.name] = meta
             self.buffers[storage_of(meta)] = self.in_slot()
-            inputs.append(self.slots - 1)
+            self.input_slots[given.name] = self.slots - 1
         for name, tensor in self.constants.items():
             self.values[name] = tensor
         for op in self.graph.ops:
@@ -122,10 +123,19 @@ class Lowering:
         arena = place(self.native_buffers(), ARENA)
         copied = _sharing(returned)  # now that it is known what lies in the arena
         return Lowered(
-            tuple(self.steps), arena, self.slots, tuple(inputs), outputs, self.fixed, scalars, self.threads, returned,
-            copied,
-            {name: value for name, value in self.values.items() if isinstance(value, Tensor)},
-        )  # fmt: skip
+            steps=tuple(self.steps),
+            arena=arena,
+            slots=self.slots,
+            inputs=tuple(self.input_slots.values()),
+            limits=self.limits,
+            outputs=outputs,
+            constants=self.fixed,
+            scalars=scalars,
+            threads=self.threads,
+            returned=returned,
+            copied=copied,
+            values={name: value for name, value in self.values.items() if isinstance(value, Tensor)},
+        )
 
     def native_buffers(self) -> list[Buffer]:
         """Buffers that lie in the arena, sized now that every layout stands."""
@@ -254,7 +264,8 @@ class Lowering:
             self.values[op.output] = evaluate_op(op, self.values, self.constants)
             return
         rule, before = _RULES.get(op.kind), len(self.steps)
-        if rule is not None and all(is_float(self.values[name]) for name in op.inputs) and rule(self, op):
+        fitting = op.kind == "torch" or all(is_float(self.values[name]) for name in op.inputs)
+        if rule is not None and fitting and rule(self, op):
             # steps before it bring its inputs into the layouts it reads, one behind a layer its output into rows
             own = next((step for step in self.steps[before:] if getattr(step, "layer", None) is op), self.steps[-1])
             assert isinstance(own, NativeStep)

@@ -18,6 +18,7 @@ from autoprune.repack.kernels import (
     attention,
     copy,
     gated_gemm,
+    gather,
     maps,
     offset_gemm,
     recurrent,
@@ -639,6 +640,17 @@ def pointwise(
            for steps in strides[:-1]]  # fmt: skip
     kernel = strided.strided(lie[0], lie[1] if other else None, operation, function, target)
     return _op(name, kernel, f, given, -(-rows // block) if sizes[-1] else 0)
+
+
+def looked_up(name: str, table: Place, index: Place, y: Place, rows: int, features: int, target: Target) -> NativeOp:
+    """`rows` rows of a table (..., features), by their int64 numbers."""
+    f = gather.Field
+    block = max(1, min(rows, CHUNK_FLOATS // (4 * max(1, features))))
+    given: dict[IntEnum, Any] = {
+        f.TABLE_SLOT: table[0], f.TABLE_OFFSET: table[1], f.INDEX_SLOT: index[0], f.INDEX_OFFSET: index[1],
+        f.Y_SLOT: y[0], f.Y_OFFSET: y[1], f.ROWS: rows, f.FEATURES: features, f.BLOCK: block,
+    }  # fmt: skip
+    return _op(name, gather.gather(target), f, given, -(-rows // block))
 
 
 def merged_axes(

@@ -43,6 +43,8 @@ def torch_operator(lowering: Lowering, op: Op) -> bool:
     a = op.attributes
     if a["op"] == "aten.cat.default":
         return _concatenated(lowering, op)
+    if a["op"] == "aten.embedding.default":
+        return _looked_up(lowering, op)
     operation = _OPERATIONS.get(a["op"])
     if operation is None or a["kwargs"] or len(a["args"]) != 2:
         return False
@@ -150,6 +152,8 @@ def _concatenated(lowering: Lowering, op: Op) -> bool:
     shapes = [tuple(lowering.values[name].shape) for name in names]
     if any(len(shape) != meta.dim() for shape in shapes):  # torch leaves out empty ones of one axis
         return False
+    if not all(is_float(lowering.values[name]) for name in names):
+        return False
     as_map = [(name, (1, 1), 0.0) in lowering.maps for name in names]
     if meta.dim() == 4 and axis == 1 and any(as_map):
         made, first = lowering.new_map(op, tuple(meta.shape)), 0
@@ -169,4 +173,27 @@ def _concatenated(lowering: Lowering, op: Op) -> bool:
         view = View(buffer, start * strides[axis], each.shape, strides)
         _write(lowering, op.output, each.shape, [each], view, "", None)
         start += each.shape[axis]
+    return True
+
+
+def _looked_up(lowering: Lowering, op: Op) -> bool:
+    """Rows of a constant table by an input of int64, which is checked at each call."""
+    table, index = (each["ref"] for each in op.attributes["args"][:2])
+    values = lowering.values
+    known = table in lowering.constants and is_float(values[table]) and values[table].is_contiguous()
+    if not known or values[index].dtype != torch.int64 or index not in lowering.input_slots:
+        return False
+    rows, features = values[table].shape
+    meta = lowering.define(op.output, (*values[index].shape, features))
+    buffer = lowering.buffers[storage_of(meta)] = Buffer(meta.numel())
+    places = [lowering.plain(table), lowering.plain(index)]
+    y, count = View(buffer, 0, tuple(meta.shape), tuple(meta.stride())), values[index].numel()
+    slot = lowering.input_slots[index]
+    lowering.limits[slot] = min(rows, lowering.limits.get(slot, rows))
+
+    def build(*_: Any) -> NativeOp:
+        given = [place_of(each) for each in (*places, y)]
+        return nodes.looked_up(op.output, given[0], given[1], given[2], count, features, lowering.target)
+
+    lowering.steps.append(NativeStep(op.output, [each.buffer for each in places], buffer, build))
     return True

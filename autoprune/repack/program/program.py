@@ -113,6 +113,8 @@ class Plan:
         for slot, x in zip(self.lowered.inputs, inputs, strict=True):
             holders[slot] = x = x.contiguous()
             slots[slot] = x.data_ptr()
+        for slot, rows in self.lowered.limits.items():
+            _check_numbers(holders[slot], rows)
         for slot, shape in self.lowered.outputs.items():
             holders[slot] = y = torch.empty(shape, dtype=torch.float32, device="cpu")
             slots[slot] = y.data_ptr()
@@ -182,6 +184,15 @@ def _tensor(holders: list[Tensor], view: View) -> Tensor:
     if view.start == 0 and holder.shape == view.shape and holder.stride() == view.stride:
         return holder
     return holder.as_strided(view.shape, view.stride, holder.storage_offset() + view.start)
+
+
+def _check_numbers(numbers: Tensor, rows: int) -> None:
+    """Native code takes these numbers as they are."""
+    if numbers.numel():
+        least, most = (int(each) for each in torch.aminmax(numbers))
+        if least < 0 or most >= rows:
+            given = least if least < 0 else most
+            raise AutopruneError(f"an input holds {given}, but the table it is looked up in has rows 0 to {rows - 1}.")
 
 
 def check_threads(threads: object) -> None:

@@ -139,6 +139,7 @@ _TORCH: Mapping[str, Rule] = {
         ),
         _refolded,
     ),
+    "aten.embedding.default": lambda op, axes, shapes, axis: axes[op.attributes["args"][1]["ref"]] == axis,
     "aten.expand.default": _repeated,
     "aten.clone.default": _aligned,
     "aten.contiguous.default": _aligned,

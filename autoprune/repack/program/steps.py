@@ -137,6 +137,7 @@ class Lowered:
         arena: memory plan of slot ARENA.
         slots: how many base addresses a call has.
         inputs: the slot of each input.
+        limits: slot of an input of integers -> how many rows of a table they may tell.
         outputs: slot -> shape of the results native ops write into.
         constants: slot -> name of a constant that native ops read as a value.
         threads: the most that may work on one call.
@@ -150,6 +151,7 @@ class Lowered:
     arena: Arena
     slots: int
     inputs: tuple[int, ...]
+    limits: Mapping[int, int]
     outputs: Mapping[int, tuple[int, ...]]
     constants: Mapping[int, str]
     scalars: Mapping[str, int]
