@@ -24,7 +24,7 @@ from autoprune.repack.program.kinds import PACKED
 from autoprune.repack.program.layout import FLOAT_BYTES
 from autoprune.repack.program.native import NativeSequence
 from autoprune.repack.program.nodes import Tiling
-from autoprune.repack.program.program import Plan, Program
+from autoprune.repack.program.program import Plan, Program, shapes_of
 from autoprune.repack.program.steps import NativeStep
 from autoprune.repack.program.weights import Weights
 from autoprune.repack.report import ProgramModel
@@ -110,7 +110,7 @@ def layer_times(
     protocol, inputs = protocol or Protocol(), as_tuple(example_inputs)
     with torch.inference_mode(), torch_threads(1):
         fast(*fresh(inputs))  # says what is wrong with the inputs
-        plan = fast.program.plan(tuple(tuple(x.shape) for x in inputs))
+        plan = fast.program.plan(shapes_of(inputs))
         works = _works(fast.program, plan)
         compared = [work.layer for work in works if work.layer is not None]
         passes: list[Callable[[], _Timed]] = [partial(_program_pass, plan, inputs, clock)]

@@ -13,6 +13,7 @@ from autoprune.inventory import as_tuple
 from autoprune.registry import Choice
 from autoprune.repack.encodings import CANDIDATES, ENCODINGS
 from autoprune.repack.fetch import MODELLED, Cache, Fetched, fetched
+from autoprune.repack.program.program import shapes_of
 from autoprune.repack.program.steps import NativeStep
 from autoprune.repack.report import ProgramModel, RepackedModel
 from autoprune.repack.stored import by_filter, by_group, store
@@ -62,7 +63,7 @@ def layer_memory(fast: RepackedModel, example_inputs: Any, cache: Cache | None =
     inputs, program = as_tuple(example_inputs), fast.program
     with torch.inference_mode():
         fast(*inputs)  # says what is wrong with the inputs
-    plan = program.plan(tuple(tuple(x.shape) for x in inputs))
+    plan = program.plan(shapes_of(inputs))
     frame = plan.frame()
     plan.fill(frame, inputs)
     rows = []

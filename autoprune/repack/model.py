@@ -27,9 +27,9 @@ from autoprune.repack.program.graph import Graph, Op
 from autoprune.repack.program.kinds import PACKED, residual_of
 from autoprune.repack.program.lower import is_depthwise
 from autoprune.repack.program.passes import simplify
-from autoprune.repack.program.program import Program, check_threads
+from autoprune.repack.program.program import Program, check_threads, shapes_of
 from autoprune.repack.program.samples import apart
-from autoprune.repack.program.tuning import Layer, Tuned, TuningCache, fastest, streams_little, tune
+from autoprune.repack.program.tuning import Layer, Tuned, TuningCache, faster_by_sample, streams_little, tune
 from autoprune.repack.report import DENSE, LayerReport, ProgramModel, RepackedModel
 from autoprune.repack.swap import Choose, fresh, swap_layers
 
@@ -168,14 +168,16 @@ def build_program(
     whole = Program(light, tuned.weights, tuned.tilings, threads)
     if not apart(light):
         return whole, tuned
-    if inputs[0].shape[0] == 1:
+    if inputs[0].shape[0] < 2:
         return Program(light, tuned.weights, tuned.tilings, threads, by_sample=streams_little(whole, inputs)), tuned
-    sample = tune(
-        Program(light, weights, threads=1), layers, tuple(x[:1] for x in inputs), cache, clock, progress
-    )  # fmt: skip
-    by_sample = Program(light, sample.weights, sample.tilings, threads, by_sample=True)
+    draft, one = Program(light, weights, threads=threads, by_sample=True), tuple(x[:1] for x in inputs)
+    if draft.chosen_plan(shapes_of(inputs)) is draft.plan(shapes_of(inputs)):  # it cannot be taken apart
+        return whole, tuned
+    single = tune(Program(light, weights, threads=1), layers, one, cache, clock, progress)
+    samples = Program(light, single.weights, single.tilings, threads, by_sample=True)
     progress("the batch at once, and sample by sample")
-    return ((whole, tuned), (by_sample, sample))[fastest((whole, by_sample), inputs, clock)]
+    faster = faster_by_sample(whole, samples, (tuned, single), inputs, cache, clock)
+    return (samples, single) if faster else (whole, tuned)
 
 
 def _report(original: nn.Module, graph: Graph, layers: dict[str, Layer], tuned: Tuned) -> list[LayerReport]:

@@ -167,7 +167,7 @@ def test_a_programs_report_says_what_was_measured(tmp_path: Path) -> None:
     assert_same(fast, model, image())
     conv, depthwise, linear = fast.report
     assert told[0] == "capturing the model"
-    assert len(told) == 3  # and the two layers that were timed
+    assert len(told) == 6  # and the two layers that were timed, for the batch and for a sample, and these two
     assert [row.packed_us for row in fast.report] == [pytest.approx(1000.0), None, pytest.approx(1000.0)]
     assert {row.dense_us for row in fast.report} == {None}
     assert conv.group_size in (1, 2, 4, 8, 16)

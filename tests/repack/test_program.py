@@ -505,8 +505,8 @@ def test_what_torch_cannot_compute_is_an_error() -> None:
             return y
 
     model = pruned(Lookup())
-    fast = program_of(model, torch.randint(0, 10, (2, 4)))
-    x = torch.randint(0, 10, (3, 4))
+    fast = program_of(model, torch.randint(0, 10, (2, 4), dtype=torch.int32))
+    x = torch.randint(0, 10, (3, 4), dtype=torch.int32)
     for _ in range(2):
         assert same_output(fast(x), model(x))
         with pytest.raises(AutopruneError, match="does not take these values"):

@@ -16,7 +16,7 @@ from autoprune.repack.program.passes import simplify
 from autoprune.repack.program.program import Program
 from autoprune.repack.program.samples import apart
 from autoprune.repack.program.split import NAME
-from autoprune.repack.program.tuning import fastest
+from autoprune.repack.program.tuning import TuningCache, faster_by_sample, tune
 from autoprune.testing import FakeClock
 
 
@@ -158,18 +158,24 @@ def test_files_remember_how_a_batch_is_computed(by_sample: bool, tmp_path: Path)
     assert same_output(read(x), model(x), tolerance=1e-5)
 
 
-def test_the_faster_program_is_found() -> None:
-    clock = FakeClock(0.0)
+def test_the_faster_way_is_measured_once(tmp_path: Path) -> None:
+    model, cache, clock = Model(APART["network"]).eval(), TuningCache(tmp_path / "tuning.json"), FakeClock(0.0)
+    program = program_of(model, image(4), cache=cache).program
+    tuned = tune(program, {}, (image(4),), cache)
 
-    def takes(seconds: float) -> Callable[[Tensor], None]:
-        def run(_: Tensor) -> None:
-            clock.now_s += seconds
+    def takes(seconds: float) -> Program:
+        class Slow(Program):
+            def __call__(self, *inputs: Tensor) -> Any:
+                clock.now_s += seconds
+                return super().__call__(*inputs)
 
-        return run
+        return Slow(program.graph, program.weights, program.tilings, 1)
 
-    for times in ((1.0, 2.0), (3.0, 2.0)):
-        programs = [takes(seconds) for seconds in times]
-        assert fastest(programs, (image(),), clock) == times.index(min(times))
+    for batch, (whole, apart_, faster) in enumerate([(2.0, 1.0, True), (2.0, 3.0, False)], 4):
+        given = (image(batch),)
+        assert faster_by_sample(takes(whole), takes(apart_), (tuned, tuned), given, cache, clock) is faster
+        again = TuningCache(cache.path)
+        assert faster_by_sample(takes(apart_), takes(whole), (tuned, tuned), given, again, clock) is faster
 
 
 def test_weights_read_for_few_operations_are_read_once_a_batch() -> None:

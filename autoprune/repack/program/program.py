@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -179,6 +179,10 @@ class Plan:
         return results
 
 
+def shapes_of(inputs: Sequence[Tensor]) -> Shapes:
+    return tuple(tuple(x.shape) for x in inputs)
+
+
 def _tensor(holders: list[Tensor], view: View) -> Tensor:
     holder = holders[view.buffer.slot]
     if view.start == 0 and holder.shape == view.shape and holder.stride() == view.stride:
@@ -290,7 +294,7 @@ class Program:
             if not isinstance(x, Tensor) or x.layout is not torch.strided:
                 given = f"one of layout {x.layout}" if isinstance(x, Tensor) else type(x).__name__
                 raise AutopruneError(f"a program takes dense tensors, not {given}.")
-        shapes = tuple(tuple(x.shape) for x in inputs)
+        shapes = shapes_of(inputs)
         if (shapes, self._threads_now) not in self._chosen:
             self._check(inputs)
         for x, dtype in zip(inputs, self._dtypes, strict=True):  # native code takes what it gets for these

@@ -6,6 +6,7 @@ CPU, the shape and the sparsity, so the next model with such a layer starts at o
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
@@ -31,7 +32,7 @@ from autoprune.repack.kernels.compiler import Target
 from autoprune.repack.program.graph import Op
 from autoprune.repack.program.native import NativeOp, NativeSequence
 from autoprune.repack.program.nodes import Tiling
-from autoprune.repack.program.program import Plan, Program
+from autoprune.repack.program.program import Plan, Program, shapes_of
 from autoprune.repack.program.steps import NativeStep
 from autoprune.repack.program.weights import Weights
 
@@ -100,13 +101,15 @@ class TuningCache:
         identity = machine_identity()
         self.machine = {key: identity[key] for key in ("cpu", "vector", "llvmlite")} | {"version": VERSION}
         self.found: dict[str, Tiling] = {}
+        self.by_sample: dict[str, bool] = {}
         self.changed = False
         try:
             data = read_json(self.path, "the tuning cache")
             if data["machine"] == self.machine:
                 self.found = {str(key): tiling_from_json(row) for key, row in data["found"].items()}
+                self.by_sample = {str(key): _flag(value) for key, value in data["by_sample"].items()}
         except (FileError, KeyError, TypeError, AttributeError, ValueError):
-            self.found = {}
+            self.found, self.by_sample = {}, {}
 
     def save(self) -> None:
         """Writes what is new; a cache that cannot be written costs time, not correctness."""
@@ -114,10 +117,16 @@ class TuningCache:
             return
         rows = {key: asdict(tiling) for key, tiling in self.found.items()}
         try:
-            write_json(self.path, {"machine": self.machine, "found": rows})
+            write_json(self.path, {"machine": self.machine, "found": rows, "by_sample": self.by_sample})
         except OSError:
             return
         self.changed = False
+
+
+def _flag(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("no flag")
+    return value
 
 
 def tiling_from_json(row: Mapping[str, Any]) -> Tiling:
@@ -133,11 +142,12 @@ def tiling_from_json(row: Mapping[str, Any]) -> Tiling:
 
 @dataclass(frozen=True)
 class Tuned:
-    """The outcome: each layer's weights and tiling, and microseconds where it was timed."""
+    """The outcome: each layer's weights and tiling, microseconds where it was timed, and what the tiling depends on."""
 
     weights: Mapping[str, Weights]
     tilings: Mapping[str, Tiling]
     times_us: Mapping[str, float]
+    keys: Mapping[str, str]
 
 
 def tune(
@@ -155,7 +165,7 @@ def tune(
         progress: told the name of each layer that is timed.
     """
     cache = cache if cache is not None else TuningCache()
-    plan = program.plan(tuple(tuple(x.shape) for x in inputs))
+    plan = program.plan(shapes_of(inputs))
     weights, tilings, times = dict(program.weights), dict(program.tilings), {}
     keys = {step.name: key_of(step, layers[step.name], plan) for step in _tunable(plan, layers)}
     unknown = [step for step in _tunable(plan, layers) if keys[step.name] not in cache.found]
@@ -177,21 +187,42 @@ def tune(
         size = tilings[name].group_size
         if weights[name].packed.group_size != size:
             weights[name] = layers[name].pack(size)
-    return Tuned(weights, tilings, times)
+    return Tuned(weights, tilings, times, keys)
 
 
-def fastest(programs: Sequence[Callable[..., Any]], inputs: tuple[Tensor, ...], clock: Clock) -> int:
-    """Which of several programs takes the least time, timed in turns."""
-    best = [math.inf] * len(programs)
-    with timing(), torch.inference_mode():
-        for program in programs:
-            program(*inputs)
-        for _ in range(ROUNDS):
-            for number, program in enumerate(programs):
-                start = clock()
-                program(*inputs)
-                best[number] = min(best[number], clock() - start)
-    return best.index(min(best))
+def faster_by_sample(
+    whole: Program, apart: Program, tuned: Sequence[Tuned], inputs: tuple[Tensor, ...],
+    cache: TuningCache | None = None, clock: Clock = time.perf_counter,
+) -> bool:  # fmt: skip
+    """Whether a batch is computed faster by `apart`, sample by sample, than by `whole`; remembered like a tiling.
+
+    Args:
+        whole: tuned for the batch.
+        apart: tuned for one sample, on one thread.
+        tuned: what was found for each of the two.
+        inputs: the batch.
+        cache: what is known already.
+        clock: seconds.
+    """
+    cache = cache if cache is not None else TuningCache()
+    shapes = [list(x.shape) for x in inputs]
+    what = json.dumps(
+        [shapes, whole.threads or torch.get_num_threads(), *(sorted(each.keys.items()) for each in tuned)]
+    )
+    key = hashlib.sha256(what.encode()).hexdigest()
+    if key not in cache.by_sample:
+        best = [math.inf, math.inf]
+        with timing(), torch.inference_mode():
+            for turn in range(1 + ROUNDS):
+                for number, program in enumerate((whole, apart)):
+                    start = clock()
+                    program(*inputs)
+                    seconds = clock() - start
+                    best[number] = min(best[number], seconds) if turn else math.inf
+        cache.by_sample[key] = best[1] < best[0]
+        cache.changed = True
+        cache.save()
+    return cache.by_sample[key]
 
 
 def streams_little(program: Program, inputs: tuple[Tensor, ...]) -> bool:
@@ -200,7 +231,7 @@ def streams_little(program: Program, inputs: tuple[Tensor, ...]) -> bool:
     Where a layer computes many positions, its weights are a small part of what it reads.
     """
     streamed = operations = 0
-    for step in program.plan(tuple(tuple(x.shape) for x in inputs)).lowered.steps:
+    for step in program.plan(shapes_of(inputs)).lowered.steps:
         if isinstance(step, NativeStep) and step.layer is not None and step.name in program.weights:
             packed = program.weights[step.name].packed
             operations += 2 * packed.values.size * math.prod(step.size)
