@@ -21,8 +21,9 @@ from autoprune.repack.formats import pack
 from autoprune.repack.kernels.compiler import Target, host, narrowed
 from autoprune.repack.kernels.rows_gemm import tokens_together
 from autoprune.repack.memory import layer_memory
+from autoprune.repack.program.convolutions import serpentine
 from autoprune.repack.program.graph import Graph, Input, Op
-from autoprune.repack.program.nodes import Tiling, serpentine
+from autoprune.repack.program.nodes import Tiling
 from autoprune.repack.program.program import Program
 from autoprune.repack.program.steps import NativeStep
 from autoprune.repack.program.tuning import TuningCache

@@ -19,13 +19,12 @@ from torch import Tensor
 
 from autoprune.errors import AutopruneError
 from autoprune.repack.formats import GROUP_SIZES
-from autoprune.repack.kernels.attention import scratch as scratch_size
 from autoprune.repack.kernels.compiler import Target
 from autoprune.repack.kernels.gate import scratch as gate_scratch
 from autoprune.repack.kernels.gated_gemm import Dead
 from autoprune.repack.kernels.gated_gemm import scratch as gated_scratch
 from autoprune.repack.kernels.window import Mode
-from autoprune.repack.program import nodes, pointwise
+from autoprune.repack.program import convolutions, nodes, pointwise, tokens
 from autoprune.repack.program.graph import Graph, Op, evaluate_op
 from autoprune.repack.program.kinds import KEEPS_ZERO, residual_of
 from autoprune.repack.program.layout import ALIGN, FLOAT_BYTES, aligned
@@ -178,7 +177,7 @@ class Lowering:
             self.buffers[key] = self.in_slot()
             self.fixed[self.slots - 1] = name
         if key not in self.buffers and name in self.planes:
-            self.turn_back(name, self.planes[name])
+            tokens.turn_back(self, name, self.planes[name])
         if key not in self.buffers:
             source = self.maps[name, (1, 1), 0.0]
             buffer = self.buffers[key] = Buffer(meta.numel())
@@ -325,7 +324,9 @@ class Lowering:
         made = self.new_map(op, shape)
         gated = op.kind == "gated_conv2d"
         room, dead = (self.gated_room(op), self.dead(op)) if gated else (0, Dead.FINISHED)
-        scratch = self.scratch(room if gated else nodes.panel_scratch(max(GROUP_SIZES)))  # whatever the tuning tries
+        scratch = self.scratch(
+            room if gated else convolutions.panel_scratch(max(GROUP_SIZES))
+        )  # whatever the tuning tries
         made.pitch.join(given.pitch)
         if residual is not None:
             made.pitch.join(residual.pitch)
@@ -336,9 +337,9 @@ class Lowering:
         def build(weights: Weights | None, tiling: nodes.Tiling) -> NativeOp:
             assert weights is not None
             other = None if residual is None else residual.at
-            return nodes.convolution(
+            return convolutions.convolution(
                 op.output, weights, window, op.activation, tiling, batch, given.at, made.at, other, scratch,
-                self.target, nodes.Gated(gate, live, dead, room) if gated else None,
+                self.target, convolutions.Gated(gate, live, dead, room) if gated else None,
             )  # fmt: skip
 
         reads = [given.buffer, scratch, *(each.buffer for each in (residual, gate, live) if each is not None)]
@@ -353,7 +354,7 @@ class Lowering:
         whole, rest = divmod(height * width, lanes)
         return whole + min(1.0, rest / lanes) <= CROWDED * vectors and _reach(window) <= WIDEST_REACH
 
-    def factors(self, op: Op, role: str, channels: int) -> nodes.Factors | None:
+    def factors(self, op: Op, role: str, channels: int) -> convolutions.Factors | None:
         """Where the factors of a gated convolution's output or input channels lie."""
         if not op.attributes.get(role):
             return None
@@ -361,7 +362,7 @@ class Lowering:
         batch = self.values[op.inputs[0]].shape[0]
         if len(view.shape) != 2 or view.shape[0] != batch or view.shape[1] < 1 or channels % view.shape[1]:
             raise AutopruneError(f"{op.output!r} has factors of shape {view.shape} for {channels} channels of {batch}.")
-        return nodes.Factors(view.buffer, view.offset * FLOAT_BYTES, view.shape[1], channels // view.shape[1])
+        return convolutions.Factors(view.buffer, view.offset * FLOAT_BYTES, view.shape[1], channels // view.shape[1])
 
     def gated_room(self, op: Op) -> int:
         """Floats of scratch a thread needs for a gated convolution, however its weight is packed."""
@@ -399,7 +400,7 @@ class Lowering:
         arrays = [each.numpy() for each in (weight, bias, threshold)]
 
         def build(*_: Any) -> NativeOp:
-            return nodes.gate(
+            return convolutions.gate(
                 op.output, x.shape[0], given.at, buffer, scratch, arrays, op.attributes["keep"], self.target
             )
 
@@ -512,160 +513,6 @@ class Lowering:
         self.steps.append(NativeStep(op.output, [each.buffer for each in given], made.buffer, build))
         return True
 
-    def layer_norm(self, op: Op) -> bool:
-        x, features = self.rows(op.inputs[0]), op.attributes["size"]
-        arrays = {role: self.graph.constants[name] for role, name in op.tensors.items()}
-        fitting = all(is_float(each) and each.shape == (features,) for each in arrays.values())
-        if x.shape[-1:] != (features,) or not fitting:
-            return False
-        weight = arrays.get("weight", torch.ones(features, dtype=torch.float32, device="cpu")).contiguous().numpy()
-        bias = arrays.get("bias", torch.zeros(features, dtype=torch.float32, device="cpu")).contiguous().numpy()
-        meta = self.define(op.output, x.shape)
-        buffer = self.buffers[storage_of(meta)] = Buffer(meta.numel())
-
-        def build(*_: Any) -> NativeOp:
-            given, made = (x.buffer.slot, x.start * FLOAT_BYTES), (buffer.slot, buffer.offset)
-            tokens = meta.numel() // features
-            return nodes.layer_norm(op.output, given, made, tokens, weight, bias, op.attributes["eps"], self.target)
-
-        self.steps.append(NativeStep(op.output, [x.buffer], buffer, build))
-        return True
-
-    def attention(self, op: Op) -> bool:
-        views = [self.plain(name) for name in op.inputs]
-        q, k, v = views
-        if any(len(each.shape) != 4 or each.stride[3] != 1 for each in views):
-            return False
-        batch, heads, queries, width = q.shape
-        keys = k.shape[2]
-        if k.shape != (batch, heads, keys, width) or v.shape != k.shape or keys < 1:
-            return False
-        meta = self.define(op.output, q.shape, order=(0, 2, 1, 3))
-        buffer = self.buffers[storage_of(meta)] = Buffer(meta.numel())
-        scratch = self.scratch(scratch_size(keys, width, self.target))
-        scale = op.attributes["scale"]
-        scale = width**-0.5 if scale is None else scale
-
-        def build(*_: Any) -> NativeOp:
-            q_at, k_at, v_at = (place_of(view) for view in views)
-            y_at = (buffer.slot, buffer.offset, (meta.stride(0), meta.stride(1), meta.stride(2)))
-            size = (batch, heads, queries, keys, width)
-            return nodes.attend(op.output, q_at, k_at, v_at, y_at, scratch, size, scale, self.target)
-
-        self.steps.append(NativeStep(op.output, [*(each.buffer for each in views), scratch], buffer, build))
-        return True
-
-    def recurrent(self, op: Op) -> bool:
-        a = op.attributes
-        if op.output not in self.weights or not a["interleaved"]:
-            return False
-        weight, units = self.constants[op.tensors["weight"]], a["units"]
-        x, before = self.rows(op.inputs[0]), [self.rows(name) for name in op.inputs[1:]]
-        if len(x.shape) != 3 or x.shape[2] != weight.shape[0]:
-            raise AutopruneError(f"a recurrent layer takes projections (..., ..., {weight.shape[0]}), not {x.shape}.")
-        steps, batch = x.shape[:2] if a["time_first"] else (x.shape[1], x.shape[0])
-        hidden = weight.shape[1]
-        for view in before:
-            if view.shape != (batch, hidden):
-                raise AutopruneError(f"a recurrent layer begins with a state {(batch, hidden)}, not {view.shape}.")
-        size = nodes.Sequences(
-            a["cell"], steps, batch, hidden, None if units is None else tuple(units), a["time_first"], a["reverse"],
-            a["threshold"], a["keep"],
-        )  # fmt: skip
-        meta = self.define(op.output, (2 if size.cell == "lstm" else 1, *x.shape[:2], hidden))
-        buffer = self.buffers[storage_of(meta)] = Buffer(meta.numel())
-        scratch = Buffer(batch * size.scratch)
-        self.scratches.append(scratch)
-
-        def build(weights: Weights | None, tiling: nodes.Tiling) -> NativeOp:
-            assert weights is not None
-            given, *starts = ((view.buffer.slot, view.start * FLOAT_BYTES) for view in (x, *before))
-            made = (buffer.slot, buffer.offset)
-            return nodes.sequence(op.output, weights, tiling, size, given, made, tuple(starts), scratch, self.target)
-
-        reads = [x.buffer, scratch, *(view.buffer for view in before)]
-        self.steps.append(NativeStep(op.output, reads, buffer, build, op, (steps, batch)))
-        return True
-
-    def linear(self, op: Op) -> bool:
-        if op.output not in self.weights:
-            return False
-        weight, given = self.constants[op.tensors["weight"]], self.values[op.inputs[0]].shape
-        if given[-1:] != weight.shape[1:]:
-            raise AutopruneError(f"a Linear takes {weight.shape[1]} features, not an input of shape {tuple(given)}.")
-        shape = (*given[:-1], weight.shape[0])
-        self.same_shape(op, shape)
-        meta = self.define(op.output, shape)
-        tokens = meta.numel() // weight.shape[0]
-        if tokens >= self.target.lanes:
-            self.linear_by_position(op, tokens)
-            return True
-        x = self.rows(op.inputs[0])
-        residual = self.rows(op.inputs[1]) if len(op.inputs) > 1 else None
-        buffer = self.buffers[storage_of(meta)] = Buffer(meta.numel())
-
-        def build(weights: Weights | None, tiling: nodes.Tiling) -> NativeOp:
-            assert weights is not None
-            places = [(v.buffer.slot, v.start * FLOAT_BYTES, v.shape[-1]) for v in (x, residual) if v is not None]
-            y = (buffer.slot, buffer.offset, weight.shape[0])
-            other = places[1] if residual is not None else None
-            return nodes.linear(op.output, weights, op.activation, tiling, tokens, places[0], y, other, self.target)
-
-        reads = [x.buffer, *([residual.buffer] if residual is not None else [])]
-        self.steps.append(NativeStep(op.output, reads, buffer, build, op, (tokens, 1)))
-        return True
-
-    def linear_by_position(self, op: Op, tokens: int) -> None:
-        """A Linear over many tokens as a convolution by one position."""
-        out = self.constants[op.tensors["weight"]].shape[0]
-        given = self.turned(op.inputs[0], tokens)
-        made = Map((1, out, 1, tokens), (1, 1), 0.0).padded((0, 0))
-        made.pitch.join(given.pitch)
-        scratch = self.scratch(nodes.panel_scratch(max(GROUP_SIZES)))  # whatever the tuning tries
-        window = nodes.Window((1, 1), (1, 1), (0, 0), (1, 1))
-        added = op.inputs[1] if len(op.inputs) > 1 else None
-        activation = op.activation if added is None else None
-
-        def build(weights: Weights | None, tiling: nodes.Tiling) -> NativeOp:
-            assert weights is not None
-            return nodes.convolution(
-                op.output, weights, window, activation, tiling, 1, given.at, made.at, None, scratch, self.target
-            )
-
-        residual = None if added is None else self.rows(added)
-        reads = [given.buffer, scratch]
-        self.steps.append(NativeStep(op.output, reads, made.buffer, build, op, (tokens, 1), by_position=True))
-        self.planes[op.output if added is None else f"{op.output} before {added}"] = made
-        if residual is not None:
-            self.turn_back(op.output, made, residual, op.activation)
-
-    def turned(self, name: str, tokens: int) -> Map:
-        """Rows of tokens as a map with a channel a feature."""
-        if name not in self.planes:
-            view = self.rows(name)
-            made = self.planes[name] = Map((1, view.shape[-1], 1, tokens), (1, 1), 0.0).padded((0, 0))
-
-            def build(*_: Any) -> NativeOp:
-                x = (view.buffer.slot, view.start * FLOAT_BYTES, view.shape[-1])
-                return nodes.into_planes(name, tokens, x, made.at, self.target)
-
-            self.steps.append(NativeStep(name, [view.buffer], made.buffer, build))
-        return self.planes[name]
-
-    def turn_back(self, name: str, given: Map, residual: View | None = None, activation: str | None = None) -> None:
-        """The value `name` in rows, from a map with a channel a feature."""
-        meta = self.values[name]
-        buffer = self.buffers[storage_of(meta)] = Buffer(meta.numel())
-        _, features, _, tokens = given.shape
-
-        def build(*_: Any) -> NativeOp:
-            y = (buffer.slot, buffer.offset, features)
-            other = None if residual is None else (residual.buffer.slot, residual.start * FLOAT_BYTES, features)
-            return nodes.out_of_planes(name, tokens, given.at, y, other, activation, self.target)
-
-        reads = [given.buffer, *([residual.buffer] if residual is not None else [])]
-        self.steps.append(NativeStep(name, reads, buffer, build))
-
 
 def _reach(window: nodes.Window) -> int:
     """How many columns beside a position a window looks at, at most."""
@@ -689,12 +536,12 @@ _RULES: Mapping[str, Callable[[Lowering, Op], bool]] = {
     "conv2d": Lowering.conv2d,
     "gated_conv2d": Lowering.conv2d,
     "gate": Lowering.gate,
-    "linear": Lowering.linear,
-    "recurrent": Lowering.recurrent,
+    "linear": tokens.linear,
+    "recurrent": tokens.recurrent,
     "max_pool2d": Lowering.pool,
     "avg_pool2d": Lowering.pool,
-    "layer_norm": Lowering.layer_norm,
-    "attention": Lowering.attention,
+    "layer_norm": tokens.layer_norm,
+    "attention": tokens.attention,
     "global_avg_pool": Lowering.global_avg_pool,
     "activation": Lowering.elementwise,
     "add": Lowering.elementwise,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
@@ -13,14 +13,11 @@ from numpy.typing import NDArray
 
 from autoprune.errors import AutopruneError
 from autoprune.recurrent import GATES
-from autoprune.repack.formats import PackedWeight
 from autoprune.repack.kernels import (
     attention,
     copy,
-    gated_gemm,
     gather,
     maps,
-    offset_gemm,
     recurrent,
     rows,
     rows_gemm,
@@ -28,16 +25,13 @@ from autoprune.repack.kernels import (
     turn,
     window,
 )
-from autoprune.repack.kernels import gate as gates
 from autoprune.repack.kernels.compiler import Target
 from autoprune.repack.kernels.math import clamp_bounds
-from autoprune.repack.program.layout import ALIGN, FLOAT_BYTES, MapLayout, aligned
+from autoprune.repack.program.layout import FLOAT_BYTES, MapLayout, aligned
 from autoprune.repack.program.memory import Buffer, float_bits
 from autoprune.repack.program.native import NativeOp
 from autoprune.repack.program.weights import Weights
 
-PANEL_BLOCK = 384  # the most positions an item has with panels: their sums must stay in the nearest cache
-RUN = 32  # kept positions of one column that are walked before the next column's, about
 BAND_POSITIONS = 1024  # of a map, at least, for each thread to have a band of its own
 CHUNK_FLOATS = 16384  # of a map that an item of an element-wise op works on
 
@@ -100,38 +94,6 @@ class MapAt:
         return self.buffer.offset + self.layout.origin * FLOAT_BYTES
 
 
-@dataclass(frozen=True)
-class Factors:
-    """A gate's output, ``(batch, groups)``: one factor a group of neighbouring channels.
-
-    Attributes:
-        offset: bytes from the slot's base.
-        channels: of a group.
-    """
-
-    buffer: Buffer
-    offset: int
-    groups: int
-    channels: int
-
-
-@dataclass(frozen=True)
-class Gated:
-    """What a gated convolution knows of its channels.
-
-    Attributes:
-        gate: of its output.
-        live: of its input.
-        dead: what becomes of output channels that do not live.
-        room: floats of scratch a thread has.
-    """
-
-    gate: Factors | None
-    live: Factors | None
-    dead: gated_gemm.Dead
-    room: int
-
-
 Place = tuple[int, int, tuple[int, ...]]
 """Slot, bytes, and floats from an entry to the next along each axis."""
 
@@ -144,207 +106,16 @@ def _fields(kinds: type[IntEnum], given: Mapping[IntEnum, Any]) -> NDArray[np.in
     return values
 
 
-def _op(name: str, kernel: int, kinds: type[IntEnum], given: Mapping[IntEnum, Any], items: int) -> NativeOp:
+def op_of(name: str, kernel: int, kinds: type[IntEnum], given: Mapping[IntEnum, Any], items: int) -> NativeOp:
     arrays = tuple(value for value in given.values() if isinstance(value, np.ndarray))
     return NativeOp(name, kernel, _fields(kinds, given), items, arrays)
 
 
-def _clamped(activation: str | None) -> tuple[int, int, str]:
+def clamped(activation: str | None) -> tuple[int, int, str]:
     """Bounds as float bits, and the activation that is no clamp."""
     bounds = clamp_bounds(activation or "")
     low, high = bounds if bounds is not None else (-np.inf, np.inf)
     return float_bits(low), float_bits(high), "" if bounds is not None else activation or ""
-
-
-def convolution(
-    name: str, weights: Weights, window_: Window, activation: str | None, tiling: Tiling, batch: int,
-    x: MapAt, y: MapAt, residual: MapAt | None, scratch: Buffer, target: Target, gated: Gated | None = None,
-) -> NativeOp:  # fmt: skip
-    """A packed convolution; x is padded, or in phase planes for a stride."""
-    f = offset_gemm.Field
-    if gated is not None:
-        tiling = replace(tiling, panel=0)  # a list of live positions is walked at once
-    packed = serpentine(weights.packed) if tiling.serpentine else weights.packed
-    taps = np.array([x.layout.tap(dy, dx) for dy, dx in window_.taps()], np.int64)
-    channel, tap = np.divmod(packed.index, packed.taps)
-    plane = x.layout.channel(1)
-    offsets = (channel.astype(np.int64) * plane + taps[tap]).astype(np.int32)
-    low, high, other = _clamped(activation)
-    positions = y.layout.positions
-    lanes = target.lanes
-    most = min(positions, PANEL_BLOCK) if tiling.panel else positions
-    block = -(-min(tiling.block, most) // lanes) * lanes
-    chunk = min(tiling.chunk or packed.groups, packed.groups)
-    # a last block of less than a vector is part of the one before: its positions may be taken singly
-    blocks, chunks = max(1, (positions - lanes) // block + 1), -(-packed.groups // chunk)
-    mask = y.layout.mask()
-    given: dict[IntEnum, Any] = {
-        f.X_SLOT: x.buffer.slot, f.X_OFFSET: x.offset, f.Y_SLOT: y.buffer.slot, f.Y_OFFSET: y.offset,
-        f.X_IMAGE: x.layout.image, f.Y_IMAGE: y.layout.image, f.MASK: mask, f.BIAS: weights.bias_rows,
-        f.Y_CHANNEL: _channels(weights, y.layout), f.LOW: low, f.HIGH: high,
-        f.GROUPS: packed.groups, f.POSITIONS: positions, f.CHUNK: chunk, f.BLOCK: block, f.CHUNKS: chunks,
-        f.BLOCKS: blocks, f.BATCH: batch, f.BORDER: y.layout.behind, f.BORDER_FIRST: y.layout.before,
-    }  # fmt: skip
-    if tiling.inputs_first:
-        given |= {f.CHUNK_STRIDE: 1, f.BLOCK_STRIDE: chunks, f.IMAGE_STRIDE: chunks * blocks}
-    else:
-        given |= {f.BLOCK_STRIDE: 1, f.IMAGE_STRIDE: blocks, f.CHUNK_STRIDE: blocks * batch}
-    masks = _columns(window_, x.layout, y.layout.width, len(mask))
-    given |= _lists(packed, offsets, tiling, masks, scratch)
-    given[f.RESIDUAL_CHANNEL] = given[f.Y_CHANNEL]
-    if residual is not None:
-        given |= {
-            f.RESIDUAL: 1, f.RESIDUAL_SLOT: residual.buffer.slot, f.RESIDUAL_OFFSET: residual.offset,
-            f.RESIDUAL_IMAGE: residual.layout.image, f.RESIDUAL_CHANNEL: _channels(weights, residual.layout),
-        }  # fmt: skip
-    if gated is not None:
-        given |= _gated(weights, packed, offsets, gated, scratch)
-        kernel = gated_gemm.gated_gemm(packed.group_size, target, other)
-        return _op(name, kernel, gated_gemm.Field, given, batch * blocks * chunks)
-    kernel = offset_gemm.offset_gemm(packed.group_size, target, other, masks is not None)
-    return _op(name, kernel, f, given, batch * blocks * chunks)
-
-
-@dataclass(frozen=True)
-class _Columns:
-    """Columns of a kernel that are read through masks.
-
-    Attributes:
-        of_tap: the mask of each tap.
-        inside: ``(masks, positions)``.
-    """
-
-    of_tap: NDArray[np.int64]
-    inside: NDArray[np.int32]
-
-
-def _columns(window_: Window, layout: MapLayout, width: int, count: int) -> _Columns | None:
-    """What is inside the map by column of the kernel, for `count` positions; None where the map has a border."""
-    if layout.pad_w >= window_.padding[1]:
-        return None
-    inside, of_tap = np.unique(
-        [layout.inside(width, dx, count) for _, dx in window_.taps()], axis=0, return_inverse=True
-    )
-    return _Columns(of_tap.reshape(-1), inside)
-
-
-def _lists(
-    packed: PackedWeight, offsets: NDArray[np.int32], tiling: Tiling, masks: _Columns | None, scratch: Buffer
-) -> dict[IntEnum, Any]:
-    """The kept positions: a list for each group, or group and panel; in runs of one mask where there are masks."""
-    f = offset_gemm.Field
-    if not tiling.panel and masks is None:
-        return {f.GROUP_POINTER: packed.group_pointer, f.OFFSETS: offsets, f.VALUES: packed.values, f.PANELS: 1}
-    group = np.repeat(np.arange(packed.groups), np.diff(packed.group_pointer))
-    _, number = np.unique(packed.index, return_inverse=True)
-    inputs = int(number.max(initial=-1)) + 1
-    panels = (-(-inputs // tiling.panel) or 1) if tiling.panel else 1
-    panel = number // tiling.panel if tiling.panel else np.zeros_like(number)
-    backwards = (group % 2 == 1) & tiling.serpentine
-    lists = group * panels + np.where(backwards, panels - 1 - panel, panel)
-    runs, run = 1, np.zeros_like(number)
-    given: dict[IntEnum, Any] = {f.PANELS: panels}
-    if masks is not None:
-        columns = len(masks.inside)
-        parts = max(1, round(len(packed.index) / (packed.groups * panels * columns * RUN)))
-        part = number * parts // max(1, inputs) if not tiling.panel else number % tiling.panel * parts // tiling.panel
-        runs = parts * columns
-        run = np.where(backwards, parts - 1 - part, part) * columns + masks.of_tap[packed.index % packed.taps]
-        given |= {
-            f.RUNS: runs, f.COLUMNS: columns, f.INSIDE: np.ascontiguousarray(masks.inside),
-            f.INSIDE_LENGTH: masks.inside.shape[1],
-        }  # fmt: skip
-    order = np.argsort(lists * runs + run, kind="stable")
-    counts = np.bincount(lists * runs + run, minlength=packed.groups * panels * runs).reshape(-1, runs)
-    ends = counts.cumsum(axis=1)
-    if masks is not None:
-        given[f.ENDS] = np.ascontiguousarray(ends, np.int32)
-    given |= {
-        f.GROUP_POINTER: np.concatenate([[0], ends[:, -1].cumsum()]).astype(np.int32),
-        f.OFFSETS: np.ascontiguousarray(offsets[order]), f.VALUES: np.ascontiguousarray(packed.values[order]),
-    }  # fmt: skip
-    if tiling.panel:
-        given |= {
-            f.SCRATCH_SLOT: scratch.slot, f.SCRATCH_OFFSET: scratch.offset, f.SCRATCH: panel_scratch(packed.group_size),
-        }  # fmt: skip
-    return given
-
-
-def _gated(
-    weights: Weights, packed: PackedWeight, offsets: NDArray[np.int32], gated: Gated, scratch: Buffer
-) -> dict[IntEnum, Any]:
-    """Which factor belongs to each row and to each kept position, and where the factors lie."""
-    f = gated_gemm.Field
-    kept = np.diff(packed.group_pointer)
-    longest = int(kept.max(initial=0))
-    if gated_gemm.scratch(longest) > gated.room:
-        raise AutopruneError(f"a packed group keeps {longest} positions, more than there is room for.")
-    alike = packed.index.reshape(packed.groups, -1) if len(set(kept.tolist())) == 1 else None
-    within = np.arange(len(packed.index)) - np.repeat(packed.group_pointer[:-1].astype(np.int64), kept)
-    entries = (within * packed.group_size << 32) + (offsets.astype(np.int64) & 0xFFFFFFFF)
-    given: dict[IntEnum, Any] = {
-        f.SCRATCH_SLOT: scratch.slot, f.SCRATCH_OFFSET: scratch.offset, f.SCRATCH: gated.room,
-        f.DEAD: gated.dead,
-        f.SHARED: int(alike is not None and bool((alike == alike[:1]).all())),
-    }  # fmt: skip
-    if (gate := gated.gate) is not None:
-        of = (weights.rows // gate.channels).astype(np.int32)
-        given |= {
-            f.GATE_SLOT: gate.buffer.slot, f.GATE_OFFSET: gate.buffer.offset + gate.offset, f.GATE_IMAGE: gate.groups,
-            f.GATE_OF: of,
-        }  # fmt: skip
-    else:
-        given |= {f.GATE_OFFSET: np.ones(1, np.float32), f.GATE_OF: np.zeros(len(weights.rows), np.int32)}
-    if (live := gated.live) is not None:
-        runs = np.repeat(np.arange(packed.groups) * live.groups, kept) + packed.index // packed.taps // live.channels
-        order = np.argsort(runs, kind="stable")
-        ends = np.cumsum(np.bincount(runs, minlength=packed.groups * live.groups))
-        given |= {
-            f.LIVE: 1, f.LIVE_SLOT: live.buffer.slot, f.LIVE_OFFSET: live.buffer.offset + live.offset,
-            f.LIVE_IMAGE: live.groups, f.RUNS: np.concatenate([[0], ends]).astype(np.int32),
-        }  # fmt: skip
-        entries = entries[order]
-    given[f.ENTRIES] = np.concatenate([entries, np.zeros(gated_gemm.SLACK, np.int64)])
-    return given
-
-
-def gate(
-    name: str, batch: int, x: MapAt, y: Buffer, scratch: Buffer, arrays: Sequence[NDArray[np.float32]], keep: int,
-    target: Target,
-) -> NativeOp:  # fmt: skip
-    """The gate of a convolution; `arrays` are its weight, bias and threshold, `y` is (batch, groups)."""
-    f, (weight, bias, threshold) = gates.Field, arrays
-    groups, channels = weight.shape
-    padded = np.zeros((groups, gates.columns(channels, target)), np.float32)
-    padded[:, :channels] = weight
-    layout = x.layout
-    given: dict[IntEnum, Any] = {
-        f.X_SLOT: x.buffer.slot, f.X_OFFSET: x.offset, f.X_IMAGE: layout.image, f.X_CHANNEL: layout.channel(1),
-        f.Y_SLOT: y.slot, f.Y_OFFSET: y.offset, f.SCRATCH_SLOT: scratch.slot, f.SCRATCH_OFFSET: scratch.offset,
-        f.SCRATCH: gates.scratch(channels, groups, target), f.POSITIONS: layout.positions, f.CHANNELS: channels,
-        f.MASK: layout.mask(), f.WEIGHT: padded, f.COLUMNS: padded.shape[1], f.BIAS: np.ascontiguousarray(bias),
-        f.SCALE: float_bits(1 / (layout.height * layout.width)), f.GROUPS: groups,
-        f.THRESHOLD: float_bits(float(threshold[0])), f.KEEP: keep or groups,
-    }  # fmt: skip
-    return _op(name, gates.gate(target), f, given, batch)
-
-
-def serpentine(packed: PackedWeight) -> PackedWeight:
-    """The same weight, every other group's kept positions in the opposite order."""
-    index, values = packed.index.copy(), packed.values.copy()
-    for begin, end in zip(packed.group_pointer[1::2], packed.group_pointer[2::2], strict=False):
-        index[begin:end], values[begin:end] = packed.index[begin:end][::-1], packed.values[begin:end][::-1]
-    return replace(packed, index=index, values=values)
-
-
-def panel_scratch(rows: int) -> int:
-    """Floats of scratch a thread needs for a tiling with panels of groups of `rows` filters."""
-    return rows * (aligned(PANEL_BLOCK) + ALIGN)
-
-
-def _channels(weights: Weights, layout: MapLayout) -> NDArray[np.int32]:
-    """Where each row's channel lies."""
-    return (weights.rows.astype(np.int64) * layout.channel(1)).astype(np.int32)
 
 
 def linear(
@@ -354,7 +125,7 @@ def linear(
     """A packed Linear; x, y and residual are (slot, bytes, floats from a token to the next)."""
     f = rows_gemm.Field
     packed = weights.packed
-    low, high, other = _clamped(activation)
+    low, high, other = clamped(activation)
     together = rows_gemm.tokens_together(packed.group_size, target)
     block = min(-(-tiling.block // together) * together, max(1, tokens))
     chunk = min(tiling.chunk or packed.groups, packed.groups)
@@ -370,7 +141,7 @@ def linear(
             f.RESIDUAL: 1, f.RESIDUAL_SLOT: residual[0], f.RESIDUAL_OFFSET: residual[1], f.RESIDUAL_TOKEN: residual[2],
         }  # fmt: skip
     kernel = rows_gemm.rows_gemm(packed.group_size, target, other)
-    return _op(name, kernel, f, given, -(-tokens // block) * chunks)
+    return op_of(name, kernel, f, given, -(-tokens // block) * chunks)
 
 
 @dataclass(frozen=True)
@@ -443,7 +214,7 @@ def sequence(
     given |= {f.GROUP_POINTER: pointer, f.INDEX: index, f.VALUES: values}
     given[f.BIAS] = weights.bias_rows if columns is None else weights.bias
     form = recurrent.Form(size.cell, packed.group_size, columns is not None, size.prune)
-    return _op(name, recurrent.recurrent(form, target), f, given, -(-size.batch // block))
+    return op_of(name, recurrent.recurrent(form, target), f, given, -(-size.batch // block))
 
 
 def sliding(
@@ -455,7 +226,7 @@ def sliding(
     f = window.Field
     (sh, sw), layout, out = window_.stride, x.layout, y.layout
     flat = (sh, sw) == (1, 1)  # then input and output have one pitch
-    low, high, other = _clamped(activation)
+    low, high, other = clamped(activation)
     chunk = max(1, min(out.channels, CHUNK_FLOATS // max(1, out.positions)))
     chunks = -(-out.channels // chunk)
     length = out.positions if flat else out.pitch
@@ -478,7 +249,7 @@ def sliding(
     }  # fmt: skip
     if weights is not None and bias is not None:
         given |= {f.WEIGHTS: weights, f.BIAS: bias}
-    return _op(name, window.window(mode, sw, target, other, columns), f, given, batch * bands * chunks)
+    return op_of(name, window.window(mode, sw, target, other, columns), f, given, batch * bands * chunks)
 
 
 def _shares(window_: Window, layout: MapLayout, out: MapLayout, count_padding: bool) -> NDArray[np.float32]:
@@ -501,7 +272,7 @@ def combine(
 ) -> NativeOp:
     """The sum of two maps of one pitch, or one alone, through an activation."""
     f = maps.Field
-    low, high, function = _clamped(activation)
+    low, high, function = clamped(activation)
     given = _channelwise(x, y.layout.positions) | {
         f.Y_SLOT: y.buffer.slot, f.Y_OFFSET: y.offset, f.Y_IMAGE: y.layout.image, f.Y_CHANNEL: y.layout.channel(1),
         f.MASK: y.layout.mask(), f.LOW: low, f.HIGH: high, f.BORDER: y.layout.behind, f.BORDER_FIRST: y.layout.before,
@@ -512,7 +283,7 @@ def combine(
             f.OTHER_CHANNEL: other.layout.channel(1),
         }  # fmt: skip
     how = maps.Combine.NONE if other is None else maps.Combine.ADD
-    return _op(name, maps.elementwise(how, target, function), f, given, batch * given[f.CHUNKS])
+    return op_of(name, maps.elementwise(how, target, function), f, given, batch * given[f.CHUNKS])
 
 
 def _channelwise(x: MapAt, positions: int) -> dict[IntEnum, Any]:
@@ -533,7 +304,7 @@ def mean(name: str, batch: int, x: MapAt, y: Buffer, target: Target) -> NativeOp
         f.Y_SLOT: y.slot, f.Y_OFFSET: y.offset, f.Y_IMAGE: layout.channels, f.Y_CHANNEL: 1, f.MASK: layout.mask(),
         f.SCALE: float_bits(1 / (layout.height * layout.width)),
     }  # fmt: skip
-    return _op(name, maps.channel_mean(target), f, given, batch * given[f.CHUNKS])
+    return op_of(name, maps.channel_mean(target), f, given, batch * given[f.CHUNKS])
 
 
 def copied(
@@ -544,7 +315,7 @@ def copied(
     f = copy.Field
     given: dict[IntEnum, Any] = dict(zip(f, (x[0], x[1], y[0], y[1], *size, *x[2][:3], *y[2][:3]), strict=False))
     if layout is None or layout.border != 0:
-        return _op(name, copy.copy_map(target), f, given, batch * size[0])
+        return op_of(name, copy.copy_map(target), f, given, batch * size[0])
     given |= {f.STRIDE_H: layout.stride_h, f.Y_PLANE: layout.plane}
     if layout.phases > 1:
         given |= {f.PAD_H: layout.pad_h, f.PAD_W: layout.pad_w, f.ROWS: layout.rows}
@@ -553,7 +324,7 @@ def copied(
             f.ROWS: layout.height, f.POSITIONS: layout.positions, f.BORDER: layout.behind,
             f.BORDER_FIRST: layout.before,
         }  # fmt: skip
-    return _op(name, copy.planes(layout.stride_w, target), f, given, batch * size[0])
+    return op_of(name, copy.planes(layout.stride_w, target), f, given, batch * size[0])
 
 
 def into_planes(name: str, tokens: int, x: tuple[int, int, int], y: MapAt, target: Target) -> NativeOp:
@@ -563,7 +334,7 @@ def into_planes(name: str, tokens: int, x: tuple[int, int, int], y: MapAt, targe
         f.ROWS_SLOT: x[0], f.ROWS_OFFSET: x[1], f.ROWS_TOKEN: x[2], f.PLANES_SLOT: y.buffer.slot,
         f.PLANES_OFFSET: y.offset, f.PLANES_FEATURE: y.layout.channel(1), f.TOKENS: tokens, f.FEATURES: features,
     }  # fmt: skip
-    return _op(name, turn.into_planes(target), f, given, -(-features // target.lanes))
+    return op_of(name, turn.into_planes(target), f, given, -(-features // target.lanes))
 
 
 def out_of_planes(
@@ -572,7 +343,7 @@ def out_of_planes(
 ) -> NativeOp:  # fmt: skip
     """A map with a channel a feature as rows of tokens; y and residual are (slot, bytes, floats to the next token)."""
     f = turn.Field
-    low, high, other = _clamped(activation)
+    low, high, other = clamped(activation)
     given: dict[IntEnum, Any] = {
         f.ROWS_SLOT: y[0], f.ROWS_OFFSET: y[1], f.ROWS_TOKEN: y[2], f.PLANES_SLOT: x.buffer.slot,
         f.PLANES_OFFSET: x.offset, f.PLANES_FEATURE: x.layout.channel(1), f.TOKENS: tokens,
@@ -582,7 +353,7 @@ def out_of_planes(
         given |= {
             f.RESIDUAL: 1, f.RESIDUAL_SLOT: residual[0], f.RESIDUAL_OFFSET: residual[1], f.RESIDUAL_TOKEN: residual[2],
         }  # fmt: skip
-    return _op(name, turn.out_of_planes(target, other), f, given, -(-tokens // target.lanes))
+    return op_of(name, turn.out_of_planes(target, other), f, given, -(-tokens // target.lanes))
 
 
 def layer_norm(
@@ -598,7 +369,7 @@ def layer_norm(
         f.BLOCK: block, f.WEIGHT: weight, f.BIAS: bias, f.EPSILON: float_bits(epsilon),
         f.SHARE: float_bits(1 / features),
     }  # fmt: skip
-    return _op(name, rows.layer_norm(target), f, given, -(-tokens // block))
+    return op_of(name, rows.layer_norm(target), f, given, -(-tokens // block))
 
 
 def attend(
@@ -615,7 +386,7 @@ def attend(
         f.SCRATCH: attention.scratch(keys, width, target), f.HEADS: heads, f.QUERIES: queries, f.KEYS: keys,
         f.WIDTH: width, f.SCALE: float_bits(scale),
     }  # fmt: skip
-    return _op(name, attention.attention(target), f, given, batch * heads)
+    return op_of(name, attention.attention(target), f, given, batch * heads)
 
 
 def pointwise(
@@ -634,12 +405,12 @@ def pointwise(
         given |= {f(slot + index): number for index, number in enumerate((*place[:2], *steps))}
     rows = math.prod(sizes[:-1])
     block = max(1, min(rows, CHUNK_FLOATS // (4 * max(1, sizes[-1]))))
-    low, high, function = _clamped(activation)
+    low, high, function = clamped(activation)
     given |= {f.BLOCK: block, f.LOW: low, f.HIGH: high}
     lie = [strided.Along.RUN if steps[-1] == 1 else strided.Along.APART if steps[-1] else strided.Along.SAME
            for steps in strides[:-1]]  # fmt: skip
     kernel = strided.strided(lie[0], lie[1] if other else None, operation, function, target)
-    return _op(name, kernel, f, given, -(-rows // block) if sizes[-1] else 0)
+    return op_of(name, kernel, f, given, -(-rows // block) if sizes[-1] else 0)
 
 
 def looked_up(name: str, table: Place, index: Place, y: Place, rows: int, features: int, target: Target) -> NativeOp:
@@ -650,7 +421,7 @@ def looked_up(name: str, table: Place, index: Place, y: Place, rows: int, featur
         f.TABLE_SLOT: table[0], f.TABLE_OFFSET: table[1], f.INDEX_SLOT: index[0], f.INDEX_OFFSET: index[1],
         f.Y_SLOT: y[0], f.Y_OFFSET: y[1], f.ROWS: rows, f.FEATURES: features, f.BLOCK: block,
     }  # fmt: skip
-    return _op(name, gather.gather(target), f, given, -(-rows // block))
+    return op_of(name, gather.gather(target), f, given, -(-rows // block))
 
 
 def merged_axes(
