@@ -49,26 +49,27 @@ class Field(IntEnum):
 
 @once_a_process
 def into_planes(target: Target) -> int:
-    """The op; an item is as many features as a vector has lanes. A plane is filled to whole vectors."""
+    """The op; an item is as many tokens as a vector has lanes. A plane is filled to whole vectors."""
     module, lanes = ir.Module(), target.lanes
     b, fields, slots, item, _ = op_function(module)
     get = {field: b.load(at(b, fields, const(field))) for field in Field}
     rows = address(b, slots, get[Field.ROWS_SLOT], get[Field.ROWS_OFFSET])
     planes = address(b, slots, get[Field.PLANES_SLOT], get[Field.PLANES_OFFSET])
-    first = b.mul(item, const(lanes))
-    last_token, features = b.sub(get[Field.TOKENS], const(1)), get[Field.FEATURES]
-    with b.if_else(b.icmp_signed("<=", b.add(first, const(lanes)), features)) as (whole, part):
-        with whole, loop(b, const(0), get[Field.TOKENS], lanes) as token:
-            block = []
-            for i in range(lanes):  # the last token stands for those behind it
-                row = b.mul(smaller(b, b.add(token, const(i)), last_token), get[Field.ROWS_TOKEN])
-                block.append(load_vector(b, at(b, rows, b.add(row, first)), lanes))
-            for i, turned in enumerate(_turned(b, block)):
-                plane = b.mul(b.add(first, const(i)), get[Field.PLANES_FEATURE])
-                store_vector(b, turned, at(b, planes, b.add(plane, token)), lanes)
-        with part, loop(b, first, features) as feature, loop(b, const(0), get[Field.TOKENS]) as token:
-            value = b.load(at(b, rows, b.add(b.mul(token, get[Field.ROWS_TOKEN]), feature)))
-            b.store(value, at(b, planes, b.add(b.mul(feature, get[Field.PLANES_FEATURE]), token)))
+    first, tokens, features = b.mul(item, const(lanes)), get[Field.TOKENS], get[Field.FEATURES]
+    whole = b.sub(features, b.srem(features, const(lanes)))
+    lines = []
+    for i in range(lanes):  # the last token stands for those behind it
+        token = smaller(b, b.add(first, const(i)), b.sub(tokens, const(1)))
+        lines.append(at(b, rows, b.mul(token, get[Field.ROWS_TOKEN])))
+    with loop(b, const(0), whole, lanes) as feature:
+        block = [load_vector(b, at(b, line, feature), lanes) for line in lines]
+        for i, turned in enumerate(_turned(b, block)):
+            plane = b.mul(b.add(feature, const(i)), get[Field.PLANES_FEATURE])
+            store_vector(b, turned, at(b, planes, b.add(plane, first)), lanes)
+    end = smaller(b, b.add(first, const(lanes)), tokens)
+    with loop(b, whole, features) as feature, loop(b, first, end) as token:
+        value = b.load(at(b, rows, b.add(b.mul(token, get[Field.ROWS_TOKEN]), feature)))
+        b.store(value, at(b, planes, b.add(b.mul(feature, get[Field.PLANES_FEATURE]), token)))
     b.ret_void()
     return compile_op(module, "op", target)
 

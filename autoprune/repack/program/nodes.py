@@ -334,7 +334,7 @@ def into_planes(name: str, tokens: int, x: tuple[int, int, int], y: MapAt, targe
         f.ROWS_SLOT: x[0], f.ROWS_OFFSET: x[1], f.ROWS_TOKEN: x[2], f.PLANES_SLOT: y.buffer.slot,
         f.PLANES_OFFSET: y.offset, f.PLANES_FEATURE: y.layout.channel(1), f.TOKENS: tokens, f.FEATURES: features,
     }  # fmt: skip
-    return op_of(name, turn.into_planes(target), f, given, -(-features // target.lanes))
+    return op_of(name, turn.into_planes(target), f, given, -(-tokens // target.lanes))
 
 
 def out_of_planes(
