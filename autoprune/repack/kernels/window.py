@@ -81,13 +81,11 @@ class Field(IntEnum):
     POSITIONS = 23  # of a channel of the output, those on the border between rows counted
     BORDER = 24  # floats of border behind them, which are cleared
     BORDER_FIRST = 25  # and before the first channel
-    BANDS = 26  # that the columns are cut into; an item has one, for its channels
-    BAND = 27  # columns of a band
 
 
 @once_a_process
 def window(mode: Mode, stride: int, target: Target, activation: str = "", columns: tuple[int, ...] = ()) -> int:
-    """The op for windows `stride` columns apart; an item is a band of some channels of an image.
+    """The op for windows `stride` columns apart; an item is some channels of an image.
 
     Args:
         mode: what becomes of what a window holds.
@@ -101,10 +99,7 @@ def window(mode: Mode, stride: int, target: Target, activation: str = "", column
     built = {count: _run(module, mode, stride, count, lanes, activation, columns) for count in range(1, widest + 1)}
     b, fields, slots, item, _ = op_function(module)
     get = {field: b.load(at(b, fields, const(field))) for field in Field}
-    chunk, rest = b.srem(item, get[Field.CHUNKS]), b.sdiv(item, get[Field.CHUNKS])
-    band, image = b.srem(rest, get[Field.BANDS]), b.sdiv(rest, get[Field.BANDS])
-    begin = b.mul(band, get[Field.BAND])
-    length = smaller(b, get[Field.BAND], b.sub(get[Field.COLUMNS], begin))
+    chunk, image = b.srem(item, get[Field.CHUNKS]), b.sdiv(item, get[Field.CHUNKS])
     x = at(b, address(b, slots, get[Field.X_SLOT], get[Field.X_OFFSET]), b.mul(image, get[Field.X_IMAGE]))
     y = at(b, address(b, slots, get[Field.Y_SLOT], get[Field.Y_OFFSET]), b.mul(image, get[Field.Y_IMAGE]))
     low, high = float_field(b, get[Field.LOW]), float_field(b, get[Field.HIGH])
@@ -119,7 +114,6 @@ def window(mode: Mode, stride: int, target: Target, activation: str = "", column
             line, position = at(b, plane, b.mul(row, get[Field.X_ROW])), b.mul(row, get[Field.Y_ROW])
 
             def compute(count: int, column: ir.Value, line: ir.Value = line, position: ir.Value = position) -> None:
-                column = b.add(begin, column)
                 here = b.add(position, column)
                 given = at(b, line, b.mul(column, const(stride)))
                 b.call(
@@ -128,10 +122,9 @@ def window(mode: Mode, stride: int, target: Target, activation: str = "", column
                      at(b, out, here), low, high],
                 )  # fmt: skip
 
-            cover(b, length, lanes, widest, compute)
-        with b.if_then(b.icmp_signed("==", b.add(band, const(1)), get[Field.BANDS])):
-            border = (get[Field.POSITIONS], get[Field.BORDER], get[Field.BORDER_FIRST])
-            clear_border(b, out, b.or_(image, channel), border)
+            cover(b, get[Field.COLUMNS], lanes, widest, compute)
+        border = (get[Field.POSITIONS], get[Field.BORDER], get[Field.BORDER_FIRST])
+        clear_border(b, out, b.or_(image, channel), border)
     b.ret_void()
     return compile_op(module, "op", target)
 

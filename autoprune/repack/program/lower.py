@@ -52,9 +52,8 @@ NOT_NEGATIVE = ("relu", "relu6", "sigmoid", "hardsigmoid")
 
 
 def lower(
-    graph: Graph, weights: Mapping[str, Weights], shapes: tuple[tuple[int, ...], ...], target: Target, threads: int,
-    likely: int = 1,
-) -> Lowered:  # fmt: skip
+    graph: Graph, weights: Mapping[str, Weights], shapes: tuple[tuple[int, ...], ...], target: Target, threads: int
+) -> Lowered:
     """Lowers `graph` for inputs of `shapes`.
 
     Args:
@@ -62,13 +61,12 @@ def lower(
         shapes: of its inputs.
         target: what the kernels are compiled for.
         threads: the most that will work on one call.
-        likely: as many as will, as far as is known.
         weights: of every convolution and Linear that is packed, by the name of its output.
 
     Raises:
         AutopruneError: a shape the model does not take.
     """
-    return Lowering(graph, weights, target, threads, likely).run(shapes)
+    return Lowering(graph, weights, target, threads).run(shapes)
 
 
 def is_depthwise(op: Op, weight: Tensor) -> bool:
@@ -79,8 +77,8 @@ def is_depthwise(op: Op, weight: Tensor) -> bool:
 
 
 class Lowering:
-    def __init__(self, graph: Graph, weights: Mapping[str, Weights], target: Target, threads: int, likely: int) -> None:
-        self.graph, self.weights, self.target, self.threads, self.likely = graph, weights, target, threads, likely
+    def __init__(self, graph: Graph, weights: Mapping[str, Weights], target: Target, threads: int) -> None:
+        self.graph, self.weights, self.target, self.threads = graph, weights, target, threads
         self.steps: list[NativeStep | TorchStep] = []
         self.values: dict[str, Any] = {}  # meta tensors, and plain integers
         self.maps: dict[tuple[str, tuple[int, int], float], Map] = {}
@@ -423,7 +421,7 @@ class Lowering:
             made = self.maps[name, (1, 1), 0.0] = Map(shape, (1, 1), 0.0)
 
             def build(*_: Any) -> NativeOp:
-                return nodes.sliding(name, Mode.MAX, window, batch, given.at, made.at, self.likely, self.target)
+                return nodes.sliding(name, Mode.MAX, window, batch, given.at, made.at, self.target)
 
             self.steps.append(NativeStep(name, [given.buffer], made.buffer, build))
         return self.map(name)
@@ -460,7 +458,7 @@ class Lowering:
             made.pitch.join(given.pitch)
 
         def build(*_: Any) -> NativeOp:
-            return nodes.sliding(op.output, mode, window, shape[0], given.at, made.at, self.likely, self.target, **rest)
+            return nodes.sliding(op.output, mode, window, shape[0], given.at, made.at, self.target, **rest)
 
         self.steps.append(NativeStep(op.output, [given.buffer], made.buffer, build))
 

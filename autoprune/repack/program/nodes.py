@@ -27,12 +27,11 @@ from autoprune.repack.kernels import (
 )
 from autoprune.repack.kernels.compiler import Target
 from autoprune.repack.kernels.math import clamp_bounds
-from autoprune.repack.program.layout import FLOAT_BYTES, MapLayout, aligned
+from autoprune.repack.program.layout import FLOAT_BYTES, MapLayout
 from autoprune.repack.program.memory import Buffer, float_bits
 from autoprune.repack.program.native import NativeOp
 from autoprune.repack.program.weights import Weights
 
-BAND_POSITIONS = 1024  # of a map, at least, for each thread to have a band of its own
 CHUNK_FLOATS = 16384  # of a map that an item of an element-wise op works on
 
 
@@ -218,7 +217,7 @@ def sequence(
 
 
 def sliding(
-    name: str, mode: window.Mode, window_: Window, batch: int, x: MapAt, y: MapAt, threads: int, target: Target, *,
+    name: str, mode: window.Mode, window_: Window, batch: int, x: MapAt, y: MapAt, target: Target, *,
     activation: str | None = None, weights: NDArray[np.float32] | None = None, bias: NDArray[np.float32] | None = None,
     count_padding: bool = True,
 ) -> NativeOp:  # fmt: skip
@@ -229,10 +228,6 @@ def sliding(
     low, high, other = clamped(activation)
     chunk = max(1, min(out.channels, CHUNK_FLOATS // max(1, out.positions)))
     chunks = -(-out.channels // chunk)
-    length = out.positions if flat else out.pitch
-    # Each thread works on its own part of a large map, as in convolutions: what it reads is in its own cache.
-    band = aligned(-(-length // max(1, min(threads, out.positions // BAND_POSITIONS)))) if flat else length
-    bands = max(1, -(-length // max(1, band)))
     taps, columns = window_.taps(), tuple[int, ...]()
     if mode is not window.Mode.DEPTHWISE:
         columns = tuple(number * window_.dilation[1] for number in range(window_.kernel[1]))
@@ -243,13 +238,13 @@ def sliding(
         f.X_SLOT: x.buffer.slot, f.X_OFFSET: x.offset, f.Y_SLOT: y.buffer.slot, f.Y_OFFSET: y.offset,
         f.X_IMAGE: layout.image, f.Y_IMAGE: out.image, f.X_CHANNEL: layout.channel(1), f.Y_CHANNEL: out.channel(1),
         f.X_ROW: sh * layout.pitch, f.Y_ROW: out.pitch, f.ROWS: 1 if flat else out.height,
-        f.COLUMNS: length, f.CHANNELS: out.channels, f.CHUNK: chunk, f.CHUNKS: chunks,
+        f.COLUMNS: out.positions if flat else out.pitch, f.CHANNELS: out.channels, f.CHUNK: chunk, f.CHUNKS: chunks,
         f.TAPS: len(offsets), f.OFFSETS: offsets, f.SCALE: scale, f.MASK: out.mask(), f.LOW: low, f.HIGH: high,
-        f.POSITIONS: out.positions, f.BORDER: out.behind, f.BORDER_FIRST: out.before, f.BANDS: bands, f.BAND: band,
+        f.POSITIONS: out.positions, f.BORDER: out.behind, f.BORDER_FIRST: out.before,
     }  # fmt: skip
     if weights is not None and bias is not None:
         given |= {f.WEIGHTS: weights, f.BIAS: bias}
-    return op_of(name, window.window(mode, sw, target, other, columns), f, given, batch * bands * chunks)
+    return op_of(name, window.window(mode, sw, target, other, columns), f, given, batch * chunks)
 
 
 def _shares(window_: Window, layout: MapLayout, out: MapLayout, count_padding: bool) -> NDArray[np.float32]:

@@ -247,9 +247,8 @@ class Program:
             if plan is None:
                 if len(self._plans) >= MAX_PLANS:
                     self._plans.clear()
-                likely = self._threads_now
-                most = max(likely, torch.get_num_threads(), os.cpu_count() or 1)
-                lowered = lower(self.graph, self.weights, shapes, self.target, most, likely)
+                most = max(self.threads or 1, torch.get_num_threads(), os.cpu_count() or 1)
+                lowered = lower(self.graph, self.weights, shapes, self.target, most)
                 plan = self._plans[shapes] = Plan(self.graph, lowered, self.weights, self.tilings, self.threads)
             return plan
 
