@@ -24,6 +24,7 @@ from autoprune.repack.kernels.ir import (
     const,
     float_field,
     fma,
+    fold,
     inner_function,
     load_vector,
     loop,
@@ -262,19 +263,8 @@ def _reduce(
     join: Callable[[ir.Value, ir.Value], ir.Value],
 ) -> ir.Value:  # fmt: skip
     """``step(total, position)`` over whole vectors that cover `count` floats; `join` unites the lanes."""
-    before = b.block
-    head, body, done = (b.append_basic_block(name) for name in ("reduce", "more", "reduced"))
-    b.branch(head)
-    b.position_at_end(head)
-    position, total = b.phi(I64), b.phi(vector(lanes))
-    position.add_incoming(const(0), before)
-    total.add_incoming(splat_float(initial, lanes), before)
-    b.cbranch(b.icmp_signed("<", position, count), body, done)
-    b.position_at_end(body)
-    total.add_incoming(step(total, position), b.block)
-    position.add_incoming(b.add(position, const(lanes)), b.block)
-    b.branch(head)
-    b.position_at_end(done)
+    start = [splat_float(initial, lanes)]
+    (total,) = fold(b, const(0), count, start, lambda i, held: [step(held[0], i)], lanes)
     return united(b, total, lanes, join)
 
 
@@ -301,32 +291,21 @@ def _product(module: ir.Module, rows: int, vectors: int, lanes: int) -> ir.Funct
     kinds = [FLOATS, I64, I64, FLOATS, FLOATS, FLOATS, I64]
     function = inner_function(module, f"product_{rows}", kinds)
     left, left_pitch, inner, panel, start, out, out_pitch = function.args
-    entry, head, body, done = (function.append_basic_block(name) for name in ("entry", "head", "body", "done"))
-    b = ir.IRBuilder(entry)
+    b = ir.IRBuilder(function.append_basic_block("entry"))
     lines = [at(b, left, b.mul(left_pitch, const(row))) for row in range(rows)]
     initial = [load_vector(b, at(b, start, const(lanes * v)), lanes) for v in range(vectors)]
-    b.branch(head)
-    b.position_at_end(head)
-    k = b.phi(I64)
-    k.add_incoming(const(0), entry)
-    sums = [[b.phi(vector(lanes)) for _ in range(vectors)] for _ in range(rows)]
-    for row in sums:
-        for total, value in zip(row, initial, strict=True):
-            total.add_incoming(value, entry)
-    b.cbranch(b.icmp_signed("<", k, inner), body, done)
-    b.position_at_end(body)
-    source = at(b, panel, b.mul(k, const(vectors * lanes)))
-    inputs = [load_vector(b, at(b, source, const(lanes * v)), lanes) for v in range(vectors)]
-    for row, line in zip(sums, lines, strict=True):
-        factor = splat(b, b.load(at(b, line, k)), lanes)
-        for total, given in zip(row, inputs, strict=True):
-            total.add_incoming(b.call(fma(module, lanes), [factor, given, total]), body)
-    k.add_incoming(b.add(k, const(1)), body)
-    b.branch(head)
-    b.position_at_end(done)
-    for index, row in enumerate(sums):
-        target_line = at(b, out, b.mul(out_pitch, const(index)))
-        for v, total in enumerate(row):
-            store_vector(b, total, at(b, target_line, const(lanes * v)), lanes)
+
+    def add(k: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+        source = at(b, panel, b.mul(k, const(vectors * lanes)))
+        inputs = [load_vector(b, at(b, source, const(lanes * v)), lanes) for v in range(vectors)]
+        factors = [splat(b, b.load(at(b, line, k)), lanes) for line in lines]
+        pairs = [(factor, given) for factor in factors for given in inputs]
+        return [b.call(fma(module, lanes), [*pair, total]) for pair, total in zip(pairs, sums, strict=True)]
+
+    sums = fold(b, const(0), inner, initial * rows, add)
+    for row in range(rows):
+        target_line = at(b, out, b.mul(out_pitch, const(row)))
+        for v in range(vectors):
+            store_vector(b, sums[row * vectors + v], at(b, target_line, const(lanes * v)), lanes)
     b.ret_void()
     return function

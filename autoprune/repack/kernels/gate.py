@@ -17,6 +17,7 @@ from autoprune.repack.kernels.ir import (
     at,
     const,
     float_field,
+    fold,
     load_vector,
     loop,
     masked,
@@ -100,24 +101,17 @@ def _means(b: ir.IRBuilder, get: dict[Field, ir.Value], x: ir.Value, means: ir.V
             at(b, x, b.mul(b.select(fine, number, final), get[Field.X_CHANNEL]))
             for number, fine in zip(numbers, real, strict=True)
         ]
-        before = b.block
-        head, body, done = (b.append_basic_block(name) for name in ("sum", "more", "summed"))
-        b.branch(head)
-        b.position_at_end(head)
-        position = b.phi(I64)
-        sums = [b.phi(vector(lanes)) for _ in planes]
-        position.add_incoming(const(0), before)
-        for each in sums:
-            each.add_incoming(ir.Constant(vector(lanes), None), before)
-        b.cbranch(b.icmp_signed("<", position, get[Field.POSITIONS]), body, done)
-        b.position_at_end(body)
-        for each, plane in zip(sums, planes, strict=True):
-            value = masked(b, load_vector(b, at(b, plane, position), lanes), at(b, mask, position), lanes)
-            size = b.bitcast(b.and_(b.bitcast(value, ir.VectorType(I32, lanes)), sign), vector(lanes))
-            each.add_incoming(b.fadd(each, size), body)
-        position.add_incoming(b.add(position, const(lanes)), body)
-        b.branch(head)
-        b.position_at_end(done)
+
+        def add(position: ir.Value, sums: list[ir.Value], planes: list[ir.Value] = planes) -> list[ir.Value]:
+            made = []
+            for total, plane in zip(sums, planes, strict=True):
+                value = masked(b, load_vector(b, at(b, plane, position), lanes), at(b, mask, position), lanes)
+                size = b.bitcast(b.and_(b.bitcast(value, ir.VectorType(I32, lanes)), sign), vector(lanes))
+                made.append(b.fadd(total, size))
+            return made
+
+        nothing = [ir.Constant(vector(lanes), None)] * TOGETHER
+        sums = fold(b, const(0), get[Field.POSITIONS], nothing, add, lanes)
         for number, fine, each in zip(numbers, real, sums, strict=True):
             mean = b.fmul(_total(b, each, lanes), scale)
             b.store(b.select(fine, mean, ir.Constant(F32, 0.0)), at(b, means, number))
@@ -129,20 +123,12 @@ def _scores(b: ir.IRBuilder, get: dict[Field, ir.Value], means: ir.Value, scores
     zero = ir.Constant(F32, 0.0)
     with loop(b, const(0), get[Field.GROUPS]) as group:
         row = at(b, weight, b.mul(group, get[Field.COLUMNS]))
-        before = b.block
-        head, body, done = (b.append_basic_block(name) for name in ("dot", "next", "dotted"))
-        b.branch(head)
-        b.position_at_end(head)
-        column, sums = b.phi(I64), b.phi(vector(lanes))
-        column.add_incoming(const(0), before)
-        sums.add_incoming(ir.Constant(vector(lanes), None), before)
-        b.cbranch(b.icmp_signed("<", column, get[Field.COLUMNS]), body, done)
-        b.position_at_end(body)
-        product = b.fmul(load_vector(b, at(b, row, column), lanes), load_vector(b, at(b, means, column), lanes))
-        sums.add_incoming(b.fadd(sums, product), body)
-        column.add_incoming(b.add(column, const(lanes)), body)
-        b.branch(head)
-        b.position_at_end(done)
+
+        def add(column: ir.Value, sums: list[ir.Value], row: ir.Value = row) -> list[ir.Value]:
+            product = b.fmul(load_vector(b, at(b, row, column), lanes), load_vector(b, at(b, means, column), lanes))
+            return [b.fadd(sums[0], product)]
+
+        (sums,) = fold(b, const(0), get[Field.COLUMNS], [ir.Constant(vector(lanes), None)], add, lanes)
         score = b.fadd(_total(b, sums, lanes), b.load(at(b, bias, group)))
         b.store(b.select(b.fcmp_ordered("<", score, zero), zero, score), at(b, scores, group))
 
@@ -152,19 +138,11 @@ def _winners(b: ir.IRBuilder, get: dict[Field, ir.Value], scores: ir.Value, y: i
     threshold = float_field(b, get[Field.THRESHOLD])
     with loop(b, const(0), get[Field.GROUPS]) as group:
         score = b.load(at(b, scores, group))
-        before = b.block
-        head, body, done = (b.append_basic_block(name) for name in ("rank", "other", "ranked"))
-        b.branch(head)
-        b.position_at_end(head)
-        other, larger = b.phi(I64), b.phi(I64)
-        other.add_incoming(const(0), before)
-        larger.add_incoming(const(0), before)
-        b.cbranch(b.icmp_signed("<", other, get[Field.GROUPS]), body, done)
-        b.position_at_end(body)
-        exceeds = b.fcmp_ordered(">", b.load(at(b, scores, other)), score)
-        larger.add_incoming(b.add(larger, b.zext(exceeds, I64)), body)
-        other.add_incoming(b.add(other, const(1)), body)
-        b.branch(head)
-        b.position_at_end(done)
+
+        def count(other: ir.Value, larger: list[ir.Value], score: ir.Value = score) -> list[ir.Value]:
+            exceeds = b.fcmp_ordered(">", b.load(at(b, scores, other)), score)
+            return [b.add(larger[0], b.zext(exceeds, I64))]
+
+        (larger,) = fold(b, const(0), get[Field.GROUPS], [const(0)], count)
         wins = b.and_(b.fcmp_ordered(">=", score, threshold), b.icmp_signed("<", larger, get[Field.KEEP]))
         b.store(b.select(wins, score, ir.Constant(F32, 0.0)), at(b, y, group))

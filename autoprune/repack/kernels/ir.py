@@ -35,9 +35,9 @@ def loop(b: ir.IRBuilder, start: ir.Value, stop: ir.Value, step: int = 1) -> Ite
 
 def fold(
     b: ir.IRBuilder, start: ir.Value, stop: ir.Value, values: Sequence[ir.Value],
-    body: Callable[[ir.Value, list[ir.Value]], Sequence[ir.Value]],
+    body: Callable[[ir.Value, list[ir.Value]], Sequence[ir.Value]], step: int = 1,
 ) -> list[ir.Value]:  # fmt: skip
-    """``for i in range(start, stop): values = body(i, values)``; what the last turn leaves."""
+    """``for i in range(start, stop, step): values = body(i, values)``; what the last turn leaves."""
     before = b.block
     head, turn, done = (b.append_basic_block(name) for name in ("fold", "turn", "folded"))
     b.branch(head)
@@ -52,7 +52,7 @@ def fold(
     made = body(i, list(held))
     for phi, value in zip(held, made, strict=True):
         phi.add_incoming(value, b.block)
-    i.add_incoming(b.add(i, const(1)), b.block)
+    i.add_incoming(b.add(i, const(step)), b.block)
     b.branch(head)
     b.position_at_end(done)
     return list(held)

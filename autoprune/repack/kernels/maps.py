@@ -9,7 +9,6 @@ import llvmlite.ir as ir
 from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
 from autoprune.repack.kernels.ir import (
     F32,
-    I64,
     INTS,
     address,
     at,
@@ -17,6 +16,7 @@ from autoprune.repack.kernels.ir import (
     clear_border,
     const,
     float_field,
+    fold,
     load_vector,
     loop,
     masked,
@@ -117,20 +117,12 @@ def channel_mean(target: Target) -> int:
     scale = float_field(b, get[Field.SCALE])
     with loop(b, *channels) as channel:
         plane = at(b, x, b.mul(channel, get[Field.X_CHANNEL]))
-        before = b.block
-        head, body, done = (b.append_basic_block(name) for name in ("sum", "more", "summed"))
-        b.branch(head)
-        b.position_at_end(head)
-        position, total = b.phi(I64), b.phi(vector(lanes))
-        position.add_incoming(const(0), before)
-        total.add_incoming(ir.Constant(vector(lanes), None), before)
-        b.cbranch(b.icmp_signed("<", position, get[Field.POSITIONS]), body, done)
-        b.position_at_end(body)
-        given = masked(b, load_vector(b, at(b, plane, position), lanes), at(b, mask, position), lanes)
-        total.add_incoming(b.fadd(total, given), body)
-        position.add_incoming(b.add(position, const(lanes)), body)
-        b.branch(head)
-        b.position_at_end(done)
+
+        def add(position: ir.Value, total: list[ir.Value], plane: ir.Value = plane) -> list[ir.Value]:
+            given = masked(b, load_vector(b, at(b, plane, position), lanes), at(b, mask, position), lanes)
+            return [b.fadd(total[0], given)]
+
+        (total,) = fold(b, const(0), get[Field.POSITIONS], [ir.Constant(vector(lanes), None)], add, lanes)
         result = ir.Constant(F32, 0.0)
         for lane in range(lanes):
             result = b.fadd(result, b.extract_element(total, const(lane)))

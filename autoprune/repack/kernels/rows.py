@@ -12,12 +12,12 @@ from autoprune.repack.kernels.ir import (
     F32,
     FLOATS,
     I32,
-    I64,
     address,
     at,
     const,
     float_field,
     fma,
+    fold,
     load_vector,
     loop,
     op_function,
@@ -26,7 +26,6 @@ from autoprune.repack.kernels.ir import (
     spans,
     splat,
     store_vector,
-    vector,
 )
 from autoprune.repack.kernels.math import splat_float
 
@@ -61,23 +60,13 @@ def united(b: ir.IRBuilder, value: ir.Value, lanes: int, join: Callable[[ir.Valu
     return b.extract_element(value, const(0))
 
 
-def fold(b: ir.IRBuilder, count: ir.Value, lanes: int, step: Callable[[ir.Value, ir.Value, int], ir.Value]) -> ir.Value:
+def summed(
+    b: ir.IRBuilder, count: ir.Value, lanes: int, step: Callable[[ir.Value, ir.Value, int], ir.Value]
+) -> ir.Value:
     """A sum of `count` floats by ``step(total, position, lanes)``: some vectors at a time, one vector, one float."""
 
     def run(first: ir.Value, last: ir.Value, wide: int) -> ir.Value:
-        before = b.block
-        head, body, done = (b.append_basic_block(name) for name in ("fold", "more", "folded"))
-        b.branch(head)
-        b.position_at_end(head)
-        position, total = b.phi(I64), b.phi(vector(wide))
-        position.add_incoming(first, before)
-        total.add_incoming(splat_float(0.0, wide), before)
-        b.cbranch(b.icmp_signed("<", position, last), body, done)
-        b.position_at_end(body)
-        total.add_incoming(step(total, position, wide), b.block)
-        position.add_incoming(b.add(position, const(wide)), b.block)
-        b.branch(head)
-        b.position_at_end(done)
+        (total,) = fold(b, first, last, [splat_float(0.0, wide)], lambda i, held: [step(held[0], i, wide)], wide)
         return united(b, total, wide, b.fadd)
 
     start, sums = const(0), []
@@ -113,13 +102,13 @@ def layer_norm(target: Target) -> int:
         def add(total: ir.Value, position: ir.Value, wide: int, x: ir.Value = x) -> ir.Value:
             return b.fadd(total, load_vector(b, at(b, x, position), wide))
 
-        mean = b.fmul(fold(b, features, lanes, add), share)
+        mean = b.fmul(summed(b, features, lanes, add), share)
 
         def square(total: ir.Value, position: ir.Value, wide: int, x: ir.Value = x, mean: ir.Value = mean) -> ir.Value:
             away = b.fsub(load_vector(b, at(b, x, position), wide), splat(b, mean, wide))
             return b.call(fma(module, wide), [away, away, total])
 
-        variance = b.fmul(fold(b, features, lanes, square), share)
+        variance = b.fmul(summed(b, features, lanes, square), share)
         scale = b.fdiv(ir.Constant(F32, 1.0), b.call(root, [b.fadd(variance, float_field(b, get[Field.EPSILON]))]))
 
         def write(

@@ -25,6 +25,7 @@ from autoprune.repack.kernels.ir import (
     const,
     float_field,
     fma,
+    fold,
     inner_function,
     load_vector,
     long_at,
@@ -247,31 +248,21 @@ def _walk(
     index: ir.Value, values: ir.Value, rows: int, wide: int, first: ir.Value, last: ir.Value, step: int,
 ) -> list[list[ir.Value]]:  # fmt: skip
     """``start[t] + sum_k values[k] * sources[t][index[k]]``; with ``step > 1``, chain t takes every step-th k + t."""
-    fused = fma(module, wide)
-    before = b.block
-    head, body, done = (b.append_basic_block(name) for name in ("k_head", "k_body", "k_done"))
-    b.branch(head)
-    b.position_at_end(head)
-    k = b.phi(I64)
-    k.add_incoming(first, before)
-    sums = [[b.phi(vector(wide)) for _ in each] for each in start]
-    for phis, initial in zip(sums, start, strict=True):
-        for phi, value in zip(phis, initial, strict=True):
-            phi.add_incoming(value, before)
-    b.cbranch(b.icmp_signed("<", k, last), body, done)
-    b.position_at_end(body)
-    weights: list[ir.Value] = []
-    feature = k
-    for t, phis in enumerate(sums):
-        if t == 0 or step > 1:
-            here = b.add(k, const(t)) if step > 1 else k
-            line = at(b, values, b.mul(here, const(rows)))
-            weights = [load_vector(b, at(b, line, const(part * wide)), wide) for part in range(len(phis))]
-            feature = long_at(b, index, here)
-        given = splat(b, b.load(at(b, sources[t], feature)), wide)
-        for phi, weight in zip(phis, weights, strict=True):
-            phi.add_incoming(b.call(fused, [weight, given, phi]), body)
-    k.add_incoming(b.add(k, const(step)), body)
-    b.branch(head)
-    b.position_at_end(done)
-    return [list(phis) for phis in sums]
+    fused, parts = fma(module, wide), len(start[0])
+
+    def add(k: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+        weights: list[ir.Value] = []
+        made, feature = [], k
+        for t in range(len(start)):
+            if t == 0 or step > 1:
+                here = b.add(k, const(t)) if step > 1 else k
+                line = at(b, values, b.mul(here, const(rows)))
+                weights = [load_vector(b, at(b, line, const(part * wide)), wide) for part in range(parts)]
+                feature = long_at(b, index, here)
+            given = splat(b, b.load(at(b, sources[t], feature)), wide)
+            own = sums[t * parts : (t + 1) * parts]
+            made += [b.call(fused, [weight, given, total]) for weight, total in zip(weights, own, strict=True)]
+        return made
+
+    sums = fold(b, first, last, [value for each in start for value in each], add, step)
+    return [sums[t * parts : (t + 1) * parts] for t in range(len(start))]

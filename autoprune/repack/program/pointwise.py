@@ -6,7 +6,6 @@ concatenated by channel become a map again.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,7 @@ from autoprune.repack.program import nodes
 from autoprune.repack.program.graph import Op, evaluate_op
 from autoprune.repack.program.memory import Buffer
 from autoprune.repack.program.native import NativeOp
-from autoprune.repack.program.steps import Map, NativeStep, View, is_float, place_of, storage_of
+from autoprune.repack.program.steps import Map, NativeStep, View, contiguous_strides, is_float, place_of, storage_of
 
 if TYPE_CHECKING:
     from autoprune.repack.program.lower import Lowering
@@ -63,7 +62,7 @@ def copied(lowering: Lowering, name: str, meta: Tensor) -> View | None:
     if x is None or not meta.is_contiguous() or not _fitting(x.shape, [x]):
         return None
     buffer = lowering.buffers[storage_of(meta)] = Buffer(meta.numel())
-    _write(lowering, name, x.shape, [x], View(buffer, 0, x.shape, _strides(x.shape)), "", None)
+    _write(lowering, name, x.shape, [x], View(buffer, 0, x.shape, contiguous_strides(x.shape)), "", None)
     return View(buffer, 0, tuple(meta.shape), tuple(meta.stride()))
 
 
@@ -98,17 +97,13 @@ def _operand(lowering: Lowering, given: Any) -> _Operand | None:
     return _Operand(lowering.plain(given) if made is None else made, tuple(value.shape))
 
 
-def _strides(shape: Sequence[int]) -> tuple[int, ...]:
-    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
-
-
 def _fitting(shape: tuple[int, ...], operands: Sequence[_Operand]) -> bool:
     """Whether the kernel has enough axes."""
     if sum(size != 1 for size in shape) <= AXES:
         return True
     if any(isinstance(each.source, Map) for each in operands):  # its strides are not known yet
         return False
-    strides = [*(each.place(shape)[2] for each in operands), _strides(shape)]
+    strides = [*(each.place(shape)[2] for each in operands), contiguous_strides(shape)]
     return len(nodes.merged_axes(shape, strides)[0]) <= AXES
 
 
@@ -121,7 +116,9 @@ def _computed(lowering: Lowering, op: Op, given: Sequence[Any], operation: str, 
         return False
     meta = lowering.define(op.output, shape)
     buffer = lowering.buffers[storage_of(meta)] = Buffer(meta.numel())
-    _write(lowering, op.output, shape, operands, View(buffer, 0, shape, _strides(shape)), operation, activation)
+    _write(
+        lowering, op.output, shape, operands, View(buffer, 0, shape, contiguous_strides(shape)), operation, activation
+    )
     return True
 
 
@@ -168,7 +165,7 @@ def _concatenated(lowering: Lowering, op: Op) -> bool:
         return False
     buffer = Buffer(meta.numel())
     lowering.buffers[storage_of(lowering.define(op.output, tuple(meta.shape)))] = buffer
-    strides, start = _strides(meta.shape), 0
+    strides, start = contiguous_strides(meta.shape), 0
     for each in operands:
         view = View(buffer, start * strides[axis], each.shape, strides)
         _write(lowering, op.output, each.shape, [each], view, "", None)

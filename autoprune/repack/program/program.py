@@ -22,7 +22,7 @@ from autoprune.repack.program.lower import FAILURES, lower
 from autoprune.repack.program.native import NativeOp, NativeSequence
 from autoprune.repack.program.nodes import Tiling
 from autoprune.repack.program.split import can_split, split
-from autoprune.repack.program.steps import ARENA, Lowered, NativeStep, TorchStep, View
+from autoprune.repack.program.steps import ARENA, Lowered, NativeStep, TorchStep, View, is_contiguous
 from autoprune.repack.program.team import Ticket, team
 from autoprune.repack.program.weights import Weights
 
@@ -44,7 +44,7 @@ class _Frame:
     @property
     def free(self) -> bool:
         """Whether nobody looks at its counters any more."""
-        return all(ticket.over for ticket in self.helpers)
+        return not self.helpers or all(ticket.over for ticket in self.helpers)
 
 
 class Plan:
@@ -70,6 +70,15 @@ class Plan:
             self.parts.append(NativeSequence(ops))
         self._free: list[_Frame] = []
         self._lock = threading.Lock()
+        # What every call needs, looked up once: a small model's call takes no longer than its work.
+        self._fresh = (*lowered.inputs, *lowered.outputs)
+        self._whole = {name for name, view in lowered.returned.items() if self._is_whole(name, view)}
+        self._empty = torch.empty(0, dtype=torch.float32, device="cpu")
+
+    def _is_whole(self, name: str, view: View) -> bool:
+        """Whether a result is all of a tensor that is made for it."""
+        shape = self.lowered.outputs.get(view.buffer.slot)
+        return shape == view.shape and view.start == 0 and name not in self.lowered.copied and is_contiguous(view)
 
     def _call_of(self, step: TorchStep) -> Callable[[dict[str, Any]], Any]:
         """The tensors it reads -> its result, everything else looked up now."""
@@ -116,13 +125,12 @@ class Plan:
         for slot, rows in self.lowered.limits.items():
             _check_numbers(holders[slot], rows)
         for slot, shape in self.lowered.outputs.items():
-            holders[slot] = y = torch.empty(shape, dtype=torch.float32, device="cpu")
+            holders[slot] = y = self._empty.new_empty(shape)
             slots[slot] = y.data_ptr()
 
     def run(self, inputs: tuple[Tensor, ...]) -> Any:
         """One call's outputs."""
         frame = self.frame()
-        frame.helpers.clear()
         result = self.run_in(frame, inputs)
         self.release(frame)
         return result
@@ -131,6 +139,7 @@ class Plan:
         """One call's outputs; what lies in the frame's arena stays there."""
         self.fill(frame, inputs)
         holders = frame.holders
+        frame.helpers.clear()
         sequence = 0
         for part in self.parts:
             if isinstance(part, NativeSequence):
@@ -139,8 +148,8 @@ class Plan:
             else:
                 self.run_torch(part, frame)
         result = build_outputs(self.graph.outputs, self.returned(holders))
-        for slot in (*self.lowered.inputs, *self.lowered.outputs):
-            holders[slot] = holders[0]  # what the caller holds may be freed
+        for slot in self._fresh:
+            holders[slot] = self._empty  # what the caller holds may be freed
         return result
 
     def run_native(self, part: NativeSequence, frame: _Frame, sequence: int) -> None:
@@ -174,6 +183,9 @@ class Plan:
         """The model's results; nothing that is returned lies in memory that the next call writes to."""
         results: dict[str, Any] = dict(self.lowered.scalars)
         for name, view in self.lowered.returned.items():
+            if name in self._whole:
+                results[name] = holders[view.buffer.slot]
+                continue
             tensor = _tensor(holders, view)
             results[name] = tensor.clone() if name in self.lowered.copied else tensor
         return results
@@ -293,8 +305,9 @@ class Program:
             if not isinstance(x, Tensor) or x.layout is not torch.strided:
                 given = f"one of layout {x.layout}" if isinstance(x, Tensor) else type(x).__name__
                 raise AutopruneError(f"a program takes dense tensors, not {given}.")
-        shapes = shapes_of(inputs)
-        if (shapes, self._threads_now) not in self._chosen:
+        shapes = tuple([x.shape for x in inputs])
+        plan = self._chosen.get((shapes, self._threads_now))
+        if plan is None:
             self._check(inputs)
         for x, dtype in zip(inputs, self._dtypes, strict=True):  # native code takes what it gets for these
             if x.dtype != dtype or not x.is_cpu:
@@ -303,7 +316,7 @@ class Program:
                 raise AutopruneError(
                     "a repacked model is for inference: call it under torch.inference_mode() or no_grad()."
                 )
-        return self.chosen_plan(shapes).run(inputs)
+        return (plan or self.chosen_plan(shapes_of(inputs))).run(inputs)
 
     def _check(self, inputs: tuple[Tensor, ...]) -> None:
         given = self.graph.inputs

@@ -20,7 +20,7 @@ from autoprune.repack.kernels.ir import I64, LONGS, at, const, loop, op_function
 from autoprune.repack.program.layout import ALIGN, FLOAT_BYTES, aligned
 from autoprune.repack.program.memory import Arena, Buffer
 from autoprune.repack.program.native import NativeOp, NativeSequence, give_way, runner_address
-from autoprune.repack.program.steps import ARENA, Lowered, NativeStep, View
+from autoprune.repack.program.steps import ARENA, Lowered, NativeStep, View, contiguous_strides, is_contiguous
 
 NAME = "samples"
 _SLOT_FLOATS = 2  # an address is as long as two floats
@@ -43,7 +43,7 @@ def can_split(one: Lowered) -> bool:
         return False
     return not one.copied and all(
         view.start == 0 and view.buffer.slot in one.outputs and view.shape == one.outputs[view.buffer.slot]
-        and math.prod(view.shape) > 0 and view.stride == _contiguous(view.shape)
+        and math.prod(view.shape) > 0 and is_contiguous(view)
         for view in one.returned.values()
     )  # fmt: skip
 
@@ -83,17 +83,13 @@ def split(one: Lowered, sequence: NativeSequence, sample: Sequence[int], batch: 
         return NativeOp(NAME, _kernel(), fields, batch, (sequence, per_item, per_thread))
 
     returned = {
-        name: View(view.buffer, 0, outputs[view.buffer.slot], _contiguous(outputs[view.buffer.slot]))
+        name: View(view.buffer, 0, outputs[view.buffer.slot], contiguous_strides(outputs[view.buffer.slot]))
         for name, view in one.returned.items()
     }
     return replace(
         one, steps=(NativeStep(NAME, [], whole, build),), arena=Arena(max(ALIGN, threads * arena), tuple(borders)),
         outputs=outputs, threads=threads, returned=returned,
     )  # fmt: skip
-
-
-def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 @once_a_process

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -176,3 +177,12 @@ def place_of(source: Map | View) -> nodes.Place:
         return source.buffer.slot, source.start * FLOAT_BYTES, source.stride
     layout = source.layout
     return source.buffer.slot, source.at.offset, (layout.image, layout.channel(1), layout.pitch, 1)
+
+
+def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of rows that follow each other."""
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+
+
+def is_contiguous(view: View) -> bool:
+    return view.stride == contiguous_strides(view.shape)
