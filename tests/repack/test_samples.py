@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autoprune.repack import ProgramModel, capture, load, repack, save
+from autoprune.repack import Graph, ProgramModel, capture, load, repack, save
 from autoprune.repack.outputs import same_output
+from autoprune.repack.program.graph import Input, Op
 from autoprune.repack.program.passes import simplify
 from autoprune.repack.program.program import Program
 from autoprune.repack.program.samples import apart
@@ -104,6 +105,29 @@ def test_graphs_that_do_not(name: str) -> None:
     fast = program_of(model, image())
     assert not fast.program.by_sample
     assert same_output(fast(image(3)), model(image(3)))
+
+
+@pytest.mark.parametrize(("again", "alone"), [("aten.transpose.int", True), ("aten.reshape.default", False)])
+def test_constants_that_are_repeated(again: str, alone: bool) -> None:
+    """Repeated for every sample a column is the same for all; refolded it is not."""
+    size, x, wide = {"ref": "size"}, {"ref": "x"}, {"ref": "wide"}
+    rest = [0, 1] if alone else [[size, 4]]
+
+    def torch_op(name: str, output: str, reads: tuple[str, ...], args: list[Any]) -> Op:
+        return Op("torch", output, reads, {"op": name, "args": args, "kwargs": {}})
+
+    graph = Graph(
+        (Input("x", (2, 4), "float32", (0, None)),),
+        (
+            Op("scalar", "size", ("x",), {"fn": "size", "args": ["x", 0]}),
+            torch_op("aten.expand.default", "wide", ("column", "size"), [{"ref": "column"}, [4, size]]),
+            torch_op(again, "rows", ("wide",) if alone else ("wide", "size"), [wide, *rest]),
+            torch_op("aten.mul.Tensor", "y", ("x", "rows"), [x, {"ref": "rows"}]),
+        ),
+        "y",
+        {"column": torch.randn(4, 1)},
+    ).validate()
+    assert apart(graph) == alone
 
 
 def test_a_batch_of_one_size_is_not_taken_apart() -> None:

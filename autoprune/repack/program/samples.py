@@ -32,11 +32,14 @@ def apart(graph: Graph) -> bool:
         rule = _TORCH.get(op.attributes["op"]) if op.kind == "torch" else _RULES.get(op.kind)
         if rule is None and op.kind == "torch" and _is_pointwise(op):
             rule = _aligned
-        if integers & {*op.reads} and rule not in (_refolded, _repeated):  # they may tell the batch's extent
+        told = bool(integers & {*op.reads})  # they may tell the batch's extent
+        if told and rule not in (_refolded, _repeated):
             return False
         axis = shapes[op.output].index(BATCH) if shapes[op.output].count(BATCH) == 1 else None
-        same = all(axes.get(name) is None for name in op.reads)  # of constants: the same for every sample
-        if not same and (axis is None or rule is None or not rule(op, axes, shapes, axis)):
+        if any(axes.get(name) is not None for name in op.reads):
+            if axis is None or rule is None or not rule(op, axes, shapes, axis):
+                return False
+        elif told and (axis is None or rule is not _repeated):  # of constants alone: the same for every sample, or else
             return False
         axes[op.output] = axis
     return all(axes.get(name) == 0 for name in graph.output_names())
