@@ -123,10 +123,10 @@ def _columns(window_: Window, layout: MapLayout, width: int, count: int) -> _Col
     """What is inside the map by column of the kernel, for `count` positions; None where the map has a border."""
     if layout.pad_w >= window_.padding[1]:
         return None
-    inside, of_tap = np.unique(
-        [layout.inside(width, dx, count) for _, dx in window_.taps()], axis=0, return_inverse=True
-    )
-    return _Columns(of_tap.reshape(-1), inside)
+    number_of: dict[int, int] = {}
+    of_tap = [number_of.setdefault(dx, len(number_of)) for _, dx in window_.taps()]
+    inside = np.array([layout.inside(width, dx, count) for dx in number_of])
+    return _Columns(np.array(of_tap, np.int64), inside)
 
 
 def _lists(
