@@ -171,7 +171,7 @@ def build_program(
     if inputs[0].shape[0] < 2:
         return Program(light, tuned.weights, tuned.tilings, threads, by_sample=streams_little(whole, inputs)), tuned
     draft, one = Program(light, weights, threads=threads, by_sample=True), tuple(x[:1] for x in inputs)
-    if draft.chosen_plan(shapes_of(inputs)) is draft.plan(shapes_of(inputs)):  # it cannot be taken apart
+    if draft.split_plan(shapes_of(inputs)) is None:
         return whole, tuned
     single = tune(Program(light, weights, threads=1), layers, one, cache, clock, progress)
     samples = Program(light, single.weights, single.tilings, threads, by_sample=True)

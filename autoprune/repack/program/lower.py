@@ -37,6 +37,7 @@ from autoprune.repack.program.steps import (
     NativeStep,
     TorchStep,
     View,
+    contiguous_strides,
     is_float,
     place_of,
     storage_of,
@@ -180,19 +181,16 @@ class Lowering:
             source = self.maps[name, (1, 1), 0.0]
             buffer = self.buffers[key] = Buffer(meta.numel())
             batch, channels, height, width = source.shape
-            strides = (channels * height * width, height * width, width)
 
             def build(*_: Any) -> NativeOp:
-                layout = source.layout
-                x = (source.buffer.slot, source.at.offset, (layout.image, layout.channel(1), layout.pitch))
-                y = (buffer.slot, buffer.offset, strides)
-                return nodes.copied(name, batch, x, y, (channels, height, width), None, self.target)
+                y = (buffer.slot, buffer.offset, contiguous_strides(source.shape))
+                return nodes.copied(name, batch, place_of(source), y, (channels, height, width), None, self.target)
 
             self.steps.append(NativeStep(name, [source.buffer], buffer, build))
         return View(self.buffers[key], meta.storage_offset(), tuple(meta.shape), tuple(meta.stride()))
 
     def rows(self, name: str) -> View:
-        """The value as contiguous rows; torch copies it where it is not."""
+        """The value as contiguous rows; copied where it is not."""
         if self.values[name].is_contiguous():
             return self.plain(name)
         if name not in self.copies:
@@ -322,9 +320,8 @@ class Lowering:
         made = self.new_map(op, shape)
         gated = op.kind == "gated_conv2d"
         room, dead = (self.gated_room(op), self.dead(op)) if gated else (0, Dead.FINISHED)
-        scratch = self.scratch(
-            room if gated else convolutions.panel_scratch(max(GROUP_SIZES))
-        )  # whatever the tuning tries
+        # as much as anything that tuning tries needs
+        scratch = self.scratch(room if gated else convolutions.panel_scratch(max(GROUP_SIZES)))
         made.pitch.join(given.pitch)
         if residual is not None:
             made.pitch.join(residual.pitch)

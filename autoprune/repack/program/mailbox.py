@@ -14,7 +14,7 @@ import llvmlite.ir as ir
 
 from autoprune.repack.kernels.compiler import compile_op, host, once_a_process
 from autoprune.repack.kernels.ir import I64, LONGS, at, const
-from autoprune.repack.program.native import LINE, give_way, runner_address
+from autoprune.repack.program.native import LINE, RUN, give_way, runner_address
 
 GIVEN, SLEEPS, JOB = 0, 1, 2  # places in a box; the job has five entries
 TAKEN = LINE  # in a line of its own, which the owner alone writes
@@ -60,8 +60,7 @@ def _serve() -> Any:
     b = ir.IRBuilder(entry)
     given, sleeps, taken = (at(b, box, const(place)) for place in (GIVEN, SLEEPS, TAKEN))
     idle = b.inttoptr(const(give_way()), ir.FunctionType(ir.VoidType(), []).as_pointer())
-    run_kind = ir.FunctionType(ir.VoidType(), [LONGS, I64, I64, LONGS, LONGS, I64, I64, I64])
-    run = b.inttoptr(const(runner_address()), run_kind.as_pointer())
+    run = b.inttoptr(const(runner_address()), RUN.as_pointer())
     b.branch(wait)
 
     b.position_at_end(wait)

@@ -23,6 +23,7 @@ from autoprune.repack.kernels.ir import I64, LONGS, at, const, loop
 
 LINE = 8  # int64 in a cache line
 _SPINS = 4000  # looks at a counter before the thread gives its core away
+RUN = ir.FunctionType(ir.VoidType(), [LONGS, I64, I64, LONGS, LONGS, I64, I64, I64])  # see `runner_address`
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,7 @@ class NativeOp:
 def runner_address() -> int:
     """Of the native run(table, first, last, slots, counters, thread, threads, give_way)."""
     module = ir.Module()
-    kind = ir.FunctionType(ir.VoidType(), [LONGS, I64, I64, LONGS, LONGS, I64, I64, I64])
-    function = ir.Function(module, kind, "run")
+    function = ir.Function(module, RUN, "run")
     table, first, last, slots, counters, thread, threads, give_way = function.args
     b = ir.IRBuilder(function.append_basic_block("entry"))
     op_kind = ir.FunctionType(ir.VoidType(), [LONGS, LONGS, I64, I64]).as_pointer()

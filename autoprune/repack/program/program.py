@@ -22,7 +22,7 @@ from autoprune.repack.program.lower import FAILURES, lower
 from autoprune.repack.program.native import NativeOp, NativeSequence
 from autoprune.repack.program.nodes import Tiling
 from autoprune.repack.program.split import can_split, split
-from autoprune.repack.program.steps import ARENA, Lowered, NativeStep, TorchStep, View, is_contiguous
+from autoprune.repack.program.steps import ARENA, Lowered, NativeStep, TorchStep, View
 from autoprune.repack.program.team import Ticket, team
 from autoprune.repack.program.weights import Weights
 
@@ -72,13 +72,8 @@ class Plan:
         self._lock = threading.Lock()
         # What every call needs, looked up once: a small model's call takes no longer than its work.
         self._fresh = (*lowered.inputs, *lowered.outputs)
-        self._whole = {name for name, view in lowered.returned.items() if self._is_whole(name, view)}
+        self._whole = {name for name in lowered.returned if lowered.is_whole(name)}
         self._empty = torch.empty(0, dtype=torch.float32, device="cpu")
-
-    def _is_whole(self, name: str, view: View) -> bool:
-        """Whether a result is all of a tensor that is made for it."""
-        shape = self.lowered.outputs.get(view.buffer.slot)
-        return shape == view.shape and view.start == 0 and name not in self.lowered.copied and is_contiguous(view)
 
     def _call_of(self, step: TorchStep) -> Callable[[dict[str, Any]], Any]:
         """The tensors it reads -> its result, everything else looked up now."""
@@ -269,15 +264,16 @@ class Program:
         key = shapes, self._threads_now
         ready = self._chosen.get(key)
         if ready is None:
-            ready = self._split(*key) or self.plan(shapes)
+            ready = self.split_plan(shapes) or self.plan(shapes)
             with self._lock:
                 if len(self._chosen) >= MAX_PLANS:
                     self._chosen.clear()
                 self._chosen[key] = ready
         return ready
 
-    def _split(self, shapes: Shapes, threads: int) -> Plan | None:
+    def split_plan(self, shapes: Shapes) -> Plan | None:
         """The program that computes a batch sample by sample; None where that is not wanted, or cannot be."""
+        threads = self._threads_now
         batch = shapes[0][0] if self.by_sample and shapes and shapes[0] else 0
         if batch < max(2, threads) or (batch % threads and batch < EVEN * threads):
             return None

@@ -16,11 +16,11 @@ import llvmlite.ir as ir
 import numpy as np
 
 from autoprune.repack.kernels.compiler import compile_op, host, once_a_process
-from autoprune.repack.kernels.ir import I64, LONGS, at, const, loop, op_function, pointer_field
+from autoprune.repack.kernels.ir import LONGS, at, const, loop, op_function, pointer_field
 from autoprune.repack.program.layout import ALIGN, FLOAT_BYTES, aligned
 from autoprune.repack.program.memory import Arena, Buffer
-from autoprune.repack.program.native import NativeOp, NativeSequence, give_way, runner_address
-from autoprune.repack.program.steps import ARENA, Lowered, NativeStep, View, contiguous_strides, is_contiguous
+from autoprune.repack.program.native import RUN, NativeOp, NativeSequence, give_way, runner_address
+from autoprune.repack.program.steps import ARENA, Lowered, NativeStep, View, contiguous_strides
 
 NAME = "samples"
 _SLOT_FLOATS = 2  # an address is as long as two floats
@@ -41,11 +41,7 @@ def can_split(one: Lowered) -> bool:
     """Whether a program for one sample is native throughout, and its results are whole tensors of their own."""
     if not all(isinstance(step, NativeStep) for step in one.steps) or not one.steps:
         return False
-    return not one.copied and all(
-        view.start == 0 and view.buffer.slot in one.outputs and view.shape == one.outputs[view.buffer.slot]
-        and math.prod(view.shape) > 0 and is_contiguous(view)
-        for view in one.returned.values()
-    )  # fmt: skip
+    return all(one.is_whole(name) and math.prod(view.shape) > 0 for name, view in one.returned.items())
 
 
 def split(one: Lowered, sequence: NativeSequence, sample: Sequence[int], batch: int, threads: int) -> Lowered:
@@ -109,8 +105,7 @@ def _kernel() -> int:
     own = pointer_field(b, b.add(moved(const(ARENA)), get[Field.OWN]), LONGS)
     with loop(b, const(0), get[Field.SLOTS]) as slot:
         b.store(moved(slot), at(b, own, slot))
-    kind = ir.FunctionType(ir.VoidType(), [LONGS, I64, I64, LONGS, LONGS, I64, I64, I64])
-    run = b.inttoptr(const(runner_address()), kind.as_pointer())
+    run = b.inttoptr(const(runner_address()), RUN.as_pointer())
     table, nowhere = pointer_field(b, get[Field.TABLE], LONGS), ir.Constant(LONGS, None)
     b.call(run, [table, const(0), get[Field.OPS], own, nowhere, const(0), const(1), const(give_way())])
     b.ret_void()

@@ -161,6 +161,12 @@ class Lowered:
     copied: frozenset[str]
     values: Mapping[str, Tensor]
 
+    def is_whole(self, name: str) -> bool:
+        """Whether a result is all of a tensor that is made for it."""
+        view = self.returned[name]
+        alone = view.start == 0 and name not in self.copied and is_contiguous(view)
+        return alone and self.outputs.get(view.buffer.slot) == view.shape
+
 
 def storage_of(meta: Tensor) -> int:
     """What tells whether two tensors share memory."""

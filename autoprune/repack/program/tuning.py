@@ -35,6 +35,7 @@ from autoprune.repack.program.nodes import Tiling
 from autoprune.repack.program.program import Plan, Program, shapes_of
 from autoprune.repack.program.steps import NativeStep
 from autoprune.repack.program.weights import Weights
+from autoprune.repack.stored import flag
 
 VERSION = 6  # of the kernels: what was tuned for others is not used
 ROUNDS = 5
@@ -107,7 +108,7 @@ class TuningCache:
             data = read_json(self.path, "the tuning cache")
             if data["machine"] == self.machine:
                 self.found = {str(key): tiling_from_json(row) for key, row in data["found"].items()}
-                self.by_sample = {str(key): _flag(value) for key, value in data["by_sample"].items()}
+                self.by_sample = {str(key): flag(value) for key, value in data["by_sample"].items()}
         except (FileError, KeyError, TypeError, AttributeError, ValueError):
             self.found, self.by_sample = {}, {}
 
@@ -121,12 +122,6 @@ class TuningCache:
         except OSError:
             return
         self.changed = False
-
-
-def _flag(value: object) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError("no flag")
-    return value
 
 
 def tiling_from_json(row: Mapping[str, Any]) -> Tiling:
@@ -205,9 +200,8 @@ def faster_by_sample(
         clock: seconds.
     """
     cache = cache if cache is not None else TuningCache()
-    shapes = [list(x.shape) for x in inputs]
     what = json.dumps(
-        [shapes, whole.threads or torch.get_num_threads(), *(sorted(each.keys.items()) for each in tuned)]
+        [shapes_of(inputs), whole.threads or torch.get_num_threads(), *(sorted(each.keys.items()) for each in tuned)]
     )
     key = hashlib.sha256(what.encode()).hexdigest()
     if key not in cache.by_sample:
