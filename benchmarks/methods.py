@@ -45,7 +45,9 @@ from autoprune.report.console import Console
 from autoprune.settings import TrainingSettings
 from autoprune.tasks import TASKS, Task
 from autoprune.training import TRAINING, Pruner, SparseTraining
-from autoprune.training.loop import train_
+from autoprune.training.base import Signals
+from autoprune.training.bayesian import Bayesian
+from autoprune.training.loop import OnSignals, train_
 from autoprune.training.widening import make_pruner_
 
 WORKERS = 2
@@ -133,7 +135,7 @@ def _start(shown: Shown, seed: int, epochs: int) -> tuple[nn.Module, float]:
     """The model that methods start from, trained densely for `epochs` (0: not at all), and the seconds it took."""
     torch.set_num_threads(1)
     task = _task(shown, seed)
-    model = copy.deepcopy(task.model)
+    model = copy.deepcopy(task.model).to(memory_format=torch.channels_last)  # trains a fifth faster
     if epochs == 0:
         return model, 0.0
     path = KEPT / f"{shown.key}-start{epochs}-{seed}.safetensors"
@@ -151,6 +153,7 @@ def train_one(shown: Shown, job: Job) -> Outcome:
     recipe, task = RECIPES[job.method], _task(shown, job.seed)
     model, seconds = _start(shown, job.seed, recipe.dense_epochs(shown))
     masked: dict[str, float] = {}
+    watch: Rounds | None = None
     if recipe.method is not None:
         settings = shown.dense.changed({"epochs": shown.epochs - recipe.dense_epochs(shown), **recipe.settings})
         inventory, setting = prunable(model, task), SETTINGS[job.setting]
@@ -158,12 +161,47 @@ def train_one(shown: Shown, job: Job) -> Outcome:
         plan, cost = planned(model, inventory, setting, recipe, x)
         method = TRAINING.create(recipe.method)
         pruner = make_pruner_(method, model, inventory, plan, x, task.calibration, task.loss, cost)
-        seconds += _timed_training(model, task, settings, job.seed, model_path(shown, job), method, pruner)
+        watch = Rounds(method, model, task)
+        seconds += _timed_training(model, task, settings, job.seed, model_path(shown, job), method, pruner, watch)
+        seconds -= watch.seconds
         masked = {name: sparsity(weight_of(model, name)) for name in inventory.names}
     model.eval()
     write_tensors(model_path(shown, job), model.state_dict())
     macs = remaining_macs(model, task.example_inputs(1)) / remaining_macs(task.model, task.example_inputs(1))
-    return Outcome(job, task.evaluate(model), task.test(model), seconds, masked, macs)
+    validation = task.evaluate(model)
+    rounds = watch.ended(validation) if watch else ()
+    return Outcome(job, validation, task.test(model), seconds, masked, macs, rounds)
+
+
+class Rounds:
+    """What each round of an iterative method comes to; called with the signals of the training loop.
+
+    Attributes:
+        accuracies: on the validation split, at the last signal before each cut but the first.
+        seconds: processor time that evaluating took.
+    """
+
+    def __init__(self, method: SparseTraining, model: nn.Module, task: Task) -> None:
+        self._method, self._model, self._task = method, model, task
+        self._seen = 0
+        self.accuracies: list[float] = []
+        self.seconds = 0.0
+
+    def __call__(self, step: int, signals: Signals) -> None:
+        pace, self._seen = step - self._seen, step
+        if any(step < cut <= step + pace for cut in self._cuts()):
+            start = time.process_time()
+            self.accuracies.append(self._task.evaluate(self._model))
+            self._model.train()
+            self.seconds += time.process_time() - start
+
+    def ended(self, accuracy: float) -> Sequence[float]:
+        """Of all rounds, the last one's being the run's `accuracy`; empty where a run was stopped in between."""
+        whole = self.accuracies and len(self.accuracies) == len(self._cuts())
+        return [*self.accuracies, accuracy] if whole else []
+
+    def _cuts(self) -> Sequence[int]:
+        return self._method.decisions[1:] if isinstance(self._method, Bayesian) else ()
 
 
 def _timed_training(
@@ -174,6 +212,7 @@ def _timed_training(
     path: Path,
     method: SparseTraining | None = None,
     pruner: Pruner | None = None,
+    on_signals: OnSignals | None = None,
 ) -> float:
     """Trains in place, resumable; returns the processor seconds of all epochs, by the mean of those seen."""
     ends = [time.process_time()]
@@ -187,6 +226,7 @@ def _timed_training(
         pruner=pruner,
         checkpoint=path.with_suffix(".training"),
         on_epoch=lambda *_: ends.append(time.process_time()),
+        on_signals=on_signals,
     )
     return (ends[-1] - ends[0]) / max(1, len(ends) - 1) * settings.epochs
 

@@ -46,6 +46,8 @@ class Outcome:
         seconds: processor time of training, the dense start included.
         sparsities: layer -> share of zeros.
         macs: multiply-accumulates left, filters that nobody reads counted out, over the dense model's.
+        rounds: of an iterative method: the validation accuracy at the end of each round, before the next one's cut;
+            the last one's is the run's own. Empty for other methods, and where the run was stopped in between.
     """
 
     job: Job
@@ -54,6 +56,7 @@ class Outcome:
     seconds: float
     sparsities: Mapping[str, float]
     macs: float = 1.0
+    rounds: Sequence[float] = ()
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -107,7 +110,9 @@ def report(shown: Shown) -> str:
     dense = {outcome.job.seed: outcome for outcome in outcomes if outcome.job.method == DENSE}
     settings = [name for name in SETTINGS if any(outcome.job.setting == name for outcome in outcomes)]
     machine = machine_text()
-    parts = [_head(shown, dense), *(_section(name, outcomes, dense, timings) for name in settings), machine, ""]
+    sections = [_section(name, outcomes, dense, timings) for name in settings]
+    sections += [rounds for name in settings if (rounds := _rounds(name, outcomes))]
+    parts = [_head(shown, dense), *sections, machine, ""]
     page = "\n".join(parts)
     write_text(RESULTS / f"methods_{shown.name}.md", page)
     if settings and dense:
@@ -165,6 +170,26 @@ def _section(
         )
     rows.sort(key=lambda row: float(row[4].split()[0]) if row[4] != MISSING else 0.0)
     return f"## {setting}\n\n{markdown_table(header, rows, left=2)}"
+
+
+def _rounds(setting: str, outcomes: Sequence[Outcome]) -> str:
+    """Of the methods that prune in rounds, what each round comes to; empty when none was run."""
+    runs: dict[str, list[Sequence[float]]] = {}
+    for outcome in outcomes:
+        if outcome.job.setting == setting and outcome.rounds:
+            runs.setdefault(outcome.job.method, []).append(outcome.rounds)
+    if not runs:
+        return ""
+    count = max(len(rounds) for found in runs.values() for rounds in found)
+    header = ("round", *(f"{name} ({len(found)} seeds)" for name, found in runs.items()))
+    rows = []
+    for at in range(count):
+        ended = [_mean_spread([100 * rounds[at] for rounds in found if at < len(rounds)]) for found in runs.values()]
+        rows.append((str(at + 1), *ended))
+    return (
+        f"## {setting}, round by round\n\nValidation accuracy, percent, at the end of each round, before the next "
+        f"one's cut.\n\n{markdown_table(header, rows)}"
+    )
 
 
 def _mean_spread(values: Sequence[float]) -> str:

@@ -29,6 +29,7 @@ GROUP = Choice("group", {"size": 8})
 SETTINGS: Mapping[str, Setting] = {
     "group-90": Setting(GROUP, 0.90),
     "group-97": Setting(GROUP, 0.97),
+    "unstructured-90": Setting(Choice("unstructured"), 0.90),
     "unstructured-97": Setting(Choice("unstructured"), 0.97),
     "group-95": Setting(GROUP, 0.95),
     "group-98": Setting(GROUP, 0.98),

@@ -167,6 +167,11 @@ class Bayesian(SparseTraining):
             if name in masks:
                 self.redundant[name] += ~masks[name]
 
+    @property
+    def decisions(self) -> list[int]:
+        """The steps after which the rounds' cuts are decided, in order; 0 is before the first step."""
+        return sorted(self._rounds)
+
     def probability(self, name: str) -> Tensor:
         """The predictive probability that each weight's cell is redundant, in (0, 1), in the weight's shape."""
         return (self.redundant[name] + PRIOR) / (self.trials + 2 * PRIOR)
