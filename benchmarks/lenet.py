@@ -1,4 +1,4 @@
-"""How far LeNet-5 can be pruned at 0.1 point: ``python benchmarks/lenet.py [--quick] [--seeds N] [--report]``.
+"""How far LeNet-5 can be pruned at 0.1 point: ``python benchmarks/lenet.py [--quick] [--seeds N] [--recipes half,l1]``.
 
 Fashion-MNIST, single weights, one ranking of all layers. Every recipe starts from the same trained model, which also
 teaches it, and walks a ladder of compressions (times fewer weights): up from the first rung while the mean validation
@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from autoprune.errors import did_you_mean
 from autoprune.files import append_line, cache_folder, read_lines, read_tensors, write_tensors, write_text
 from autoprune.inventory import take_inventory
 from autoprune.latency.machine import machine_text
@@ -99,21 +100,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="6,000 images, few epochs, one seed")
     parser.add_argument("--seeds", type=int, help="3, or 1 with --quick, when left out")
+    parser.add_argument("--recipes", default=",".join(RECIPES), help=f"of {', '.join(RECIPES)}; all when left out")
     parser.add_argument("--report", action="store_true", help="only write the table again")
     given = parser.parse_args()
     torch.set_num_threads(1)
     protocol = QUICK if given.quick else FULL
     seeds = range(given.seeds or (1 if given.quick else 3))
+    recipes = given.recipes.split(",")
+    for name in recipes:
+        if name not in RECIPES:
+            parser.error(f"unknown recipe {name!r}. {did_you_mean(name, RECIPES)}")
     if not given.report:
-        search(protocol, seeds)
+        search(protocol, recipes, seeds)
     print(report(protocol, seeds))
 
 
-def search(protocol: Protocol, seeds: Sequence[int]) -> None:
-    """Rung by rung for all recipes in turn, so that each has a figure early."""
+def search(protocol: Protocol, recipes: Sequence[str], seeds: Sequence[int]) -> None:
+    """Rung by rung for the recipes in turn, so that each has a figure early."""
     for seed in seeds:
         run_once(protocol, DENSE, 1.0, seed)
-    while pending := {n: at for n in RECIPES if (at := next_rung(n, read_runs(protocol), seeds, protocol.first))}:
+    while pending := {n: at for n in recipes if (at := next_rung(n, read_runs(protocol), seeds, protocol.first))}:
         for name, factor in pending.items():
             for seed in seeds:
                 run_once(protocol, name, factor, seed)
