@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from methods_table import NORMALISED
 from torch import nn
 
 from autoprune.errors import did_you_mean
@@ -34,7 +35,6 @@ from autoprune.settings import TrainingSettings
 from autoprune.tasks import TASKS, Task
 from autoprune.tasks.batches import TensorBatches
 from autoprune.training import TRAINING, Pruner, train_
-from autoprune.training.adaptive import NORMALISED
 
 RESULTS = Path(__file__).parent / "results"
 KEPT = cache_folder() / "benchmarks" / "lenet"

@@ -9,7 +9,6 @@ from typing import Any
 
 from autoprune.registry import Choice
 from autoprune.settings import TrainingSettings
-from autoprune.training.adaptive import NORMALISED
 
 
 @dataclass(frozen=True)
@@ -26,6 +25,7 @@ class Setting:
 
 
 GROUP = Choice("group", {"size": 8})
+NORMALISED: Mapping[str, Any] = {"name": "global", "normalise": True}
 SETTINGS: Mapping[str, Setting] = {
     "group-90": Setting(GROUP, 0.90),
     "group-97": Setting(GROUP, 0.97),
@@ -133,6 +133,9 @@ RECIPES: Mapping[str, Recipe] = {
     "gradual_erk": Recipe("three-stage, gradual, ERK", Choice("gradual", {"allocation": "erk"}), from_trained=True),
     "gradual_lamp": Recipe("three-stage, gradual, LAMP", Choice("gradual", {"allocation": "lamp"}), from_trained=True),
     "adaptive": Recipe("layer-sparse adaptive", Choice("adaptive"), from_trained=True),
+    "adaptive_mean": Recipe(
+        "- over the layers' means, in place of LAMP", Choice("adaptive", {"allocation": NORMALISED}), from_trained=True
+    ),
     "adaptive_ahead": Recipe("- with look-ahead", Choice("adaptive", {"look_ahead": 10.0}), from_trained=True),
     "gradual_scratch": Recipe("gradual from initial weights, every layer alike", Choice("gradual")),
     "gradual_scratch_erk": Recipe("gradual from initial weights, ERK", Choice("gradual", {"allocation": "erk"})),

@@ -18,8 +18,6 @@ from autoprune.allocation import make_allocation
 from autoprune.training.latent import LatentTraining
 from autoprune.training.schedule import CUBIC, check_counts, check_numbers, check_span, cuts
 
-NORMALISED: Mapping[str, Any] = {"name": "global", "normalise": True}
-
 
 class Adaptive(LatentTraining):
     """Cuts the cells that are small and not about to grow, wherever they are; cells that were cut may come back.
@@ -38,7 +36,8 @@ class Adaptive(LatentTraining):
         through: part of its gradient that moves a weight that is cut, in [0, 1].
         look_ahead: steps that the drift is followed for, >= 0; 0 ranks by size alone, and was as good in what we ran.
         memory: of the moving average, in [0, 1).
-        allocation: what shares the plan's budget among the layers: a name, or a table with its arguments.
+        allocation: how cells compare between layers: a name, or a table with its arguments. LAMP ended 0.7 to 0.9
+            points above a saliency over its layer's mean, which leaves the layers about alike.
     """
 
     strength_range = ("look_ahead", 1.0, 50.0)
@@ -53,7 +52,7 @@ class Adaptive(LatentTraining):
         through: float = 0.0,
         look_ahead: float = 0.0,
         memory: float = 0.95,
-        allocation: str | Mapping[str, Any] = NORMALISED,
+        allocation: str | Mapping[str, Any] = "lamp",
     ) -> None:
         check_span("adaptive", begin, end)
         check_numbers("adaptive", {"freeze": freeze}, end, 1.0)

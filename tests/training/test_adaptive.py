@@ -20,7 +20,7 @@ from autoprune.plan import LayerPlan, Plan
 from autoprune.registry import Choice
 from autoprune.settings import TrainingSettings
 from autoprune.training import TRAINING, Pruner, train_
-from autoprune.training.adaptive import NORMALISED, Adaptive
+from autoprune.training.adaptive import Adaptive
 
 LOSS = nn.functional.cross_entropy
 NAMES = ["0", "3", "5"]
@@ -107,7 +107,7 @@ def test_without_look_ahead_size_alone_ranks() -> None:
     given_moves = moves(torch.Generator().manual_seed(3), subject)
     latent = {n: (weight_of(subject.model, n).detach() + given_moves[n]).abs() for n in NAMES}
     step_(subject, method, 1, given_moves)
-    wanted = subject.masks(saliency=latent, allocation=make_allocation(NORMALISED))
+    wanted = subject.masks(saliency=latent, allocation=make_allocation("lamp"))
     assert all(torch.equal(method.masks[name], wanted[name]) for name in NAMES)
     assert len({round(sparsity(mask), 3) for mask in method.masks.values()}) > 1  # the shares are the competition's
 
