@@ -105,7 +105,9 @@ class Expand(LatentTraining):
     def pull_back(self, name: str, latent: Tensor, gradient: Tensor) -> Tensor:
         if name not in self.precision:
             return gradient  # the masks are final, and hide what is cut
-        return gradient + self.strength * self.precision[name] * latent
+        # through the gate, as the loss sees it: what is nearly cut would wander at full strength, and return by chance
+        gated = gradient * self.gates[name] if name in self.gates else gradient
+        return gated + self.strength * self.precision[name] * latent
 
     def _assign(self, fraction: float, energy: Mapping[str, Tensor]) -> Masks:
         """The hard assignment at `fraction` of the plan."""

@@ -113,6 +113,20 @@ def test_the_penalty_pulls_weak_cells_harder() -> None:
     assert (relative[order].diff() <= 1e-6).all()
 
 
+def test_weights_learn_through_their_gates() -> None:
+    method = Expand(factor=1.0, strength=0.0, end=0.8, updates=10)
+    pruner = subject(method)
+    method.start(pruner, 20)
+    method.before_step(1)
+    method.after_step(2)  # the first gates
+    latent, gate = method.latent["3"].clone().requires_grad_(), method.gates["3"]
+    loss = (latent * gate).square().sum()
+    (wanted,) = torch.autograd.grad(loss, latent)
+    given = 2.0 * pruner.weight("3").detach()  # the same loss, by the weight the model computes with
+    torch.testing.assert_close(method.pull_back("3", method.latent["3"], given), wanted)
+    assert bool((gate < 0.2).any())
+
+
 def test_gates_are_annealed_from_soft_to_hard_then_frozen() -> None:
     method = Expand(factor=1.0, end=0.5, updates=10)
     pruner = subject(method, 0.7)
