@@ -126,12 +126,18 @@ NO_CUT = StateCut()
 
 
 def cut_state(state: Tensor, threshold: float, keep: int) -> Tensor:
-    """`state` ``(..., units)`` with zeros where it is small, or smaller than the `keep` largest."""
+    """`state` ``(..., units)`` with zeros where it is small, or smaller than the `keep` largest.
+
+    Its gradient is passed straight through (Ardakani et al. 2018): a unit that is cut learns what would make it useful.
+    """
     if threshold <= 0.0 and keep == 0:
         return state
     size = state.detach().abs()
     least = size.topk(keep, dim=-1).values[..., -1:] if keep else threshold
-    return state.masked_fill(size < least, 0.0)
+    small = size < least
+    if torch.is_grad_enabled() and state.requires_grad:
+        return state - state.detach().masked_fill(~small, 0.0)  # x - x is 0, x - 0 is x
+    return state.masked_fill(small, 0.0)
 
 
 def step_cell(cell: str, given: Tensor, learned: Tensor, h: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor | None]:
