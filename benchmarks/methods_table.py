@@ -82,6 +82,16 @@ TASKS_SHOWN: Mapping[str, Shown] = {
         settings=("group-90", "group-97", "unstructured-97"),
         seeds=3,
     ),
+    # four times the weights: what a network that has some to spare loses
+    "fashion_mnist_wide": Shown(
+        "fashion_mnist_wide",
+        Choice("fashion_mnist", {"widths": [32, 64, 128], "augment": False, "batch_size": 64}),
+        epochs=6,
+        start_epochs=3,
+        dense=TrainingSettings(epochs=6, learning_rate=0.1, weight_decay=5e-4, warmup=0.15),
+        settings=("group-90", "unstructured-90"),
+        seeds=1,
+    ),
     "digits": Shown(
         "digits",
         Choice("digits", {"widths": [16, 32, 64]}),
