@@ -47,7 +47,7 @@ from autoprune.tasks import TASKS, Task
 from autoprune.training import TRAINING, Pruner, SparseTraining
 from autoprune.training.base import Signals
 from autoprune.training.bayesian import Bayesian
-from autoprune.training.loop import OnSignals, train_
+from autoprune.training.loop import OnSignals, recalibrate_batch_norm_, train_
 from autoprune.training.widening import make_pruner_
 
 WORKERS = 2
@@ -177,7 +177,7 @@ class Rounds:
     """What each round of an iterative method comes to; called with the signals of the training loop.
 
     Attributes:
-        accuracies: on the validation split, at the last signal before each cut but the first.
+        accuracies: on the validation split, at the last signal before each cut but the first; batch norms recalibrated.
         seconds: processor time that evaluating took.
     """
 
@@ -191,8 +191,9 @@ class Rounds:
         pace, self._seen = step - self._seen, step
         if any(step < cut <= step + pace for cut in self._cuts()):
             start = time.process_time()
-            self.accuracies.append(self._task.evaluate(self._model))
-            self._model.train()
+            # between two steps at a high rate, what batch norms remember is far from what they now see
+            model = recalibrate_batch_norm_(copy.deepcopy(self._model), self._task.calibration)
+            self.accuracies.append(self._task.evaluate(model))
             self.seconds += time.process_time() - start
 
     def ended(self, accuracy: float) -> Sequence[float]:

@@ -188,7 +188,7 @@ def _rounds(setting: str, outcomes: Sequence[Outcome]) -> str:
         rows.append((str(at + 1), *ended))
     return (
         f"## {setting}, round by round\n\nValidation accuracy, percent, at the end of each round, before the next "
-        f"one's cut.\n\n{markdown_table(header, rows)}"
+        f"one's cut, batch norms recalibrated; the last row is the trained model's.\n\n{markdown_table(header, rows)}"
     )
 
 
