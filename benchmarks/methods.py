@@ -44,10 +44,9 @@ from autoprune.repack import remaining_macs, repack
 from autoprune.report.console import Console
 from autoprune.settings import TrainingSettings
 from autoprune.tasks import TASKS, Task
-from autoprune.training import TRAINING, Pruner, SparseTraining
+from autoprune.training import TRAINING, OnSignals, Pruner, SparseTraining, recalibrate_batch_norm_, train_
 from autoprune.training.base import Signals
 from autoprune.training.bayesian import Bayesian
-from autoprune.training.loop import OnSignals, recalibrate_batch_norm_, train_
 from autoprune.training.widening import make_pruner_
 
 WORKERS = 2
