@@ -1,7 +1,9 @@
 """Wider models that compute the same: Net2WiderNet (Chen et al. 2016, Net2Net).
 
-The weights that read a copied channel are shared among its copies in uneven parts that sum to the weight: the output
-stays what it was up to rounding, yet no two copies get the same gradient, so that training tells them apart.
+The weights that read a copied channel are shared among it and its copies in uneven parts that sum to the weight: the
+output stays what it was up to rounding, yet no two get the same gradient, so that training tells them apart. The copies'
+parts are small. Of even ones each would be weaker than a channel that was not copied, and would be pruned before it,
+however much the model needs what they compute together.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from autoprune.errors import AutopruneError
 from autoprune.inventory import as_tuple
 
-UNEVEN = 0.2  # shares are drawn within this of even ones, relatively
+FAINT = 0.1  # share of a copy, over that of what it copies
+UNEVEN = 0.2  # shares are drawn within this of those, relatively
 TOLERANCE = 1e-4  # of the output, relative to its largest entry
 
 _ANYWHERE = (
@@ -148,6 +151,7 @@ def _widen_(model: nn.Module, chain: _Chain, source: Tensor, generator: torch.Ge
     weight = _weight(model, name)
     wide = weight.detach()[:, columns]
     share = 1.0 + UNEVEN * (2.0 * torch.rand(wide.shape, generator=generator) - 1.0).to(weight)
+    share[:, weight.shape[1] :] *= FAINT  # the first columns are what was there
     where = columns.to(weight.device)
     total = torch.zeros_like(weight).index_add_(1, where, share)  # over the copies of each column
     reader.weight = nn.Parameter(wide * share / total[:, where], weight.requires_grad)

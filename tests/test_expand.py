@@ -71,6 +71,16 @@ def test_copies_get_gradients_of_their_own() -> None:
     assert torch.unique(wide[7].weight, dim=0).shape[0] == 7  # though they start as copies
 
 
+def test_a_channel_that_was_copied_looks_no_weaker() -> None:
+    model = plain()
+    wide = expand(model, X, 1.5).model
+    for name in ("4", "7", "9"):  # layers that read channels, some of which were copied
+        before, after = model.get_submodule(name).weight.detach(), wide.get_submodule(name).weight.detach()
+        columns = before.shape[1]
+        assert (after[: len(before), :columns].abs() >= 0.8 * before.abs()).all()
+        assert after.shape[1] > columns
+
+
 class Residual(nn.Module):
     def __init__(self) -> None:
         super().__init__()
