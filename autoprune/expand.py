@@ -1,9 +1,9 @@
 """Wider models that compute the same: Net2WiderNet (Chen et al. 2016, Net2Net).
 
 The weights that read a copied channel are shared among it and its copies in uneven parts that sum to the weight: the
-output stays what it was up to rounding, yet no two get the same gradient, so that training tells them apart. Copies get
-small parts. Of even ones each would be weaker than a channel that was not copied, and would be pruned before it, however
-much the model needs what they compute together.
+output stays what it was up to rounding, yet no two get the same gradient, so that training tells them apart. Copies
+get small parts: of even ones each would be weaker than a channel that was not copied, and would be pruned before it,
+however much the model needs what they compute together.
 """
 
 from __future__ import annotations
