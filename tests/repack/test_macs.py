@@ -128,6 +128,23 @@ def test_scattered_zeros_count_where_they_are(pattern: str) -> None:
     assert remaining_macs(model, x) == pytest.approx(MacsCost(inventory)(found), rel=1e-9)
 
 
+@pytest.mark.parametrize("kept", [2, 3, 8])
+def test_filters_nobody_reads_go_from_a_layer_that_reads_few_channels_itself(kept: int) -> None:
+    """All filters of `a` share their zeros: they are no group that must stay whole."""
+    torch.manual_seed(0)
+    model = Residual().eval()
+    x = torch.randn(1, 3, 8, 8)
+    with torch.no_grad():
+        model.a.weight[:, : 16 - kept] = 0.0  # the others read all of the stem, so that its channels stay
+        model.b.weight[:, : 24 - kept] = 0.0
+    before = remaining_macs(Residual().eval(), x)
+    gone = 64 * 9 * (16 * 24 - kept * kept) + 64 * 9 * 16 * (24 - kept)
+    assert remaining_macs(model, x) == before - gone
+    with torch.no_grad():
+        wanted = model(x)
+    torch.testing.assert_close(repack(model, x, threads=1)(x), wanted, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("pattern", ["filter", "channel"])
 @pytest.mark.parametrize("method", ["one_shot", "sr_ste"])
 def test_a_trained_network_really_loses_what_was_cut(pattern: str, method: str) -> None:

@@ -19,6 +19,8 @@ from autoprune.repack.program.editor import Editor, infer_shapes
 from autoprune.repack.program.graph import Op
 from autoprune.repack.program.kinds import activate
 
+WORTH_BREAKING = 0.75  # smaller groups, slower by themselves, must store less than this share
+
 
 @dataclass(frozen=True)
 class _Axis:
@@ -153,7 +155,7 @@ class _Look:
 
 
 def _whole_groups(weight: Tensor, dead: Tensor) -> Tensor:
-    """Spares filters whose loss would break up a group that shares its zeros: packing needs groups whole."""
+    """Spares filters whose loss would break up groups that share their zeros, unless what is left packs far smaller."""
     live = weight.flatten(1).any(dim=1)
     if not (dead & live).any() or weight[live].all():
         return dead
@@ -162,7 +164,15 @@ def _whole_groups(weight: Tensor, dead: Tensor) -> Tensor:
     for rows in grouping.rows(grouping.best_size()):
         group = torch.from_numpy(rows[rows >= 0]).long()
         spared[group] = dead[group].all()
-    return spared
+    return dead if _stored(weight[~dead]) < WORTH_BREAKING * _stored(weight[~spared]) else spared
+
+
+def _stored(weight: Tensor) -> float:
+    """Values that are stored of a weight, in the largest groups it allows."""
+    if not len(weight):
+        return 0.0
+    grouping = Grouping(weight)
+    return grouping.density(grouping.best_size()) * weight.numel()
 
 
 # What each kind does to channels ------------------------------------------------------------------------------------
