@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autoprune.allocation.threshold import Global
+from autoprune.allocation.threshold import Lamp
 from autoprune.errors import ConfigError
 from autoprune.expand import expand_
 from autoprune.masks import Masks
@@ -33,8 +33,8 @@ HOT, COLD = 1.0, 0.02  # first and last temperature, in units of the logarithm o
 class Expand(LatentTraining):
     """Gates each cell by ``sigmoid(log(energy / threshold) / temperature)``, colder and colder, until it is 0 or 1.
 
-    A cell's energy is the mean square of its weights over that of its layer, so cells compare across layers; one
-    threshold for all layers meets the budget, which is tightened along a cubic. The plan's criteria have no say.
+    A cell's energy is the mean square of its weights over that of its layer. Cells compare across layers by LAMP; the
+    budget is tightened along a cubic. The plan's criteria have no say.
 
     Args:
         factor: the model's inner widths are multiplied by this first, 1 to 16; 1 leaves it as it is.
@@ -76,7 +76,7 @@ class Expand(LatentTraining):
     def prepare(self) -> None:
         self.gates: dict[str, Tensor] = {}  # layer -> in [0, 1], in the weight's shape; empty once masks are final
         self.precision: dict[str, Tensor] = {}  # layer -> expected 1 / s^2, over that of a cell of mean energy
-        self.allocation = Global()
+        self.allocation = Lamp()  # a threshold on the energies themselves starves layers where much is cut
         self._cells = {name: self.pruner.cells(name) for name in self.latent}
         self._final = max(1, math.floor(self.end * self.total_steps))
         self._updates = {math.ceil(self._final * i / self.updates) for i in range(1, self.updates)}
@@ -111,7 +111,9 @@ class Expand(LatentTraining):
 
     def _assign(self, fraction: float, energy: Mapping[str, Tensor]) -> Masks:
         """The hard assignment at `fraction` of the plan."""
-        return self.pruner.masks(fraction, saliency=energy, allocation=self.allocation)
+        cells = self._cells
+        sizes = {name: cell_means(each, cells[name])[0].sqrt()[cells[name]] for name, each in energy.items()}
+        return self.pruner.masks(fraction, saliency=sizes, allocation=self.allocation)
 
     def _infer(self) -> None:
         """The expected precision of each cell given its weights."""
