@@ -33,7 +33,9 @@ SETTINGS: Mapping[str, Setting] = {
     "unstructured-97": Setting(Choice("unstructured"), 0.97),
     "group-95": Setting(GROUP, 0.95),
     "group-98": Setting(GROUP, 0.98),
+    "channel-70": Setting(Choice("channel"), 0.70, macs=True),
     "channel-75": Setting(Choice("channel"), 0.75, macs=True),
+    "channel-85": Setting(Choice("channel"), 0.85, macs=True),
     "channel-90": Setting(Choice("channel"), 0.90, macs=True),
     "2:4": Setting(Choice("n:m", {"n": 2, "m": 4}), 0.5),
 }
