@@ -1,6 +1,6 @@
 """How far LeNet-5 can be pruned at 0.1 point: ``python benchmarks/lenet.py [--quick] [--seeds N] [--recipes half,l1]``.
 
-Fashion-MNIST, single weights, one ranking of all layers. Every recipe starts from the same trained model, which also
+Fashion-MNIST, single weights, one ranking of all layers, which compare by LAMP. Every recipe starts from the same trained model, which also
 teaches it, and walks a ladder of compressions (times fewer weights): up from the first rung while the mean validation
 accuracy stays within 0.1 point of dense training, down while it does not. Each rung is a run a seed; a run that ended
 is kept in benchmarks/results/lenet/ and never made again, so the search can be stopped and goes on. `--quick` trains
@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from methods_table import NORMALISED
 from torch import nn
 
 from autoprune.errors import did_you_mean
@@ -42,11 +41,11 @@ LOSS_POINTS = 0.1
 LADDER = (6.0, 12.0, 25.0, 50.0, 70.0, 90.0, 108.0, 140.0)
 DENSE = "dense"
 RECIPES: Mapping[str, Choice] = {
-    "half": Choice("proximal", {"allocation": NORMALISED}),
-    "l1": Choice("proximal", {"penalty": "l1", "allocation": NORMALISED}),
-    "l2": Choice("proximal", {"penalty": "none", "allocation": NORMALISED}),  # weight decay alone
-    "gradual": Choice("gradual", {"allocation": NORMALISED}),
-    "splice": Choice("proximal", {"splice": True, "allocation": NORMALISED}),
+    "half": Choice("proximal", {"allocation": "lamp"}),
+    "l1": Choice("proximal", {"penalty": "l1", "allocation": "lamp"}),
+    "l2": Choice("proximal", {"penalty": "none", "allocation": "lamp"}),  # weight decay alone
+    "gradual": Choice("gradual", {"allocation": "lamp"}),
+    "splice": Choice("proximal", {"splice": True, "allocation": "lamp"}),
 }
 
 
@@ -233,7 +232,7 @@ def report(protocol: Protocol, seeds: Sequence[int]) -> str:
             f"`python benchmarks/lenet.py{' --quick' if protocol is QUICK else ''} --seeds {len(seeds)}`: {images}; "
             f"{protocol.start_epochs} dense epochs, then {protocol.epochs} of the recipe with that model as teacher; "
             f"dense: {protocol.start_epochs + protocol.epochs} epochs without a teacher. Single weights, one ranking "
-            f"of all layers; {len(seeds)} seeds, means. Rungs are chosen on the validation split (5,000 images: one is "
+            f"of all layers by LAMP; {len(seeds)} seeds, means. Rungs are chosen on the validation split (5,000 images: one is "
             "0.02 points).",
             "",
             f"Dense: {statistics.fmean(dense):.2f}% on the test split." if dense else "No dense run yet.",
