@@ -1,10 +1,10 @@
 """How far LeNet-5 can be pruned at 0.1 point: ``python benchmarks/lenet.py [--quick] [--seeds N] [--recipes half,l1]``.
 
-Fashion-MNIST, single weights, one ranking of all layers, which compare by LAMP. Every recipe starts from the same trained model, which also
-teaches it, and walks a ladder of compressions (times fewer weights): up from the first rung while the mean validation
-accuracy stays within 0.1 point of dense training, down while it does not. Each rung is a run a seed; a run that ended
-is kept in benchmarks/results/lenet/ and never made again, so the search can be stopped and goes on. `--quick` trains
-on 6,000 images for few epochs: it shows that all this works, and is no figure to quote.
+Fashion-MNIST, single weights, one ranking of all layers, which compare by LAMP. Every recipe starts from the same
+trained model, which also teaches it, and walks a ladder of compressions (times fewer weights): up from the first rung
+while the mean validation accuracy stays within 0.1 point of dense training, down while it does not. Each rung is a run
+a seed; a run that ended is kept in benchmarks/results/lenet/ and never made again, so the search can be stopped and
+goes on. `--quick` trains on 6,000 images for few epochs: it shows that all this works, and is no figure to quote.
 
 Dense training is compared with at as many epochs as start and pruning together. The test split chooses nothing.
 """
@@ -232,8 +232,8 @@ def report(protocol: Protocol, seeds: Sequence[int]) -> str:
             f"`python benchmarks/lenet.py{' --quick' if protocol is QUICK else ''} --seeds {len(seeds)}`: {images}; "
             f"{protocol.start_epochs} dense epochs, then {protocol.epochs} of the recipe with that model as teacher; "
             f"dense: {protocol.start_epochs + protocol.epochs} epochs without a teacher. Single weights, one ranking "
-            f"of all layers by LAMP; {len(seeds)} seeds, means. Rungs are chosen on the validation split (5,000 images: one is "
-            "0.02 points).",
+            f"of all layers by LAMP; {len(seeds)} seeds, means. Rungs are chosen on the validation split (5,000 images: "
+            "one is 0.02 points).",
             "",
             f"Dense: {statistics.fmean(dense):.2f}% on the test split." if dense else "No dense run yet.",
             "",
