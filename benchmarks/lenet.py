@@ -232,8 +232,8 @@ def report(protocol: Protocol, seeds: Sequence[int]) -> str:
             f"`python benchmarks/lenet.py{' --quick' if protocol is QUICK else ''} --seeds {len(seeds)}`: {images}; "
             f"{protocol.start_epochs} dense epochs, then {protocol.epochs} of the recipe with that model as teacher; "
             f"dense: {protocol.start_epochs + protocol.epochs} epochs without a teacher. Single weights, one ranking "
-            f"of all layers by LAMP; {len(seeds)} seeds, means. Rungs are chosen on the validation split (5,000 images: "
-            "one is 0.02 points).",
+            f"of all layers by LAMP; {len(seeds)} seeds, means. Rungs are chosen on the validation split (5,000 "
+            "images: one is 0.02 points).",
             "",
             f"Dense: {statistics.fmean(dense):.2f}% on the test split." if dense else "No dense run yet.",
             "",
