@@ -36,6 +36,7 @@ from autoprune.evaluation.finetune import channel_readers
 from autoprune.files import append_line, cache_folder, read_tensors, write_tensors
 from autoprune.inventory import Inventory, take_inventory
 from autoprune.latency.engines import ENGINES, baselines
+from autoprune.latency.machine import machine_text
 from autoprune.latency.timer import Protocol, measure_together, speedup
 from autoprune.masks import sparsity, weight_of
 from autoprune.plan import LayerPlan, Plan
@@ -291,9 +292,8 @@ def time_models(shown: Shown, console: Console) -> None:
             fast = repack(model.eval(), x, threads=1)
             times = measure_together({**engines, "repacked": lambda: fast(*x)}, Protocol(samples=ROUNDS, threads=1))  # noqa: B023
             best = min(engines, key=lambda name: times[name].median_ms)
-            rows.append(
-                Timing(job, speedup(times["eager"], times["repacked"]), best, speedup(times[best], times["repacked"]))
-            )
+            over_eager, over_best = (speedup(times[name], times["repacked"]) for name in ("eager", best))
+            rows.append(Timing(job, over_eager, best, over_best, machine_text()))
             bar.advance(1, f"{job}: {rows[-1].over_best:.2f}x")
     path = results_folder(shown) / "times.jsonl"
     path.unlink(missing_ok=True)

@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 from methods_table import RECIPES, SETTINGS, Shown
 
 from autoprune.files import read_lines, write_text
-from autoprune.latency.machine import machine_text
 from autoprune.report.plots import save_png
 from autoprune.report.table import MISSING, markdown_table
 
@@ -74,12 +73,14 @@ class Timing:
         over_eager: than torch eager.
         best: the fastest dense engine.
         over_best: than that engine.
+        machine: where it was timed.
     """
 
     job: Job
     over_eager: float
     best: str
     over_best: float
+    machine: str
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -109,10 +110,10 @@ def report(shown: Shown) -> str:
     outcomes, timings = read_outcomes(shown), read_timings(shown)
     dense = {outcome.job.seed: outcome for outcome in outcomes if outcome.job.method == DENSE}
     settings = [name for name in SETTINGS if any(outcome.job.setting == name for outcome in outcomes)]
-    machine = machine_text()
     sections = [_section(name, outcomes, dense, timings) for name in settings]
     sections += [rounds for name in settings if (rounds := _rounds(name, outcomes))]
-    parts = [_head(shown, dense), *sections, machine, ""]
+    timed = [f"Timed on {machine}.\n" for machine in sorted({timing.machine for timing in timings.values()})]
+    parts = [_head(shown, dense), *sections, *timed]
     page = "\n".join(parts)
     write_text(RESULTS / f"methods_{shown.name}.md", page)
     if settings and dense:
