@@ -36,8 +36,8 @@ class Adaptive(LatentTraining):
         through: part of its gradient that moves a weight that is cut, in [0, 1].
         look_ahead: steps that the drift is followed for, >= 0; 0 ranks by size alone, and was as good in what we ran.
         memory: of the moving average, in [0, 1).
-        allocation: how cells compare between layers: a name, or a table with its arguments. LAMP ended 0.7 to 0.9
-            points above a saliency over its layer's mean, which leaves the layers about alike.
+        allocation: how cells compare between layers: a name, or a table with its arguments. LAMP ended 0.4 to 1
+            point above a saliency over its layer's mean, which leaves the layers about alike.
     """
 
     strength_range = ("look_ahead", 1.0, 50.0)
