@@ -200,7 +200,7 @@ def time_models(names: Sequence[str], console: Console) -> None:
         for variant in variants:
             row = {"task": name, "variant": asdict(variant), "ms": times[variant].median_ms, "best": best,
                    "best_ms": times[best].median_ms, "speedup": speedup(times[best], times[variant]),
-                   "shape": [list(each.shape) for each in x]}  # fmt: skip
+                   "shape": [list(each.shape) for each in x], "machine": machine_text()}  # fmt: skip
             append_line(RESULTS / "recurrent_training" / "times.jsonl", row)
 
 
@@ -212,10 +212,15 @@ def report() -> str:
     """The page, from the runs."""
     lines = ["# What pruning costs recurrent networks", "", "Written by `python benchmarks/recurrent_training.py`.", ""]
     lines += [line for line in (__doc__ or "").splitlines()[7:] if line]
-    lines += ["", f"Timed on {machine_text()}, one thread, batch 1, against the best dense engine of the same run.", ""]
     timed = {}
     for row in read_lines(RESULTS / "recurrent_training" / "times.jsonl", "the times"):
         timed[row["task"], Variant(**row["variant"])] = row
+    machines = sorted({row["machine"] for row in timed.values()})
+    lines += [
+        "",
+        *(f"Timed on {each}, one thread, batch 1, against the best dense engine of that run." for each in machines),
+    ]
+    lines += [""] if machines else []
     for name in SHOWN:
         runs = [each for each in outcomes() if each.task == name]
         if not runs:
