@@ -135,7 +135,7 @@ def cut_state(state: Tensor, threshold: float, keep: int) -> Tensor:
     size = state.detach().abs()
     least = size.topk(keep, dim=-1).values[..., -1:] if keep else threshold
     small = size < least
-    if torch.is_grad_enabled() and state.requires_grad:
+    if state.requires_grad:
         return state - state.detach().masked_fill(~small, 0.0)  # x - x is 0, x - 0 is x
     return state.masked_fill(small, 0.0)
 

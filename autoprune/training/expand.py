@@ -83,9 +83,10 @@ class Expand(LatentTraining):
         self._infer()
 
     def energy(self) -> dict[str, Tensor]:
-        """Layer -> squared weights over their mean, in the weight's shape."""
+        """Layer -> mean square of each cell's weights over that of the layer's, ``(cells,)``."""
         squares = {name: latent.square() for name, latent in self.latent.items()}
-        return {name: square / square.mean().clamp(min=1e-30) for name, square in squares.items()}
+        relative = {name: square / square.mean().clamp(min=1e-30) for name, square in squares.items()}
+        return {name: cell_means(each, self._cells[name])[0] for name, each in relative.items()}
 
     def temperature(self, step: int) -> float:
         """Falls geometrically from HOT to COLD until the masks are final."""
@@ -111,17 +112,14 @@ class Expand(LatentTraining):
 
     def _assign(self, fraction: float, energy: Mapping[str, Tensor]) -> Masks:
         """The hard assignment at `fraction` of the plan."""
-        cells = self._cells
-        sizes = {name: cell_means(each, cells[name])[0].sqrt()[cells[name]] for name, each in energy.items()}
+        sizes = {name: each.sqrt()[self._cells[name]] for name, each in energy.items()}
         return self.pruner.masks(fraction, saliency=sizes, allocation=self.allocation)
 
     def _infer(self) -> None:
         """The expected precision of each cell given its weights."""
         for name, energy in self.energy().items():
-            cells = self._cells[name]
-            mean, _ = cell_means(energy, cells)
             # inverse-gamma(0, n floor / 2) prior and n weights: E[1 / s^2] = n / (n energy + n floor)
-            self.precision[name] = ((1.0 + self.floor) / (mean + self.floor)).float()[cells]
+            self.precision[name] = ((1.0 + self.floor) / (energy + self.floor)).float()[self._cells[name]]
 
     def _gate(self, step: int) -> None:
         """The soft assignment at this step's temperature and share of the plan."""
@@ -130,9 +128,8 @@ class Expand(LatentTraining):
         self.gates, masks = {}, {}
         for name, mask in hard.items():
             cells = self._cells[name]
-            mean, _ = cell_means(energy[name], cells)
             kept, _ = cell_means(mask.double(), cells)
-            level = mean.clamp(min=1e-30).log()
+            level = energy[name].clamp(min=1e-30).log()
             alive = kept >= 0.5
             if bool(alive.all()):
                 continue

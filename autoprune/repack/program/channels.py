@@ -164,6 +164,8 @@ def _whole_groups(weight: Tensor, dead: Tensor) -> Tensor:
     for rows in grouping.rows(grouping.best_size()):
         group = torch.from_numpy(rows[rows >= 0]).long()
         spared[group] = dead[group].all()
+    if torch.equal(spared, dead):
+        return dead
     return dead if _stored(weight[~dead]) < WORTH_BREAKING * _stored(weight[~spared]) else spared
 
 
