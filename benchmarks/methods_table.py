@@ -151,20 +151,24 @@ RECIPES: Mapping[str, Recipe] = {
     "adaptive_ahead": Recipe("- with look-ahead", Choice("adaptive", {"look_ahead": 10.0}), from_trained=True),
     "gradual_scratch": Recipe("gradual from initial weights, every layer alike", Choice("gradual")),
     "gradual_scratch_erk": Recipe("gradual from initial weights, ERK", Choice("gradual", {"allocation": "erk"})),
+    "gradual_scratch_lamp": Recipe("gradual from initial weights, LAMP", Choice("gradual", {"allocation": "lamp"})),
     "thresholds": Recipe("trainable thresholds", Choice("thresholds")),
-    "proximal_half": Recipe("L1/2", Choice("proximal", {"allocation": NORMALISED}), from_trained=True),
-    "proximal_l1": Recipe("- L1", Choice("proximal", {"penalty": "l1", "allocation": NORMALISED}), from_trained=True),
+    "proximal_half": Recipe("L1/2", Choice("proximal", {"allocation": "lamp"}), from_trained=True),
+    "proximal_l1": Recipe("- L1", Choice("proximal", {"penalty": "l1", "allocation": "lamp"}), from_trained=True),
     "proximal_none": Recipe(
-        "- no penalty", Choice("proximal", {"penalty": "none", "allocation": NORMALISED}), from_trained=True
+        "- no penalty", Choice("proximal", {"penalty": "none", "allocation": "lamp"}), from_trained=True
     ),
     "proximal_splice": Recipe(
-        "- L1/2 with splicing", Choice("proximal", {"splice": True, "allocation": NORMALISED}), from_trained=True
+        "- L1/2 with splicing", Choice("proximal", {"splice": True, "allocation": "lamp"}), from_trained=True
     ),
     "expand": Recipe("expand 1.5x, then prune", Choice("expand"), from_trained=True),
     "expand_not": Recipe("- without expanding", Choice("expand", {"factor": 1.0}), from_trained=True),
     "bayesian": Recipe("iterative, Bayesian", Choice("bayesian"), from_trained=True),
     "bayesian_memoryless": Recipe("- memory-less", Choice("bayesian", {"memory": False}), from_trained=True),
     "joint": Recipe("joint search and training", Choice("joint")),
+    "joint_planned": Recipe(
+        "- thresholds start from every layer alike, not LAMP", Choice("joint", {"allocation": "planned"})
+    ),
     "joint_taught": Recipe(
         "- with a moving average as teacher",
         Choice("joint"),

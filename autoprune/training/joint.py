@@ -17,6 +17,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from autoprune.allocation import Cost, Layers, WeightCost, make_allocation
+from autoprune.allocation.threshold import Global
 from autoprune.errors import ConfigError
 from autoprune.masks import sparsity
 from autoprune.training.base import Signals
@@ -51,7 +52,7 @@ class Gate(torch.autograd.Function):
 
 
 class ThresholdNetwork(nn.Module):
-    """A layer's statistics -> how far its threshold lies above its plan's, in spreads of its scores; 0 at the start."""
+    """A layer's statistics -> how far its threshold lies above its anchor, in spreads of its scores; 0 at the start."""
 
     def __init__(self, hidden: int = 16) -> None:
         super().__init__()
@@ -70,9 +71,9 @@ class Joint(GatedTraining):
     """Scores of cells and thresholds of layers, trained with the weights; the budget is met along a cubic.
 
     A score starts as the cell's norm, in standard deviations of the layer's; after that it is a parameter, and follows
-    the norm as far as `follow` says. A threshold is the score at which the layer would be as sparse as the plan wants
-    at that moment, plus what the network adds. At `freeze` the masks are made exactly on the budget, by how far the
-    scores are above their thresholds, and the rest trains on.
+    the norm as far as `follow` says. A threshold is the score at which the layer would be as sparse as the allocation
+    makes it at that moment, plus what the network adds. At `freeze` the masks are made exactly on the budget, by how far
+    the scores are above their thresholds, and the rest trains on.
 
     Args:
         begin: fraction of the run after which cutting begins, in [0, 1).
@@ -83,6 +84,8 @@ class Joint(GatedTraining):
         temperature: of the gates at the start, in standard deviations of the layer's scores, > 0; a tenth at `freeze`.
         speed: how far a score may move in the whole run, about, >= 0; a threshold network's weights too.
         strength: of the gap to the budget against the task's loss, >= 0.
+        allocation: what shares the plan's budget among the layers before the network has a say: a name, or a table
+            with its arguments.
     """
 
     finds_shares = True
@@ -98,6 +101,7 @@ class Joint(GatedTraining):
         temperature: float = 1.0,
         speed: float = 15.0,
         strength: float = 1.0,
+        allocation: str | Mapping[str, Any] = "lamp",
     ) -> None:
         check_span("joint", begin, end)
         check_numbers("joint", {"freeze": freeze}, end, 1.0)
@@ -108,7 +112,7 @@ class Joint(GatedTraining):
             raise ConfigError(f"training method 'joint': generator must be true or false, not {generator!r}.")
         self.begin, self.end, self.freeze, self.generator = begin, end, freeze, generator
         self.follow, self.temperature, self.speed, self.strength = follow, temperature, speed, strength
-        self.allocation = make_allocation("global")
+        self.allocation = make_allocation(allocation)
 
     def prepare(self) -> None:
         pruner = self.pruner
@@ -153,7 +157,7 @@ class Joint(GatedTraining):
         return self.parameters[f"score.{name}"] + self.follow * (self.norms[name] - self.first_norms[name])
 
     def _offsets(self) -> Tensor:
-        """How far each threshold lies above its plan's, in spreads, ``(layers,)``."""
+        """How far each threshold lies above its anchor, in spreads, ``(layers,)``."""
         if not self.generator:
             return self.parameters["offsets"]
         weights = {name: self.parameters[f"network.{name}"] for name, _ in self.network.named_parameters()}
@@ -162,9 +166,9 @@ class Joint(GatedTraining):
 
     @torch.no_grad()
     def _refresh(self, step: int) -> None:
-        """Reads the layers' statistics, the thresholds of the plan at this moment, and how the cost changes."""
+        """Reads the layers' statistics, the allocation's thresholds at this moment, and how the cost changes."""
         fraction = rise((step / self.total_steps - self.begin) / (self.end - self.begin))
-        wanted, dense, last = self.planned.planned(fraction), self.cost({}), max(1, len(self.tables) - 1)
+        wanted, dense, last = self._shares(fraction), self.cost({}), max(1, len(self.tables) - 1)
         statistics, anchors, spreads = [], [], []
         for depth, name in enumerate(self.tables):
             score = self.score(name)
@@ -182,8 +186,15 @@ class Joint(GatedTraining):
             torch.stack(anchors),
             torch.stack(spreads),
         )
-        self.budget = self.cost(wanted)
+        self.budget = self.cost(self.planned.planned(fraction))
         self.slopes = self._slopes({name: sparsity(mask) for name, mask in self.masks.items()})
+
+    def _shares(self, fraction: float) -> dict[str, float]:
+        """Layer -> sparsity at `fraction` of the plan, shared by the allocation; by the weights' magnitude now."""
+        if fraction == 0.0:
+            return dict.fromkeys(self.tables, 0.0)
+        sizes = {name: latent.abs() for name, latent in self.latent.items()}
+        return self.allocation.sparsities(replace(self.planned, saliency=sizes), fraction)
 
     def _slopes(self, shares: Mapping[str, float]) -> Tensor:
         """The change of the cost with each layer's sparsity, near `shares`, ``(layers,)``."""
@@ -239,7 +250,7 @@ class Joint(GatedTraining):
             over = {name: logits.detach() for name, logits in self.logits.items()}
             lowest = torch.stack([logits.min() for logits in over.values()]).min()
             saliency = {name: (over[name] - lowest)[table.cells] for name, table in self.tables.items()}
-            self.set_masks(self.pruner.masks(saliency=saliency, allocation=self.allocation))
+            self.set_masks(self.pruner.masks(saliency=saliency, allocation=Global()))
             self.frozen = True
             return
         if step % self.refresh_every == 0:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from autoprune.allocation import MacsCost, WeightCost
+from autoprune.allocation import MacsCost, WeightCost, make_allocation
 from autoprune.errors import ConfigError
 from autoprune.inventory import take_inventory
 from autoprune.masks import sparsity
@@ -74,7 +74,9 @@ def cell_sums(values: Tensor, cells: Tensor) -> Tensor:
 def test_gradients_are_those_of_the_gated_model(generator: bool, pattern: Choice) -> None:
     """Against autograd through a forward pass that computes statistics -> thresholds -> gates -> weights itself."""
     pruner = subject(pattern=pattern)
-    method = started(pruner, 6, begin=0.0, end=0.5, freeze=0.75, speed=5.0, generator=generator, strength=0.7)
+    method = started(
+        pruner, 6, begin=0.0, end=0.5, freeze=0.75, speed=5.0, generator=generator, strength=0.7, allocation="planned"
+    )
     own = {name: value.detach().clone().requires_grad_() for name, value in method.parameters.items()}
     latent = {name: value.detach().clone().requires_grad_() for name, value in method.latent.items()}
     if generator:
@@ -113,9 +115,23 @@ def test_gradients_are_those_of_the_gated_model(generator: bool, pattern: Choice
         torch.testing.assert_close(pruner.weight(name).grad, leaf.grad, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("macs", [False, True])
+def test_thresholds_start_as_the_allocations(macs: bool) -> None:
+    pruner = subject(pattern=Choice("unstructured"), macs=macs)
+    method = started(pruner, 0, begin=0.0, end=0.5, allocation="lamp")
+    method._refresh(20)
+    method._look(20)
+    lamp = pruner.masks(allocation=make_allocation("lamp"))  # by magnitude, as the plan's criterion
+    assert {name: sparsity(mask) for name, mask in lamp.items()} != pytest.approx({"0": 0.5, "3": 0.6, "5": 0.7}, 0.02)
+    for name, mask in method.masks.items():
+        assert sparsity(mask) == pytest.approx(sparsity(lamp[name]), abs=2 / mask.numel())
+    cost = pruner.cost or WeightCost(pruner.inventory)
+    assert method.budget == cost({name: layer.sparsity for name, layer in pruner.layers.items()})
+
+
 def test_scores_start_as_norms_and_thresholds_as_the_plans() -> None:
     pruner = subject(pattern=Choice("filter"))
-    method = started(pruner, 0, begin=0.0, end=0.5)
+    method = started(pruner, 0, begin=0.0, end=0.5, allocation="planned")
     norm = pruner.weight("0").detach().flatten(1).square().mean(1).sqrt()
     wanted = (norm - norm.mean()) / norm.std(correction=0)
     torch.testing.assert_close(method.score("0").detach(), wanted)
@@ -251,6 +267,7 @@ def test_signals() -> None:
         ({"follow": 2}, "follow must be a number in [0, 1], not 2"),
         ({"temperature": 0}, "temperature must be a number >= 0.001, not 0"),
         ({"speed": -1}, "speed must be a number >= 0, not -1"),
+        ({"allocation": "lamb"}, "Did you mean 'lamp'"),
         ({"threshold": 1}, "has no argument 'threshold'"),
     ],
 )

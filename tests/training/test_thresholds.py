@@ -104,7 +104,7 @@ def train(pruner: Pruner, method: Thresholds, epochs: int) -> None:
 
 
 def test_the_penalty_is_the_papers_and_ends_with_the_freeze() -> None:
-    method = Thresholds(freeze=0.5)
+    method = Thresholds(end=0.5, freeze=0.5)
     method.start(subject(), 4)
     with torch.no_grad():
         for value in method.parameters.values():
@@ -149,7 +149,7 @@ def test_the_budget_is_near_before_the_freeze_and_met_at_it() -> None:
 
 
 def test_frozen_masks_stay() -> None:
-    pruner, method = subject(), Thresholds(freeze=0.5)
+    pruner, method = subject(), Thresholds(end=0.5, freeze=0.5)
     method.start(pruner, 4)
     method.update(2)
     before = {name: mask.clone() for name, mask in method.masks.items()}
@@ -207,8 +207,8 @@ def test_signals_show_thresholds_and_alpha() -> None:
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        ({"begin": 0.6}, "needs 0 <= begin < end <= 1"),
-        ({"freeze": 0.1}, "freeze must be a number in [0.5, 1], not 0.1"),
+        ({"begin": 0.8}, "needs 0 <= begin < end <= 1"),
+        ({"freeze": 0.1}, "freeze must be a number in [0.7, 1], not 0.1"),
         ({"speed": -1.0}, "speed must be a number >= 0, not -1.0"),
         ({"least": "1%"}, "least must be a number in [0, 0.5], not '1%'"),
     ],
