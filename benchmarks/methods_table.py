@@ -162,6 +162,7 @@ RECIPES: Mapping[str, Recipe] = {
         "- L1/2 with splicing", Choice("proximal", {"splice": True, "allocation": "lamp"}), from_trained=True
     ),
     "expand": Recipe("expand 1.5x, then prune", Choice("expand"), from_trained=True),
+    "expand_scratch": Recipe("- widened before any training", Choice("expand")),
     "expand_not": Recipe("- without expanding", Choice("expand", {"factor": 1.0}), from_trained=True),
     "bayesian": Recipe("iterative, Bayesian", Choice("bayesian"), from_trained=True),
     "bayesian_memoryless": Recipe("- memory-less", Choice("bayesian", {"memory": False}), from_trained=True),
