@@ -148,7 +148,7 @@ class Thresholds(GatedTraining):
     finds_shares = True
 
     def __init__(
-        self, begin: float = 0.1, end: float = 0.7, freeze: float = 0.85, speed: float = 10.0, least: float = 0.01
+        self, begin: float = 0.05, end: float = 0.6, freeze: float = 0.7, speed: float = 10.0, least: float = 0.01
     ) -> None:
         check_span("thresholds", begin, end)
         check_numbers("thresholds", {"freeze": freeze}, end, 1.0)

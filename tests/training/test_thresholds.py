@@ -207,8 +207,8 @@ def test_signals_show_thresholds_and_alpha() -> None:
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        ({"begin": 0.8}, "needs 0 <= begin < end <= 1"),
-        ({"freeze": 0.1}, "freeze must be a number in [0.7, 1], not 0.1"),
+        ({"begin": 0.6}, "needs 0 <= begin < end <= 1"),
+        ({"freeze": 0.1}, "freeze must be a number in [0.6, 1], not 0.1"),
         ({"speed": -1.0}, "speed must be a number >= 0, not -1.0"),
         ({"least": "1%"}, "least must be a number in [0, 0.5], not '1%'"),
     ],
