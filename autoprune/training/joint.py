@@ -72,8 +72,8 @@ class Joint(GatedTraining):
 
     A score starts as the cell's norm, in standard deviations of the layer's; after that it is a parameter, and follows
     the norm as far as `follow` says. A threshold is the score at which the layer would be as sparse as the allocation
-    makes it at that moment, plus what the network adds. At `freeze` the masks are made exactly on the budget, by how far
-    the scores are above their thresholds, and the rest trains on.
+    makes it at that moment, plus what the network adds. At `freeze` the masks are made exactly on the budget, by how
+    far the scores are above their thresholds, and the rest trains on.
 
     Args:
         begin: fraction of the run after which cutting begins, in [0, 1).
@@ -85,7 +85,7 @@ class Joint(GatedTraining):
         speed: how far a score may move in the whole run, about, >= 0; a threshold network's weights too.
         strength: of the gap to the budget against the task's loss, >= 0.
         allocation: what shares the plan's budget among the layers before the network has a say: a name, or a table
-            with its arguments.
+            with its arguments. The plan's own shares and LAMP's ended alike in what we ran.
     """
 
     finds_shares = True
