@@ -215,12 +215,9 @@ def report() -> str:
     timed = {}
     for row in read_lines(RESULTS / "recurrent_training" / "times.jsonl", "the times"):
         timed[row["task"], Variant(**row["variant"])] = row
-    machines = sorted({row["machine"] for row in timed.values()})
-    lines += [
-        "",
-        *(f"Timed on {each}, one thread, batch 1, against the best dense engine of that run." for each in machines),
-    ]
-    lines += [""] if machines else []
+    for machine in sorted({row["machine"] for row in timed.values()}):
+        lines += ["", f"Timed on {machine}, one thread, batch 1, against the best dense engine of that run."]
+    lines += [""]
     for name in SHOWN:
         runs = [each for each in outcomes() if each.task == name]
         if not runs:
