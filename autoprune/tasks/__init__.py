@@ -11,6 +11,7 @@ TASKS: Registry[Task] = Registry(
         "digits": "autoprune.tasks.digits:digits",
         "fashion_mnist": "autoprune.tasks.fashion_mnist:fashion_mnist",
         "japanese_vowels": "autoprune.tasks.japanese_vowels:japanese_vowels",
+        "mnist": "autoprune.tasks.mnist:mnist",
         "moby_dick": "autoprune.tasks.moby_dick:moby_dick",
         "spoken_digits": "autoprune.tasks.spoken_digits:spoken_digits",
         "user": "autoprune.tasks.user:user",

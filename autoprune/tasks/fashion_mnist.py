@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-import gzip
-import struct
-import zlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-from torch.nn import functional
-
-from autoprune.errors import ConfigError, FileError
-from autoprune.settings import TrainingSettings
 from autoprune.tasks.base import Task
-from autoprune.tasks.batches import ShiftFlip, TensorBatches, normalised
-from autoprune.tasks.zoo import build_model, image_model, positive
+from autoprune.tasks.idx import TRAINING, VALIDATION, Source, image_task
 
 FOLDER = "/usr/share/datasets/fashion-mnist"
-INSTALL = "apt-get install dataset-fashion-mnist"
-SIDE, CLASSES = 28, 10
-VALIDATION = 5_000  # held out from the end of the train split, whose order is random already
-DENSE_TRAINING = TrainingSettings(epochs=6, learning_rate=0.1, weight_decay=5e-4, warmup=0.15)
+SOURCE = Source("fashion_mnist", ".gz", "apt-get install dataset-fashion-mnist", mirrored=True)
 
 
 def fashion_mnist(
@@ -33,7 +18,7 @@ def fashion_mnist(
     widths: Sequence[int] | None = None,
     blocks: int | None = None,
     augment: bool = True,
-    train_samples: int = 60_000 - VALIDATION,
+    train_samples: int = TRAINING,
     validation_samples: int = VALIDATION,
     batch_size: int = 128,
     seed: int = 0,
@@ -55,52 +40,6 @@ def fashion_mnist(
         FileError: the files are missing (the message is the command that installs them) or corrupt.
         ConfigError: an argument out of range, or one the model does not take.
     """
-    positive("batch_size, train_samples and validation_samples", batch_size, train_samples, validation_samples)
-    if validation_samples > VALIDATION or train_samples > 60_000 - VALIDATION:
-        raise ConfigError(
-            f"fashion_mnist has {60_000 - VALIDATION:,} images to train on and {VALIDATION:,} to validate, "
-            f"not {train_samples:,} and {validation_samples:,}."
-        )
-    if model == "residual_cnn" and widths is None:
-        widths = (32, 64, 128)
-    train_x, train_y = _split(Path(folder), "train", 60_000)
-    test_x, test_y = _split(Path(folder), "t10k", 10_000)
-    held_out = slice(60_000 - validation_samples, None)
-    train_x, validation_x, test_x = normalised(train_x[:train_samples], train_x[held_out], test_x)
-    train_y, validation_y = train_y[:train_samples], train_y[held_out]
-    change = ShiftFlip(2, flip=True) if augment else None
-    train = TensorBatches(train_x, train_y, batch_size, shuffle=True, augment=change)
-    return Task(
-        name="fashion_mnist",
-        model=build_model(*image_model(model, widths, blocks), in_channels=1, size=SIDE, classes=CLASSES, seed=seed),
-        train=train,
-        calibration=train.first(512, 128),
-        validation=TensorBatches(validation_x, validation_y),
-        testing=TensorBatches(test_x, test_y),
-        loss=functional.cross_entropy,
-        dense_training=DENSE_TRAINING,
+    return image_task(
+        SOURCE, folder, model, widths, blocks, augment, train_samples, validation_samples, batch_size, seed
     )
-
-
-def _split(folder: Path, name: str, count: int) -> tuple[Tensor, Tensor]:
-    images = _read_idx(folder / f"{name}-images-idx3-ubyte.gz", (count, SIDE, SIDE))
-    labels = _read_idx(folder / f"{name}-labels-idx1-ubyte.gz", (count,))
-    if int(labels.max()) >= CLASSES:
-        raise FileError(f"{folder}/{name}-labels-idx1-ubyte.gz is corrupt: it holds the label {int(labels.max())}.")
-    return images[:, None].float() / 255.0, labels.long()
-
-
-def _read_idx(path: Path, shape: tuple[int, ...]) -> Tensor:
-    """Reads a gzipped IDX file of unsigned bytes: 2 zero bytes, the type 8, the rank, each extent, the values."""
-    if not path.is_file():
-        raise FileError(f"{path} not found; install it: {INSTALL}")
-    header = struct.pack(f">BBBB{len(shape)}I", 0, 0, 8, len(shape), *shape)
-    values = int(np.prod(shape))
-    try:
-        with gzip.open(path) as handle:
-            raw = handle.read(len(header) + values + 1)  # no more than it may hold, whatever it unpacks to
-    except (OSError, EOFError, zlib.error) as error:
-        raise FileError(f"{path} is corrupt ({error}); install it again: {INSTALL}") from None
-    if raw[: len(header)] != header or len(raw) != len(header) + values:
-        raise FileError(f"{path} is not an IDX file of {shape} unsigned bytes; install it again: {INSTALL}")
-    return torch.from_numpy(np.frombuffer(raw, np.uint8, values, len(header)).reshape(shape).copy())

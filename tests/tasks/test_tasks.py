@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import re
 import struct
 from pathlib import Path
 
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 
 from autoprune.errors import AutopruneError, ConfigError, FileError
 from autoprune.registry import Choice
-from autoprune.tasks import TASKS, ShiftFlip, Task, TensorBatches, accuracy
+from autoprune.tasks import TASKS, ShiftFlip, Task, TensorBatches, accuracy, mnist
 from autoprune.tasks import fashion_mnist as fashion
+from autoprune.tasks.idx import Source, read_idx
 from autoprune.training import train_
 
 
@@ -114,14 +116,15 @@ def test_every_augmented_image_is_a_shift_or_a_mirrored_one(pixels: int, flip: b
 
 def write_idx(path: Path, values: np.ndarray) -> None:
     header = struct.pack(f">BBBB{values.ndim}I", 0, 0, 8, values.ndim, *values.shape)
-    with gzip.open(path, "wb", compresslevel=1) as handle:
+    with gzip.open(path, "wb", compresslevel=1) if path.suffix == ".gz" else path.open("wb") as handle:
         handle.write(header + values.astype(np.uint8).tobytes())
 
 
-def test_idx_files_are_read_as_written(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["a.gz", "a"])
+def test_idx_files_are_read_as_written(tmp_path: Path, name: str) -> None:
     values = np.arange(24).reshape(2, 3, 4)
-    write_idx(tmp_path / "a.gz", values)
-    assert fashion._read_idx(tmp_path / "a.gz", (2, 3, 4)).tolist() == values.tolist()
+    write_idx(tmp_path / name, values)
+    assert read_idx(tmp_path / name, (2, 3, 4), "get it").tolist() == values.tolist()
 
 
 def damaged(raw: bytes) -> dict[str, bytes]:
@@ -142,16 +145,45 @@ def test_a_damaged_idx_file_is_an_error(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "a.gz"
     write_idx(path, np.arange(24).reshape(2, 3, 4))
     path.write_bytes(damaged(path.read_bytes())[damage])
-    with pytest.raises(FileError, match="install it again: apt-get install dataset-fashion-mnist"):
-        fashion._read_idx(path, (2, 3, 4))
+    with pytest.raises(FileError, match=r"install it again: get it$"):
+        read_idx(path, (2, 3, 4), "get it")
 
 
-def test_missing_fashion_mnist_says_how_to_install_it(tmp_path: Path) -> None:
-    with pytest.raises(FileError, match=r"not found; install it: apt-get install dataset-fashion-mnist$"):
-        TASKS.create(Choice("fashion_mnist", {"folder": str(tmp_path)}))
+IDX_SOURCES = [fashion.SOURCE, mnist.SOURCE]
 
 
-@pytest.mark.skipif(not Path(fashion.FOLDER).is_dir(), reason=fashion.INSTALL)
+@pytest.mark.parametrize("source", IDX_SOURCES, ids=lambda source: source.name)
+def test_missing_idx_files_say_how_to_install_them(tmp_path: Path, source: Source) -> None:
+    with pytest.raises(FileError, match=rf"not found; install it: {re.escape(source.install)}$"):
+        TASKS.create(Choice(source.name, {"folder": str(tmp_path)}))
+
+
+@pytest.mark.parametrize("source", IDX_SOURCES, ids=lambda source: source.name)
+def test_a_task_of_idx_files_holds_out_the_last_of_the_train_split(tmp_path: Path, source: Source) -> None:
+    draws = np.random.default_rng(0)
+    labels = {}
+    for name, count in (("train", 60_000), ("t10k", 10_000)):
+        labels[name] = draws.integers(0, 10, count)
+        write_idx(tmp_path / f"{name}-labels-idx1-ubyte{source.suffix}", labels[name])
+        images = np.broadcast_to(labels[name][:, None, None], (count, 28, 28))  # each is as bright as its label
+        write_idx(tmp_path / f"{name}-images-idx3-ubyte{source.suffix}", images)
+    sizes = {"train_samples": 40, "validation_samples": 30, "batch_size": 8}
+    task = TASKS.create(Choice(source.name, {"folder": str(tmp_path), "widths": [4, 8, 16], **sizes}))
+    assert task.train.y.tolist() == labels["train"][:40].tolist()
+    assert task.validation.y.tolist() == labels["train"][-30:].tolist()
+    assert task.testing.y.tolist() == labels["t10k"].tolist()
+    brightness = task.testing.x[:, 0, 0, 0]
+    for label in range(10):
+        assert len(brightness[task.testing.y == label].unique()) == 1
+    assert task.model(next(iter(task.train))[0]).shape == (8, 10)
+    write_idx(tmp_path / f"t10k-labels-idx1-ubyte{source.suffix}", np.full(10_000, 10))
+    with pytest.raises(FileError, match=r"t10k-labels.* is corrupt: it holds the label 10"):
+        TASKS.create(Choice(source.name, {"folder": str(tmp_path)}))
+    with pytest.raises(ConfigError, match=rf"{source.name} has 55,000 images to train on.*not 55,001"):
+        TASKS.create(Choice(source.name, {"folder": str(tmp_path), "train_samples": 55_001}))
+
+
+@pytest.mark.skipif(not Path(fashion.FOLDER).is_dir(), reason=fashion.SOURCE.install)
 def test_fashion_mnist_has_the_official_test_split() -> None:
     task = TASKS.create(Choice("fashion_mnist", {"widths": [4, 8]}))
     assert [len(split.y) for split in (task.train, task.validation, task.testing)] == [55_000, 5_000, 10_000]
