@@ -7,7 +7,7 @@ scores, by the task's loss through the gates and by the gap to the budget.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,17 +16,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from autoprune.allocation import Cost, Layers, WeightCost, make_allocation
+from autoprune.allocation import make_allocation
 from autoprune.allocation.threshold import Global
 from autoprune.errors import ConfigError
 from autoprune.masks import sparsity
 from autoprune.training.base import Signals
-from autoprune.training.latent import GatedTraining, LatentTraining
+from autoprune.training.gated import CellTable, GatedTraining
 from autoprune.training.schedule import check_numbers, check_span, rise
-from autoprune.training.thresholds import CellTable
 
 COLD = 0.1  # the temperature at the end, over the one at the start
-BETAS = (0.9, 0.99)  # of the Adam that trains scores and thresholds
 REFRESHES = 200  # of the layers' statistics, in a run
 STEP = 0.01  # of sparsity, to see how a cost changes with it
 WIDEST = 0.1  # a gap, over the budget, from which on its pull grows no more
@@ -88,7 +86,7 @@ class Joint(GatedTraining):
             with its arguments. The plan's own shares and LAMP's ended alike in what we ran.
     """
 
-    finds_shares = True
+    betas = (0.9, 0.99)
     strength_range = ("strength", 0.1, 10.0)
 
     def __init__(
@@ -115,18 +113,7 @@ class Joint(GatedTraining):
         self.allocation = make_allocation(allocation)
 
     def prepare(self) -> None:
-        pruner = self.pruner
-        pruner.plan.check_layers(pruner.inventory.names)
-        self.cost: Cost = pruner.cost or WeightCost(pruner.inventory)
-        self.planned = Layers(pruner.inventory, pruner.plan, {}, self.cost)
-        self.planned.check_free("training method 'joint'")
-        self.tables = {name: CellTable.of(pruner.cells(name)) for name in self.latent}
-        self.frozen = not self.latent
-        self.freeze_step = max(1, round(self.freeze * self.total_steps))
         self.refresh_every = max(1, self.total_steps // REFRESHES)
-        self.network = ThresholdNetwork()
-        self.norms = {name: self._norm(name) for name in self.latent}
-        self.first_norms = dict(self.norms)
         self.step, self.gap, self.budget = 0, 0.0, 0.0
         self.statistics = torch.zeros(0, STATISTICS)
         self.anchors = self.spreads = self.slopes = torch.zeros(0)
@@ -143,14 +130,13 @@ class Joint(GatedTraining):
         return (norm - norm.mean()) / spread
 
     def make_parameters(self) -> dict[str, Tensor]:
+        self.network = ThresholdNetwork()
+        self.norms = {name: self._norm(name) for name in self.latent}
+        self.first_norms = dict(self.norms)
         scores = {f"score.{name}": norm.clone() for name, norm in self.norms.items()}
         if not self.generator:
             return scores | {"offsets": torch.zeros(len(self.latent))}
         return scores | {f"network.{name}": value for name, value in self.network.named_parameters()}
-
-    def make_optimizer(self, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
-        given = list(parameters) or [torch.zeros(0, requires_grad=True)]  # a plan may prune nothing
-        return torch.optim.Adam(given, lr=self.speed / self.total_steps, betas=BETAS)
 
     def score(self, name: str) -> Tensor:
         """The score of each cell now, ``(cells,)``; differentiable in the parameters."""
@@ -220,16 +206,12 @@ class Joint(GatedTraining):
             alive = {name: (logits > 0) | (logits >= logits.max()) for name, logits in self.logits.items()}
             self.set_masks({name: alive[name][table.cells] for name, table in self.tables.items()})
 
-    def effective(self, name: str, latent: Tensor) -> Tensor:
-        if self.frozen:
-            return LatentTraining.effective(self, name, latent)
+    def gated(self, name: str, latent: Tensor) -> Tensor:
         gated: Tensor = Gate.apply(latent, self.logits[name], self.masks[name], self.tables[name])  # type: ignore[no-untyped-call]
         return gated
 
-    def penalty(self, latent: Mapping[str, Tensor]) -> Tensor:
+    def pressure(self) -> Tensor:
         """The gap of the masks to the budget of the moment; its gradient is the soft gates', by `slopes`."""
-        if self.frozen:
-            return torch.zeros(())
         cost = self.cost({name: sparsity(mask) for name, mask in self.masks.items()})
         kept = [
             (table.size * self.logits[name].sigmoid()).sum() / table.cells.numel()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -141,76 +141,3 @@ class LatentTraining(SparseTraining):
             for parameter, row in self.rows[name].items():
                 row.copy_(state[f"row.{parameter}"])
         self._show_effective_()
-
-
-class GatedTraining(LatentTraining):
-    """A latent method whose effective weight is a differentiable function of the latent one and of own parameters.
-
-    The gradients are those of ``loss + penalty``, as if the model computed `effective` itself in its forward pass.
-
-    Attributes:
-        parameters: name -> leaf tensor of the method's own, trained by `own`.
-        own: the optimizer of `parameters`.
-    """
-
-    parameters: dict[str, Tensor]
-    own: torch.optim.Optimizer
-
-    @abstractmethod
-    def make_parameters(self) -> dict[str, Tensor]:
-        """The method's own parameters at the start, called once `pruner` and `latent` are there."""
-
-    @abstractmethod
-    def make_optimizer(self, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
-        """The optimizer of `parameters`."""
-
-    @abstractmethod
-    def effective(self, name: str, latent: Tensor) -> Tensor:
-        """The weight the model computes with; differentiable in `latent` and in `parameters`."""
-
-    def penalty(self, latent: Mapping[str, Tensor]) -> Tensor:
-        """Added to the loss; a scalar, differentiable in `latent` and in `parameters`."""
-        return torch.zeros(())
-
-    def prepare(self) -> None:
-        self.parameters = {name: value.detach().requires_grad_() for name, value in self.make_parameters().items()}
-        self.own = self.make_optimizer(list(self.parameters.values()))
-
-    def before_step(self, step: int) -> None:
-        gradients = {name: self.pruner.weight(name).grad for name in self.latent}
-        with torch.enable_grad():
-            leaves = {name: latent.detach().requires_grad_() for name, latent in self.latent.items()}
-            surrogate = self.penalty(leaves)  # its gradient is that of loss + penalty
-            for name, gradient in gradients.items():
-                if gradient is not None:
-                    surrogate = surrogate + (self.effective(name, leaves[name]) * gradient).sum()
-            self.own.zero_grad()
-            if surrogate.requires_grad:
-                surrogate.backward()
-        with torch.no_grad():
-            for name, leaf in leaves.items():
-                weight = self.pruner.weight(name)
-                if weight.grad is not None:
-                    weight.grad.copy_(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
-                weight.copy_(leaf)
-        self.own.step()
-        self._place_rows_()
-
-    def state(self) -> dict[str, Tensor]:
-        own = {f"own.{name}": value.detach() for name, value in self.parameters.items()}
-        for index, values in self.own.state_dict()["state"].items():
-            own |= {f"optimizer.{index}.{key}": value for key, value in values.items() if isinstance(value, Tensor)}
-        return super().state() | own
-
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, value in self.parameters.items():
-                value.copy_(state[f"own.{name}"])
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, value in state.items():
-            if name.startswith("optimizer."):
-                _, index, key = name.split(".")
-                moments.setdefault(int(index), {})[key] = value
-        groups = self.own.state_dict()["param_groups"]
-        self.own.load_state_dict({"state": moments, "param_groups": groups})
-        super().load_state(state)

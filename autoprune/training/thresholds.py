@@ -6,16 +6,16 @@ Added to the paper: cells of any pattern in place of single weights, and a budge
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from autoprune.allocation import Layers, WeightCost, make_allocation
+from autoprune.allocation import make_allocation
 from autoprune.training.base import Signals
-from autoprune.training.latent import GatedTraining, LatentTraining
+from autoprune.training.gated import CellTable, GatedTraining
 from autoprune.training.schedule import check_numbers, check_span, rise
 
 ALPHA = 1e-3  # the penalty's factor at the start, and where it may go
@@ -23,7 +23,6 @@ LOG_ALPHAS = (math.log(1e-9), math.log(1e3))
 PROPORTIONAL, INTEGRAL = 30.0, 500.0  # nats of alpha for a gap of all weights; the latter, held for a whole run
 WIDEST_GAP = 0.1
 CONTROLS = 400  # how often in a run alpha is set anew
-BETAS = (0.5, 0.95)  # of the thresholds' Adam: alpha moves fast, and old gradients say little of new ones
 SMALLEST = 1e-3  # a threshold when it divides
 
 
@@ -32,73 +31,6 @@ def long_tailed(x: Tensor) -> Tensor:
     away = x.abs()
     near = 2.0 - 4.0 * away
     return torch.where(away <= 0.4, near, torch.where(away <= 1.0, 0.4, 0.0))
-
-
-@dataclass(frozen=True)
-class CellTable:
-    """Where the weights of each cell lie, so that sums over cells need no scattered addition.
-
-    Attributes:
-        cells: the cell of each weight, in the weight's shape.
-        places: the weights of each cell in the flat weight, ``(cells, largest)``; past its end where a cell is smaller.
-        size: weights of each cell, ``(cells,)``.
-        owner: the threshold each cell is compared with, ``(cells,)``.
-        thresholds: how many there are.
-    """
-
-    cells: Tensor
-    places: Tensor
-    size: Tensor
-    owner: Tensor
-    thresholds: int
-
-    @classmethod
-    def of(cls, cells: Tensor) -> CellTable:
-        """The table of a layer's cells, int64 from 0, in the weight's shape."""
-        flat = cells.flatten()
-        size = torch.bincount(flat)
-        first = size.cumsum(0) - size
-        order = flat.argsort(stable=True)
-        places = torch.full((len(size), int(size.max())), len(flat))
-        sorted_cells = flat[order]
-        places[sorted_cells, torch.arange(len(flat)) - first[sorted_cells]] = order
-        owner = _owners(cells, len(size))
-        return cls(cells, places, size.float(), owner, int(owner.max()) + 1)
-
-    def sums(self, values: Tensor) -> Tensor:
-        """The sum of `values`, in the weight's shape, over each cell: ``(cells,)``."""
-        flat = values.flatten()
-        if self.places.shape[1] == 1:
-            return flat[self.places[:, 0]]
-        if self.places.numel() > len(flat):
-            flat = torch.cat([flat, flat.new_zeros(1)])
-        return flat[self.places].sum(dim=1)
-
-    def scores(self, weight: Tensor) -> Tensor:
-        """Mean magnitude of each cell over the root mean square of the layer's, ``(cells,)``."""
-        score = self.sums(weight.abs()) / self.size
-        return score / self.unit(score)
-
-    def unit(self, score: Tensor) -> Tensor:
-        """What scores and thresholds of the layer are measured in; a scalar."""
-        return score.square().mean().sqrt().clamp(min=1e-30)
-
-
-def _owners(cells: Tensor, count: int) -> Tensor:
-    """The threshold of each cell: one for the filters that share cells; the layer's where a threshold had one cell."""
-    flat = cells.flatten()
-    filters = len(cells)
-    label = torch.arange(filters)
-    while True:  # filters that share a cell, directly or through others, take the least of their numbers
-        lowest = torch.full((count,), filters).scatter_reduce(
-            0, flat, label.repeat_interleave(len(flat) // filters), "amin"
-        )
-        joined = lowest[cells].reshape(filters, -1).amin(dim=1)
-        if torch.equal(joined, label):
-            break
-        label = joined
-    _, owner = lowest.unique(return_inverse=True)
-    return owner if len(owner) > int(owner.max()) + 1 else torch.zeros_like(owner)
 
 
 class Gated(torch.autograd.Function):
@@ -145,7 +77,7 @@ class Thresholds(GatedTraining):
     """
 
     strength_range = ("speed", 3.0, 30.0)
-    finds_shares = True
+    betas = (0.5, 0.95)  # alpha moves fast, and old gradients say little of new ones
 
     def __init__(
         self, begin: float = 0.05, end: float = 0.6, freeze: float = 0.7, speed: float = 10.0, least: float = 0.01
@@ -158,21 +90,13 @@ class Thresholds(GatedTraining):
         self.allocation = make_allocation("global")
 
     def prepare(self) -> None:
-        pruner = self.pruner
-        pruner.plan.check_layers(pruner.inventory.names)
-        self.cost = pruner.cost or WeightCost(pruner.inventory)
-        self.planned = Layers(pruner.inventory, pruner.plan, {}, self.cost)
-        self.planned.check_free("training method 'thresholds'")
-        self.tables = {name: CellTable.of(pruner.cells(name)) for name in self.latent}
-        self.frozen = not self.latent
-        self.freeze_step = max(1, round(self.freeze * self.total_steps))
+        super().prepare()
         self.control_every = max(1, self.total_steps // CONTROLS)
         self.log_alpha = self.integral = math.log(ALPHA)
-        left = 1.0 - sum(p.sparsity * self._weights(n) for n, p in pruner.layers.items()) / max(
+        left = 1.0 - sum(p.sparsity * self._weights(n) for n, p in self.pruner.layers.items()) / max(
             1, sum(self._weights(n) for n in self.latent)
         )
         self.reset_below = min(self.least, left / 10)
-        super().prepare()
 
     def _weights(self, name: str) -> int:
         return self.latent[name].numel()
@@ -180,19 +104,11 @@ class Thresholds(GatedTraining):
     def make_parameters(self) -> dict[str, Tensor]:
         return {name: torch.zeros(table.thresholds) for name, table in self.tables.items()}
 
-    def make_optimizer(self, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
-        given = list(parameters) or [torch.zeros(0, requires_grad=True)]  # a plan may prune nothing
-        return torch.optim.Adam(given, lr=self.speed / self.total_steps, betas=BETAS)
-
-    def effective(self, name: str, latent: Tensor) -> Tensor:
-        if self.frozen:
-            return LatentTraining.effective(self, name, latent)
+    def gated(self, name: str, latent: Tensor) -> Tensor:
         gated: Tensor = Gated.apply(latent, self.parameters[name], self.tables[name])  # type: ignore[no-untyped-call]
         return gated
 
-    def penalty(self, latent: Mapping[str, Tensor]) -> Tensor:
-        if self.frozen:
-            return torch.zeros(())
+    def pressure(self) -> Tensor:
         terms = [value.neg().exp().sum() for value in self.parameters.values()]
         return math.exp(self.log_alpha) * torch.stack(terms).sum()
 

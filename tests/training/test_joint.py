@@ -152,7 +152,7 @@ def test_the_cost_changes_by_its_slopes(macs: bool) -> None:
     shares = {name: sparsity(mask) for name, mask in method.masks.items()}
     per_layer = [layer.macs if macs else layer.weights for layer in pruner.inventory.layers]
     torch.testing.assert_close(method.slopes, -torch.tensor(per_layer, dtype=torch.float32), rtol=1e-3, atol=1e-2)
-    method.penalty({})
+    method.pressure()
     assert method.gap == pytest.approx((cost(shares) - method.budget) / method.budget, abs=1e-5)
 
 

@@ -18,7 +18,8 @@ from autoprune.plan import LayerPlan, Plan
 from autoprune.registry import Choice
 from autoprune.settings import TrainingSettings
 from autoprune.training import Pruner, train_
-from autoprune.training.thresholds import CellTable, Gated, Thresholds, long_tailed
+from autoprune.training.gated import CellTable
+from autoprune.training.thresholds import Gated, Thresholds, long_tailed
 
 PATTERN_CHOICES = [
     Choice("unstructured"), Choice("group", {"size": 4}), Choice("group", {"size": 3}), Choice("channel"),
@@ -111,9 +112,21 @@ def test_the_penalty_is_the_papers_and_ends_with_the_freeze() -> None:
             value.fill_(0.5)
     count = sum(len(value) for value in method.parameters.values())
     wanted = 1e-3 * count * torch.tensor(-0.5).exp()
-    assert torch.isclose(method.penalty(method.latent), wanted)
+    assert torch.isclose(method.pressure(), wanted)
+    step_without_a_loss(method, 1)
+    raised = {name: value.detach().clone() for name, value in method.parameters.items()}
+    assert all(bool((value > 0.5).all()) for value in raised.values())
     method.update(2)
-    assert float(method.penalty(method.latent)) == 0.0
+    step_without_a_loss(method, 3)
+    assert all(torch.equal(value, raised[name]) for name, value in method.parameters.items())
+
+
+def step_without_a_loss(method: Thresholds, step: int) -> None:
+    for name in method.latent:
+        weight = method.pruner.weight(name)
+        weight.grad = torch.zeros_like(weight)
+    method.before_step(step)
+    method.after_step(step)
 
 
 def test_alpha_follows_the_gap() -> None:
