@@ -37,6 +37,8 @@ class Threshold(Allocation):
     @final
     def sparsities(self, layers: Layers, fraction: float = 1.0) -> dict[str, float]:
         layers.check_free("a global ranking")
+        if fraction == 0.0:
+            return layers.planned(0.0)
         rising: dict[str, Tensor] = {}  # layer -> comparable score of each cell
         zeros: dict[str, Tensor] = {}  # layer -> sparsity once that cell and those before it are cut
         for name in layers.planned(fraction):

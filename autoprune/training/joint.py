@@ -177,8 +177,6 @@ class Joint(GatedTraining):
 
     def _shares(self, fraction: float) -> dict[str, float]:
         """Layer -> sparsity at `fraction` of the plan, shared by the allocation; by the weights' magnitude now."""
-        if fraction == 0.0:
-            return dict.fromkeys(self.tables, 0.0)
         sizes = {name: latent.abs() for name, latent in self.latent.items()}
         return self.allocation.sparsities(replace(self.planned, saliency=sizes), fraction)
 

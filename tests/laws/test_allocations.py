@@ -64,6 +64,12 @@ def test_the_budget_is_met(
     assert all(shares[less][layer] <= shares[more][layer] + 1e-9 for layer in shares[less])
 
 
+@pytest.mark.parametrize("name", list(ALLOCATIONS))
+def test_nothing_is_cut_at_no_fraction_of_the_plan(name: str) -> None:
+    found = layers([0.9, 0.5, 0.0], Choice("unstructured"))
+    assert ALLOCATIONS.create(Choice(name)).sparsities(found, 0.0) == found.planned(0.0)
+
+
 @pytest.mark.parametrize("name", FREE)
 @pytest.mark.parametrize("macs", [False, True])
 def test_the_budget_is_spent(name: str, macs: bool) -> None:
