@@ -273,22 +273,22 @@ def _architecture(shown: Shown, job: Job) -> nn.Module:
 
 
 def time_models(shown: Shown, console: Console) -> None:
-    """Times the models of the first seed, repacked, in turns with the dense engines."""
+    """Times each row's first model that is kept here, repacked, in turns with the dense engines."""
     torch.set_num_threads(1)
     task = _task(shown, 0)
     x = task.example_inputs(1)
     dense = _start(shown, 0, shown.epochs)[0].eval()
     engines = {name: ENGINES.create(Choice(name)).prepare(dense, x[0], 1) for name in baselines()}
-    jobs = [outcome.job for outcome in read_outcomes(shown) if outcome.job.seed == 0 and outcome.job.method != DENSE]
+    jobs = [outcome.job for outcome in read_outcomes(shown) if outcome.job.method != DENSE]
+    jobs.sort(key=lambda job: job.seed, reverse=True)
+    first = {(job.setting, job.method): job for job in jobs if model_path(shown, job).exists()}
+    for setting, method in sorted({(job.setting, job.method) for job in jobs} - set(first)):
+        console.say(f"{method}, {setting}: no model is kept here; not timed")
     rows = []
-    with console.bar("timing", len(jobs)) as bar:
-        for job in jobs:
-            path = model_path(shown, job)
-            if not path.exists():
-                console.say(f"{job}: {path} is gone; not timed")
-                continue
+    with console.bar("timing", len(first)) as bar:
+        for job in first.values():
             model = _architecture(shown, job)
-            model.load_state_dict(read_tensors(path, "the masked model")[0])
+            model.load_state_dict(read_tensors(model_path(shown, job), "the masked model")[0])
             fast = repack(model.eval(), x, threads=1)
             times = measure_together({**engines, "repacked": lambda: fast(*x)}, Protocol(samples=ROUNDS, threads=1))  # noqa: B023
             best = min(engines, key=lambda name: times[name].median_ms)
