@@ -35,7 +35,7 @@ from autoprune.files import append_line, cache_folder, read_lines, write_text
 from autoprune.latency.machine import machine_text
 from autoprune.masks import sparsity, weight_of
 from autoprune.report.console import Console
-from autoprune.report.table import markdown_table
+from autoprune.report.table import markdown_table, mean_and_spread
 from autoprune.run import Run
 from autoprune.training.loop import count_batches
 
@@ -202,9 +202,9 @@ def report(name: str, outcomes: Sequence[Outcome]) -> str:
     for who in WHO:
         mine = [outcome for outcome in outcomes if outcome.who == who]
         if mine:
-            test, under = [100 * each.test for each in mine], [100 * (each.dense - each.test) for each in mine]
+            figures = zip(*((each.validation, each.test, each.dense - each.test) for each in mine), strict=True)
             rows.append((
-                who, str(len(mine)), _spread([100 * each.validation for each in mine]), _spread(test), _spread(under),
+                who, str(len(mine)), *(mean_and_spread([100 * value for value in values]) for values in figures),
                 f"{100 * statistics.mean(each.zeros for each in mine):.1f}%",
                 f"{statistics.mean(each.steps for each in mine):.0f}",
                 f"{statistics.mean(each.seconds for each in mine):.0f}",
@@ -225,11 +225,6 @@ def report(name: str, outcomes: Sequence[Outcome]) -> str:
     )
     write_text(RESULTS / f"fine_grained_{name}.md", text)
     return text
-
-
-def _spread(values: Sequence[float]) -> str:
-    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{deviation}"
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from autoprune.latency.machine import machine_text
 from autoprune.masks import weight_of
 from autoprune.plan import LayerPlan, Plan
 from autoprune.registry import Choice
-from autoprune.report.table import MISSING, markdown_table
+from autoprune.report.table import MISSING, markdown_table, mean_and_spread
 from autoprune.settings import TrainingSettings
 from autoprune.tasks import TASKS, Task
 from autoprune.tasks.batches import TensorBatches
@@ -154,10 +154,17 @@ def points_lost(
     recipe: str, factor: float, runs: Sequence[Run], seeds: Sequence[int], split: str = "validation"
 ) -> float | None:
     """Mean percentage points under dense training of the same seeds; None when a run is missing."""
-    found = {(run.recipe, run.factor, run.seed): getattr(run, split) for run in runs}
-    pairs = [(found.get((DENSE, 1.0, seed)), found.get((recipe, factor, seed))) for seed in seeds]
-    lost = [100.0 * (dense - pruned) for dense, pruned in pairs if dense is not None and pruned is not None]
-    return round(statistics.fmean(lost), 6) if len(lost) == len(pairs) else None  # 0.1 is 0.1, sums of floats or not
+    lost = losses(recipe, factor, runs, split)
+    return round(statistics.fmean(lost[seed] for seed in seeds), 6) if set(seeds) <= set(lost) else None
+
+
+def losses(recipe: str, factor: float, runs: Sequence[Run], split: str) -> dict[int, float]:
+    """Seed -> percentage points under its dense training, where both runs are there."""
+    found = {(run.recipe, run.factor, run.seed): 100.0 * getattr(run, split) for run in runs}
+    seeds = [run.seed for run in runs if (run.recipe, run.factor) == (recipe, factor)]
+    both = [seed for seed in sorted(seeds) if (DENSE, 1.0, seed) in found]
+    # 0.1 is 0.1, differences of floats or not
+    return {seed: round(found[DENSE, 1.0, seed] - found[recipe, factor, seed], 6) for seed in both}
 
 
 def run_once(protocol: Protocol, recipe: str, factor: float, seed: int) -> None:
@@ -220,19 +227,23 @@ def read_runs(protocol: Protocol) -> list[Run]:
 def report(protocol: Protocol, seeds: Sequence[int]) -> str:
     """Writes the page; returns it."""
     runs = read_runs(protocol)
-    dense = [100 * run.test for run in runs if run.recipe == DENSE and run.seed in seeds]
+    dense = [run for run in runs if run.recipe == DENSE and run.seed in seeds]
+    tests = mean_and_spread([100 * run.test for run in dense], ".2f")
     rows, best = [], []
     for recipe in RECIPES:
         held = 0.0
         for factor in LADDER:
-            validation, test = (points_lost(recipe, factor, runs, seeds, split) for split in ("validation", "test"))
-            if validation is None or test is None:
-                continue
-            held = factor if validation <= LOSS_POINTS else held
+            lost = points_lost(recipe, factor, runs, seeds)
+            held = factor if lost is not None and lost <= LOSS_POINTS else held
             mine = [run for run in runs if (run.recipe, run.factor) == (recipe, factor) and run.seed in seeds]
-            reached, seconds = (statistics.fmean(getattr(run, what) for run in mine) for what in ("reached", "seconds"))
-            rows.append((recipe, f"{reached:.1f}x", f"{validation:+.2f}", f"{test:+.2f}", f"{seconds:.0f}"))
-        best.append((recipe, f"{held:g}x" if held else MISSING))
+            of = [losses(recipe, factor, mine + dense, split) for split in ("validation", "test")]
+            if of[0]:
+                reached, seconds = (statistics.fmean(getattr(run, n) for run in mine) for n in ("reached", "seconds"))
+                losts = (mean_and_spread(list(each.values()), "+.2f") for each in of)
+                rows.append((recipe, f"{reached:.1f}x", str(len(of[0])), *losts, f"{seconds:.0f}"))
+        if any(run.recipe == recipe for run in runs):
+            best.append((recipe, f"{held:g}x" if held else MISSING))
+    header = ("recipe", "times fewer weights", "seeds", "points lost, validation", "points lost, test", "processor s")
     machine = machine_text()
     images = f"{protocol.images:,} training images" if protocol.images else "all training images"
     images += ", shifted and mirrored at random" if DATA[protocol.data] else " as they are"
@@ -244,15 +255,13 @@ def report(protocol: Protocol, seeds: Sequence[int]) -> str:
             f"`{command} --seeds {len(seeds)}`: {images}; "
             f"{protocol.start_epochs} dense epochs, then {protocol.epochs} of the recipe with that model as teacher; "
             f"dense: {protocol.start_epochs + protocol.epochs} epochs without a teacher. Single weights, one ranking "
-            f"of all layers by LAMP; {len(seeds)} seeds, means. Rungs are chosen on the validation split (5,000 "
-            "images: one is 0.02 points).",
+            "of all layers by LAMP; means over the seeds, and deviations. Rungs are chosen on the validation split "
+            "(5,000 images: one is 0.02 points).",
             "",
-            f"Dense: {statistics.fmean(dense):.2f}% on the test split." if dense else "No dense run yet.",
+            f"Dense: {tests}% on the test split; seeds: {len(dense)}." if dense else "No dense run yet.",
             "",
             markdown_table(("recipe", f"highest tried that holds {LOSS_POINTS} (validation)"), best),
-            markdown_table(
-                ("recipe", "times fewer weights", "points lost, validation", "points lost, test", "processor s"), rows
-            ),
+            markdown_table(header, rows),
             f"1 thread. torch {torch.__version__}. {machine}.",
             "",
         ]

@@ -13,7 +13,7 @@ from methods_table import RECIPES, SETTINGS, Shown
 
 from autoprune.files import read_lines, write_text
 from autoprune.report.plots import save_png
-from autoprune.report.table import MISSING, markdown_table
+from autoprune.report.table import MISSING, markdown_table, mean_and_spread
 
 RESULTS = Path(__file__).parent / "results"
 DENSE = "dense"
@@ -122,7 +122,7 @@ def report(shown: Shown) -> str:
 
 
 def _head(shown: Shown, dense: Mapping[int, Outcome]) -> str:
-    accuracy = _mean_spread([100 * outcome.test for outcome in dense.values()])
+    accuracy = mean_and_spread([100 * outcome.test for outcome in dense.values()])
     seconds = statistics.fmean(outcome.seconds for outcome in dense.values()) if dense else 0.0
     return (
         f"# Training methods: {shown.name}\n\n"
@@ -161,8 +161,8 @@ def _section(
                 name + ("*" if recipe.from_trained else ""),
                 recipe.what,
                 str(len(runs)),
-                _mean_spread([100 * run.test for run in runs]),
-                _mean_spread(lost),
+                mean_and_spread([100 * run.test for run in runs]),
+                mean_and_spread(lost),
                 f"{100 * statistics.fmean(run.macs for run in runs):.1f}%",
                 f"{timing.over_eager:.2f}x" if timing else MISSING,
                 f"{timing.over_best:.2f}x ({timing.best})" if timing else MISSING,
@@ -185,19 +185,12 @@ def _rounds(setting: str, outcomes: Sequence[Outcome]) -> str:
     header = ("round", *(f"{name} ({len(found)} seeds)" for name, found in runs.items()))
     rows = []
     for at in range(count):
-        ended = [_mean_spread([100 * rounds[at] for rounds in found if at < len(rounds)]) for found in runs.values()]
+        ended = [mean_and_spread([100 * rounds[at] for rounds in found if at < len(rounds)]) for found in runs.values()]
         rows.append((str(at + 1), *ended))
     return (
         f"## {setting}, round by round\n\nValidation accuracy, percent, at the end of each round, before the next "
         f"one's cut, batch norms recalibrated; the last row is the trained model's.\n\n{markdown_table(header, rows)}"
     )
-
-
-def _mean_spread(values: Sequence[float]) -> str:
-    if not values:
-        return MISSING
-    mean = statistics.fmean(values)
-    return f"{mean:.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
 
 
 def _figure(settings: Sequence[str], outcomes: Sequence[Outcome], dense: Mapping[int, Outcome]) -> Figure:

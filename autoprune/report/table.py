@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 
 from rich.cells import cell_len
@@ -22,6 +23,19 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left
     widths = [max(3, *(cell_len(value) for value in column)) for column in zip(*cells, strict=True)]
     rule = ["-" * width if at < left else "-" * (width - 1) + ":" for at, width in enumerate(widths)]
     return "\n".join(_line(row, widths, left) for row in (cells[0], rule, *cells[1:])) + "\n"
+
+
+def mean_and_spread(values: Sequence[float], form: str = ".2f") -> str:
+    """The mean, and of several values the standard deviation (of a sample), as a cell; `MISSING` for none.
+
+    Args:
+        values: in one unit.
+        form: of the mean, e.g. ``+.2f`` to show its sign.
+    """
+    if not values:
+        return MISSING
+    spread = f" ± {statistics.stdev(values):{form.lstrip('+')}}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):{form}}{spread}"
 
 
 def result_table(rows: Sequence[ResultRow], metric: Metric = ACCURACY) -> str:

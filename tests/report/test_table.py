@@ -10,7 +10,7 @@ from rich.cells import cell_len
 from autoprune.latency.timer import Latency
 from autoprune.metric import BITS_PER_CHARACTER
 from autoprune.report.data import PlanRow, ResultRow, SearchRow
-from autoprune.report.table import markdown_table, plan_table, result_table, search_table, size
+from autoprune.report.table import markdown_table, mean_and_spread, plan_table, result_table, search_table, size
 
 # No control characters: rich counts some of them as zero cells wide and so do terminals.
 TEXT = st.text(st.characters(exclude_categories=["C", "M"]), max_size=12)
@@ -32,6 +32,15 @@ def test_figures_are_aligned_to_the_right() -> None:
 def test_a_ragged_row_is_an_error() -> None:
     with pytest.raises(ValueError, match="zip"):
         markdown_table(("a", "b"), [("1",)])
+
+
+@pytest.mark.parametrize(
+    ("values", "form", "text"),
+    [([], ".2f", "-"), ([1.0], ".2f", "1.00"), ([1.0, 3.0], ".1f", "2.0 ± 1.4"), ([-1.0, -1.0], "+.2f", "-1.00 ± 0.00"),
+     ([0.25, 0.75], "+.2f", "+0.50 ± 0.35")],
+)  # fmt: skip
+def test_a_mean_and_its_spread(values: list[float], form: str, text: str) -> None:
+    assert mean_and_spread(values, form) == text
 
 
 def test_the_result_table() -> None:
