@@ -42,6 +42,7 @@ from autoprune.patterns.layered import mask_of
 from autoprune.progress import Progress
 from autoprune.recurrent import cut_states_
 from autoprune.registry import Choice
+from autoprune.repack import ProgramModel
 from autoprune.report.console import Console
 from autoprune.report.plots import save_png
 from autoprune.report.table import MISSING, markdown_table
@@ -203,7 +204,8 @@ def measure(case: Case, variants: Sequence[Variant], progress: Progress) -> Row:
         fast = autoprune.repack(masked, given, threads=PROTOCOL.threads, form="program")
         if variant.kept == 1.0:  # of a state on the threshold either result may be right; repack compares without cuts
             check(fast, masked, given, f"{case}: {variant}")
-        calls[variant] = lambda fast=fast, given=given: fast(*given)  # type: ignore[misc]
+        assert isinstance(fast, ProgramModel)
+        calls[variant] = fast.bind(*given)
         progress.say(f"{case}: {variant} repacked")
     load = os.getloadavg()[0]
     times = measure_together(calls, PROTOCOL)
@@ -263,7 +265,8 @@ def report(rows: Sequence[Row]) -> str:
         "# Packed LSTMs and GRUs against dense engines", "",
         f"Written by `python benchmarks/recurrent.py`. Timed on {machine_text()}.", "",
         "As many features as hidden units, one layer, random weights, float32, one thread; all forms of a row timed",
-        "in turns. **Speed-up: over the best dense engine of the row** (in bold), median over the rounds (p10-p90).",
+        "in turns, bound to their inputs and (but for eager) outputs. **Speed-up: over the best dense engine of the",
+        "row** (in bold), median over the rounds (p10-p90).",
         f'Groups of {GROUP} rows. "of the states": they are cut by a threshold too, and that share was left.', "",
     ]  # fmt: skip
     variants = sorted({variant for row in rows for variant in row.packed}, key=lambda each: (each.sparsity, -each.kept))

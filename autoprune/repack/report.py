@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.errors import AutopruneError
+from autoprune.repack.program.bound import Bound
 from autoprune.repack.program.program import Program
 
 DENSE = "dense"
@@ -72,6 +73,17 @@ class ProgramModel(RepackedModel):
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Any:
         # what disables compilation costs as much as a small model takes
         return self._left_alone(*args, **kwargs) if torch.compiler.is_compiling() else self._call(*args, **kwargs)
+
+    def bind(self, *inputs: Tensor) -> Bound:
+        """The program on tensors that stay the same, for models that are called very often with little to do.
+
+        Args:
+            inputs: as the model is called; copied, see `Bound.inputs`.
+
+        Raises:
+            AutopruneError: the program does not take them.
+        """
+        return Bound(self.program.plan_for(inputs), inputs)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _left_alone(self, *args: Tensor, **kwargs: Tensor) -> Any:

@@ -106,6 +106,16 @@ def test_a_prepared_call_keeps_its_inputs(name: str) -> None:
     assert np.allclose(as_arrays(run())[0], expected, atol=1e-5 if ENGINES.get(name).float32 else 3e-2), len(rubbish)
 
 
+def test_onnxruntime_writes_its_results_where_they_are_bound() -> None:
+    torch.manual_seed(0)
+    run: Any = engine("onnxruntime").prepare(*cnn(), threads=1)
+    (results,) = run()
+    expected = results.copy()
+    results[...] = np.nan
+    assert run()[0] is results
+    assert np.array_equal(results, expected)
+
+
 @pytest.mark.parametrize("name", ["eager", "channels_last"])
 def test_torch_engines_run_on_the_threads_asked_for_and_restore_them(name: str) -> None:
     seen: list[int] = []

@@ -32,7 +32,7 @@ MAX_PLANS = 128  # input shapes remembered: inputs of ever new shapes must not f
 
 
 @dataclass(eq=False)
-class _Frame:
+class Frame:
     """The memory of one call at a time."""
 
     slots: NDArray[np.int64]
@@ -68,7 +68,7 @@ class Plan:
             ops = []
         if ops:
             self.parts.append(NativeSequence(ops))
-        self._free: list[_Frame] = []
+        self._free: list[Frame] = []
         self._lock = threading.Lock()
         # What every call needs, looked up once: a small model's call takes no longer than its work.
         self._fresh = (*lowered.inputs, *lowered.outputs)
@@ -88,7 +88,7 @@ class Plan:
     def threads(self) -> int:
         return min(self._threads or torch.get_num_threads(), self._most)
 
-    def frame(self) -> _Frame:
+    def frame(self) -> Frame:
         """Memory that no other call uses."""
         with self._lock:
             for index, frame in enumerate(self._free):
@@ -102,26 +102,30 @@ class Plan:
         for slot, holder in enumerate(holders):
             slots[slot] = holder.data_ptr() if holder.numel() else 0
         counters = [part.new_counters(self._most) for part in self.parts if isinstance(part, NativeSequence)]
-        return _Frame(slots, holders, counters, slots.ctypes.data)
+        return Frame(slots, holders, counters, slots.ctypes.data)
 
-    def release(self, frame: _Frame) -> None:
+    def release(self, frame: Frame) -> None:
         """Gives a call's memory back."""
         for ticket in frame.helpers:
             ticket.forget()
         with self._lock:
             self._free.append(frame)
 
-    def fill(self, frame: _Frame, inputs: tuple[Tensor, ...]) -> None:
+    def fill(self, frame: Frame, inputs: tuple[Tensor, ...]) -> None:
         """Points the frame to a call's inputs, and to fresh tensors for its outputs."""
         holders, slots = frame.holders, frame.slots
         for slot, x in zip(self.lowered.inputs, inputs, strict=True):
             holders[slot] = x = x.contiguous()
             slots[slot] = x.data_ptr()
-        for slot, rows in self.lowered.limits.items():
-            _check_numbers(holders[slot], rows)
+        self.check_numbers(frame)
         for slot, shape in self.lowered.outputs.items():
             holders[slot] = y = self._empty.new_empty(shape)
             slots[slot] = y.data_ptr()
+
+    def check_numbers(self, frame: Frame) -> None:
+        """Raises AutopruneError where an input that a frame points to holds a number that a table has no row for."""
+        for slot, rows in self.lowered.limits.items():
+            _check_numbers(frame.holders[slot], rows)
 
     def run(self, inputs: tuple[Tensor, ...]) -> Any:
         """One call's outputs."""
@@ -130,10 +134,21 @@ class Plan:
         self.release(frame)
         return result
 
-    def run_in(self, frame: _Frame, inputs: tuple[Tensor, ...]) -> Any:
+    def run_in(self, frame: Frame, inputs: tuple[Tensor, ...]) -> Any:
         """One call's outputs; what lies in the frame's arena stays there."""
         self.fill(frame, inputs)
-        holders = frame.holders
+        self.run_parts(frame)
+        result = self.results(frame)
+        for slot in self._fresh:
+            frame.holders[slot] = self._empty  # what the caller holds may be freed
+        return result
+
+    def results(self, frame: Frame, shared: bool = False) -> Any:
+        """The model's outputs, from a frame; copied where their memory is not theirs alone, unless `shared`."""
+        return build_outputs(self.graph.outputs, self.returned(frame.holders, shared))
+
+    def run_parts(self, frame: Frame) -> None:
+        """Computes all there is to compute for the tensors that a frame points to."""
         frame.helpers.clear()
         sequence = 0
         for part in self.parts:
@@ -142,12 +157,8 @@ class Plan:
                 sequence += 1
             else:
                 self.run_torch(part, frame)
-        result = build_outputs(self.graph.outputs, self.returned(holders))
-        for slot in self._fresh:
-            holders[slot] = self._empty  # what the caller holds may be freed
-        return result
 
-    def run_native(self, part: NativeSequence, frame: _Frame, sequence: int) -> None:
+    def run_native(self, part: NativeSequence, frame: Frame, sequence: int) -> None:
         slots, threads = frame.address, self.threads
         if threads == 1:
             part.run(slots)
@@ -158,7 +169,7 @@ class Plan:
         frame.helpers += team(threads).join_in(part.job(slots, place, threads), (part, frame))
         part.run(slots, place, 0, threads)
 
-    def run_torch(self, step: TorchStep, frame: _Frame) -> None:
+    def run_torch(self, step: TorchStep, frame: Frame) -> None:
         given = {name: _tensor(frame.holders, view) for name, view in step.reads.items()}
         try:
             result = self._calls[step](given)
@@ -174,15 +185,15 @@ class Plan:
         frame.holders[step.slot] = result
         frame.slots[step.slot] = result.data_ptr()
 
-    def returned(self, holders: list[Tensor]) -> dict[str, Any]:
-        """The model's results; nothing that is returned lies in memory that the next call writes to."""
+    def returned(self, holders: list[Tensor], shared: bool = False) -> dict[str, Any]:
+        """The model's results; unless `shared`, none lies in memory that another does or the next call writes to."""
         results: dict[str, Any] = dict(self.lowered.scalars)
         for name, view in self.lowered.returned.items():
             if name in self._whole:
                 results[name] = holders[view.buffer.slot]
                 continue
             tensor = _tensor(holders, view)
-            results[name] = tensor.clone() if name in self.lowered.copied else tensor
+            results[name] = tensor.clone() if name in self.lowered.copied and not shared else tensor
         return results
 
 
@@ -297,6 +308,14 @@ class Program:
         raise AutopruneError("a program is made for this machine and is no pickle: write it with autoprune.save.")
 
     def __call__(self, *inputs: Tensor) -> Any:
+        return self.plan_for(inputs).run(inputs)
+
+    def plan_for(self, inputs: tuple[Tensor, ...]) -> Plan:
+        """What a call with these inputs runs.
+
+        Raises:
+            AutopruneError: the program does not take them.
+        """
         for x in inputs:
             if not isinstance(x, Tensor) or x.layout is not torch.strided:
                 given = f"one of layout {x.layout}" if isinstance(x, Tensor) else type(x).__name__
@@ -312,7 +331,7 @@ class Program:
                 raise AutopruneError(
                     "a repacked model is for inference: call it under torch.inference_mode() or no_grad()."
                 )
-        return (plan or self.chosen_plan(shapes_of(inputs))).run(inputs)
+        return plan or self.chosen_plan(shapes_of(inputs))
 
     def _check(self, inputs: tuple[Tensor, ...]) -> None:
         given = self.graph.inputs

@@ -1,0 +1,69 @@
+"""A program bound to tensors: what a call spends on its arguments and results is spent once."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autoprune.errors import AutopruneError
+from autoprune.repack.program.program import Frame, Plan
+from autoprune.repack.program.steps import TorchStep
+
+
+class Bound:
+    """Runs a program on the same tensors again and again, as ONNX Runtime's IO binding does.
+
+    For a model that is called very often with little to do, such as a step of an LSTM: a call takes hardly longer than
+    its work. Change `inputs` in place between two calls (``step.inputs[0].copy_(x)``). Only read what a call returns:
+    results may share memory, and the next call overwrites them. Threads that share it take turns.
+
+    Attributes:
+        inputs: what is read, copies of the tensors it was made with.
+    """
+
+    def __init__(self, plan: Plan, inputs: tuple[Tensor, ...]) -> None:
+        self._plan, self._lock = plan, threading.Lock()
+        self._native = not any(isinstance(part, TorchStep) for part in plan.parts)
+        with torch.inference_mode(False):  # or nobody could write to them outside of it
+            self.inputs = tuple(x.detach().clone(memory_format=torch.contiguous_format) for x in inputs)
+            first = plan.frame()
+            plan.fill(first, self.inputs)
+        self._outputs = {slot: first.holders[slot] for slot in plan.lowered.outputs}
+        self._places = [(x, x.data_ptr()) for x in (*self.inputs, *self._outputs.values())]
+        self._frames = [(first, self._fixed(first))]
+
+    def __call__(self) -> Any:
+        """The model's outputs for what `inputs` hold now.
+
+        Raises:
+            AutopruneError: a bound tensor was given other memory, or holds a number that the program cannot look up.
+        """
+        with self._lock:
+            for x, place in self._places:
+                if x.data_ptr() != place:
+                    raise AutopruneError("a bound tensor has other memory now: write to it with copy_, or bind anew.")
+            (frame, results), plan = self._free(), self._plan
+            plan.check_numbers(frame)
+            plan.run_parts(frame)
+            for ticket in frame.helpers:
+                ticket.forget()
+            return results if self._native else plan.results(frame, shared=True)
+
+    def _free(self) -> tuple[Frame, Any]:
+        """A frame whose counters no helper of an earlier call looks at any more; with one thread, the first."""
+        for each in self._frames:
+            if each[0].free:
+                return each
+        frame = self._plan.frame()
+        self._plan.fill(frame, self.inputs)
+        for slot, y in self._outputs.items():
+            frame.holders[slot], frame.slots[slot] = y, y.data_ptr()
+        self._frames.append((frame, self._fixed(frame)))
+        return self._frames[-1]
+
+    def _fixed(self, frame: Frame) -> Any:
+        """Its results, where they are the same tensors at every call: a step of torch makes new ones."""
+        return self._plan.results(frame, shared=True) if self._native else None
