@@ -184,7 +184,7 @@ class _Linear(_Work):
     def __init__(self, op: NativeOp, rows: int, target: Target, slots: Longs, sample: bool) -> None:
         f = self.fields = op.fields
         self.rows, self.slots, self.sample = rows, slots, sample
-        self.together = rows_gemm.tokens_together(rows, target)
+        self.counts = rows_gemm.token_counts(rows, target)
         self.pointer, self.index = _array(op, f[_R.GROUP_POINTER]), _array(op, f[_R.INDEX]).astype(np.int64)
         self.out_index = _array(op, f[_R.OUT_INDEX]).ravel().astype(np.int64)
 
@@ -194,11 +194,10 @@ class _Linear(_Work):
         first, last = int(chunk * f[_R.CHUNK]), int(min((chunk + 1) * f[_R.CHUNK], f[_R.GROUPS]))
         start, stop = int(block * f[_R.BLOCK]), int(min((block + 1) * f[_R.BLOCK], f[_R.TOKENS]))
         if self.sample:
-            stop, last = min(stop, start + 2 * self.together), min(last, first + SAMPLED_GROUPS)
-        most = self.together
+            stop, last = min(stop, start + 2 * self.counts[0]), min(last, first + SAMPLED_GROUPS)
         for group in range(first, last):
             token = start
-            for count in sorted({most, max(1, most // 2), max(1, most // 4), 1}, reverse=True):
+            for count in self.counts:
                 tiles = (stop - token) // count
                 if tiles:
                     yield self._compute(group, count).at(token + count * np.arange(tiles, dtype=np.int64))

@@ -75,6 +75,12 @@ def tokens_together(rows: int, target: Target) -> int:
     return max(1, (24 if target.lanes == 16 else 12) // registers)
 
 
+def token_counts(rows: int, target: Target) -> list[int]:
+    """How many tokens a pass over a group's weights may take, falling: any number of them takes few passes."""
+    most = tokens_together(rows, target)
+    return [most, *(count for count in (16, 8, 4, 2, 1) if count < most)]
+
+
 @once_a_process
 def rows_gemm(rows: int, target: Target, activation: str = "") -> int:
     """The op for groups of `rows` filters; an item is some groups by some tokens."""
@@ -124,8 +130,7 @@ GroupProduct = Callable[
 
 def group_product(module: ir.Module, rows: int, target: Target, activation: str = "") -> GroupProduct:
     """What emits the product of one group of `rows` filters, several tokens together."""
-    most = tokens_together(rows, target)
-    counts = sorted({most, max(1, most // 2), max(1, most // 4), 1}, reverse=True)
+    counts = token_counts(rows, target)
     built = {count: _tile(module, rows, count, target, activation) for count in counts}
 
     def compute(
