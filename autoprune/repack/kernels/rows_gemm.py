@@ -2,7 +2,7 @@
 
 The filters of a group share their inputs, so a vector holds the filters of a group: k walks the group's kept features,
 one broadcast of each token's feature meets the group's weights. Several tokens stay in registers together; a single
-one is summed in several independent parts.
+one is summed in several independent parts, so that the last bits of a result depend on how many tokens go together.
 """
 
 from __future__ import annotations
