@@ -29,63 +29,85 @@ DENSE_TRAINING = TrainingSettings(epochs=6, learning_rate=0.1, weight_decay=5e-4
 
 
 @dataclass(frozen=True)
-class Source:
-    """Where a task's images come from.
+class IdxTask:
+    """A task by the name of where its images come from.
 
     Attributes:
         name: of the task.
-        suffix: of the four files, ``.gz`` when they are packed.
+        folder: where its four files are, when a call does not say.
+        suffix: of the files, ``.gz`` when they are packed.
         install: the command that gets them.
+        model: of the zoo, when a call does not say.
         mirrored: whether a mirrored image is of the same class, so that it may be trained on.
     """
 
     name: str
+    folder: str
     suffix: str
     install: str
+    model: str
     mirrored: bool
 
+    def __call__(
+        self,
+        folder: str | None = None,
+        model: str | Mapping[str, Any] | None = None,
+        widths: Sequence[int] | None = None,
+        blocks: int | None = None,
+        augment: bool = True,
+        train_samples: int = TRAINING,
+        validation_samples: int = VALIDATION,
+        batch_size: int = 128,
+        seed: int = 0,
+    ) -> Task:
+        """Ten classes of 1x28x28 images; 55,000 to train, 5,000 to validate, the official 10,000 to test.
 
-def image_task(
-    source: Source,
-    folder: str,
-    model: str | Mapping[str, Any],
-    widths: Sequence[int] | None,
-    blocks: int | None,
-    augment: bool,
-    train_samples: int,
-    validation_samples: int,
-    batch_size: int,
-    seed: int,
-) -> Task:
-    """A task of the source's images; its arguments and errors are those of `fashion_mnist` and `mnist`."""
-    positive("batch_size, train_samples and validation_samples", batch_size, train_samples, validation_samples)
-    if validation_samples > VALIDATION or train_samples > TRAINING:
-        raise ConfigError(
-            f"{source.name} has {TRAINING:,} images to train on and {VALIDATION:,} to validate, "
-            f"not {train_samples:,} and {validation_samples:,}."
+        Args:
+            folder: where the four ``*-ubyte`` files are; the task's own when left out.
+            model: a name of the zoo, or a table of one and its arguments; the task's own when left out.
+            widths: the model's `widths`; its own default when left out, (32, 64, 128) for `residual_cnn`.
+            blocks: the model's `blocks`; its own default when left out.
+            augment: shift the training images by up to 2 pixels and, where the task allows it, mirror half of them.
+            train_samples: the first so many are trained on.
+            validation_samples: the last so many of the train split are held out to validate.
+            batch_size: training samples a step.
+            seed: of the model's initial weights.
+
+        Raises:
+            FileError: the files are missing (the message is the command that installs them) or corrupt.
+            ConfigError: an argument out of range, or one the model does not take.
+        """
+        positive("batch_size, train_samples and validation_samples", batch_size, train_samples, validation_samples)
+        if validation_samples > VALIDATION or train_samples > TRAINING:
+            raise ConfigError(
+                f"{self.name} has {TRAINING:,} images to train on and {VALIDATION:,} to validate, "
+                f"not {train_samples:,} and {validation_samples:,}."
+            )
+        chosen = self.model if model is None else model
+        if chosen == "residual_cnn" and widths is None:
+            widths = (32, 64, 128)
+        given = Path(self.folder if folder is None else folder)
+        train_x, train_y = _read_split(self, given, "train", IMAGES)
+        test_x, test_y = _read_split(self, given, "t10k", TESTING)
+        held_out = slice(IMAGES - validation_samples, None)
+        train_x, validation_x, test_x = normalised(train_x[:train_samples], train_x[held_out], test_x)
+        train_y, validation_y = train_y[:train_samples], train_y[held_out]
+        change = ShiftFlip(2, flip=self.mirrored) if augment else None
+        train = TensorBatches(train_x, train_y, batch_size, shuffle=True, augment=change)
+        zoo = image_model(chosen, widths, blocks)
+        return Task(
+            name=self.name,
+            model=build_model(*zoo, in_channels=1, size=SIDE, classes=CLASSES, seed=seed),
+            train=train,
+            calibration=train.first(512, 128),
+            validation=TensorBatches(validation_x, validation_y),
+            testing=TensorBatches(test_x, test_y),
+            loss=functional.cross_entropy,
+            dense_training=DENSE_TRAINING,
         )
-    if model == "residual_cnn" and widths is None:
-        widths = (32, 64, 128)
-    train_x, train_y = _read_split(source, Path(folder), "train", IMAGES)
-    test_x, test_y = _read_split(source, Path(folder), "t10k", TESTING)
-    held_out = slice(IMAGES - validation_samples, None)
-    train_x, validation_x, test_x = normalised(train_x[:train_samples], train_x[held_out], test_x)
-    train_y, validation_y = train_y[:train_samples], train_y[held_out]
-    change = ShiftFlip(2, flip=source.mirrored) if augment else None
-    train = TensorBatches(train_x, train_y, batch_size, shuffle=True, augment=change)
-    return Task(
-        name=source.name,
-        model=build_model(*image_model(model, widths, blocks), in_channels=1, size=SIDE, classes=CLASSES, seed=seed),
-        train=train,
-        calibration=train.first(512, 128),
-        validation=TensorBatches(validation_x, validation_y),
-        testing=TensorBatches(test_x, test_y),
-        loss=functional.cross_entropy,
-        dense_training=DENSE_TRAINING,
-    )
 
 
-def _read_split(source: Source, folder: Path, name: str, count: int) -> tuple[Tensor, Tensor]:
+def _read_split(source: IdxTask, folder: Path, name: str, count: int) -> tuple[Tensor, Tensor]:
     images = read_idx(folder / f"{name}-images-idx3-ubyte{source.suffix}", (count, SIDE, SIDE), source.install)
     path = folder / f"{name}-labels-idx1-ubyte{source.suffix}"
     labels = read_idx(path, (count,), source.install)

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from autoprune.errors import AutopruneError, ConfigError, FileError
 from autoprune.registry import Choice
-from autoprune.tasks import TASKS, ShiftFlip, Task, TensorBatches, accuracy, mnist
-from autoprune.tasks import fashion_mnist as fashion
-from autoprune.tasks.idx import Source, read_idx
+from autoprune.tasks import TASKS, ShiftFlip, Task, TensorBatches, accuracy
+from autoprune.tasks.fashion_mnist import fashion_mnist
+from autoprune.tasks.idx import IdxTask, read_idx
+from autoprune.tasks.mnist import mnist
 from autoprune.training import train_
 
 
@@ -149,17 +150,17 @@ def test_a_damaged_idx_file_is_an_error(tmp_path: Path, damage: str) -> None:
         read_idx(path, (2, 3, 4), "get it")
 
 
-IDX_SOURCES = [fashion.SOURCE, mnist.SOURCE]
+IDX_SOURCES = [fashion_mnist, mnist]
 
 
 @pytest.mark.parametrize("source", IDX_SOURCES, ids=lambda source: source.name)
-def test_missing_idx_files_say_how_to_install_them(tmp_path: Path, source: Source) -> None:
+def test_missing_idx_files_say_how_to_install_them(tmp_path: Path, source: IdxTask) -> None:
     with pytest.raises(FileError, match=rf"not found; install it: {re.escape(source.install)}$"):
         TASKS.create(Choice(source.name, {"folder": str(tmp_path)}))
 
 
 @pytest.mark.parametrize("source", IDX_SOURCES, ids=lambda source: source.name)
-def test_a_task_of_idx_files_holds_out_the_last_of_the_train_split(tmp_path: Path, source: Source) -> None:
+def test_a_task_of_idx_files_holds_out_the_last_of_the_train_split(tmp_path: Path, source: IdxTask) -> None:
     draws = np.random.default_rng(0)
     labels = {}
     for name, count in (("train", 60_000), ("t10k", 10_000)):
@@ -183,7 +184,7 @@ def test_a_task_of_idx_files_holds_out_the_last_of_the_train_split(tmp_path: Pat
         TASKS.create(Choice(source.name, {"folder": str(tmp_path), "train_samples": 55_001}))
 
 
-@pytest.mark.skipif(not Path(fashion.FOLDER).is_dir(), reason=fashion.SOURCE.install)
+@pytest.mark.skipif(not Path(fashion_mnist.folder).is_dir(), reason=fashion_mnist.install)
 def test_fashion_mnist_has_the_official_test_split() -> None:
     task = TASKS.create(Choice("fashion_mnist", {"widths": [4, 8]}))
     assert [len(split.y) for split in (task.train, task.validation, task.testing)] == [55_000, 5_000, 10_000]

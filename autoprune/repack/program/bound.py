@@ -48,8 +48,7 @@ class Bound:
             (frame, results), plan = self._free(), self._plan
             plan.check_numbers(frame)
             plan.run_parts(frame)
-            for ticket in frame.helpers:
-                ticket.forget()
+            frame.let_go()
             return results if self._native else plan.results(frame, shared=True)
 
     def _free(self) -> tuple[Frame, Any]:

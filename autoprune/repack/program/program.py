@@ -46,6 +46,11 @@ class Frame:
         """Whether nobody looks at its counters any more."""
         return not self.helpers or all(ticket.over for ticket in self.helpers)
 
+    def let_go(self) -> None:
+        """Once a call is over: its helpers need not keep alive what they worked on."""
+        for ticket in self.helpers:
+            ticket.forget()
+
 
 class Plan:
     """A program made ready for one set of input shapes."""
@@ -106,8 +111,7 @@ class Plan:
 
     def release(self, frame: Frame) -> None:
         """Gives a call's memory back."""
-        for ticket in frame.helpers:
-            ticket.forget()
+        frame.let_go()
         with self._lock:
             self._free.append(frame)
 
