@@ -14,7 +14,6 @@ from autoprune.files import read_json, write_json, write_tensors, write_text
 from autoprune.inventory import KeptDense
 from autoprune.latency.engines import ENGINES, baselines
 from autoprune.latency.machine import machine_identity
-from autoprune.latency.quiet import timing
 from autoprune.latency.table import LatencyTable
 from autoprune.latency.timer import Latency, Protocol, measure_together, speedup
 from autoprune.masks import nonzero_parameters, sparsity, weight_of
@@ -50,8 +49,7 @@ def results(run: Run, *, again: bool = False) -> tuple[ResultRow, ...]:
         f"measuring: batch {latency.batch}, {latency.threads} thread(s), {latency.samples} rounds in turns"
     )
     protocol = Protocol(samples=latency.samples, threads=latency.threads, lead=1)  # each row with its own warm caches
-    with timing():
-        times = measure_together(calls, protocol, run.clock)
+    times = measure_together(calls, protocol, run.clock)
 
     dense_file = run.directory / "dense.safetensors"
     write_tensors(dense_file, run.dense.state_dict())

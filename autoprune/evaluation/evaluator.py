@@ -12,7 +12,7 @@ from torch import nn
 
 from autoprune.evaluation.measurement import Evaluate, Measurement
 from autoprune.evaluation.recovery import Recovery, Subject
-from autoprune.latency.quiet import timing, working
+from autoprune.latency.quiet import working
 from autoprune.latency.table import LatencyTable
 from autoprune.latency.timer import Clock, Latency, Protocol, measure_together, speedup, torch_threads
 from autoprune.plan import Plan
@@ -98,16 +98,12 @@ class Evaluator(Evaluate):
             return self.subject.task.evaluate(model)
 
     def time(self, fast: nn.Module, baseline: nn.Module | None = None) -> tuple[Latency, Latency]:
-        """Latency of a baseline, the dense model in torch eager by default, and of a repacked one, in turns.
-
-        Nobody works meanwhile.
-        """
+        """Latency of a baseline, the dense model in torch eager by default, and of a repacked one, in turns."""
         inputs = self.subject.task.example_inputs(self.batch)
         slow = self.subject.dense if baseline is None else baseline
-        with timing():
-            times = measure_together(
-                {"baseline": lambda: slow(*inputs), "repacked": lambda: fast(*inputs)}, self.protocol, self.clock
-            )
+        times = measure_together(
+            {"baseline": lambda: slow(*inputs), "repacked": lambda: fast(*inputs)}, self.protocol, self.clock
+        )
         return times["baseline"], times["repacked"]
 
 

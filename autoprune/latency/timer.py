@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from autoprune.latency.quiet import timing
+
 Clock = Callable[[], float]  # seconds, monotonic
 SETTLE_MS = 100.0
 """After so long the idle threads of the candidate before are asleep: engines keep them busy waiting for more work, on
@@ -81,14 +83,14 @@ def measure_together(
     clock: Clock = time.perf_counter,
     round_done: Callable[[], None] = lambda: None,
 ) -> dict[str, Latency]:
-    """Times every candidate, interleaved, in inference mode.
+    """Times every candidate, interleaved, in inference mode, while no other run of this user works or times.
 
     Round i of each candidate is taken within the same fraction of a second, so ratios of two candidates
     (`speedup`) hold on a noisy machine even where the milliseconds drift. `round_done` is called after each.
     """
     protocol = protocol or Protocol()
     samples: dict[str, list[float]] = {name: [] for name in candidates}
-    with torch_threads(protocol.threads), torch.inference_mode():
+    with timing(), torch_threads(protocol.threads), torch.inference_mode():
         repeats = {name: _warm_up(call, protocol, clock) for name, call in candidates.items()}
         order = list(candidates)
         for _ in range(protocol.samples):

@@ -184,7 +184,7 @@ class _Linear(_Work):
     def __init__(self, op: NativeOp, rows: int, target: Target, slots: Longs, sample: bool) -> None:
         f = self.fields = op.fields
         self.rows, self.slots, self.sample = rows, slots, sample
-        self.counts = rows_gemm.token_counts(rows, target)
+        self.target, self.twin = target, _array(op, f[_R.TWIN])
         self.pointer, self.index = _array(op, f[_R.GROUP_POINTER]), _array(op, f[_R.INDEX]).astype(np.int64)
         self.out_index = _array(op, f[_R.OUT_INDEX]).ravel().astype(np.int64)
 
@@ -194,17 +194,22 @@ class _Linear(_Work):
         first, last = int(chunk * f[_R.CHUNK]), int(min((chunk + 1) * f[_R.CHUNK], f[_R.GROUPS]))
         start, stop = int(block * f[_R.BLOCK]), int(min((block + 1) * f[_R.BLOCK], f[_R.TOKENS]))
         if self.sample:
-            stop, last = min(stop, start + 2 * self.counts[0]), min(last, first + SAMPLED_GROUPS)
+            stop = min(stop, start + 2 * rows_gemm.tokens_together(self.rows, self.target))
+            last = min(last, first + SAMPLED_GROUPS)
+        joins = rows_gemm.joins_twins(self.rows, self.target)
         for group in range(first, last):
-            token = start
-            for count in self.counts:
+            twin = self.twin[group] if joins else rows_gemm.Twin.NONE
+            if twin == rows_gemm.Twin.SECOND:
+                continue  # computed with the one before
+            groups, token = 2 if twin == rows_gemm.Twin.FIRST else 1, start
+            for count in rows_gemm.token_counts(groups * self.rows, self.target):
                 tiles = (stop - token) // count
                 if tiles:
-                    yield self._compute(group, count).at(token + count * np.arange(tiles, dtype=np.int64))
+                    yield self._compute(group, groups, count).at(token + count * np.arange(tiles, dtype=np.int64))
                 token += tiles * count
 
-    def _compute(self, group: int, tokens: int) -> Touches:
-        """A group's filters for one tile of tokens, with addresses of token 0: see `rows_gemm`."""
+    def _compute(self, group: int, groups: int, tokens: int) -> Touches:
+        """The filters of one group or of twins for one tile of tokens, with addresses of token 0: see `rows_gemm`."""
         f, rows = self.fields, self.rows
         x, y, residual = (
             (int(self.slots[f[slot]] + f[offset]), FLOAT_BYTES * int(f[token]))
@@ -220,13 +225,14 @@ class _Linear(_Work):
             _touches(x[0] + token * x[1] + FLOAT_BYTES * self.index[begin:end], FLOAT_BYTES, What.INPUT, x[1])
             for token in range(tokens)
         ]
-        filters = self.out_index[group * rows : (group + 1) * rows]
+        filters = self.out_index[group * rows : (group + groups) * rows]
         filters = FLOAT_BYTES * filters[filters >= 0]
+        values = [int(f[_R.VALUES]) + width * (kept + number * (end - begin)) for number in range(groups)]
         parts = [
-            _in_turn(_touches(int(f[_R.BIAS]) + group * width, width, What.WEIGHT)),
+            _in_turn(_touches(int(f[_R.BIAS]) + group * width, groups * width, What.WEIGHT)),
             _in_turn(
                 _touches(int(f[_R.INDEX]) + INDEX_BYTES * kept, INDEX_BYTES, What.INDEX),
-                _touches(int(f[_R.VALUES]) + width * kept, width, What.WEIGHT),
+                *(_touches(each, width, What.WEIGHT) for each in values),
                 *given,
             ),
         ]

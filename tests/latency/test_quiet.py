@@ -11,6 +11,7 @@ import pytest
 
 from autoprune.latency import quiet
 from autoprune.latency.quiet import timing, working
+from autoprune.latency.timer import Protocol, measure_together
 
 Taken = Callable[[], AbstractContextManager[None]]
 SOON_S, LONG_S = 0.2, 20.0
@@ -108,6 +109,18 @@ def test_an_error_gives_the_lock_back(elsewhere: Elsewhere) -> None:
     with pytest.raises(ValueError, match="x"), timing():
         raise ValueError("x")
     assert elsewhere(timing).got_it
+
+
+def test_what_is_timed_in_turns_is_timed_alone(elsewhere: Elsewhere) -> None:
+    neighbours: list[Neighbour] = []
+
+    def call() -> None:
+        if not neighbours:
+            neighbours.append(elsewhere(working))
+            assert neighbours[0].waits
+
+    measure_together({"call": call}, Protocol(samples=2, warmup=1, min_sample_ms=0.0))
+    assert neighbours[0].got_it
 
 
 def test_without_a_folder_to_write_nobody_waits(

@@ -154,6 +154,19 @@ def test_many_tokens_read_the_weights_again_for_every_few() -> None:
     assert totals[0] < totals[1] < totals[2]
 
 
+def test_groups_that_keep_the_same_read_their_input_once() -> None:
+    """A dense weight's groups are twins; with one input less in every other group, none are."""
+    lanes, x, inputs = host().lanes, torch.ones(1, 512), []
+    for left_out in (0, 1):
+        model = nn.Sequential(linear := nn.Linear(512, 8 * lanes))
+        with torch.no_grad():
+            linear.weight.view(4, 2, lanes, 512)[:, 1, :, :left_out] = 0
+        fast = autoprune.repack(model, x, cache=told(TuningCache(), Tiling(lanes, 1000)))
+        (row,) = layer_memory(fast, x, Cache(1024, 64, 8))
+        inputs.append(row.fetched.lines[What.INPUT])
+    assert inputs[1] == pytest.approx(2 * inputs[0], rel=0.1)
+
+
 def told(cache: TuningCache, tiling: Tiling) -> TuningCache:
     """A cache that knows every layer's tiling, so that no timing decides."""
 

@@ -24,6 +24,7 @@ from autoprune.patterns import PATTERNS
 from autoprune.registry import Choice
 from autoprune.repack import pack
 from autoprune.repack.kernels.compiler import Target, host, narrowed
+from autoprune.repack.kernels.rows_gemm import Twin
 from autoprune.repack.layers import PackedConv2d, PackedLayer, PackedLinear
 from autoprune.repack.program import memory
 from autoprune.repack.program.graph import Graph, Input, Op, reference
@@ -408,6 +409,24 @@ def test_a_linear_stays_inside_its_buffers(lanes: int, size: int) -> None:
         op = Op("linear", "y", ("x0", "x1")[: len(inputs)], {"activation": "relu" if turn % 2 else None}, tensors)
         for tiling in (Tiling(), BLOCKS[turn % 3]):
             assert_stays_inside(program_of([op], constants, inputs, size, lanes, tiling), inputs)
+
+
+@pytest.mark.parametrize("lanes", LANES)
+def test_groups_that_keep_the_same_are_computed_together(lanes: int) -> None:
+    """Twins beside groups that have none, in items that part them, and a last group with fewer filters."""
+    torch.manual_seed(lanes)
+    first, second = (torch.rand(1, 33) < 0.5 for _ in range(2))
+    kept = [first, first, second, first, second, second, second, first, first]
+    out = len(kept) * lanes - 1
+    weight = torch.randn(out, 33) * torch.cat([each.expand(lanes, 33) for each in kept])[:out]
+    none, one, two = Twin
+    found = Weights.of(pack(weight, size=lanes), None).twin
+    assert found.tolist() == [one, two, none, none, one, two, none, none, none]
+    op = Op("linear", "y", ("x0", "x1"), {"activation": None}, {"weight": "w", "bias": "b"})
+    constants = {"w": weight, "b": torch.randn(out)}
+    for tokens, tiling in itertools.product((1, 2, 3, 7, 8, 15), (Tiling(), *BLOCKS)):
+        inputs = [torch.randn(tokens, 33), torch.randn(tokens, out)]
+        assert_stays_inside(program_of([op], constants, inputs, lanes, lanes, tiling), inputs)
 
 
 @pytest.mark.parametrize("lanes", LANES)

@@ -9,6 +9,7 @@ import llvmlite.ir as ir
 
 F32, I8, I32, I64 = ir.FloatType(), ir.IntType(8), ir.IntType(32), ir.IntType(64)
 FLOATS, INTS, LONGS = F32.as_pointer(), I32.as_pointer(), I64.as_pointer()
+PAGE_FLOATS = 1024
 
 
 def const(value: int) -> ir.Constant:
@@ -195,6 +196,11 @@ def prefetch(b: ir.IRBuilder, module: ir.Module, pointer: ir.Value, write: bool 
     name = "llvm.prefetch.p0i8"
     function = module.globals.get(name) or ir.Function(module, kind, name)
     b.call(function, [b.bitcast(pointer, I8.as_pointer()), *(ir.Constant(I32, n) for n in (int(write), 3, 1))])
+
+
+def prefetch_ahead(b: ir.IRBuilder, module: ir.Module, pointer: ir.Value) -> None:
+    """Asks for what lies a page behind `pointer`: where a page ends, the hardware stops fetching by itself."""
+    prefetch(b, module, at(b, pointer, const(PAGE_FLOATS)))
 
 
 def larger(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:

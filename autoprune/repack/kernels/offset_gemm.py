@@ -53,13 +53,13 @@ from autoprune.repack.kernels.ir import (
     op_function,
     pointer_field,
     prefetch,
+    prefetch_ahead,
     smaller,
     splat,
     store_vector,
 )
 from autoprune.repack.kernels.math import ACTIVATIONS
 
-AHEAD = 1024  # floats: weights are fetched a page ahead, because the hardware stops fetching where a page ends
 CARRY_IN, CARRY_OUT = 1, 2  # bits: sums go on from a panel before; to a panel after
 
 
@@ -247,7 +247,7 @@ def tile(
                       for v in range(vectors)]  # fmt: skip
             weights = at(b, w, b.mul(k, pitch) if entry_ is None else b.ashr(entry_, const(32)))
             if not gate:
-                prefetch(b, module, at(b, weights, const(AHEAD)))
+                prefetch_ahead(b, module, weights)
             made = []
             for row in range(rows):
                 weight = splat(b, b.load(at(b, weights, const(row))), lanes)

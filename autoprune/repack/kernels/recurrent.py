@@ -79,9 +79,10 @@ class Field(IntEnum):
     BIAS = 28  # by row of the groups, or by row
     OUT_INDEX = 29  # address of int32 a row: its place, -1 for none
     FIRST = 30  # address of int32 a group: its first row when its rows are neighbours, else -1
-    GROUPS = 31
-    THRESHOLD = 32  # float bits: smaller states are 0
-    KEEP = 33  # the largest states of a step that are kept
+    TWIN = 31  # address of int32 a group: whether it keeps the same as a neighbour, see `rows_gemm.Twin`
+    GROUPS = 32
+    THRESHOLD = 33  # float bits: smaller states are 0
+    KEEP = 34  # the largest states of a step that are kept
 
 
 @dataclass(frozen=True)
@@ -91,12 +92,14 @@ class Form:
     Attributes:
         cell: ``lstm`` or ``gru``.
         rows: filters in a packed group.
+        twins: whether groups are computed with their twins, see `rows_gemm.Twin`.
         columns: whether the weight is walked by column, zero states left out.
         prune: how states become zero: ``""``, ``threshold`` or ``top``.
     """
 
     cell: str
     rows: int
+    twins: bool = False
     columns: bool = False
     prune: str = ""
 
@@ -194,7 +197,7 @@ _Product = Callable[[ir.IRBuilder, _Get, ir.Value, ir.Value, ir.Value, ir.Value,
 
 def _by_group(module: ir.Module, form: Form, target: Target) -> _Product:
     """Each group's rows at once, several entries of the batch together."""
-    compute = group_product(module, form.rows, target)
+    compute = group_product(module, form.rows, target, twins=form.twins)
 
     def product(
         b: ir.IRBuilder, get: _Get, past: ir.Value, past_entry: ir.Value, first: ir.Value, last: ir.Value,

@@ -1,8 +1,10 @@
 """Group-wise sparse Linear over rows of features, a native op.
 
 The filters of a group share their inputs, so a vector holds the filters of a group: k walks the group's kept features,
-one broadcast of each token's feature meets the group's weights. Several tokens stay in registers together; a single
-one is summed in several independent parts, so that the last bits of a result depend on how many tokens go together.
+one broadcast of each token's feature meets the group's weights. Two groups that keep the same features, as all do where
+little is pruned, are computed as one, so that each broadcast meets twice the weights. Several tokens stay in registers
+together; a single one is summed in several independent parts, so that the last bits of a result depend on how many
+tokens go together.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from autoprune.repack.kernels.ir import (
     loop,
     op_function,
     pointer_field,
+    prefetch_ahead,
     smaller,
     spans,
     splat,
@@ -61,12 +64,26 @@ class Field(IntEnum):
     BIAS = 14
     OUT_INDEX = 15  # address of int32 a row: the filter, -1 for none
     FIRST = 16  # address of int32 a group: its first filter when its filters are neighbours, else -1
-    LOW = 17  # float bits: results are clamped
-    HIGH = 18
-    GROUPS = 19
-    CHUNK = 20  # groups an item
-    CHUNKS = 21
-    BLOCK = 22  # tokens an item
+    TWIN = 17  # address of int32 a group, see `Twin`
+    LOW = 18  # float bits: results are clamped
+    HIGH = 19
+    GROUPS = 20
+    CHUNK = 21  # groups an item
+    CHUNKS = 22
+    BLOCK = 23  # tokens an item
+
+
+class Twin(IntEnum):
+    """Whether a group keeps the same features as a neighbour whose filters are the next ones."""
+
+    NONE = 0
+    FIRST = 1  # the group after it is its twin
+    SECOND = 2  # the group before it is
+
+
+def joins_twins(rows: int, target: Target) -> bool:
+    """Whether twins are computed as one: where a vector holds the filters of one group."""
+    return rows == target.lanes
 
 
 def tokens_together(rows: int, target: Target) -> int:
@@ -82,10 +99,10 @@ def token_counts(rows: int, target: Target) -> list[int]:
 
 
 @once_a_process
-def rows_gemm(rows: int, target: Target, activation: str = "") -> int:
-    """The op for groups of `rows` filters; an item is some groups by some tokens."""
+def rows_gemm(rows: int, target: Target, activation: str = "", twins: bool = False) -> int:
+    """The op for groups of `rows` filters, twins among them or none; an item is some groups by some tokens."""
     module = ir.Module()
-    compute = group_product(module, rows, target, activation)
+    compute = group_product(module, rows, target, activation, twins)
     b, fields, slots, item, _ = op_function(module)
     get = {field: b.load(at(b, fields, const(field))) for field in Field}
     chunk, block = b.srem(item, get[Field.CHUNKS]), b.sdiv(item, get[Field.CHUNKS])
@@ -113,6 +130,7 @@ class PackedArrays(NamedTuple):
     bias: ir.Value
     out_index: ir.Value
     first: ir.Value
+    twin: ir.Value
 
 
 Lines = tuple[ir.Value, ir.Value]
@@ -128,10 +146,17 @@ GroupProduct = Callable[
 """(builder, weight, group, first and last token, x, y, residual, whether there is one, bounds): one group's results."""
 
 
-def group_product(module: ir.Module, rows: int, target: Target, activation: str = "") -> GroupProduct:
-    """What emits the product of one group of `rows` filters, several tokens together."""
-    counts = token_counts(rows, target)
-    built = {count: _tile(module, rows, count, target, activation) for count in counts}
+def group_product(
+    module: ir.Module, rows: int, target: Target, activation: str = "", twins: bool = False
+) -> GroupProduct:
+    """What emits the product of one group of `rows` filters, or of twins, several tokens together."""
+    sizes = (1, 2) if twins and joins_twins(rows, target) else (1,)
+    counts = {groups: token_counts(groups * rows, target) for groups in sizes}
+    built = {
+        (groups, count): _tile(module, rows, groups, count, target, activation)
+        for groups in sizes
+        for count in counts[groups]
+    }
 
     def compute(
         b: ir.IRBuilder, packed: PackedArrays, group: ir.Value, tokens: tuple[ir.Value, ir.Value], x: Lines, y: Lines,
@@ -147,23 +172,34 @@ def group_product(module: ir.Module, rows: int, target: Target, activation: str 
         out_index = at(b, pointer_field(b, packed.out_index, INTS), row0)
         neighbours = long_at(b, pointer_field(b, packed.first, INTS), group)
 
-        def some(token: ir.Value, count: int) -> None:
-            x_at, y_at, residual_at = (at(b, base, b.mul(token, step)) for base, step in (x, y, residual))
-            b.call(
-                built[count],
-                [
-                    x_at, x[1], index, kept, values, bias, y_at, y[1], residual_at, residual[1], has_residual,
-                    out_index, neighbours, *bounds,
-                ],
-            )  # fmt: skip
+        def whole(groups: int) -> None:
+            def some(token: ir.Value, count: int) -> None:
+                x_at, y_at, residual_at = (at(b, base, b.mul(token, step)) for base, step in (x, y, residual))
+                b.call(
+                    built[groups, count],
+                    [
+                        x_at, x[1], index, kept, values, bias, y_at, y[1], residual_at, residual[1], has_residual,
+                        out_index, neighbours, *bounds,
+                    ],
+                )  # fmt: skip
 
-        spans(b, *tokens, counts, some)
+            spans(b, *tokens, counts[groups], some)
+
+        if len(sizes) == 1:
+            whole(1)
+            return
+        twin = long_at(b, pointer_field(b, packed.twin, INTS), group)
+        with b.if_then(b.icmp_signed("==", twin, const(Twin.NONE))):
+            whole(1)
+        with b.if_then(b.icmp_signed("==", twin, const(Twin.FIRST))):
+            whole(2)
 
     return compute
 
 
-def _tile(module: ir.Module, rows: int, tokens: int, target: Target, activation: str) -> ir.Function:
-    """All filters of a group for `tokens` tokens."""
+def _tile(module: ir.Module, size: int, groups: int, tokens: int, target: Target, activation: str) -> ir.Function:
+    """All filters of a group of `size`, or of as many as keep the same, for `tokens` tokens."""
+    rows = groups * size
     kinds = [
         FLOATS, I64, INTS, I64, FLOATS, FLOATS, FLOATS, I64, FLOATS, I64, I64, INTS, I64, F32, F32,
     ]  # fmt: skip
@@ -179,13 +215,15 @@ def _tile(module: ir.Module, rows: int, tokens: int, target: Target, activation:
     initial = [load_vector(b, at(b, bias, const(part)), wide) for part in parts]
     start = [initial] * tokens + [[zero] * len(initial)] * (chains - 1)
     whole = b.mul(b.sdiv(kept, const(chains)), const(chains))
-    sums = _walk(b, module, start, sources * chains if chains > 1 else sources, index, values, rows, wide,
+    ahead = b.mul(kept, const(size))  # from a group's values to those of the next
+    weights = [at(b, values, b.add(b.mul(ahead, const(part // size)), const(part % size))) for part in parts]
+    sums = _walk(b, module, start, sources * chains if chains > 1 else sources, index, weights, size, wide,
                  const(0), whole, chains)  # fmt: skip
     if chains > 1:
         total = list(sums[0])
         for chain in sums[1:]:
             total = [b.fadd(one, other) for one, other in zip(total, chain, strict=True)]
-        sums = _walk(b, module, [total], sources, index, values, rows, wide, whole, kept, 1)
+        sums = _walk(b, module, [total], sources, index, weights, size, wide, whole, kept, 1)
 
     together = b.icmp_signed(">=", neighbours, const(0))
     added = b.icmp_signed("!=", has_residual, const(0))
@@ -250,9 +288,12 @@ def _scatter(
 
 def _walk(
     b: ir.IRBuilder, module: ir.Module, start: Sequence[Sequence[ir.Value]], sources: Sequence[ir.Value],
-    index: ir.Value, values: ir.Value, rows: int, wide: int, first: ir.Value, last: ir.Value, step: int,
+    index: ir.Value, values: Sequence[ir.Value], size: int, wide: int, first: ir.Value, last: ir.Value, step: int,
 ) -> list[list[ir.Value]]:  # fmt: skip
-    """``start[t] + sum_k values[k] * sources[t][index[k]]``; with ``step > 1``, chain t takes every step-th k + t."""
+    """``start[t] + sum_k values[k] * sources[t][index[k]]``; with ``step > 1``, chain t takes every step-th k + t.
+
+    `values`: a pointer to each vector of k = 0; the next k's lie `size` floats further.
+    """
     fused, parts = fma(module, wide), len(start[0])
 
     def add(k: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
@@ -261,8 +302,11 @@ def _walk(
         for t in range(len(start)):
             if t == 0 or step > 1:
                 here = b.add(k, const(t)) if step > 1 else k
-                line = at(b, values, b.mul(here, const(rows)))
-                weights = [load_vector(b, at(b, line, const(part * wide)), wide) for part in range(parts)]
+                lines = [at(b, part, b.mul(here, const(size))) for part in values]
+                if len(start) > 1 and step == 1:  # a single token leaves the processor room to load ahead by itself
+                    for line in lines:
+                        prefetch_ahead(b, module, line)
+                weights = [load_vector(b, line, wide) for line in lines]
                 feature = long_at(b, index, here)
             given = splat(b, b.load(at(b, sources[t], feature)), wide)
             own = sums[t * parts : (t + 1) * parts]

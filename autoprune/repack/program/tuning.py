@@ -37,7 +37,7 @@ from autoprune.repack.program.steps import NativeStep
 from autoprune.repack.program.weights import Weights
 from autoprune.repack.stored import flag
 
-VERSION = 6  # of the kernels: what was tuned for others is not used
+VERSION = 7  # of the kernels: what was tuned for others is not used
 ROUNDS = 5
 # What a kept weight costs in groups of this size, relative to the largest: smaller groups load more for each.
 # A vector holds positions, or the filters of a group.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from autoprune.errors import FileError
 from autoprune.repack.formats import PackedWeight
+from autoprune.repack.kernels.rows_gemm import Twin
 
 Ints = NDArray[np.int32]
 Floats = NDArray[np.float32]
@@ -55,6 +56,21 @@ class Weights:
         index = self.packed.out_index
         neighbours = (index == index[:, :1] + np.arange(index.shape[1])).all(axis=1)
         return np.where(neighbours, index[:, 0], -1).astype(np.int32)
+
+    @cached_property
+    def twin(self) -> Ints:
+        """Which groups keep the same as a neighbour whose filters are the next ones, see `rows_gemm.Twin`."""
+        kept = np.split(self.packed.index, self.packed.group_pointer[1:-1])
+        found = np.full(self.packed.groups, Twin.NONE, np.int32)
+        for group in range(self.packed.groups - 1):
+            follows = self.first[group] >= 0 and self.first[group + 1] == self.first[group] + self.packed.group_size
+            if follows and found[group] == Twin.NONE and np.array_equal(kept[group], kept[group + 1]):
+                found[group : group + 2] = Twin.FIRST, Twin.SECOND
+        return found
+
+    @property
+    def has_twins(self) -> bool:
+        return bool(self.twin.any())
 
     @cached_property
     def by_column(self) -> tuple[Ints, Ints, Floats] | None:
