@@ -22,13 +22,14 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from command_line import among, listed
 from deepsparse_engine import DeepSparse
 from engine_report import (
     REPACKED,
@@ -261,15 +262,10 @@ def draw_roofline(cell: Cell, rounds: int, progress: Progress) -> Path:
     return save_roofline(roofline(rows, f"{cell}: its operations", fma_gflops(), bandwidths))
 
 
-def listed(kind: Callable[[str], Value]) -> Callable[[str], tuple[Value, ...]]:
-    """Parses ``1,4,8``."""
-    return lambda text: tuple(kind(part) for part in text.split(","))
-
-
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="ResNet-18, batch 1, one thread, G=8")
-    parser.add_argument("--models", type=listed(str), help=f"of {','.join(STANDARD)}")
+    parser.add_argument("--models", type=among(STANDARD), help=f"of {','.join(STANDARD)}")
     parser.add_argument("--sparsities", type=listed(float), default=SPARSITIES)
     parser.add_argument("--groups", type=listed(int), help="group sizes; default 1,4,8,16")
     parser.add_argument("--batches", type=listed(int), help="default 1,16")
@@ -290,8 +286,6 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name, value in (quick if given.quick else full).items():
         if getattr(given, name) is None:
             setattr(given, name, value)
-    if unknown := set(given.models) - set(STANDARD):
-        parser.error(f"unknown model {', '.join(sorted(unknown))}; known: {', '.join(STANDARD)}")
     return given
 
 

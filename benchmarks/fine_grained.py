@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from command_line import among
 
 from autoprune.agents.halving import rungs
 from autoprune.config import HalvingSection, parse_config
-from autoprune.errors import ConfigError, did_you_mean
 from autoprune.files import append_line, cache_folder, read_lines, write_text
 from autoprune.latency.machine import machine_text
 from autoprune.masks import sparsity, weight_of
@@ -110,21 +110,17 @@ class Outcome:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the embedded digits")
-    parser.add_argument("--who", help=f"of {', '.join(WHO)}, with commas between; all when left out")
+    parser.add_argument("--who", type=among(WHO), default=tuple(WHO), help=f"of {', '.join(WHO)}")
     parser.add_argument("--seeds", type=int, default=3, help="how many")
     parser.add_argument("--report", action="store_true", help="only write the table")
     given = parser.parse_args()
     name = "digits" if given.quick else "fashion_mnist"
-    who = [each.strip() for each in given.who.split(",")] if given.who else list(WHO)
-    for each in who:
-        if each not in WHO:
-            raise ConfigError(f"unknown --who {each!r}. {did_you_mean(each, WHO)}")
     path = RESULTS / "fine_grained" / f"{name}.jsonl"
     if not given.report:
         torch.set_num_threads(1)
         console = Console()
         done = {(outcome.who, outcome.seed) for outcome in _read(path)}
-        missing = [(each, seed) for seed in range(given.seeds) for each in who if (each, seed) not in done]
+        missing = [(each, seed) for seed in range(given.seeds) for each in given.who if (each, seed) not in done]
         with console.bar("runs", len(missing)) as bar:
             for each, seed in missing:
                 outcome = run(name, each, seed)

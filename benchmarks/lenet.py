@@ -22,9 +22,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from command_line import among
 from torch import nn
 
-from autoprune.errors import did_you_mean
 from autoprune.files import append_line, cache_folder, read_lines, read_tensors, write_tensors, write_text
 from autoprune.inventory import take_inventory
 from autoprune.latency.machine import machine_text
@@ -109,18 +109,14 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="6,000 images, few epochs, one seed")
     parser.add_argument("--data", choices=DATA, default="mnist")
     parser.add_argument("--seeds", type=int, help="3, or 1 with --quick, when left out")
-    parser.add_argument("--recipes", default=",".join(RECIPES), help=f"of {', '.join(RECIPES)}; all when left out")
+    parser.add_argument("--recipes", type=among(RECIPES), default=tuple(RECIPES), help=f"of {', '.join(RECIPES)}")
     parser.add_argument("--report", action="store_true", help="only write the table again")
     given = parser.parse_args()
     torch.set_num_threads(1)
     protocol = replace(QUICK if given.quick else FULL, data=given.data)
     seeds = range(given.seeds or (1 if given.quick else 3))
-    recipes = given.recipes.split(",")
-    for name in recipes:
-        if name not in RECIPES:
-            parser.error(f"unknown recipe {name!r}. {did_you_mean(name, RECIPES)}")
     if not given.report:
-        search(protocol, recipes, seeds)
+        search(protocol, given.recipes, seeds)
     print(report(protocol, seeds))
 
 

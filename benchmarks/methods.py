@@ -26,12 +26,12 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from command_line import among
 from methods_report import DENSE, Job, Outcome, Timing, read_outcomes, report, results_folder
 from methods_table import RECIPES, SETTINGS, TASKS_SHOWN, Recipe, Setting, Shown
 from torch import nn
 
 from autoprune.allocation import Cost, MacsCost, WeightCost
-from autoprune.errors import ConfigError, did_you_mean
 from autoprune.evaluation.finetune import channel_readers
 from autoprune.files import append_line, cache_folder, read_tensors, write_tensors
 from autoprune.inventory import Inventory, take_inventory
@@ -69,8 +69,8 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the embedded digits, one setting")
     parser.add_argument("--task", choices=list(TASKS_SHOWN), default="fashion_mnist")
-    parser.add_argument("--methods", help="rows, by name, e.g. adaptive,gradual; all when left out")
-    parser.add_argument("--settings", help=f"of {', '.join(SETTINGS)}; the task's own when left out")
+    parser.add_argument("--methods", type=among(RECIPES), help="rows, e.g. adaptive,gradual; all when left out")
+    parser.add_argument("--settings", type=among(SETTINGS), help=f"of {', '.join(SETTINGS)}; default the task's")
     parser.add_argument("--seeds", type=int, help="how many; the task's own when left out")
     parser.add_argument("--workers", type=int, default=WORKERS, help="runs at a time, one thread each")
     parser.add_argument("--time", action="store_true", help="time the models of finished runs, and train nothing")
@@ -80,8 +80,7 @@ def _arguments() -> argparse.Namespace:
 
 def _jobs(shown: Shown, given: argparse.Namespace) -> list[Job]:
     """What is missing, seed by seed, so that a first table is there early."""
-    names = _named(given.methods, list(RECIPES), "method") or list(RECIPES)
-    settings = _named(given.settings, list(SETTINGS), "setting") or list(shown.settings)
+    names, settings = given.methods or tuple(RECIPES), given.settings or shown.settings
     wanted = [
         Job(name, setting, seed)
         for seed in range(given.seeds or shown.seeds)
@@ -92,14 +91,6 @@ def _jobs(shown: Shown, given: argparse.Namespace) -> list[Job]:
     dense = [Job(DENSE, "", seed) for seed in range(given.seeds or shown.seeds)]
     done = {outcome.job for outcome in read_outcomes(shown)}
     return [job for job in dense + wanted if job not in done]
-
-
-def _named(text: str | None, allowed: Sequence[str], what: str) -> list[str]:
-    names = [name.strip() for name in text.split(",")] if text else []
-    for name in names:
-        if name not in allowed:
-            raise ConfigError(f"unknown {what} {name!r}. {did_you_mean(name, allowed)}")
-    return names
 
 
 def train_all(shown: Shown, jobs: Sequence[Job], workers: int) -> None:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from command_line import among
 from torch import Tensor, nn
 
 from autoprune.files import write_text
@@ -104,12 +105,12 @@ def page(rows: Sequence[Sequence[str]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default="residual_cnn,mlp", help=f"of {', '.join(MODELS)}")
+    parser.add_argument("--models", type=among(MODELS), default="residual_cnn,mlp", help=f"of {', '.join(MODELS)}")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     console, rows = Console(), list[Sequence[str]]()
-    cells = list(itertools.product(arguments.models.split(","), CELLS, ("onnxruntime", "openvino")))
+    cells = list(itertools.product(arguments.models, CELLS, ("onnxruntime", "openvino")))
     with console.bar("export and time", len(cells)) as bar:
         for model, (pattern, sparsity), engine in cells:
             rows.append(cell(model, pattern, sparsity, engine))

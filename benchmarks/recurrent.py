@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from command_line import among, listed
 from engine_report import Spread, machine_key, spread
 from matplotlib.figure import Figure
 from torch import Tensor, nn
@@ -50,6 +51,7 @@ from autoprune.report.table import MISSING, markdown_table
 RESULTS = Path(__file__).parent / "results"
 GROUP = 16
 STEPS = 50
+HIDDEN, BATCHES = (256, 512, 1024), (1, 8)
 SPARSITIES = (0.0, 0.5, 0.75, 0.9, 0.95)
 CUT_AT = 0.9  # the sparsity at which states are cut too
 KEPT = (0.2, 0.1)  # of the states
@@ -331,14 +333,15 @@ def draw(rows: Sequence[Row]) -> Figure:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="LSTM, hidden 256, batch 1")
-    parser.add_argument("--cells", default=",".join(CELLS), help="of lstm, gru")
-    parser.add_argument("--hidden", default="256,512,1024")
-    parser.add_argument("--batches", default="1,8")
+    parser.add_argument("--cells", type=among(CELLS), default=tuple(CELLS), help=f"of {', '.join(CELLS)}")
+    parser.add_argument("--hidden", type=listed(int), default=HIDDEN, help="default 256,512,1024")
+    parser.add_argument("--batches", type=listed(int), default=BATCHES, help="default 1,8")
     parser.add_argument("--report", action="store_true", help="measure nothing, draw what there is")
     parser.add_argument("--redo", action="store_true", help="measure again what there is")
     given, progress = parser.parse_args(argv), Console()
-    numbers = [[int(each) for each in text.split(",")] for text in (given.hidden, given.batches)]
-    sizes = [("lstm", 256, 1)] if given.quick else list(itertools.product(given.cells.split(","), *numbers))
+    sizes = list(itertools.product(given.cells, given.hidden, given.batches))
+    if given.quick:
+        sizes = [("lstm", 256, 1)]
     wanted = [Case(*size, steps) for size in sizes for steps in (STEPS, 1)]
     variants = [Variant(sparsity) for sparsity in SPARSITIES] + [Variant(CUT_AT, kept) for kept in KEPT]
     done = read_rows()

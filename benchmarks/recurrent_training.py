@@ -1,7 +1,7 @@
 """What pruning costs recurrent networks, in weights and in states, and what it gives.
 
     python benchmarks/recurrent_training.py --tasks spoken_digits,japanese_vowels  # an hour on one core
-    python benchmarks/recurrent_training.py --tasks moby_dick --seeds 1  # two hours
+    python benchmarks/recurrent_training.py --tasks moby_dick  # half an hour a run; with cut states two hours
     python benchmarks/recurrent_training.py --time  # times the models of the first seed
     python benchmarks/recurrent_training.py --report  # draws what there is
 
@@ -25,6 +25,7 @@ from statistics import fmean, pstdev
 from typing import Any
 
 import torch
+from command_line import among
 from torch import nn
 
 import autoprune
@@ -56,17 +57,28 @@ DEEPENS = 0.8  # of the training: until then more and more of the states is cut
 PROTOCOL = Protocol(samples=25, warmup=3, threads=1, min_sample_ms=2.0, lead=1)
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Variant:
-    """What is pruned: a share of the weights, and all states but a share."""
+    """What is pruned: a share of the weights, and all states but a share; and dropout, where it is not the task's."""
 
     weights: float = 0.0
     states: float = 1.0
+    dropout: float | None = None
+
+    @property
+    def place(self) -> tuple[float, float, float]:
+        """Sorts dense ones first, those that are pruned most last."""
+        return self.weights, -self.states, self.dropout or 0.0
+
+    @property
+    def is_dense(self) -> bool:
+        return not self.weights and self.states == 1.0
 
     def __str__(self) -> str:
         parts = [f"{self.weights:.0%} of the weights cut"] if self.weights else []
         parts += [f"{self.states:.0%} of each state kept"] if self.states < 1.0 else []
-        return ", ".join(parts) or "dense"
+        parts = parts or ["dense"]
+        return ", ".join(parts + ([] if self.dropout is None else [f"dropout {self.dropout:g}"]))
 
 
 @dataclass(frozen=True)
@@ -84,7 +96,7 @@ SHOWN = {
     for each in (
         Shown("spoken_digits", SMALL, longer=3),
         Shown("japanese_vowels", SMALL),
-        Shown("moby_dick", (Variant(), Variant(0.8), Variant(0.9), Variant(0.8, 0.2))),
+        Shown("moby_dick", (Variant(0.8), Variant(dropout=0.2), Variant(), Variant(0.9), Variant(0.8, 0.2)), longer=3),
     )
 }
 
@@ -107,8 +119,9 @@ class Outcome:
         return cls(**{**data, "variant": Variant(**data["variant"])})
 
 
-def make_task(shown: Shown, seed: int) -> Task:
-    return TASKS.create(Choice(shown.name, {"seed": seed}))
+def make_task(shown: Shown, seed: int, dropout: float | None = None) -> Task:
+    more = {} if dropout is None else {"dropout": dropout}
+    return TASKS.create(Choice(shown.name, {"seed": seed, **more}))
 
 
 def settings_of(shown: Shown, task: Task) -> TrainingSettings:
@@ -118,13 +131,14 @@ def settings_of(shown: Shown, task: Task) -> TrainingSettings:
 
 
 def model_path(shown: Shown, variant: Variant, seed: int) -> Path:
-    return KEPT / f"{shown.name}-{variant.weights:g}-{variant.states:g}-{seed}.safetensors"
+    dropout = "" if variant.dropout is None else f"-dropout-{variant.dropout:g}"
+    return KEPT / f"{shown.name}-{variant.weights:g}-{variant.states:g}{dropout}-{seed}.safetensors"
 
 
 def train_one(shown: Shown, variant: Variant, seed: int, console: Console) -> Outcome:
     """One run, from its last epoch when it was stopped before."""
     torch.set_num_threads(1)
-    task = make_task(shown, seed)
+    task = make_task(shown, seed, variant.dropout)
     model, x, settings = copy.deepcopy(task.model), task.example_inputs(2), settings_of(shown, task)
     if variant.states < 1.0:
         cut_states_(model, keep=variant.states, over=round(DEEPENS * settings.epochs * count_batches(task.train)))
@@ -184,7 +198,7 @@ def time_models(names: Sequence[str], console: Console) -> None:
         x = task.example_inputs(1)
         done = [each.variant for each in outcomes() if each.task == name and each.seed == 0]
         variants = [variant for variant in done if model_path(shown, variant, 0).exists()]
-        for variant in sorted(set(done) - set(variants)):
+        for variant in sorted(set(done) - set(variants), key=lambda each: each.place):
             console.say(f"{name}, {variant}: its model is not kept here; not timed")
         if not variants:
             continue
@@ -226,16 +240,16 @@ def report() -> str:
         if not runs:
             continue
         task = make_task(SHOWN[name], 0)
-        dense = fmean(each.test for each in runs if each.variant == Variant())
+        dense = best_dense(runs)
         difference = partial(_difference, task.metric)
         rows = []
-        for variant in sorted({each.variant for each in runs}):
+        for variant in sorted({each.variant for each in runs}, key=lambda each: each.place):
             own = [each for each in runs if each.variant == variant]
             tests, time_row = [each.test for each in own], timed.get((name, variant))
             rows.append((
                 str(variant), f"{fmean(each.sparsity for each in own):.1%}", f"{fmean(each.zeros for each in own):.1%}",
                 task.metric.text(fmean(tests)), difference(pstdev(tests)) if len(tests) > 1 else MISSING,
-                difference(dense - fmean(tests)), str(len(own)),
+                MISSING if dense is None else difference(dense - fmean(tests)), str(len(own)),
                 MISSING if time_row is None else f"{time_row['ms']:.3f}",
                 MISSING if time_row is None else f"{time_row['speedup']:.2f}x ({time_row['best']})",
             ))  # fmt: skip
@@ -245,6 +259,16 @@ def report() -> str:
         )  # fmt: skip
         lines += [f"## {name}, {settings_of(SHOWN[name], task).epochs} epochs", "", markdown_table(header, rows), ""]
     return "\n".join(lines) + "\n"
+
+
+def best_dense(runs: Sequence[Outcome]) -> float | None:
+    """Mean test score of the dense training that is best on the validation split; None before there is one."""
+    dense: dict[Variant, list[Outcome]] = {}
+    for each in runs:
+        if each.variant.is_dense:
+            dense.setdefault(each.variant, []).append(each)
+    best = max(dense.values(), key=lambda own: fmean(each.validation for each in own), default=None)
+    return None if best is None else fmean(each.test for each in best)
 
 
 def _difference(metric: Metric, drop: float) -> str:
@@ -263,21 +287,18 @@ def jobs(names: Sequence[str], variants: int, seeds: int) -> Iterator[tuple[Show
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", default=",".join(SHOWN), help="of " + ", ".join(SHOWN))
+    parser.add_argument("--tasks", type=among(SHOWN), default=tuple(SHOWN), help="of " + ", ".join(SHOWN))
     parser.add_argument("--variants", type=int, default=99, help="only the first so many")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--time", action="store_true", help="time the models of finished runs, and train nothing")
     parser.add_argument("--report", action="store_true", help="only draw the table")
     given, console = parser.parse_args(argv), Console()
-    names = given.tasks.split(",")
-    if unknown := set(names) - set(SHOWN):
-        parser.error(f"unknown task {', '.join(sorted(unknown))}; known: {', '.join(SHOWN)}")
     failed = False
     try:
         if given.time:
-            time_models(names, console)
+            time_models(given.tasks, console)
         elif not given.report:
-            for shown, variant, seed in jobs(names, given.variants, given.seeds):
+            for shown, variant, seed in jobs(given.tasks, given.variants, given.seeds):
                 outcome = train_one(shown, variant, seed, console)
                 append_line(RESULTS / "recurrent_training" / "runs.jsonl", asdict(outcome))
                 console.say(f"{shown.name}, {variant}, seed {seed}: {outcome.test:.4f}")

@@ -24,7 +24,7 @@ INSTALL = (
 ALPHABET = " abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'\"-()"
 VALIDATION = TEST = 0.05  # shares of the text, at its end
 DENSE_TRAINING = TrainingSettings(
-    epochs=6, learning_rate=4e-3, optimizer="adamw", weight_decay=0.0, warmup=0.05, clip_norm=1.0
+    epochs=6, learning_rate=8e-3, optimizer="adamw", weight_decay=0.0, warmup=0.05, clip_norm=1.0
 )
 
 
