@@ -37,14 +37,14 @@ from autoprune.latency.engines import ENGINES, baselines
 from autoprune.latency.machine import machine_text
 from autoprune.latency.timer import Protocol, measure_together, speedup
 from autoprune.masks import weight_of
-from autoprune.metric import Metric
+from autoprune.metric import ACCURACY, BITS_PER_CHARACTER, Metric
 from autoprune.plan import LayerPlan, Plan
 from autoprune.recurrent import cut_states_, recurrent_modules
 from autoprune.registry import Choice
 from autoprune.report.console import Console
 from autoprune.report.table import MISSING, markdown_table
 from autoprune.settings import TrainingSettings
-from autoprune.tasks import TASKS, Task
+from autoprune.tasks import TASKS, Task, japanese_vowels, moby_dick, spoken_digits
 from autoprune.training import TRAINING
 from autoprune.training.loop import count_batches, train_
 from autoprune.training.widening import make_pruner_
@@ -52,7 +52,6 @@ from autoprune.training.widening import make_pruner_
 RESULTS = Path(__file__).parent / "results"
 KEPT = cache_folder() / "benchmarks" / "recurrent"
 GROUP = 16
-METHOD = Choice("gradual", {"end": 0.6, "allocation": "erk"})
 DEEPENS = 0.8  # of the training: until then more and more of the states is cut
 PROTOCOL = Protocol(samples=25, warmup=3, threads=1, min_sample_ms=2.0, lead=1)
 
@@ -83,20 +82,40 @@ class Variant:
 
 @dataclass(frozen=True)
 class Shown:
-    """A task and what is pruned of its model, the most telling first; runs are `longer` than the dense training."""
+    """A task and what is pruned of its model, the most telling first.
+
+    Attributes:
+        own: the task's own dense training.
+        longer: times its epochs.
+        end: fraction of a run at which its weights are as sparse as asked for.
+        metric: the task's.
+    """
 
     name: str
+    own: TrainingSettings
     variants: tuple[Variant, ...]
     longer: int = 1
+    end: float = 0.6
+    metric: Metric = ACCURACY
+
+    @property
+    def training(self) -> TrainingSettings:
+        """Of every run, dense ones too."""
+        return self.own.changed({"epochs": self.longer * self.own.epochs})
+
+    @property
+    def method(self) -> Choice:
+        return Choice("gradual", {"end": self.end, "allocation": "erk"})
 
 
 SMALL = (Variant(), Variant(0.9), Variant(0.0, 0.2), Variant(0.9, 0.2), Variant(0.95), Variant(0.0, 0.1))
+TEXT = (Variant(0.8), Variant(), Variant(dropout=0.2), Variant(0.9), Variant(0.8, 0.2))
 SHOWN = {
     each.name: each
     for each in (
-        Shown("spoken_digits", SMALL, longer=3),
-        Shown("japanese_vowels", SMALL),
-        Shown("moby_dick", (Variant(0.8), Variant(dropout=0.2), Variant(), Variant(0.9), Variant(0.8, 0.2)), longer=3),
+        Shown("spoken_digits", spoken_digits.DENSE_TRAINING, SMALL, longer=3),
+        Shown("japanese_vowels", japanese_vowels.DENSE_TRAINING, SMALL),
+        Shown("moby_dick", moby_dick.DENSE_TRAINING, TEXT, longer=3, end=0.4, metric=BITS_PER_CHARACTER),
     )
 }
 
@@ -124,12 +143,6 @@ def make_task(shown: Shown, seed: int, dropout: float | None = None) -> Task:
     return TASKS.create(Choice(shown.name, {"seed": seed, **more}))
 
 
-def settings_of(shown: Shown, task: Task) -> TrainingSettings:
-    """Of every run, dense ones too."""
-    assert task.dense_training is not None
-    return task.dense_training.changed({"epochs": shown.longer * task.dense_training.epochs})
-
-
 def model_path(shown: Shown, variant: Variant, seed: int) -> Path:
     dropout = "" if variant.dropout is None else f"-dropout-{variant.dropout:g}"
     return KEPT / f"{shown.name}-{variant.weights:g}-{variant.states:g}{dropout}-{seed}.safetensors"
@@ -139,7 +152,7 @@ def train_one(shown: Shown, variant: Variant, seed: int, console: Console) -> Ou
     """One run, from its last epoch when it was stopped before."""
     torch.set_num_threads(1)
     task = make_task(shown, seed, variant.dropout)
-    model, x, settings = copy.deepcopy(task.model), task.example_inputs(2), settings_of(shown, task)
+    model, x, settings = copy.deepcopy(task.model), task.example_inputs(2), shown.training
     if variant.states < 1.0:
         cut_states_(model, keep=variant.states, over=round(DEEPENS * settings.epochs * count_batches(task.train)))
     inventory = take_inventory(model, x)
@@ -147,7 +160,7 @@ def train_one(shown: Shown, variant: Variant, seed: int, console: Console) -> Ou
     method = pruner = None
     if variant.weights:
         layer = LayerPlan(variant.weights, Choice("group", {"size": GROUP}))
-        method, plan = TRAINING.create(METHOD), Plan(dict.fromkeys(inventory.names, layer), METHOD)
+        method, plan = TRAINING.create(shown.method), Plan(dict.fromkeys(inventory.names, layer), shown.method)
         pruner = make_pruner_(method, model, inventory, plan, x, task.calibration, task.loss, WeightCost)
     path, start = model_path(shown, variant, seed), time.process_time()
     train_(
@@ -235,29 +248,27 @@ def report() -> str:
     for machine in sorted({row["machine"] for row in timed.values()}):
         lines += ["", f"Timed on {machine}, one thread, batch 1, against the best dense engine of that run."]
     lines += [""]
-    for name in SHOWN:
+    for name, shown in SHOWN.items():
         runs = [each for each in outcomes() if each.task == name]
         if not runs:
             continue
-        task = make_task(SHOWN[name], 0)
-        dense = best_dense(runs)
-        difference = partial(_difference, task.metric)
+        dense, difference = best_dense(runs), partial(_difference, shown.metric)
         rows = []
         for variant in sorted({each.variant for each in runs}, key=lambda each: each.place):
             own = [each for each in runs if each.variant == variant]
             tests, time_row = [each.test for each in own], timed.get((name, variant))
             rows.append((
                 str(variant), f"{fmean(each.sparsity for each in own):.1%}", f"{fmean(each.zeros for each in own):.1%}",
-                task.metric.text(fmean(tests)), difference(pstdev(tests)) if len(tests) > 1 else MISSING,
+                shown.metric.text(fmean(tests)), difference(pstdev(tests)) if len(tests) > 1 else MISSING,
                 MISSING if dense is None else difference(dense - fmean(tests)), str(len(own)),
                 MISSING if time_row is None else f"{time_row['ms']:.3f}",
                 MISSING if time_row is None else f"{time_row['speedup']:.2f}x ({time_row['best']})",
             ))  # fmt: skip
         header = (
-            "pruned", "zero weights", "zero states", f"test {task.metric.name}", "deviation", "worse than dense",
+            "pruned", "zero weights", "zero states", f"test {shown.metric.name}", "deviation", "worse than dense",
             "runs", "ms", "times best dense",
         )  # fmt: skip
-        lines += [f"## {name}, {settings_of(SHOWN[name], task).epochs} epochs", "", markdown_table(header, rows), ""]
+        lines += [f"## {name}, {shown.training.epochs} epochs", "", markdown_table(header, rows), ""]
     return "\n".join(lines) + "\n"
 
 
