@@ -34,7 +34,7 @@ from autoprune.repack.program import program as program_module
 from autoprune.repack.program.memory import Buffer, place
 from autoprune.repack.program.native import NativeOp, NativeSequence, give_way, runner
 from autoprune.repack.program.program import MAX_PLANS, Program
-from autoprune.repack.program.steps import ARENA, NativeStep
+from autoprune.repack.program.steps import ARENA, NativeStep, TorchStep
 from autoprune.repack.program.team import Job, Team
 from autoprune.repack.program.tuning import TuningCache
 from autoprune.testing import FakeClock
@@ -771,3 +771,30 @@ def test_what_is_returned_twice_shares_no_memory() -> None:
         assert torch.equal(c, before[2])
         for one, other in zip(fast(x), before, strict=True):
             assert torch.equal(one, other)
+
+
+class Positions(nn.Module):
+    """Counts its input's rows, and returns what is the same at every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.register_buffer("kept", torch.ones(1, 3))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        steps = torch.arange(x.shape[0])
+        return self.fc(x) + steps[:, None], steps, self.get_buffer("kept")[0]
+
+
+def test_what_depends_on_shapes_alone_is_computed_once() -> None:
+    """For each shape; and a caller may write to it, once returned."""
+    model, x = pruned(Positions()), torch.randn(3, 4)
+    fast = program_of(model, x)
+    for rows in (3, 5, 3):
+        x = torch.randn(rows, 4)
+        lowered = fast.program.plan((tuple(x.shape),)).lowered
+        assert not any(isinstance(step, TorchStep) and "arange" in step.op.attributes["op"] for step in lowered.steps)
+        got = fast(x)
+        assert same_output(got, model(x))
+        for result in got:
+            result.fill_(7)

@@ -9,7 +9,7 @@ they form a class, whose pitch is what its widest member needs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from autoprune.repack.kernels.gate import scratch as gate_scratch
 from autoprune.repack.kernels.gated_gemm import Dead
 from autoprune.repack.kernels.gated_gemm import scratch as gated_scratch
 from autoprune.repack.kernels.window import Mode
-from autoprune.repack.program import convolutions, nodes, pointwise, tokens
+from autoprune.repack.program import aten, convolutions, nodes, pointwise, tokens
 from autoprune.repack.program.graph import Graph, Op, evaluate_op
 from autoprune.repack.program.kinds import KEEPS_ZERO, residual_of
 from autoprune.repack.program.layout import ALIGN, FLOAT_BYTES, aligned
@@ -88,7 +88,7 @@ class Lowering:
         self.copies: dict[str, tuple[Tensor, View]] = {}  # in rows; holds the tensor, so that its storage is no other's
         self.positive: set[str] = set()
         self.slots = ARENA + 1
-        self.fixed: dict[int, str] = {}
+        self.fixed: dict[int, Tensor] = {}
         self.scratches: list[Buffer] = []
         self.input_slots: dict[str, int] = {}
         self.limits: dict[int, int] = {}
@@ -119,7 +119,7 @@ class Lowering:
             view.buffer.used(len(self.steps))
         scalars = {name: value for name, value in self.values.items() if isinstance(value, int)}
         arena = place(self.native_buffers(), ARENA)
-        copied = _sharing(returned)  # now that it is known what lies in the arena
+        copied = _sharing(returned, self.fixed)  # now that it is known what lies in the arena
         return Lowered(
             steps=tuple(self.steps),
             arena=arena,
@@ -174,7 +174,7 @@ class Lowering:
         key = storage_of(meta)
         if key not in self.buffers and name in self.constants:
             self.buffers[key] = self.in_slot()
-            self.fixed[self.slots - 1] = name
+            self.fixed[self.slots - 1] = self.graph.constants[name]
         if key not in self.buffers and name in self.planes:
             tokens.turn_back(self, name, self.planes[name])
         if key not in self.buffers:
@@ -288,8 +288,18 @@ class Lowering:
             if isinstance(self.values[name], Tensor) and name not in self.constants:
                 reads[name] = self.plain(name)
         buffer = self.buffers[storage_of(meta)] = self.in_slot()
+        if op.kind == "torch" and not any(isinstance(self.values[name], Tensor) for name in op.reads):
+            self.fixed[buffer.slot] = self.computed(op)  # it depends on shapes alone
+            return View(buffer, 0, tuple(meta.shape), tuple(meta.stride()))
         self.steps.append(TorchStep(op, reads, buffer.slot, tuple(meta.shape), tuple(meta.stride()), meta.dtype))
         return View(buffer, 0, tuple(meta.shape), tuple(meta.stride()))
+
+    def computed(self, op: Op) -> Tensor:
+        """What a torch operation gives that reads no tensor."""
+        a = op.attributes
+        known = {name: value for name, value in self.values.items() if isinstance(value, int)}
+        result: Tensor = aten.bind(a["op"], a["args"], a["kwargs"], a.get("item"), known)({})
+        return result
 
     def conv2d(self, op: Op) -> bool:
         a = op.attributes
@@ -514,13 +524,13 @@ def _reach(window: nodes.Window) -> int:
     return max(abs(dx) for _, dx in window.taps())
 
 
-def _sharing(returned: Mapping[str, View]) -> frozenset[str]:
-    """The results that must be copied: what lies in the arena, and what another result holds too."""
+def _sharing(returned: Mapping[str, View], fixed: Collection[int]) -> frozenset[str]:
+    """The results that must be copied: what lies in the arena or in a `fixed` slot, and what another result holds too."""
     copied, held = set(), dict[int, list[tuple[int, int]]]()
     for name, view in returned.items():
         last = view.start + sum((extent - 1) * step for extent, step in zip(view.shape, view.stride, strict=True))
         others = held.setdefault(view.buffer.slot, [])
-        if view.buffer.slot == ARENA or any(a <= last and view.start <= z for a, z in others):
+        if view.buffer.slot == ARENA or view.buffer.slot in fixed or any(a <= last and view.start <= z for a, z in others):
             copied.add(name)
         else:
             others.append((view.start, last))

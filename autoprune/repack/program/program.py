@@ -102,8 +102,8 @@ class Plan:
         slots = np.zeros(self.lowered.slots, np.int64)
         holders = [torch.empty(0, device="cpu")] * self.lowered.slots
         holders[ARENA] = self.lowered.arena.allocate()
-        for slot, name in self.lowered.constants.items():
-            holders[slot] = self.graph.constants[name]
+        for slot, constant in self.lowered.constants.items():
+            holders[slot] = constant
         for slot, holder in enumerate(holders):
             slots[slot] = holder.data_ptr() if holder.numel() else 0
         counters = [part.new_counters(self._most) for part in self.parts if isinstance(part, NativeSequence)]

@@ -140,7 +140,7 @@ class Lowered:
         inputs: the slot of each input.
         limits: slot of an input of integers -> how many rows of a table they may tell.
         outputs: slot -> shape of the results native ops write into.
-        constants: slot -> name of a constant that native ops read as a value.
+        constants: slot -> what lies there at every call: constants read as values, and what depends on shapes alone.
         threads: the most that may work on one call.
         scalars: the integers that torch's operators are given.
         returned: value -> where it lies when the last step is done.
@@ -154,7 +154,7 @@ class Lowered:
     inputs: tuple[int, ...]
     limits: Mapping[int, int]
     outputs: Mapping[int, tuple[int, ...]]
-    constants: Mapping[int, str]
+    constants: Mapping[int, Tensor]
     scalars: Mapping[str, int]
     threads: int
     returned: Mapping[str, View]

@@ -36,22 +36,23 @@ class SequenceClassifier(nn.Module):
         self.head = nn.Linear(hidden * (2 if bidirectional else 1), classes)
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
-        read = _at_last_step(self.forwards(x)[0], lengths)  # (N, hidden)
+        last = lengths - 1
+        read = _at_step(self.forwards(x)[0], last)  # (N, hidden)
         if self.backwards is not None:
-            back = _at_last_step(self.backwards(_reversed(x, lengths))[0], lengths)
+            back = _at_step(self.backwards(_reversed(x, last))[0], last)
             read = torch.cat([read, back], dim=1)
         logits: Tensor = self.head(self.dropout(read))
         return logits
 
 
-def _at_last_step(y: Tensor, lengths: Tensor) -> Tensor:
+def _at_step(y: Tensor, step: Tensor) -> Tensor:
     """(N, T, hidden), (N,) -> (N, hidden)."""
-    return y.gather(1, (lengths - 1).reshape(-1, 1, 1).expand(-1, 1, y.shape[2])).squeeze(1)
+    return y.gather(1, step.reshape(-1, 1, 1).expand(-1, 1, y.shape[2])).squeeze(1)
 
 
-def _reversed(x: Tensor, lengths: Tensor) -> Tensor:
-    """The real steps in reverse order, then the first one again and again. (N, T, F), (N,) -> (N, T, F)."""
-    steps = (lengths[:, None] - 1 - torch.arange(x.shape[1])).clamp(min=0)  # (N, T)
+def _reversed(x: Tensor, last: Tensor) -> Tensor:
+    """The steps up to the `last` in reverse order, then the first again and again. (N, T, F), (N,) -> (N, T, F)."""
+    steps = (last[:, None] - torch.arange(x.shape[1])).clamp(min=0)  # (N, T)
     return x.gather(1, steps[:, :, None].expand(-1, -1, x.shape[2]))
 
 
