@@ -198,7 +198,7 @@ def program_of(
     tiling: Tiling = Tiling(),  # noqa: B008 -- it is frozen
 ) -> Program:
     """A program whose layers are packed in groups of `size`, returning the last op's value."""
-    described = tuple(Input(f"x{i}", tuple(x.shape), "float32") for i, x in enumerate(inputs))
+    described = tuple(Input(f"x{i}", tuple(x.shape), str(x.dtype).removeprefix("torch.")) for i, x in enumerate(inputs))
     graph = Graph(described, tuple(ops), ops[-1].output, constants).validate()
     weights = {}
     for op in ops:
@@ -214,10 +214,12 @@ def assert_stays_inside(program: Program, inputs: list[Tensor]) -> None:
     """Runs with arena, inputs and outputs enclosed; first on NaN, of which nothing may be left."""
     wanted = reference(program.graph, tuple(inputs))
     plan = program.plan(tuple(tuple(x.shape) for x in inputs))
-    poison = tuple(torch.full_like(x, NAN) for x in inputs)
+    poison = tuple(torch.full_like(x, NAN) if x.is_floating_point() else x for x in inputs)
     allocate = memory.Arena.allocate
     for made in enclosures():
-        given = tuple(made.allocate(x.numel()).view(x.shape).copy_(x) for x in inputs)
+        given = tuple(
+            made.allocate(x.numel() * x.element_size() // 4).view(x.dtype).view(x.shape).copy_(x) for x in inputs
+        )
 
         def arena(self: memory.Arena, made: NanWalls | GuardPages = made) -> Tensor:
             return made.allocate(self.size).copy_(allocate(self))
@@ -409,6 +411,21 @@ def test_a_linear_stays_inside_its_buffers(lanes: int, size: int) -> None:
         op = Op("linear", "y", ("x0", "x1")[: len(inputs)], {"activation": "relu" if turn % 2 else None}, tensors)
         for tiling in (Tiling(), BLOCKS[turn % 3]):
             assert_stays_inside(program_of([op], constants, inputs, size, lanes, tiling), inputs)
+
+
+@pytest.mark.parametrize("lanes", LANES)
+def test_taking_rows_stays_inside_its_buffers(lanes: int) -> None:
+    for batch, rows, taken, features in ((1, 1, 1, 1), (2, 5, 3, 20), (3, 1, 40, 7), (1, 9, 1, 33)):
+        x, numbers = torch.randn(batch, rows, features), torch.randint(0, rows, (batch, taken, 1))
+        numbers[0, 0], numbers[-1, -1] = 0, rows - 1
+        whole = {"op": "aten.expand.default", "args": [{"ref": "x1"}, [batch, taken, features]], "kwargs": {}}
+        attributes = {"op": "aten.gather.default", "args": [{"ref": "x0"}, 1, {"ref": "n"}], "kwargs": {}}
+        ops = [Op("torch", "n", ("x1",), whole), Op("torch", "y", ("x0", "n"), attributes)]
+        program = program_of(ops, {}, [x, numbers], 1, lanes)
+        assert_stays_inside(program, [x, numbers])
+        numbers[-1, -1] = rows
+        with pytest.raises(AutopruneError, match="no row's"):
+            program(x, numbers)
 
 
 @pytest.mark.parametrize("lanes", LANES)

@@ -798,3 +798,67 @@ def test_what_depends_on_shapes_alone_is_computed_once() -> None:
         assert same_output(got, model(x))
         for result in got:
             result.fill_(7)
+
+
+class Taken(nn.Module):
+    """Takes rows of what it computed by numbers that it computed."""
+
+    def __init__(self, axis: int) -> None:
+        super().__init__()
+        self.fc, self.axis = nn.Linear(4, 20), axis
+
+    def forward(self, x: Tensor, numbers: Tensor) -> Tensor:
+        y = self.fc(x)
+        index = (numbers - 1).unsqueeze(-1).expand(*numbers.shape, y.shape[-1])
+        return y.gather(self.axis, index) + 1
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("shape", [(5, 4), (2, 5, 4), (3, 1, 4), (1, 40, 4)])
+def test_rows_are_taken_by_computed_numbers(shape: tuple[int, ...], threads: int) -> None:
+    torch.manual_seed(0)
+    model, x = pruned(Taken(-2)), torch.randn(shape)
+    for taken in (1, 3, 70):
+        numbers = torch.randint(1, shape[-2] + 1, (*shape[:-2], taken))
+        fast = repack(model, (x, numbers), form="program", threads=threads)
+        kinds = [step.op.attributes.get("op") for step in torch_steps(fast, x, numbers)]
+        assert kinds == ["aten.sub.Tensor"]
+        assert same_output(fast(x, numbers), model(x, numbers))
+        bound = fast.bind(x, numbers)
+        for wrong in (0, shape[-2] + 1, 2**40, -(2**62)):
+            with pytest.raises(AutopruneError, match="no row's"):
+                fast(x, torch.where(torch.arange(taken) == taken - 1, wrong, numbers))
+            bound.inputs[1].fill_(wrong)
+            with pytest.raises(AutopruneError, match="no row's"):
+                bound()
+            bound.inputs[1].copy_(numbers)
+            assert same_output(fast(x, numbers), model(x, numbers))
+            assert same_output(bound(), model(x, numbers))
+
+
+def torch_steps(fast: Any, *inputs: Tensor) -> list[TorchStep]:
+    lowered = fast.program.plan(tuple(tuple(x.shape) for x in inputs)).lowered
+    return [step for step in lowered.steps if isinstance(step, TorchStep)]
+
+
+class Gathered(nn.Module):
+    """Takes entries that are no whole rows, along any axis."""
+
+    def __init__(self, axis: int, whole: bool) -> None:
+        super().__init__()
+        self.fc, self.axis, self.whole = nn.Linear(4, 6), axis, whole
+
+    def forward(self, x: Tensor, numbers: Tensor) -> Tensor:
+        y = self.fc(x).transpose(1, 2) if self.whole else self.fc(x)
+        return y.gather(self.axis, numbers)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_what_is_taken_otherwise_is_right_too(axis: int, whole: bool) -> None:
+    torch.manual_seed(0)
+    x, numbers = torch.randn(2, 3, 4), torch.randint(0, 2, (2, 2, 3))
+    for index in (numbers, numbers[..., :1], numbers[:1], numbers[..., :1].expand(2, 2, 3)):
+        model = pruned(Gathered(axis, whole))
+        fast = repack(model, (x, index), form="program", threads=1)
+        assert same_output(fast(x, index), model(x, index))

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 ALIGN = 16  # floats: a cache line, the widest vector
 FLOAT_BYTES = 4
+LONG_FLOATS = 2  # an int64, or an address, is as long as two floats
 
 
 def aligned(floats: int) -> int:

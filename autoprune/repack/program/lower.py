@@ -90,6 +90,7 @@ class Lowering:
         self.slots = ARENA + 1
         self.fixed: dict[int, Tensor] = {}
         self.scratches: list[Buffer] = []
+        self.wrong: Buffer | None = None  # an int64 that tells of a number which is no row's
         self.input_slots: dict[str, int] = {}
         self.limits: dict[int, int] = {}
         self.constants = {name: tensor.to("meta") for name, tensor in graph.constants.items()}
@@ -111,6 +112,9 @@ class Lowering:
         outputs: dict[int, tuple[int, ...]] = {}
         tensors = [name for name in self.graph.output_names() if isinstance(self.values[name], Tensor)]
         returned = {name: self.returned(name, outputs) for name in tensors}
+        if self.wrong is not None:  # nothing else may ever lie there
+            self.wrong.used(0)
+            self.wrong.used(len(self.steps))
         for index, step in enumerate(self.steps):
             reads = step.reads if isinstance(step, NativeStep) else [view.buffer for view in step.reads.values()]
             for buffer in [*reads, *([step.writes] if isinstance(step, NativeStep) else [])]:
@@ -132,6 +136,7 @@ class Lowering:
             threads=self.threads,
             returned=returned,
             copied=copied,
+            wrong=None if self.wrong is None else self.wrong.offset,
             values={name: value for name, value in self.values.items() if isinstance(value, Tensor)},
         )
 
@@ -525,12 +530,16 @@ def _reach(window: nodes.Window) -> int:
 
 
 def _sharing(returned: Mapping[str, View], fixed: Collection[int]) -> frozenset[str]:
-    """The results that must be copied: what lies in the arena or in a `fixed` slot, and what another result holds too."""
+    """The results that must be copied: what lies in the arena or is `fixed`, and what another result holds too."""
     copied, held = set(), dict[int, list[tuple[int, int]]]()
     for name, view in returned.items():
         last = view.start + sum((extent - 1) * step for extent, step in zip(view.shape, view.stride, strict=True))
         others = held.setdefault(view.buffer.slot, [])
-        if view.buffer.slot == ARENA or view.buffer.slot in fixed or any(a <= last and view.start <= z for a, z in others):
+        if (
+            view.buffer.slot == ARENA
+            or view.buffer.slot in fixed
+            or any(a <= last and view.start <= z for a, z in others)
+        ):
             copied.add(name)
         else:
             others.append((view.start, last))

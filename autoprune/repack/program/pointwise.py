@@ -18,6 +18,7 @@ from torch import Tensor
 from autoprune.repack.kernels.strided import AXES
 from autoprune.repack.program import nodes
 from autoprune.repack.program.graph import Op, evaluate_op
+from autoprune.repack.program.layout import FLOAT_BYTES, LONG_FLOATS
 from autoprune.repack.program.memory import Buffer
 from autoprune.repack.program.native import NativeOp
 from autoprune.repack.program.steps import Map, NativeStep, View, contiguous_strides, is_float, place_of, storage_of
@@ -44,6 +45,8 @@ def torch_operator(lowering: Lowering, op: Op) -> bool:
         return _concatenated(lowering, op)
     if a["op"] == "aten.embedding.default":
         return _looked_up(lowering, op)
+    if a["op"] == "aten.gather.default":
+        return _taken(lowering, op)
     operation = _OPERATIONS.get(a["op"])
     if operation is None or a["kwargs"] or len(a["args"]) != 2:
         return False
@@ -193,4 +196,45 @@ def _looked_up(lowering: Lowering, op: Op) -> bool:
         return nodes.looked_up(op.output, given[0], given[1], given[2], count, features, lowering.target)
 
     lowering.steps.append(NativeStep(op.output, [each.buffer for each in places], buffer, build))
+    return True
+
+
+def _taken(lowering: Lowering, op: Op) -> bool:
+    """Whole rows of a value, by numbers that are the same for all of a row's features."""
+    args = op.attributes["args"]
+    if op.attributes["kwargs"] or len(args) != 3:
+        return False
+    (x, index), axis = ((lowering.values[each["ref"]] for each in (args[0], args[2])), args[1])
+    meta = evaluate_op(op, lowering.values, lowering.constants)
+    if not is_float(x) or x.dim() not in (2, 3) or axis % x.dim() != x.dim() - 2 or not meta.numel():
+        return False
+    features = meta.shape[-1]
+    if features > 1 and (index.stride(-1) != 0 or x.stride(-1) != 1):
+        return False
+    if lowering.wrong is None:
+        lowering.wrong = lowering.scratch(LONG_FLOATS)
+    given, told, wrong = lowering.plain(args[0]["ref"]), lowering.plain(args[2]["ref"]), lowering.wrong
+    made = lowering.define(op.output, tuple(meta.shape))
+    buffer = lowering.buffers[storage_of(made)] = Buffer(made.numel())
+    batch, rows = (1, *meta.shape)[-3:-1]
+
+    def strides(value: Tensor) -> tuple[int, ...]:
+        return (0, *value.stride())[-3:-1]
+
+    at_x, at_index = strides(x), strides(index)
+    limit = x.shape[-2]
+
+    def build(*_: Any) -> NativeOp:
+        return nodes.taken(
+            op.output,
+            (given.buffer.slot, given.start * FLOAT_BYTES, at_x),
+            (told.buffer.slot, told.offset * LONG_FLOATS * FLOAT_BYTES, at_index),
+            (buffer.slot, buffer.offset, ()),
+            (wrong.slot, wrong.offset),
+            (batch, rows, features),
+            limit,
+            lowering.target,
+        )
+
+    lowering.steps.append(NativeStep(op.output, [given.buffer, told.buffer, wrong], buffer, build))
     return True

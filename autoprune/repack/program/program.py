@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import threading
@@ -161,6 +162,15 @@ class Plan:
                 sequence += 1
             else:
                 self.run_torch(part, frame)
+        if self.lowered.wrong is not None:
+            self.check_rows(frame, self.lowered.wrong)
+
+    def check_rows(self, frame: Frame, place: int) -> None:
+        """Raises AutopruneError where a row was to be taken that there is none of."""
+        wrong = ctypes.c_int64.from_address(int(frame.slots[ARENA]) + place)
+        if wrong.value:
+            wrong.value = 0
+            raise AutopruneError("a number that the model computed to take a row by (torch.gather) is no row's.")
 
     def run_native(self, part: NativeSequence, frame: Frame, sequence: int) -> None:
         slots, threads = frame.address, self.threads

@@ -17,13 +17,12 @@ import numpy as np
 
 from autoprune.repack.kernels.compiler import compile_op, host, once_a_process
 from autoprune.repack.kernels.ir import LONGS, at, const, loop, op_function, pointer_field
-from autoprune.repack.program.layout import ALIGN, FLOAT_BYTES, aligned
+from autoprune.repack.program.layout import ALIGN, FLOAT_BYTES, LONG_FLOATS, aligned
 from autoprune.repack.program.memory import Arena, Buffer
 from autoprune.repack.program.native import RUN, NativeOp, NativeSequence, give_way, runner_address
 from autoprune.repack.program.steps import ARENA, Lowered, NativeStep, View, contiguous_strides
 
 NAME = "samples"
-_SLOT_FLOATS = 2  # an address is as long as two floats
 
 
 class Field(IntEnum):
@@ -39,7 +38,7 @@ class Field(IntEnum):
 
 def can_split(one: Lowered) -> bool:
     """Whether a program for one sample is native throughout, and its results are whole tensors of their own."""
-    if not all(isinstance(step, NativeStep) for step in one.steps) or not one.steps:
+    if not all(isinstance(step, NativeStep) for step in one.steps) or not one.steps or one.wrong is not None:
         return False
     return all(one.is_whole(name) and math.prod(view.shape) > 0 for name, view in one.returned.items())
 
@@ -55,7 +54,7 @@ def split(one: Lowered, sequence: NativeSequence, sample: Sequence[int], batch: 
         threads: the most that may work on a call; each has an arena of its own.
     """
     own = aligned(one.arena.size)
-    arena = own + aligned(_SLOT_FLOATS * one.slots)
+    arena = own + aligned(LONG_FLOATS * one.slots)
     borders = [
         (start + thread * arena, size, value) for thread in range(threads) for start, size, value in one.arena.borders
     ]

@@ -145,6 +145,7 @@ class Lowered:
         scalars: the integers that torch's operators are given.
         returned: value -> where it lies when the last step is done.
         copied: those of them that lie in memory which is not theirs alone.
+        wrong: bytes into the arena of an int64 that is not 0 after a call in which a number was no row's.
         values: every tensor that has a name, constants and those that lowering adds, on the meta device.
     """
 
@@ -159,6 +160,7 @@ class Lowered:
     threads: int
     returned: Mapping[str, View]
     copied: frozenset[str]
+    wrong: int | None
     values: Mapping[str, Tensor]
 
     def is_whole(self, name: str) -> bool:
