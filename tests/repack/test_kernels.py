@@ -426,6 +426,8 @@ def test_taking_rows_stays_inside_its_buffers(lanes: int) -> None:
         numbers[-1, -1] = rows
         with pytest.raises(AutopruneError, match="no row's"):
             program(x, numbers)
+        with pytest.raises(AutopruneError):  # there is no row at all
+            program(x[:, :0], torch.zeros_like(numbers))
 
 
 @pytest.mark.parametrize("lanes", LANES)

@@ -206,10 +206,11 @@ def _taken(lowering: Lowering, op: Op) -> bool:
         return False
     (x, index), axis = ((lowering.values[each["ref"]] for each in (args[0], args[2])), args[1])
     meta = evaluate_op(op, lowering.values, lowering.constants)
-    if not is_float(x) or x.dim() not in (2, 3) or axis % x.dim() != x.dim() - 2 or not meta.numel():
+    if not is_float(x) or index.dtype != torch.int64 or x.dim() not in (2, 3) or not x.numel() or not meta.numel():
         return False
     features = meta.shape[-1]
-    if features > 1 and (index.stride(-1) != 0 or x.stride(-1) != 1):
+    whole = features == 1 or (index.stride(-1) == 0 and x.stride(-1) == 1)
+    if axis % x.dim() != x.dim() - 2 or not whole:
         return False
     if lowering.wrong is None:
         lowering.wrong = lowering.scratch(LONG_FLOATS)
@@ -225,16 +226,11 @@ def _taken(lowering: Lowering, op: Op) -> bool:
     limit = x.shape[-2]
 
     def build(*_: Any) -> NativeOp:
-        return nodes.taken(
-            op.output,
-            (given.buffer.slot, given.start * FLOAT_BYTES, at_x),
-            (told.buffer.slot, told.offset * LONG_FLOATS * FLOAT_BYTES, at_index),
-            (buffer.slot, buffer.offset, ()),
-            (wrong.slot, wrong.offset),
-            (batch, rows, features),
-            limit,
-            lowering.target,
-        )
+        x_at = (given.buffer.slot, given.start * FLOAT_BYTES, at_x)
+        index_at = (told.buffer.slot, told.offset * LONG_FLOATS * FLOAT_BYTES, at_index)  # which lies in no arena
+        y_at, wrong_at = (buffer.slot, buffer.offset, ()), (wrong.slot, wrong.offset)
+        size = (batch, rows, features)
+        return nodes.taken(op.output, x_at, index_at, y_at, wrong_at, size, limit, lowering.target)
 
     lowering.steps.append(NativeStep(op.output, [given.buffer, told.buffer, wrong], buffer, build))
     return True
