@@ -7,8 +7,9 @@
 
 Every run of a task trains for the same epochs from the same initial weights, whatever it prunes: weights by `gradual`
 in groups of 16 rows with the ERK allocation (the last layer stays dense), states by keeping the largest at every step.
-Nothing was chosen on a test split. Runs are kept in benchmarks/results/recurrent_training/ as they end, so a run that
-was stopped goes on; so does a training, from its last epoch. Writes benchmarks/results/recurrent_training.md.
+Worse than dense: than the dense training that is best on the validation split; nothing was chosen on a test split. Runs
+are kept in benchmarks/results/recurrent_training/ as they end, so a run that was stopped goes on; so does a training,
+from its last epoch. Writes benchmarks/results/recurrent_training.md.
 """
 
 from __future__ import annotations
