@@ -22,7 +22,6 @@ from autoprune.repack.kernels import (
     rows,
     rows_gemm,
     strided,
-    take,
     turn,
     window,
 )
@@ -410,19 +409,8 @@ def pointwise(
     return op_of(name, kernel, f, given, -(-rows // block) if sizes[-1] else 0)
 
 
-def looked_up(name: str, table: Place, index: Place, y: Place, rows: int, features: int, target: Target) -> NativeOp:
-    """`rows` rows of a table (..., features), by their int64 numbers."""
-    f = gather.Field
-    block = max(1, min(rows, CHUNK_FLOATS // (4 * max(1, features))))
-    given: dict[IntEnum, Any] = {
-        f.TABLE_SLOT: table[0], f.TABLE_OFFSET: table[1], f.INDEX_SLOT: index[0], f.INDEX_OFFSET: index[1],
-        f.Y_SLOT: y[0], f.Y_OFFSET: y[1], f.ROWS: rows, f.FEATURES: features, f.BLOCK: block,
-    }  # fmt: skip
-    return op_of(name, gather.gather(target), f, given, -(-rows // block))
-
-
 def taken(
-    name: str, x: Place, index: Place, y: Place, wrong: tuple[int, int], size: tuple[int, int, int], limit: int,
+    name: str, x: Place, index: Place, y: Place, size: tuple[int, int, int], checked: tuple[int, int, int] | None,
     target: Target,
 ) -> NativeOp:  # fmt: skip
     """Rows by their int64 numbers, batch entry by batch entry.
@@ -432,21 +420,22 @@ def taken(
         x: strides are from a batch entry to the next and from a row to the next.
         index: likewise.
         y: contiguous.
-        wrong: slot and bytes of the int64 that tells of a number which is no row's.
         size: batch entries, rows taken of each, features.
-        limit: rows that x has for each batch entry.
+        checked: slot and bytes of the int64 that tells of a number which is no row's, and how many rows x has for each
+            batch entry; None where the numbers are known to be right.
         target: what to compile for.
     """
-    f = take.Field
+    f = gather.Field
     batch, rows, features = size
-    block = max(1, min(batch * rows, CHUNK_FLOATS // (4 * features)))
+    block = max(1, min(batch * rows, CHUNK_FLOATS // (4 * max(1, features))))
     given: dict[IntEnum, Any] = {
         f.X_SLOT: x[0], f.X_OFFSET: x[1], f.X_BATCH: x[2][0], f.X_ROW: x[2][1], f.INDEX_SLOT: index[0],
         f.INDEX_OFFSET: index[1], f.INDEX_BATCH: index[2][0], f.INDEX_ROW: index[2][1], f.Y_SLOT: y[0],
-        f.Y_OFFSET: y[1], f.WRONG_SLOT: wrong[0], f.WRONG_OFFSET: wrong[1], f.BATCH: batch, f.ROWS: rows,
-        f.LIMIT: limit, f.FEATURES: features, f.BLOCK: block,
+        f.Y_OFFSET: y[1], f.BATCH: batch, f.ROWS: rows, f.FEATURES: features, f.BLOCK: block,
     }  # fmt: skip
-    return op_of(name, take.take(target), f, given, -(-batch * rows // block))
+    if checked is not None:
+        given |= dict(zip((f.WRONG_SLOT, f.WRONG_OFFSET, f.LIMIT), checked, strict=True))
+    return op_of(name, gather.gather(checked is not None, target), f, given, -(-batch * rows // block))
 
 
 def merged_axes(

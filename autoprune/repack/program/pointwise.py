@@ -192,8 +192,9 @@ def _looked_up(lowering: Lowering, op: Op) -> bool:
     lowering.limits[slot] = min(rows, lowering.limits.get(slot, rows))
 
     def build(*_: Any) -> NativeOp:
-        given = [place_of(each) for each in (*places, y)]
-        return nodes.looked_up(op.output, given[0], given[1], given[2], count, features, lowering.target)
+        (table_slot, table_at, _), (slot, at, _), y_at = (place_of(each) for each in (*places, y))
+        x_at, index_at = (table_slot, table_at, (0, features)), (slot, at, (0, 1))
+        return nodes.taken(op.output, x_at, index_at, y_at, (1, count, features), None, lowering.target)
 
     lowering.steps.append(NativeStep(op.output, [each.buffer for each in places], buffer, build))
     return True
@@ -228,9 +229,8 @@ def _taken(lowering: Lowering, op: Op) -> bool:
     def build(*_: Any) -> NativeOp:
         x_at = (given.buffer.slot, given.start * FLOAT_BYTES, at_x)
         index_at = (told.buffer.slot, told.offset * LONG_FLOATS * FLOAT_BYTES, at_index)  # which lies in no arena
-        y_at, wrong_at = (buffer.slot, buffer.offset, ()), (wrong.slot, wrong.offset)
-        size = (batch, rows, features)
-        return nodes.taken(op.output, x_at, index_at, y_at, wrong_at, size, limit, lowering.target)
+        y_at, checked = (buffer.slot, buffer.offset, ()), (wrong.slot, wrong.offset, limit)
+        return nodes.taken(op.output, x_at, index_at, y_at, (batch, rows, features), checked, lowering.target)
 
     lowering.steps.append(NativeStep(op.output, [given.buffer, told.buffer, wrong], buffer, build))
     return True
