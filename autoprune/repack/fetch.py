@@ -184,7 +184,8 @@ class _Linear(_Work):
     def __init__(self, op: NativeOp, rows: int, target: Target, slots: Longs, sample: bool) -> None:
         f = self.fields = op.fields
         self.rows, self.slots, self.sample = rows, slots, sample
-        self.target, self.twin = target, _array(op, f[_R.TWIN])
+        self.counts = {groups: rows_gemm.token_counts(groups * rows, target) for groups in (1, 2)}
+        self.twin = _array(op, f[_R.TWIN]) if f[_R.TWIN] else None
         self.pointer, self.index = _array(op, f[_R.GROUP_POINTER]), _array(op, f[_R.INDEX]).astype(np.int64)
         self.out_index = _array(op, f[_R.OUT_INDEX]).ravel().astype(np.int64)
 
@@ -194,15 +195,13 @@ class _Linear(_Work):
         first, last = int(chunk * f[_R.CHUNK]), int(min((chunk + 1) * f[_R.CHUNK], f[_R.GROUPS]))
         start, stop = int(block * f[_R.BLOCK]), int(min((block + 1) * f[_R.BLOCK], f[_R.TOKENS]))
         if self.sample:
-            stop = min(stop, start + 2 * rows_gemm.tokens_together(self.rows, self.target))
-            last = min(last, first + SAMPLED_GROUPS)
-        joins = rows_gemm.joins_twins(self.rows, self.target)
+            stop, last = min(stop, start + 2 * self.counts[1][0]), min(last, first + SAMPLED_GROUPS)
         for group in range(first, last):
-            twin = self.twin[group] if joins else rows_gemm.Twin.NONE
+            twin = rows_gemm.Twin.NONE if self.twin is None else self.twin[group]
             if twin == rows_gemm.Twin.SECOND:
                 continue  # computed with the one before
             groups, token = 2 if twin == rows_gemm.Twin.FIRST else 1, start
-            for count in rows_gemm.token_counts(groups * self.rows, self.target):
+            for count in self.counts[groups]:
                 tiles = (stop - token) // count
                 if tiles:
                     yield self._compute(group, groups, count).at(token + count * np.arange(tiles, dtype=np.int64))

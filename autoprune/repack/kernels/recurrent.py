@@ -79,7 +79,7 @@ class Field(IntEnum):
     BIAS = 28  # by row of the groups, or by row
     OUT_INDEX = 29  # address of int32 a row: its place, -1 for none
     FIRST = 30  # address of int32 a group: its first row when its rows are neighbours, else -1
-    TWIN = 31  # address of int32 a group: whether it keeps the same as a neighbour, see `rows_gemm.Twin`
+    TWIN = 31  # address of int32 a group, see `rows_gemm.Twin`; only where twins are computed as one
     GROUPS = 32
     THRESHOLD = 33  # float bits: smaller states are 0
     KEEP = 34  # the largest states of a step that are kept

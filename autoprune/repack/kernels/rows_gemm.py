@@ -64,7 +64,7 @@ class Field(IntEnum):
     BIAS = 14
     OUT_INDEX = 15  # address of int32 a row: the filter, -1 for none
     FIRST = 16  # address of int32 a group: its first filter when its filters are neighbours, else -1
-    TWIN = 17  # address of int32 a group, see `Twin`
+    TWIN = 17  # address of int32 a group, see `Twin`; only where twins are computed as one
     LOW = 18  # float bits: results are clamped
     HIGH = 19
     GROUPS = 20
@@ -100,7 +100,7 @@ def token_counts(rows: int, target: Target) -> list[int]:
 
 @once_a_process
 def rows_gemm(rows: int, target: Target, activation: str = "", twins: bool = False) -> int:
-    """The op for groups of `rows` filters, twins among them or none; an item is some groups by some tokens."""
+    """The op for groups of `rows` filters, with `twins` computed as one; an item is some groups by some tokens."""
     module = ir.Module()
     compute = group_product(module, rows, target, activation, twins)
     b, fields, slots, item, _ = op_function(module)
@@ -150,7 +150,7 @@ def group_product(
     module: ir.Module, rows: int, target: Target, activation: str = "", twins: bool = False
 ) -> GroupProduct:
     """What emits the product of one group of `rows` filters, or of twins, several tokens together."""
-    sizes = (1, 2) if twins and joins_twins(rows, target) else (1,)
+    sizes = (1, 2) if twins else (1,)
     counts = {groups: token_counts(groups * rows, target) for groups in sizes}
     built = {
         (groups, count): _tile(module, rows, groups, count, target, activation)
@@ -185,7 +185,7 @@ def group_product(
 
             spans(b, *tokens, counts[groups], some)
 
-        if len(sizes) == 1:
+        if not twins:
             whole(1)
             return
         twin = long_at(b, pointer_field(b, packed.twin, INTS), group)

@@ -133,15 +133,21 @@ def linear(
         f.X_SLOT: x[0], f.X_OFFSET: x[1], f.X_TOKEN: x[2], f.Y_SLOT: y[0], f.Y_OFFSET: y[1], f.Y_TOKEN: y[2],
         f.TOKENS: tokens, f.GROUP_POINTER: packed.group_pointer, f.INDEX: packed.index, f.VALUES: packed.values,
         f.BIAS: weights.bias_rows, f.OUT_INDEX: np.ascontiguousarray(packed.out_index), f.FIRST: weights.first,
-        f.TWIN: weights.twin, f.LOW: low, f.HIGH: high, f.GROUPS: packed.groups, f.CHUNK: chunk, f.CHUNKS: chunks,
-        f.BLOCK: block,
+        f.LOW: low, f.HIGH: high, f.GROUPS: packed.groups, f.CHUNK: chunk, f.CHUNKS: chunks, f.BLOCK: block,
     }  # fmt: skip
+    if twins := _joins_twins(weights, target):
+        given[f.TWIN] = weights.twin
     if residual is not None:
         given |= {
             f.RESIDUAL: 1, f.RESIDUAL_SLOT: residual[0], f.RESIDUAL_OFFSET: residual[1], f.RESIDUAL_TOKEN: residual[2],
         }  # fmt: skip
-    kernel = rows_gemm.rows_gemm(packed.group_size, target, other, weights.has_twins)
+    kernel = rows_gemm.rows_gemm(packed.group_size, target, other, twins)
     return op_of(name, kernel, f, given, -(-tokens // block) * chunks)
+
+
+def _joins_twins(weights: Weights, target: Target) -> bool:
+    """Whether there are twins, in groups of a size that is computed two at a time."""
+    return rows_gemm.joins_twins(weights.packed.group_size, target) and bool(weights.twin.any())
 
 
 @dataclass(frozen=True)
@@ -206,14 +212,16 @@ def sequence(
         f.SCRATCH_SLOT: scratch.slot, f.SCRATCH_OFFSET: scratch.offset, f.SCRATCH: size.scratch, f.STEPS: size.steps,
         f.BATCH: size.batch, f.BLOCK: block, f.REVERSE: int(size.reverse), f.HIDDEN: size.hidden,
         f.UNITS: size.computed, f.UNIT_INDEX: units.astype(np.int32),
-        f.OUT_INDEX: np.ascontiguousarray(packed.out_index), f.FIRST: weights.first, f.TWIN: weights.twin,
-        f.GROUPS: packed.groups, f.THRESHOLD: float_bits(size.threshold), f.KEEP: size.keep,
+        f.OUT_INDEX: np.ascontiguousarray(packed.out_index), f.FIRST: weights.first, f.GROUPS: packed.groups,
+        f.THRESHOLD: float_bits(size.threshold), f.KEEP: size.keep,
     }  # fmt: skip
     columns = weights.by_column if tiling.columns else None
     pointer, index, values = columns or (packed.group_pointer, packed.index, packed.values)
     given |= {f.GROUP_POINTER: pointer, f.INDEX: index, f.VALUES: values}
     given[f.BIAS] = weights.bias_rows if columns is None else weights.bias
-    form = recurrent.Form(size.cell, packed.group_size, weights.has_twins, columns is not None, size.prune)
+    if twins := columns is None and _joins_twins(weights, target):
+        given[f.TWIN] = weights.twin
+    form = recurrent.Form(size.cell, packed.group_size, twins, columns is not None, size.prune)
     return op_of(name, recurrent.recurrent(form, target), f, given, -(-size.batch // block))
 
 

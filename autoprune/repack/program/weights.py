@@ -68,10 +68,6 @@ class Weights:
                 found[group : group + 2] = Twin.FIRST, Twin.SECOND
         return found
 
-    @property
-    def has_twins(self) -> bool:
-        return bool(self.twin.any())
-
     @cached_property
     def by_column(self) -> tuple[Ints, Ints, Floats] | None:
         """The kept positions column by column: where each column's begin, first row of each one's group, values.
