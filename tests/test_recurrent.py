@@ -24,6 +24,7 @@ from autoprune.recurrent import GATES, by_unit, cut_states_, layer_at, partner_o
 from autoprune.registry import Choice
 from autoprune.repack import ProgramModel, remaining_macs
 from autoprune.repack.outputs import same_output
+from autoprune.repack.sequences import PackedRecurrent
 from autoprune.training import TRAINING
 
 HIDDEN, FEATURES, STEPS = 16, 6, 5
@@ -321,3 +322,12 @@ def test_states_on_the_threshold_are_no_reason_to_refuse(monkeypatch: pytest.Mon
     compared.clear()
     with pytest.raises(AutopruneError, match="does not reproduce"):
         autoprune.repack(Reader().eval(), x, threads=1, form="program")
+
+
+@CELLS
+def test_torch_compile_takes_a_packed_layer_as_it_is(cell: Any) -> None:
+    model, x = Reader(cell).eval(), torch.randn(3, STEPS, FEATURES)
+    apart = nn.ModuleDict({"rnn": PackedRecurrent.of(model.rnn), "head": model.head})
+    model_of = torch.compile(lambda x: apart["head"](apart["rnn"](x)[0][:, -1]), backend="eager")
+    with torch.no_grad():
+        assert same_output(model_of(x), model(x))

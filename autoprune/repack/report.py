@@ -71,8 +71,10 @@ class ProgramModel(RepackedModel):
         self.eval()
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Any:
-        # what disables compilation costs as much as a small model takes
-        return self._left_alone(*args, **kwargs) if torch.compiler.is_compiling() else self._call(*args, **kwargs)
+        # Not as a decorator: that would load torch's compiler, which takes longer than torch, with every import of
+        # autoprune; and a call through it costs as much as a small model takes.
+        call = torch.compiler.disable(self._call) if torch.compiler.is_compiling() else self._call
+        return call(*args, **kwargs)
 
     def bind(self, *inputs: Tensor) -> Bound:
         """The program on tensors that stay the same, for models that are called very often with little to do.
@@ -84,10 +86,6 @@ class ProgramModel(RepackedModel):
             AutopruneError: the program does not take them.
         """
         return Bound(self.program.plan_for(inputs), inputs)
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _left_alone(self, *args: Tensor, **kwargs: Tensor) -> Any:
-        return self._call(*args, **kwargs)
 
     def _call(self, *args: Tensor, **kwargs: Tensor) -> Any:
         if not kwargs and len(args) == len(self.program.graph.inputs):

@@ -56,8 +56,11 @@ class PackedRecurrent(nn.Module):
         """The module it stands for, without its weights."""
         return self._settings[0]
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, input: Any, hx: Any = None) -> Any:  # named as torch names it
+        call = torch.compiler.disable(self._call) if torch.compiler.is_compiling() else self._call  # see ProgramModel
+        return call(input, hx)
+
+    def _call(self, input: Any, hx: Any) -> Any:
         given = input.data if isinstance(input, PackedSequence) else input
         for x in (given, *([] if hx is None else hx if isinstance(hx, (tuple, list)) else [hx])):
             check_input(x)
