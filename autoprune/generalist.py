@@ -9,12 +9,11 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
-import multiprocessing
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +39,7 @@ from autoprune.report.tensorboard import FamilyWriter
 from autoprune.run import Run
 from autoprune.target import Target
 from autoprune.tasks.family import Member, draw_members, held_out_members
+from autoprune.workers import Workers
 
 CHOOSING = 5  # one in five tasks of the family chooses among the policies of one training; no policy learns from it
 _WIDTH = 0.8  # of the coefficients' logs, of the plans a surrogate is fitted to
@@ -121,18 +121,16 @@ class Generalist:
         missing = [member for member in everyone if not (self._done(member)).exists()]
         with self.progress.bar("tasks", len(everyone)) as bar:
             bar.advance(len(everyone) - len(missing))
-            workers = min(len(missing), self._workers)
-            if workers > 1:
-                # Spawned: torch's threads do not survive a fork.
-                with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-                    waiting = {pool.submit(_prepare, self.config, member): member for member in missing}
-                    for done in as_completed(waiting):
-                        done.result()
-                        bar.advance(1, waiting[done].name)
-            else:
+            prepare = partial(_prepare, self.config)
+            if min(len(missing), self._workers) < 2:
                 for member in missing:
-                    _prepare(self.config, member)
+                    prepare(member)
                     bar.advance(1, member.name)
+            else:
+                workers = Workers(prepare, self._workers, named=lambda member: member.name)
+                with closing(workers):
+                    for index, _ in workers.as_done(missing):
+                        bar.advance(1, missing[index].name)
         found = {member.name: self._load(member) for member in everyone}
         for name, each in found.items():
             if not each.stakes:

@@ -16,10 +16,11 @@ from torch import nn
 from autoprune.errors import AutopruneError, ConfigError, MissingExtra, StaleTable
 from autoprune.evaluation.evaluator import Evaluator
 from autoprune.evaluation.measurement import Measurement
-from autoprune.evaluation.pool import RETRIES, Pool
+from autoprune.evaluation.pool import Pool
 from autoprune.latency.machine import differences, machine_identity
 from autoprune.latency.quiet import working
 from autoprune.plan import Plan
+from autoprune.workers import RETRIES
 
 DEVICE = "autoprune_device"
 LOCAL = "local"  # the address that starts a cluster of this machine

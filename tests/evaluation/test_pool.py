@@ -155,8 +155,7 @@ sys.path.insert(0, sys.argv[1])
 from tests.evaluation.test_pool import PLANS, Troubled
 from autoprune.evaluation.pool import ProcessPool
 
-if __name__ == "__main__":
-    ProcessPool(Troubled(Path(sys.argv[2]), slow_s=600), 2).all(PLANS)
+ProcessPool(Troubled(Path(sys.argv[2]), slow_s=600), 2).all(PLANS)
 """
 
 
