@@ -24,6 +24,7 @@ from torch.nn.utils import parametrize, prune
 from autoprune.errors import AutopruneError
 from autoprune.plan import LayerSpec
 from autoprune.recurrent import GATES, cell_of, layer_at, layers_of, run_stepwise, split_name
+from autoprune.unfuse import unfuse_
 
 MIN_WEIGHTS = 64  # below this a layer's time is dispatch, and its zeros save nothing
 
@@ -82,20 +83,6 @@ def weighted_layers(model: nn.Module) -> dict[str, nn.Module]:
         elif isinstance(module, nn.LSTM):
             layers[name] = module  # with projections: only to say that it stays as it is
     return layers
-
-
-def unfuse_(model: nn.Module) -> nn.Module:
-    """Makes torch's transformer encoders call their Linear layers instead of one fused operator.
-
-    The fused operator reads `linear1.weight` and `linear2.weight` itself, in eval mode only, so a module
-    put in their place would never run. Nothing else about the model changes.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder):
-            module.use_nested_tensor = False
-        elif isinstance(module, nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = 0
-    return model
 
 
 def settle_(model: nn.Module) -> nn.Module:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from autoprune.errors import AutopruneError
-from autoprune.inventory import take_inventory, unfuse_
+from autoprune.inventory import take_inventory
 
 
 class Odd(nn.Module):
@@ -55,15 +55,11 @@ def test_layers_and_reasons() -> None:
     assert "config" in reasons["fc"]
 
 
-def test_a_fused_transformer_layer_offers_its_linears_and_keeps_its_output() -> None:
+def test_a_fused_transformer_layer_offers_its_linears() -> None:
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 2).eval()
     x = torch.randn(2, 5, 32)
-    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
     inventory = take_inventory(model, x)
     assert inventory.names == ["layers.0.linear1", "layers.0.linear2", "layers.1.linear1", "layers.1.linear2"]
-    expected = model(x, src_key_padding_mask=padding)
-    got = unfuse_(model)(x, src_key_padding_mask=padding)
-    torch.testing.assert_close(got[:, :3], expected[:, :3])
 
 
 def test_inputs_of_a_wrong_shape_are_explained() -> None:
