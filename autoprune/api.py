@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from autoprune.results import results, write_report
 from autoprune.run import Run
 from autoprune.target import Target
 from autoprune.tasks.base import Task
+from autoprune.tasks.batches import first_batches
 
 CALIBRATION_BATCHES = 4
 
@@ -70,7 +70,8 @@ def compress(
         loss: ``loss(model(*inputs), target)`` is a scalar.
         metric: how a score reads; accuracy is a score in [0, 1].
         config: sections of a config that differ from the defaults, e.g. ``{"search": {"episodes": 50}}``.
-        directory: where the run is kept and resumed from; a temporary folder when None.
+        directory: where the run is kept and resumed from; one that was made with another model, other data or other
+            functions is refused. A temporary folder when None.
         progress: where long work is shown.
 
     Raises:
@@ -86,7 +87,7 @@ def compress(
         name="given",
         model=copy_for_inference(model).cpu(),
         train=train,
-        calibration=tuple(islice(train, CALIBRATION_BATCHES)),
+        calibration=first_batches(train, CALIBRATION_BATCHES),
         validation=(),
         testing=(),
         loss=loss,
@@ -102,8 +103,11 @@ def compress(
 
 
 def _compressed(run: Run) -> Compressed:
-    report = write_report(run)
-    return Compressed(run.repacked, run.plan, results(run), report)
+    try:
+        report = write_report(run)
+        return Compressed(run.repacked, run.plan, results(run), report)
+    finally:
+        run.settle()
 
 
 def apply_config(

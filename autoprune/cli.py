@@ -137,6 +137,7 @@ def run(
     from autoprune.results import write_report
 
     job = _run(config, run_dir, overrides, workers=workers, ray=ray)
+    _ = job.task  # refused where the directory was made with another one
     if (job.directory / "report.md").exists():
         typer.echo((job.directory / "report.md").read_text(encoding="utf-8"))
         typer.echo(f"This run is complete: {job.directory}. Give another --run-dir, or delete it, to run again.")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from autoprune.agents import AGENTS
-from autoprune.config import Config, check_directory
+from autoprune.config import Config, check_directory, flat
 from autoprune.criteria import CRITERIA
 from autoprune.envs.actions import ACTIONS, ActionComponent
 from autoprune.envs.actions.criterion import CriterionChoice
@@ -21,6 +21,8 @@ from autoprune.evaluation.pool import cores
 from autoprune.evaluation.profile import profile_settings, profile_table, worth_pruning
 from autoprune.evaluation.recovery import RECOVERIES, Subject
 from autoprune.files import write_json
+from autoprune.fingerprint import model_fingerprints
+from autoprune.identity import Claim, task_parts
 from autoprune.inventory import Inventory, take_inventory
 from autoprune.latency.engines import ENGINES
 from autoprune.latency.machine import machine_identity
@@ -78,7 +80,7 @@ class Preparation:
 
     Args:
         config: what to do.
-        directory: where everything is written; a directory of another config is refused.
+        directory: where everything is written; a directory of another config, model, data or function is refused.
         task: in place of the task the config names.
         fresh_table: measure the latency table again even if there is one.
         workers: processes that evaluate trials, which change no result; None: one a core.
@@ -86,7 +88,7 @@ class Preparation:
 
     Raises:
         ConfigError: the config names what does not exist, the directory holds a run of another config, or workers are
-            asked for here and on a cluster.
+            asked for here and on a cluster. `task` and `dense` raise it where the directory was made with others.
     """
 
     def __init__(
@@ -108,20 +110,34 @@ class Preparation:
         self._work_threads = torch.get_num_threads()
         if ray is not None and workers is not None and workers != 1:
             raise ConfigError("workers and ray exclude each other: a cluster's nodes say how many workers they have.")
-        check_directory(directory, config.to_json())  # it is claimed when the task has proved to work: `inventory`
+        check_directory(directory, config.to_json())
+        self._claim = Claim(directory)  # written when the task has proved to work: `inventory`
 
     @cached_property
     def task(self) -> Task:
-        if self._given_task is not None:
-            return self._given_task
-        return TASKS.create(self.config.task)
+        task = self._given_task or TASKS.create(self.config.task)
+        parts = {**task_parts(task), "the config": {key: repr(v) for key, v in flat(self.config.to_json()).items()}}
+        self._claim.check(parts)
+        self._parts = parts
+        return task
+
+    def settle(self) -> None:
+        """Has the directory forget what the task's functions and data change of themselves, such as a count of calls.
+
+        The same program may go on with the directory in this very process.
+        """
+        if "task" in self.__dict__:
+            self._claim.loosen(self._parts, task_parts(self.task))
 
     @cached_property
     def dense(self) -> nn.Module:
         """The trained dense model, in eval mode."""
         settings = self.config.dense or self.task.dense_training
         with torch_threads(self._work_threads):
-            return dense_model(self.task, self.config.task, settings, self.config.seed, self.progress)
+            dense = dense_model(self.task, self.config.task, settings, self.config.seed, self.progress)
+        self._parts["the trained dense model"] = model_fingerprints(dense)["weights"]
+        self._claim.check(self._parts)
+        return dense
 
     @cached_property
     def dense_score(self) -> float:
@@ -133,6 +149,7 @@ class Preparation:
         env = self.config.env
         inputs = self.task.example_inputs(self.config.latency.batch)
         inventory = take_inventory(self.dense, inputs, keep_dense=env.keep_dense, min_weights=env.min_weights)
+        self._claim.write(self._parts)
         write_json(self.directory / "config.json", self.config.to_json())
         self.progress.say(f"{len(inventory.layers)} prunable layers:")
         for layer in inventory.layers:

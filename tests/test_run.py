@@ -43,6 +43,7 @@ SMALL = {
 FILES = [
     "config.json",
     "front.png",
+    "identity.json",
     "latency.json",
     "masked.safetensors",
     "plan.json",
@@ -74,6 +75,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def copied(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "digits"))
+
+
+def unclaim(folder: Path) -> None:
+    """Has another config take over the stages of a run."""
+    for name in ("config.json", "identity.json"):
+        (folder / name).unlink()
 
 
 def test_a_run_leaves_everything_it_promises_and_no_pickle(finished: Path) -> None:
@@ -131,7 +138,7 @@ def test_the_plan_is_the_best_of_those_trained_for_longest(copied: Path) -> None
 
 def test_a_lucky_timing_does_not_win_the_search(copied: Path) -> None:
     """The worst trial gets a speed-up that no clock will show again."""
-    (copied / "config.json").unlink()
+    unclaim(copied)
     alone = config(search={"agent": "random", "episodes": 4}, target={"accuracy_drop": 0.001})
     shutil.rmtree(copied / "search")
     for name in ("plan.json", "uniform.json"):
@@ -149,7 +156,7 @@ def test_a_lucky_timing_does_not_win_the_search(copied: Path) -> None:
     assert lucky["plan"] in [trial["plan"] for trial in again.finalists]
     assert again.best["plan"] == best["plan"]
     without = config(search={"agent": "random", "episodes": 4, "finalists": 1}, target={"accuracy_drop": 0.001})
-    (copied / "config.json").unlink()
+    unclaim(copied)
     assert Run(without, copied, clock=FakeClock(2.0**-10)).found.best == lucky
 
 
@@ -165,7 +172,7 @@ def test_workers_change_no_trial_and_are_no_part_of_a_run(copied: Path) -> None:
 
 
 def test_values_of_eight_bits_are_what_is_measured(finished: Path, tmp_path: Path) -> None:
-    kept = shutil.ignore_patterns("config.json", "repacked.safetensors")
+    kept = shutil.ignore_patterns("config.json", "identity.json", "repacked.safetensors")
     run = Run(config(repack={"value_bits": 8}), Path(shutil.copytree(finished, tmp_path / "eight", ignore=kept)))
     x = run.task.example_inputs(7)
     with torch.inference_mode():
@@ -224,7 +231,7 @@ def test_a_corrupt_file_is_a_file_error_that_names_it(copied: Path, name: str, s
 
 def test_an_infeasible_target_is_refused_before_the_search(copied: Path) -> None:
     shutil.rmtree(copied / "search")
-    (copied / "config.json").unlink()
+    unclaim(copied)
     (copied / "plan.json").unlink()
     run = Run(config(target={"speedup": 900.0}), copied)
     with pytest.raises(InfeasibleTarget, match="at best"):
@@ -254,7 +261,8 @@ def test_a_killed_run_resumes(finished: Path, tmp_path: Path) -> None:
         "import json, sys; from pathlib import Path; from autoprune.config import parse_config; from autoprune.run "
         "import Run; Run(parse_config(json.loads(Path(sys.argv[1]).read_text()), 'x'), Path(sys.argv[2])).found"
     )
-    shutil.copytree(finished, tmp_path / "killed", ignore=shutil.ignore_patterns("search", "plan.json", "config.json"))
+    others = shutil.ignore_patterns("search", "plan.json", "config.json", "identity.json")
+    shutil.copytree(finished, tmp_path / "killed", ignore=others)
     log = tmp_path / "killed" / "search" / "trials.jsonl"
     process = subprocess.Popen([sys.executable, "-c", code, str(path), str(tmp_path / "killed")])
     deadline = time.monotonic() + 120

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,8 @@ from torch.nn import functional
 
 from autoprune.errors import AutopruneError, ConfigError, did_you_mean
 from autoprune.inventory import as_tuple
-from autoprune.masks import Batches
 from autoprune.tasks.base import Task
+from autoprune.tasks.batches import first_batches
 
 CALIBRATION_BATCHES = 4
 
@@ -47,7 +46,7 @@ def user(model: str, data: str) -> Task:
         name="user",
         model=built.cpu(),
         train=loaders[0],
-        calibration=_calibration(loaders[0]),
+        calibration=first_batches(loaders[0], CALIBRATION_BATCHES),
         validation=loaders[1],
         testing=loaders[-1],
         loss=functional.cross_entropy,
@@ -69,12 +68,6 @@ def user_model(argument: str, path: str) -> nn.Module:
     if not isinstance(built, nn.Module):
         raise ConfigError(f"{argument}={path!r} must return a torch.nn.Module, not {_kind(built)}.")
     return built
-
-
-def _calibration(train: Batches) -> tuple[tuple[Any, Tensor], ...]:
-    with torch.random.fork_rng(devices=[]):  # a shuffling loader gives the same batches in every process
-        torch.manual_seed(0)
-        return tuple((inputs, target) for inputs, target in islice(train, CALIBRATION_BATCHES))
 
 
 def _call(argument: str, path: str) -> Any:
