@@ -116,8 +116,9 @@ def test_compress_takes_a_model_that_bypasses_its_submodules() -> None:
     held_out = torch.randn(16, 8, 8)
 
     def evaluate(candidate: nn.Module) -> float:
+        device = next(candidate.parameters()).device  # as most do
         with torch.inference_mode():
-            return float((candidate(held_out).argmax(-1) == model(held_out).argmax(-1)).float().mean())
+            return float((candidate(held_out.to(device)).argmax(-1) == model(held_out).argmax(-1)).float().mean())
 
     config = {
         "latency": {"samples": 3, "search_samples": 3, "profile_samples": 3, "engines": ["eager"]},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,11 +42,19 @@ class LayerReport:
 
 
 class RepackedModel(nn.Module):
-    """A repacked model, called like the original; inference only.
+    """A repacked model, called like the original; inference only, in float32 on the CPU.
+
+    What would move it, convert it or make it learn is an error; what leaves it as it is (``to("cpu")``, ``float()``,
+    ``eval()``, ``share_memory()``) does nothing.
 
     Attributes:
         report: a row a layer.
+        device: the CPU, for code that asks.
+        dtype: float32, likewise.
     """
+
+    device = torch.device("cpu")
+    dtype = torch.float32
 
     def __init__(self, report: Sequence[LayerReport]) -> None:
         super().__init__()
@@ -55,6 +63,37 @@ class RepackedModel(nn.Module):
     def train(self, mode: bool = True) -> RepackedModel:
         """Stays in eval mode: its norms are folded and its layers cannot be trained."""
         super().train(False)
+        return self
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """Those that are not packed; if there is none an empty one, for code that asks it for its device."""
+        own = list(super().named_parameters(prefix, recurse, remove_duplicate))
+        empty = nn.Parameter(torch.empty(0, dtype=self.dtype), requires_grad=False)
+        yield from own or [(f"{prefix}.packed".lstrip("."), empty)]
+
+    def requires_grad_(self, requires_grad: bool = True) -> RepackedModel:
+        """Raises AutopruneError where gradients are asked for."""
+        if requires_grad:
+            raise AutopruneError("a repacked model is for inference: train the model it was made of, and repack that.")
+        super().requires_grad_(False)
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RepackedModel:
+        """What `to`, `half`, `cuda` and the like do to every tensor."""
+        try:
+            moved = fn(torch.empty(0, dtype=self.dtype))
+        except Exception as error:  # torch raises what it likes where there is no such device
+            raise AutopruneError(
+                f"a repacked model runs in float32 on the CPU and cannot be moved: {error}."
+            ) from error
+        if moved.dtype != self.dtype or moved.device != self.device:
+            raise AutopruneError(
+                f"a repacked model runs in float32 on the CPU, not in {moved.dtype} on {moved.device}: move or convert "
+                "the model it was made of."
+            )
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
 
@@ -69,6 +108,20 @@ class ProgramModel(RepackedModel):
         super().__init__(report)
         self.program = program
         self.eval()
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises AutopruneError: there is none."""
+        raise AutopruneError(
+            "a repacked program has no state dict, its weights are packed: write it with autoprune.save(fast, path), "
+            "or take the state dict of the model it was made of."
+        )
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises AutopruneError: weights are packed once."""
+        raise AutopruneError(
+            "a repacked program takes no state dict, its weights are packed: read one with autoprune.load(path), or "
+            "load the state dict into the model it was made of and repack that."
+        )
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Any:
         # Not as a decorator: that would load torch's compiler, which takes longer than torch, with every import of
