@@ -19,7 +19,7 @@ from autoprune.repack.fetch import What
 from autoprune.repack.layer_times import LayerTime, layer_times
 from autoprune.repack.memory import LayerMemory
 from autoprune.repack.peak import fma_gflops
-from autoprune.repack.swap import fresh
+from autoprune.repack.probes import fresh
 from autoprune.report.table import MISSING, markdown_table, microseconds, percent, times
 
 EAGER = "eager"

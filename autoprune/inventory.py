@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +67,25 @@ class _Call:
 def as_tuple(inputs: Any) -> tuple[Any, ...]:
     """A tensor or a tuple of them -> the tuple a model is called with."""
     return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+
+
+def own_copy(x: Tensor) -> Tensor:
+    """The same values as a plain tensor that shares nothing: of its own memory, whose bits are what it holds.
+
+    What has no such memory, a sparse tensor for example, is given back as it is.
+    """
+    if not has_memory(x):
+        return x
+    with torch.inference_mode(False):
+        plain = x.detach().as_subclass(Tensor).resolve_conj().resolve_neg()
+        return plain.clone(memory_format=torch.contiguous_format)
+
+
+def has_memory(x: object) -> TypeGuard[Tensor]:
+    """Whether it is a dense tensor with memory of its own: a subclass may be made of others instead, or of none."""
+    if not isinstance(x, Tensor) or x.layout is not torch.strided:
+        return False
+    return type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
 def weighted_layers(model: nn.Module) -> dict[str, nn.Module]:

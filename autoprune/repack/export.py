@@ -30,10 +30,11 @@ from autoprune.repack.onnx_choice import Choose, Chosen, Timing, choose_forms, f
 from autoprune.repack.onnx_file import write_onnx
 from autoprune.repack.onnx_forms import COMPACTED, DENSE, FORMS, GraphModule, layer_form
 from autoprune.repack.outputs import same_output
+from autoprune.repack.probes import agrees, fresh
 from autoprune.repack.program.capture import CaptureError, capture
 from autoprune.repack.program.graph import Graph, Op
 from autoprune.repack.program.passes import simplify
-from autoprune.repack.swap import fresh
+from autoprune.repack.program.program import shapes_of
 
 NOISE = 0.98  # a file this fast, as a share of the dense export's speed, is not slower
 
@@ -300,21 +301,26 @@ def _check(
     original: nn.Module, inputs: tuple[Tensor, ...], attempt: _Attempt, dynamic: bool, file: Path, engine: str | None,
     threads: int,
 ) -> str | None:  # fmt: skip
-    """Compares the file with the model, also at one more sample where it takes any number of them."""
+    """Compares the file with the model on other values, also at one more sample where it takes any number of them."""
     installed = [each for each, made in _engines().items() if made.available() is None]
     name = engine or next(iter(installed), None)
     if name is None:
         return None
-    larger = tuple(torch.cat([x, x[:1]]) if any_ else x for x, any_ in zip(inputs, attempt.batched, strict=True))
-    for given in [inputs, larger] if dynamic else [inputs]:
-        with torch.inference_mode():
-            wanted = attempt.outputs(original(*fresh(given)))
+
+    def wanted(*given: Any) -> list[Tensor]:
+        return attempt.outputs(original(*given))
+
+    def exported(*given: Any) -> list[Tensor]:
         outputs = cast("Sequence[Any]", _engine(name).load(file, given, threads)())
-        got = [torch.from_numpy(np.array(each)) for each in outputs]
-        if not same_output(got, wanted):
-            shapes = ", ".join(str(tuple(x.shape)) for x in given)
+        return [torch.from_numpy(np.array(each)) for each in outputs]
+
+    own = shapes_of(inputs)
+    larger = tuple((x[0] + 1, *x[1:]) if any_ else x for x, any_ in zip(own, attempt.batched, strict=True))
+    for shapes in [own, larger] if dynamic else [own]:
+        if agrees(wanted, exported, inputs, shapes) is False:
+            told = ", ".join(map(str, shapes))
             raise AutopruneError(
-                f"the exported model does not compute in {name} what the model computes, for inputs of {shapes}; "
+                f"the exported model does not compute in {name} what the model computes, for inputs of {told}; "
                 "nothing was written. Please report this model."
             )
     return name

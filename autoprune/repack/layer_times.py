@@ -19,6 +19,7 @@ from autoprune.inventory import as_tuple, copy_for_inference, record_inputs
 from autoprune.latency.timer import Clock, Protocol, torch_threads
 from autoprune.recurrent import layer_at
 from autoprune.repack.macs import positions
+from autoprune.repack.probes import fresh
 from autoprune.repack.program.graph import Op
 from autoprune.repack.program.kinds import PACKED
 from autoprune.repack.program.layout import FLOAT_BYTES
@@ -28,7 +29,6 @@ from autoprune.repack.program.program import Plan, Program, shapes_of
 from autoprune.repack.program.steps import NativeStep
 from autoprune.repack.program.weights import Weights
 from autoprune.repack.report import ProgramModel
-from autoprune.repack.swap import fresh
 
 NATIVE, TORCH = "jit", "torch"
 COPY = "copy"

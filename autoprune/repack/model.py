@@ -22,6 +22,7 @@ from autoprune.masks import Masks, apply_masks_
 from autoprune.recurrent import cut_states_
 from autoprune.repack.kernels.compiler import unavailable
 from autoprune.repack.outputs import same_output
+from autoprune.repack.probes import agrees, fresh, other_shapes
 from autoprune.repack.program.capture import CaptureError, capture
 from autoprune.repack.program.graph import Graph, Op
 from autoprune.repack.program.kinds import PACKED, residual_of
@@ -31,7 +32,7 @@ from autoprune.repack.program.program import Program, check_threads, shapes_of
 from autoprune.repack.program.samples import apart
 from autoprune.repack.program.tuning import Layer, Tuned, TuningCache, faster_by_sample, streams_little, tune
 from autoprune.repack.report import DENSE, LayerReport, ProgramModel, RepackedModel
-from autoprune.repack.swap import Choose, fresh, swap_layers
+from autoprune.repack.swap import Choose, swap_layers
 
 Form = Literal["program", "modules"]
 
@@ -115,20 +116,35 @@ def _as_program(
         raise CaptureError(f"the captured program cannot run: {error}") from error
     if not same_output(output, wanted) and not _same_without_cuts(original, inputs, program):
         raise CaptureError("the captured program does not reproduce the model's output.")
+    _check_others(original, inputs, program)
     return ProgramModel(program, _report(original, graph, layers, tuned))
 
 
-def _same_without_cuts(original: nn.Module, inputs: tuple[Any, ...], program: Program) -> bool:
-    """Whether both give the same where no state is cut: of a state on the threshold either may be right.
+def _check_others(original: nn.Module, inputs: tuple[Tensor, ...], program: Program) -> None:
+    """Raises CaptureError unless program and model agree on other values, and on other extents where it takes them."""
+    for shapes in dict.fromkeys((shapes_of(inputs), other_shapes(program.graph.inputs))):
+        if agrees(original, program, inputs, shapes) is False:
+            forms = _without_cuts(original, program)
+            if forms is None or agrees(*forms, inputs, shapes) is False:
+                raise CaptureError(f"the captured program does not reproduce the model for inputs of {list(shapes)}.")
 
-    False where the model cuts none, so that there is nothing else to compare.
-    """
+
+def _same_without_cuts(original: nn.Module, inputs: tuple[Any, ...], program: Program) -> bool:
+    """Whether both give the same where no state is cut: of a state on the threshold either may be right."""
+    forms = _without_cuts(original, program)
+    if forms is None:
+        return False
+    with torch.inference_mode():
+        return same_output(forms[1](*fresh(inputs)), forms[0](*fresh(inputs)))
+
+
+def _without_cuts(original: nn.Module, program: Program) -> tuple[nn.Module, Program] | None:
+    """Both with whole states; None where the model cuts none."""
     ops = tuple(op.with_attributes(threshold=0.0, keep=0) if op.kind == "recurrent" else op for op in program.graph.ops)
     if ops == program.graph.ops:
-        return False
+        return None
     whole = Program(replace(program.graph, ops=ops), program.weights, program.tilings, program.threads, program.target)
-    with torch.inference_mode():
-        return same_output(whole(*fresh(inputs)), cut_states_(copy.deepcopy(original))(*fresh(inputs)))
+    return cut_states_(copy.deepcopy(original)), whole
 
 
 def packable(graph: Graph) -> dict[str, Layer]:

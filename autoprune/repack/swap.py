@@ -7,7 +7,6 @@ on the example inputs; whatever does not hold is undone and said in the report.
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,6 +22,7 @@ from autoprune.recurrent import cell_of
 from autoprune.repack.backends import BACKENDS, LayerForm
 from autoprune.repack.fusion import Fusion, find_fusions, fold_batch_norm_
 from autoprune.repack.outputs import same_output
+from autoprune.repack.probes import agrees, fresh
 from autoprune.repack.report import DENSE, LayerReport, SwappedModel
 
 GAIN = 0.97  # a packed layer must take at most this share of the dense one's time: less is noise
@@ -81,11 +81,6 @@ class _Seen:
     output: Any
     inputs: dict[str, Tensor]
     fusions: dict[str, Fusion]
-
-
-def fresh(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Copies: a model may change what it is given."""
-    return tuple(x.detach().clone() if isinstance(x, Tensor) else copy.deepcopy(x) for x in inputs)
 
 
 def _watch(model: nn.Module, inputs: tuple[Any, ...]) -> _Seen:
@@ -153,9 +148,10 @@ class _Job:
         try:
             with torch.inference_mode(), watch_forward(candidate.model, packed, lambda name, *_: ran.add(name)):
                 output = candidate(*fresh(self.inputs))
+            same = same_output(output, self.seen.output) and agrees(self.original, candidate, self.inputs)
         except Exception:  # the model's own code met a layer of another type: whatever it raises, it is undone
             return None
-        return [name for name in packed if name not in ran] if same_output(output, self.seen.output) else None
+        return [name for name in packed if name not in ran] if same else None
 
     def assemble(self, fuse: bool, refused: Mapping[str, str]) -> SwappedModel:
         model = copy_for_inference(self.original)

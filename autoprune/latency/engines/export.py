@@ -11,12 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from autoprune.errors import AutopruneError
+from autoprune.inventory import own_copy
 from autoprune.latency.engines.base import Call, DenseEngine
 
 BATCH = "batch"  # what an extent that may be any is called in a file
@@ -46,7 +46,8 @@ def onnx_file(model: nn.Module, inputs: tuple[Any, ...], opset: int | None = Non
         path = Path(folder) / "model.onnx"
         try:
             with silence("torch.onnx"), torch.inference_mode():
-                torch.onnx.export(model, inputs, str(path), dynamo=True, verbose=False, opset_version=opset)
+                apart = tuple(own_copy(x) if isinstance(x, Tensor) else x for x in inputs)  # one object were one input
+                torch.onnx.export(model, apart, str(path), dynamo=True, verbose=False, opset_version=opset)
         except Exception as error:  # the exporter raises whatever the model's own Python raises
             lines = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
             raise AutopruneError(
@@ -64,7 +65,7 @@ def arrays(inputs: tuple[Any, ...], expected: int) -> list[NDArray[Any]]:
             f"the exported model takes {expected} tensors, the example inputs are: {kinds}. "
             "Give example inputs that are tensors only."
         )
-    return [np.ascontiguousarray(value.detach().cpu().numpy()) for value in inputs]
+    return [own_copy(value.cpu()).numpy() for value in inputs]
 
 
 @contextmanager

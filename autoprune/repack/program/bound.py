@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from autoprune.errors import AutopruneError
+from autoprune.inventory import own_copy
 from autoprune.repack.program.program import Frame, Plan
 from autoprune.repack.program.steps import TorchStep
 
@@ -27,8 +28,8 @@ class Bound:
     def __init__(self, plan: Plan, inputs: tuple[Tensor, ...]) -> None:
         self._plan, self._lock = plan, threading.Lock()
         self._native = not any(isinstance(part, TorchStep) for part in plan.parts)
+        self.inputs = tuple(map(own_copy, inputs))
         with torch.inference_mode(False):  # or nobody could write to them outside of it
-            self.inputs = tuple(x.detach().clone(memory_format=torch.contiguous_format) for x in inputs)
             first = plan.frame()
             plan.fill(first, self.inputs)
         self._outputs = {slot: first.holders[slot] for slot in plan.lowered.outputs}

@@ -18,7 +18,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from autoprune.dynamic import gates
-from autoprune.inventory import copy_for_inference
+from autoprune.inventory import copy_for_inference, has_memory
 from autoprune.recurrent import WholeSequences, recurrent_modules
 from autoprune.repack.program import aten, exporting, lifting
 from autoprune.repack.program.exporting import CaptureError, Free
@@ -52,7 +52,7 @@ def capture(model: nn.Module, inputs: Sequence[Any]) -> Graph:
             or takes or returns what is no tensor, list, tuple or dictionary.
     """
     for x in inputs:
-        if not isinstance(x, Tensor) or x.device.type != "cpu" or x.layout != torch.strided:
+        if not has_memory(x) or x.device.type != "cpu" or x.layout != torch.strided:
             raise CaptureError(f"only dense tensors on the CPU can be inputs of a program, not {_describe(x)}.")
     copied = copy_for_inference(model)
     recurrent = [module for _, module in recurrent_modules(copied)]

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from autoprune.errors import AutopruneError
+from autoprune.inventory import own_copy
 
 _aten = torch.ops.aten
 # Operators that write in place -> what they compute.
@@ -52,7 +53,8 @@ class CaptureError(AutopruneError):
 
 def export(model: nn.Module, inputs: Sequence[Tensor], free: Sequence[Free]) -> ExportedProgram:
     """Asks for a form of the model in which the `free` axes of each input (see `Input.free`) may have any extent."""
-    examples = tuple(_larger(x, axes) for x, axes in zip(inputs, free, strict=True))
+    # Torch takes tensors that are one object for one input, and so would what it exports.
+    examples = tuple(_larger(own_copy(x), axes) for x, axes in zip(inputs, free, strict=True))
     try:
         shapes = dynamic_shapes(model, free)
         with _quiet(), _plain_attention(), torch.no_grad():

@@ -40,6 +40,7 @@ from autoprune.repack.program.steps import (
     contiguous_strides,
     is_float,
     place_of,
+    settled,
     storage_of,
 )
 from autoprune.repack.program.weights import Weights
@@ -272,6 +273,7 @@ class Lowering:
             own.op = op
             return
         meta = evaluate_op(op, self.values, self.constants)
+        meta = settled(meta) if isinstance(meta, Tensor) else meta
         self.values[op.output] = meta
         if not isinstance(meta, Tensor):
             self.torch_step(op, meta)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from autoprune.errors import AutopruneError
+from autoprune.inventory import has_memory
 from autoprune.repack.kernels.compiler import Target, host
 from autoprune.repack.program import aten
 from autoprune.repack.program.graph import Graph, Input, build_outputs, evaluate_op
@@ -23,7 +24,7 @@ from autoprune.repack.program.lower import FAILURES, lower
 from autoprune.repack.program.native import NativeOp, NativeSequence
 from autoprune.repack.program.nodes import Tiling
 from autoprune.repack.program.split import can_split, split
-from autoprune.repack.program.steps import ARENA, Lowered, NativeStep, TorchStep, View
+from autoprune.repack.program.steps import ARENA, Lowered, NativeStep, TorchStep, View, settled
 from autoprune.repack.program.team import Ticket, team
 from autoprune.repack.program.weights import Weights
 
@@ -120,7 +121,7 @@ class Plan:
         """Points the frame to a call's inputs, and to fresh tensors for its outputs."""
         holders, slots = frame.holders, frame.slots
         for slot, x in zip(self.lowered.inputs, inputs, strict=True):
-            holders[slot] = x = x.contiguous()
+            holders[slot] = x = x.resolve_neg().contiguous()  # a flag may say that it is negated
             slots[slot] = x.data_ptr()
         self.check_numbers(frame)
         for slot, shape in self.lowered.outputs.items():
@@ -196,6 +197,7 @@ class Plan:
             )
         if tuple(result.stride()) != step.stride:
             result = torch.empty_strided(step.shape, step.stride, dtype=result.dtype).copy_(result)
+        result = settled(result)
         frame.holders[step.slot] = result
         frame.slots[step.slot] = result.data_ptr()
 
@@ -331,8 +333,8 @@ class Program:
             AutopruneError: the program does not take them.
         """
         for x in inputs:
-            if not isinstance(x, Tensor) or x.layout is not torch.strided:
-                given = f"one of layout {x.layout}" if isinstance(x, Tensor) else type(x).__name__
+            if not has_memory(x):
+                given = f"one of layout {x.layout}" if type(x) is Tensor else type(x).__name__
                 raise AutopruneError(f"a program takes dense tensors, not {given}.")
         shapes = tuple([x.shape for x in inputs])
         plan = self._chosen.get((shapes, self._threads_now))

@@ -175,6 +175,11 @@ def storage_of(meta: Tensor) -> int:
     return int(meta.untyped_storage()._cdata)
 
 
+def settled(x: Tensor) -> Tensor:
+    """The same values as bits in memory: torch negates and conjugates by a flag, which native code does not see."""
+    return x.resolve_conj().resolve_neg() if x.is_neg() or x.is_conj() else x
+
+
 def is_float(value: object) -> bool:
     return isinstance(value, Tensor) and value.dtype == torch.float32
 
