@@ -114,7 +114,7 @@ def _run_in(directory: Path) -> Run:
     from autoprune.run import Run
 
     path = directory / "config.json"
-    config = parse_config(read_json(path, "the run's config"), str(path))
+    config = parse_config(read_json(path, "the run's config", by_hand=True), str(path))
     return Run(config, directory, progress=_console(), workers=None)
 
 

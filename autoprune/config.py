@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 
-from autoprune.errors import ConfigError, did_you_mean
+from autoprune.documents import parse_toml
+from autoprune.errors import ConfigError, FileError, did_you_mean
 from autoprune.files import read_json, read_text
 from autoprune.registry import Choice
 from autoprune.settings import TrainingSettings
@@ -181,10 +181,11 @@ def load_generalist_config(path: Path, overrides: Sequence[str] = ()) -> General
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
+    text = read_text(path, "the config")
     try:
-        return tomllib.loads(read_text(path, "the config"))
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}.") from None
+        return parse_toml(text)
+    except FileError as error:
+        raise ConfigError(f"the config {path} cannot be used: {error}.") from None
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
@@ -222,8 +223,8 @@ def _apply_override_(data: dict[str, Any], override: str) -> None:
     if not equals or not key.strip():
         raise ConfigError(f"--set takes KEY=VALUE, e.g. --set search.episodes=50, not {override!r}.")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        value = parse_toml(f"value = {text}")["value"]
+    except FileError:
         value = text  # a bare word is a string
     *parents, last = key.strip().split(".")
     table = data
@@ -265,7 +266,7 @@ def check_directory(directory: Path, resolved: Mapping[str, Any]) -> None:
     """Raises ConfigError when `directory` holds the run of another config, or is no directory; writes nothing."""
     path = directory / "config.json"
     if path.exists():
-        changed = _changed_keys(read_json(path, "the run's config"), resolved)
+        changed = _changed_keys(read_json(path, "the run's config", by_hand=True), resolved)
         if changed:
             raise ConfigError(
                 f"{directory} holds a run of another config; these keys differ: {', '.join(changed)}. Nothing "
@@ -283,8 +284,6 @@ def flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flattened
 
 
-def _changed_keys(before: Any, now: Mapping[str, Any]) -> list[str]:
-    if not isinstance(before, dict):
-        return ["(the saved config is corrupt)"]
+def _changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     old, new = flat(before), flat(now)
     return sorted(key for key in {*old, *new} if old.get(key) != new.get(key))

@@ -144,7 +144,7 @@ class Plan:
     def load(cls, path: Path) -> Plan:
         """Raises FileError when the file is missing or not a plan."""
         try:
-            return cls.from_json(read_json(path, "the plan"))
+            return cls.from_json(read_json(path, "the plan", by_hand=True))
         except ConfigError as error:
             raise FileError(f"the plan is corrupt: {path}: {error}") from None
 

@@ -71,7 +71,7 @@ def results(run: Run, *, again: bool = False) -> tuple[ResultRow, ...]:
     packed_size = (run.directory / "repacked.safetensors").stat().st_size
     rows.append(row(MASKED, MASKED, run.task.test(masked), kept, size))
     rows.append(row(REPACKED, REPACKED, run.task.test(repacked), kept, packed_size))
-    write_json(path, [asdict(each) for each in rows])
+    write_json(path, {"rows": [asdict(each) for each in rows]})
     return tuple(rows)
 
 
@@ -100,7 +100,7 @@ def _read(path: Path) -> tuple[ResultRow, ...]:
             ResultRow(
                 **{**row, "latency": Latency(**{**row["latency"], "samples_ms": tuple(row["latency"]["samples_ms"])})}
             )
-            for row in data
+            for row in data["rows"]
         )
     except (KeyError, TypeError) as error:
         raise FileError(f"the results are corrupt: {path} ({error}). Delete the file to measure again.") from None

@@ -147,7 +147,7 @@ def train(variant: Variant) -> str:
     )  # fmt: skip
     model = model.to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
     scores = {"validation": task().evaluate(model), "test": task().test(model)}
-    write_tensors(_path(variant), model.state_dict(), {name: str(value) for name, value in scores.items()})
+    write_tensors(_path(variant), model.state_dict(), scores)
     return f"{variant}: {100 * scores['validation']:.2f}% of the validation split"
 
 

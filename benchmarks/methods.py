@@ -135,7 +135,7 @@ def _start(shown: Shown, seed: int, epochs: int) -> tuple[nn.Module, float]:
         model.load_state_dict(tensors)
         return model, float(about["seconds"])
     seconds = _timed_training(model, task, shown.dense.changed({"epochs": epochs}), seed, path)
-    write_tensors(path, model.state_dict(), {"seconds": str(seconds)})
+    write_tensors(path, model.state_dict(), {"seconds": seconds})
     return model, seconds
 
 

@@ -16,10 +16,11 @@ import torch
 from typer.testing import CliRunner
 
 from autoprune.agents.base import Trial
+from autoprune.agents.harness import TrialLog
 from autoprune.cli import app, main
 from autoprune.config import Config, parse_config
 from autoprune.errors import AutopruneError, ConfigError, FileError, InfeasibleTarget, StaleTable
-from autoprune.files import read_tensors
+from autoprune.files import append_line, read_json, read_lines, read_tensors, write_json
 from autoprune.masks import sparsity, weight_of
 from autoprune.patterns import PATTERNS
 from autoprune.plan import Plan
@@ -124,11 +125,11 @@ def test_a_finished_run_does_no_work_again(finished: Path) -> None:
 
 def test_the_plan_is_the_best_of_those_trained_for_longest(copied: Path) -> None:
     log = copied / "search" / "trials.jsonl"
-    trials = [json.loads(line) for line in log.read_text().splitlines()]
+    trials = read_lines(log, "the trials")
     assert [trial.get("fidelity", 0) for trial in trials] == [0] * 4 + [1] * 2 + [2]
     assert Run(config(), copied).found.best == trials[-1]
     assert Plan.load(copied / "plan.json") == Plan.from_json(trials[-1]["plan"])
-    log.write_text("".join(json.dumps(trial) + "\n" for trial in trials[:5]))  # killed in the first rung
+    TrialLog(log).keep_first(5)  # killed in the first rung
     (copied / "search" / "evaluations-2.jsonl").unlink()
     again = Run(config(), copied).found
     assert [trial["fidelity"] for trial in again.halved] == [1, 1, 2]
@@ -146,12 +147,14 @@ def test_a_lucky_timing_does_not_win_the_search(copied: Path) -> None:
     run = Run(alone, copied, clock=FakeClock(2.0**-10))
     assert {trial["speedup"] for trial in run.found.finalists} == {1.0}  # every call takes as long by this clock
     log = copied / "search" / "trials.jsonl"
-    trials = [json.loads(line) for line in log.read_text().splitlines()]
+    trials = read_lines(log, "the trials")
     best = run.found.best
     lucky = min(trials, key=lambda trial: trial["score"])
     assert lucky["score"] < best["score"]
     lucky["speedup"], lucky["reward"] = 100.0, 1000.0
-    log.write_text("".join(json.dumps(trial) + "\n" for trial in trials))
+    log.unlink()
+    for trial in trials:
+        append_line(log, trial)
     again = Run(alone, copied, clock=FakeClock(2.0**-10)).found
     assert lucky["plan"] in [trial["plan"] for trial in again.finalists]
     assert again.best["plan"] == best["plan"]
@@ -201,9 +204,9 @@ def test_a_directory_of_another_config_is_refused(finished: Path) -> None:
 
 
 def test_a_stale_latency_table_is_refused(copied: Path) -> None:
-    table = json.loads((copied / "latency.json").read_text())
+    table = read_json(copied / "latency.json", "the table")
     table["machine"]["cpu"] = "another CPU"
-    (copied / "latency.json").write_text(json.dumps(table))
+    write_json(copied / "latency.json", table)
     with pytest.raises(StaleTable, match="cpu was 'another CPU'"):
         _ = Run(config(), copied).table
     fresh = Run(config(), copied, fresh_table=True).table
@@ -272,7 +275,7 @@ def test_a_killed_run_resumes(finished: Path, tmp_path: Path) -> None:
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    done = [json.loads(line) for line in log.read_bytes().splitlines()[:10]]
+    done = read_lines(log, "the trials")[:10]
     assert len(done) == 10
     short = parse_config(json.loads(path.read_text()), "x")
     trials: list[Trial] = []

@@ -54,7 +54,7 @@ def dense_model(
         progress=progress,
         title="dense training",
     )
-    write_tensors(path, model.state_dict(), {"about": json.dumps(about)})
+    write_tensors(path, model.state_dict(), about)
     shutil.rmtree(unfinished, ignore_errors=True)
     return model.eval()
 

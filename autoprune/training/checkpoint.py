@@ -51,7 +51,7 @@ class Checkpoint:
         if self.average is not None:
             tensors |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
         about = {"version": VERSION, "losses": losses, "run": self.run}
-        write_tensors(self.folder / _FILE, tensors, {"training": json.dumps(about)})
+        write_tensors(self.folder / _FILE, tensors, about)
 
     def load_(self) -> list[float]:
         """Restores the objects and returns the losses so far; an empty list when there is nothing to resume.
@@ -62,8 +62,8 @@ class Checkpoint:
         path = self.folder / _FILE
         if not path.exists():
             return []
-        tensors, metadata = read_tensors(path, "the training checkpoint")
-        losses = self._check(path, metadata)
+        tensors, about = read_tensors(path, "the training checkpoint")
+        losses = self._check(path, about)
         state: dict[int, dict[str, Tensor]] = {}
         try:
             for name, value in _under("optimizer", tensors).items():
@@ -80,9 +80,8 @@ class Checkpoint:
             self.method.load_state(_under("method", tensors))
         return losses
 
-    def _check(self, path: Path, metadata: Mapping[str, str]) -> list[float]:
+    def _check(self, path: Path, about: Mapping[str, Any]) -> list[float]:
         try:
-            about = json.loads(metadata["training"])
             version, losses, run = about["version"], [float(loss) for loss in about["losses"]], dict(about["run"])
         except (KeyError, TypeError, ValueError) as error:
             raise FileError(f"the training checkpoint is corrupt: {path} ({error!r}). Delete it.") from None

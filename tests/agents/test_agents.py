@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from autoprune.agents.rival import CLOSE, uniform_at
 from autoprune.agents.sb3 import SB3Agent
 from autoprune.envs import PruneEnv
 from autoprune.errors import ConfigError, FileError, MissingExtra
+from autoprune.files import read_json, read_lines, write_json
 from autoprune.plan import Plan
 from autoprune.registry import Choice
 from autoprune.testing import fake_problem
@@ -69,8 +69,7 @@ def test_a_killed_search_resumes_as_if_it_had_never_stopped(name: str, tmp_path:
         search(build(name), PruneEnv(fake_problem()), 27, seed=2, directory=tmp_path, on_trial=kill)
     resumed = search(build(name), PruneEnv(fake_problem()), 27, seed=2, directory=tmp_path)
     assert resumed.trials == whole.trials
-    lines = (tmp_path / "trials.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == list(whole.trials)
+    assert read_lines(tmp_path / "trials.jsonl", "the trials") == list(whole.trials)
 
 
 def test_a_finished_search_is_not_run_again(tmp_path: Path) -> None:
@@ -130,13 +129,13 @@ def test_a_corrupt_policy_is_an_error(damage: str, tmp_path: Path) -> None:
     agent, env = build("ppo"), PruneEnv(fake_problem())
     search(agent, env, 1, seed=0)
     agent.save_policy(tmp_path, env)
-    about = json.loads((tmp_path / "policy.json").read_text())
+    about = read_json(tmp_path / "policy.json", "the policy")
     if damage == "missing":
         (tmp_path / "policy.safetensors").unlink()
     elif damage == "version":
-        (tmp_path / "policy.json").write_text(json.dumps({**about, "observation_version": 99}))
+        write_json(tmp_path / "policy.json", {**about, "observation_version": 99})
     elif damage == "agent":
-        (tmp_path / "policy.json").write_text(json.dumps({**about, "agent": {"name": "uniform", "args": {}}}))
+        write_json(tmp_path / "policy.json", {**about, "agent": {"name": "uniform", "args": {}}})
     else:
         (tmp_path / damage).write_bytes(b"nonsense")
     with pytest.raises(FileError):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from torch.nn import functional
 from autoprune.errors import AutopruneError, FileError
 from autoprune.evaluation.recovery import Subject
 from autoprune.evaluation.sensitivity import ANCHORS, probe_sensitivity
+from autoprune.files import read_json, write_json
 from autoprune.inventory import take_inventory
 from autoprune.masks import collect_statistics, weight_of
 from autoprune.plan import LayerPlan, Plan
@@ -129,9 +129,9 @@ def test_curves_are_kept_and_a_corrupt_file_is_told(tmp_path: Path) -> None:
     first = probe_sensitivity(of, of.inventory.names, PATTERN, CRITERION, path=path)
     assert probe_sensitivity(of, of.inventory.names, PATTERN, CRITERION, path=path) == first
     assert probe_sensitivity(of, of.inventory.names, Choice("group", {"size": 8}), CRITERION, path=path) != first
-    data = json.loads(path.read_text())
+    data = read_json(path, "the curves")
     data["loss"][of.inventory.names[0]] = [0.1]
-    path.write_text(json.dumps(data))
+    write_json(path, data)
     with pytest.raises(FileError, match="corrupt"):
         probe_sensitivity(of, of.inventory.names, Choice("group", {"size": 8}), CRITERION, path=path)
 
