@@ -66,7 +66,8 @@ class PackedLayer(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:  # named as torch's layers name it
         x = input
-        if torch.compiler.is_compiling():
+        # Another thread's export makes all threads compile, but not with a tensor of a tracer's own type.
+        if torch.compiler.is_dynamo_compiling() or (type(x) is not Tensor and torch.compiler.is_compiling()):
             return self._traced(x)
         check_input(x)
         program = self._program or self._prepare()

@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from autoprune.latency.engines.base import Call
-from autoprune.latency.engines.export import OnnxEngine, silence
+from autoprune.latency.engines.export import OnnxEngine
 from autoprune.latency.timer import Clock, Protocol, measure_together
 from autoprune.repack.backends.portable import by_group
 from autoprune.repack.formats import pack
 from autoprune.repack.program import exporting
 from autoprune.repack.program.capture import CaptureError
+from autoprune.tracing import tracing
 
 PACKED = 0.75  # a weight is stored packed where that takes at most this share of its bytes
 ONE_FILE = 2**31 - 2**24  # bytes of weights: protobuf ends at 2 GiB
@@ -71,7 +72,7 @@ def _exported(
     program = exporting.export(module, inputs, free)
     shapes = exporting.dynamic_shapes(module, free)  # gives the extents their name
     try:
-        with silence("torch.onnx"), torch.inference_mode():
+        with tracing(), torch.inference_mode():
             made = torch.onnx.export(program, dynamo=True, verbose=False, input_names=names, dynamic_shapes=shapes)
     except Exception as error:  # the exporter raises whatever its translations raise
         told = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]

@@ -126,7 +126,7 @@ class ProgramModel(RepackedModel):
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Any:
         # Not as a decorator: that would load torch's compiler, which takes longer than torch, with every import of
         # autoprune; and a call through it costs as much as a small model takes.
-        call = torch.compiler.disable(self._call) if torch.compiler.is_compiling() else self._call
+        call = torch.compiler.disable(self._call) if torch.compiler.is_dynamo_compiling() else self._call
         return call(*args, **kwargs)
 
     def bind(self, *inputs: Tensor) -> Bound:

@@ -57,7 +57,9 @@ class PackedRecurrent(nn.Module):
         return self._settings[0]
 
     def forward(self, input: Any, hx: Any = None) -> Any:  # named as torch names it
-        call = torch.compiler.disable(self._call) if torch.compiler.is_compiling() else self._call  # see ProgramModel
+        call = (
+            torch.compiler.disable(self._call) if torch.compiler.is_dynamo_compiling() else self._call
+        )  # see ProgramModel
         return call(input, hx)
 
     def _call(self, input: Any, hx: Any) -> Any:

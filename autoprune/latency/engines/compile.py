@@ -13,7 +13,7 @@ from torch import nn
 from autoprune.errors import AutopruneError
 from autoprune.latency.engines.base import Call, DenseEngine
 from autoprune.latency.engines.eager import torch_call
-from autoprune.latency.engines.export import silence
+from autoprune.tracing import tracing
 
 INSTALL = "sudo apt install g++ (or your system's C++ compiler)"
 
@@ -30,7 +30,7 @@ class Compile(DenseEngine):
         import torch._inductor.config as inductor
 
         try:
-            with silence("torch._dynamo"), inductor.patch(freezing=True):
+            with tracing(), inductor.patch(freezing=True):
                 run = torch_call(torch.compile(_own_function(model.requires_grad_(False))), inputs, threads)
                 run()  # compiles
         except Exception as error:  # inductor, the C++ compiler, or the model's own Python

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
-import warnings
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 from autoprune.errors import AutopruneError
 from autoprune.inventory import own_copy
 from autoprune.latency.engines.base import Call, DenseEngine
+from autoprune.tracing import tracing
 
 BATCH = "batch"  # what an extent that may be any is called in a file
 
@@ -45,7 +44,7 @@ def onnx_file(model: nn.Module, inputs: tuple[Any, ...], opset: int | None = Non
     with tempfile.TemporaryDirectory(prefix="autoprune-", ignore_cleanup_errors=True) as folder:
         path = Path(folder) / "model.onnx"
         try:
-            with silence("torch.onnx"), torch.inference_mode():
+            with tracing(), torch.inference_mode():
                 apart = tuple(own_copy(x) if isinstance(x, Tensor) else x for x in inputs)  # one object were one input
                 torch.onnx.export(model, apart, str(path), dynamo=True, verbose=False, opset_version=opset)
         except Exception as error:  # the exporter raises whatever the model's own Python raises
@@ -66,17 +65,3 @@ def arrays(inputs: tuple[Any, ...], expected: int) -> list[NDArray[Any]]:
             "Give example inputs that are tensors only."
         )
     return [own_copy(value.cpu()).numpy() for value in inputs]
-
-
-@contextmanager
-def silence(part: str) -> Iterator[None]:
-    """Keeps torch's compilers quiet: they log (as `part`) and warn about their internals, of no use to anyone else."""
-    logger = logging.getLogger(part)
-    before = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(before)

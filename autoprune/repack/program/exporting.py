@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import io
-import logging
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +13,7 @@ from torch.export import Dim, ExportedProgram
 
 from autoprune.errors import AutopruneError
 from autoprune.inventory import own_copy
+from autoprune.tracing import ByThread, tracing
 
 _aten = torch.ops.aten
 # Operators that write in place -> what they compute.
@@ -57,7 +54,7 @@ def export(model: nn.Module, inputs: Sequence[Tensor], free: Sequence[Free]) -> 
     examples = tuple(_larger(own_copy(x), axes) for x, axes in zip(inputs, free, strict=True))
     try:
         shapes = dynamic_shapes(model, free)
-        with _quiet(), _plain_attention(), torch.no_grad():
+        with tracing(), _plain_attention(), torch.no_grad():
             exported: ExportedProgram = torch.export.export(model, examples, dynamic_shapes=shapes, strict=False)
             return exported
     except Exception as error:  # the model is the user's, and export raises whatever it likes
@@ -88,7 +85,7 @@ def _failed(error: Exception) -> CaptureError:
 def functional(program: ExportedProgram) -> ExportedProgram:
     """The program with every in-place operator made functional; takes longer than exporting it."""
     try:
-        with _quiet(), torch.no_grad():
+        with tracing(), torch.no_grad():
             written: ExportedProgram = program.run_decompositions({})  # no operator is taken apart
             return written
     except Exception as error:  # as above
@@ -111,25 +108,14 @@ def is_functional(graph: fx.Graph) -> bool:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what torch.export has to say about its own future."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        # where it fails it writes the whole model to stderr
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
-
-
-@contextmanager
 def _plain_attention() -> Iterator[None]:
     """Keeps torch's modules from calling one fused operator that hides their Linear layers."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+    before = bool(torch.backends.mha.get_fastpath_enabled())
+    flag: Any = ByThread(False, lambda: before)
+    torch.backends.mha.set_fastpath_enabled(flag)
     try:
         yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+        flag.end()
+        if torch.backends.mha.get_fastpath_enabled() is flag:  # nobody else has set it
+            torch.backends.mha.set_fastpath_enabled(before)

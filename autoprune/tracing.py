@@ -1,0 +1,139 @@
+"""What torch's tracers switch for the whole process, kept to the thread that traces.
+
+While torch.export or torch.compile works, torch replaces methods of every nn.Module and sets flags that all threads
+read: a model that is served meanwhile would be traced as well. Two tracings at once undo each other's changes.
+"""
+
+from __future__ import annotations
+
+import builtins
+import logging
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import wraps
+from typing import Any, cast
+
+import torch
+import torch.fx._symbolic_trace as symbolic
+
+
+class _Silence(threading.local, logging.Filter):
+    """Whether torch's compilers are to be quiet in this thread; a filter of log records and of warnings."""
+
+    on = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not self.on
+
+    def match(self, text: str) -> bool:
+        """As a warning filter's pattern."""
+        return self.on
+
+
+_SILENCE = _Silence()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps torch's compilers quiet: they log and warn about their internals, of no use to anyone else."""
+    before, _SILENCE.on = _SILENCE.on, True
+    for name, logger in list(logging.root.manager.loggerDict.items()):
+        if isinstance(logger, logging.Logger) and name.partition(".")[0] == "torch":
+            for each in (logger, *logger.handlers):  # the handlers also serve loggers that torch makes later
+                each.addFilter(_SILENCE)
+    # Not catch_warnings, which would do the same to all threads.
+    ignored: Any = ("ignore", _SILENCE, Warning, None, 0)
+    warnings.filters.insert(0, ignored)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        with suppress(ValueError):  # a thread that left its own catch_warnings took it along
+            warnings.filters.remove(ignored)  # type: ignore[attr-defined]
+        _SILENCE.on = before
+
+
+class ByThread:
+    """Stands for a flag of the process: `here` in the thread that makes it, until its `end`; what it was elsewhere."""
+
+    def __init__(self, here: bool, elsewhere: Callable[[], object]) -> None:
+        self._here, self._elsewhere = here, elsewhere
+        self._thread: int | None = threading.get_ident()
+
+    def __bool__(self) -> bool:
+        return self._here if threading.get_ident() == self._thread else bool(self._elsewhere())
+
+    def end(self) -> None:
+        """For those who hold it still: from now on it is what it was in all threads."""
+        self._thread = None
+
+
+@contextmanager
+def tracing() -> Iterator[None]:
+    """For a block in which torch traces a model: quiet, one thread at a time, and without an effect on the others."""
+    import torch._dynamo.convert_frame as dynamo  # here: torch's compiler takes long to load
+
+    with dynamo.compile_lock, quiet(), ExitStack() as after:
+        import torch.export._trace as export
+        import torch.fx.graph_module as graph_module
+
+        for owner, name, value in (
+            (symbolic, "_Patcher", _Patcher),
+            (export, "_compiling_state_context", _exporting),
+            # where they fail they write the whole model to stderr
+            (export, "print", _print),
+            (graph_module, "print", _print),
+        ):
+            after.enter_context(_replaced(owner, name, value))
+        yield
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    own = vars(owner)
+    before = {name: own[name]} if name in own else {}
+    own[name] = value
+    try:
+        yield
+    finally:
+        del own[name]
+        own.update(before)
+
+
+class _Patcher(symbolic._Patcher):
+    """Replaces methods of nn.Module while a model is traced: here, for the tracing thread alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # set by torch a moment ago, which sets it back
+        symbolic._is_fx_tracing_flag = cast("bool", ByThread(True, lambda: False))
+
+    def patch_method(self, cls: type, name: str, new_fn: Callable[..., Any], deduplicate: bool = True) -> None:
+        thread, before = threading.get_ident(), getattr(cls, name)
+
+        @wraps(new_fn)
+        def method(*args: Any, **kwargs: Any) -> Any:
+            return (new_fn if threading.get_ident() == thread else before)(*args, **kwargs)
+
+        super().patch_method(cls, name, method, deduplicate)
+
+
+@contextmanager
+def _exporting() -> Iterator[None]:
+    """As torch's own, but other threads do not take themselves for compiling and exporting.
+
+    Except in the moment in which they would take themselves for traced, where a compiled model refuses to run.
+    """
+    compiling = ByThread(True, lambda: symbolic._is_fx_tracing_flag)
+    exporting = ByThread(True, lambda: False)
+    with (
+        _replaced(torch.compiler, "_is_compiling_flag", compiling),
+        _replaced(torch.compiler, "_is_exporting_flag", exporting),
+    ):
+        yield
+
+
+def _print(*args: Any, **kwargs: Any) -> None:
+    if not _SILENCE.on:
+        builtins.print(*args, **kwargs)
