@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ from autoprune.repack.layer_times import LayerTime, layer_times
 from autoprune.repack.memory import LayerMemory
 from autoprune.repack.peak import fma_gflops
 from autoprune.repack.probes import fresh
+from autoprune.repack.rivals import dense_calls
 from autoprune.report.table import MISSING, markdown_table, microseconds, percent, times
 
 EAGER = "eager"
@@ -35,7 +36,7 @@ class Bench:
     Attributes:
         fast: the repacked model.
         latencies: of every dense engine (``eager`` is the model itself) and of the repacked model, in turns.
-        left_out: engine -> why it is missing.
+        left_out: engine -> why it is missing: it is not installed, cannot run the model, or computes something else.
         layers: a row an operation of the program; empty where the model is no whole program.
         peak_gflops: what one core of this machine reaches with multiply-adds alone.
     """
@@ -156,11 +157,15 @@ def bench_model(
         AutopruneError: the model does not run, or an engine that was asked for cannot be had.
     """
     for name in engines or ():
-        ENGINES.get(name)
+        if command := ENGINES.get(name)().available():
+            raise MissingExtra(f"the engine {name} is not installed here. Install it with: {command}")
     model = copy_for_inference(model)
     fast = repack_shown(model, inputs, threads, progress)
-    calls, left_out = _dense_calls(model, inputs, threads, engines, progress)
-    calls[REPACKED] = lambda: fast(*inputs)
+    names = [name for name in dict.fromkeys(ENGINES if engines is None else engines) if name != EAGER]
+    with progress.bar("preparing engines", len(names)) as bar:
+        rivals, left_out = dense_calls(model, inputs, threads, names, lambda name: bar.advance(1, name))
+    itself = ENGINES.get(EAGER)().prepare(model, inputs, threads)
+    calls = {EAGER: itself, **rivals, REPACKED: lambda: fast(*inputs)}
     protocol = Protocol(rounds, WARMUP, threads, MIN_SAMPLE_MS, lead=1)
     with progress.bar("whole model", rounds) as bar:
         latencies = measure_together(calls, protocol, clock, lambda: bar.advance(1))
@@ -169,27 +174,6 @@ def bench_model(
         with progress.bar("a layer at a time", rounds) as bar:
             layers = layer_times(fast, model, inputs, protocol, clock, lambda: bar.advance(1))
     return Bench(fast, latencies, left_out, layers, fma_gflops())
-
-
-def _dense_calls(
-    model: nn.Module, inputs: tuple[Tensor, ...], threads: int, engines: Sequence[str] | None, progress: Progress
-) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
-    """The model itself and the engines that run it; those that cannot be had, and why."""
-    names = dict.fromkeys([EAGER, *(ENGINES if engines is None else engines)])
-    calls: dict[str, Callable[[], object]] = {}
-    left_out: dict[str, str] = {}
-    with progress.bar("preparing engines", len(names)) as bar:
-        for name in names:
-            try:
-                calls[name] = ENGINES.get(name)().prepare(model, inputs, threads)
-            except MissingExtra as error:
-                if engines is not None:
-                    raise
-                left_out[name] = str(error)
-            except AutopruneError as error:
-                left_out[name] = str(error)
-            bar.advance(1, name)
-    return calls, left_out
 
 
 def models_table(bench: Bench) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from autoprune.agents.base import Trial
-from autoprune.errors import AutopruneError, FileError, MissingExtra
+from autoprune.errors import FileError
 from autoprune.files import read_json, write_json, write_tensors, write_text
 from autoprune.inventory import KeptDense
 from autoprune.latency.engines import ENGINES, baselines
@@ -19,6 +19,7 @@ from autoprune.latency.timer import Latency, Protocol, measure_together, speedup
 from autoprune.masks import nonzero_parameters, sparsity, weight_of
 from autoprune.metric import Metric
 from autoprune.monitor import point
+from autoprune.repack.rivals import dense_calls
 from autoprune.report.data import MeasuredPoint, PlanRow, Report, ResultRow, SearchRow
 from autoprune.report.page import report_page
 from autoprune.report.plots import front_figure, reward_figure, save_png, sparsity_figure
@@ -41,7 +42,8 @@ def results(run: Run, *, again: bool = False) -> tuple[ResultRow, ...]:
     latency = run.config.latency
     inputs = run.task.example_inputs(latency.batch)
     calls: dict[str, Callable[[], object]] = {EAGER: ENGINES.get("eager")().prepare(run.dense, inputs, latency.threads)}
-    calls |= _engine_calls(run, inputs)
+    engines, left_out = _engine_calls(run, inputs)
+    calls |= engines
     masked, repacked = run.masked, run.repacked
     calls[MASKED] = lambda: masked(*inputs)
     calls[REPACKED] = lambda: repacked(*inputs)
@@ -67,6 +69,7 @@ def results(run: Run, *, again: bool = False) -> tuple[ResultRow, ...]:
         if name not in (EAGER, MASKED, REPACKED):
             label = f"{name}, best engine" if name == best else name
             rows.append(row(name, label, dense_score, parameters, size))
+    rows += [ResultRow(name, left_out=why) for name, why in left_out.items()]
     kept = nonzero_parameters(masked)
     packed_size = (run.directory / "repacked.safetensors").stat().st_size
     rows.append(row(MASKED, MASKED, run.task.test(masked), kept, size))
@@ -75,35 +78,26 @@ def results(run: Run, *, again: bool = False) -> tuple[ResultRow, ...]:
     return tuple(rows)
 
 
-def _engine_calls(run: Run, inputs: tuple[Any, ...]) -> dict[str, Callable[[], object]]:
-    """The dense engines asked for; those that are missing or fail are said, not hidden."""
-    wanted = run.config.latency.engines
-    calls: dict[str, Callable[[], object]] = {}
-    for name in wanted or baselines():
-        if name == "eager":
-            continue
-        try:
-            calls[f"dense, {name}"] = ENGINES.get(name)().prepare(run.dense, inputs, run.config.latency.threads)
-        except MissingExtra as error:
-            if wanted:
-                raise
-            run.progress.say(f"dense engine {name} left out: {error}")
-        except AutopruneError as error:
-            run.progress.say(f"dense engine {name} left out, it cannot run this model: {error}")
-    return calls
+def _engine_calls(run: Run, inputs: tuple[Any, ...]) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
+    """The dense engines that were asked for and compute the model; the others, and why they are left out."""
+    names = [name for name in run.config.latency.engines or baselines() if name != "eager"]
+    calls, left_out = dense_calls(run.dense, inputs, run.config.latency.threads, names)
+    for name, why in left_out.items():
+        run.progress.say(f"dense engine {name} left out: {why}")
+    told = {f"dense, {name}": why for name, why in left_out.items()}
+    return {f"dense, {name}": call for name, call in calls.items()}, told
 
 
 def _read(path: Path) -> tuple[ResultRow, ...]:
     data = read_json(path, "the results")
     try:
-        return tuple(
-            ResultRow(
-                **{**row, "latency": Latency(**{**row["latency"], "samples_ms": tuple(row["latency"]["samples_ms"])})}
-            )
-            for row in data["rows"]
-        )
+        return tuple(ResultRow(**{**row, "latency": _latency(row["latency"])}) for row in data["rows"])
     except (KeyError, TypeError) as error:
         raise FileError(f"the results are corrupt: {path} ({error}). Delete the file to measure again.") from None
+
+
+def _latency(data: dict[str, Any] | None) -> Latency | None:
+    return None if data is None else Latency(**{**data, "samples_ms": tuple(data["samples_ms"])})
 
 
 def latency_text(table: LatencyTable) -> str:

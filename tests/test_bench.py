@@ -5,20 +5,22 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import autoprune
 from autoprune.bench import Bench, bench_model, example_inputs, layers_table, models_table, parse_shape
 from autoprune.cli import app
 from autoprune.errors import AutopruneError, ConfigError
-from autoprune.latency.engines.base import DenseEngine
+from autoprune.latency.engines.base import Call, DenseEngine
 from autoprune.latency.timer import Latency
 from autoprune.repack.layer_times import LayerTime
 from autoprune.repack.program.nodes import Tiling
+from autoprune.repack.rivals import dense_calls
 
 MODELS = """
 import torch
@@ -191,6 +193,48 @@ def test_an_engine_that_is_missing_is_told_or_an_error_where_it_was_asked_for(mo
     assert "pip install it" in found.left_out["onnxruntime"]
     with pytest.raises(AutopruneError, match="pip install it"):
         bench_model(model, (x,), engines=["onnxruntime"], rounds=1, clock=ticking())
+
+
+class Flat(nn.Module):
+    """Takes contiguous images alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view(len(x), -1) * 2
+
+
+class Doubles(DenseEngine):
+    """An engine that computes something else, at no cost."""
+
+    def _compile(self, model: nn.Module, inputs: tuple[Any, ...], threads: int) -> Call:
+        with torch.inference_mode():
+            result = 2 * model(*inputs)
+        return lambda: result
+
+
+def test_engines_that_fail_or_compute_something_else_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Flat(), nn.Linear(4 * 36, 5))
+    monkeypatch.setattr("autoprune.latency.engines.compile.Compile", Doubles)
+    found = bench_model(model, (torch.randn(2, 3, 8, 8),), engines=["channels_last", "compile"], rounds=1)
+    assert list(found.latencies) == ["eager", "repacked"]
+    assert found.best == "eager"
+    assert list(found.left_out) == ["channels_last", "compile"]
+    assert "view size is not compatible" in found.left_out["channels_last"]
+    assert "which is wrong: its output differs in 10 of 10 values, by up to" in found.left_out["compile"]
+    assert f"\ncompile left out: {found.left_out['compile']}" in found.text()
+
+
+def test_an_engine_gets_inputs_of_its_own() -> None:
+    pytest.importorskip("onnxruntime")
+
+    class Writes(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.add_(1.0)
+
+    x = torch.zeros(1, 4)
+    calls, left_out = dense_calls(Writes(), (x,), 1, ["eager", "channels_last", "onnxruntime"])
+    assert list(calls) == ["eager", "channels_last", "onnxruntime"]
+    assert not left_out
+    assert not x.any()
 
 
 def test_the_tables() -> None:

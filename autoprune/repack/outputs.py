@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,3 +37,32 @@ def _same_tensor(got: Tensor, wanted: Tensor, tolerance: float) -> bool:
     largest = torch.where(wanted.isfinite(), wanted, 0).abs().amax()
     close = (got - wanted).abs() <= tolerance * largest
     return bool((close | (got == wanted) | (got.isnan() & wanted.isnan())).all())
+
+
+def difference(got: Sequence[Tensor], wanted: Sequence[Tensor], tolerance: float = TOLERANCE) -> str:
+    """How outputs differ from the model's, in words; empty where `same_output` finds them the same."""
+    if len(got) != len(wanted):
+        return f"{len(got)} outputs for the model's {len(wanted)}"
+    for at, (ours, right) in enumerate(zip(got, wanted, strict=True)):
+        if not same_output(ours, right, tolerance):
+            which = "its output" if len(wanted) == 1 else f"its output {at + 1} of {len(wanted)}"
+            return f"{which} {_tensor_difference(ours, right, tolerance)}"
+    return ""
+
+
+def _tensor_difference(got: Tensor, wanted: Tensor, tolerance: float) -> str:
+    if got.shape != wanted.shape or got.dtype != wanted.dtype:
+        ours, right = (f"{str(x.dtype).removeprefix('torch.')} of {tuple(x.shape)}" for x in (got, wanted))
+        return f"is {ours}, the model's {right}"
+    if wanted.is_complex():
+        return _tensor_difference(torch.view_as_real(got), torch.view_as_real(wanted), tolerance)
+    values = f"of {wanted.numel()} values"
+    if not wanted.is_floating_point():
+        return f"differs in {int((got != wanted).sum())} {values}"
+    lost = ~(got.isfinite() & wanted.isfinite() | (got == wanted) | (got.isnan() & wanted.isnan()))
+    if lost.any():
+        return f"differs in {int(lost.sum())} {values}, where one of both is infinite or no number"
+    gap = torch.where(wanted.isfinite(), (got - wanted).abs(), 0)
+    largest = torch.where(wanted.isfinite(), wanted, 0).abs().amax()
+    count = int((gap > tolerance * largest).sum())
+    return f"differs in {count} {values}, by up to {float(gap.amax()):.2g} where the model's largest is {largest:.2g}"

@@ -23,6 +23,7 @@ class ResultRow:
         speedup_over_best: over the fastest dense engine of the same run.
         parameters: weights that are not zero, and all other parameters.
         size_bytes: of the file on disk.
+        left_out: why the form was not measured, where it was not.
     """
 
     name: str
@@ -32,6 +33,7 @@ class ResultRow:
     speedup_over_best: float | None = None
     parameters: int | None = None
     size_bytes: int | None = None
+    left_out: str | None = None
 
 
 @dataclass(frozen=True)

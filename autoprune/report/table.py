@@ -39,7 +39,7 @@ def mean_and_spread(values: Sequence[float], form: str = ".2f") -> str:
 
 
 def result_table(rows: Sequence[ResultRow], metric: Metric = ACCURACY) -> str:
-    """The final table: the metric, latency, speed-ups, parameters, size."""
+    """The final table: the metric, latency, speed-ups, parameters, size; below it what was left out, and why."""
     header = (
         "model",
         metric.name,
@@ -60,8 +60,11 @@ def result_table(rows: Sequence[ResultRow], metric: Metric = ACCURACY) -> str:
             size(row.size_bytes),
         )
         for row in rows
+        if row.left_out is None
     ]
-    return markdown_table(header, cells)
+    return markdown_table(header, cells) + "".join(
+        f"\n{row.name} left out: {row.left_out}\n" for row in rows if row.left_out is not None
+    )
 
 
 def plan_table(rows: Sequence[PlanRow]) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from autoprune.errors import AutopruneError, ConfigError, MissingExtra
 from autoprune.latency.engines import ENGINES, DenseEngine, baselines
+from autoprune.latency.engines.export import OnnxEngine
 from autoprune.latency.engines.openvino import import_openvino
 from autoprune.registry import Choice
 
@@ -241,6 +242,54 @@ def test_a_model_that_cannot_be_exported_is_an_error_that_says_why() -> None:
 
     with pytest.raises(AutopruneError, match=r"cannot be exported to ONNX: .+ Leave the engines"):
         engine("onnxruntime").prepare(Branches(), torch.ones(1, 4), threads=1)
+
+
+class Projected(nn.Module):
+    """ONNX has no LSTM with projections, but torch writes one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(16, 16, batch_first=True, proj_size=8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.lstm(x)[0]
+        return out
+
+
+REFUSED: list[tuple[str, nn.Module, tuple[int, ...], str]] = [
+    ("onnxruntime", Projected(), (1, 5, 16), "initial_c must have shape"),
+    ("openvino", nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"), (1, 4, 6, 6), r"padding mode: \[wrap\]"),
+]
+
+
+@pytest.mark.parametrize(("name", "model", "shape", "why"), REFUSED)
+def test_a_model_that_an_engine_cannot_run_is_an_error_that_says_why(
+    name: str, model: nn.Module, shape: tuple[int, ...], why: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    made = engine(name)
+    with pytest.raises(AutopruneError, match=f"cannot run this model: .*{why}") as raised:
+        made.prepare(model.eval(), torch.randn(shape), threads=1)
+    assert "\n" not in str(raised.value)
+    assert "src/" not in str(raised.value)
+    assert capfd.readouterr() == ("", ""), "engines must be silent"
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_a_file_that_an_engine_cannot_read_is_an_error(name: str, tmp_path: Path) -> None:
+    made = engine(name)
+    assert isinstance(made, OnnxEngine)
+    (tmp_path / "m.onnx").write_bytes(b"")
+    with pytest.raises(AutopruneError, match="cannot run this model: "):
+        made.load(tmp_path / "m.onnx", (torch.zeros(1),), 1)
+
+
+def test_an_interrupt_is_no_reason() -> None:
+    class Interrupted(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        engine("onnxruntime").prepare(Interrupted(), torch.zeros(1), threads=1)
 
 
 def test_an_unknown_engine_is_told_the_nearest() -> None:

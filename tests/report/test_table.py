@@ -56,6 +56,13 @@ def test_the_result_table() -> None:
     ]
 
 
+def test_what_was_left_out_of_the_result_table_is_told_below_it() -> None:
+    rows = [ResultRow("dense, eager", 0.98), ResultRow("dense, openvino", left_out="it cannot run this model.")]
+    lines = result_table(rows).splitlines()
+    assert [line for line in lines if line.startswith("|") and "openvino" in line] == []
+    assert lines[-1] == "dense, openvino left out: it cannot run this model."
+
+
 def test_the_plan_table_ends_with_the_sparsity_of_all_weights() -> None:
     rows = [
         PlanRow("conv1", 100, 0.5, "group(size=8)", "magnitude", "jit", 12.0, 7.25),

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from torch import nn
 
-from autoprune.errors import MissingExtra
+from autoprune.errors import AutopruneError, MissingExtra
 from autoprune.inventory import as_tuple
 
 INSTALL = 'pip install "autoprune[engines]"'
+
+LONGEST = 400  # characters of an engine's reason
 
 Call = Callable[[], object]
 
@@ -52,8 +56,23 @@ class DenseEngine(ABC):
         command = self.available()
         if command is not None:
             raise MissingExtra(f"this engine needs what is not installed here. Install it with: {command}")
-        return self._compile(copy.deepcopy(model).eval(), as_tuple(example_inputs), threads)
+        with reasons():
+            return self._compile(copy.deepcopy(model).eval(), as_tuple(example_inputs), threads)
 
     @abstractmethod
     def _compile(self, model: nn.Module, inputs: tuple[Any, ...], threads: int) -> Call:
         """`prepare` on a copy of the model that may be changed."""
+
+
+@contextmanager
+def reasons() -> Iterator[None]:
+    """Whatever an engine raises while it prepares or first runs a model becomes an AutopruneError with its reason."""
+    try:
+        yield
+    except AutopruneError:
+        raise
+    except Exception as error:
+        # lines that name a place in the engine's own source say where, not why
+        lines = [line.strip() for line in str(error).splitlines() if not re.search(r"src/\S+:\d+", line)]
+        why = " ".join(filter(None, lines))[:LONGEST].rstrip(" .") or type(error).__name__
+        raise AutopruneError(f"the engine cannot run this model: {why}.") from error

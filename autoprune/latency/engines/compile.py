@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from autoprune.errors import AutopruneError
 from autoprune.latency.engines.base import Call, DenseEngine
@@ -31,14 +31,15 @@ class Compile(DenseEngine):
 
         try:
             with tracing(), inductor.patch(freezing=True):
-                run = torch_call(torch.compile(_own_function(model.requires_grad_(False))), inputs, threads)
-                run()  # compiles
+                compiled = torch.compile(_own_function(model.requires_grad_(False)))
+                copies = tuple(x.clone() if isinstance(x, Tensor) else x for x in inputs)  # the model may write to them
+                torch_call(compiled, copies, threads)()  # compiles
         except Exception as error:  # inductor, the C++ compiler, or the model's own Python
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raise AutopruneError(
                 f"torch.compile cannot run this model: {lines[0]}. Leave the engine 'compile' out."
             ) from error
-        return run
+        return torch_call(compiled, inputs, threads)
 
 
 def _own_function(model: nn.Module) -> Callable[..., object]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from autoprune.errors import AutopruneError
 from autoprune.inventory import own_copy
-from autoprune.latency.engines.base import Call, DenseEngine
+from autoprune.latency.engines.base import Call, DenseEngine, reasons
 from autoprune.tracing import tracing
 
 BATCH = "batch"  # what an extent that may be any is called in a file
@@ -24,9 +24,20 @@ BATCH = "batch"  # what an extent that may be any is called in a file
 class OnnxEngine(DenseEngine):
     """An engine that reads ONNX files."""
 
-    @abstractmethod
     def load(self, path: Path, inputs: tuple[Any, ...], threads: int) -> Call:
-        """Compiles a file for inputs of these very shapes; the call is that of `prepare`. The file may go away."""
+        """Compiles a file for inputs of these very shapes; the call is that of `prepare`. The file may go away.
+
+        Raises:
+            AutopruneError: the engine cannot run the file.
+        """
+        with reasons():
+            run = self._load(path, inputs, threads)
+            run()
+        return run
+
+    @abstractmethod
+    def _load(self, path: Path, inputs: tuple[Any, ...], threads: int) -> Call:
+        """`load`, which may raise whatever the engine raises."""
 
     def _compile(self, model: nn.Module, inputs: tuple[Any, ...], threads: int) -> Call:
         with onnx_file(model, inputs) as path:

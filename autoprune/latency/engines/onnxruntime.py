@@ -14,7 +14,7 @@ class OnnxRuntime(OnnxEngine):
 
     needs = ("onnx", "onnxscript", "onnxruntime")
 
-    def load(self, path: Path, inputs: tuple[Any, ...], threads: int) -> Call:
+    def _load(self, path: Path, inputs: tuple[Any, ...], threads: int) -> Call:
         import onnxruntime
 
         onnxruntime.disable_telemetry_events()
@@ -22,7 +22,7 @@ class OnnxRuntime(OnnxEngine):
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-        options.log_severity_level = 3  # errors
+        options.log_severity_level = 4  # errors are raised, too
         if inputs and inputs[0].ndim:
             options.add_free_dimension_override_by_name(BATCH, inputs[0].shape[0])
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

@@ -18,7 +18,7 @@ class OpenVino(OnnxEngine):
 
     needs = ("onnx", "onnxscript", "openvino")
 
-    def load(self, path: Path, inputs: tuple[Any, ...], threads: int) -> Call:
+    def _load(self, path: Path, inputs: tuple[Any, ...], threads: int) -> Call:
         return openvino_call(path, inputs, threads, {"INFERENCE_PRECISION_HINT": "f32"})
 
 

@@ -16,5 +16,5 @@ class OpenVinoBf16(OnnxEngine):
     needs = ("onnx", "onnxscript", "openvino")
     float32: ClassVar[bool] = False
 
-    def load(self, path: Path, inputs: tuple[Any, ...], threads: int) -> Call:
+    def _load(self, path: Path, inputs: tuple[Any, ...], threads: int) -> Call:
         return openvino_call(path, inputs, threads, {})

@@ -1,0 +1,79 @@
+"""The dense engines that compute what a model computes; any other would be compared with for other work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from autoprune.errors import AutopruneError
+from autoprune.inventory import copy_for_inference
+from autoprune.latency.engines import ENGINES
+from autoprune.latency.engines.base import Call, reasons
+from autoprune.repack.outputs import difference, same_output
+from autoprune.repack.probes import fresh
+
+ROUNDED, ROUNDED_BF16 = 1e-3, 0.1  # how far from the model's largest value an engine's rounding may lead
+
+
+def dense_calls(
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    threads: int,
+    engines: Sequence[str],
+    done: Callable[[str], object] = lambda name: None,
+) -> tuple[dict[str, Call], dict[str, str]]:
+    """Those of `engines` that compute what the model computes in torch; the others, and why they are left out.
+
+    Args:
+        model: left as it is.
+        inputs: a copy for each engine is kept.
+        threads: of one inference.
+        engines: rows of ENGINES.
+        done: told each engine when it is prepared or left out.
+
+    Raises:
+        AutopruneError: the model itself does not run.
+    """
+    model = copy_for_inference(model)
+    try:
+        with torch.inference_mode():
+            wanted = model(*fresh(inputs))
+    except Exception as error:  # the model is the user's: it may raise anything
+        raise AutopruneError(f"the model does not run on its example inputs: {error}") from error
+    calls: dict[str, Call] = {}
+    left_out: dict[str, str] = {}
+    for name in engines:
+        engine = ENGINES.get(name)()
+        try:
+            call = engine.prepare(model, fresh(inputs), threads)
+            with reasons():
+                outputs = call()
+            if why := _wrong(outputs, wanted, ROUNDED if engine.float32 else ROUNDED_BF16):
+                left_out[name] = f"it computes something else than the model, which is wrong: {why}."
+            else:
+                calls[name] = call
+        except AutopruneError as error:
+            left_out[name] = str(error)
+        done(name)
+    return calls, left_out
+
+
+def arrays_as_tensors(outputs: Sequence[Any]) -> list[Tensor]:
+    """Copies of an ONNX engine's outputs, which its next call may overwrite."""
+    return [torch.from_numpy(np.array(each)) for each in outputs]
+
+
+def _wrong(outputs: Any, wanted: Any, tolerance: float) -> str:
+    """How an engine's outputs differ from the model's; empty when they do not."""
+    leaves = [x for x in pytree.tree_leaves(wanted) if isinstance(x, Tensor)]
+    if isinstance(outputs, (tuple, list)) and all(isinstance(x, np.ndarray) for x in outputs):
+        return difference(arrays_as_tensors(outputs), leaves, tolerance)
+    if same_output(outputs, wanted, tolerance):
+        return ""
+    got = [x for x in pytree.tree_leaves(outputs) if isinstance(x, Tensor)]
+    return difference(got, leaves, tolerance) or "its outputs differ"
