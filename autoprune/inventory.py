@@ -125,12 +125,41 @@ def settle_(model: nn.Module) -> nn.Module:
     return model
 
 
+def out_of_reach(model: nn.Module) -> dict[str, tuple[str, str]]:
+    """The outermost parts whose layers cannot be seen: qualified name -> (kind, why)."""
+    found: dict[str, tuple[str, str]] = {}
+    for name, module in model.named_modules():
+        if any(name.startswith(f"{other}.") for other in found):
+            continue
+        if isinstance(module, torch.jit.ScriptModule):
+            found[name] = ("torchscript", "it is TorchScript: put the module that it was made of in its place")
+        elif type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")):
+            found[name] = (type(module).__name__.lower(), "it is quantised by torch: prune and repack it in float32")
+    return found
+
+
 def copy_for_inference(model: nn.Module) -> nn.Module:
-    """A deep copy in eval mode whose submodules' forwards are really called and whose weights are plain."""
+    """A deep copy in eval mode whose submodules' forwards are really called and whose weights are plain.
+
+    Raises:
+        AutopruneError: it is no module, or TorchScript as a whole, or cannot be copied.
+    """
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        scripted = isinstance(model, (torch.jit.ScriptModule, torch.jit.ScriptFunction))
+        what = "TorchScript, whose layers cannot be seen" if scripted else f"a {type(model).__name__}"
+        raise AutopruneError(f"the model is {what}: give the torch.nn.Module that it was made of.")
     # torch refuses to copy a tensor that was computed, such as the product of a weight and its mask.
     attributes = (value for module in model.modules() for value in vars(module).values())
     computed = {id(x): x.detach().clone() for x in attributes if isinstance(x, Tensor) and not x.is_leaf}
-    return unfuse_(settle_(copy.deepcopy(model, cast("dict[int, Any]", computed)).eval()))
+    try:
+        with torch.no_grad():  # TorchScript copies its parameters by an operator, with gradients if there are any
+            copied = copy.deepcopy(model, cast("dict[int, Any]", computed))
+    except Exception as error:  # what the model holds is the user's
+        raise AutopruneError(
+            f"the model cannot be copied ({type(error).__name__}: {error}), and the original is never changed: it must "
+            "hold dense tensors, and only what copy.deepcopy takes."
+        ) from error
+    return unfuse_(settle_(copied.eval()))
 
 
 @contextmanager
@@ -267,6 +296,7 @@ def take_inventory(
             norm = of_layers.get(name)
             whole = norm is not None and _normalises_filters(norms[norm], module, calls[name])
             layers.append(_spec(name, kind, module, calls[name], norm if whole else None))
+    dense += [KeptDense(name, kind, why) for name, (kind, why) in out_of_reach(probe).items()]
     if not layers:
         why = (
             "; ".join(f"{row.name}: {row.reason}" for row in dense[:5]) or "it has no Conv2d, Linear, LSTM or GRU layer"

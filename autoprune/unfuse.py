@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_STACKS = (nn.TransformerEncoder.forward, nn.TransformerDecoder.forward)
+
 
 def unfuse_(model: nn.Module) -> nn.Module:
     """Makes torch's transformer modules call their own layers; the model still gives what its user sees."""
@@ -27,7 +29,7 @@ def unfuse_(model: nn.Module) -> nn.Module:
     modules = list(model.modules())
     done: set[nn.Module] = set()
     for stack in modules:
-        if type(stack).forward in (nn.TransformerEncoder.forward, nn.TransformerDecoder.forward):
+        if isinstance(stack, (nn.TransformerEncoder, nn.TransformerDecoder)) and type(stack).forward in _STACKS:
             _before(stack, _do_not_guess)
         if isinstance(stack, nn.TransformerEncoder):
             if fused and stack.use_nested_tensor and all(map(_fuses_layer, stack.layers)):

@@ -35,6 +35,7 @@ from autoprune.repack.program.capture import CaptureError, capture
 from autoprune.repack.program.graph import Graph, Op
 from autoprune.repack.program.passes import simplify
 from autoprune.repack.program.program import shapes_of
+from autoprune.repack.sparsity import sparsities
 
 NOISE = 0.98  # a file this fast, as a share of the dense export's speed, is not slower
 
@@ -209,7 +210,7 @@ def _attempts(
     for each in every:
         modules = {name: FORMS[choice.form](forms[name]) for name, choice in each.items()}
         module = GraphModule(graph, {name: modules[call] for name, call in first.items()}).eval()
-        rows = _rows(original, graph, {name: each[call] for name, call in first.items()})
+        rows = _rows(original, inputs, graph, {name: each[call] for name, call in first.items()})
         batched, names = zip(*((x.batched, x.name) for x in graph.inputs), strict=True)
         tried.append(_Attempt(module, batched, outputs, rows, names))
     if timing.engine is not None:
@@ -230,16 +231,20 @@ def _leaves(structure: Any, output: Any) -> list[Tensor]:
 
 def _as_it_stands(original: nn.Module, inputs: tuple[Any, ...], why: str) -> _Attempt:
     batched = [isinstance(x, Tensor) and x.ndim > 0 and x.shape[0] == len(inputs[0]) for x in inputs]
+    zeros = sparsities(original, lambda: original(*fresh(inputs)))
     rows = tuple(
-        ExportedLayer(name, kind_of(original, name, module), _sparsity(weight), DENSE, None, None, why)
-        for name, module, weight in _layers(original)
+        ExportedLayer(name, kind_of(original, name, module), zeros[name], DENSE, None, None, why)
+        for name, module, _ in _layers(original)
     )
     return _Attempt(
         original, batched, lambda output: [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)], rows
     )
 
 
-def _rows(original: nn.Module, graph: Graph, chosen: Mapping[str, Chosen]) -> tuple[ExportedLayer, ...]:
+def _rows(
+    original: nn.Module, inputs: tuple[Any, ...], graph: Graph, chosen: Mapping[str, Chosen]
+) -> tuple[ExportedLayer, ...]:
+    zeros = sparsities(original, lambda: original(*fresh(inputs)))
     ops: dict[str, Op] = {op.attributes["layer"]: op for op in reversed(graph.ops) if "layer" in op.attributes}
     rows = []
     for name, module, weight in _layers(original):
@@ -255,7 +260,7 @@ def _rows(original: nn.Module, graph: Graph, chosen: Mapping[str, Chosen]) -> tu
             why = f"{left[0]} of {len(weight)} filters, {left[1]} of {weight.shape[1]} channels are left"
             why += f"; {choice.why}" if choice.why else ""
         measured = (choice.dense_us, choice.packed_us)
-        rows.append(ExportedLayer(name, kind_of(original, name, module), _sparsity(weight), form, *measured, why))
+        rows.append(ExportedLayer(name, kind_of(original, name, module), zeros[name], form, *measured, why))
     return tuple(rows)
 
 
@@ -263,10 +268,6 @@ def _layers(model: nn.Module) -> list[tuple[str, nn.Module, Tensor]]:
     """Name, layer and weight of every layer that could be packed."""
     layers = weighted_layers(model).items()
     return [(name, module, module.weight) for name, module in layers if isinstance(module.weight, Tensor)]
-
-
-def _sparsity(weight: Tensor) -> float:
-    return 1.0 - int(torch.count_nonzero(weight)) / max(1, weight.numel())
 
 
 def _written(

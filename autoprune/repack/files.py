@@ -194,9 +194,20 @@ def _describe_modules(model: SwappedModel, value_bits: int, tensors: dict[str, T
         layers[name] = {**_put(module.packed, name, value_bits, tensors), "relu": relu}
         if module.bias is not None:
             tensors[f"{name}|bias"] = module.bias
+    for name, module in model.model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule) and "value=<Tensor>" in str(module.inlined_graph):
+            raise AutopruneError(
+                f"weights of {name!r} are frozen into TorchScript and in no state dict, and cannot be saved: put the "
+                "module that it was made of in its place, and repack."
+            )
     inside = tuple(f"{name}." if name else "" for name in layers)
     for key, value in model.model.state_dict().items():
         if not (inside and key.startswith(inside)):
+            if not isinstance(value, Tensor):
+                raise AutopruneError(
+                    f"the model's state dict holds a {type(value).__name__} as {key!r}, a packed file only tensors: "
+                    "parts that torch has quantised cannot be saved, repack the model in float32."
+                )
             tensors[key] = value
     return {"form": _MODULES, "layers": layers, "removed": list(model.removed)}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -32,6 +32,7 @@ from autoprune.repack.program.program import Program, check_threads, shapes_of
 from autoprune.repack.program.samples import apart
 from autoprune.repack.program.tuning import Layer, Tuned, TuningCache, faster_by_sample, streams_little, tune
 from autoprune.repack.report import DENSE, LayerReport, ProgramModel, RepackedModel
+from autoprune.repack.sparsity import sparsities
 from autoprune.repack.swap import Choose, swap_layers
 
 Form = Literal["program", "modules"]
@@ -117,7 +118,8 @@ def _as_program(
     if not same_output(output, wanted) and not _same_without_cuts(original, inputs, program):
         raise CaptureError("the captured program does not reproduce the model's output.")
     _check_others(original, inputs, program)
-    return ProgramModel(program, _report(original, graph, layers, tuned))
+    zeros = sparsities(original, lambda: original(*fresh(inputs)))
+    return ProgramModel(program, _report(original, zeros, graph, layers, tuned))
 
 
 def _check_others(original: nn.Module, inputs: tuple[Tensor, ...], program: Program) -> None:
@@ -196,15 +198,16 @@ def build_program(
     return (samples, single) if faster else (whole, tuned)
 
 
-def _report(original: nn.Module, graph: Graph, layers: dict[str, Layer], tuned: Tuned) -> list[LayerReport]:
+def _report(
+    original: nn.Module, zeros: Mapping[str, float], graph: Graph, layers: dict[str, Layer], tuned: Tuned
+) -> list[LayerReport]:
     by_layer = {op.attributes["layer"]: op for op in graph.ops if op.attributes.get("layer") is not None}
     rows = []
     for name, module in weighted_layers(original).items():
         if not isinstance(module.weight, Tensor):
             rows.append(LayerReport(name, "lstm", 0.0, 1, DENSE, None, None, "", "it has projections (proj_size)"))
             continue
-        kind = kind_of(original, name, module)
-        sparsity = 1.0 - int(torch.count_nonzero(module.weight)) / max(1, module.weight.numel())
+        kind, sparsity = kind_of(original, name, module), zeros[name]
         op = by_layer.get(name)
         if op is None:
             dtype = module.weight.dtype

@@ -41,6 +41,11 @@ class LayerReport:
     why: str
 
 
+def unreached(name: str, kind: str, why: str) -> LayerReport:
+    """The row of a part whose layers cannot be seen."""
+    return LayerReport(name, kind, 0.0, 1, DENSE, None, None, "", why)
+
+
 class RepackedModel(nn.Module):
     """A repacked model, called like the original; inference only, in float32 on the CPU.
 

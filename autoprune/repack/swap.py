@@ -16,14 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.errors import AutopruneError
-from autoprune.inventory import copy_for_inference, watch_forward
+from autoprune.inventory import copy_for_inference, out_of_reach, watch_forward
 from autoprune.latency.timer import Clock, Protocol, measure_together
 from autoprune.recurrent import cell_of
 from autoprune.repack.backends import BACKENDS, LayerForm
 from autoprune.repack.fusion import Fusion, find_fusions, fold_batch_norm_
 from autoprune.repack.outputs import same_output
 from autoprune.repack.probes import agrees, fresh
-from autoprune.repack.report import DENSE, LayerReport, SwappedModel
+from autoprune.repack.report import DENSE, LayerReport, SwappedModel, unreached
+from autoprune.repack.sparsity import sparsities
 
 GAIN = 0.97  # a packed layer must take at most this share of the dense one's time: less is noise
 
@@ -76,11 +77,12 @@ def swap_layers(
 
 @dataclass(frozen=True)
 class _Seen:
-    """One run of the original: its output, each layer's first input, and what can be fused."""
+    """Of the original: its output, each layer's first input, what can be fused, and how sparse each weight is."""
 
     output: Any
     inputs: dict[str, Tensor]
     fusions: dict[str, Fusion]
+    sparsities: dict[str, float]
 
 
 def _watch(model: nn.Module, inputs: tuple[Any, ...]) -> _Seen:
@@ -95,9 +97,10 @@ def _watch(model: nn.Module, inputs: tuple[Any, ...]) -> _Seen:
             with watch_forward(model, layers, keep):
                 output = model(*fresh(inputs))
             fusions = find_fusions(model, fresh(inputs))
+        zeros = sparsities(model, lambda: model(*fresh(inputs)))
     except Exception as error:  # the model is the user's: it may raise anything
         raise AutopruneError(f"the model does not run on its example inputs: {error}") from error
-    return _Seen(output, first, fusions)
+    return _Seen(output, first, fusions, zeros)
 
 
 @dataclass
@@ -174,10 +177,12 @@ class _Job:
                 removed.append(fusion.relu)
             fused = " + ".join([*(["batch norm"] if fusion.batch_norm else []), *(["relu"] if relu else [])])
             lost = "; not fused: that changes what this model computes" if self.fuses(name) and not fuse else ""
-            rows.append(replace(row, fused=fused, why=row.why + lost))
+            zeros = self.seen.sparsities.get(name, row.sparsity)
+            rows.append(replace(row, fused=fused, sparsity=zeros, why=row.why + lost))
             if row.backend != DENSE:
                 model = with_submodule(model, name, lowered)
                 relus[name] = relu
+        rows += [unreached(name, kind, why) for name, (kind, why) in out_of_reach(model).items()]
         return SwappedModel(model, rows, relus, removed)
 
     def fuses(self, name: str) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from autoprune.errors import AutopruneError
-from autoprune.inventory import own_copy
+from autoprune.inventory import out_of_reach, own_copy
 from autoprune.tracing import ByThread, tracing
 
 _aten = torch.ops.aten
@@ -50,6 +50,8 @@ class CaptureError(AutopruneError):
 
 def export(model: nn.Module, inputs: Sequence[Tensor], free: Sequence[Free]) -> ExportedProgram:
     """Asks for a form of the model in which the `free` axes of each input (see `Input.free`) may have any extent."""
+    for name, (kind, why) in out_of_reach(model).items():
+        raise CaptureError(f"the model holds {name!r} ({kind}), which cannot be captured: {why}.")
     # Torch takes tensors that are one object for one input, and so would what it exports.
     examples = tuple(_larger(own_copy(x), axes) for x, axes in zip(inputs, free, strict=True))
     try:

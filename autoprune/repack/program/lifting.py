@@ -91,9 +91,13 @@ class Site:
         """The qualified name of the module that this is the forward of."""
         stack = list((self.node.meta.get("nn_module_stack") or {}).values())
         path = str(stack[-1][0]) if stack else ""
-        if f"{path}.weight".lstrip(".") in self.context.program.state_dict:
+        held = self.context.program.state_dict
+        if f"{path}.weight".lstrip(".") in held:
             return path
         name = self.name(argument)
+        start = f"{path}.weight_".lstrip(".")  # weight_v, weight_orig: what the weight is computed from
+        if name not in held and any(key.startswith(start) for key in held):
+            return path
         return "" if name == "weight" else name.removesuffix(".weight")
 
 
