@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count, islice
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from autoprune.envs.prune import PruneEnv
 from autoprune.envs.rewards import as_trial
+from autoprune.errors import NumericalError
+from autoprune.evaluation.measurement import FAILED
 from autoprune.plan import Plan
 
 Trial = dict[str, Any]  # what the environment's last step reports: plan, measurement, reward and its terms
@@ -53,6 +55,21 @@ class Agent(ABC):
     def save_policy(self, directory: Path, env: PruneEnv) -> bool:
         """Writes the learned policy, if there is one, and says whether there was."""
         return False
+
+
+def succeeded(trials: Sequence[Trial]) -> list[Trial]:
+    """The trials that have a measurement: those a plan is chosen from.
+
+    Raises:
+        NumericalError: none has.
+    """
+    found = [trial for trial in trials if FAILED not in trial]
+    if trials and not found:
+        raise NumericalError(
+            f"all {len(trials)} trials failed, so that there is no plan to choose. The first: {trials[0][FAILED]} The "
+            "others are in the trial log. Ask for a lower target, or recover otherwise before scoring (env.recovery)."
+        )
+    return found
 
 
 def run_episode(env: PruneEnv, act: Actor) -> Trial:

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from autoprune.agents.base import Trial
+from autoprune.agents.base import Trial, succeeded
 from autoprune.errors import ConfigError
-from autoprune.evaluation.measurement import Evaluate, Measurement
+from autoprune.evaluation.measurement import FAILED, Evaluate, Evaluated
 from autoprune.plan import Plan
 
 FIDELITY = "fidelity"  # key of a trial: training steps of its score beyond the search's own; absent: none
@@ -45,7 +45,7 @@ def halve(
     trials: Sequence[Trial],
     ladder: Sequence[Rung],
     evaluate_at: Callable[[int], Evaluate],
-    as_trial: Callable[[Plan, Measurement], Trial],
+    as_trial: Callable[[Plan, Evaluated], Trial],
     on_trial: Callable[[Trial], None],
     done: Sequence[Trial] = (),
 ) -> list[Trial]:
@@ -55,7 +55,7 @@ def halve(
         trials: of the search, all of one fidelity.
         ladder: from `rungs`.
         evaluate_at: steps -> the evaluation that trains a plan for so many.
-        as_trial: a plan and its measurement -> the trial, reward and all.
+        as_trial: a plan and what came of it -> the trial, reward and all.
         on_trial: takes each new trial.
         done: trials of an earlier, interrupted climb; they are not run again.
     """
@@ -63,6 +63,8 @@ def halve(
     climbed: list[Trial] = []
     for rung in ladder:
         below = climbed if climbed else list(trials)
+        if all(FAILED in trial for trial in below):
+            break  # trained for longer, all of them diverged: the search's own trials stand
         plans, here = best_plans(below, rung.plans), []
         measured = evaluate_at(rung.steps).in_order([plan for plan in plans if (rung.steps, plan.key) not in known])
         for plan in plans:
@@ -76,8 +78,12 @@ def halve(
 
 
 def best_plans(trials: Sequence[Trial], count: int) -> list[Plan]:
-    """The plans with the highest rewards of the highest fidelity, each once; earlier ones first among equals."""
-    top = of_highest_fidelity(trials)
+    """The plans with the highest rewards of the highest fidelity, each once; earlier ones first among equals.
+
+    Raises:
+        NumericalError: all trials failed.
+    """
+    top = of_highest_fidelity(succeeded(trials))
     plans = [Plan.from_json(trial["plan"]) for trial in sorted(top, key=lambda trial: -float(trial["reward"]))]
     return list({plan.key: plan for plan in plans}.values())[:count]
 

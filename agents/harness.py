@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from autoprune.agents.base import Agent, Trial
+from autoprune.agents.base import Agent, Trial, succeeded
 from autoprune.agents.halving import FIDELITY, of_highest_fidelity
 from autoprune.envs.prune import PruneEnv
 from autoprune.errors import FileError
+from autoprune.evaluation.measurement import evaluated
 from autoprune.files import append_line, read_lines, write_text
 from autoprune.plan import Plan
 
@@ -35,8 +36,12 @@ class SearchResult:
 
     @property
     def best(self) -> Trial:
-        """The best finalist; without any, the best of the highest fidelity. The earlier one of equals."""
-        trials = self.finalists or of_highest_fidelity([*self.trials, *self.halved])
+        """The best finalist; without any, the best of the highest fidelity. The earlier one of equals.
+
+        Raises:
+            NumericalError: all trials failed.
+        """
+        trials = self.finalists or of_highest_fidelity(succeeded([*self.trials, *self.halved]))
         return max(trials, key=lambda trial: float(trial["reward"]))
 
     @property
@@ -54,7 +59,7 @@ class TrialLog:
         trials = read_lines(self.path, "the trial log")
         try:
             for trial in trials:
-                _ = (Plan.from_json(trial["plan"]), float(trial["reward"]), float(trial["score"]))
+                _ = (Plan.from_json(trial["plan"]), float(trial["reward"]), evaluated(trial))
         except (KeyError, TypeError, ValueError) as error:
             raise FileError(f"the trial log is corrupt: {self.path} ({error}). Delete it to search again.") from None
         return trials

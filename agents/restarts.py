@@ -10,6 +10,7 @@ import numpy as np
 from autoprune.agents.base import Agent, OnTrial
 from autoprune.envs.knapsack import weighed
 from autoprune.envs.prune import PruneEnv
+from autoprune.evaluation.measurement import FAILED
 
 
 class RestartsAgent(Agent):
@@ -43,6 +44,6 @@ class RestartsAgent(Agent):
                 count = max(1, round(self.changed_share * layers))
                 tried[draws.choice(layers, count, replace=False)] = 1.0 - draws.random(count)
             trial = env.tried(weighed(env.problem, tried))
-            if float(trial["reward"]) > best_reward:
+            if FAILED not in trial and float(trial["reward"]) > best_reward:
                 best, best_reward = tried, float(trial["reward"])
             on_trial(trial)

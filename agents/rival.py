@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from autoprune.agents.base import Trial, run_episode
 from autoprune.envs.prune import PruneEnv
 from autoprune.envs.rewards import terminal_reward
-from autoprune.evaluation.measurement import Measurement
+from autoprune.evaluation.measurement import FAILED, Measurement
 from autoprune.target import Target
 
 CLOSE = 0.02  # measured speed-ups this near to each other count as the same
@@ -36,6 +36,8 @@ def uniform_at(env: PruneEnv, speedup: float) -> Trial | None:
         aim = speedup
         for _ in range(_CORRECTIONS):
             trial = _aimed(env, action, min(max(SLOWEST, aim), reachable))
+            if FAILED in trial:
+                break
             measured = float(trial["speedup"])
             if measured >= speedup * (1 - CLOSE):
                 found.append(trial)

@@ -25,7 +25,7 @@ from autoprune.envs import Problem, PruneEnv
 from autoprune.envs.projection import meet, release_useless
 from autoprune.envs.rewards import terminal_reward
 from autoprune.errors import ConfigError, FileError
-from autoprune.evaluation.measurement import CachedEvaluate, Evaluate, Measurement
+from autoprune.evaluation.measurement import FAILED, CachedEvaluate, Evaluate, Failure, Measurement
 from autoprune.files import append_line, read_lines
 from autoprune.plan import Plan
 from autoprune.progress import SILENT, Progress
@@ -82,7 +82,7 @@ def compare(
     budgets: Sequence[int],
     measure: Evaluate,
 ) -> list[Outcome]:
-    """Runs one agent once and measures its best plan at every checkpoint.
+    """Runs one agent once and measures its best plan at every checkpoint; one where nothing succeeded has no outcome.
 
     Args:
         name: of the task.
@@ -109,8 +109,10 @@ def compare(
     outcomes = []
     for budget in budgets:
         trials = found.trials[: max(1, budget)]
-        best = max(trials, key=lambda trial: float(trial["reward"]))
+        best = max(trials, key=lambda trial: (FAILED not in trial, float(trial["reward"])))
         measured = at_speedup(env.problem, Plan.from_json(best["plan"]), measure)
+        if FAILED in best or measured is None:
+            continue
         reward = terminal_reward(env.problem, measured).total
         took = ticks[len(trials) - 1]
         outcomes.append(
@@ -121,11 +123,11 @@ def compare(
     return outcomes
 
 
-def at_speedup(problem: Problem, plan: Plan, measure: Evaluate) -> Measurement:
+def at_speedup(problem: Problem, plan: Plan, measure: Evaluate) -> Measurement | None:
     """A plan moved to the target's speed-up as measured, within `CLOSE` below it or any amount above, and measured.
 
     All its sparsities are shifted alike until the clock agrees; what was too slow and what was fast enough close in on
-    it from both sides. Of those fast enough the best-scored is taken; the fastest when none is.
+    it from both sides. Of those fast enough the best-scored is taken; the fastest when none is; None when all failed.
     """
     wanted = problem.target.speedup
     assert wanted is not None
@@ -134,6 +136,8 @@ def at_speedup(problem: Problem, plan: Plan, measure: Evaluate) -> Measurement:
     tried, moved = [], plan
     for _ in range(_CORRECTIONS):
         measured = measure(moved)
+        if isinstance(measured, Failure):
+            break
         tried.append(measured)
         if abs(measured.speedup / wanted - 1.0) <= CLOSE:
             break
@@ -142,7 +146,7 @@ def at_speedup(problem: Problem, plan: Plan, measure: Evaluate) -> Measurement:
         aim = guess if low < guess < high else math.sqrt(low * high)
         moved = release_useless(meet(plan, table, max(1.001, aim), problem.max_sparsity), table)
     fast = [each for each in tried if each.speedup >= wanted * (1.0 - CLOSE)]
-    return max(fast, key=lambda each: each.score) if fast else max(tried, key=lambda each: each.speedup)
+    return max(fast, key=lambda each: each.score) if fast else max(tried, key=lambda each: each.speedup, default=None)
 
 
 class OutcomeLog:
@@ -275,6 +279,8 @@ def compare_all(
                     else compare(name, env, job.agent, job.seed, job.budgets, measure)
                 )
                 log.append([each for each in made if (each.agent, each.seed, each.evaluations) not in done])
+                if lacking := set(job.budgets) - {each.evaluations for each in made}:
+                    progress.say(f"{job.agent}, seed {job.seed}: every plan failed after {sorted(lacking)} evaluations")
             bar.advance(1, f"{job.agent}, seed {job.seed}")
     return [each for each in log.read() if each.task == name]
 

@@ -26,6 +26,10 @@ class StaleTable(AutopruneError):
     """A latency table measured elsewhere, or under other settings, than it would be used."""
 
 
+class NumericalError(AutopruneError):
+    """Numbers nothing can be done with: a training that diverged, a score that is none. One ends a trial, no search."""
+
+
 class MissingExtra(AutopruneError):
     """An optional dependency that is not installed; the message carries the command."""
 

@@ -30,7 +30,7 @@ from autoprune.envs.family import FamilyEnv, Stake, speedup_at, stakes_of
 from autoprune.envs.knapsack import weighed
 from autoprune.envs.surrogate import Surrogate, fit_surrogate
 from autoprune.errors import AutopruneError, ConfigError
-from autoprune.evaluation.measurement import Evaluate
+from autoprune.evaluation.measurement import Evaluate, Measurement
 from autoprune.evaluation.pool import cores
 from autoprune.files import append_line, cache_folder, read_lines, write_json
 from autoprune.plan import Plan
@@ -143,7 +143,9 @@ class Generalist:
     def _load(self, member: Member) -> Prepared:
         problem = self.run_of(member).problem
         plans = surrogate_plans(problem, self.config.family.plans, self.config.seed)
-        surrogate = fit_surrogate(problem, plans, [problem.evaluate(plan).score for plan in plans])
+        tried = [(plan, problem.evaluate(plan)) for plan in plans]
+        scored = [(plan, each.score) for plan, each in tried if isinstance(each, Measurement)]
+        surrogate = fit_surrogate(problem, [plan for plan, _ in scored], [score for _, score in scored])
         self.progress.say(
             f"  {member.name:<28} {len(problem.inventory.layers):>2} layers, {speedup_at(problem, 0.0):.2f}x to "
             f"{speedup_at(problem, 1.0):.2f}x, surrogate off by {100 * surrogate.error:.1f} points (rank "

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from decimal import Decimal
+from numbers import Real
+from typing import Any
 
-from autoprune.errors import ConfigError
+import numpy as np
+from torch import Tensor
+
+from autoprune.errors import ConfigError, NumericalError
 
 
 @dataclass(frozen=True)
@@ -20,6 +28,7 @@ class Metric:
         unit: stands right behind the figure, e.g. ``%``.
         digits: behind the figure's point.
         points: what differences of figures are counted in, e.g. ``points of accuracy``.
+        lowest: no score is below it; likewise `highest`.
     """
 
     name: str
@@ -27,6 +36,8 @@ class Metric:
     unit: str
     digits: int
     points: str
+    lowest: float = -math.inf
+    highest: float = math.inf
 
     def __post_init__(self) -> None:
         if self.factor == 0:
@@ -41,6 +52,31 @@ class Metric:
     def tag(self) -> str:
         """In TensorBoard, which takes no spaces."""
         return self.name.replace(" ", "_")
+
+    def score(self, given: Any) -> float:
+        """The score that an evaluation returned: a number of any kind, or a dictionary with one at the metric's name.
+
+        Raises:
+            NumericalError: it is none, not finite, or out of the metric's range.
+        """
+        value = given[self.name] if isinstance(given, Mapping) and self.name in given else given
+        if isinstance(value, (Tensor, np.ndarray, np.generic)) and math.prod(value.shape) == 1:
+            value = value.item()
+        if isinstance(value, bool) or not isinstance(value, (Real, Decimal)):
+            raise NumericalError(
+                f"evaluate must return one number, higher when better, or a dictionary with one at {self.name!r}; it "
+                f"returned {_told(given)}."
+            )
+        score = float(value)
+        if not math.isfinite(score):
+            raise NumericalError(f"evaluate returned {score}, which is no score: it must be a finite number.")
+        if not self.lowest <= score <= self.highest:
+            raise NumericalError(
+                f"evaluate returned {score:g}, but a score of the metric {self.name!r} is from {self.lowest:g} to "
+                f"{self.highest:g}: return it in that range (a fraction, not a percentage), or give the metric that it "
+                "is of (metric=autoprune.Metric(...))."
+            )
+        return score
 
     def figure(self, score: float) -> float:
         return self.factor * score
@@ -63,5 +99,18 @@ class Metric:
         return f"{abs(self.factor) * drop:g} {self.points}"
 
 
-ACCURACY = Metric("accuracy", factor=100.0, unit="%", digits=2, points="points of accuracy")
-BITS_PER_CHARACTER = Metric("bits per character", factor=-1.0, unit="", digits=4, points="bits per character")
+def _told(given: Any) -> str:
+    """What was returned, for a message."""
+    if given is None:
+        return "None (is there a return missing?)"
+    if isinstance(given, Mapping):
+        return f"a dictionary with {', '.join(map(repr, given)) or 'nothing in it'}"
+    if isinstance(given, (Tensor, np.ndarray)):
+        return f"a {type(given).__name__} of shape {tuple(given.shape)}"
+    return f"{given!r:.60}, a {type(given).__name__}"
+
+
+ACCURACY = Metric("accuracy", factor=100.0, unit="%", digits=2, points="points of accuracy", lowest=0.0, highest=1.0)
+BITS_PER_CHARACTER = Metric(
+    "bits per character", factor=-1.0, unit="", digits=4, points="bits per character", highest=0.0
+)

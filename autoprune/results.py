@@ -8,8 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from autoprune.agents.base import Trial
+from autoprune.agents.base import Trial, succeeded
 from autoprune.errors import FileError
+from autoprune.evaluation.measurement import FAILED
 from autoprune.files import read_json, write_json, write_tensors, write_text
 from autoprune.inventory import KeptDense
 from autoprune.latency.engines import ENGINES, baselines
@@ -184,6 +185,8 @@ def _facts(run: Run) -> dict[str, Any]:
     }
     if _searched(run) and run.uniform["uniform"] is None:
         facts["uniform, same speed-up"] = "no uniform plan was measured to be as fast as the agent's"
+    if _searched(run) and (failed := [trial[FAILED] for trial in run.found.trials if FAILED in trial]):
+        facts["failed trials"] = f"{len(failed)} of {len(run.found.trials)}; the first: {failed[0]}"
     if run.task.testing is run.task.validation:
         facts["test split"] = "none was given: the figures are of the validation split that the search saw"
     return facts
@@ -253,7 +256,7 @@ def _figures(run: Run) -> dict[str, str]:
     save_png(sparsity_figure(_shares(run)), run.directory / "sparsity.png")
     if not _searched(run):
         return figures
-    trials, compared = run.found.trials, run.uniform
+    trials, compared = succeeded(run.found.trials), run.uniform
     uniform = point(compared["uniform"]) if compared["uniform"] else None
     dense = MeasuredPoint(run.table.dense_ms, run.dense_score)
     save_png(

@@ -21,7 +21,7 @@ from autoprune.envs.projection import check_movable, meet
 from autoprune.errors import ConfigError, FileError, InfeasibleTarget
 from autoprune.evaluation.dense import other_dense_models
 from autoprune.evaluation.finetune import finetune_
-from autoprune.evaluation.measurement import CachedEvaluate
+from autoprune.evaluation.measurement import CachedEvaluate, Failure, Measurement
 from autoprune.evaluation.recovery.none import NoRecovery
 from autoprune.evaluation.sensitivity import ANCHORS, Sensitivity
 from autoprune.files import read_json, read_tensors, write_json, write_tensors
@@ -132,7 +132,10 @@ class Run(Search):
             problem = replace(self.problem, evaluate=self.measured)
             env = self.env.of(problem)
             plan = self.found.plan
-            agent = {"plan": plan.to_json(), **problem.evaluate(plan).to_json()}
+            again = problem.evaluate(plan)
+            if isinstance(again, Failure):
+                self.progress.say(f"the best plan failed when it was measured again ({again.reason}): as in the search")
+            agent = {"plan": plan.to_json(), **again.to_json()} if isinstance(again, Measurement) else self.found.best
             speedup = agent["speedup"]
             rival = uniform_at(env, speedup)
             write_json(path, {"agent": {**agent, "reward": reward_at(env, agent, speedup)}, "uniform": rival})

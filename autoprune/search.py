@@ -16,7 +16,7 @@ from autoprune.config import flat
 from autoprune.envs import Problem, PruneEnv
 from autoprune.envs.rewards import as_trial
 from autoprune.evaluation.evaluator import Beside, Evaluator
-from autoprune.evaluation.measurement import ByTable, CachedEvaluate, Evaluate
+from autoprune.evaluation.measurement import FAILED, ByTable, CachedEvaluate, Evaluate, Measurement
 from autoprune.evaluation.pool import Pool, ProcessPool
 from autoprune.evaluation.ray_pool import RayPool
 from autoprune.evaluation.recovery import RECOVERIES
@@ -135,18 +135,21 @@ class Search(Preparation):
     def _finalists(self, trials: Sequence[Trial]) -> tuple[Trial, ...]:
         """The best trials and the first, timed again; none where the clock decides nothing, or there is no choice."""
         count, config = self.config.search.finalists, self.config
+        plans = best_plans(trials, count)
         if count == 1 or config.target.sparsity is not None or config.env.timing != "measured":
             return ()
-        plans, first = best_plans(trials, count), Plan.from_json(trials[0]["plan"])
-        if first not in plans:  # a refined policy's own plan: it must not end below that
+        first = Plan.from_json(trials[0]["plan"])
+        if first not in plans and FAILED not in trials[0]:  # a refined policy's own plan: it must not end below that
             plans.append(first)
-        if len(plans) == 1:
+        anew = ((plan, self.measured(plan)) for plan in plans)
+        reference = next(((plan, each.speedup) for plan, each in anew if isinstance(each, Measurement)), None)
+        if len(plans) == 1 or reference is None:
             return ()
         measured = []
         with self.progress.bar("finalists", len(plans)) as bar:
-            for each in self.beside(plans[0], self.measured(plans[0]).speedup).in_order(plans):
+            for each in self.beside(*reference).in_order(plans):
                 measured.append(each)
-                bar.advance(1, f"{self.task.metric.text(each.score)} at {each.speedup:.2f}x")
+                bar.advance(1, self._said(each.to_json()))
         return tuple(as_trial(self.problem, plan, each) for plan, each in zip(plans, measured, strict=True))
 
     def _halved(self, trials: Sequence[Trial]) -> tuple[Trial, ...]:
@@ -169,11 +172,14 @@ class Search(Preparation):
 
             def shown(trial: Trial) -> None:
                 log.append(trial)
-                bar.advance(
-                    1, f"{trial[FIDELITY]} steps: {self.task.metric.text(trial['score'])} at {trial['speedup']:.2f}x"
-                )
+                bar.advance(1, f"{trial[FIDELITY]} steps: {self._said(trial)}")
 
             return tuple(halve(trials, ladder, evaluate_at, partial(as_trial, self.problem), shown, done))
+
+    def _said(self, trial: Trial) -> str:
+        if FAILED in trial:
+            return f"failed: {trial[FAILED]}"
+        return f"{self.task.metric.text(trial['score'])} at {trial['speedup']:.2f}x"
 
     def _config_text(self) -> str:
         return "\n".join(f"{key} = {value}" for key, value in sorted(flat(self.config.to_json()).items()))

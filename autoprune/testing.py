@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from autoprune.envs.problem import Problem
-from autoprune.evaluation.measurement import Evaluate, Measurement
+from autoprune.evaluation.measurement import Evaluate, Evaluated, Measurement
 from autoprune.evaluation.sensitivity import Sensitivity
 from autoprune.inventory import Inventory, take_inventory
 from autoprune.latency.table import LatencyTable, LayerTable, Point
@@ -55,9 +55,9 @@ def fake_table(inventory: Inventory, patterns: tuple[Choice, ...], *, fixed_us: 
 class EvaluateBy(Evaluate):
     """A function as an evaluation."""
 
-    function: Callable[[Plan], Measurement]
+    function: Callable[[Plan], Evaluated]
 
-    def __call__(self, plan: Plan) -> Measurement:
+    def __call__(self, plan: Plan) -> Evaluated:
         return self.function(plan)
 
 

@@ -14,7 +14,7 @@ from autoprune.envs.observation import LIMIT, length
 from autoprune.envs.problem import Problem
 from autoprune.envs.prune import Action, Observation, PruneEnv, Start
 from autoprune.errors import AutopruneError
-from autoprune.evaluation.measurement import Evaluate
+from autoprune.evaluation.measurement import FAILED, Evaluate, Measurement
 from autoprune.plan import Plan
 from autoprune.registry import Choice
 from autoprune.target import Target
@@ -67,7 +67,8 @@ def stakes_of(
     for target, fraction in targets:
         aimed = replace(problem, target=target)
         plan = PruneEnv(aimed, (Choice("coefficient"),)).solved()
-        if LEAST <= problem.dense_score - problem.evaluate(plan).score <= MOST:
+        measured = problem.evaluate(plan)
+        if isinstance(measured, Measurement) and LEAST <= problem.dense_score - measured.score <= MOST:
             found.append(Stake(name, aimed, fraction))
     return found
 
@@ -169,9 +170,10 @@ class FamilyEnv(gymnasium.Env[Observation, Action]):
             reward -= self._baseline
             info |= {"name": self._stake.name, "measured": not self._cheaply}
             info["advantage"] = advantage(info["trial"]["reward"], self._baseline)
-            if not self._cheaply:
-                plan = Plan.from_json(info["trial"]["plan"])
-                info["surrogate_error"] = abs(self._cheap[self._stake.name](plan).score - info["trial"]["score"])
+            if not self._cheaply and FAILED not in info["trial"]:
+                predicted = self._cheap[self._stake.name](Plan.from_json(info["trial"]["plan"]))
+                if isinstance(predicted, Measurement):
+                    info["surrogate_error"] = abs(predicted.score - info["trial"]["score"])
         return observation, reward / scale, over, truncated, info
 
     def _environment(self, stake: Stake, cheaply: bool) -> tuple[PruneEnv, float]:

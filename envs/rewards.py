@@ -9,7 +9,7 @@ from typing import Any
 from autoprune.envs.curves import Decided
 from autoprune.envs.knapsack import LOSS_PER_SCORE
 from autoprune.envs.problem import Problem
-from autoprune.evaluation.measurement import Measurement
+from autoprune.evaluation.measurement import Evaluated, Failure, Measurement, checked
 from autoprune.plan import Plan
 
 SCORE_WEIGHT = 10.0  # 0.01, a point of accuracy, is 0.1 of reward: the scale the agents' defaults are made for
@@ -29,13 +29,17 @@ class Reward:
         return self.score + self.speed
 
 
-def terminal_reward(problem: Problem, measured: Measurement) -> Reward:
+def terminal_reward(problem: Problem, measured: Evaluated) -> Reward:
     """Scores a measured plan against the target.
 
     Speed-up target: score gained over dense, less a penalty for what the *measured* speed-up is short of.
     Accuracy target: log2 of the measured speed-up, less a penalty for a drop beyond what is allowed. Sparsity
-    target: score gained over dense; every plan has that sparsity.
+    target: score gained over dense; every plan has that sparsity. A failure is rewarded as if all of the
+    dense score were lost, 1 at least, at the speed-up asked for or none: agents learn to keep away from it.
     """
+    if isinstance(measured, Failure):
+        lost = max(1.0, abs(problem.dense_score))
+        measured = Measurement(problem.dense_score - lost, problem.table.dense_ms, problem.target.speedup or 1.0)
     gained = measured.score - problem.dense_score
     if problem.target.sparsity is not None:
         return Reward(SCORE_WEIGHT * gained, 0.0)
@@ -46,8 +50,9 @@ def terminal_reward(problem: Problem, measured: Measurement) -> Reward:
     return Reward(10 * SCORE_WEIGHT * min(0.0, gained + allowed), math.log2(measured.speedup))
 
 
-def as_trial(problem: Problem, plan: Plan, measured: Measurement) -> dict[str, Any]:
-    """A measured plan with its reward and the reward's terms, as JSON."""
+def as_trial(problem: Problem, plan: Plan, measured: Evaluated) -> dict[str, Any]:
+    """A plan, what came of its evaluation, its reward and the reward's terms, as JSON."""
+    measured = checked(measured)
     reward = terminal_reward(problem, measured)
     return {"plan": plan.to_json(), **measured.to_json(), "reward": reward.total, "terms": asdict(reward)}
 

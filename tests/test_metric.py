@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
 import pytest
+import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from autoprune.errors import ConfigError
+from autoprune.errors import ConfigError, NumericalError
 from autoprune.metric import ACCURACY, BITS_PER_CHARACTER, Metric
 from autoprune.target import Target
 
@@ -50,3 +57,61 @@ def test_a_target_is_told_in_the_metric() -> None:
 def test_a_metric_without_a_factor_is_refused() -> None:
     with pytest.raises(ConfigError, match="the factor of the metric 'loss' must not be 0"):
         Metric("loss", 0.0, "", 3, "nats")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        0.75, Fraction(3, 4), Decimal("0.75"), np.float32(0.75), np.float64(0.75), np.array(0.75), np.array([[0.75]]),
+        torch.tensor(0.75), torch.tensor([0.75], dtype=torch.float16), torch.tensor(0.75, requires_grad=True) * 1,
+        {"loss": 3.0, "accuracy": torch.tensor(0.75)},
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_a_score_of_any_kind_of_number_is_taken(given: Any) -> None:
+    score = ACCURACY.score(given)
+    assert type(score) is float
+    assert score == 0.75
+
+
+@pytest.mark.parametrize("given", [1, np.int64(1), torch.tensor(1)], ids=repr)
+def test_whole_numbers_are_scores(given: Any) -> None:
+    assert ACCURACY.score(given) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (None, "None (is there a return missing?)"),
+        ("0.97", "'0.97', a str"),
+        (True, "True, a bool"),
+        (torch.tensor(True), "a Tensor of shape ()"),
+        (1 + 0j, "a complex"),
+        ([0.97], "[0.97], a list"),
+        ((0.97, 0.1), "a tuple"),
+        (torch.zeros(2), "a Tensor of shape (2,)"),
+        (np.zeros((0,)), "a ndarray of shape (0,)"),
+        ({}, "a dictionary with nothing in it"),
+        ({"acc": 0.9, "loss": 0.1}, "a dictionary with 'acc', 'loss'"),
+        ({"accuracy": None}, "a dictionary with 'accuracy'"),
+        (math.nan, "returned nan"),
+        (torch.tensor(math.inf), "returned inf"),
+        (Decimal("NaN"), "returned nan"),
+        ({"accuracy": np.float32("nan")}, "returned nan"),
+        (97.3, "from 0 to 1: return it in that range (a fraction"),
+        (-0.01, "returned -0.01"),
+    ],
+    ids=repr,
+)
+def test_what_is_no_score_is_refused_in_a_sentence(given: Any, said: str) -> None:
+    with pytest.raises(NumericalError) as refused:
+        ACCURACY.score(given)
+    assert said in str(refused.value)
+
+
+def test_a_metric_of_ones_own_has_the_range_it_says() -> None:
+    percent = Metric("mAP", factor=1.0, unit="%", digits=1, points="points of mAP", lowest=0.0, highest=100.0)
+    assert percent.score({"mAP": 97.3}) == 97.3
+    assert Metric("reward", 1.0, "", 1, "of reward").score(-1e9) == -1e9
+    with pytest.raises(NumericalError, match="from -inf to 0"):
+        BITS_PER_CHARACTER.score(0.5)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import nn
 
-from autoprune.evaluation.measurement import Evaluate, Measurement
+from autoprune.errors import NumericalError
+from autoprune.evaluation.measurement import Evaluate, Evaluated, Failure, Measurement
 from autoprune.evaluation.recovery import Recovery, Subject
 from autoprune.latency.quiet import working
 from autoprune.latency.table import LatencyTable
@@ -19,10 +22,21 @@ from autoprune.plan import Plan
 from autoprune.recurrent import GATES
 from autoprune.repack import CaptureError, Graph, LayerForm, RepackedModel, capture, repack
 
+_NUMERIC = (ArithmeticError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]  # it is documented there
+
+
+@contextmanager
+def _numeric(*errors: type[Exception]) -> Iterator[None]:
+    """Turns numeric errors, and those given, into one kind: they end a trial, not the search."""
+    try:
+        yield
+    except (*_NUMERIC, *errors) as error:
+        raise NumericalError(f"{type(error).__name__}: {error}") from error
+
 
 @dataclass(frozen=True)
 class Evaluator(Evaluate):
-    """Callable: plan -> Measurement. Deterministic but for the clock.
+    """Callable: plan -> Measurement, or the Failure of one that diverged. Deterministic but for the clock.
 
     Attributes:
         protocol: the timing of one trial.
@@ -41,10 +55,16 @@ class Evaluator(Evaluate):
     timed: bool = True
 
     def masked_model(self, plan: Plan) -> nn.Module:
-        """The dense model, masked by `plan` and recovered."""
+        """The dense model, masked by `plan` and recovered.
+
+        Raises:
+            NumericalError: the recovery diverged.
+        """
         model = copy.deepcopy(self.subject.dense)
-        with torch_threads(self.work_threads):
+        with torch_threads(self.work_threads), _numeric():
             self.recovery.recover_(model, plan, self.subject)
+        if diverged := [name for name, value in model.state_dict().items() if not torch.isfinite(value).all()]:
+            raise NumericalError(f"recovery {type(self.recovery).__name__} diverged: {diverged[0]} is not finite.")
         return model.eval()
 
     def repacked(self, model: nn.Module, plan: Plan) -> RepackedModel:
@@ -68,12 +88,15 @@ class Evaluator(Evaluate):
     def chooser(self, plan: Plan) -> TableChoice:
         return TableChoice(self.table, plan)
 
-    def __call__(self, plan: Plan) -> Measurement:
-        with working():
-            model = self.masked_model(plan)
-            if not self.timed:
-                return self.predicted(model, plan)
-            score, fast = self.scored(model, plan)
+    def __call__(self, plan: Plan) -> Evaluated:
+        try:
+            with working():
+                model = self.masked_model(plan)
+                if not self.timed:
+                    return self.predicted(model, plan)
+                score, fast = self.scored(model, plan)
+        except NumericalError as error:
+            return Failure(str(error))
         return self.measured(score, fast)
 
     def predicted(self, model: nn.Module, plan: Plan) -> Measurement:
@@ -93,8 +116,12 @@ class Evaluator(Evaluate):
         return Measurement(score, packed.median_ms, speedup(dense, packed))
 
     def score(self, model: nn.Module) -> float:
-        """On the validation split."""
-        with torch_threads(self.work_threads):
+        """On the validation split.
+
+        Raises:
+            NumericalError: it is no finite number, or the numbers could not be scored.
+        """
+        with torch_threads(self.work_threads), _numeric(ValueError):  # what metrics raise when they are given NaN
             return self.subject.task.evaluate(model)
 
     def time(self, fast: nn.Module, baseline: nn.Module | None = None) -> tuple[Latency, Latency]:
@@ -123,9 +150,13 @@ class Beside(Evaluate):
     reference: Plan
     speedup: float
 
-    def __call__(self, plan: Plan) -> Measurement:
+    def __call__(self, plan: Plan) -> Evaluated:
+        try:
+            with working():
+                score, fast = self.evaluator.scored(self.evaluator.masked_model(plan), plan)
+        except NumericalError as error:
+            return Failure(str(error))
         with working():
-            score, fast = self.evaluator.scored(self.evaluator.masked_model(plan), plan)
             beside = self._packed
         reference, packed = self.evaluator.time(fast, beside)
         ratio = 1.0 if plan.key == self.reference.key else speedup(reference, packed)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,22 @@ from autoprune.errors import FileError
 from autoprune.files import append_line, read_lines
 from autoprune.latency.table import LatencyTable
 from autoprune.plan import Plan
+
+FAILED = "failed"  # key, in JSON, of why a plan has no measurement
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A plan without a measurement: its training diverged, or its score is no number.
+
+    Attributes:
+        reason: in a sentence.
+    """
+
+    reason: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {FAILED: self.reason}
 
 
 @dataclass(frozen=True)
@@ -32,21 +49,45 @@ class Measurement:
         return asdict(self)
 
 
+Evaluated = Measurement | Failure
+
+
+def checked(given: Evaluated) -> Evaluated:
+    """A failure in place of a measurement whose figures are no numbers: a user's own evaluation may give any."""
+    if isinstance(given, Failure):
+        return given
+    figures = (given.score, given.latency_ms, given.speedup)
+    if all(math.isfinite(figure) for figure in figures) and given.speedup > 0.0:
+        return given
+    return Failure(f"the evaluation gave no usable numbers: {given}.")
+
+
+def evaluated(line: Mapping[str, Any]) -> Evaluated:
+    """From its JSON.
+
+    Raises:
+        KeyError: something is missing; likewise TypeError and ValueError.
+    """
+    if FAILED in line:
+        return Failure(str(line[FAILED]))
+    return Measurement(float(line["score"]), float(line["latency_ms"]), float(line["speedup"]))
+
+
 class Evaluate(ABC):
     """An evaluation: one plan, or many at once where the member has workers for them."""
 
     @abstractmethod
-    def __call__(self, plan: Plan) -> Measurement:
+    def __call__(self, plan: Plan) -> Evaluated:
         """Evaluates one plan."""
 
-    def as_done(self, plans: Sequence[Plan]) -> Iterator[tuple[int, Measurement]]:
-        """Evaluates all; yields (index of the plan, its measurement) as soon as each is there, in any order."""
+    def as_done(self, plans: Sequence[Plan]) -> Iterator[tuple[int, Evaluated]]:
+        """Evaluates all; yields (index of the plan, what came of it) as soon as each is there, in any order."""
         for index, plan in enumerate(plans):
             yield index, self(plan)
 
-    def in_order(self, plans: Sequence[Plan]) -> Iterator[Measurement]:
-        """Evaluates all; yields the measurements in the plans' order, each once those before it are there."""
-        found: dict[int, Measurement] = {}
+    def in_order(self, plans: Sequence[Plan]) -> Iterator[Evaluated]:
+        """Evaluates all; yields what came of them in the plans' order, each once those before it are there."""
+        found: dict[int, Evaluated] = {}
         upcoming = 0
         for index, measured in self.as_done(plans):
             found[index] = measured
@@ -54,8 +95,8 @@ class Evaluate(ABC):
                 yield found.pop(upcoming)
                 upcoming += 1
 
-    def all(self, plans: Sequence[Plan]) -> list[Measurement]:
-        """Evaluates all; the measurements in the plans' order."""
+    def all(self, plans: Sequence[Plan]) -> list[Evaluated]:
+        """Evaluates all; what came of them in the plans' order."""
         return list(self.in_order(plans))
 
 
@@ -66,14 +107,16 @@ class ByTable(Evaluate):
     evaluate: Evaluate
     table: LatencyTable
 
-    def __call__(self, plan: Plan) -> Measurement:
+    def __call__(self, plan: Plan) -> Evaluated:
         return self._predicted(plan, self.evaluate(plan))
 
-    def as_done(self, plans: Sequence[Plan]) -> Iterator[tuple[int, Measurement]]:
+    def as_done(self, plans: Sequence[Plan]) -> Iterator[tuple[int, Evaluated]]:
         for index, measured in self.evaluate.as_done(plans):
             yield index, self._predicted(plans[index], measured)
 
-    def _predicted(self, plan: Plan, measured: Measurement) -> Measurement:
+    def _predicted(self, plan: Plan, measured: Evaluated) -> Evaluated:
+        if isinstance(measured, Failure):
+            return measured
         return replace(measured, latency_ms=self.table.predict_ms(plan), speedup=self.table.predict_speedup(plan))
 
 
@@ -89,20 +132,17 @@ class CachedEvaluate(Evaluate):
         self._evaluate, self._path = evaluate, path
         lines = read_lines(path, "the record of evaluated plans") if path is not None else []
         try:
-            self._known = {
-                str(line["key"]): Measurement(float(line["score"]), float(line["latency_ms"]), float(line["speedup"]))
-                for line in lines
-            }
+            self._known = {str(line["key"]): evaluated(line) for line in lines}
         except (KeyError, TypeError, ValueError) as error:
             raise FileError(f"the record of evaluated plans is corrupt: {path} ({error}). Delete it.") from None
 
-    def __call__(self, plan: Plan) -> Measurement:
+    def __call__(self, plan: Plan) -> Evaluated:
         key = plan.key
         if key not in self._known:
-            self._remember(key, self._evaluate(plan))
+            self._remember(key, checked(self._evaluate(plan)))
         return self._known[key]
 
-    def as_done(self, plans: Sequence[Plan]) -> Iterator[tuple[int, Measurement]]:
+    def as_done(self, plans: Sequence[Plan]) -> Iterator[tuple[int, Evaluated]]:
         """Evaluates those that are unknown, equal ones once; each is on disk before it is yielded."""
         waiting: dict[str, list[int]] = {}
         for index, plan in enumerate(plans):
@@ -112,11 +152,11 @@ class CachedEvaluate(Evaluate):
             if key in self._known:
                 yield from ((index, self._known[key]) for index in indices)
         for position, measured in self._evaluate.as_done(unknown):
-            key = unknown[position].key
+            key, measured = unknown[position].key, checked(measured)
             self._remember(key, measured)
             yield from ((index, measured) for index in waiting[key])
 
-    def _remember(self, key: str, measured: Measurement) -> None:
+    def _remember(self, key: str, measured: Evaluated) -> None:
         self._known[key] = measured
         if self._path is not None:
             append_line(self._path, {"key": key, **measured.to_json()})

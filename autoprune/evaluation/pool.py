@@ -11,7 +11,7 @@ from typing import Self
 import torch
 
 from autoprune.errors import ConfigError
-from autoprune.evaluation.measurement import Evaluate, Measurement
+from autoprune.evaluation.measurement import Evaluate, Evaluated
 from autoprune.plan import Plan
 from autoprune.workers import Workers
 
@@ -41,7 +41,7 @@ class _OneThread:
 
     evaluate: Evaluate
 
-    def __call__(self, plan: Plan) -> Measurement:
+    def __call__(self, plan: Plan) -> Evaluated:
         torch.set_num_threads(1)
         return self.evaluate(plan)
 
@@ -67,10 +67,10 @@ class ProcessPool(Pool):
         self._evaluate, self._count = evaluate, workers
         self._workers = Workers(_OneThread(each or evaluate), workers, named=lambda plan: plan.key)
 
-    def __call__(self, plan: Plan) -> Measurement:
+    def __call__(self, plan: Plan) -> Evaluated:
         return self._evaluate(plan)
 
-    def as_done(self, plans: Sequence[Plan]) -> Iterator[tuple[int, Measurement]]:
+    def as_done(self, plans: Sequence[Plan]) -> Iterator[tuple[int, Evaluated]]:
         """Yields (index, measurement) in the order of completion; plans begin in their own order."""
         if min(self._count, len(plans)) < 2:
             return self._evaluate.as_done(plans)

@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import nn
 
-from autoprune.errors import AutopruneError, ConfigError, MissingExtra, StaleTable
+from autoprune.errors import AutopruneError, ConfigError, MissingExtra, NumericalError, StaleTable
 from autoprune.evaluation.evaluator import Evaluator
-from autoprune.evaluation.measurement import Measurement
+from autoprune.evaluation.measurement import Evaluated, Failure
 from autoprune.evaluation.pool import Pool
 from autoprune.latency.machine import differences, machine_identity
 from autoprune.latency.quiet import working
@@ -47,10 +47,10 @@ class RayPool(Pool):
         self._score: Any = None
         self._time: Any = None
 
-    def __call__(self, plan: Plan) -> Measurement:
+    def __call__(self, plan: Plan) -> Evaluated:
         return self.all([plan])[0]
 
-    def as_done(self, plans: Sequence[Plan]) -> Iterator[tuple[int, Measurement]]:
+    def as_done(self, plans: Sequence[Plan]) -> Iterator[tuple[int, Evaluated]]:
         """Yields (index, measurement) in the order of completion."""
         if not plans:
             return
@@ -68,14 +68,16 @@ class RayPool(Pool):
             for task in waiting:  # nobody waits for them any more
                 self._ray.cancel(task, force=True)
 
-    def _result(self, task: Any, plan: Plan) -> Measurement:
+    def _result(self, task: Any, plan: Plan) -> Evaluated:
         exceptions = self._ray.exceptions
         try:
-            measured: Measurement = self._ray.get(task)
+            measured: Evaluated = self._ray.get(task)
         except exceptions.RayError as error:
             cause: Exception = error
             while isinstance(cause, exceptions.RayTaskError):  # of the timing, of the scoring, what was raised there
                 cause = cause.cause
+            if isinstance(cause, NumericalError):
+                return Failure(str(cause))
             if isinstance(cause, AutopruneError):
                 raise cause from error
             if isinstance(cause, exceptions.RayError):
@@ -137,7 +139,7 @@ def _scored(evaluator: Sequence[Any], plan: Plan) -> tuple[float, nn.Module]:
         return ours.scored(model, plan)[0], model
 
 
-def _timed(evaluator: Sequence[Any], plan: Plan, score: float, model: nn.Module) -> Measurement:
+def _timed(evaluator: Sequence[Any], plan: Plan, score: float, model: nn.Module) -> Evaluated:
     """A task of the target device."""
     ours = _fetched(evaluator[0])
     if ours.table.machine and (unlike := differences(ours.table.machine, machine_identity())):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,25 +53,30 @@ class TrialWriter:
     def trial(self, index: int, trial: Mapping[str, Any]) -> None:
         """Writes one trial: ``reward``, its ``terms``, the metric, ``latency_ms``, ``speedup``, and its plan if best.
 
+        One that failed has a reward alone.
+
         Args:
             index: of the trial in the search, counted from 0.
             trial: what the environment reports at the end of an episode.
         """
         writer = self._open(index)
         self._next = index + 1
-        figures = {self._metric.tag: self._metric.figure(float(trial["score"]))}
-        figures |= {name: float(trial[name]) for name in FIGURES}
+        figures = {name: float(trial[name]) for name in FIGURES if name in trial}
+        succeeded = "score" in trial
+        if succeeded:
+            figures[self._metric.tag] = self._metric.figure(float(trial["score"]))
         for name, value in figures.items():
             writer.add_scalar(f"trial/{name}", value, index)
         for name, value in trial["terms"].items():
             writer.add_scalar(f"reward/{name}", float(value), index)
-        if float(trial["reward"]) > self._best:
+        if succeeded and float(trial["reward"]) > self._best:
             self._best = float(trial["reward"])
             for name, value in figures.items():
                 writer.add_scalar(f"best/{name}", value, index)
             layers = trial["plan"]["layers"]
             self.plan(index, {name: float(layer["sparsity"]) for name, layer in layers.items()})
-        writer.add_scalar("trial/best_reward", self._best, index)
+        if math.isfinite(self._best):
+            writer.add_scalar("trial/best_reward", self._best, index)
         writer.flush()
 
     def plan(self, index: int, sparsities: Mapping[str, float]) -> None:
@@ -113,7 +119,9 @@ class TrialWriter:
     def _open(self, index: int) -> SummaryWriter:
         if self._writer is None:
             self._writer = SummaryWriter(str(self._directory), purge_step=index)
-            self._best = max((float(trial["reward"]) for trial in self._logged[:index]), default=float("-inf"))
+            self._best = max(
+                (float(trial["reward"]) for trial in self._logged[:index] if "score" in trial), default=float("-inf")
+            )
             if index == 0 and self._config:
                 self._writer.add_text("config", f"```\n{self._config}\n```", 0)
         return self._writer

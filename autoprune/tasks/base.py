@@ -60,8 +60,8 @@ class Task:
         testing: the split of reported figures.
         loss: ``loss(model(*inputs), target)`` is a scalar.
         dense_training: how the dense model is trained; None when it comes trained.
-        score: (model, split) -> a number, higher is better.
-        metric: how a score reads.
+        score: (model, split) -> a number, higher is better; may leave the model in another mode.
+        metric: how a score reads, and what scores there are.
         examples: inputs to run and time the model on; taken from `calibration` when None.
     """
 
@@ -73,17 +73,25 @@ class Task:
     testing: Batches
     loss: Loss
     dense_training: TrainingSettings | None
-    score: Callable[[nn.Module, Batches], float] = accuracy
+    score: Callable[[nn.Module, Batches], Any] = accuracy
     metric: Metric = ACCURACY
     examples: tuple[Tensor, ...] | None = None
 
     def evaluate(self, model: nn.Module) -> float:
-        """Score of `model` on the validation split."""
-        return self.score(model, self.validation)
+        """Score of `model` on the validation split.
+
+        Raises:
+            NumericalError: `score` gave none.
+        """
+        return self._scored(model, self.validation)
 
     def test(self, model: nn.Module) -> float:
-        """Score of `model` on the test split."""
-        return self.score(model, self.testing)
+        """Score of `model` on the test split; likewise."""
+        return self._scored(model, self.testing)
+
+    def _scored(self, model: nn.Module, split: Batches) -> float:
+        with eval_mode(model), torch.no_grad():
+            return self.metric.score(self.score(model, split))
 
     def example_inputs(self, batch: int = 1) -> tuple[Tensor, ...]:
         """The model's inputs for `batch` samples, repeated where there are too few."""

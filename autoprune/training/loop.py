@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from autoprune.errors import AutopruneError
+from autoprune.errors import AutopruneError, NumericalError
 from autoprune.inventory import as_tuple
 from autoprune.latency.quiet import working
 from autoprune.masks import Batches, Loss, Masks
@@ -83,7 +83,8 @@ def train_(
         on_signals: called about a hundred times a run with the step and what the method shows of itself.
 
     Raises:
-        AutopruneError: `batches` cannot be iterated again, the loss diverged, or arguments do not go together.
+        AutopruneError: `batches` cannot be iterated again, or arguments do not go together.
+        NumericalError: the loss diverged.
         FileError: the checkpoint is corrupt or of another run.
     """
     _check_arguments(model, method, pruner)
@@ -231,7 +232,7 @@ def _check_arguments(model: nn.Module, method: SparseTraining | None, pruner: Pr
 
 def _check_finite(value: Tensor, step: int, total_steps: int, rate: float) -> None:
     if not math.isfinite(value.item()):
-        raise AutopruneError(
+        raise NumericalError(
             f"training diverged: the loss is {value.item()} at step {step} of {total_steps}, learning rate {rate:.3g}. "
             "Lower learning_rate, raise warmup, or set clip_norm; if this is step 1, look for NaN in the data."
         )

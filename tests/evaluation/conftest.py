@@ -12,6 +12,7 @@ from autoprune.evaluation.recovery.train import Train
 from autoprune.inventory import take_inventory
 from autoprune.latency.timer import Protocol
 from autoprune.masks import collect_statistics
+from autoprune.metric import BITS_PER_CHARACTER
 from autoprune.plan import LayerPlan, Plan
 from autoprune.registry import Choice
 from autoprune.settings import TrainingSettings
@@ -27,7 +28,10 @@ def evaluator() -> Evaluator:
     """Real training, scoring, repacking and timing of a small model, on random data, by a clock that never varies."""
     model, draws = small_cnn().eval(), torch.Generator().manual_seed(0)
     batch = (torch.randn(32, 3, 16, 16, generator=draws), torch.randint(10, (32,), generator=draws))
-    task = Task("random", model, (batch,), (batch,), (batch,), (batch,), functional.cross_entropy, None, minus_bits)
+    task = Task(
+        "random", model, (batch,), (batch,), (batch,), (batch,), functional.cross_entropy, None, minus_bits,
+        BITS_PER_CHARACTER,
+    )  # fmt: skip
     inventory = take_inventory(model, torch.zeros(1, 3, 16, 16))
     statistics = collect_statistics(model, inventory.names, task.calibration, task.loss, frozenset())
     subject = Subject(task, model, inventory, statistics, TrainingSettings(epochs=1, learning_rate=0.1), seed=0)
