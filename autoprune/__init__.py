@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from autoprune import registration
 from autoprune.errors import AutopruneError
 from autoprune.metric import Metric
 from autoprune.plan import Plan
@@ -39,6 +40,9 @@ __all__ = [
     "repack",
     "save",
 ]
+
+
+registration.register()
 
 
 def __getattr__(name: str) -> Any:

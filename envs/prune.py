@@ -31,10 +31,22 @@ from autoprune.envs.projection import (
     release_useless,
 )
 from autoprune.envs.rewards import as_trial, potential
+from autoprune.errors import AutopruneError, ConfigError
 from autoprune.plan import Plan
+from autoprune.registration import ENV_ID
 from autoprune.registry import Choice
 
+_ROUNDING = 1e-6  # that an action in float32 may be out of its range by
 START_SPARSITY = 0.5  # where an episode starts when no speed-up target says better
+
+
+class ActionError(AutopruneError, gymnasium.error.InvalidAction):
+    """An action that is not in the action space."""
+
+
+class StepError(AutopruneError, gymnasium.error.ResetNeeded):
+    """A step outside of an episode."""
+
 
 Observation = NDArray[np.float32]
 Action = NDArray[np.float32]
@@ -59,6 +71,7 @@ class PruneEnv(gymnasium.Env[Observation, Action]):
         curves: whether the layers' curves are observed.
 
     Raises:
+        ConfigError: there is no problem.
         InfeasibleTarget: before any episode, when no plan can reach the target.
     """
 
@@ -73,6 +86,11 @@ class PruneEnv(gymnasium.Env[Observation, Action]):
         start: Start = "uniform",
         curves: bool = True,
     ) -> None:
+        if not isinstance(problem, Problem):
+            raise ConfigError(
+                f"the environment needs a problem (autoprune.envs.Problem, such as a run's), not {problem!r:.60}: "
+                f'gymnasium.make("{ENV_ID}", problem=run.problem).'
+            )
         self.problem = problem
         self.action_choices = tuple(actions)
         self.actions = ActionSpace([(choice.name, ACTIONS.create(choice)) for choice in actions])
@@ -85,7 +103,7 @@ class PruneEnv(gymnasium.Env[Observation, Action]):
         self._start = Draft.of(self._starting_plan())
         self._observer = Observer(problem, self._start, curves)
         self._names = problem.inventory.names
-        self._plan, self._step, self._decided, self._potential = self._start, 0, Decided(), 0.0
+        self._plan, self._step, self._decided, self._potential = self._start, self.steps_per_episode, Decided(), 0.0
         self._previous = np.zeros(len(self.actions.components), np.float32)
 
     def of(self, problem: Problem) -> PruneEnv:
@@ -125,8 +143,14 @@ class PruneEnv(gymnasium.Env[Observation, Action]):
         Returns:
             The observation, the shaping's reward, and after the last step the finished plan: its terminal reward
             (`envs.rewards.as_trial`) is to be added.
+
+        Raises:
+            ActionError: the action is not in the action space.
+            StepError: the episode has not begun, or is over.
         """
-        units = np.clip(np.asarray(action, np.float32), -1.0, 1.0)
+        if self._step >= self.steps_per_episode:
+            raise StepError("there is no episode to take a step in: call reset() first, and again after the last step.")
+        units = self._units(action)
         before = self._potential
         if self._step == 0:
             self._plan = self.actions.decode(units, "run", self.problem, self._plan, None)
@@ -142,6 +166,17 @@ class PruneEnv(gymnasium.Env[Observation, Action]):
             return self._observe(), float(reward), None
         # The potential of a terminal state is 0, whatever was reached: that is what leaves the best policy alone.
         return self._observe(), float(-self.shaping * before), self.finished(self._plan)
+
+    def _units(self, action: Action) -> Action:
+        units, space = np.asarray(action), self.action_space
+        if units.dtype.kind not in "fiu" or units.shape != space.shape:
+            raise ActionError(
+                f"an action is an array of {len(space.low)} numbers, one each for {', '.join(self.actions.names)}, not "
+                f"{units.dtype} of shape {units.shape}."
+            )
+        if not (np.abs(units) <= 1.0 + _ROUNDING).all():
+            raise ActionError(f"an action's numbers are from -1 to 1, not {units.tolist()}.")
+        return np.clip(units.astype(np.float32), -1.0, 1.0)
 
     def tried(self, plan: Plan) -> dict[str, Any]:
         """The trial of a plan, wherever it comes from: evaluated, with its reward."""
