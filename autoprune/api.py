@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch.nn import functional
 
 from autoprune.agents.policy import SHIPPED, Policy
 from autoprune.config import Config, parse_config
+from autoprune.files import temporary_folder
 from autoprune.inventory import copy_for_inference
 from autoprune.masks import Batches, Loss
 from autoprune.metric import ACCURACY, Metric
@@ -98,8 +98,8 @@ def compress(
     )
     if directory is not None:
         return _compressed(Run(parsed, Path(directory), task=task, progress=progress))
-    with tempfile.TemporaryDirectory() as folder:
-        return _compressed(Run(parsed, Path(folder), task=task, progress=progress))
+    with temporary_folder() as folder:
+        return _compressed(Run(parsed, folder, task=task, progress=progress))
 
 
 def _compressed(run: Run) -> Compressed:

@@ -528,6 +528,11 @@ def main() -> None:
     except AutopruneError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
+    except OSError as error:
+        what = error.filename or type(error).__name__
+        said = f"{what}: {error.strerror or error}. Once that is mended, the same command goes on."
+        typer.echo(f"error: {said}", err=True)
+        sys.exit(2)
     except SystemExit as stop:
         if stop.code == INTERRUPTED:
             typer.echo("stopped; give the same command again to go on from here.", err=True)

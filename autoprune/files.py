@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import IO, Any
 
 import torch
@@ -34,22 +36,103 @@ _RESTORE = "Delete it or restore a copy."
 
 
 def cache_folder() -> Path:
-    """``$AUTOPRUNE_CACHE``, or ``autoprune`` in the user's cache directory."""
+    """``$AUTOPRUNE_CACHE``, or ``autoprune`` in the user's cache directory.
+
+    Raises:
+        FileError: the user has no home directory.
+    """
     if folder := os.environ.get("AUTOPRUNE_CACHE"):
         return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "autoprune"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "autoprune"
+    except RuntimeError:
+        raise FileError(
+            "there is no place for a cache: the user has neither HOME nor an entry in passwd. Set AUTOPRUNE_CACHE to a "
+            "folder that can be written."
+        ) from None
+
+
+def check_cache() -> None:
+    """Raises FileError where nothing can be kept in the cache: before work that would be lost."""
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder).close()
+    except OSError as error:
+        reason = f"{folder}, the cache, cannot be written: {error.strerror}"
+        raise FileError(f"{reason}. Set AUTOPRUNE_CACHE to a folder that can.") from error
+
+
+def given_path(given: Path | str) -> Path:
+    """The file that a user names; ``~`` is his home directory.
+
+    Raises:
+        FileError: it names a folder, or is no UTF-8.
+    """
+    if str(given).endswith(("/", os.sep)):
+        raise FileError(f"{given} names a folder: give the name of a file in it.")
+    try:
+        os.fspath(given).encode()
+        return Path(given).expanduser()
+    except UnicodeEncodeError:
+        raise FileError(f"{os.fsencode(given)!r} is no UTF-8: give the file another name.") from None
+    except RuntimeError:
+        raise FileError(f"{given} cannot be found: there is no such user, or he has no home directory.") from None
+
+
+@contextmanager
+def on_disk(path: Path, done: str = "written") -> Iterator[None]:
+    """Says in one FileError what the system has against reading or writing a file."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # the latter where safetensors cannot write
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        kept = " What was there before is whole, and the same command goes on once that is mended."
+        raise FileError(f"{path} cannot be {done}: {reason}.{kept if done == 'written' else ''}") from error
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A folder that is gone after the block; FileError where there is no place for one."""
+    with on_disk(Path("a temporary file")):
+        # A file that is still mapped cannot be deleted on Windows.
+        made = TemporaryDirectory(prefix="autoprune-", ignore_cleanup_errors=True)
+    with made as folder:
+        yield Path(folder)
+
+
+def place_for(path: Path) -> Path:
+    """Where a file of that name is to be put: a link stays one. Makes its folder.
+
+    Raises:
+        FileError: something else than a file has the name.
+    """
+    place = Path(os.path.realpath(path))
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileNotFoundError):
+        place.stat()  # raises for a link to itself
+    if place.exists() and not place.is_file():
+        kind = "a folder" if place.is_dir() else "a device, a pipe or a socket"
+        raise FileError(f"{path} is {kind}, which a file cannot replace: give the name of a file.")
+    return place
 
 
 def _replace(path: Path, write: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")
-    try:
-        write(aside)
-        with aside.open("rb") as handle:
-            os.fsync(handle.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with on_disk(path):
+        place = place_for(path)
+        aside = place.with_name(f".{place.name}.{os.getpid()}-{threading.get_ident()}.part")
+        try:
+            with aside.open("wb") as handle:
+                mode = os.fstat(handle.fileno()).st_mode  # what the user's umask leaves
+            write(aside)
+            with aside.open("rb") as handle:
+                os.fsync(handle.fileno())
+            with suppress(PermissionError):  # of a file system without modes
+                # safetensors lets nobody else read
+                aside.chmod(stat.S_IMODE(place.stat().st_mode if place.exists() else mode))
+            aside.replace(place)
+        finally:
+            aside.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -69,14 +152,26 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
 
 def read_text(path: Path, what: str) -> str:
     """Reads a text file; `what` names it in the FileError when it cannot be read."""
+    raw = _read(path, what, LARGEST_TEXT)
+    if raw is None:
+        raise FileError(f"{what} not found: {path}.")
     try:
-        if path.stat().st_size > LARGEST_TEXT:
-            raise FileError(f"{what} is too large: {path} has more than {LARGEST_TEXT} bytes.")
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise FileError(f"{what} not found: {path}.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise FileError(f"{what} cannot be read: {path} ({error}).") from None
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise FileError(f"{what} cannot be read: {path} is no text ({error}).") from None
+
+
+def _read(path: Path, what: str, most: int) -> bytes | None:
+    """All of a file; None where there is none."""
+    with on_disk(path, "read"):
+        try:
+            with path.open("rb") as handle:  # a device has no size
+                raw = handle.read(most + 1)
+        except FileNotFoundError:
+            return None
+    if len(raw) > most:
+        raise FileError(f"{what} is too large: {path} has more than {most} bytes.")
+    return raw
 
 
 def read_json(path: Path, what: str, *, by_hand: bool = False) -> dict[str, Any]:
@@ -101,13 +196,14 @@ def read_json(path: Path, what: str, *, by_hand: bool = False) -> dict[str, Any]
 
 def append_line(path: Path, data: Mapping[str, Any]) -> None:
     """Appends one JSON line and flushes it to the disk. What a killed process left of a line is cut off before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as handle, _alone(handle):
-        last = _last_line(handle, path)
-        line = with_checksum(data, partial(_chained, last))
-        handle.write(json.dumps(line, sort_keys=True).encode() + b"\n")
-        handle.flush()
-        os.fsync(handle.fileno())
+    with on_disk(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a+b") as handle, _alone(handle):
+            last = _last_line(handle, path)
+            line = with_checksum(data, partial(_chained, last))
+            handle.write(json.dumps(line, sort_keys=True).encode() + b"\n")
+            handle.flush()
+            os.fsync(handle.fileno())
 
 
 def _last_line(handle: IO[bytes], path: Path) -> str:
@@ -144,11 +240,7 @@ def _alone(handle: IO[bytes]) -> Iterator[None]:
 
 def read_lines(path: Path, what: str) -> list[dict[str, Any]]:
     """Reads what `append_line` wrote. A torn last line (the process was killed while appending) is left out."""
-    if not path.exists():
-        return []
-    if path.stat().st_size > LARGEST_LOG:
-        raise FileError(f"{what} is too large: {path} has more than {LARGEST_LOG} bytes.")
-    raw = path.read_bytes()
+    raw = _read(path, what, LARGEST_LOG) or b""
     rows, before = [], ""
     for number, line in enumerate(raw[: raw.rfind(b"\n") + 1].split(b"\n")[:-1], 1):
         try:
@@ -176,19 +268,24 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], about: Mappin
 
 def read_tensors(path: Path, what: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Reads a file of `write_tensors` as (tensors, about); raises FileError that says what is wrong with it."""
-    if not path.is_file():
-        raise FileError(f"{what} not found: {path}.")
-    try:
+    with on_disk(path, "read"):
+        if not path.exists():
+            raise FileError(f"{what} not found: {path}.")
+        if not path.is_file():
+            raise FileError(f"{what} cannot be read: {path} is no file.")
         with path.open("rb") as start:
-            if int.from_bytes(start.read(8), "little") > LARGEST_TEXT:
+            header = int.from_bytes(start.read(8), "little")
+        try:
+            if header > LARGEST_TEXT:
                 raise FileError("it is no safetensors file")
-        with safe_open(str(path), framework="pt") as handle:
-            tensors, said = {name: handle.get_tensor(name) for name in handle.keys()}, dict(handle.metadata() or {})  # noqa: SIM118
-        if set(said) != {_ABOUT}:
-            raise FileError("it has no checksum: an earlier release wrote it, or something else did")
-        about = without_checksum(parse_json(said[_ABOUT]), partial(_checksum, tensors))
-    except (SafetensorError, OSError, ValueError, RuntimeError, FileError) as error:
-        raise FileError(f"{what} is corrupt: {path}: {error}. {_RESTORE}") from None
+            with safe_open(str(path), framework="pt") as handle:
+                names, said = handle.keys(), dict(handle.metadata() or {})
+                tensors = {name: handle.get_tensor(name) for name in names}
+            if set(said) != {_ABOUT}:
+                raise FileError("it has no checksum: an earlier release wrote it, or something else did")
+            about = without_checksum(parse_json(said[_ABOUT]), partial(_checksum, tensors))
+        except (SafetensorError, ValueError, RuntimeError, FileError) as error:
+            raise FileError(f"{what} is corrupt: {path}: {error}. {_RESTORE}") from None
     return tensors, about
 
 

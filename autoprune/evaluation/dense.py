@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from autoprune.errors import ConfigError, FileError
-from autoprune.files import cache_folder, read_tensors, write_tensors
+from autoprune.files import cache_folder, check_cache, read_tensors, write_tensors
 from autoprune.progress import Progress
 from autoprune.registry import Choice
 from autoprune.settings import TrainingSettings
@@ -43,6 +43,7 @@ def dense_model(
             raise FileError(f"the cached dense model does not fit the task: {path} ({error}). Delete it.") from None
         progress.say(f"dense model: loaded from {path}")
         return model.eval()
+    check_cache()
     unfinished = path.with_suffix(".training")
     train_(
         model,

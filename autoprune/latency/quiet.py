@@ -15,6 +15,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
+from autoprune.errors import FileError
 from autoprune.files import cache_folder
 
 if sys.platform != "win32":
@@ -122,5 +123,5 @@ def _free_lock() -> _Lock | None:
         return None
     try:
         return _Lock()
-    except OSError:
+    except (OSError, FileError):
         return None

@@ -7,11 +7,11 @@ faster in the engine gathers what its groups keep, or only its live channels; ev
 from __future__ import annotations
 
 import importlib.util
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from autoprune.errors import AutopruneError, ConfigError, MissingExtra, did_you_mean
+from autoprune.files import given_path, on_disk, place_for
 from autoprune.inventory import as_tuple, copy_for_inference, kind_of, weighted_layers
 from autoprune.latency.engines import ENGINES
 from autoprune.latency.engines.base import INSTALL
@@ -145,7 +146,7 @@ def export_onnx(
         ConfigError: unknown engine or form.
         MissingExtra: what it takes is not installed.
     """
-    path, inputs = Path(path), as_tuple(example_inputs)
+    path, inputs = given_path(path), as_tuple(example_inputs)
     if path.is_dir() or path.suffix != ".onnx":
         raise ConfigError(f"the exported file must be named like model.onnx, not {str(path)!r}.")
     if not all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript")):
@@ -165,9 +166,10 @@ def export_onnx(
         tried = _attempts(original, inputs, wanted, timing, choose)
     except CaptureError as error:
         tried = [_as_it_stands(original, inputs, f"exported as it stands: {str(error).rstrip('.')}")]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent, ignore_cleanup_errors=True) as folder:
-        return _written(original, inputs, path, Path(folder), tried, timing, engine)
+    with on_disk(path):
+        path = place_for(path)
+        with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent, ignore_cleanup_errors=True) as folder:
+            return _written(original, inputs, path, Path(folder), tried, timing, engine)
 
 
 def _engines() -> dict[str, OnnxEngine]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.errors import AutopruneError, FileError
-from autoprune.files import read_tensors, write_tensors
+from autoprune.files import given_path, read_tensors, write_tensors
 from autoprune.inventory import copy_for_inference
 from autoprune.recurrent import cell_of, layers_of
 from autoprune.repack.backends import BACKENDS, LayerForm
@@ -62,7 +62,7 @@ def save(model: RepackedModel, path: Path | str, *, value_bits: int = 32) -> Non
         "version": FILE_VERSION,
         "report": [asdict(row) for row in model.report],
     }
-    write_tensors(Path(path), tensors, about)
+    write_tensors(given_path(path), tensors, about)
 
 
 def load(path: Path | str, model: nn.Module | None = None, *, threads: int | None = None) -> RepackedModel:
@@ -79,7 +79,7 @@ def load(path: Path | str, model: nn.Module | None = None, *, threads: int | Non
         AutopruneError: `threads` is no number of threads.
     """
     check_threads(threads)
-    path = Path(path)
+    path = given_path(path)
     tensors, about = read_tensors(path, "the packed model")
     try:
         if about["version"] != FILE_VERSION:

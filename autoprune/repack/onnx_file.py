@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from autoprune.files import temporary_folder
 from autoprune.latency.engines.base import Call
 from autoprune.latency.engines.export import OnnxEngine
 from autoprune.latency.timer import Clock, Protocol, measure_together
@@ -164,8 +164,8 @@ def _calls(cases: Sequence[Case], engine: OnnxEngine, threads: int) -> list[dict
     whole = _exported(_Cases(cases).eval(), tuple(case.x for case in cases), [False] * len(cases)).model_proto
     cut, outputs = Extractor(whole), iter(whole.graph.output)
     calls = []
-    with tempfile.TemporaryDirectory(prefix="autoprune-", ignore_cleanup_errors=True) as folder:
-        path = Path(folder) / "layer.onnx"
+    with temporary_folder() as folder:
+        path = folder / "layer.onnx"
         for case, given in zip(cases, whole.graph.input, strict=True):
             loaded: dict[str, Call] = {}
             for name in case.forms:

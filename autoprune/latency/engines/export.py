@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from autoprune.errors import AutopruneError
+from autoprune.files import temporary_folder
 from autoprune.inventory import own_copy
 from autoprune.latency.engines.base import Call, DenseEngine, reasons
 from autoprune.tracing import tracing
@@ -51,9 +51,8 @@ def onnx_file(model: nn.Module, inputs: tuple[Any, ...], opset: int | None = Non
     Raises:
         AutopruneError: torch cannot export the model; the message carries torch's reason.
     """
-    # A mapped weight file cannot be deleted on Windows while its session lives.
-    with tempfile.TemporaryDirectory(prefix="autoprune-", ignore_cleanup_errors=True) as folder:
-        path = Path(folder) / "model.onnx"
+    with temporary_folder() as folder:
+        path = folder / "model.onnx"
         try:
             with tracing(), torch.inference_mode():
                 apart = tuple(own_copy(x) if isinstance(x, Tensor) else x for x in inputs)  # one object were one input

@@ -24,6 +24,7 @@ from autoprune.repack.program import aten, exporting, lifting
 from autoprune.repack.program.exporting import CaptureError, Free
 from autoprune.repack.program.graph import Graph, Input, Op, evaluate_op
 from autoprune.repack.program.lifting import Alias, Lifted, Site
+from autoprune.tracing import tracing
 
 __all__ = ["CaptureError", "capture"]
 
@@ -57,12 +58,13 @@ def capture(model: nn.Module, inputs: Sequence[Any]) -> Graph:
     copied = copy_for_inference(model)
     recurrent = [module for _, module in recurrent_modules(copied)]
     copied = _whole_operators(copied)
-    for free in _freedoms(inputs, recurrent):
-        try:
-            return _captured(copied, inputs, free)
-        except CaptureError:  # it is made for some extents
-            if not any(free):
-                raise
+    with tracing():  # all of it: symbolic extents also ask what other threads trace
+        for free in _freedoms(inputs, recurrent):
+            try:
+                return _captured(copied, inputs, free)
+            except CaptureError:  # it is made for some extents
+                if not any(free):
+                    raise
     raise AssertionError("the last freedom is none")
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from autoprune.repack.program.steps import NativeStep
 from autoprune.repack.program.weights import Weights
 from autoprune.repack.stored import flag
 
+_LOG = logging.getLogger(__name__)
 VERSION = 7  # of the kernels: what was tuned for others is not used
 ROUNDS = 5
 # What a kept weight costs in groups of this size, relative to the largest: smaller groups load more for each.
@@ -98,7 +100,7 @@ class TuningCache:
     """What was found on this CPU, in one JSON file; a broken or foreign file is started anew."""
 
     def __init__(self, path: Path | None = None) -> None:
-        self.path = path or cache_folder() / "tuning.json"
+        self._path = path
         identity = machine_identity()
         self.machine = {key: identity[key] for key in ("cpu", "vector", "llvmlite")} | {"version": VERSION}
         self.found: dict[str, Tiling] = {}
@@ -116,12 +118,23 @@ class TuningCache:
         """Writes what is new; a cache that cannot be written costs time, not correctness."""
         if not self.changed:
             return
-        rows = {key: asdict(tiling) for key, tiling in self.found.items()}
+        rows = {key: asdict(tiling) for key, tiling in list(self.found.items())}  # other threads may add to it
         try:
-            write_json(self.path, {"machine": self.machine, "found": rows, "by_sample": self.by_sample})
-        except OSError:
+            write_json(self.path, {"machine": self.machine, "found": rows, "by_sample": dict(self.by_sample)})
+        except FileError as error:
+            _say_once(f"what is tuned is not kept, so that every process tunes anew: {error}")
             return
         self.changed = False
+
+    @property
+    def path(self) -> Path:
+        """Raises FileError where the user has no place for a cache."""
+        return self._path or cache_folder() / "tuning.json"
+
+
+@cache
+def _say_once(text: str) -> None:
+    _LOG.warning(text)
 
 
 def tiling_from_json(row: Mapping[str, Any]) -> Tiling:
