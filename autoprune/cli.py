@@ -107,17 +107,6 @@ def _run(
     return Run(loaded, directory, progress=_console(), fresh_table=fresh_table, workers=workers, ray=ray)
 
 
-def _run_in(directory: Path) -> Run:
-    """The run that is kept in a directory."""
-    from autoprune.config import parse_config
-    from autoprune.files import read_json
-    from autoprune.run import Run
-
-    path = directory / "config.json"
-    config = parse_config(read_json(path, "the run's config", by_hand=True), str(path))
-    return Run(config, directory, progress=_console(), workers=None)
-
-
 @app.command()
 def run(
     config: ConfigPath,
@@ -138,7 +127,7 @@ def run(
 
     job = _run(config, run_dir, overrides, workers=workers, ray=ray)
     _ = job.task  # refused where the directory was made with another one
-    if (job.directory / "report.md").exists():
+    if job.complete:
         typer.echo((job.directory / "report.md").read_text(encoding="utf-8"))
         typer.echo(f"This run is complete: {job.directory}. Give another --run-dir, or delete it, to run again.")
         return
@@ -442,6 +431,10 @@ def export(
         typer.Option(help="onnxruntime or openvino: layers are timed in it, and the file is never slower than dense."),
     ] = None,
     threads: Annotated[int, typer.Option(help="Threads of one inference in the engine.", min=1)] = 1,
+    run_code: Annotated[
+        bool | None,
+        typer.Option("--run-code", help="Of a run directory: call the functions of yours that its config.json names."),
+    ] = None,
 ) -> None:
     """Write the masked model of a run, or any model with zeros in its weights, as an ONNX file.
 
@@ -451,12 +444,14 @@ def export(
     """
     from autoprune.bench import example_inputs, export_text
     from autoprune.repack import export_onnx
+    from autoprune.run import run_in
 
     if _is_function(target):
+        _only_for("a run directory", {"--run-code": run_code})
         model, inputs = _model(target), example_inputs(shapes or (), dtypes or ())
     else:
         _only_for("a function", {"--input": shapes, "--dtype": dtypes})
-        job = _run_in(Path(target))
+        job = run_in(Path(target), run_code=run_code is True, progress=_console())
         model, inputs = job.masked, job.task.example_inputs(job.config.latency.batch)
     typer.echo(export_text(export_onnx(model, inputs, out, engine=engine, threads=threads)))
     typer.echo(f"Written: {out}")
@@ -464,13 +459,13 @@ def export(
 
 @app.command()
 def report(run_dir: Annotated[Path, typer.Argument(help="A run directory, e.g. runs/digits.")]) -> None:
-    """Write the report of a run again and print it; missing stages are run first.
+    """Write the report of a finished run again, from what its directory holds, and print it. Runs no code of yours.
 
     Example: autoprune report runs/digits
     """
-    from autoprune.results import write_report
+    from autoprune.report.stored import write_page
 
-    typer.echo(write_report(_run_in(run_dir)))
+    typer.echo(write_page(run_dir))
 
 
 @app.command()

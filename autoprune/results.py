@@ -4,48 +4,51 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from autoprune.agents.base import Trial, succeeded
-from autoprune.errors import FileError
 from autoprune.evaluation.measurement import FAILED
-from autoprune.files import read_json, write_json, write_tensors, write_text
+from autoprune.files import write_tensors
 from autoprune.inventory import KeptDense
 from autoprune.latency.engines import ENGINES, baselines
-from autoprune.latency.machine import machine_identity
+from autoprune.latency.machine import differences, machine_identity
 from autoprune.latency.table import LatencyTable
-from autoprune.latency.timer import Latency, Protocol, measure_together, speedup
+from autoprune.latency.timer import Protocol, measure_together, speedup
 from autoprune.masks import nonzero_parameters, sparsity, weight_of
-from autoprune.metric import Metric
 from autoprune.monitor import point
 from autoprune.repack.rivals import dense_calls
-from autoprune.report.data import MeasuredPoint, PlanRow, Report, ResultRow, SearchRow
-from autoprune.report.page import report_page
-from autoprune.report.plots import front_figure, reward_figure, save_png, sparsity_figure
+from autoprune.report.data import MeasuredPoint, PlanRow, ResultRow, SearchRow
+from autoprune.report.stored import (
+    EAGER,
+    MASKED,
+    REPACKED,
+    Front,
+    Record,
+    Results,
+    read_stored,
+    row_of,
+    write_page,
+    write_stored,
+)
 from autoprune.report.table import markdown_table
 from autoprune.report.tensorboard import TrialWriter
 from autoprune.run import Run
-from autoprune.target import Target
-
-EAGER = "dense, torch eager"
-MASKED = "masked"
-REPACKED = "repacked"
-MISSED = 0.02  # a speed-up this much short is within the timer's noise
 
 
 def results(run: Run, *, again: bool = False) -> tuple[ResultRow, ...]:
-    """Measures the final table, or reads it from the directory when it is there and not wanted `again`."""
-    path = run.directory / "results.json"
+    """Measures the final table, or reads it from the directory when it is of this machine and not wanted `again`."""
+    path, machine = run.directory / "results.json", machine_identity()
+    masked, repacked = run.masked, run.repacked  # what is made anew here takes the results of the old one away
     if path.exists() and not again:
-        return _read(path)
+        found = read_stored(Results, path, "the results")
+        if not (changed := differences(found.machine, machine)):
+            return found.rows
+        run.progress.say(f"the results are measured again: {'; '.join(changed)}")
     latency = run.config.latency
     inputs = run.task.example_inputs(latency.batch)
     calls: dict[str, Callable[[], object]] = {EAGER: ENGINES.get("eager")().prepare(run.dense, inputs, latency.threads)}
     engines, left_out = _engine_calls(run, inputs)
     calls |= engines
-    masked, repacked = run.masked, run.repacked
     calls[MASKED] = lambda: masked(*inputs)
     calls[REPACKED] = lambda: repacked(*inputs)
     run.progress.say(
@@ -75,7 +78,8 @@ def results(run: Run, *, again: bool = False) -> tuple[ResultRow, ...]:
     packed_size = (run.directory / "repacked.safetensors").stat().st_size
     rows.append(row(MASKED, MASKED, run.task.test(masked), kept, size))
     rows.append(row(REPACKED, REPACKED, run.task.test(repacked), kept, packed_size))
-    write_json(path, {"rows": [asdict(each) for each in rows]})
+    how = {"batch": latency.batch, "threads": latency.threads, "device": "cpu"}
+    write_stored(path, Results(tuple(rows), {**how, "rounds, all rows in turns": latency.samples}, machine))
     return tuple(rows)
 
 
@@ -87,18 +91,6 @@ def _engine_calls(run: Run, inputs: tuple[Any, ...]) -> tuple[dict[str, Callable
         run.progress.say(f"dense engine {name} left out: {why}")
     told = {f"dense, {name}": why for name, why in left_out.items()}
     return {f"dense, {name}": call for name, call in calls.items()}, told
-
-
-def _read(path: Path) -> tuple[ResultRow, ...]:
-    data = read_json(path, "the results")
-    try:
-        return tuple(ResultRow(**{**row, "latency": _latency(row["latency"])}) for row in data["rows"])
-    except (KeyError, TypeError) as error:
-        raise FileError(f"the results are corrupt: {path} ({error}). Delete the file to measure again.") from None
-
-
-def _latency(data: dict[str, Any] | None) -> Latency | None:
-    return None if data is None else Latency(**{**data, "samples_ms": tuple(data["samples_ms"])})
 
 
 def latency_text(table: LatencyTable) -> str:
@@ -113,53 +105,29 @@ def latency_text(table: LatencyTable) -> str:
 
 
 def write_report(run: Run) -> str:
-    """Writes ``report.md`` and its figures and returns the page."""
+    """Writes ``report.json``, and from it ``report.md`` and its figures, and returns the page."""
     rows = results(run)
-    page = report_page(
-        Report(
-            title=f"{run.task.name}: {run.config.target.text(run.task.metric)}",
-            headline=_headline(rows, run.config.target, run.task.metric),
-            facts=_facts(run),
-            results=rows,
-            plan=_plan_rows(run),
-            kept_dense=_kept_dense(run),
-            searches=_search_rows(run),
-            protocol={
-                "batch": run.config.latency.batch,
-                "threads": run.config.latency.threads,
-                "device": "cpu",
-                "rounds, all rows in turns": run.config.latency.samples,
-            },
-            machine=machine_identity(),
-            figures=_figures(run),
-            metric=run.task.metric,
-        )
-    )
-    write_text(run.directory / "report.md", page)
+    write_stored(run.directory / "report.json", _record(run))
     _write_hparams(run, rows)
-    return page
+    return write_page(run.directory)
 
 
-def _row(rows: tuple[ResultRow, ...], name: str) -> ResultRow:
-    return next(row for row in rows if row.name == name)
-
-
-def _headline(rows: tuple[ResultRow, ...], target: Target, metric: Metric) -> str:
-    dense, fast = _row(rows, EAGER), _row(rows, REPACKED)
-    assert fast.score is not None
-    assert dense.score is not None
-    assert fast.speedup is not None
-    assert fast.speedup_over_best is not None
-    drop = dense.score - fast.score
-    text = f"The repacked model is **{fast.speedup:.2f}x** faster than dense torch eager, {metric.change(drop)}"
-    text += f"; against the best dense engine of the same run it is {fast.speedup_over_best:.2f}x."
-    if target.speedup is not None and fast.speedup < target.speedup * (1 - MISSED):
-        text += f" The target of {target.speedup:g}x was missed in this measurement: ask for more, or search longer."
-    if target.accuracy_drop is not None and drop > target.accuracy_drop:
-        text += f" The target of at most {metric.allowance(target.accuracy_drop)} was missed: fine-tune longer."
-    if fast.speedup_over_best < 1.0:
-        text += " The best dense engine is faster than the repacked model: prefer it for this model."
-    return text
+def _record(run: Run) -> Record:
+    searched = _searched(run)
+    return Record(
+        title=f"{run.task.name}: {run.config.target.text(run.task.metric)}",
+        facts={key: str(value) for key, value in _facts(run).items()},
+        target=run.config.target,
+        metric=run.task.metric,
+        plan=_plan_rows(run),
+        kept_dense=_kept_dense(run),
+        searches=_search_rows(run),
+        sparsities=_shares(run),
+        front=_front(run) if searched else None,
+        rewards={run.config.search.agent.name: tuple(float(trial["reward"]) for trial in succeeded(run.found.trials))}
+        if searched
+        else None,
+    )
 
 
 def _facts(run: Run) -> dict[str, Any]:
@@ -251,29 +219,18 @@ def _grid_sizes(run: Run) -> list[int]:
     return [len(component.anchors()) for component in run.env.actions.components]
 
 
-def _figures(run: Run) -> dict[str, str]:
-    figures = {"Sparsity of each layer": "sparsity.png"}
-    save_png(sparsity_figure(_shares(run)), run.directory / "sparsity.png")
-    if not _searched(run):
-        return figures
-    trials, compared = succeeded(run.found.trials), run.uniform
-    uniform = point(compared["uniform"]) if compared["uniform"] else None
-    dense = MeasuredPoint(run.table.dense_ms, run.dense_score)
-    save_png(
-        front_figure([point(t) for t in trials], point(run.found.best), dense, uniform, run.task.metric),
-        run.directory / "front.png",
+def _front(run: Run) -> Front:
+    uniform = run.uniform["uniform"]
+    return Front(
+        trials=tuple(point(trial) for trial in succeeded(run.found.trials)),
+        best=point(run.found.best),
+        dense=MeasuredPoint(run.table.dense_ms, run.dense_score),
+        uniform=point(uniform) if uniform else None,
     )
-    rewards = {run.config.search.agent.name: [float(trial["reward"]) for trial in trials]}
-    save_png(reward_figure(rewards), run.directory / "reward.png")
-    return {
-        **figures,
-        f"{run.task.metric.name.capitalize()} and latency of every trial": "front.png",
-        "Reward": "reward.png",
-    }
 
 
 def _write_hparams(run: Run, rows: tuple[ResultRow, ...]) -> None:
-    fast, metric = _row(rows, REPACKED), run.task.metric
+    fast, metric = row_of(rows, REPACKED), run.task.metric
     flat = {
         "agent": str(run.config.search.agent),
         "episodes": run.config.search.episodes,

@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from autoprune.agents.rival import CLOSE, reward_at, uniform_at
+from autoprune.config import parse_config
 from autoprune.envs import PruneEnv
 from autoprune.envs.projection import check_movable, meet
 from autoprune.errors import ConfigError, FileError, InfeasibleTarget
@@ -25,13 +26,25 @@ from autoprune.evaluation.measurement import CachedEvaluate, Failure, Measuremen
 from autoprune.evaluation.recovery.none import NoRecovery
 from autoprune.evaluation.sensitivity import ANCHORS, Sensitivity
 from autoprune.files import read_json, read_tensors, write_json, write_tensors
+from autoprune.fingerprint import digest
 from autoprune.latency.timer import speedup, torch_threads
 from autoprune.plan import LayerPlan, Plan
+from autoprune.progress import SILENT, Progress
 from autoprune.registry import Choice
 from autoprune.repack import RepackedModel, load, repack, save
 from autoprune.report.tensorboard import TrialWriter
 from autoprune.search import Search
+from autoprune.tasks.user import functions_of
 from autoprune.training import TRAINING
+
+_MADE_FOR = "made_for"
+_OUTCOMES = (
+    "masked.safetensors",
+    "repacked.safetensors",
+    "results.json",
+    "report.json",
+    "report.md",
+)  # each of the last
 
 
 class Run(Search):
@@ -103,8 +116,7 @@ class Run(Search):
         plan = meet(self.plan, self.table, aim, self.config.env.max_sparsity)
         self.progress.say(f"measured {measured:.2f}x of {wanted:g}x: once more, with {aim:.2f}x in the latency table")
         if plan != self.plan:
-            for name in ("repacked", "masked"):  # before the plan: what is there is always of the plan that is there
-                (self.directory / f"{name}.safetensors").unlink(missing_ok=True)
+            for name in ("repacked", "masked"):
                 self.__dict__.pop(name, None)
             plan.save(self.directory / "plan.json")
             self.plan = plan
@@ -127,11 +139,10 @@ class Run(Search):
 
         Both are measured anew, in the same way: the best of many trials was also the luckiest with the clock.
         """
-        path = self.directory / "uniform.json"
-        if not path.exists():
+        path, plan = self.directory / "uniform.json", self.found.plan
+        if not path.exists() or read_json(path, "the comparison with uniform")["agent"]["plan"] != plan.to_json():
             problem = replace(self.problem, evaluate=self.measured)
             env = self.env.of(problem)
-            plan = self.found.plan
             again = problem.evaluate(plan)
             if isinstance(again, Failure):
                 self.progress.say(f"the best plan failed when it was measured again ({again.reason}): as in the search")
@@ -148,7 +159,7 @@ class Run(Search):
         path = self.directory / "pruned.safetensors"
         if (model := self._load(path, trained=self.evaluator.recovery.trains)) is None:
             model = self.evaluator.masked_model(self.plan)
-            write_tensors(path, model.state_dict())
+            write_tensors(path, model.state_dict(), {_MADE_FOR: self._made_for})
         return model
 
     @cached_property
@@ -157,25 +168,27 @@ class Run(Search):
         path = self.directory / "masked.safetensors"
         if (model := self._load(path, trained=True)) is None:
             model = self._finetuned()
-            write_tensors(path, model.state_dict())
+            self._drop_after(path)
+            write_tensors(path, model.state_dict(), {_MADE_FOR: self._made_for})
             shutil.rmtree(self.directory / "finetune", ignore_errors=True)
         return model
 
     @cached_property
     def repacked(self) -> RepackedModel:
         """The fast model, its backends chosen by measurement here."""
-        path = self.directory / "repacked.safetensors"
+        path, masked = self.directory / "repacked.safetensors", self.masked  # of the plan that is there: checked first
         if path.exists():
             return load(path, self._untrained())
         latency = self.config.latency
         with torch_threads(latency.threads):
             model = repack(
-                self.masked,
+                masked,
                 self.task.example_inputs(latency.batch),
                 protocol=self._protocol(latency.search_samples),
                 clock=self.clock,
             )
         value_bits = self.config.repack.value_bits
+        self._drop_after(path)
         save(model, path, value_bits=value_bits)
         return model if value_bits == 32 else load(path, self._untrained())
 
@@ -210,11 +223,33 @@ class Run(Search):
         TRAINING.create(self.plan.training).widen_(model, inputs, self.plan)
         return model
 
+    @property
+    def complete(self) -> bool:
+        """Whether the report is there, and of the plan that is there."""
+        report, masked = self.directory / "report.md", self.directory / "masked.safetensors"
+        if not (report.exists() and masked.exists() and (self.directory / "plan.json").exists()):
+            return False
+        return read_tensors(masked, "the saved model")[1].get(_MADE_FOR) == self._made_for
+
+    @property
+    def _made_for(self) -> str:
+        """What tells a model of this run and its plan from any other: written into its file."""
+        plan = self.plan  # whoever has one has claimed the directory
+        return digest(self._claim.key, plan.key)
+
+    def _drop_after(self, path: Path) -> None:
+        """Takes away what was made from the file that is about to be made anew."""
+        for name in _OUTCOMES[_OUTCOMES.index(path.name) + 1 :]:
+            (self.directory / name).unlink(missing_ok=True)
+
     def _load(self, path: Path, *, trained: bool) -> nn.Module | None:
-        """The model of a file, None when there is none; `trained`: the plan's method trained it."""
+        """The model of a file, None when there is none of this plan; `trained`: the plan's method trained it."""
         if not path.exists():
             return None
-        tensors, _ = read_tensors(path, "the saved model")
+        tensors, about = read_tensors(path, "the saved model")
+        if about.get(_MADE_FOR) != self._made_for:
+            self.progress.say(f"{path} is of another plan or run: it is made anew")
+            return None
         model = self._untrained() if trained else copy.deepcopy(self.task.model)
         try:
             model.load_state_dict(tensors)
@@ -223,3 +258,30 @@ class Run(Search):
                 f"the saved model {path} does not fit the task ({error}). Delete it to redo its stage."
             ) from None
         return model.eval()
+
+
+def run_in(directory: Path, *, run_code: bool, progress: Progress = SILENT) -> Run:
+    """The run that is kept in a directory, of the config that is kept there.
+
+    Args:
+        directory: of a run.
+        run_code: whether functions of a user's own that the config names may be imported and called.
+        progress: where long work is shown.
+
+    Raises:
+        FileError: there is no such run.
+        ConfigError: its functions may not be called, or its model is in a program alone.
+    """
+    path = directory / "config.json"
+    config = parse_config(read_json(path, "the run's config", by_hand=True), str(path))
+    if config.task.name == "given":
+        raise ConfigError(
+            f"{directory} was made by autoprune.compress, whose model only your program has: call "
+            "autoprune.export_onnx(model, example_inputs, path) there, or load its repacked.safetensors."
+        )
+    if not run_code and (functions := functions_of(config.task)):
+        raise ConfigError(
+            f"{path} names functions that this would import and call: {' and '.join(functions)}. Give --run-code if "
+            "you trust that directory and what these names stand for here."
+        )
+    return Run(config, directory, progress=progress, workers=None)

@@ -22,6 +22,8 @@ from autoprune.evaluation.ray_pool import RayPool
 from autoprune.evaluation.recovery import RECOVERIES
 from autoprune.evaluation.recovery.train import Train
 from autoprune.evaluation.sensitivity import Sensitivity, probe_sensitivity
+from autoprune.identity import Claim
+from autoprune.latency.machine import machine_identity
 from autoprune.monitor import SearchMonitor
 from autoprune.plan import Plan
 from autoprune.preparation import Preparation
@@ -33,7 +35,11 @@ class Search(Preparation):
 
     @cached_property
     def problem(self) -> Problem:
-        env = self.config.env
+        env, timed = self.config.env, {"the machine": {key: str(value) for key, value in machine_identity().items()}}
+        _ = self.table  # says better what is wrong on another machine
+        claim = Claim(self.directory / "search")  # a table measured anew makes no older trial as good
+        claim.check(timed)
+        claim.write(timed)
         sensitivity = probe_sensitivity(
             self.subject,
             self.offered.names,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import json
 import os
 import subprocess
 import sys
@@ -388,7 +387,7 @@ def test_a_config_edited_by_hand_and_a_lost_identity_are_refused(tmp_path: Path)
     autoprune.files.write_json(folder / "config.json", config)
     with pytest.raises(ConfigError, match=r"the config \(seed\)"):
         autoprune.compress(**arguments(config={"seed": 3}), directory=folder)
-    assert json.loads((folder / "identity.json").read_text())["parts"]["the config"]["seed"] == "0"
+    assert read_json(folder / "identity.json", "the identity")["parts"]["the config"]["seed"] == "0"
     config["seed"] = 0
     autoprune.files.write_json(folder / "config.json", config)
     (folder / "identity.json").unlink()

@@ -20,11 +20,11 @@ from autoprune.agents.harness import TrialLog
 from autoprune.cli import app, main
 from autoprune.config import Config, parse_config
 from autoprune.errors import AutopruneError, ConfigError, FileError, InfeasibleTarget, StaleTable
-from autoprune.files import append_line, read_json, read_lines, read_tensors, write_json
+from autoprune.files import append_line, read_json, read_lines, read_tensors, write_json, write_tensors
 from autoprune.masks import sparsity, weight_of
 from autoprune.patterns import PATTERNS
 from autoprune.plan import Plan
-from autoprune.results import write_report
+from autoprune.results import results, write_report
 from autoprune.run import Run
 from autoprune.testing import FakeClock
 
@@ -51,6 +51,7 @@ FILES = [
     "policy/policy.json",
     "policy/policy.safetensors",
     "repacked.safetensors",
+    "report.json",
     "report.md",
     "results.json",
     "reward.png",
@@ -177,9 +178,9 @@ def test_workers_change_no_trial_and_are_no_part_of_a_run(copied: Path) -> None:
 def test_values_of_eight_bits_are_what_is_measured(finished: Path, tmp_path: Path) -> None:
     kept = shutil.ignore_patterns("config.json", "identity.json", "repacked.safetensors")
     run = Run(config(repack={"value_bits": 8}), Path(shutil.copytree(finished, tmp_path / "eight", ignore=kept)))
-    x = run.task.example_inputs(7)
+    x, fast, masked = run.task.example_inputs(7), run.repacked, run.masked
     with torch.inference_mode():
-        rounded, whole = run.repacked(*x), run.masked(*x)
+        rounded, whole = fast(*x), masked(*x)
     assert 0 < float((rounded - whole).abs().max()) < 0.1 * float(whole.abs().max())
     tensors, _ = read_tensors(run.directory / "repacked.safetensors", "the packed file")
     assert {values.dtype for name, values in tensors.items() if name.endswith("|values")} == {torch.int8}
@@ -194,6 +195,53 @@ def test_stages_run_alone_and_a_lost_result_is_made_again(copied: Path) -> None:
     (copied / "masked.safetensors").unlink()
     second = Run(config(), copied).masked.state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_report_is_written_again_from_what_is_stored(copied: Path) -> None:
+    before = {name: (copied / name).read_bytes() for name in ("report.md", "front.png", "reward.png", "sparsity.png")}
+    for name in before:
+        (copied / name).unlink()
+    assert not Run(config(), copied).complete
+    (copied / "config.json").unlink()  # what is named there is not looked at
+    assert CliRunner().invoke(app, ["report", str(copied)]).exit_code == 0
+    assert {name: (copied / name).read_bytes() for name in before} == before
+
+
+def test_a_plan_that_was_changed_is_trained_and_measured_anew(copied: Path) -> None:
+    run = Run(config(), copied)
+    assert run.complete
+    run.plan.with_sparsities(dict.fromkeys(run.plan.layers, 0.5)).save(copied / "plan.json")
+    again = Run(config(), copied)
+    assert not again.complete
+    for name, layer in again.plan.layers.items():
+        weight = weight_of(again.masked, name)
+        alike = PATTERNS.create(layer.pattern).mask(weight.detach().abs(), 0.5, 1)
+        assert sparsity(weight) == pytest.approx(sparsity(alike))
+    assert not [name for name in ("repacked.safetensors", "results.json", "report.md") if (copied / name).exists()]
+    x = again.task.example_inputs(3)
+    torch.testing.assert_close(again.repacked(*x), again.masked(*x), rtol=1e-3, atol=1e-4)
+
+
+def test_a_stage_of_another_run_is_not_taken(copied: Path) -> None:
+    mine = Run(config(), copied).masked.state_dict()
+    tensors, about = read_tensors(copied / "masked.safetensors", "the model")
+    changed = {name: value + 1 for name, value in tensors.items()}
+    write_tensors(copied / "masked.safetensors", changed, {**about, "made_for": "another run"})
+    again = Run(config(), copied).masked.state_dict()
+    assert all(torch.equal(mine[name], again[name]) for name in mine)
+
+
+def test_what_was_timed_on_another_machine_is_timed_again_or_refused(copied: Path) -> None:
+    stored = read_json(copied / "results.json", "the results")
+    stored["machine"]["cpu"] = "another CPU"
+    stored["rows"][-1]["speedup"] = 1e6
+    write_json(copied / "results.json", stored)
+    assert results(Run(config(), copied))[-1].speedup != 1e6
+    claim = read_json(copied / "search" / "identity.json", "the claim")
+    claim["parts"]["the machine"]["cpu"] = "another CPU"
+    write_json(copied / "search" / "identity.json", claim)
+    with pytest.raises(ConfigError, match=r"search was made with something else: the machine \(cpu\)"):
+        _ = Run(config(), copied).found
 
 
 def test_a_directory_of_another_config_is_refused(finished: Path) -> None:

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from autoprune.errors import AutopruneError, ConfigError, did_you_mean
 from autoprune.inventory import as_tuple
+from autoprune.registry import Choice
 from autoprune.tasks.base import Task
 from autoprune.tasks.batches import first_batches
 
@@ -52,6 +53,11 @@ def user(model: str, data: str) -> Task:
         loss=functional.cross_entropy,
         dense_training=None,
     )
+
+
+def functions_of(task: Choice) -> tuple[str, ...]:
+    """The functions that making a config's task imports and calls, as the config names them."""
+    return tuple(str(task.args[name]) for name in ("model", "data") if name in task.args) if task.name == "user" else ()
 
 
 def user_model(argument: str, path: str) -> nn.Module:

@@ -1,0 +1,161 @@
+"""A run's report from what its directory holds alone: plain data, so that reading a directory never runs its task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from autoprune.errors import FileError
+from autoprune.files import read_json, write_json, write_text
+from autoprune.inventory import KeptDense
+from autoprune.metric import Metric
+from autoprune.report.data import MeasuredPoint, PlanRow, Report, ResultRow, SearchRow
+from autoprune.report.page import report_page
+from autoprune.report.plots import front_figure, reward_figure, save_png, sparsity_figure
+from autoprune.target import Target
+
+EAGER = "dense, torch eager"
+MASKED = "masked"
+REPACKED = "repacked"
+MISSED = 0.02  # a speed-up this much short is within the timer's noise
+
+
+@dataclass(frozen=True)
+class Results:
+    """The final table, ``results.json``: its rows, how they were timed and on what machine."""
+
+    rows: tuple[ResultRow, ...]
+    protocol: Mapping[str, Any]
+    machine: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Front:
+    """The trials of a search and what stands out among them; `uniform` is None where no such plan was as fast."""
+
+    trials: tuple[MeasuredPoint, ...]
+    best: MeasuredPoint
+    dense: MeasuredPoint
+    uniform: MeasuredPoint | None
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a report says beside the final table, ``report.json``.
+
+    Attributes:
+        title, facts, plan, kept_dense, searches, metric: as of `Report`.
+        target: what was asked for.
+        sparsities: of each layer in the end.
+        front: of the search; None where there was none.
+        rewards: of the search's trials, by agent.
+    """
+
+    title: str
+    facts: Mapping[str, Any]
+    target: Target
+    metric: Metric
+    plan: tuple[PlanRow, ...]
+    kept_dense: tuple[KeptDense, ...]
+    searches: tuple[SearchRow, ...]
+    sparsities: Mapping[str, float]
+    front: Front | None = None
+    rewards: Mapping[str, tuple[float, ...]] | None = None
+
+
+Stored = TypeVar("Stored", Results, Record)
+
+
+def write_stored(path: Path, stored: Results | Record) -> None:
+    """Writes one of them as JSON."""
+    write_json(path, asdict(stored))
+
+
+def read_stored(kind: type[Stored], path: Path, what: str) -> Stored:
+    """Reads one of them; raises FileError where it is missing or corrupt."""
+    try:
+        return TypeAdapter(kind).validate_python(read_json(path, what))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise FileError(
+            f"{what} is corrupt: {path} ({place}: {first['msg']}). Delete the file to make it anew."
+        ) from None
+
+
+def write_page(directory: Path) -> str:
+    """Writes ``report.md`` and its figures from the directory's ``results.json`` and ``report.json``; returns the page.
+
+    Raises:
+        FileError: a file is missing or corrupt.
+    """
+    path = directory / "report.json"
+    if directory.is_dir() and not path.exists():
+        raise FileError(
+            f"{directory} has no report yet ({path.name} not found): give the command that made the directory again, "
+            "such as 'autoprune run CONFIG --run-dir DIR'; it goes on where it was and ends with the report."
+        )
+    record = read_stored(Record, path, "the record of the run")
+    results = read_stored(Results, directory / "results.json", "the results")
+    page = report_page(
+        Report(
+            title=record.title,
+            headline=headline(results.rows, record.target, record.metric),
+            facts=record.facts,
+            results=results.rows,
+            plan=record.plan,
+            kept_dense=record.kept_dense,
+            searches=record.searches,
+            protocol=results.protocol,
+            machine=results.machine,
+            figures=_draw(directory, record),
+            metric=record.metric,
+        )
+    )
+    write_text(directory / "report.md", page)
+    return page
+
+
+def row_of(rows: tuple[ResultRow, ...], name: str) -> ResultRow:
+    """The row of that name; raises FileError where the table has none."""
+    for row in rows:
+        if row.name == name:
+            return row
+    raise FileError(f"the results are corrupt: they have no row {name!r}. Delete results.json to measure again.")
+
+
+def headline(rows: tuple[ResultRow, ...], target: Target, metric: Metric) -> str:
+    """The result in one or two sentences."""
+    dense, fast = row_of(rows, EAGER), row_of(rows, REPACKED)
+    if fast.score is None or dense.score is None or fast.speedup is None or fast.speedup_over_best is None:
+        raise FileError("the results are corrupt: the dense or the repacked row lacks figures. Delete results.json.")
+    drop = dense.score - fast.score
+    text = f"The repacked model is **{fast.speedup:.2f}x** faster than dense torch eager, {metric.change(drop)}"
+    text += f"; against the best dense engine of the same run it is {fast.speedup_over_best:.2f}x."
+    if target.speedup is not None and fast.speedup < target.speedup * (1 - MISSED):
+        text += f" The target of {target.speedup:g}x was missed in this measurement: ask for more, or search longer."
+    if target.accuracy_drop is not None and drop > target.accuracy_drop:
+        text += f" The target of at most {metric.allowance(target.accuracy_drop)} was missed: fine-tune longer."
+    if fast.speedup_over_best < 1.0:
+        text += " The best dense engine is faster than the repacked model: prefer it for this model."
+    return text
+
+
+def _draw(directory: Path, record: Record) -> dict[str, str]:
+    """Draws the figures; caption -> file name."""
+    figures = {"Sparsity of each layer": "sparsity.png"}
+    save_png(sparsity_figure(record.sparsities), directory / "sparsity.png")
+    if record.front is not None:
+        front = record.front
+        figures[f"{record.metric.name.capitalize()} and latency of every trial"] = "front.png"
+        save_png(
+            front_figure(front.trials, front.best, front.dense, front.uniform, record.metric), directory / "front.png"
+        )
+    if record.rewards is not None:
+        figures["Reward"] = "reward.png"
+        save_png(reward_figure(record.rewards), directory / "reward.png")
+    return figures
