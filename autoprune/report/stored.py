@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from math import inf
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -71,8 +72,8 @@ Stored = TypeVar("Stored", Results, Record)
 
 
 def write_stored(path: Path, stored: Results | Record) -> None:
-    """Writes one of them as JSON."""
-    write_json(path, asdict(stored))
+    """Writes one of them as JSON, which has no infinity: a metric's open ends are what it has by default."""
+    write_json(path, asdict(stored, dict_factory=lambda items: {k: v for k, v in items if v not in (inf, -inf)}))
 
 
 def read_stored(kind: type[Stored], path: Path, what: str) -> Stored:
