@@ -33,6 +33,7 @@ from autoprune.errors import AutopruneError, ConfigError
 from autoprune.evaluation.measurement import Evaluate, Measurement
 from autoprune.evaluation.pool import cores
 from autoprune.files import append_line, cache_folder, read_lines, write_json
+from autoprune.latency.machine import machine_identity
 from autoprune.plan import Plan
 from autoprune.progress import SILENT, Progress
 from autoprune.report.tensorboard import FamilyWriter
@@ -265,7 +266,8 @@ def member_run(config: GeneralistConfig, member: Member) -> Run:
         },
         member.name,
     )
-    digest = hashlib.sha256(json.dumps(parsed.to_json(), sort_keys=True).encode()).hexdigest()[:8]
+    made = {"config": parsed.to_json(), "machine": machine_identity()}  # its table and trials are good for no other one
+    digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:8]
     return Run(parsed, cache_folder() / "family" / f"{member.name}-{digest}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
@@ -116,6 +117,8 @@ class Search(Preparation):
         """The search's trials; only those that are missing are run."""
         config, directory = self.config, self.directory / "search"
         agent, env = AGENTS.create(config.search.agent), self.env
+        if not (directory / "trials.jsonl").exists():
+            shutil.rmtree(self.directory / "policy", ignore_errors=True)  # of a search that is there no more
         self.progress.say(
             f"search: {config.search.agent}, {config.search.episodes} episodes, {config.target.text(self.task.metric)}"
         )

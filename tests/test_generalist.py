@@ -111,6 +111,9 @@ def test_a_task_is_made_ready_once_for_any_actions(tmp_path: Path, monkeypatch: 
     other = given.model_copy(update={"env": given.env.model_copy(update={"actions": (Choice("sparsity"),)})})
     assert member_run(other, member).directory == run.directory
     assert member_run(given.model_copy(update={"seed": 1}), member).directory != run.directory
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(module, "machine_identity", lambda: {"cpu": "another CPU"})
+        assert member_run(given, member).directory != run.directory
     known = (run.directory / "search" / "evaluations.jsonl").read_text()
     module._prepare(other, member)
     assert (run.directory / "search" / "evaluations.jsonl").read_text() == known

@@ -346,6 +346,10 @@ def test_a_speedup_is_planned_with_a_latency_table_that_is_kept(
         hooks(network(), sparsity=None, speedup=900.0, table=file)
     with pytest.raises(StaleTable, match="patterns"):
         hooks(network(), sparsity=None, speedup=2.0, table=file, pattern="unstructured")
+    smooth = network()
+    smooth[4] = nn.GELU()  # type: ignore[operator]
+    with pytest.raises(StaleTable, match="architecture"):
+        hooks(smooth, sparsity=None, speedup=2.0, table=file)
 
 
 def test_what_cannot_be_done_is_said() -> None:

@@ -14,12 +14,15 @@ from torch import nn
 
 from autoprune.errors import ConfigError, FileError
 from autoprune.files import cache_folder, check_cache, read_tensors, write_tensors
+from autoprune.fingerprint import fingerprint
+from autoprune.identity import task_parts
 from autoprune.progress import Progress
 from autoprune.registry import Choice
 from autoprune.settings import TrainingSettings
 from autoprune.tasks import TASKS
 from autoprune.tasks.base import Task
 from autoprune.training.loop import train_
+from autoprune.version import __version__
 
 
 def dense_model(
@@ -32,7 +35,9 @@ def dense_model(
     model = copy.deepcopy(task.model)
     if settings is None:
         return model.eval()
-    about = {"task": choice.to_json(), "settings": asdict(settings), "seed": seed, "torch": torch.__version__}
+    made_of = task_parts(task)  # data on the disk and models of the zoo change, too
+    about = {"task": choice.to_json(), "settings": asdict(settings), "seed": seed, "made_of": fingerprint(made_of)}
+    about |= {"torch": torch.__version__, "autoprune": __version__}
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
     path = cache_folder() / f"dense-{task.name}-{digest}.safetensors"
     if path.exists():

@@ -18,6 +18,7 @@ from autoprune.errors import AutopruneError
 from autoprune.evaluation.evaluator import Evaluator
 from autoprune.evaluation.recovery import Subject
 from autoprune.evaluation.recovery.none import NoRecovery
+from autoprune.fingerprint import architecture_fingerprint
 from autoprune.inventory import Inventory, KeptDense, copy_for_inference, record_inputs
 from autoprune.latency.machine import machine_identity
 from autoprune.latency.table import LatencyTable, LayerTable, Point
@@ -41,6 +42,7 @@ def profile_settings(subject: Subject, patterns: Sequence[Choice], batch: int, t
         "batch": batch,
         "threads": threads,
         "patterns": [str(pattern) for pattern in patterns],
+        "architecture": architecture_fingerprint(subject.dense),  # the same layers may have other work between them
         "layers": {
             layer.name: list(layer.weight_shape) + list(layer.input_shape) for layer in subject.inventory.layers
         },

@@ -27,6 +27,7 @@ from torch.nn import functional
 from autoprune.errors import AutopruneError, FileError
 from autoprune.evaluation.recovery import Subject
 from autoprune.files import read_json, write_json
+from autoprune.fingerprint import fingerprint
 from autoprune.inventory import as_tuple, watch_forward
 from autoprune.latency.quiet import working
 from autoprune.masks import masks_at
@@ -41,7 +42,7 @@ WORK = 4e11  # multiply-accumulates a probe may take: a large model is probed wi
 FEWEST = 8
 _PRODUCTS = len(ANCHORS) + 5  # a forward, a backward of about three, and one product for each anchor and the whole
 
-SENSITIVITY_VERSION = 2
+SENSITIVITY_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ def probe_sensitivity(
         "anchors": list(ANCHORS),
         "pattern": str(pattern),
         "criterion": str(criterion),
+        "of": fingerprint([subject.dense, subject.task.calibration, subject.task.loss, subject.seed]),
     }
     if path is not None and path.exists() and (found := _read(path, about, names)) is not None:
         return found

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +20,7 @@ from autoprune.progress import SILENT
 from autoprune.registry import Choice
 from autoprune.run import Run
 from autoprune.settings import TrainingSettings
-from autoprune.tasks import TASKS
+from autoprune.tasks import TASKS, TensorBatches
 
 TASK = Choice("digits", {"widths": [4], "augment": False, "batch_size": 256})
 SETTINGS = TrainingSettings(epochs=1, learning_rate=0.05)
@@ -45,6 +48,20 @@ def test_other_dense_models_are_independent_and_cached(cache: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
     assert all(same(a, b) for a, b in zip(others, other_dense_models(TASK, SETTINGS, 0, 2, SILENT), strict=True))
     assert {path: path.stat().st_mtime_ns for path in cache.iterdir()} == before
+
+
+def test_a_dense_model_of_other_data_or_another_build_is_not_taken(cache: Path) -> None:
+    task = TASKS.create(TASK)
+    own = dense_model(task, TASK, SETTINGS, 0, SILENT)
+    assert same(own, dense_model(TASKS.create(TASK), TASK, SETTINGS, 0, SILENT))
+    fewer = replace(task, train=TensorBatches(task.train.x[:-1], task.train.y[:-1], 256))  # type: ignore[attr-defined]
+    smoother = replace(task, loss=functools.partial(task.loss, label_smoothing=0.1))
+    drawn_anew = replace(task, model=copy.deepcopy(task.model))
+    with torch.no_grad():
+        next(drawn_anew.model.parameters()).add_(0.01)
+    for other in (fewer, smoother, drawn_anew):
+        assert not same(own, dense_model(other, TASK, SETTINGS, 0, SILENT))
+    assert len(list(cache.glob("dense-digits-*.safetensors"))) == 4
 
 
 def config(teachers: int, **changes: object) -> Config:

@@ -129,11 +129,16 @@ def test_curves_are_kept_and_a_corrupt_file_is_told(tmp_path: Path) -> None:
     first = probe_sensitivity(of, of.inventory.names, PATTERN, CRITERION, path=path)
     assert probe_sensitivity(of, of.inventory.names, PATTERN, CRITERION, path=path) == first
     assert probe_sensitivity(of, of.inventory.names, Choice("group", {"size": 8}), CRITERION, path=path) != first
+    retrained = replace(of, dense=copy.deepcopy(of.dense))
+    with torch.no_grad():
+        weight_of(retrained.dense, of.inventory.names[0]).mul_(1.5)
+    assert probe_sensitivity(retrained, of.inventory.names, PATTERN, CRITERION, path=path) != first
+    assert probe_sensitivity(of, of.inventory.names, PATTERN, CRITERION, path=path) == first
     data = read_json(path, "the curves")
     data["loss"][of.inventory.names[0]] = [0.1]
     write_json(path, data)
     with pytest.raises(FileError, match="corrupt"):
-        probe_sensitivity(of, of.inventory.names, Choice("group", {"size": 8}), CRITERION, path=path)
+        probe_sensitivity(of, of.inventory.names, PATTERN, CRITERION, path=path)
 
 
 def test_a_layer_that_calibration_never_reaches_is_told() -> None:
