@@ -16,7 +16,7 @@ from autoprune.agents.halving import FIDELITY, of_highest_fidelity
 from autoprune.envs.prune import PruneEnv
 from autoprune.errors import FileError
 from autoprune.evaluation.measurement import evaluated
-from autoprune.files import append_line, read_lines, write_text
+from autoprune.files import append_line, keep_lines, read_lines
 from autoprune.plan import Plan
 
 
@@ -66,9 +66,7 @@ class TrialLog:
 
     def keep_first(self, count: int) -> None:
         """Drops the trials after `count`: a resumed learner plays them again, from the cache."""
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else []
-        if len(lines) > count:
-            write_text(self.path, "".join(lines[:count]))
+        keep_lines(self.path, count)
 
     def append(self, trial: Trial) -> None:
         append_line(self.path, trial)

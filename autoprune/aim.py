@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from autoprune.latency.cost import LatencyCost
 from autoprune.latency.machine import machine_identity
 from autoprune.latency.table import LatencyTable
 from autoprune.latency.timer import Clock, Protocol
+from autoprune.locks import turn
 from autoprune.plan import LayerPlan, Plan
 from autoprune.processes import several
 from autoprune.registry import Choice
@@ -28,6 +30,7 @@ from autoprune.settings import TrainingSettings
 from autoprune.target import Target
 from autoprune.tasks.base import Task
 
+_LOG = logging.getLogger(__name__)
 THREADS = 1
 PROFILE_SAMPLES = 15
 MAX_SPARSITY = 0.95
@@ -62,15 +65,18 @@ def latency_table(
     statistics = {name: LayerStatistics() for name in inventory.names}
     subject = Subject(task, dense, inventory, statistics, TrainingSettings(epochs=1, learning_rate=0.1), 0)
     settings = profile_settings(subject, (pattern,), len(examples[0]), THREADS)
-    if file is not None and file.exists():
-        return LatencyTable.load(file, settings=settings, machine=machine_identity())
-    if several():
+    protocol = Protocol(samples=PROFILE_SAMPLES, threads=THREADS)
+    if several() and (file is None or not file.exists()):
         raise AutopruneError(
             "each of several processes would measure times of its own, and plan differently: measure the table first, "
             "in one process, with table='latency.json', and give that file to all."
         )
-    table = profile_table(subject, (pattern,), settings, Protocol(samples=PROFILE_SAMPLES, threads=THREADS), clock)
-    if file is not None:
+    if file is None:
+        return profile_table(subject, (pattern,), settings, protocol, clock)
+    with turn(file, _LOG.info):
+        if file.exists():
+            return LatencyTable.load(file, settings=settings, machine=machine_identity())
+        table = profile_table(subject, (pattern,), settings, protocol, clock)
         table.save(file)
     return table
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def compress(
         progress: where long work is shown.
 
     Raises:
-        AutopruneError: bad input, or a target out of reach; the message says what to do.
+        AutopruneError: bad input, a target out of reach, or a directory in use; the message says what to do.
     """
     wanted = target if isinstance(target, Target) else Target(speedup=float(target))
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
@@ -103,11 +104,12 @@ def compress(
 
 
 def _compressed(run: Run) -> Compressed:
-    try:
-        report = write_report(run)
-        return Compressed(run.repacked, run.plan, results(run), report)
-    finally:
-        run.settle()
+    with closing(run.lock):
+        try:
+            report = write_report(run)
+            return Compressed(run.repacked, run.plan, results(run), report)
+        finally:
+            run.settle()
 
 
 def apply_config(

@@ -98,13 +98,18 @@ def _run(
     fresh_table: bool = False,
     workers: int | None = None,
     ray: str | None = None,
+    finished: bool = False,
 ) -> Run:
+    """The run of a config, its directory locked; not that of a `finished` run that is only read."""
     from autoprune.config import load_config
     from autoprune.run import Run
 
     loaded = load_config(config, overrides or [])
     directory = run_dir or Path("runs") / config.stem
-    return Run(loaded, directory, progress=_console(), fresh_table=fresh_table, workers=workers, ray=ray)
+    made = Run(loaded, directory, progress=_console(), fresh_table=fresh_table, workers=workers, ray=ray)
+    if directory.exists() and not (finished and (directory / "report.md").exists()):
+        made.lock.take()  # at once: a new directory is made, and locked, when the task has proved to work
+    return made
 
 
 @app.command()
@@ -125,7 +130,7 @@ def run(
     """
     from autoprune.results import write_report
 
-    job = _run(config, run_dir, overrides, workers=workers, ray=ray)
+    job = _run(config, run_dir, overrides, workers=workers, ray=ray, finished=True)
     _ = job.task  # refused where the directory was made with another one
     if job.complete:
         typer.echo((job.directory / "report.md").read_text(encoding="utf-8"))

@@ -30,6 +30,10 @@ class NumericalError(AutopruneError):
     """Numbers nothing can be done with: a training that diverged, a score that is none. One ends a trial, no search."""
 
 
+class InUse(AutopruneError):
+    """A directory that another process, or another thread, is writing in."""
+
+
 class MissingExtra(AutopruneError):
     """An optional dependency that is not installed; the message carries the command."""
 

@@ -7,14 +7,17 @@ before. No checksum tells that the last lines of a log are missing: that is what
 
 from __future__ import annotations
 
+import glob
 import json
 import os
+import re
 import stat
 import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 from typing import IO, Any
@@ -33,6 +36,7 @@ LARGEST_TEXT = 2**25  # bytes, of a document, of one JSON line, and of what a sa
 LARGEST_LOG = 2**30  # bytes of JSON lines
 _ABOUT = "autoprune"  # the one entry of a safetensors file's metadata, a JSON document
 _RESTORE = "Delete it or restore a copy."
+_UNFINISHED = re.compile(r"\.(\d+)-\d+\.part$")  # as `_replace` names it: the process, the thread
 
 
 def cache_folder() -> Path:
@@ -133,6 +137,22 @@ def _replace(path: Path, write: Any) -> None:
             aside.replace(place)
         finally:
             aside.unlink(missing_ok=True)
+
+
+def remove_unfinished(folder: Path, name: str | None = None) -> None:
+    """Removes what killed processes left half written in a folder and those in it; for who alone writes there.
+
+    Args:
+        folder: that of a run, or of files that are made in turn.
+        name: of the one file whose leftovers are removed, in the folder itself.
+    """
+    found = (
+        folder.glob(f".{glob.escape(name)}.*.part") if name else chain(folder.glob(".*.part"), folder.glob("*/.*.part"))
+    )
+    for path in found:
+        writer = _UNFINISHED.search(path.name)
+        if writer is not None and int(writer[1]) != os.getpid():
+            path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -251,6 +271,13 @@ def read_lines(path: Path, what: str) -> list[dict[str, Any]]:
             raise FileError(f"{what} is corrupt: {where}: {error}. {_RESTORE}") from None
         before = document[CHECKSUM]
     return rows
+
+
+def keep_lines(path: Path, count: int) -> None:
+    """Drops the lines after the first `count`."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    if len(lines) > count:
+        write_bytes(path, b"".join(lines[:count]))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], about: Mapping[str, Any] | None = None) -> None:

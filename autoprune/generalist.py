@@ -32,8 +32,9 @@ from autoprune.envs.surrogate import Surrogate, fit_surrogate
 from autoprune.errors import AutopruneError, ConfigError
 from autoprune.evaluation.measurement import Evaluate, Measurement
 from autoprune.evaluation.pool import cores
-from autoprune.files import append_line, cache_folder, read_lines, write_json
+from autoprune.files import append_line, cache_folder, keep_lines, read_lines, write_json
 from autoprune.latency.machine import machine_identity
+from autoprune.locks import FolderLock
 from autoprune.plan import Plan
 from autoprune.progress import SILENT, Progress
 from autoprune.report.tensorboard import FamilyWriter
@@ -98,6 +99,8 @@ class Generalist:
         self.config, self.directory, self.progress = config, directory, progress
         self._workers = cores() if workers is None else workers
         self._judging: dict[str, list[PruneEnv]] = {}
+        self._runs: dict[str, Run] = {}
+        self._lock = FolderLock(directory)
         check_directory(directory, config.to_json())
 
     @cached_property
@@ -111,12 +114,15 @@ class Generalist:
         return held_out_members(self.config.family.data)
 
     def run_of(self, member: Member) -> Run:
-        """The run that keeps what a task needs."""
-        return member_run(self.config, member)
+        """The run that keeps what a task needs; its directory, once it is written in, is this training's for life."""
+        if member.name not in self._runs:
+            self._runs[member.name] = member_run(self.config, member)
+        return self._runs[member.name]
 
     @cached_property
     def prepared(self) -> dict[str, Prepared]:
         """All tasks with something at stake, drawn and held out, by name; what is missing is made, a process each."""
+        self._lock.take()
         write_json(self.directory / "config.json", self.config.to_json())
         everyone = [*self.members, *self.judges]
         missing = [member for member in everyone if not (self._done(member)).exists()]
@@ -198,12 +204,14 @@ class Generalist:
 
     def train(self) -> Judgement:
         """Learns, or goes on learning; the policy that the choosing tasks like best is kept in ``policy``."""
+        self._lock.take()
         learned, choosing, held_out = self.split()
         learner = self.learner(learned)
         updates, every = self.config.learning.updates, self.config.learning.judge_every
         judgements = [Judgement(**line) for line in read_lines(self._judged, "the judgements")]
         done = checkpoint_episodes(self.directory)
         judgements = [each for each in judgements if each.update < done]
+        keep_lines(self._judged, len(judgements))  # what was learned after the checkpoint is learned again
         writer = FamilyWriter(self.directory / "tensorboard", done)
         with self.progress.bar("learning", updates) as bar:
             bar.advance(done)
@@ -276,10 +284,11 @@ def _prepare(config: GeneralistConfig, member: Member) -> None:
     torch.set_num_threads(1)
     _keep_memory()
     run = member_run(config, member)
-    problem = run.problem
-    problem.evaluate.all(surrogate_plans(problem, config.family.plans, config.seed))
-    stakes = stakes_of(member.name, problem, drops=config.family.drops)
-    write_json(run.directory / "prepared.json", {"stakes": [stake.fraction for stake in stakes]})
+    with closing(run.lock):
+        problem = run.problem
+        problem.evaluate.all(surrogate_plans(problem, config.family.plans, config.seed))
+        stakes = stakes_of(member.name, problem, drops=config.family.drops)
+        write_json(run.directory / "prepared.json", {"stakes": [stake.fraction for stake in stakes]})
 
 
 def _keep_memory() -> None:

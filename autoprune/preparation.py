@@ -29,6 +29,7 @@ from autoprune.latency.machine import machine_identity
 from autoprune.latency.quiet import timing
 from autoprune.latency.table import LatencyTable
 from autoprune.latency.timer import Clock, Protocol, torch_threads
+from autoprune.locks import FolderLock
 from autoprune.masks import collect_statistics
 from autoprune.patterns import PATTERNS
 from autoprune.progress import SILENT, Progress
@@ -86,9 +87,13 @@ class Preparation:
         workers: processes that evaluate trials, which change no result; None: one a core.
         ray: in their place, the address of a Ray cluster: see `evaluation.ray_pool`.
 
+    Attributes:
+        lock: of the directory; taken by the first stage that writes there, and held as long as the run lives.
+
     Raises:
         ConfigError: the config names what does not exist, the directory holds a run of another config, or workers are
             asked for here and on a cluster. `task` and `dense` raise it where the directory was made with others.
+        InUse: in a stage: another process, or another thread, writes in the directory.
     """
 
     def __init__(
@@ -112,6 +117,7 @@ class Preparation:
             raise ConfigError("workers and ray exclude each other: a cluster's nodes say how many workers they have.")
         check_directory(directory, config.to_json())
         self._claim = Claim(directory)  # written when the task has proved to work: `inventory`
+        self.lock = FolderLock(directory)
 
     @cached_property
     def task(self) -> Task:
@@ -149,6 +155,9 @@ class Preparation:
         env = self.config.env
         inputs = self.task.example_inputs(self.config.latency.batch)
         inventory = take_inventory(self.dense, inputs, keep_dense=env.keep_dense, min_weights=env.min_weights)
+        self.lock.take()
+        check_directory(self.directory, self.config.to_json())  # again: now nobody else can make it
+        self._claim.check(self._parts)
         self._claim.write(self._parts)
         write_json(self.directory / "config.json", self.config.to_json())
         self.progress.say(f"{len(inventory.layers)} prunable layers:")

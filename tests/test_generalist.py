@@ -93,6 +93,15 @@ def test_a_training_that_is_done_is_not_run_again_and_another_config_is_refused(
         Fake(config(updates=7), tmp_path)
 
 
+def test_what_a_killed_training_judged_after_its_checkpoint_is_not_kept_twice(tmp_path: Path) -> None:
+    best = Fake(config(), tmp_path).train()
+    lines = (tmp_path / "judgements.jsonl").read_bytes()
+    for name in ("agent.json", "agent-6.safetensors"):  # killed before its checkpoint was there
+        (tmp_path / name).unlink()
+    assert Fake(config(), tmp_path).train() == best
+    assert (tmp_path / "judgements.jsonl").read_bytes() == lines
+
+
 def test_a_family_with_nothing_at_stake_is_told(tmp_path: Path) -> None:
     fake = Fake(config(), tmp_path)
     fake.__dict__["prepared"] = {}

@@ -8,6 +8,8 @@ import inspect
 import json
 import shutil
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,6 +18,7 @@ from autoprune.errors import ConfigError, FileError
 from autoprune.files import cache_folder, check_cache, read_tensors, write_tensors
 from autoprune.fingerprint import fingerprint
 from autoprune.identity import task_parts
+from autoprune.locks import turn
 from autoprune.progress import Progress
 from autoprune.registry import Choice
 from autoprune.settings import TrainingSettings
@@ -30,7 +33,7 @@ def dense_model(
 ) -> nn.Module:
     """Returns the task's dense model, trained: by the task itself, from the cache, or now.
 
-    An interrupted training goes on from its last whole epoch.
+    An interrupted training goes on from its last whole epoch; one that another process is at is waited for.
     """
     model = copy.deepcopy(task.model)
     if settings is None:
@@ -40,7 +43,10 @@ def dense_model(
     about |= {"torch": torch.__version__, "autoprune": __version__}
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
     path = cache_folder() / f"dense-{task.name}-{digest}.safetensors"
-    if path.exists():
+    with turn(path, progress.say):
+        if not path.exists():
+            _train(model, task, settings, seed, path, about, progress)
+            return model.eval()
         tensors, _ = read_tensors(path, "the cached dense model")
         try:
             model.load_state_dict(tensors)
@@ -48,6 +54,11 @@ def dense_model(
             raise FileError(f"the cached dense model does not fit the task: {path} ({error}). Delete it.") from None
         progress.say(f"dense model: loaded from {path}")
         return model.eval()
+
+
+def _train(
+    model: nn.Module, task: Task, settings: TrainingSettings, seed: int, path: Path, about: Any, progress: Progress
+) -> None:
     check_cache()
     unfinished = path.with_suffix(".training")
     train_(
@@ -62,7 +73,6 @@ def dense_model(
     )
     write_tensors(path, model.state_dict(), about)
     shutil.rmtree(unfinished, ignore_errors=True)
-    return model.eval()
 
 
 def check_reseedable(choice: Choice) -> None:

@@ -26,6 +26,7 @@ from autoprune.files import cache_folder, read_json, write_json
 from autoprune.latency.machine import machine_identity
 from autoprune.latency.quiet import timing
 from autoprune.latency.timer import Clock
+from autoprune.locks import turn
 from autoprune.repack.fetch import Cache, fetched
 from autoprune.repack.formats import pack, pack_rows
 from autoprune.repack.grouping import GROUP_SIZES, Grouping
@@ -103,24 +104,30 @@ class TuningCache:
         self._path = path
         identity = machine_identity()
         self.machine = {key: identity[key] for key in ("cpu", "vector", "llvmlite")} | {"version": VERSION}
-        self.found: dict[str, Tiling] = {}
-        self.by_sample: dict[str, bool] = {}
+        self.found, self.by_sample = self._read()
         self.changed = False
+
+    def _read(self) -> tuple[dict[str, Tiling], dict[str, bool]]:
         try:
             data = read_json(self.path, "the tuning cache")
-            if data["machine"] == self.machine:
-                self.found = {str(key): tiling_from_json(row) for key, row in data["found"].items()}
-                self.by_sample = {str(key): flag(value) for key, value in data["by_sample"].items()}
+            if data["machine"] != self.machine:
+                return {}, {}
+            found = {str(key): tiling_from_json(row) for key, row in data["found"].items()}
+            return found, {str(key): flag(value) for key, value in data["by_sample"].items()}
         except (FileError, KeyError, TypeError, AttributeError, ValueError):
-            self.found, self.by_sample = {}, {}
+            return {}, {}
 
     def save(self) -> None:
-        """Writes what is new; a cache that cannot be written costs time, not correctness."""
+        """Writes what is new, beside what others found; a cache that cannot be written costs time, not correctness."""
         if not self.changed:
             return
-        rows = {key: asdict(tiling) for key, tiling in list(self.found.items())}  # other threads may add to it
         try:
-            write_json(self.path, {"machine": self.machine, "found": rows, "by_sample": dict(self.by_sample)})
+            with turn(self.path):
+                found, by_sample = self._read()
+                found |= dict(self.found)  # a copy: other threads may add to it
+                rows = {key: asdict(tiling) for key, tiling in found.items()}
+                by_sample |= dict(self.by_sample)
+                write_json(self.path, {"machine": self.machine, "found": rows, "by_sample": by_sample})
         except FileError as error:
             _say_once(f"what is tuned is not kept, so that every process tunes anew: {error}")
             return
@@ -188,8 +195,8 @@ def tune(
                 if keys[step.name] not in cache.found:
                     cache.found[keys[step.name]], times[step.name] = bench.fastest(step, layers[step.name])
                     cache.changed = True
+                    cache.save()  # each: all layers of a large model take minutes
         plan.release(frame)
-        cache.save()
     for name, key in keys.items():
         tilings[name] = cache.found[key]
         size = tilings[name].group_size
