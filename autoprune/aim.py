@@ -15,7 +15,7 @@ from autoprune.allocation import Cost
 from autoprune.criteria import LayerStatistics
 from autoprune.envs.projection import check_feasible, fastest, project
 from autoprune.errors import AutopruneError
-from autoprune.evaluation.profile import profile_settings, profile_table
+from autoprune.evaluation.profile import profile_record, profile_settings, profile_table
 from autoprune.evaluation.recovery import Subject
 from autoprune.inventory import Inventory, as_tuple, copy_for_inference
 from autoprune.latency.cost import LatencyCost
@@ -76,8 +76,10 @@ def latency_table(
     with turn(file, _LOG.info):
         if file.exists():
             return LatencyTable.load(file, settings=settings, machine=machine_identity())
-        table = profile_table(subject, (pattern,), settings, protocol, clock)
+        record = profile_record(file, settings, protocol)
+        table = profile_table(subject, (pattern,), settings, protocol, clock, record=record)
         table.save(file)
+        record.clear()
     return table
 
 

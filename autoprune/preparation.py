@@ -18,7 +18,7 @@ from autoprune.envs.actions.group_size import GroupSize
 from autoprune.errors import ConfigError
 from autoprune.evaluation.dense import check_reseedable, dense_model
 from autoprune.evaluation.pool import cores
-from autoprune.evaluation.profile import profile_settings, profile_table, worth_pruning
+from autoprune.evaluation.profile import profile_record, profile_settings, profile_table, worth_pruning
 from autoprune.evaluation.recovery import RECOVERIES, Subject
 from autoprune.files import write_json
 from autoprune.fingerprint import model_fingerprints
@@ -196,10 +196,15 @@ class Preparation:
         if path.exists() and not self._fresh_table:
             return LatencyTable.load(path, settings=settings, machine=machine_identity())
         protocol = self._protocol(self.config.latency.profile_samples)
+        record = profile_record(path, settings, protocol)
+        if self._fresh_table:
+            path.unlink(missing_ok=True)
+            record.clear()
+            self._fresh_table = False
         with timing():
-            table = profile_table(self.subject, self.patterns, settings, protocol, self.clock, self.progress)
+            table = profile_table(self.subject, self.patterns, settings, protocol, self.clock, self.progress, record)
         table.save(path)
-        self._fresh_table = False
+        record.clear()
         self.progress.say(
             f"latency table: dense {table.dense_ms:.3f} ms, of which prunable layers "
             f"{sum(table.dense_us(name) for name in table.layers) / 1e3:.3f} ms ({path})"

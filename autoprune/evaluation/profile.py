@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from autoprune.evaluation.recovery.none import NoRecovery
 from autoprune.fingerprint import architecture_fingerprint
 from autoprune.inventory import Inventory, KeptDense, copy_for_inference, record_inputs
 from autoprune.latency.machine import machine_identity
+from autoprune.latency.record import Record
 from autoprune.latency.table import LatencyTable, LayerTable, Point
 from autoprune.latency.timer import Clock, Protocol, measure_together, torch_threads
 from autoprune.patterns import PATTERNS
@@ -49,6 +52,12 @@ def profile_settings(subject: Subject, patterns: Sequence[Choice], batch: int, t
     }
 
 
+def profile_record(table: Path, settings: Mapping[str, Any], protocol: Protocol) -> Record:
+    """What was measured so far of the table of a file: it is kept beside that until the table is there."""
+    about = {"settings": settings, "machine": machine_identity(), "samples": protocol.samples}
+    return Record(table.with_name(f"{table.stem}.cells.jsonl"), about)
+
+
 def profile_table(
     subject: Subject,
     patterns: Sequence[Choice],
@@ -56,8 +65,9 @@ def profile_table(
     protocol: Protocol,
     clock: Clock,
     progress: Progress = SILENT,
+    record: Record | None = None,
 ) -> LatencyTable:
-    """Measures the whole table.
+    """Measures the whole table, or what the record does not hold of it.
 
     Args:
         subject: the model and its prunable layers.
@@ -66,13 +76,17 @@ def profile_table(
         protocol: of one cell.
         clock: seconds.
         progress: shows a bar over the layers.
+        record: keeps every measurement; None: in memory alone.
     """
+    record = Record() if record is None else record
+    if record.known:
+        progress.say(f"latency table: {record.known} of its measurements were made before")
     inputs = subject.task.example_inputs(int(settings["batch"]))
-    layers = _in_programs(subject, patterns, inputs, protocol, clock, progress)
+    layers = _in_programs(subject, patterns, inputs, protocol, clock, progress, record)
     if layers is not None:
-        return _joined(subject, layers, patterns[-1], settings, protocol, clock, _shift)
-    layers = _one_by_one(subject, patterns, inputs, protocol, clock, progress)
-    return _joined(subject, layers, patterns[-1], settings, protocol, clock, _line)
+        return _joined(subject, layers, patterns[-1], settings, protocol, clock, _shift, record)
+    layers = _one_by_one(subject, patterns, inputs, protocol, clock, progress, record)
+    return _joined(subject, layers, patterns[-1], settings, protocol, clock, _line, record)
 
 
 def _in_programs(
@@ -82,6 +96,7 @@ def _in_programs(
     protocol: Protocol,
     clock: Clock,
     progress: Progress,
+    record: Record,
 ) -> dict[str, LayerTable] | None:
     """Times layers where they run: inside whole programs, all layers at one sparsity, one program a sparsity.
 
@@ -95,30 +110,46 @@ def _in_programs(
         graph = capture(subject.dense, inputs)
     except CaptureError:
         return None
-    whole: dict[str, LayerTime] | None = None
+    whole: dict[str, _Cell] | None = None
     curves: dict[str, dict[str, list[Point]]] = {spec.name: {} for spec in specs}
     with progress.bar("latency table", 1 + len(patterns) * len(ANCHORS)) as bar, torch_threads(protocol.threads):
         for choice in patterns:
             for sparsity in (0.0, *ANCHORS):
                 now = whole if sparsity == 0.0 else None  # nothing masked is the same under any pattern
                 if now is None:
-                    now = _program_times(subject, graph, choice, sparsity, inputs, protocol, clock)
+                    measure = partial(_program_times, subject, graph, choice, sparsity, inputs, protocol, clock)
+                    now = _cells(record(f"{choice} at {sparsity}", measure))
                     bar.advance()
                 if now is None:
                     return None
                 whole = whole or now
                 for spec in specs:
-                    point = Point(sparsity, now[spec.name].median_us, now[spec.name].backend)
-                    curves[spec.name].setdefault(str(choice), []).append(point)
+                    curves[spec.name].setdefault(str(choice), []).append(now[spec.name].point(sparsity))
     assert whole is not None
     return {
         spec.name: LayerTable(
-            whole[spec.name].dense_us or whole[spec.name].median_us,
+            whole[spec.name].dense_us or whole[spec.name].latency_us,
             spec.calls,
             {key: tuple(points) for key, points in curves[spec.name].items()},
         )
         for spec in specs
     }
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """One layer under one pattern at one sparsity, as kept: torch's dense time, and ours by the fastest backend."""
+
+    dense_us: float | None
+    latency_us: float
+    backend: str
+
+    def point(self, sparsity: float) -> Point:
+        return Point(sparsity, self.latency_us, self.backend)
+
+
+def _cells(kept: Mapping[str, Mapping[str, Any]] | None) -> dict[str, _Cell] | None:
+    return None if kept is None else {name: _Cell(**cell) for name, cell in kept.items()}
 
 
 def _program_times(
@@ -129,8 +160,8 @@ def _program_times(
     inputs: tuple[Tensor, ...],
     protocol: Protocol,
     clock: Clock,
-) -> dict[str, LayerTime] | None:
-    """One call of every layer, all of them masked alike; None where the program does not hold them all."""
+) -> dict[str, dict[str, Any]] | None:
+    """A `_Cell` of every layer, of one call, all masked alike; None where the program does not hold them all."""
     model = copy.deepcopy(subject.dense)
     if sparsity > 0.0:
         for spec in subject.inventory.layers:
@@ -144,7 +175,8 @@ def _program_times(
     if any(spec.name not in rows for spec in subject.inventory.layers):
         return None
     return {
-        name: replace(of[0], median_us=statistics.fmean(each.median_us for each in of)) for name, of in rows.items()
+        name: asdict(_Cell(of[0].dense_us, statistics.fmean(each.median_us for each in of), of[0].backend))
+        for name, of in rows.items()
     }
 
 
@@ -163,6 +195,7 @@ def _one_by_one(
     protocol: Protocol,
     clock: Clock,
     progress: Progress,
+    record: Record,
 ) -> dict[str, LayerTable]:
     """Times every layer as a module of its own, with each backend."""
     recorded = record_inputs(copy_for_inference(subject.dense), inputs, subject.inventory.names)
@@ -170,7 +203,7 @@ def _one_by_one(
     with progress.bar("latency table", len(subject.inventory.layers)) as bar, torch_threads(protocol.threads):
         for spec in subject.inventory.layers:
             module = layer_at(subject.dense, spec.name)
-            layers[spec.name] = _layer(module, recorded[spec.name], patterns, spec, protocol, clock)
+            layers[spec.name] = _layer(module, recorded[spec.name], patterns, spec, protocol, clock, record)
             bar.advance()
     return layers
 
@@ -182,27 +215,31 @@ def _layer(
     spec: LayerSpec,
     protocol: Protocol,
     clock: Clock,
+    record: Record,
 ) -> LayerTable:
-    dense_us: list[float] = []
-
-    def fastest(masked: nn.Module, sparsity: float) -> Point:
-        options = lower_layer(masked)
-        timed = {name: _call(option, x) for name, option in options.items()}
+    def fastest(choice: Choice, sparsity: float) -> dict[str, Any]:
+        masked = copy.deepcopy(module)
+        if sparsity > 0.0:
+            _mask_(masked, spec, choice, sparsity)
+        timed = {name: _call(option, x) for name, option in lower_layer(masked).items()}
         times = measure_together(timed, protocol, clock)
-        dense_us.append(times["dense"].median_ms * 1e3)
         best = min(times, key=lambda name: times[name].median_ms)
-        return Point(sparsity, times[best].median_ms * 1e3, best)
+        return asdict(_Cell(times["dense"].median_ms * 1e3, times[best].median_ms * 1e3, best))
 
-    whole = fastest(module, 0.0)
-    curves = {}
-    for choice in patterns:
-        points = [whole]
-        for anchor in ANCHORS:
-            masked = copy.deepcopy(module)
-            _mask_(masked, spec, choice, anchor)
-            points.append(fastest(masked, anchor))
-        curves[str(choice)] = tuple(points)
-    return LayerTable(statistics.median(dense_us), spec.calls, curves)
+    def cell(choice: Choice, sparsity: float) -> _Cell:
+        return _Cell(**record(f"{spec.name}: {choice} at {sparsity}", partial(fastest, choice, sparsity)))
+
+    whole = cell(patterns[0], 0.0)  # nothing masked is the same under any pattern
+    cells = {str(choice): [whole, *(cell(choice, anchor) for anchor in ANCHORS)] for choice in patterns}
+    measured = [whole, *(each for curve in cells.values() for each in curve[1:])]
+    return LayerTable(
+        statistics.median(each.dense_us for each in measured if each.dense_us is not None),
+        spec.calls,
+        {
+            key: tuple(each.point(sparsity) for each, sparsity in zip(curve, (0.0, *ANCHORS), strict=True))
+            for key, curve in cells.items()
+        },
+    )
 
 
 def _call(module: nn.Module, x: Tensor) -> Any:
@@ -217,17 +254,22 @@ def _joined(
     protocol: Protocol,
     clock: Clock,
     fit: Callable[[Sequence[float], Sequence[float]], tuple[float, float]],
+    record: Record,
 ) -> LatencyTable:
     """Fits ``rest + scale * sum of layers`` to uniform models timed end to end."""
     unit = LatencyTable(layers, dense_ms=1.0, rest_ms=0.0, scale=1.0, settings=settings, machine=machine_identity())
     evaluator = Evaluator(subject, unit, NoRecovery(), protocol, int(settings["batch"]), clock=clock)
+
+    def timed(plan: Plan) -> list[float]:
+        return [each.median_ms for each in evaluator.time(evaluator.repacked(evaluator.masked_model(plan), plan))]
+
     sums, whole, dense = [], [], []
     for sparsity in WHOLE_ANCHORS:
         plan = Plan({name: LayerPlan(sparsity, pattern) for name in layers})
-        dense_time, packed_time = evaluator.time(evaluator.repacked(evaluator.masked_model(plan), plan))
+        dense_ms, packed_ms = record(f"whole at {sparsity}", partial(timed, plan))
         sums.append(unit.predict_ms(plan))
-        whole.append(packed_time.median_ms)
-        dense.append(dense_time.median_ms)
+        whole.append(packed_ms)
+        dense.append(dense_ms)
     dense_ms = statistics.median(dense)
     # Each model was timed in turns with the dense one: in units of it, drift of the machine cancels.
     rest_ms, scale = fit(sums, [w / d * dense_ms for w, d in zip(whole, dense, strict=True)])

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from autoprune.evaluation.profile import ANCHORS, profile_settings, profile_table
+from autoprune.evaluation import profile
+from autoprune.evaluation.profile import ANCHORS, WHOLE_ANCHORS, profile_record, profile_settings, profile_table
 from autoprune.evaluation.recovery import Subject
+from autoprune.files import append_line, read_lines
 from autoprune.inventory import take_inventory
+from autoprune.latency.table import LatencyTable
 from autoprune.latency.timer import Protocol
 from autoprune.masks import collect_statistics
+from autoprune.progress import SILENT, Progress
 from autoprune.registry import Choice
 from autoprune.settings import TrainingSettings
 from autoprune.tasks.base import Task
@@ -64,3 +69,61 @@ def test_every_layer_has_a_curve_for_every_pattern(model: nn.Module, x: Tensor, 
     if in_programs:
         assert table.scale == 1.0  # what was timed inside programs is what it takes there
     assert table.rest_ms >= 0.0
+
+
+@pytest.mark.parametrize(
+    ("model", "x", "cells"),
+    [(small_cnn(), torch.randn(4, 3, 16, 16), 1 + 2 * 2), (Reader(), torch.randn(4, 5, 16), 3 * (1 + 2 * 2))],
+    ids=["cnn", "lstm"],
+)
+def test_a_table_that_is_stopped_goes_on_and_measures_nothing_twice(
+    model: nn.Module, x: Tensor, cells: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(profile, "ANCHORS", (0.5, 0.9))
+    of, path = subject(model, x), tmp_path / "latency.json"
+    settings, protocol = profile_settings(of, PATTERNS, batch=1, threads=1), Protocol(samples=1, warmup=1)
+    lines_left = 0
+
+    def append(file: Path, line: object) -> None:
+        nonlocal lines_left
+        lines_left -= 1
+        if lines_left < 0:
+            raise KeyboardInterrupt
+        append_line(file, line)
+
+    def measured(progress: Progress) -> LatencyTable:
+        record = profile_record(path, settings, protocol)
+        return profile_table(of, PATTERNS, settings, protocol, time.perf_counter, progress, record)
+
+    monkeypatch.setattr("autoprune.latency.record.append_line", append)
+    before: list[object] = []
+    for lines_left in (3, 1, 2):  # noqa: B007 - it is counted down
+        progress = Said()
+        with pytest.raises(KeyboardInterrupt):
+            measured(progress)
+        told = f"latency table: {len(before) - 1} of its measurements were made before"
+        assert progress.told == ([told] if before else [])
+        now = read_lines(tmp_path / "latency.cells.jsonl", "the record")
+        assert now[: len(before)] == before
+        before = now
+    assert len(before) == 6
+    lines_left = 1000
+    table = measured(SILENT)
+    everything = read_lines(tmp_path / "latency.cells.jsonl", "the record")
+    assert everything[: len(before)] == before
+    keys = [line["key"] for line in everything[1:]]
+    assert len(set(keys)) == len(keys) == cells + len(WHOLE_ANCHORS)
+    lines_left = 0
+    assert measured(SILENT) == table  # all of it is known
+    assert profile_record(path, {**settings, "batch": 2}, protocol).known == 0
+    assert not (tmp_path / "latency.cells.jsonl").exists()
+
+
+class Said(Progress):
+    """Remembers what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.told.append(text)
