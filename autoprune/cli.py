@@ -10,6 +10,7 @@ import typer
 
 from autoprune.errors import AutopruneError, ConfigError
 from autoprune.version import __version__
+from autoprune.workers import end_forks_with_this
 
 if TYPE_CHECKING:  # imported by the commands that need it: --help does not wait for the agents
     from torch import nn
@@ -523,6 +524,7 @@ def _version(
 
 def main() -> None:
     """Entry point: one paragraph and a non-zero status for what a user can mend, Ctrl-C without a traceback."""
+    end_forks_with_this()
     try:
         app()
     except AutopruneError as error:

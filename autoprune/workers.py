@@ -7,10 +7,13 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from multiprocessing import Pipe, connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -150,6 +153,34 @@ def _pickled(function: Callable[[Any], Any]) -> bytes:
             "data that can be pickled."
         ) from error
     return sent
+
+
+@cache
+def end_forks_with_this() -> None:
+    """What this process forks from here on, such as a DataLoader's workers, ends with it, whatever ends it.
+
+    torch's own watch takes five seconds, in which a run that is started again is refused: a lock is inherited, too.
+    """
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(before=_note_parent, after_in_child=_watch_parent)
+
+
+_forking = 0  # the process that forks, for the child: to whom it may be lost before it can ask
+
+
+def _note_parent() -> None:
+    global _forking
+    _forking = os.getpid()
+
+
+def _watch_parent() -> None:
+    threading.Thread(target=_end_with, args=(_forking,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(worker_process.LOOK_S)
+    os._exit(1)
 
 
 def _deadly(name: str, deaths: int, status: int) -> str:

@@ -39,10 +39,18 @@ if Path(sys.argv[0]).name == "worker_process.py" and (HERE / "slow").exists():
     time.sleep(600)
 """
 SCRIPT = """
+import os
 import sys
+import time
 sys.path[:0] = sys.argv[1:]
 import troubled
-from autoprune.workers import Workers
+from autoprune.workers import Workers, end_forks_with_this
+if (troubled.HERE / "fork").exists():
+    end_forks_with_this()
+    troubled.started(os.getpid())
+    if os.fork() == 0:
+        troubled.started(os.getpid())
+    time.sleep(600)
 list(Workers(troubled.begins, 2).as_done([1, 2]))
 """  # with no guard around what starts processes: workers do not import it
 
@@ -88,16 +96,16 @@ def soon(done: Callable[[], bool], seconds: float = 100.0) -> bool:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize(("importing", "started"), [(True, 2), (False, 4)], ids=["importing", "at work"])
-def test_workers_end_with_a_parent_that_is_killed(
-    importing: bool, started: int, caller: Callable[[], subprocess.Popen[bytes]], tmp_path: Path
+@pytest.mark.parametrize(("what", "started"), [("slow", 2), ("work", 4), ("fork", 2)])
+def test_workers_and_forks_end_with_a_parent_that_is_killed(
+    what: str, started: int, caller: Callable[[], subprocess.Popen[bytes]], tmp_path: Path
 ) -> None:
-    if importing:
-        (tmp_path / "slow").touch()
+    (tmp_path / what).touch()
     parent = caller()
     assert soon(lambda: len(processes(tmp_path)) == started)
     assert all(map(alive, processes(tmp_path)))
     parent.kill()
+    parent.wait()
     assert soon(lambda: not any(map(alive, processes(tmp_path))))
 
 
