@@ -173,7 +173,7 @@ def bench_model(
     if isinstance(fast, ProgramModel):
         with progress.bar("a layer at a time", rounds) as bar:
             layers = layer_times(fast, model, inputs, protocol, clock, lambda: bar.advance(1))
-    return Bench(fast, latencies, left_out, layers, fma_gflops())
+    return Bench(fast, latencies, left_out, layers, fma_gflops() if layers else 0.0)
 
 
 def models_table(bench: Bench) -> str:

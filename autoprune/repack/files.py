@@ -10,7 +10,7 @@ A program's file holds its graph too, so it needs neither the model's class nor 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from autoprune.inventory import copy_for_inference
 from autoprune.recurrent import cell_of, layers_of
 from autoprune.repack.backends import BACKENDS, LayerForm
 from autoprune.repack.formats import PackedWeight
+from autoprune.repack.kernels.compiler import unavailable
 from autoprune.repack.program.graph import Graph
 from autoprune.repack.program.kinds import PACKED
 from autoprune.repack.program.lower import FAILURES
@@ -113,7 +114,9 @@ def _report_row(row: Any) -> LayerReport:
     for name in ("dense_us", "packed_us"):
         if not (row[name] is None or isinstance(row[name], float)):
             raise FileError(f"the report's {name} is {row[name]!r}")
-    return LayerReport(**row)
+    made = LayerReport(**row)
+    slow = unavailable() if made.backend == "jit" else None
+    return replace(made, why=f"run by torch's own operators, slower: {slow}") if slow else made
 
 
 # Packed weights ------------------------------------------------------------------------------------------------------
@@ -246,7 +249,7 @@ def _lowered(name: str, layer: Any, tensors: dict[str, Tensor], model: nn.Module
     module.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
     form = LayerForm(module, flag(layer["relu"]))
     support = BACKENDS.get(backend)().supports(form)
-    if not support.ok:
+    if not support.ok and support.why != unavailable():  # for want of kernels it runs by torch
         raise AutopruneError(f"{name} was packed for backend {backend!r}, which cannot run here: {support.why}")
     return BACKENDS.get(backend)().lower(form)
 
@@ -276,7 +279,7 @@ def _recurrent(name: str, layer: Any, tensors: dict[str, Tensor], model: nn.Modu
                 raise FileError(f"the bias {name}.{role} has shape {tuple(biases[role].shape)}")
     form = LayerForm(module)
     support = BACKENDS.get(backend)().supports(form)
-    if not support.ok:
+    if not support.ok and support.why != unavailable():  # for want of kernels it runs by torch
         raise AutopruneError(f"{name} was packed for backend {backend!r}, which cannot run here: {support.why}")
     return PackedRecurrent(module, packs, biases)
 

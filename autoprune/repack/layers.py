@@ -170,7 +170,7 @@ class PackedConv2d(PackedLayer):
             raise AutopruneError(
                 f"this convolution takes (N, {self.in_channels}, H, W), not an input of shape {tuple(x.shape)}."
             )
-        y: Tensor = program.plan((tuple(x.shape),)).run((x,))
+        y: Tensor = program.whole_plan((tuple(x.shape),)).run((x,))
         return y
 
 
@@ -197,7 +197,7 @@ class PackedLinear(PackedLayer):
             raise AutopruneError(
                 f"this Linear takes (..., {self.in_features}), not an input of shape {tuple(x.shape)}."
             )
-        y: Tensor = program.plan((tuple(x.shape),)).run((x,))
+        y: Tensor = program.whole_plan((tuple(x.shape),)).run((x,))
         return y
 
 

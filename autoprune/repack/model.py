@@ -20,7 +20,7 @@ from autoprune.inventory import as_tuple, copy_for_inference, kind_of, weighted_
 from autoprune.latency.timer import Clock, Protocol
 from autoprune.masks import Masks, apply_masks_
 from autoprune.recurrent import cut_states_
-from autoprune.repack.kernels.compiler import unavailable
+from autoprune.repack.kernels.compiler import refused, unavailable
 from autoprune.repack.outputs import same_output
 from autoprune.repack.probes import agrees, fresh, other_shapes
 from autoprune.repack.program.capture import CaptureError, capture
@@ -75,22 +75,26 @@ def repack(
             for and the model cannot be captured.
     """
     check_threads(threads)
+    refused()  # before the model runs
     inputs = as_tuple(example_inputs)
     original = copy_for_inference(model)
     if masks:
         apply_masks_(original, masks)
     only_modules = form == "modules" or (form is None and (backends is not None or choose is not None))
-    why = ""
+    told = ""
     if not only_modules:
         try:
             return _as_program(original, inputs, graph, threads, clock, cache, progress)
         except CaptureError as error:
             if form == "program":
                 raise
-            why = f"; layer by layer, since {str(error).rstrip('.')}"
+            told = str(error).rstrip(".")
     swapped = swap_layers(original, inputs, backends=backends, choose=choose, protocol=protocol, clock=clock)
-    if why:
-        swapped.report = tuple(replace(row, why=row.why + why) for row in swapped.report)
+    if told:
+        swapped.report = tuple(
+            row if told in row.why else replace(row, why=f"{row.why}; layer by layer, since {told}")
+            for row in swapped.report
+        )
     return swapped
 
 

@@ -86,7 +86,7 @@ class PackedRecurrent(nn.Module):
         program = self._programs.get(key)
         if program is None:  # two threads may both make it, alike
             program = self._programs[key] = self._program(*key)
-        states: Tensor = program.plan(tuple(tuple(x.shape) for x in given)).run(given)
+        states: Tensor = program.whole_plan(tuple(tuple(x.shape) for x in given)).run(given)
         return states
 
     def _program(self, suffix: str, reverse: bool, inputs: int) -> Program:

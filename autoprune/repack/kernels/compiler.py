@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
+import os
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +14,9 @@ from typing import Any, ParamSpec, TypeVar
 
 import llvmlite.binding as llvm
 import llvmlite.ir as ir
+import torch
+
+from autoprune.errors import AutopruneError
 
 Arguments = ParamSpec("Arguments")
 Kernel = TypeVar("Kernel")
@@ -86,6 +92,8 @@ def compile_function(module: ir.Module, name: str, target: Target, arguments: in
 
 def compile_op(module: ir.Module, name: str, target: Target) -> int:
     """Returns the address of the module's function `name`; it stays valid as long as the process."""
+    if reason := refused():
+        raise AutopruneError(reason)
     with _LOCK:
         parsed, machine = _optimised(module, target)
         engine = llvm.create_mcjit_compiler(parsed, machine)
@@ -135,6 +143,34 @@ def unavailable() -> str | None:
         function = ir.Function(module, ir.FunctionType(ir.VoidType(), []), "nothing")
         ir.IRBuilder(function.append_basic_block()).ret_void()
         compile_function(module, "nothing", host(), 0)()
+    except AutopruneError as error:
+        return str(error)
     except (RuntimeError, OSError) as error:
         return f"llvmlite cannot compile here: {error}"
     return None
+
+
+def refused() -> str | None:
+    """What the system has against code that is written and then run: LLVM would crash. Asked with a page of memory.
+
+    Where it is refused, torch's own compiled kernels (oneDNN) fail too, and torch is told to do without them.
+    """
+    if sys.platform == "win32":
+        return None
+    libc = ctypes.CDLL(None, use_errno=True)
+    with mmap.mmap(-1, mmap.PAGESIZE) as page:
+        place = ctypes.c_char.from_buffer(page)
+        given = (ctypes.c_void_p(ctypes.addressof(place)), ctypes.c_size_t(mmap.PAGESIZE))
+        denied = libc.mprotect(*given, mmap.PROT_READ | mmap.PROT_EXEC)
+        error = ctypes.get_errno()
+        del place  # or the page could not be given back
+    if not denied:
+        return None
+    torch.backends.mkldnn.set_flags(False)
+    return (
+        f"this process may not make memory executable ({os.strerror(error)}), so no kernel can be compiled: what would "
+        "allow it is MemoryDenyWriteExecute=no for systemd, execmem for SELinux"
+    )
+
+
+refused()  # at once: torch must know before its first convolution

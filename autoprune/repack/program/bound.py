@@ -10,6 +10,7 @@ from torch import Tensor
 
 from autoprune.errors import AutopruneError
 from autoprune.inventory import own_copy
+from autoprune.repack.program.by_torch import TorchPlan
 from autoprune.repack.program.program import Frame, Plan
 from autoprune.repack.program.steps import TorchStep
 
@@ -25,15 +26,21 @@ class Bound:
         inputs: what is read, copies of the tensors it was made with.
     """
 
-    def __init__(self, plan: Plan, inputs: tuple[Tensor, ...]) -> None:
-        self._plan, self._lock = plan, threading.Lock()
+    def __init__(self, plan: Plan | TorchPlan, inputs: tuple[Tensor, ...]) -> None:
+        self._lock, self.inputs = threading.Lock(), tuple(map(own_copy, inputs))
+        self._places = [(x, x.data_ptr()) for x in self.inputs]
+        self._by_torch = plan if isinstance(plan, TorchPlan) else None
+        if isinstance(plan, Plan):
+            self._prepare(plan)
+
+    def _prepare(self, plan: Plan) -> None:
+        self._plan = plan
         self._native = not any(isinstance(part, TorchStep) for part in plan.parts)
-        self.inputs = tuple(map(own_copy, inputs))
         with torch.inference_mode(False):  # or nobody could write to them outside of it
             first = plan.frame()
             plan.fill(first, self.inputs)
         self._outputs = {slot: first.holders[slot] for slot in plan.lowered.outputs}
-        self._places = [(x, x.data_ptr()) for x in (*self.inputs, *self._outputs.values())]
+        self._places += [(x, x.data_ptr()) for x in self._outputs.values()]
         self._frames = [(first, self._fixed(first))]
 
     def __call__(self) -> Any:
@@ -46,6 +53,8 @@ class Bound:
             for x, place in self._places:
                 if x.data_ptr() != place:
                     raise AutopruneError("a bound tensor has other memory now: write to it with copy_, or bind anew.")
+            if self._by_torch is not None:
+                return self._by_torch.run(self.inputs)
             (frame, results), plan = self._free(), self._plan
             plan.check_numbers(frame)
             plan.run_parts(frame)

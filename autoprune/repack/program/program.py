@@ -17,8 +17,9 @@ from torch import Tensor
 
 from autoprune.errors import AutopruneError
 from autoprune.inventory import has_memory
-from autoprune.repack.kernels.compiler import Target, host
+from autoprune.repack.kernels.compiler import Target, host, unavailable
 from autoprune.repack.program import aten
+from autoprune.repack.program.by_torch import TorchPlan
 from autoprune.repack.program.graph import Graph, Input, build_outputs, evaluate_op
 from autoprune.repack.program.lower import FAILURES, lower
 from autoprune.repack.program.native import NativeOp, NativeSequence
@@ -264,7 +265,8 @@ class Program:
         self.graph, self.weights, self.tilings = graph, dict(weights), dict(tilings or {})
         self.threads, self.target, self.by_sample = threads, target or host(), by_sample
         self._plans: dict[Shapes, Plan] = {}
-        self._chosen: dict[tuple[Shapes, int], Plan] = {}
+        self._chosen: dict[tuple[Shapes, int], Plan | TorchPlan] = {}
+        self._by_torch = TorchPlan(graph, self.weights) if unavailable() else None
         self._dtypes = [getattr(torch, each.dtype) for each in graph.inputs]
         self._lock = threading.Lock()
 
@@ -286,12 +288,16 @@ class Program:
                 plan = self._plans[shapes] = Plan(self.graph, lowered, self.weights, self.tilings, self.threads)
             return plan
 
-    def chosen_plan(self, shapes: Shapes) -> Plan:
+    def whole_plan(self, shapes: Shapes) -> Plan | TorchPlan:
+        """What a whole batch runs: `plan`, or torch's own functions where no kernel can be compiled."""
+        return self._by_torch or self.plan(shapes)
+
+    def chosen_plan(self, shapes: Shapes) -> Plan | TorchPlan:
         """What a call with inputs of `shapes` runs: `plan`, or the program that takes a batch apart."""
         key = shapes, self._threads_now
         ready = self._chosen.get(key)
         if ready is None:
-            ready = self.split_plan(shapes) or self.plan(shapes)
+            ready = self._by_torch or self.split_plan(shapes) or self.plan(shapes)
             with self._lock:
                 if len(self._chosen) >= MAX_PLANS:
                     self._chosen.clear()
@@ -326,7 +332,7 @@ class Program:
     def __call__(self, *inputs: Tensor) -> Any:
         return self.plan_for(inputs).run(inputs)
 
-    def plan_for(self, inputs: tuple[Tensor, ...]) -> Plan:
+    def plan_for(self, inputs: tuple[Tensor, ...]) -> Plan | TorchPlan:
         """What a call with these inputs runs.
 
         Raises:
