@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import dis
 import enum
 import functools
 import hashlib
-import sys
-import sysconfig
+import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -25,11 +23,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-LONGEST = 10_000  # entries of a list that are read one by one; of a longer one, its length and as many from either end
+from autoprune.code_of import function_of, installed, installed_class, is_code, is_own, mentioned, read_by, wraps
+
+LONGEST = 2_000  # entries of a list that are read one by one; of a longer one, its length and as many from either end
 DEEPEST = 40  # containers and objects within each other
 _MAPPED = 2**24  # bytes read of an array that is a file
-_OURS = str(Path(__file__).parent)
-_STANDARD = sysconfig.get_path("stdlib")
 _OF_ANY_MODULE = frozenset(vars(nn.Module()))
 
 
@@ -131,7 +129,7 @@ class _Walk:
             return digest(*(text for pieces in parts.values() for item in pieces.items() for text in item))
         if isinstance(value, types.ModuleType):
             return digest("module", value.__name__)
-        if _is_code(value):
+        if is_code(value):
             return digest(*(text for piece in self.pieces(value, "") for text in piece))
         return self._contents(value, kind)
 
@@ -145,7 +143,7 @@ class _Walk:
             return digest(kind, str(len(value)), *map(self, _ends(value)))
         if isinstance(value, DataLoader):
             return digest(kind, self(value.dataset), self(value.batch_size), self(value.drop_last))
-        if isinstance(value, (Dataset, argparse.Namespace, types.SimpleNamespace)) or _is_own(value):
+        if isinstance(value, (Dataset, argparse.Namespace, types.SimpleNamespace)) or is_own(value):
             state = {name: self(each) for name, each in _state(value).items()}
             return digest(self._class(type(value)), *(text for item in sorted(state.items()) for text in item))
         return kind
@@ -164,23 +162,32 @@ class _Walk:
         return digest(code.co_code, code.co_exceptiontable, repr(code.co_names), repr(taken), *constants)
 
     def _class(self, kind: type) -> str:
-        """A class by its name, and the code of every method that is not an installed package's; not of ``__init__``."""
-        parts = [kind.__qualname__]
+        """A class by its name and, where it is not an installed package's, its methods and the values they name.
+
+        What ``__init__`` does is seen in its objects.
+        """
+        parts, named = [kind.__qualname__], mentioned(kind)
         for base in kind.__mro__:
+            own = not installed_class(base)
             for name, value in vars(base).items():
-                function = _function_of(value)
-                if function is not None and name != "__init__" and not _installed(function):
-                    parts += [name, self(function)]
+                function = function_of(value)
+                if function is not None:
+                    parts += [name, self(function)] if name != "__init__" and not installed(function) else []
+                elif own and name in named and not name.startswith("__"):
+                    parts += [name, self(value)]
         return digest(*parts)
 
     def model(self, model: nn.Module) -> dict[str, dict[str, str]]:
-        first: dict[int, str] = {}  # tensor -> the name it is first known by: weights that are shared stay so
+        first: dict[int, tuple[str, str]] = {}  # tensor -> the name it is first known by, and what it is
 
         def tensors(named: Iterator[tuple[str, Tensor]]) -> dict[str, str]:
-            return {
-                name: digest(first.setdefault(id(value), name), str(value.requires_grad), self(value))
-                for name, value in named
-            }
+            found = {}
+            for name, value in named:
+                if id(value) not in first:
+                    first[id(value)] = name, self(value)
+                found[name] = digest(*first[id(value)], str(value.requires_grad))  # what is shared stays so
+                self._known[id(value)] = value, digest("a tensor of the model", first[id(value)][0])  # from here on
+            return found
 
         return {
             "weights": tensors(model.named_parameters(remove_duplicate=False)),
@@ -193,16 +200,17 @@ class _Walk:
 
         Submodules and tensors under names of their own are read by themselves.
         """
-        mentioned = _mentioned(type(module))
+        if isinstance(module, torch.jit.ScriptModule):
+            return digest(module.original_name, re.sub(r"___torch_mangle_\d+", "", str(getattr(module, "code", ""))))
+        named = mentioned(type(module))
         state = {
             name: self(value)
             for name, value in vars(module).items()
-            if name not in _OF_ANY_MODULE and name in mentioned and not isinstance(value, nn.Module)
+            if name not in _OF_ANY_MODULE and name in named and not isinstance(value, nn.Module)
         }
         hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-        traced = getattr(module, "code", "") if isinstance(module, torch.jit.ScriptModule) else ""
         attributes = (text for item in sorted(state.items()) for text in item)
-        return digest(self._class(type(module)), str(traced), *attributes, *map(self, hooks))
+        return digest(self._class(type(module)), *attributes, *map(self, hooks))
 
     def pieces(self, function: Any, prefix: str) -> Iterator[tuple[str, str]]:
         """(name, fingerprint) of a function's code and of each thing it reads."""
@@ -217,23 +225,23 @@ class _Walk:
         elif isinstance(function, nn.Module):
             for part, pieces in self.model(function).items():
                 yield from ((f"{prefix}{part}.{name}", value) for name, value in pieces.items())
-        elif callable(getattr(function, "__wrapped__", None)):
+        elif wraps(function):
             yield from self.pieces(function.__wrapped__, prefix)
-        elif not isinstance(function, type) and _is_own(function):
+        elif not isinstance(function, type) and is_own(function):
             yield f"{prefix}code", self._class(type(function))
             yield from self._attributes(function, prefix)
         else:
             yield f"{prefix}code", self(function) if isinstance(function, type) else _name(function)
 
     def _attributes(self, value: Any, prefix: str) -> Iterator[tuple[str, str]]:
-        if isinstance(value, type) or not _is_own(value):
+        if isinstance(value, type) or not is_own(value):
             yield f"{prefix}self", self(value)
             return
         for name, each in _state(value).items():
             yield from self._named(each, f"{prefix}{name}")
 
     def _named(self, value: Any, name: str) -> Iterator[tuple[str, str]]:
-        if _is_code(value):
+        if is_code(value):
             yield from self.pieces(value, f"{name}.")
         else:
             yield name, self(value)
@@ -243,12 +251,12 @@ class _Walk:
             return
         self._open.add(id(function))
         try:
-            if _installed(function):
+            if installed(function):
                 yield f"{prefix}code", _name(function)
             else:
                 defaults = digest(self(function.__defaults__), self(function.__kwdefaults__))
                 yield f"{prefix}code", digest(self(function.__code__), defaults)
-            for name, value in _read_by(function).items():
+            for name, value in read_by(function).items():
                 yield from self._named(value, f"{prefix}{name}")
         finally:
             self._open.discard(id(function))
@@ -262,98 +270,8 @@ def _name(value: Any) -> str:
     return f"{getattr(value, '__module__', None)}.{getattr(value, '__qualname__', type(value).__qualname__)}"
 
 
-def _is_code(value: Any) -> bool:
-    kinds = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial)
-    return isinstance(value, kinds) or callable(getattr(value, "__wrapped__", None))
-
-
-def _function_of(value: Any) -> types.FunctionType | None:
-    """The function behind an attribute of a class."""
-    if isinstance(value, (staticmethod, classmethod)):
-        value = value.__func__
-    if isinstance(value, property):
-        value = value.fget
-    return value if isinstance(value, types.FunctionType) else None
-
-
-def _installed(function: types.FunctionType) -> bool:
-    """Whether it belongs to Python, to this package or to an installed one."""
-    return _installed_file(function.__code__.co_filename)
-
-
-@functools.cache
-def _installed_file(file: str) -> bool:
-    return file.startswith((_OURS, _STANDARD, "<frozen")) or not {"site-packages", "dist-packages"}.isdisjoint(
-        Path(file).parts
-    )
-
-
-def _is_own(value: Any) -> bool:
-    """Whether an object is of a class of the user's, or of this package: its attributes are read."""
-    root = type(value).__module__.partition(".")[0]
-    if root == __name__.partition(".")[0]:
-        return True
-    file = getattr(sys.modules.get(root), "__file__", None)
-    return root not in (*sys.stdlib_module_names, "builtins") and not (file and _installed_file(file))
-
-
 def _state(value: Any) -> dict[str, Any]:
     """An object's attributes, those in slots too."""
     slots = [name for base in type(value).__mro__ for name in vars(base).get("__slots__", ())]
     names = [*slots, *(field.name for field in dataclasses.fields(value))] if dataclasses.is_dataclass(value) else slots
     return {name: getattr(value, name) for name in names if hasattr(value, name)} | dict(getattr(value, "__dict__", {}))
-
-
-def _mentioned(kind: type) -> frozenset[str]:
-    """Every name and text in the code of a class's methods, ``__init__`` left out."""
-    found: set[str] = set()
-
-    def read(code: types.CodeType) -> None:
-        found.update(code.co_names)
-        found.update(constant for constant in code.co_consts if isinstance(constant, str))
-        for constant in code.co_consts:
-            if isinstance(constant, types.CodeType):
-                read(constant)
-
-    for base in kind.__mro__:
-        for name, value in vars(base).items():
-            function = _function_of(value)
-            if function is not None and name != "__init__" and base is not nn.Module:
-                read(function.__code__)
-    return frozenset(found)
-
-
-def _read_by(function: types.FunctionType) -> dict[str, Any]:
-    """What a function reads from around it by name: cells of its closure and, of a user's function, globals.
-
-    Of a user's module that it names, the members that it names.
-    """
-    found: dict[str, Any] = {}
-    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        if name != "__class__" and cell != types.CellType():
-            found[name] = cell.cell_contents
-    if _installed(function):
-        return found
-    for name, member in _globals_named(function.__code__):
-        if name not in function.__globals__:
-            continue
-        value = function.__globals__[name]
-        if isinstance(value, types.ModuleType) and member in vars(value):
-            held = vars(value)[member]
-            if isinstance(held, types.FunctionType) or not _is_code(held):
-                found[f"{name}.{member}"] = held
-        else:
-            found[name] = value
-    return found
-
-
-def _globals_named(code: types.CodeType) -> Iterator[tuple[str, str]]:
-    """(a global's name, the attribute taken of it or nothing), in the order of the code."""
-    steps = list(dis.get_instructions(code))
-    for step, following in zip(steps, [*steps[1:], None], strict=True):
-        if step.opname == "LOAD_GLOBAL":
-            taken = following is not None and following.opname in ("LOAD_ATTR", "LOAD_METHOD")
-            yield str(step.argval), str(following.argval) if taken and following is not None else ""
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _globals_named(constant)

@@ -210,7 +210,7 @@ def test_what_a_function_counts_or_remembers_is_no_part_of_it(tmp_path: Path) ->
         nonlocal remembered
         seen.append(model)
         count["calls"] += 1
-        remembered = float(model(x).detach().mean())
+        remembered = float(model(x).detach().sigmoid().mean())
         return remembered
 
     for _ in range(3):
@@ -328,7 +328,7 @@ class Score:
 
 def helper(model, x, among=frozenset({"p", "q", "r"})):
     with torch.inference_mode():
-        return float(model(x).mean())
+        return float(model(x).sigmoid().mean())
 
 def main(folder):
     local = torch.ones(4, 8)
