@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from autoprune.agents.base import Trial, succeeded
@@ -12,8 +14,9 @@ from autoprune.files import write_tensors
 from autoprune.inventory import KeptDense
 from autoprune.latency.engines import ENGINES, baselines
 from autoprune.latency.machine import differences, machine_identity
+from autoprune.latency.record import MeasurementRecord
 from autoprune.latency.table import LatencyTable
-from autoprune.latency.timer import Protocol, measure_together, speedup
+from autoprune.latency.timer import Latency, Protocol, measure_together, speedup
 from autoprune.masks import nonzero_parameters, sparsity, weight_of
 from autoprune.monitor import point
 from autoprune.repack.rivals import dense_calls
@@ -33,6 +36,8 @@ from autoprune.report.stored import (
 from autoprune.report.table import markdown_table
 from autoprune.report.tensorboard import TrialWriter
 from autoprune.run import Run
+
+ROUNDS = 10  # of the final table that are measured, and kept, together
 
 
 def results(run: Run, *, again: bool = False) -> tuple[ResultRow, ...]:
@@ -55,7 +60,10 @@ def results(run: Run, *, again: bool = False) -> tuple[ResultRow, ...]:
         f"measuring: batch {latency.batch}, {latency.threads} thread(s), {latency.samples} rounds in turns"
     )
     protocol = Protocol(samples=latency.samples, threads=latency.threads, lead=1)  # each row with its own warm caches
-    times = measure_together(calls, protocol, run.clock)
+    record = _record_of_rounds(run, list(calls), machine)
+    if again:
+        record.clear()
+    times = _measured(calls, protocol, run, record)
 
     dense_file = run.directory / "dense.safetensors"
     write_tensors(dense_file, run.dense.state_dict())
@@ -80,7 +88,33 @@ def results(run: Run, *, again: bool = False) -> tuple[ResultRow, ...]:
     rows.append(row(REPACKED, REPACKED, run.task.test(repacked), kept, packed_size))
     how = {"batch": latency.batch, "threads": latency.threads, "device": "cpu"}
     write_stored(path, Results(tuple(rows), {**how, "rounds, all rows in turns": latency.samples}, machine))
+    record.clear()
     return tuple(rows)
+
+
+def _record_of_rounds(run: Run, rows: list[str], machine: Mapping[str, Any]) -> MeasurementRecord:
+    """What was measured so far of the final table."""
+    with (run.directory / "repacked.safetensors").open("rb") as file:
+        repacked = hashlib.file_digest(file, "sha256").hexdigest()
+    latency = run.config.latency.model_dump(mode="json")
+    about = {"rows": rows, "repacked": repacked, "latency": latency, "machine": machine}
+    return MeasurementRecord(run.directory / "results.rounds.jsonl", about)
+
+
+def _measured(
+    calls: Mapping[str, Callable[[], object]], protocol: Protocol, run: Run, record: MeasurementRecord
+) -> dict[str, Latency]:
+    """Times all rows in turns, `ROUNDS` rounds at a time, which are kept: all of them take minutes of a large model."""
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for first in range(0, protocol.samples, ROUNDS):
+        part = replace(protocol, samples=min(ROUNDS, protocol.samples - first))
+
+        def measure(part: Protocol = part) -> dict[str, tuple[float, ...]]:
+            return {name: each.samples_ms for name, each in measure_together(calls, part, run.clock).items()}
+
+        for name, values in record(f"from round {first}", measure).items():
+            samples[name] += values
+    return {name: Latency.from_samples(values, protocol.threads) for name, values in samples.items()}
 
 
 def _engine_calls(run: Run, inputs: tuple[Any, ...]) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:

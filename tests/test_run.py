@@ -21,6 +21,7 @@ from autoprune.cli import app, main
 from autoprune.config import Config, parse_config
 from autoprune.errors import AutopruneError, ConfigError, FileError, InfeasibleTarget, StaleTable
 from autoprune.files import append_line, read_json, read_lines, read_tensors, write_json, write_tensors
+from autoprune.latency.timer import Latency, Protocol
 from autoprune.masks import sparsity, weight_of
 from autoprune.patterns import PATTERNS
 from autoprune.plan import Plan
@@ -122,6 +123,30 @@ def test_a_finished_run_does_no_work_again(finished: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in before if "agent" not in path.name} == {
         path: when for path, when in before.items() if "agent" not in path.name
     }
+
+
+def test_a_final_table_that_is_killed_goes_on(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[int] = []
+
+    def measure(calls: object, protocol: Protocol, clock: object) -> dict[str, Latency]:
+        if len(measured) == stop:
+            raise KeyboardInterrupt
+        measured.append(protocol.samples)
+        rows = ("dense, torch eager", "masked", "repacked")
+        return {name: Latency.from_samples([float(len(measured))] * protocol.samples, 1) for name in rows}
+
+    monkeypatch.setattr("autoprune.results.ROUNDS", 2)
+    monkeypatch.setattr("autoprune.results.measure_together", measure)
+    (copied / "results.json").unlink()
+    stop = 2
+    with pytest.raises(KeyboardInterrupt):
+        results(Run(config(), copied))
+    stop = 100
+    rows = results(Run(config(), copied))
+    assert measured == [2, 2, 1]
+    assert [row.latency.samples_ms for row in rows if row.latency] == [(1.0, 1.0, 2.0, 2.0, 3.0)] * 3
+    results(Run(config(), copied), again=True)
+    assert measured[3:] == [2, 2, 1]
 
 
 def test_the_plan_is_the_best_of_those_trained_for_longest(copied: Path) -> None:

@@ -23,7 +23,7 @@ from autoprune.evaluation.recovery.none import NoRecovery
 from autoprune.fingerprint import architecture_fingerprint
 from autoprune.inventory import Inventory, KeptDense, copy_for_inference, record_inputs
 from autoprune.latency.machine import machine_identity
-from autoprune.latency.record import Record
+from autoprune.latency.record import MeasurementRecord
 from autoprune.latency.table import LatencyTable, LayerTable, Point
 from autoprune.latency.timer import Clock, Protocol, measure_together, torch_threads
 from autoprune.patterns import PATTERNS
@@ -52,10 +52,10 @@ def profile_settings(subject: Subject, patterns: Sequence[Choice], batch: int, t
     }
 
 
-def profile_record(table: Path, settings: Mapping[str, Any], protocol: Protocol) -> Record:
+def profile_record(table: Path, settings: Mapping[str, Any], protocol: Protocol) -> MeasurementRecord:
     """What was measured so far of the table of a file: it is kept beside that until the table is there."""
     about = {"settings": settings, "machine": machine_identity(), "samples": protocol.samples}
-    return Record(table.with_name(f"{table.stem}.cells.jsonl"), about)
+    return MeasurementRecord(table.with_name(f"{table.stem}.cells.jsonl"), about)
 
 
 def profile_table(
@@ -65,7 +65,7 @@ def profile_table(
     protocol: Protocol,
     clock: Clock,
     progress: Progress = SILENT,
-    record: Record | None = None,
+    record: MeasurementRecord | None = None,
 ) -> LatencyTable:
     """Measures the whole table, or what the record does not hold of it.
 
@@ -78,7 +78,7 @@ def profile_table(
         progress: shows a bar over the layers.
         record: keeps every measurement; None: in memory alone.
     """
-    record = Record() if record is None else record
+    record = MeasurementRecord() if record is None else record
     if record.known:
         progress.say(f"latency table: {record.known} of its measurements were made before")
     inputs = subject.task.example_inputs(int(settings["batch"]))
@@ -96,7 +96,7 @@ def _in_programs(
     protocol: Protocol,
     clock: Clock,
     progress: Progress,
-    record: Record,
+    record: MeasurementRecord,
 ) -> dict[str, LayerTable] | None:
     """Times layers where they run: inside whole programs, all layers at one sparsity, one program a sparsity.
 
@@ -195,7 +195,7 @@ def _one_by_one(
     protocol: Protocol,
     clock: Clock,
     progress: Progress,
-    record: Record,
+    record: MeasurementRecord,
 ) -> dict[str, LayerTable]:
     """Times every layer as a module of its own, with each backend."""
     recorded = record_inputs(copy_for_inference(subject.dense), inputs, subject.inventory.names)
@@ -215,7 +215,7 @@ def _layer(
     spec: LayerSpec,
     protocol: Protocol,
     clock: Clock,
-    record: Record,
+    record: MeasurementRecord,
 ) -> LayerTable:
     def fastest(choice: Choice, sparsity: float) -> dict[str, Any]:
         masked = copy.deepcopy(module)
@@ -254,7 +254,7 @@ def _joined(
     protocol: Protocol,
     clock: Clock,
     fit: Callable[[Sequence[float], Sequence[float]], tuple[float, float]],
-    record: Record,
+    record: MeasurementRecord,
 ) -> LatencyTable:
     """Fits ``rest + scale * sum of layers`` to uniform models timed end to end."""
     unit = LatencyTable(layers, dense_ms=1.0, rest_ms=0.0, scale=1.0, settings=settings, machine=machine_identity())

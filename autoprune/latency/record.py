@@ -11,7 +11,7 @@ from autoprune.errors import FileError
 from autoprune.files import append_line, read_lines
 
 
-class Record:
+class MeasurementRecord:
     """What was measured so far, in a file of JSON lines: first what it holds for, then a measurement each.
 
     Args:
