@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -26,6 +28,7 @@ from autoprune.run import Run
 from autoprune.target import Target
 from autoprune.tasks.base import Task
 from autoprune.tasks.batches import first_batches
+from autoprune.tasks.checks import check_model, check_training, unfreeze_
 
 CALIBRATION_BATCHES = 4
 
@@ -50,7 +53,7 @@ class Compressed:
 def compress(
     model: nn.Module,
     train: Batches,
-    evaluate: Callable[[nn.Module], float],
+    evaluate: Callable[[nn.Module], Any],
     example_inputs: Tensor | tuple[Tensor, ...],
     target: Target | float = 2.0,
     *,
@@ -63,9 +66,11 @@ def compress(
     """Prunes a trained model to a target and returns it repacked, with its report.
 
     Args:
-        model: a trained module; left as it is.
+        model: a trained module; left as it is. Its copy is trained: frozen layers too where they are pruned, and a
+            model that is frozen as a whole, whole.
         train: re-iterable batches of ``(inputs, target)``, for calibration and fine-tuning.
-        evaluate: model -> score, higher is better; called once a trial.
+        evaluate: model -> score, higher is better; a number of any kind, or a dictionary with one at the metric's name.
+            Called once a trial, without gradients, for the most part with a repacked model: it can be called, no more.
         example_inputs: as the model is called, at the batch size latency matters for.
         target: a `Target`, or the speed-up wanted over dense torch eager.
         loss: ``loss(model(*inputs), target)`` is a scalar.
@@ -76,31 +81,61 @@ def compress(
         progress: where long work is shown.
 
     Raises:
-        AutopruneError: bad input, a target out of reach, or a directory in use; the message says what to do.
+        AutopruneError: bad input, a target out of reach, or a directory in use; the message says what to do. A model,
+            data, a loss or an evaluation that cannot be used is refused before anything that takes long.
     """
+    with torch.inference_mode(False), torch.enable_grad():  # whatever the caller's script is run under
+        run = _given_run(model, train, evaluate, example_inputs, target, loss, metric, config, progress)
+        if directory is not None:
+            return _compressed(run(Path(directory)))
+        with temporary_folder() as folder:
+            return _compressed(run(folder))
+
+
+def _given_run(
+    model: nn.Module,
+    train: Batches,
+    evaluate: Callable[[nn.Module], Any],
+    example_inputs: Tensor | tuple[Tensor, ...],
+    target: Target | float,
+    loss: Loss,
+    metric: Metric,
+    config: Mapping[str, Any] | None,
+    progress: Progress,
+) -> Callable[[Path], Run]:
+    """Checks what `compress` was given; returns the run of a directory."""
     wanted = target if isinstance(target, Target) else Target(speedup=float(target))
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     chosen = {key: value for key, value in vars(wanted).items() if value is not None}
     sections = {"target": chosen, **(config or {}), "task": "given"}
     latency = {**sections.get("latency", {}), "batch": len(inputs[0])}
     parsed = parse_config({**sections, "latency": latency}, "compress")
+    check_model(model)
+    eager = dict(model.named_children()).get("_orig_mod", model)  # torch.compile would compile each copy anew
+    dense = unfreeze_(copy_for_inference(eager).cpu())
+    check_training("train", dense, train, loss)
     task = Task(
         name="given",
-        model=copy_for_inference(model).cpu(),
+        model=dense,
         train=train,
         calibration=first_batches(train, CALIBRATION_BATCHES),
         validation=(),
         testing=(),
         loss=loss,
         dense_training=None,
-        score=lambda candidate, _: evaluate(candidate),
+        score=lambda candidate, _: evaluate(_lent(candidate)),
         metric=metric,
         examples=inputs,
     )
-    if directory is not None:
-        return _compressed(Run(parsed, Path(directory), task=task, progress=progress))
-    with temporary_folder() as folder:
-        return _compressed(Run(parsed, folder, task=task, progress=progress))
+    return lambda directory: Run(parsed, directory, task=task, progress=progress)
+
+
+def _lent(model: nn.Module) -> nn.Module:
+    """What `evaluate` may do with as it likes: a repacked model, which nothing changes, or a copy of another.
+
+    The copy takes no gradients, as a repacked one takes none: an evaluation that needs them fails at its first call.
+    """
+    return model if isinstance(model, RepackedModel) else copy.deepcopy(model).requires_grad_(False)
 
 
 def _compressed(run: Run) -> Compressed:

@@ -21,6 +21,7 @@ from autoprune.masks import Batches, Loss, Masks
 from autoprune.patterns import PATTERNS
 from autoprune.plan import LayerPlan, Plan
 from autoprune.processes import Alike
+from autoprune.recurrent import layer_at
 from autoprune.registry import Choice
 from autoprune.target import Target
 from autoprune.training import TRAINING, Signals
@@ -67,7 +68,8 @@ class PruningHooks:
     Raises:
         ConfigError: no such method, pattern, criterion or argument, or a sparsity or a speed-up out of range.
         InfeasibleTarget: the speed-up is out of reach; the message has the best there is.
-        AutopruneError: nothing can be pruned, the plan does not fit the model, or a target too many.
+        AutopruneError: nothing can be pruned, the plan does not fit the model, a target too many, or a layer to prune
+            whose weight is no parameter that is trained.
     """
 
     def __init__(
@@ -107,6 +109,7 @@ class PruningHooks:
             measured = latency_table(model, example_inputs, inventory, layer.pattern, file)
             plan, counted = plan_at(measured, inventory, layer, Choice.of(method), speedup)
         plan.check_layers(inventory.names)
+        _check_trainable(model, [name for name, layer in plan.layers.items() if layer.sparsity > 0.0])
         self._pruner = make_pruner_(
             self._method, model, inventory, plan, example_inputs, batches, loss, cost or counted
         )
@@ -245,3 +248,20 @@ class PruningHooks:
     def _check_started(self) -> None:
         if self._hook is None:
             raise AutopruneError("call start(optimizer, total_steps) first.")
+
+
+def _check_trainable(model: nn.Module, names: Sequence[str]) -> None:
+    """Raises AutopruneError where a mask on a layer's weight would not hold, or the layer could not recover."""
+    weights = {name: layer_at(model, name).weight for name in names}
+    if computed := [name for name, weight in weights.items() if not isinstance(weight, nn.Parameter)]:
+        raise AutopruneError(
+            f"the weight of {', '.join(computed[:3])} is computed from other tensors (weight or spectral norm, another "
+            "tool's mask), so that what is cut would come back. Make it plain, before the optimizer is made, with "
+            "torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.prune.remove or remove_weight_norm; or "
+            "leave the layer whole (keep_dense)."
+        )
+    if frozen := [name for name, weight in weights.items() if not weight.requires_grad]:
+        raise AutopruneError(
+            f"{', '.join(frozen[:3])} would be pruned and never trained: requires_grad is False. Let it be trained, or "
+            "leave the layer whole (keep_dense)."
+        )

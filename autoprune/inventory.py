@@ -19,7 +19,9 @@ from typing import Any, TypeGuard, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils import parametrize, prune
+from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from autoprune.errors import AutopruneError
 from autoprune.plan import LayerSpec
@@ -107,21 +109,28 @@ def weighted_layers(model: nn.Module) -> dict[str, nn.Module]:
 def settle_(model: nn.Module) -> nn.Module:
     """Makes every weight a plain parameter: other tools keep a mask beside it and multiply at each call.
 
-    Covers ``torch.nn.utils.prune`` and ``torch.nn.utils.parametrize``.
+    Covers ``torch.nn.utils.prune`` and ``torch.nn.utils.parametrize``, and the older hooks of weight and spectral norm.
     """
     for module in model.modules():
         held = {name for name, _ in module.named_parameters(recurse=False)}
         for name in [name.removesuffix("_mask") for name, _ in module.named_buffers(recurse=False)]:
             if f"{name}_orig" in held and prune.is_pruned(module):
                 prune.remove(module, name)
+        for hook in list(module._forward_pre_hooks.values()):
+            if isinstance(hook, WeightNorm):
+                remove_weight_norm(module, hook.name)
+            elif isinstance(hook, SpectralNorm):
+                remove_spectral_norm(module, hook.name)
         if parametrize.is_parametrized(module):
-            names = list(cast("nn.ModuleDict", module.parametrizations))
+            parts = cast("nn.ModuleDict", module.parametrizations)
+            trained = {name: any(x.requires_grad for x in part.parameters()) for name, part in parts.items()}
+            names = list(parts)
             values = {name: getattr(module, name).detach().clone() for name in names}
             # Not remove_parametrizations: it changes the class, which copies of the module share.
             module.__class__ = parametrize.type_before_parametrizations(module)
             del module.parametrizations
             for name, value in values.items():
-                module.register_parameter(name, nn.Parameter(value, requires_grad=False))
+                module.register_parameter(name, nn.Parameter(value, requires_grad=trained[name]))
     return model
 
 
@@ -362,7 +371,8 @@ def _reason_to_keep(
     if call is None:
         return "its forward never ran: the model reads its weight directly, or does not use it"
     weight = module.weight
-    assert isinstance(weight, Tensor)
+    if not isinstance(weight, nn.Parameter):
+        return "its weight is no parameter, so that it cannot be trained"
     if weight.dtype != torch.float32:
         return f"its weight is {str(weight.dtype).removeprefix('torch.')}, not float32"
     if len(owners.get(id(weight), [])) > 1:

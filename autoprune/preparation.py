@@ -15,7 +15,7 @@ from autoprune.criteria import CRITERIA
 from autoprune.envs.actions import ACTIONS, ActionComponent
 from autoprune.envs.actions.criterion import CriterionChoice
 from autoprune.envs.actions.group_size import GroupSize
-from autoprune.errors import ConfigError
+from autoprune.errors import AutopruneError, ConfigError
 from autoprune.evaluation.dense import check_reseedable, dense_model
 from autoprune.evaluation.pool import cores
 from autoprune.evaluation.profile import profile_record, profile_settings, profile_table, worth_pruning
@@ -147,14 +147,24 @@ class Preparation:
 
     @cached_property
     def dense_score(self) -> float:
-        """On the validation split."""
-        return self.task.evaluate(self.dense)
+        """On the validation split.
+
+        Raises:
+            AutopruneError: the evaluation fails, or gives no score: it would fail for every plan.
+        """
+        try:
+            return self.task.evaluate(self.dense)
+        except AutopruneError:
+            raise
+        except Exception as error:  # it is the user's: it may raise anything
+            raise AutopruneError(f"the dense model cannot be evaluated: {type(error).__name__}: {error}") from error
 
     @cached_property
     def inventory(self) -> Inventory:
         env = self.config.env
         inputs = self.task.example_inputs(self.config.latency.batch)
         inventory = take_inventory(self.dense, inputs, keep_dense=env.keep_dense, min_weights=env.min_weights)
+        _ = self.dense_score  # before anything that takes long
         self.lock.take()
         check_directory(self.directory, self.config.to_json())  # again: now nobody else can make it
         self._claim.check(self._parts)

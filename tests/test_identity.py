@@ -112,6 +112,12 @@ def with_a_buffer(value: float) -> nn.Module:
     return model
 
 
+def with_a_frozen_norm() -> nn.Module:
+    model = net()
+    model.norm.requires_grad_(False)  # type: ignore[union-attr]
+    return model
+
+
 def last_target_changed() -> list[tuple[Tensor, Tensor]]:
     made = batches(0)
     made[-1][1][-1] = (made[-1][1][-1] + 1) % 3
@@ -139,8 +145,8 @@ def with_a_hook() -> nn.Module:
         ({"model": net(kind=Doubled)}, r"the model's architecture \(as a whole\)"),
         ({"model": with_a_hook()}, r"the model's architecture \(norm\)"),
         (
-            {"model": net().requires_grad_(False)},
-            r"the model's weights \(conv.bias, conv.weight, head.bias and 3 more\)",
+            {"model": with_a_frozen_norm()},
+            r"the model's weights \(norm.bias, norm.weight\)",
         ),
         ({"train": batches(5)}, "the training data"),
         ({"train": last_target_changed()}, "the training data"),
@@ -188,8 +194,8 @@ class Squared:
         (Squared(2.0).method, Squared(3.0).method),
         (lambda output, target: squared(output, target, 2.0), lambda output, target: squared(output, target, 3.0)),
         (
-            torch.no_grad()(functools.partial(squared, weight=2.0)),
-            torch.no_grad()(functools.partial(squared, weight=3.0)),
+            torch.enable_grad()(functools.partial(squared, weight=2.0)),
+            torch.enable_grad()(functools.partial(squared, weight=3.0)),
         ),
         (nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 1.0])), nn.CrossEntropyLoss(torch.tensor([1.0, 1.0, 2.0]))),
     ],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from autoprune.inventory import as_tuple
 from autoprune.registry import Choice
 from autoprune.tasks.base import Task
 from autoprune.tasks.batches import first_batches
+from autoprune.tasks.checks import check_model, check_training, first_pair, kind, told, unfreeze_
 
 CALIBRATION_BATCHES = 4
 
@@ -39,10 +39,12 @@ def user(model: str, data: str) -> Task:
     if not isinstance(loaders, (tuple, list)) or len(loaders) not in (2, 3):
         count = f" of {len(loaders)}" if isinstance(loaders, (tuple, list)) else ""
         raise ConfigError(
-            f"data={data!r} must return (train, validation) or (train, validation, test), not {_kind(loaders)}{count}."
+            f"data={data!r} must return (train, validation) or (train, validation, test), not {kind(loaders)}{count}."
         )
+    check_model(built)
     for split, loader in zip(("train", "validation", "test"), loaders, strict=False):
         _check_split(f"the {split} split of data={data!r}", loader, built)
+    check_training(f"the train split of data={data!r}", unfreeze_(built), loaders[0], functional.cross_entropy)
     return Task(
         name="user",
         model=built.cpu(),
@@ -72,7 +74,7 @@ def user_model(argument: str, path: str) -> nn.Module:
     """
     built = _call(argument, path)
     if not isinstance(built, nn.Module):
-        raise ConfigError(f"{argument}={path!r} must return a torch.nn.Module, not {_kind(built)}.")
+        raise ConfigError(f"{argument}={path!r} must return a torch.nn.Module, not {kind(built)}.")
     return built
 
 
@@ -91,7 +93,7 @@ def _call(argument: str, path: str) -> Any:
             f"{argument}={path!r} cannot be imported: {error}. Run from the folder that holds it, or install it."
         ) from error
     except Exception as error:
-        raise ConfigError(f"{argument}={path!r}: importing {module_name} failed: {_told(error)}.") from error
+        raise ConfigError(f"{argument}={path!r}: importing {module_name} failed: {told(error)}.") from error
     function = getattr(module, function_name, None)
     if not callable(function):
         names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
@@ -100,16 +102,16 @@ def _call(argument: str, path: str) -> Any:
     try:
         return function()
     except Exception as error:
-        raise ConfigError(f"{argument}={path!r} failed when called without arguments: {_told(error)}.") from error
+        raise ConfigError(f"{argument}={path!r} failed when called without arguments: {told(error)}.") from error
 
 
 def _check_split(what: str, loader: Any, model: nn.Module) -> None:
-    batch = _first_batch(what, loader)
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[1], Tensor):
-        raise AutopruneError(f"{what} must give (inputs, target) pairs with a tensor as target, not {_kind(batch)}.")
-    inputs, target = as_tuple(batch[0]), batch[1]
+    given, target = first_pair(what, loader)
+    inputs = as_tuple(given)
+    if not isinstance(target, Tensor):
+        raise AutopruneError(f"{what} must give (inputs, target) pairs with a tensor as target, not {kind(target)}.")
     if not all(isinstance(x, Tensor) for x in inputs):
-        raise AutopruneError(f"{what}: inputs must be a tensor or a tuple of them, not {_kind(batch[0])}.")
+        raise AutopruneError(f"{what}: inputs must be a tensor or a tuple of them, not {kind(given)}.")
     if any(x.is_floating_point() and not bool(torch.isfinite(x).all()) for x in inputs):
         raise AutopruneError(f"{what} holds NaN or infinity in its first batch; clean the data.")
     if target.dtype != torch.int64:
@@ -118,7 +120,7 @@ def _check_split(what: str, loader: Any, model: nn.Module) -> None:
         )
     logits = _run(what, model, inputs)
     if not isinstance(logits, Tensor) or logits.shape[:-1] != target.shape:
-        got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else _kind(logits)
+        got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else kind(logits)
         raise AutopruneError(
             f"{what}: for targets of shape {tuple(target.shape)} the model must give logits of that "
             f"shape and one more dimension, the classes; it gave {got}."
@@ -130,18 +132,6 @@ def _check_split(what: str, loader: Any, model: nn.Module) -> None:
         )
 
 
-def _first_batch(what: str, loader: Any) -> Any:
-    if isinstance(loader, Iterator) or not hasattr(loader, "__iter__"):
-        raise ConfigError(
-            f"{what} must be iterable again and again, such as a DataLoader or a list, not {_kind(loader)}."
-        )
-    with torch.random.fork_rng(devices=[]):
-        batch = next(iter(loader), None)
-    if batch is None:
-        raise AutopruneError(f"{what} is empty.")
-    return batch
-
-
 def _run(what: str, model: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
     modes = [(module, module.training) for module in model.modules()]
     try:
@@ -150,17 +140,8 @@ def _run(what: str, model: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
     except Exception as error:
         shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
         raise AutopruneError(
-            f"{what} does not run through the model: inputs of shape {shapes}: {_told(error)}."
+            f"{what} does not run through the model: inputs of shape {shapes}: {told(error)}."
         ) from error
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def _kind(value: Any) -> str:
-    return f"a {type(value).__name__}"
-
-
-def _told(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
