@@ -145,6 +145,7 @@ def train_(
             if on_epoch:
                 on_epoch(epoch, {"loss": losses[-1], "learning_rate": rate})
         optimizer.zero_grad()
+        _check_weights(parameters, total_steps)
         return TrainingResult(tuple(losses), method.finish() if method else None, epochs, total_steps)
 
 
@@ -235,6 +236,15 @@ def _check_finite(value: Tensor, step: int, total_steps: int, rate: float) -> No
         raise NumericalError(
             f"training diverged: the loss is {value.item()} at step {step} of {total_steps}, learning rate {rate:.3g}. "
             "Lower learning_rate, raise warmup, or set clip_norm; if this is step 1, look for NaN in the data."
+        )
+
+
+def _check_weights(parameters: Sequence[nn.Parameter], total_steps: int) -> None:
+    """The last step's loss was computed before it."""
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in parameters):
+        raise NumericalError(
+            f"training diverged: weights are not finite after step {total_steps}, the last one. Lower learning_rate, "
+            "raise warmup, or set clip_norm."
         )
 
 

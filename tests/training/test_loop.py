@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from autoprune.errors import AutopruneError, FileError
+from autoprune.errors import AutopruneError, FileError, NumericalError
 from autoprune.inventory import take_inventory
 from autoprune.plan import LayerPlan, Plan
 from autoprune.progress import Bar, Progress
@@ -237,6 +237,14 @@ def test_divergence_is_an_error_that_says_where() -> None:
         train_(subject, batches, LOSS, TrainingSettings(epochs=2), seed=0)
     assert not subject.training
     assert all(torch.isfinite(parameter).all() for parameter in subject.parameters())
+
+
+def test_a_last_step_that_diverges_is_an_error_too() -> None:
+    def endless_slope(output: Tensor, target: Tensor) -> Tensor:
+        return (output.sum() - output.sum().detach()).clamp(min=0.0).sqrt()  # finite, and its slope is not
+
+    with pytest.raises(NumericalError, match="not finite after step 1, the last one"):
+        train_(model(), loader(), endless_slope, TrainingSettings(epochs=1, max_steps=1), seed=0)
 
 
 def test_arguments_that_do_not_go_together() -> None:
