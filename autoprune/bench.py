@@ -15,6 +15,7 @@ from autoprune.latency.engines import ENGINES, baselines
 from autoprune.latency.timer import Clock, Latency, Protocol, measure_together, speedup
 from autoprune.progress import SILENT, Progress
 from autoprune.repack import ExportReport, ProgramModel, RepackedModel, repack
+from autoprune.repack.export import CANNOT_RUN, RIGHT, WRONG
 from autoprune.repack.fetch import What
 from autoprune.repack.layer_times import LayerTime, layer_times
 from autoprune.repack.memory import LayerMemory
@@ -288,8 +289,10 @@ def export_text(report: ExportReport) -> str:
     ]
     table = markdown_table(("layer", "sparsity", "exported as", "dense us", "packed us", "why"), rows)
     batch = "any batch size" if report.dynamic else "the example's batch size only"
-    checked = f"equal to the model in {report.checked}" if report.checked else "not checked: no engine is installed"
+    right = ", ".join(row.engine for row in report.checked if row.verdict == RIGHT)
+    checked = f"equal to the model in {right}" if right else "not checked: no engine is installed"
     told = f"{report.file_bytes:,} bytes (the model's own weights: {report.dense_bytes:,}); {batch}; {checked}."
     if report.dense_ms is not None and report.exported_ms is not None:
         told += f" In {report.engine}: {report.exported_ms:.3f} ms, exported dense {report.dense_ms:.3f} ms."
-    return f"{table}\n{told}"
+    others = [f"\n{row}" for row in report.checked if row.verdict in (WRONG, CANNOT_RUN)]
+    return f"{table}\n{told}{''.join(others)}"

@@ -2,7 +2,7 @@
 
 from autoprune.repack.backends import BACKENDS, Backend, LayerForm, Support
 from autoprune.repack.branches import Branch, cut_branches_, find_branches, rank_branches
-from autoprune.repack.export import ExportedLayer, ExportReport, export_onnx
+from autoprune.repack.export import EngineCheck, ExportedLayer, ExportReport, export_onnx
 from autoprune.repack.files import load, save
 from autoprune.repack.formats import PackedWeight, pack
 from autoprune.repack.macs import find_readers, remaining_macs
@@ -17,6 +17,7 @@ __all__ = [
     "Backend",
     "Branch",
     "CaptureError",
+    "EngineCheck",
     "ExportReport",
     "ExportedLayer",
     "Graph",

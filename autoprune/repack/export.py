@@ -14,7 +14,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -30,14 +29,16 @@ from autoprune.masks import Masks, apply_masks_
 from autoprune.repack.onnx_choice import Choose, Chosen, Timing, choose_forms, first_calls, given_up
 from autoprune.repack.onnx_file import write_onnx
 from autoprune.repack.onnx_forms import COMPACTED, DENSE, FORMS, GraphModule, layer_form
-from autoprune.repack.outputs import same_output
-from autoprune.repack.probes import agrees, fresh
+from autoprune.repack.outputs import difference, same_output
+from autoprune.repack.probes import Shapes, agrees, fresh
 from autoprune.repack.program.capture import CaptureError, capture
 from autoprune.repack.program.graph import Graph, Op
 from autoprune.repack.program.passes import simplify
 from autoprune.repack.program.program import shapes_of
+from autoprune.repack.rivals import arrays_as_tensors
 from autoprune.repack.sparsity import sparsities
 
+RIGHT, WRONG, CANNOT_RUN, NOT_INSTALLED = "right", "wrong", "cannot run", "not installed"
 NOISE = 0.98  # a file this fast, as a share of the dense export's speed, is not slower
 
 
@@ -63,13 +64,31 @@ class ExportedLayer:
 
 
 @dataclass(frozen=True)
+class EngineCheck:
+    """Whether one engine computes from the file what the masked model does, for values that are not the examples'.
+
+    Attributes:
+        engine: its row of ENGINES.
+        verdict: ``right``, ``wrong``, ``cannot run`` or ``not installed``.
+        why: how far its output is off, or why it cannot run the file; empty where it is right.
+    """
+
+    engine: str
+    verdict: str
+    why: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.engine}: {self.verdict}{self.why and f' ({self.why})'}"
+
+
+@dataclass(frozen=True)
 class ExportReport:
     """What was written.
 
     Attributes:
         path: the file; where its weights need more than 2 GiB they lie beside it in ``<name>.data``.
         engine: whose measurements chose the forms; None for fixed rules.
-        checked: the engine in which the file was compared with the masked model; None when none is installed.
+        checked: a row an engine that reads ONNX: whether it computes from the file what the masked model does.
         dynamic: whether the file takes any batch size.
         dense_bytes: of the model's own parameters and buffers.
         file_bytes: of what was written.
@@ -80,7 +99,7 @@ class ExportReport:
 
     path: Path
     engine: str | None
-    checked: str | None
+    checked: tuple[EngineCheck, ...]
     dynamic: bool
     dense_bytes: int
     file_bytes: int
@@ -124,8 +143,8 @@ def export_onnx(
 ) -> ExportReport:
     """Writes a model with zeros in its weights as ONNX: equal to the masked model, smaller and, where it can, faster.
 
-    The file takes any batch size where the model does. It is compared with the model in an installed engine before it
-    takes its name.
+    The file takes any batch size where the model does. It is compared with the model in every installed engine before
+    it takes its name: `engine` must compute it rightly, or without it at least one; the report says which do.
 
     Args:
         model: any module that torch.export captures; left as it is.
@@ -142,7 +161,7 @@ def export_onnx(
 
     Raises:
         AutopruneError: the model does not run on its example inputs, cannot be exported, or the file does not compute
-            what the model does.
+            what the model does, in `engine` or in any.
         ConfigError: unknown engine or form.
         MissingExtra: what it takes is not installed.
     """
@@ -268,8 +287,8 @@ def _rows(
 
 def _layers(model: nn.Module) -> list[tuple[str, nn.Module, Tensor]]:
     """Name, layer and weight of every layer that could be packed."""
-    layers = weighted_layers(model).items()
-    return [(name, module, module.weight) for name, module in layers if isinstance(module.weight, Tensor)]
+    layers = ((name, module, getattr(module, "weight", None)) for name, module in weighted_layers(model).items())
+    return [(name, module, weight) for name, module, weight in layers if isinstance(weight, Tensor)]
 
 
 def _written(
@@ -290,7 +309,7 @@ def _written(
         dense_ms, exported_ms = found["dense"].median_ms, found["file"].median_ms
         if attempt is tried[-1] or speedup(found["dense"], found["file"]) >= NOISE:
             break
-    checked = _check(original, inputs, attempt, dynamic, file, engine, timing.threads)
+    checked = _checked(original, inputs, attempt, dynamic, file, engine, timing.threads)
     beside = folder / f"{path.name}.data"
     written = [each for each in (beside, file) if each.exists()]  # the weights first: the file refers to them
     size = sum(each.stat().st_size for each in written)
@@ -300,30 +319,50 @@ def _written(
     return ExportReport(path, engine, checked, dynamic, own, size, dense_ms, exported_ms, attempt.layers)
 
 
-def _check(
-    original: nn.Module, inputs: tuple[Tensor, ...], attempt: _Attempt, dynamic: bool, file: Path, engine: str | None,
+def _checked(
+    original: nn.Module, inputs: tuple[Any, ...], attempt: _Attempt, dynamic: bool, file: Path, engine: str | None,
     threads: int,
-) -> str | None:  # fmt: skip
-    """Compares the file with the model on other values, also at one more sample where it takes any number of them."""
-    installed = [each for each, made in _engines().items() if made.available() is None]
-    name = engine or next(iter(installed), None)
-    if name is None:
-        return None
-
-    def wanted(*given: Any) -> list[Tensor]:
-        return attempt.outputs(original(*given))
-
-    def exported(*given: Any) -> list[Tensor]:
-        outputs = cast("Sequence[Any]", _engine(name).load(file, given, threads)())
-        return [torch.from_numpy(np.array(each)) for each in outputs]
-
+) -> tuple[EngineCheck, ...]:  # fmt: skip
+    """Compares the file with the model in every engine; raises AutopruneError unless those that must be are right."""
     own = shapes_of(inputs)
     larger = tuple((x[0] + 1, *x[1:]) if any_ else x for x, any_ in zip(own, attempt.batched, strict=True))
-    for shapes in [own, larger] if dynamic else [own]:
-        if agrees(wanted, exported, inputs, shapes) is False:
-            told = ", ".join(map(str, shapes))
-            raise AutopruneError(
-                f"the exported model does not compute in {name} what the model computes, for inputs of {told}; "
-                "nothing was written. Please report this model."
-            )
-    return name
+    shapes = [own, larger] if dynamic else [own]
+
+    def model(*given: Any) -> list[Tensor]:
+        return attempt.outputs(original(*given))
+
+    rows = tuple(_check(made, model, inputs, shapes, file, threads) for made in _engines().values())
+    tried = [row for row in rows if row.verdict != NOT_INSTALLED and engine in (None, row.engine)]
+    if tried and not any(row.verdict == RIGHT for row in tried):
+        raise AutopruneError(
+            f"the exported file does not compute what the model computes, {'; '.join(map(str, tried))}. "
+            "Nothing was written. Please report this model."
+        )
+    return rows
+
+
+def _check(
+    made: OnnxEngine, model: Callable[..., list[Tensor]], inputs: tuple[Any, ...], shapes: Sequence[Shapes],
+    file: Path, threads: int,
+) -> EngineCheck:  # fmt: skip
+    """Compares the file with the model on other values, at all of `shapes`."""
+    if made.available() is not None:
+        return EngineCheck(made.name, NOT_INSTALLED)
+    last: dict[str, list[Tensor]] = {}
+
+    def wanted(*given: Any) -> list[Tensor]:
+        last["model"] = model(*given)
+        return last["model"]
+
+    def exported(*given: Any) -> list[Tensor]:
+        last["file"] = arrays_as_tensors(cast("Sequence[Any]", made.load(file, given, threads)()))
+        return last["file"]
+
+    for each in shapes:
+        try:
+            if agrees(wanted, exported, inputs, each) is False:
+                told = " and ".join(map(str, each))
+                return EngineCheck(made.name, WRONG, f"{difference(last['file'], last['model'])}, for inputs of {told}")
+        except AutopruneError as error:
+            return EngineCheck(made.name, CANNOT_RUN, str(error).rstrip("."))
+    return EngineCheck(made.name, RIGHT)

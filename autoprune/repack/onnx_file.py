@@ -18,6 +18,7 @@ from autoprune.latency.engines.export import OnnxEngine
 from autoprune.latency.timer import Clock, Protocol, measure_together
 from autoprune.repack.backends.portable import by_group
 from autoprune.repack.formats import pack
+from autoprune.repack.onnx_rewrites import rewritten
 from autoprune.repack.program import exporting
 from autoprune.repack.program.capture import CaptureError
 from autoprune.tracing import tracing
@@ -72,8 +73,10 @@ def _exported(
     program = exporting.export(module, inputs, free)
     shapes = exporting.dynamic_shapes(module, free)  # gives the extents their name
     try:
-        with tracing(), torch.inference_mode():
-            made = torch.onnx.export(program, dynamo=True, verbose=False, input_names=names, dynamic_shapes=shapes)
+        with tracing():
+            program = rewritten(program)
+            with torch.inference_mode():
+                made = torch.onnx.export(program, dynamo=True, verbose=False, input_names=names, dynamic_shapes=shapes)
     except Exception as error:  # the exporter raises whatever its translations raise
         told = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
         raise CaptureError(f"the model cannot be exported to ONNX: {told}.") from error

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from autoprune.errors import AutopruneError
 from autoprune.inventory import copy_for_inference
 from autoprune.latency.engines import ENGINES
-from autoprune.latency.engines.base import Call, reasons
+from autoprune.latency.engines.base import Call
 from autoprune.repack.outputs import difference, same_output
 from autoprune.repack.probes import fresh
 
@@ -51,7 +51,7 @@ def dense_calls(
         engine = ENGINES.get(name)()
         try:
             call = engine.prepare(model, fresh(inputs), threads)
-            with reasons():
+            with engine.reasons():
                 outputs = call()
             if why := _wrong(outputs, wanted, ROUNDED if engine.float32 else ROUNDED_BF16):
                 left_out[name] = f"it computes something else than the model, which is wrong: {why}."

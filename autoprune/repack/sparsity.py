@@ -22,7 +22,8 @@ def sparsities(model: nn.Module, run: Callable[[], Any]) -> dict[str, float]:
         model: whose layers are meant.
         run: calls it once.
     """
-    layers = {name: layer for name, layer in weighted_layers(model).items() if isinstance(layer.weight, Tensor)}
+    every = weighted_layers(model).items()
+    layers = {name: layer for name, layer in every if isinstance(getattr(layer, "weight", None), Tensor)}
     found = {name: _sparsity(layer.weight) for name, layer in layers.items()}  # type: ignore[arg-type]
     modules = [name for name, _ in model.named_modules() if name in layers]  # not the weights of an LSTM or GRU
     with torch.inference_mode(), _Weights() as given:

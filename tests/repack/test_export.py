@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
+from autoprune.bench import export_text
 from autoprune.cli import app
 from autoprune.errors import AutopruneError, ConfigError, MissingExtra
+from autoprune.latency.engines.export import OnnxEngine
 from autoprune.latency.timer import Protocol
 from autoprune.patterns import PATTERNS
 from autoprune.registry import Choice
@@ -89,6 +91,10 @@ def forms(report: ExportReport) -> dict[str, str]:
     return {row.name: row.form for row in report.layers}
 
 
+def verdicts(report: ExportReport) -> dict[str, str]:
+    return {row.engine: row.verdict for row in report.checked}
+
+
 def always(form: str) -> Callable[[str, LayerForm], str]:
     return lambda name, layer: form
 
@@ -108,7 +114,8 @@ def test_the_file_computes_what_the_masked_model_does_at_any_batch_size(
     model = pruned(Residual(), choice, sparsity)
     report = export_onnx(model, torch.randn(2, 4, 12, 10), tmp_path / "m.onnx", choose=always(form))
     assert report.dynamic
-    assert report.checked == "onnxruntime"
+    assert verdicts(report)["onnxruntime"] == "right"
+    assert verdicts(report)["openvino"] in ("right", "not installed")
     assert set(forms(report)) == {"stem", "first", "second", "depthwise", "head"}
     if form != "dense":
         assert forms(report)["first"] == forms(report)["head"] == form
@@ -261,7 +268,9 @@ def test_a_file_that_computes_something_else_never_takes_its_name(
     monkeypatch.setattr(export, "write_onnx", lambda module, *rest: write(Off(), *rest))
     path = tmp_path / "m.onnx"
     path.write_text("an older one")
-    with pytest.raises(AutopruneError, match="does not compute in onnxruntime what the model computes"):
+    with pytest.raises(
+        AutopruneError, match=r"does not compute what the model computes, onnxruntime: wrong \(its output "
+    ):
         export_onnx(nn.Linear(8, 4), torch.randn(2, 8), path)
     assert path.read_text() == "an older one"
     assert list(tmp_path.iterdir()) == [path]
@@ -274,6 +283,89 @@ def test_weights_beyond_two_gigabytes_lie_beside_the_file(tmp_path: Path, monkey
     assert sorted(each.name for each in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
     assert report.file_bytes == sum(each.stat().st_size for each in tmp_path.iterdir())
     assert_file_equals(tmp_path / "m.onnx", model, torch.randn(4, 64))
+
+
+# What every engine says ---------------------------------------------------------------------------------------------
+
+
+def of_engine(monkeypatch: pytest.MonkeyPatch, name: str, load: Callable[..., Callable[[], Any]]) -> None:
+    monkeypatch.setattr(type(export._engine(name)), "_load", lambda self, path, inputs, threads: load(inputs))
+
+
+def test_an_engine_that_computes_something_else_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("openvino")
+    model, x = nn.Linear(8, 4).eval(), torch.randn(2, 8)
+    of_engine(monkeypatch, "openvino", lambda inputs: lambda: [np.zeros((len(inputs[0]), 4), np.float32)])
+    report = export_onnx(model, x, tmp_path / "m.onnx")
+    rows = {row.engine: row for row in report.checked}
+    assert verdicts(report) == {"onnxruntime": "right", "openvino": "wrong"}
+    assert "its output differs in 8 of 8 values, by up to" in rows["openvino"].why
+    text = export_text(report)
+    assert "equal to the model in onnxruntime." in text
+    assert f"openvino: wrong ({rows['openvino'].why})" in text
+    with pytest.raises(AutopruneError, match="does not compute what the model computes, openvino: wrong"):
+        export_onnx(model, x, tmp_path / "other.onnx", engine="openvino", protocol=QUICK, clock=FakeClock())
+    assert [each.name for each in tmp_path.iterdir()] == ["m.onnx"]
+
+
+def test_an_engine_that_cannot_run_the_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("openvino")
+
+    def fails(inputs: Any) -> Any:
+        raise RuntimeError("Exception from src/x.cpp:3:\nno such operator")
+
+    of_engine(monkeypatch, "openvino", fails)
+    report = export_onnx(nn.Linear(8, 4), torch.randn(2, 8), tmp_path / "m.onnx")
+    assert str(report.checked[1]) == "openvino: cannot run (openvino cannot run this model: no such operator)"
+    of_engine(monkeypatch, "onnxruntime", fails)
+    with pytest.raises(
+        AutopruneError, match=r"onnxruntime: cannot run .*; openvino: cannot run .* Nothing was written"
+    ):
+        export_onnx(nn.Linear(8, 4), torch.randn(2, 8), tmp_path / "other.onnx")
+
+
+def test_without_an_engine_nothing_is_checked_and_that_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OnnxEngine, "available", lambda self: "pip install it")
+    report = export_onnx(nn.Linear(8, 4), torch.randn(2, 8), tmp_path / "m.onnx")
+    assert set(verdicts(report).values()) == {"not installed"}
+    assert "not checked: no engine is installed" in export_text(report)
+
+
+class Awkward(nn.Module):
+    """What torch's exporter or an engine gets wrong when it is written as it stands."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(4, 8, 3, padding=1, padding_mode="circular")
+        self.pools = nn.Sequential(
+            nn.MaxPool2d(2, 2, 1, ceil_mode=True),
+            nn.AvgPool2d(3, 2, 1, ceil_mode=True),
+            nn.AvgPool2d(2, 1, divisor_override=3),
+        )
+        self.lstm = nn.LSTM(8, 6, 2, batch_first=True, bidirectional=True, proj_size=3)
+
+    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        x = self.pools(self.first(x))
+        small = nn.functional.interpolate(x, size=(4, 2), mode="bilinear", antialias=True)
+        tokens = x.flatten(2).transpose(1, 2)
+        seen = nn.functional.scaled_dot_product_attention(tokens, tokens, tokens, mask)
+        return (
+            small,
+            seen,
+            *self.lstm(tokens)[1],
+            nn.functional.logsigmoid(90.0 * (x - x.mean())),
+            torch.log(x.relu() + 1e-10),
+        )
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections")  # torch is slower with them
+def test_what_engines_get_wrong_is_written_so_that_every_engine_is_right(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    mask = torch.rand(2, 25, 25) > 0.5
+    mask[:, :2] = torch.tensor([[False], [True]])  # one row masked whole
+    report = export_onnx(Awkward().eval(), (torch.randn(2, 4, 20, 20), mask), tmp_path / "m.onnx")
+    assert set(verdicts(report).values()) <= {"right", "not installed"}, report.checked
+    assert report.dynamic
 
 
 # Choosing by an engine's times --------------------------------------------------------------------------------------
@@ -294,7 +386,7 @@ def test_a_form_is_taken_where_it_is_clearly_faster(tmp_path: Path, monkeypatch:
     )
     row = report.layers[1]
     assert (row.form, row.dense_us, row.packed_us, row.why) == ("gathered", 100.0, 50.0, "2.00x faster than dense")
-    assert (report.engine, report.checked) == ("onnxruntime", "onnxruntime")
+    assert (report.engine, verdicts(report)["onnxruntime"]) == ("onnxruntime", "right")
     assert report.dense_ms is not None
     assert report.layers[0].why == "it has no zeros"
 

@@ -33,6 +33,11 @@ class DenseEngine(ABC):
     needs: ClassVar[tuple[str, ...]] = ()
     float32: ClassVar[bool] = True
 
+    @property
+    def name(self) -> str:
+        """Its row of ENGINES, which is called like its file."""
+        return type(self).__module__.rpartition(".")[2]
+
     def available(self) -> str | None:
         """None when the engine can be used here, else the command that installs what is missing."""
         return None if all(importlib.util.find_spec(name) for name in self.needs) else INSTALL
@@ -56,23 +61,22 @@ class DenseEngine(ABC):
         command = self.available()
         if command is not None:
             raise MissingExtra(f"this engine needs what is not installed here. Install it with: {command}")
-        with reasons():
+        with self.reasons():
             return self._compile(copy.deepcopy(model).eval(), as_tuple(example_inputs), threads)
+
+    @contextmanager
+    def reasons(self) -> Iterator[None]:
+        """Whatever the engine raises over a model becomes an AutopruneError with its reason."""
+        try:
+            yield
+        except AutopruneError:
+            raise
+        except Exception as error:
+            # lines that name a place in the engine's own source say where, not why
+            lines = [line.strip() for line in str(error).splitlines() if not re.search(r"src/\S+:\d+", line)]
+            why = " ".join(filter(None, lines))[:LONGEST].rstrip(" .") or type(error).__name__
+            raise AutopruneError(f"{self.name} cannot run this model: {why}.") from error
 
     @abstractmethod
     def _compile(self, model: nn.Module, inputs: tuple[Any, ...], threads: int) -> Call:
         """`prepare` on a copy of the model that may be changed."""
-
-
-@contextmanager
-def reasons() -> Iterator[None]:
-    """Whatever an engine raises while it prepares or first runs a model becomes an AutopruneError with its reason."""
-    try:
-        yield
-    except AutopruneError:
-        raise
-    except Exception as error:
-        # lines that name a place in the engine's own source say where, not why
-        lines = [line.strip() for line in str(error).splitlines() if not re.search(r"src/\S+:\d+", line)]
-        why = " ".join(filter(None, lines))[:LONGEST].rstrip(" .") or type(error).__name__
-        raise AutopruneError(f"the engine cannot run this model: {why}.") from error

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from autoprune.errors import AutopruneError
 from autoprune.files import temporary_folder
 from autoprune.inventory import own_copy
-from autoprune.latency.engines.base import Call, DenseEngine, reasons
+from autoprune.latency.engines.base import Call, DenseEngine
 from autoprune.tracing import tracing
 
 BATCH = "batch"  # what an extent that may be any is called in a file
@@ -30,7 +30,7 @@ class OnnxEngine(DenseEngine):
         Raises:
             AutopruneError: the engine cannot run the file.
         """
-        with reasons():
+        with self.reasons():
             run = self._load(path, inputs, threads)
             run()
         return run
