@@ -98,7 +98,7 @@ def load_checkpoint_(directory: Path, model: BaseAlgorithm) -> None:
         kind, keys, *rest = state["numpy_random"]
         np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
         model.action_space.np_random.bit_generator.state = state["action_random"]
-    except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+    except (LookupError, ValueError, TypeError, RuntimeError, AttributeError, ArithmeticError) as error:
         raise FileError(
             f"the agent's checkpoint in {directory} does not fit this search ({error}). "
             "Delete the run's 'search' folder to start its search again."

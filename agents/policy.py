@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import gymnasium
 import numpy as np
 from numpy.typing import NDArray
 from stable_baselines3.common.base_class import BaseAlgorithm
+from torch import Tensor
 
 from autoprune.agents.episodes import Episodes
 from autoprune.envs.observation import OBSERVATION_VERSION
@@ -19,6 +21,7 @@ from autoprune.files import read_json, read_tensors, write_json, write_tensors
 from autoprune.registry import Choice
 
 POLICY_VERSION = 2
+LONGEST = 512  # of observations and actions; a replay buffer is made for them
 SHIPPED = Path(__file__).parent / "shipped"  # the policy that comes along
 
 
@@ -88,13 +91,15 @@ class Policy:
             agent = AGENTS.create(Choice.from_json(about["agent"]))
             if not isinstance(agent, SB3Agent):
                 raise ConfigError(f"agent {about['agent']['name']!r} learns no policy.")
-            start, curves = STARTS[STARTS.index(about["start"])], bool(about["curves"])
-            length = int(about["observation_length"])
-            if not 0 < length < 10_000:
-                raise ValueError(f"observation_length is {length}")
-        except (KeyError, TypeError, ValueError, ConfigError) as error:
+            start, curves, length = STARTS[STARTS.index(about["start"])], about["curves"], about["observation_length"]
+            if type(length) is not int or not 0 < length <= LONGEST or not 0 < len(actions) <= LONGEST:
+                raise ValueError(f"observations of length {length!r} for {len(actions)} actions")
+            if not isinstance(curves, bool):
+                raise TypeError(f"curves is {curves!r}")
+            tensors, _ = read_tensors(folder / "policy.safetensors", "the policy")
+            _check_size((length, *agent.arguments()["net"], len(actions)), tensors)
+        except (LookupError, TypeError, ValueError, ConfigError) as error:
             raise FileError(f"the policy is corrupt: {folder / 'policy.json'} ({error}).") from None
-        tensors, _ = read_tensors(folder / "policy.safetensors", "the policy")
         model = agent.build(_Spaces(length, len(actions)), seed=0)  # type: ignore[arg-type]
         try:
             model.policy.load_state_dict(tensors)
@@ -102,6 +107,13 @@ class Policy:
             first = str(error).splitlines()[0]
             raise FileError(f"the policy is corrupt: {folder / 'policy.safetensors'} ({first}).") from None
         return cls(model, actions, start, curves)
+
+
+def _check_size(widths: Sequence[int], tensors: Mapping[str, Tensor]) -> None:
+    """Raises ValueError where a network is far larger than what is held for it, before it is built."""
+    held, wanted = sum(tensor.numel() for tensor in tensors.values()), sum(a * b for a, b in pairwise(widths))
+    if wanted > held:
+        raise ValueError(f"layers of widths {widths} have {wanted} weights, and {held} numbers are stored")
 
 
 class _Spaces(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):

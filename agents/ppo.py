@@ -11,7 +11,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from autoprune.agents.episodes import Episodes
 from autoprune.agents.lockstep import Lockstep
-from autoprune.agents.sb3 import SB3Agent
+from autoprune.agents.sb3 import SB3Agent, check_arguments
 
 
 class PPOAgent(SB3Agent):
@@ -38,6 +38,8 @@ class PPOAgent(SB3Agent):
         log_std: float = -1.0,
     ) -> None:
         super().__init__()
+        counts = {"episodes_per_update": episodes_per_update, "epochs": epochs, "minibatches": minibatches}
+        check_arguments(self.name, net, {"learning_rate": learning_rate, "log_std": log_std}, counts)
         self.learning_rate, self.net = learning_rate, tuple(net)
         self.episodes_per_update, self.epochs, self.log_std = episodes_per_update, epochs, log_std
         self.minibatches = minibatches

@@ -9,7 +9,7 @@ from stable_baselines3 import SAC
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from autoprune.agents.episodes import Episodes
-from autoprune.agents.sb3 import SB3Agent
+from autoprune.agents.sb3 import SB3Agent, check_arguments
 
 
 class SACAgent(SB3Agent):
@@ -31,6 +31,8 @@ class SACAgent(SB3Agent):
         temperature: float = 0.05,
     ) -> None:
         super().__init__()
+        counts = {"batch_size": batch_size, "updates_per_step": updates_per_step}
+        check_arguments(self.name, net, {"learning_rate": learning_rate, "temperature": temperature}, counts)
         self.learning_rate, self.net, self.batch_size = learning_rate, tuple(net), batch_size
         self.updates_per_step, self.temperature = updates_per_step, temperature
 

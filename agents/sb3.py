@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import reprlib
 from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,7 +18,27 @@ from autoprune.agents.checkpoint import checkpoint_episodes, load_checkpoint_, s
 from autoprune.agents.episodes import Episodes
 from autoprune.agents.policy import save_policy
 from autoprune.envs.prune import PruneEnv
+from autoprune.errors import ConfigError
 from autoprune.registry import Choice
+
+WIDEST, DEEPEST, MOST = 2**12, 8, 2**16  # of a network, and of anything that is counted: arguments come from files
+
+
+def check_arguments(agent: str, net: Sequence[int], numbers: Mapping[str, Any], counts: Mapping[str, Any]) -> None:
+    """Raises ConfigError unless layers are few and narrow enough to be built, and every number is one."""
+    wide = isinstance(net, (list, tuple)) and all(type(width) is int and 0 < width <= WIDEST for width in net)
+    if not wide or not 0 < len(net) <= DEEPEST:
+        raise ConfigError(
+            f"agent {agent!r}: net must be 1 to {DEEPEST} widths of layers from 1 to {WIDEST}, not {reprlib.repr(net)}."
+        )
+    for name, value in counts.items():
+        if type(value) is not int or not 0 < value <= MOST:
+            raise ConfigError(
+                f"agent {agent!r}: {name} must be an integer from 1 to {MOST}, not {reprlib.repr(value)}."
+            )
+    for name, value in numbers.items():
+        if type(value) not in (int, float) or not math.isfinite(value) or abs(value) > MOST:
+            raise ConfigError(f"agent {agent!r}: {name} must be a number, not {reprlib.repr(value)}.")
 
 
 class SB3Agent(Agent):

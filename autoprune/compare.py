@@ -21,6 +21,7 @@ from autoprune.agents.base import Trial
 from autoprune.agents.harness import search
 from autoprune.agents.rival import CLOSE, uniform_at
 from autoprune.config import load_config
+from autoprune.documents import parsed
 from autoprune.envs import Problem, PruneEnv
 from autoprune.envs.projection import meet, release_useless
 from autoprune.envs.rewards import terminal_reward
@@ -156,9 +157,10 @@ class OutcomeLog:
         self.path = path
 
     def read(self) -> list[Outcome]:
+        lines = read_lines(self.path, "the outcomes")
         try:
-            return [Outcome(**line) for line in read_lines(self.path, "the outcomes")]
-        except TypeError as error:
+            return parsed(list[Outcome], lines)
+        except FileError as error:
             raise FileError(f"the outcomes are corrupt: {self.path} ({error}). Delete the file.") from None
 
     def append(self, outcomes: Sequence[Outcome]) -> None:

@@ -14,7 +14,7 @@ import math
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from autoprune.errors import FileError
 
@@ -71,6 +71,20 @@ def check_plain(value: Any, depth: int = DEPTH) -> None:
             raise FileError(f"it holds the number {value}")
     elif isinstance(value, int) and abs(value) >= 10**DIGITS:  # TOML's; hexadecimal ones may be of any length
         raise FileError(f"it holds an integer of more than {DIGITS} digits")
+
+
+Parsed = TypeVar("Parsed")
+
+
+def parsed(kind: type[Parsed], data: Any) -> Parsed:
+    """Data as a dataclass, or a list of them; raises FileError, in a few words, where types do not fit."""
+    from pydantic import TypeAdapter, ValidationError  # here: importing autoprune needs none
+
+    try:
+        return TypeAdapter(kind).validate_json(json.dumps(data), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise FileError(f"its {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
 def checksum_of(data: Any, more: Iterable[ReadableBuffer] = ()) -> str:

@@ -25,6 +25,7 @@ from autoprune.agents.checkpoint import checkpoint_episodes
 from autoprune.agents.family import FamilyLearner, Update, advantage_of
 from autoprune.agents.sb3 import SB3Agent
 from autoprune.config import GeneralistConfig, check_directory, parse_config
+from autoprune.documents import parsed
 from autoprune.envs import Problem, PruneEnv
 from autoprune.envs.family import FamilyEnv, Stake, speedup_at, stakes_of
 from autoprune.envs.knapsack import weighed
@@ -208,7 +209,7 @@ class Generalist:
         learned, choosing, held_out = self.split()
         learner = self.learner(learned)
         updates, every = self.config.learning.updates, self.config.learning.judge_every
-        judgements = [Judgement(**line) for line in read_lines(self._judged, "the judgements")]
+        judgements = parsed(list[Judgement], read_lines(self._judged, "the judgements"))
         done = checkpoint_episodes(self.directory)
         judgements = [each for each in judgements if each.update < done]
         keep_lines(self._judged, len(judgements))  # what was learned after the checkpoint is learned again

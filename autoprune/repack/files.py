@@ -24,6 +24,7 @@ from autoprune.recurrent import cell_of, layers_of
 from autoprune.repack.backends import BACKENDS, LayerForm
 from autoprune.repack.formats import PackedWeight
 from autoprune.repack.kernels.compiler import unavailable
+from autoprune.repack.program.demand import check_demand
 from autoprune.repack.program.graph import Graph
 from autoprune.repack.program.kinds import PACKED
 from autoprune.repack.program.lower import FAILURES
@@ -87,7 +88,7 @@ def load(path: Path | str, model: nn.Module | None = None, *, threads: int | Non
             raise FileError(f"this release reads version {FILE_VERSION}, not {about['version']!r}")
         report = [_report_row(row) for row in about["report"]]
         if about["form"] == _PROGRAM:
-            return ProgramModel(_read_program(tensors, about, threads), report)
+            return ProgramModel(_read_program(tensors, about, threads, path.stat().st_size), report)
         if about["form"] != _MODULES:
             raise FileError(f"its form is {about['form']!r}")
         if model is not None:
@@ -151,7 +152,7 @@ def _describe_program(program: Program, value_bits: int, tensors: dict[str, Tens
     }  # fmt: skip
 
 
-def _read_program(tensors: Mapping[str, Tensor], about: Any, threads: int | None) -> Program:
+def _read_program(tensors: Mapping[str, Tensor], about: Any, threads: int | None, held: int) -> Program:
     constants = {key.partition("|")[2]: value for key, value in tensors.items() if key.startswith("constant|")}
     packed = {name: _get(f"layer|{name}", layer, tensors) for name, layer in about["layers"].items()}
     for row in about["graph"]["ops"]:
@@ -174,6 +175,7 @@ def _read_program(tensors: Mapping[str, Tensor], about: Any, threads: int | None
         raise FileError(f"it reads {sorted(missing)[0]!r}, which it stores packed alone")
     tilings = {name: tiling_from_json(row) for name, row in about["tilings"].items() if name in weights}
     try:
+        check_demand(graph, {name: layer.packed.values.size for name, layer in weights.items()}, held)
         by_sample = flag(about["by_sample"]) and apart(graph)
     except FAILURES as error:
         raise FileError(f"its graph has operations that do not fit each other: {error}") from error

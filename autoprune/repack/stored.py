@@ -24,7 +24,7 @@ VALUE_BITS = (32, 8)
 # Unpacking what is told once a filter takes the dense weight: of so many weights one must be kept.
 RAREST = 64
 # Filters whose order may go untold: what a file makes us allocate is bounded by its own size.
-IN_ORDER = 2**24
+IN_ORDER = 2**20
 _INTEGERS = (torch.uint8, torch.int16, torch.int32)
 
 

@@ -317,7 +317,7 @@ def test_a_failed_save_leaves_the_old_file(saved: Path, monkeypatch: pytest.Monk
         raise OSError("no space left")
 
     monkeypatch.setattr("autoprune.files.save_file", full_disk)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(FileError, match="no space"):
         save(repacked("maps"), saved)
     assert saved.read_bytes() == sound
     assert [each.name for each in saved.parent.iterdir()] == [saved.name]
@@ -363,7 +363,7 @@ def repeat(data: bytearray, rng: random.Random) -> bytearray:
 def test_damaged_bytes_are_refused_or_harmless(form: str, path: Path, mutate: Callable[..., bytearray]) -> None:
     sound = content(form)[2]
     results: Counter[str] = Counter()
-    for seed in range(350):
+    for seed in range(100):
         damaged = bytes(mutate(bytearray(sound), random.Random(seed)))
         if damaged != sound:
             path.write_bytes(damaged)
@@ -373,7 +373,7 @@ def test_damaged_bytes_are_refused_or_harmless(form: str, path: Path, mutate: Ca
                 (tensors, about), (sound_tensors, text) = read_tensors(path, "it"), content(form)[:2]
                 assert about == json.loads(text)
                 assert all(torch.equal(tensors[name], value) for name, value in sound_tensors.items())
-    assert results["refused"] > 300
+    assert results["refused"] > 80
 
 
 WILD: list[Any] = [
@@ -480,12 +480,12 @@ def described(form: str, rng: random.Random) -> Any:
 def test_a_changed_description_is_refused_or_harmless(form: str, path: Path) -> None:
     tensors = content(form)[0]
     results: Counter[str] = Counter()
-    for seed in range(500 if form in MODULES else 1400):
+    for seed in range(200 if form in MODULES else 500):
         path.write_bytes(file_of(tensors, described(form, random.Random(seed))))
         results[outcome(path, form)] += 1
-    assert results["refused"] > 100
-    assert results["ran"] > 10  # a changed timing is harmless
-    assert results["cannot run"] > 10 or form in MODULES
+    assert results["refused"] > 50
+    assert results["ran"] > 4  # a changed timing is harmless
+    assert results["cannot run"] > 4 or form in MODULES
 
 
 NUMBERS = [("version",)] + [
@@ -511,7 +511,7 @@ TYPES = ["F32", "F64", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "U16", "U
 def test_a_changed_header_is_refused_or_harmless(form: str, path: Path) -> None:
     sound = content(form)[2]
     (length,) = struct.unpack("<Q", sound[:8])
-    for seed in range(500):
+    for seed in range(100):
         rng = random.Random(seed)
         header = json.loads(sound[8 : 8 + length])
         if seed % 2:

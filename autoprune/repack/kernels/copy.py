@@ -21,6 +21,8 @@ from autoprune.repack.kernels.ir import (
     store_vector,
 )
 
+MOST_PHASES = 32  # that are dealt out a vector at a time: code for them grows with their square
+
 
 class Field(IntEnum):
     """Entries of the int64 array that describes one op; sizes in floats."""
@@ -74,24 +76,49 @@ def planes(stride: int, target: Target) -> int:
         source = b.sub(b.add(b.mul(row, get[Field.STRIDE_H]), phase), get[Field.PAD_H])
         inside = b.icmp_unsigned("<", source, get[Field.HEIGHT])  # a row above the map is a large one, unsigned
         line = at(b, x, b.select(inside, b.mul(source, get[Field.X_ROW]), const(0)))
-        width = splat(b, b.trunc(b.select(inside, get[Field.WIDTH], const(0)), I32), lanes)
+        width = b.select(inside, get[Field.WIDTH], const(0))
         into = at(b, y, b.mul(b.mul(phase, const(stride)), get[Field.Y_PLANE]))
         into = at(b, into, b.mul(row, get[Field.Y_ROW]))
-        with loop(b, const(0), get[Field.Y_ROW], lanes) as position:
-            first = b.sub(b.mul(position, const(stride)), get[Field.PAD_W])
-            parts = []
-            for part in range(stride):
-                start = b.add(first, const(part * lanes))
-                index = b.add(
-                    splat(b, b.trunc(start, I32), lanes), ir.Constant(ir.VectorType(I32, lanes), list(range(lanes)))
-                )
-                parts.append(masked_load(b, module, at(b, line, start), b.icmp_unsigned("<", index, width), lanes))
-            for column in range(stride):
-                place = at(b, into, b.mul(const(column), get[Field.Y_PLANE]))
-                store_vector(b, picked(b, parts, column, stride, lanes), at(b, place, position), lanes)
+        if stride <= MOST_PHASES:
+            _deal(b, module, get, stride, (line, into, width), lanes)
+        else:
+            _deal_singly(b, get, stride, line, into, width)
     clear_border(b, y, item, (get[Field.POSITIONS], get[Field.BORDER], get[Field.BORDER_FIRST]))
     b.ret_void()
     return compile_op(module, "op", target)
+
+
+def _deal(
+    b: ir.IRBuilder, module: ir.Module, get: dict[Field, ir.Value], stride: int,
+    row: tuple[ir.Value, ir.Value, ir.Value], lanes: int,
+) -> None:  # fmt: skip
+    """A row's columns, a vector of each phase at a time; `row` is (from, to, width)."""
+    line, into, whole = row
+    width = splat(b, b.trunc(whole, I32), lanes)
+    with loop(b, const(0), get[Field.Y_ROW], lanes) as position:
+        first = b.sub(b.mul(position, const(stride)), get[Field.PAD_W])
+        parts = []
+        for part in range(stride):
+            start = b.add(first, const(part * lanes))
+            index = b.add(
+                splat(b, b.trunc(start, I32), lanes), ir.Constant(ir.VectorType(I32, lanes), list(range(lanes)))
+            )
+            parts.append(masked_load(b, module, at(b, line, start), b.icmp_unsigned("<", index, width), lanes))
+        for column in range(stride):
+            place = at(b, into, b.mul(const(column), get[Field.Y_PLANE]))
+            store_vector(b, picked(b, parts, column, stride, lanes), at(b, place, position), lanes)
+
+
+def _deal_singly(
+    b: ir.IRBuilder, get: dict[Field, ir.Value], stride: int, line: ir.Value, into: ir.Value, width: ir.Value
+) -> None:
+    """The same, a number at a time: code for many phases at once would take long to compile."""
+    with loop(b, const(0), get[Field.Y_ROW]) as position, loop(b, const(0), const(stride)) as column:
+        source = b.sub(b.add(b.mul(position, const(stride)), column), get[Field.PAD_W])
+        inside = b.icmp_unsigned("<", source, width)
+        value = b.load(at(b, line, b.select(inside, source, const(0))))
+        place = at(b, at(b, into, b.mul(column, get[Field.Y_PLANE])), position)
+        b.store(b.select(inside, value, ir.Constant(value.type, 0.0)), place)
 
 
 def _start(module: ir.Module) -> tuple[ir.IRBuilder, dict[Field, ir.Value], ir.Value, ir.Value, ir.Value]:

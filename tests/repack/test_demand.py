@@ -1,0 +1,136 @@
+"""What a packed file may ask for: small files that cost much are refused as they are loaded, real models are not."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from autoprune.errors import FileError
+from autoprune.files import read_tensors, write_tensors
+from autoprune.repack import load, repack, save
+from autoprune.repack.formats import pack
+from autoprune.repack.kernels.copy import MOST_PHASES
+from autoprune.repack.program.demand import LARGEST, MEMORY, PARTS, WORK
+from autoprune.repack.program.graph import Graph, Input, Op, reference
+from autoprune.repack.program.program import Program
+from autoprune.repack.program.weights import Weights
+
+X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Tensors and description of a small program's file."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1)
+    ).eval()
+    path = tmp_path_factory.mktemp("saved") / "fast.safetensors"
+    save(repack(model, X, form="program", threads=1), path)
+    return read_tensors(path, "it")
+
+
+def op(kind: str, output: str, inputs: list[str], **attributes: Any) -> dict[str, Any]:
+    return {"kind": kind, "output": output, "inputs": inputs, "attributes": attributes, "tensors": {}}
+
+
+def torch_op(name: str, output: str, args: list[Any], inputs: list[str]) -> dict[str, Any]:
+    return op("torch", output, inputs, op=name, args=args, kwargs={})
+
+
+def first(graph: Any, kind: str) -> Any:
+    return next(each["attributes"] for each in graph["ops"] if each["kind"] == kind)
+
+
+def squares(graph: Any) -> None:
+    graph["ops"] += [op("scalar", "n0", [], fn="mul", args=[2**31 - 1, 2**31 - 1])]
+    graph["ops"] += [op("scalar", f"n{n + 1}", [f"n{n}"], fn="mul", args=[f"n{n}", f"n{n}"]) for n in range(40)]
+
+
+def doubled(graph: Any) -> None:
+    """Each twice as large as the one before."""
+    name = graph["outputs"]
+    for n in range(30):
+        graph["ops"].append(torch_op("aten.cat.default", f"c{n}", [[{"ref": name}, {"ref": name}]], [name]))
+        name = f"c{n}"
+    graph["outputs"] = name
+
+
+def added(name: str, args: list[Any], inputs: tuple[str, ...] = ()) -> Callable[[Any], None]:
+    def change(graph: Any) -> None:
+        graph["ops"].append(torch_op(name, "more", args, list(inputs)))
+
+    return change
+
+
+def apart(graph: Any) -> None:
+    graph["ops"].append(torch_op("aten.zeros.default", "flat", [[2**25]], []))
+    graph["ops"].append(torch_op("aten.unbind.int", "part", [{"ref": "flat"}], ["flat"]))
+    graph["ops"][-1]["attributes"]["item"] = 0
+
+
+COSTLY: dict[str, Callable[[Any], Any]] = {
+    "padding": lambda graph: first(graph, "conv2d").update(padding=[2**16, 2**16], stride=[2**15, 2**15]),
+    "strides": lambda graph: first(graph, "conv2d").update(stride=[2**14, 2**14]),
+    "a larger window": lambda graph: first(graph, "max_pool2d").update(
+        kernel=[2**15, 2**15], padding=[2**14, 2**14], stride=[2**15, 2**15]
+    ),
+    "a new tensor": added("aten.zeros.default", [[2**40]]),
+    "a new tensor that no torch could make": added("aten.ones.default", [[2**31, 2**31, 2**31]]),
+    "doubled": doubled,
+    "squares": squares,
+    "apart": apart,
+}
+
+
+@pytest.mark.parametrize("name", COSTLY)
+def test_a_small_file_that_costs_much_is_refused(saved: Any, tmp_path: Path, name: str) -> None:
+    tensors, about = saved[0], copy.deepcopy(saved[1])
+    COSTLY[name](about["graph"])
+    write_tensors(tmp_path / "fast.safetensors", tensors, about)
+    assert (tmp_path / "fast.safetensors").stat().st_size < 40_000
+    with pytest.raises(FileError, match=r"fast\.safetensors .*(asks for|computes an integer|apart into|overflowed)"):
+        load(tmp_path / "fast.safetensors")
+
+
+def test_the_limits_are_told(saved: Any, tmp_path: Path) -> None:
+    tensors, about = saved[0], copy.deepcopy(saved[1])
+    added("aten.zeros.default", [[MEMORY]])(about["graph"])
+    write_tensors(tmp_path / "fast.safetensors", tensors, about)
+    with pytest.raises(FileError, match=r"asks for 1\.07e\+09 bytes of memory, while a file of \d+ bytes"):
+        load(tmp_path / "fast.safetensors")
+    assert LARGEST > WORK > PARTS
+
+
+def test_high_resolution_and_few_weights_are_no_reason(tmp_path: Path) -> None:
+    """Super-resolution of a large image by a model of some kilobytes, 90% of it zeros."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 16, 5, padding=2), nn.ReLU(), nn.Conv2d(16, 4, 3, padding=1), nn.PixelShuffle(2))
+    with torch.no_grad():
+        for module in (model[0], model[2]):
+            module.weight.mul_(torch.rand_like(module.weight) > 0.9)  # type: ignore[operator]
+    x = torch.randn(1, 1, 480, 640)
+    save(repack(model.eval(), x, form="program", threads=1), tmp_path / "fast.safetensors", value_bits=8)
+    with torch.inference_mode():
+        torch.testing.assert_close(load(tmp_path / "fast.safetensors", threads=1)(x), model(x), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("stride", [(1, MOST_PHASES + 1), (2, 100), (300, 1), (7, 1024)])
+def test_a_convolution_of_any_stride_is_right(stride: tuple[int, int]) -> None:
+    """Of more phases than code is written for at once, as a spectrogram's."""
+    torch.manual_seed(0)
+    weight = torch.randn(8, 3, 3, 40)
+    attributes = {"stride": list(stride), "padding": [1, 20], "dilation": [1, 1], "groups": 1, "activation": None}
+    shape = (2, 3, 40, 1300)
+    graph = Graph(
+        (Input("x", shape, "float32"),), (Op("conv2d", "y", ("x",), attributes, {"weight": "w"}),), "y", {"w": weight}
+    ).validate()
+    x = torch.randn(shape)
+    done = Program(graph, {"y": Weights.of(pack(weight), None)}, {}, 1)(x)
+    torch.testing.assert_close(done, reference(graph, (x,)), rtol=1e-4, atol=1e-4)
