@@ -165,7 +165,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path, damage: str) -> None:
     damaged = {
         "cut": raw[: len(raw) // 2],
         "swapped": raw[:8] + b"]" + raw[9:],
-        "unmarked": raw.replace(b'"training"', b'"unmarked"', 1),
+        "unmarked": raw.replace(b"training", b"unmarked", 1),
     }
     file.write_bytes(damaged[damage])
     with pytest.raises(FileError, match="the training checkpoint is corrupt"):
