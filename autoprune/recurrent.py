@@ -226,6 +226,9 @@ def _(
     gates: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor | None, c: Tensor | None, cell: str,
     time_first: bool, reverse: bool, threshold: float, keep: int,
 ) -> Tensor:  # fmt: skip
+    batch = gates.shape[1] if time_first else gates.shape[0]
+    for state in (h, c):
+        torch._check(state is None or (state.shape[0] == batch and state.shape[1] == weight.shape[1]))
     return gates.new_empty((2 if cell == "lstm" else 1, gates.shape[0], gates.shape[1], weight.shape[1]))
 
 

@@ -37,7 +37,7 @@ from autoprune.repack.sequences import PackedRecurrent
 from autoprune.repack.stored import flag, restore, store
 from autoprune.repack.swap import with_submodule
 
-FILE_VERSION = 5
+FILE_VERSION = 6
 _PROGRAM, _MODULES = "program", "modules"
 
 

@@ -22,13 +22,15 @@ from autoprune.masks import Masks, apply_masks_
 from autoprune.recurrent import cut_states_
 from autoprune.repack.kernels.compiler import refused, unavailable
 from autoprune.repack.outputs import same_output
-from autoprune.repack.probes import agrees, fresh, other_shapes
+from autoprune.repack.probes import agrees, fresh
 from autoprune.repack.program.capture import CaptureError, capture
+from autoprune.repack.program.extents import with_extents
 from autoprune.repack.program.graph import Graph, Op
 from autoprune.repack.program.kinds import PACKED, residual_of
 from autoprune.repack.program.lower import is_depthwise
 from autoprune.repack.program.passes import simplify
 from autoprune.repack.program.program import Program, check_threads, shapes_of
+from autoprune.repack.program.proofs import proven
 from autoprune.repack.program.samples import apart
 from autoprune.repack.program.tuning import Layer, Tuned, TuningCache, faster_by_sample, streams_little, tune
 from autoprune.repack.report import DENSE, LayerReport, ProgramModel, RepackedModel
@@ -127,12 +129,23 @@ def _as_program(
 
 
 def _check_others(original: nn.Module, inputs: tuple[Tensor, ...], program: Program) -> None:
-    """Raises CaptureError unless program and model agree on other values, and on other extents where it takes them."""
-    for shapes in dict.fromkeys((shapes_of(inputs), other_shapes(program.graph.inputs))):
-        if agrees(original, program, inputs, shapes) is False:
-            forms = _without_cuts(original, program)
-            if forms is None or agrees(*forms, inputs, shapes) is False:
-                raise CaptureError(f"the captured program does not reproduce the model for inputs of {list(shapes)}.")
+    """Compares on other values, and on other extents: those that do not prove to be free are fixed.
+
+    Raises:
+        CaptureError: program and model differ.
+    """
+
+    def right(chosen: Mapping[int, int]) -> bool:
+        shapes = with_extents(program.graph.inputs, chosen)
+        made = copy.deepcopy(program) if chosen else program  # whose plans for these shapes nobody needs again
+        found = agrees(original, made, inputs, shapes)
+        if found is False and (forms := _without_cuts(original, made)) is not None:
+            found = agrees(*forms, inputs, shapes)
+        return bool(found)
+
+    if not right({}):
+        raise CaptureError("the captured program does not reproduce the model's output for other values.")
+    program.graph = proven(program.graph, right)
 
 
 def _same_without_cuts(original: nn.Module, inputs: tuple[Any, ...], program: Program) -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.export import Dim
 
 from autoprune.files import temporary_folder
 from autoprune.latency.engines.base import Call
@@ -71,7 +72,7 @@ def _exported(
 ) -> torch.onnx.ONNXProgram:
     free = [(0,) if each else () for each in batched]
     program = exporting.export(module, inputs, free)
-    shapes = exporting.dynamic_shapes(module, free)  # gives the extents their name
+    shapes = exporting.dynamic_shapes(module, free, Dim("batch"))  # gives the extents their name
     try:
         with tracing():
             program = rewritten(program)

@@ -21,14 +21,14 @@ from autoprune.dynamic import gates
 from autoprune.inventory import copy_for_inference, has_memory
 from autoprune.recurrent import WholeSequences, recurrent_modules
 from autoprune.repack.program import aten, exporting, lifting
-from autoprune.repack.program.exporting import CaptureError, Free
-from autoprune.repack.program.graph import Graph, Input, Op, evaluate_op
+from autoprune.repack.program.exporting import Axes, CaptureError
+from autoprune.repack.program.freedom import Extents
+from autoprune.repack.program.graph import FOLD_LIMIT, Graph, Op, evaluate_op
+from autoprune.repack.program.kinds import SCALARS
 from autoprune.repack.program.lifting import Alias, Lifted, Site
 from autoprune.tracing import tracing
 
 __all__ = ["CaptureError", "capture"]
-
-FOLD_LIMIT = 1 << 16  # elements a constant computed from smaller ones may have
 
 _SCALARS: Mapping[Any, str] = {
     operator.add: "add",
@@ -41,12 +41,12 @@ _WEIGHTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
 
 def capture(model: nn.Module, inputs: Sequence[Any]) -> Graph:
-    """Captures what `model` computes in eval mode, for any batch size where the model allows it.
+    """Captures what `model` computes in eval mode, for inputs of any extents where the model allows it.
 
     Args:
         model: left as it is.
-        inputs: the tensors the model is called with; those whose first extent is that of the first may
-            have any batch size; where there is an LSTM or GRU, likewise the second extent: any number of steps.
+        inputs: the tensors the model is called with. Which of their extents may change, and which only together, is
+            what torch.export finds the model to allow; those that cannot be captured free are fixed.
 
     Raises:
         CaptureError: its control flow depends on data, it writes to its inputs or buffers, draws random numbers,
@@ -58,37 +58,42 @@ def capture(model: nn.Module, inputs: Sequence[Any]) -> Graph:
     copied = copy_for_inference(model)
     recurrent = [module for _, module in recurrent_modules(copied)]
     copied = _whole_operators(copied)
+    grown = _grown(inputs, recurrent)
     with tracing():  # all of it: symbolic extents also ask what other threads trace
-        for free in _freedoms(inputs, recurrent):
+        for free in _freedoms(inputs, bool(recurrent)):
             try:
-                return _captured(copied, inputs, free)
+                return _captured(copied, inputs, free, grown)
             except CaptureError:  # it is made for some extents
                 if not any(free):
                     raise
     raise AssertionError("the last freedom is none")
 
 
-def _freedoms(inputs: Sequence[Tensor], recurrent: Sequence[nn.LSTM | nn.GRU]) -> Iterator[list[Free]]:
-    """What each input's extents may be, from as free as possible to fixed; see `Input.free`."""
-    first = tuple(inputs[0].shape[:2]) if inputs else ()
-    batch: list[Free] = [(0,) if first and x.shape[:1] == first[:1] else () for x in inputs]
-    if recurrent and len(first) == 2:
-        by_batch = recurrent[0].batch_first
-        sequence = (0, 1) if by_batch else (1, 0)
-        states = {(m.num_layers * (1 + m.bidirectional), m.hidden_size) for m in recurrent}
-
-        def of(x: Tensor) -> Free:
-            """A state before the first step has its batch on the second axis."""
-            if x.ndim == 3 and x is not inputs[0] and (x.shape[0], x.shape[2]) in states:
-                return (None, 0)
-            if x.ndim == 1:
-                return (0,) if x.shape[0] == first[0 if by_batch else 1] else ()
-            return tuple(n if x.shape[axis] == first[axis] else None for axis, n in enumerate(sequence[: x.ndim]))
-
-        yield [of(x) for x in inputs]
-    if any(batch):
-        yield batch
+def _freedoms(inputs: Sequence[Tensor], recurrent: bool) -> Iterator[list[Axes]]:
+    """Which axes of each input may become free, from all to none."""
+    every: list[Axes] = [range(x.ndim) for x in inputs]
+    first = tuple(inputs[0].shape[: 1 + recurrent]) if inputs else ()
+    sequences: list[Axes] = [[a for a, extent in enumerate(x.shape) if extent in first] for x in inputs]
+    batch: list[Axes] = [[0] if first and x.shape[:1] == first[:1] else [] for x in inputs]
+    for free in (every, sequences, batch):
+        if any(free):
+            yield free
     yield [()] * len(inputs)
+
+
+def _grown(inputs: Sequence[Tensor], recurrent: Sequence[nn.LSTM | nn.GRU]) -> list[Axes]:
+    """The axes of each input that are a batch's or a sequence's, so that an extent of 1 is no reason to fix it."""
+    states = {(m.num_layers * (1 + m.bidirectional), m.hidden_size) for m in recurrent}
+
+    def of(x: Tensor) -> Axes:
+        """A state before the first step has its batch on the second axis."""
+        if x is not inputs[0] and x.ndim == 3 and (x.shape[0], x.shape[2]) in states:
+            return [1]
+        features = x.is_floating_point() and x.ndim > 1  # lie on the last axis
+        axes = range(min(1 + bool(recurrent), x.ndim - features))
+        return [axis for axis in axes if x.shape[axis : axis + 1] == inputs[0].shape[axis : axis + 1]]
+
+    return [of(x) for x in inputs]
 
 
 def _whole_operators(model: nn.Module) -> nn.Module:
@@ -106,39 +111,34 @@ def _describe(x: Any) -> str:
     return f"a tensor on {x.device} with layout {x.layout}" if isinstance(x, Tensor) else type(x).__name__
 
 
-def _captured(model: nn.Module, inputs: Sequence[Tensor], free: Sequence[Free]) -> Graph:
-    program = exporting.export(model, inputs, free)
-    described = _described(program, inputs, free)
+def _captured(model: nn.Module, inputs: Sequence[Tensor], free: Sequence[Axes], grown: Sequence[Axes]) -> Graph:
+    larger = [[axis for axis in axes if axis in each] for axes, each in zip(free, grown, strict=True)]
+    program = exporting.export(model, inputs, free, larger)
+    known = Extents(exporting.user_inputs(program))
+    if fixed := known.pinned():
+        axes = zip(free, known.axes, strict=True)
+        return _captured(model, inputs, [[a for a in each if own.get(a) not in fixed] for each, own in axes], grown)
     if exporting.is_functional(program.graph):
         try:
-            return _Translation(program, described).graph().validate()
+            return _Translation(program, inputs).graph().validate()
         except CaptureError:  # an operator that is one of several simpler ones
             pass
-    return _Translation(exporting.functional(program), described).graph().validate()
-
-
-def _described(program: ExportedProgram, inputs: Sequence[Tensor], free: Sequence[Free]) -> list[Input]:
-    described = []
-    names = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind == InputKind.USER_INPUT]
-    for name, x, axes in zip(names, inputs, free, strict=True):
-        try:
-            described.append(Input(name, tuple(x.shape), aten.encode_dtype(x.dtype), axes))
-        except KeyError:
-            raise CaptureError(f"an input of type {x.dtype} is not supported.") from None
-    return described
+    return _Translation(exporting.functional(program), inputs).graph().validate()
 
 
 class _Translation:
     """One pass over an exported program; `graph` gives the result."""
 
-    def __init__(self, program: ExportedProgram, inputs: Sequence[Input]) -> None:
+    def __init__(self, program: ExportedProgram, inputs: Sequence[Tensor]) -> None:
         self.program = program
-        self.inputs = tuple(inputs)
+        self.extents = Extents(exporting.user_inputs(program))
+        self.inputs = tuple(self.extents.described(inputs))
         self.ops: list[Op] = []
         self.constants: dict[str, Tensor] = {}
         self.names: dict[fx.Node, str] = {}  # of the value or constant that stands for a node
         self.batches: dict[str, tuple[str, int]] = {}  # symbolic extent -> the input and axis it comes from
         self.sizes: dict[str, str] = {}  # symbolic extent -> name
+        self.asserted: list[Any] = []  # conditions that stand in the graph
         self.taken = {node.name for node in program.graph.nodes}
         self.outputs: Any = None
 
@@ -157,19 +157,19 @@ class _Translation:
             else:
                 raise CaptureError(f"the model holds a {node.op} ({node.target}), which a program cannot.")
         read = {name for op in self.ops for name in (*op.reads, *op.tensors.values())}
-        graph = Graph(self.inputs, tuple(self.ops), self.outputs, self.constants)
+        conditions = self.extents.conditions(self.inputs, self.asserted)  # the last: translating may ask for more
+        graph = Graph(self.inputs, tuple(self.ops), self.outputs, self.constants, conditions)
         read |= set(graph.output_names())
-        kept = {name: value for name, value in self.constants.items() if name in read}
-        return Graph(graph.inputs, graph.ops, graph.outputs, kept)
+        return replace(graph, constants={name: value for name, value in self.constants.items() if name in read})
 
     def placeholder(self, node: fx.Node, weights: Mapping[str, tuple[str, Tensor]]) -> None:
         self.names[node] = node.name
         if node.name in weights:
             self.names[node] = self.constant(*weights[node.name])
             return
-        for axis, extent in enumerate(node.meta["val"].shape):
-            if not isinstance(extent, int):
-                self.batches.setdefault(str(extent), (node.name, axis))
+        for axis, extent in enumerate(lifting.extents(node)):
+            if isinstance(extent, str):
+                self.batches.setdefault(extent, (node.name, axis))
 
     def weights(self) -> dict[str, tuple[str, Tensor]]:
         """Placeholder -> (qualified name, tensor) of each parameter, buffer and literal tensor."""
@@ -194,8 +194,15 @@ class _Translation:
         return name
 
     def translate(self, node: fx.Node) -> None:
+        value = node.meta.get("val")
         if node.target in _SCALARS or node.target is torch.ops.aten.sym_size.int:
             self.scalar(node)
+        elif isinstance(value, torch.SymInt):
+            self.names[node] = self.extent(value)
+        elif isinstance(value, (torch.SymBool, torch.SymFloat)):
+            pass  # what reads it says that it cannot
+        elif node.target is torch.ops.aten._assert_scalar.default:
+            self.asserted += [node.args[0].meta["val"]] if isinstance(node.args[0], fx.Node) else []
         elif node.target is operator.getitem:
             self.getitem(node)
         elif isinstance(node.target, torch._ops.OpOverload):
@@ -256,6 +263,8 @@ class _Translation:
     def encode(self, value: Any) -> Any:
         """An operator's argument as JSON."""
         if isinstance(value, fx.Node):
+            if value not in self.names:
+                raise CaptureError(f"the model computes {value.name} from its inputs' shapes, which a program cannot.")
             return {"ref": self.names[value]}
         if isinstance(value, (list, tuple)):
             return [self.encode(each) for each in value]
@@ -276,7 +285,7 @@ class _Translation:
         value = node.meta.get("val")
         if any(self.names[x] not in self.constants for x in read) or not isinstance(value, Tensor):
             return False
-        if not all(isinstance(extent, int) for extent in value.shape):
+        if not all(isinstance(extent, int) for extent in lifting.extents(node)):
             return False
         if value.numel() > max(FOLD_LIMIT, sum(self.constants[self.names[x]].numel() for x in read)):
             return False
@@ -295,6 +304,42 @@ class _Translation:
             self.sizes[extent] = name = f"{source}.size{axis}"
             self.ops.append(Op("scalar", name, (source,), {"fn": "size", "args": [source, axis]}))
         return self.sizes[extent]
+
+    def extent(self, extent: torch.SymInt | int) -> str:
+        """The name of an extent that is computed of the inputs'."""
+        places = {
+            number: (each.name, axis) for each in reversed(self.inputs) for axis, number in each.free_axes.items()
+        }
+        wanted = self.extents.written(extent)
+
+        def emitted(expression: Any) -> int | str:
+            if isinstance(expression, int):
+                return expression
+            if isinstance(expression, dict):
+                return self.scalar_op("size", list(places[expression["extent"]]))
+            fn, *operands = expression
+            first, *rest = map(emitted, operands)
+            for each in rest:
+                first = self.scalar_op(fn, [first, each])
+            return first
+
+        text = str(extent)
+        if text not in self.sizes:
+            made = emitted(wanted)
+            self.sizes[text] = made if isinstance(made, str) else self.scalar_op("add", [made, 0])
+        return self.sizes[text]
+
+    def scalar_op(self, fn: str, args: list[Any]) -> str:
+        """The name of an integer; emitted unless it is there already."""
+        known = next((op for op in self.ops if op.kind == "scalar" and op.attributes == {"fn": fn, "args": args}), None)
+        if known is not None:
+            return known.output
+        name = f"{fn}.{len(self.ops)}"
+        read = tuple(dict.fromkeys(x for x in args if isinstance(x, str)))
+        if fn not in SCALARS:
+            raise CaptureError(f"the model computes an extent by {fn}, which a program cannot.")
+        self.ops.append(Op("scalar", name, read, {"fn": fn, "args": args}))
+        return name
 
     def emit(self, node: fx.Node, op: Op) -> None:
         self.ops.append(op)

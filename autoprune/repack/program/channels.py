@@ -256,7 +256,7 @@ def _pool(look: _Look, op: Op) -> None:
         _bar(look, op)
         return
     constant = axis.constant
-    if any(op.attributes["padding"]) and op.attributes.get("count_include_pad", False):
+    if any(op.attributes.get("padding", ())) and op.attributes.get("count_include_pad", False):
         constant = constant.masked_fill(constant != 0, math.nan)
     look.tie(op, replace(axis, constant=constant), *op.inputs)
 
@@ -290,6 +290,7 @@ _RULES: Mapping[str, Callable[[_Look, Op], None]] = {
     "add": _elementwise,
     "max_pool2d": _pool,
     "avg_pool2d": _pool,
+    "adaptive_avg_pool2d": _pool,
     "global_avg_pool": _global_avg_pool,
     "reshape": _reshape,
 }

@@ -118,6 +118,7 @@ SCHEMAS: Mapping[str, Schema] = {
     "linear": Schema((1, 2), {"activation": _activation}, {"layer": _text}, {"weight": (2, True), "bias": (1, False)}),
     "max_pool2d": Schema((1, 1), {**_GEOMETRY, "kernel": _pair(1), "dilation": _pair(1)}),
     "avg_pool2d": Schema((1, 1), {**_GEOMETRY, "kernel": _pair(1), "count_include_pad": _flag}),
+    "adaptive_avg_pool2d": Schema((1, 1), {"output": _pair(1)}),
     "global_avg_pool": Schema((1, 1), {"keepdim": _flag}),
     "activation": Schema((1, 1), {"name": _named_activation}),
     "add": Schema((2, 2), {"activation": _activation}),
@@ -279,7 +280,7 @@ def check_input(given: Input) -> None:
     """Raises FileError unless it has a name, a shape and a known type."""
     if not isinstance(given.name, str) or not all(map(_integer(0), given.shape)):
         raise FileError(f"the input {given.name!r} has the shape {given.shape!r}.")
-    if len(given.free) > min(2, len(given.shape)) or not all(n is None or _integer(0, 1)(n) for n in given.free):
+    if len(given.free) > len(given.shape) or not all(n is None or _integer(0)(n) for n in given.free):
         raise FileError(f"the input {given.name!r} has the free extents {list(given.free)!r}.")
     aten.decode_dtype(given.dtype)
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from autoprune.repack.program import extents
 from autoprune.repack.program.aten import decode_dtype
 from autoprune.repack.program.graph import Graph, Op, evaluate_op
 
-FREE = (55440, 75600)  # no model's own extents, so that equal ones are equal at every call; they have many divisors
+# Hardly any model's own extents, so that equal ones are equal at every call; they have many divisors.
+FREE = (5040, 3360, 2016, 6720, 4032, 10080, 8064, 7560, 9240, 12096, 15120, 20160, 25200, 27720)
 
 
 class Editor:
@@ -21,11 +23,11 @@ class Editor:
     Attributes:
         ops: value -> the operation that defines it, in the order they run.
         constants: of the graph, and those made since.
-        shapes: of every value, of FREE extents where the graph takes any; () for integers.
+        shapes: of every value, of `unusual` extents where a call may choose them; () for integers.
     """
 
     def __init__(self, graph: Graph) -> None:
-        self.inputs, self.outputs = graph.inputs, graph.outputs
+        self.inputs, self.outputs, self.conditions = graph.inputs, graph.outputs, graph.conditions
         self.returned = set(graph.output_names())
         self.ops = {op.output: op for op in graph.ops}
         self.constants = dict(graph.constants)
@@ -35,7 +37,7 @@ class Editor:
 
     def graph(self) -> Graph:
         self.prune()
-        return Graph(self.inputs, tuple(self.ops.values()), self.outputs, self.constants)
+        return Graph(self.inputs, tuple(self.ops.values()), self.outputs, self.constants, self.conditions)
 
     def prune(self) -> None:
         """Drops what neither an output nor another operation reads, and finds the readers anew."""
@@ -119,13 +121,23 @@ def _rename_in(value: Any, old: str, new: str) -> Any:
     return value
 
 
+def unusual(graph: Graph) -> dict[int, int]:
+    """Free extents that the graph takes and that are, as far as can be, no other extents of it."""
+    own = extents.examples(graph.inputs)
+    taken = {extent for value in graph.constants.values() for extent in value.shape}
+    taken |= {extent for each in graph.inputs for extent in each.shape}
+
+    def candidates(number: int) -> Iterable[int]:  # where the model bounds it, something near
+        return (*FREE, *range(2 * own[number], 1, -1))
+
+    return extents.choose(own, graph.conditions, candidates, taken)
+
+
 def infer_shapes(graph: Graph) -> dict[str, tuple[int, ...]]:
-    """The shape of every value, of FREE extents where the graph takes any; () for integers. Computes nothing."""
+    """The shape of every value, of `unusual` extents where a call may choose; () for integers. Computes nothing."""
     constants: Mapping[str, Tensor] = {name: value.to("meta") for name, value in graph.constants.items()}
     values: dict[str, Any] = {}
-    for each in graph.inputs:
-        numbers = each.free_axes
-        shape = tuple(FREE[numbers[axis]] if axis in numbers else extent for axis, extent in enumerate(each.shape))
+    for each, shape in zip(graph.inputs, extents.with_extents(graph.inputs, unusual(graph)), strict=True):
         values[each.name] = torch.empty(shape, dtype=decode_dtype(each.dtype), device="meta")
     for op in graph.ops:
         values[op.output] = evaluate_op(op, values, constants)

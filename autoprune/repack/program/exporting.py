@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind
 
 from autoprune.errors import AutopruneError
 from autoprune.inventory import out_of_reach, own_copy
@@ -41,21 +42,30 @@ _FRESH = {
 }
 
 
-Free = tuple[int | None, ...]
+Axes = Sequence[int]
 
 
 class CaptureError(AutopruneError):
     """A model that cannot be captured as a graph; it can still be repacked a layer at a time."""
 
 
-def export(model: nn.Module, inputs: Sequence[Tensor], free: Sequence[Free]) -> ExportedProgram:
-    """Asks for a form of the model in which the `free` axes of each input (see `Input.free`) may have any extent."""
+def export(
+    model: nn.Module, inputs: Sequence[Tensor], free: Sequence[Axes], grown: Sequence[Axes] | None = None
+) -> ExportedProgram:
+    """Asks for a form of the model in which extents are as free as the model leaves them.
+
+    Args:
+        model: in eval mode.
+        inputs: examples.
+        free: of each input, the axes whose extents may become free; which do, and which are one, torch finds out.
+        grown: those of them that are doubled where their extent is 1, which torch takes for a constant; all when None.
+    """
     for name, (kind, why) in out_of_reach(model).items():
         raise CaptureError(f"the model holds {name!r} ({kind}), which cannot be captured: {why}.")
     # Torch takes tensors that are one object for one input, and so would what it exports.
-    examples = tuple(_larger(own_copy(x), axes) for x, axes in zip(inputs, free, strict=True))
+    examples = tuple(_larger(own_copy(x), axes) for x, axes in zip(inputs, grown or free, strict=True))
     try:
-        shapes = dynamic_shapes(model, free)
+        shapes = dynamic_shapes(model, free, Dim.AUTO)
         with tracing(), _plain_attention(), torch.no_grad():
             exported: ExportedProgram = torch.export.export(model, examples, dynamic_shapes=shapes, strict=False)
             return exported
@@ -63,17 +73,22 @@ def export(model: nn.Module, inputs: Sequence[Tensor], free: Sequence[Free]) -> 
         raise _failed(error) from error
 
 
-def _larger(x: Tensor, free: Free) -> Tensor:
-    """Torch takes an extent of 1 for a constant."""
-    for axis, number in enumerate(free):
-        x = x if number is None else torch.cat([x, x], dim=axis) if x.shape[axis] == 1 else x
+def _larger(x: Tensor, axes: Axes) -> Tensor:
+    for axis in axes:
+        x = torch.cat([x, x], dim=axis) if x.shape[axis] == 1 else x
     return x
 
 
-def dynamic_shapes(model: nn.Module, free: Sequence[Free]) -> tuple[Any, ...] | None:
-    """Which extents may be any, nested as the arguments of `forward`: what ``*args`` takes is a tuple of its own."""
-    names = (Dim("batch"), Dim("steps"))
-    axes = [{axis: names[number] for axis, number in enumerate(each) if number is not None} for each in free]
+def user_inputs(program: ExportedProgram) -> list[fx.Node]:
+    """The nodes that stand for the inputs, in order."""
+    names = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind == InputKind.USER_INPUT]
+    nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    return [nodes[name] for name in names]
+
+
+def dynamic_shapes(model: nn.Module, free: Sequence[Axes], extent: Any) -> tuple[Any, ...] | None:
+    """Which axes are `extent`, nested as the arguments of `forward`: what ``*args`` takes is a tuple of its own."""
+    axes = [dict.fromkeys(each, extent) for each in free]
     extents = [each or None for each in axes]
     given = inspect.signature(model.forward).bind(*extents).arguments
     return tuple(given.values()) if any(axes) else None

@@ -13,10 +13,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from autoprune.errors import FileError
-from autoprune.repack.program import aten, checks
+from autoprune.repack.program import aten, checks, extents
 from autoprune.repack.program.kinds import ACTIVATIONS, KINDS, SCALARS, Values
 
 __all__ = ["ACTIVATIONS", "KINDS", "SCALARS", "Graph", "Input", "Op", "build_outputs", "evaluate_op", "reference"]
+
+
+FOLD_LIMIT = 1 << 16  # elements that a constant may have which is computed from smaller ones
 
 
 @dataclass(frozen=True)
@@ -26,8 +29,9 @@ class Input:
     Attributes:
         shape: of the example.
         dtype: e.g. ``float32``.
-        free: for each axis, up to the second: None where its extent is fixed, else the number of the extent it has,
-            which may be any at a call: axes of one number, in all inputs, have one extent. 0 is the batch's.
+        free: for each axis: None where its extent is fixed, else the number of the extent it has, which a call may
+            choose: axes of one number, in all inputs, have one extent. 0 is the batch's. Axes behind the last free one
+            are left out.
     """
 
     name: str
@@ -86,12 +90,14 @@ class Graph:
         outputs: what the model returns: the name of a value, a plain number or None, or one of ``{"tuple": [...]}``,
             ``{"list": [...]}`` and ``{"dict": [[key, ...], ...]}`` holding more of them.
         constants: weights, by name; names of values and of constants do not overlap.
+        conditions: what the free extents must satisfy; see `extents`.
     """
 
     inputs: tuple[Input, ...]
     ops: tuple[Op, ...]
     outputs: Any
     constants: Mapping[str, Tensor]
+    conditions: tuple[Any, ...] = ()
 
     @property
     def dynamic(self) -> bool:
@@ -150,6 +156,8 @@ class Graph:
                 if name not in known:
                     raise FileError(f"{op.output!r} reads {name!r} before it is defined.")
             checks.define(op.output, known)
+        for condition in self.conditions:
+            extents.check(condition, extents.examples(self.inputs))
         checks.check_outputs(self.outputs)
         for name in self.output_names():
             if name not in known:
@@ -171,12 +179,14 @@ class Graph:
                 for op in self.ops
             ],
             "outputs": self.outputs,
+            "conditions": list(self.conditions),
         }
 
     @classmethod
     def from_json(cls, data: Any, constants: Mapping[str, Tensor]) -> Graph:
         """Rebuilds and validates a graph; raises FileError when `data` is no graph."""
-        top = checks.fields(data, {"inputs": list, "ops": list, "outputs": object}, "the graph")
+        types: dict[str, type] = {"inputs": list, "ops": list, "outputs": object, "conditions": list}
+        top = checks.fields(data, types, "the graph")
         inputs = []
         for row in top["inputs"]:
             row = checks.fields(row, {"name": str, "shape": list, "dtype": str, "free": list}, "an input")
@@ -187,7 +197,8 @@ class Graph:
             row = checks.fields(row, types, "an operation")
             ops.append(Op(row["kind"], row["output"], tuple(row["inputs"]), row["attributes"], row["tensors"]))
         try:
-            return cls(tuple(inputs), tuple(ops), top["outputs"], dict(constants)).validate()
+            made = cls(tuple(inputs), tuple(ops), top["outputs"], dict(constants), tuple(top["conditions"]))
+            return made.validate()
         except RecursionError:
             raise FileError("the graph is nested too deeply.") from None
 

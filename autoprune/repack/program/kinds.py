@@ -77,6 +77,15 @@ def _avg_pool2d(op: Op, x: list[Any], w: Mapping[str, Tensor], _: Values) -> Ten
     return F.avg_pool2d(x[0], a["kernel"], a["stride"], a["padding"], False, a["count_include_pad"])
 
 
+def _adaptive_avg_pool2d(op: Op, x: list[Any], w: Mapping[str, Tensor], _: Values) -> Tensor:
+    output, extents = op.attributes["output"], x[0].shape[-2:]
+    if any(type(extent) is not int or extent % parts for extent, parts in zip(extents, output, strict=True)):
+        return F.adaptive_avg_pool2d(x[0], output)
+    kernel = [extent // parts for extent, parts in zip(extents, output, strict=True)]
+    same: Tensor = x[0]
+    return same if kernel == [1, 1] else F.avg_pool2d(same, kernel)
+
+
 def _global_avg_pool(op: Op, x: list[Any], w: Mapping[str, Tensor], _: Values) -> Tensor:
     mean: Tensor = x[0].mean((2, 3), keepdim=op.attributes["keepdim"])
     return mean
@@ -156,6 +165,9 @@ SCALARS: Mapping[str, Callable[[Any, Any], Any]] = {  # of integers, symbolic on
     "mul": lambda a, b: a * b,
     "sub": lambda a, b: a - b,
     "floordiv": lambda a, b: a // b,
+    "mod": lambda a, b: a % b,
+    "max": lambda a, b: max(a, b),
+    "min": lambda a, b: min(a, b),
 }
 
 Evaluate = Callable[["Op", list[Any], Mapping[str, Tensor], Values], Any]
@@ -169,6 +181,7 @@ KINDS: Mapping[str, Evaluate] = {
     "linear": _linear,
     "max_pool2d": _max_pool2d,
     "avg_pool2d": _avg_pool2d,
+    "adaptive_avg_pool2d": _adaptive_avg_pool2d,
     "global_avg_pool": _global_avg_pool,
     "activation": _activation,
     "add": _add,

@@ -46,6 +46,8 @@ class Context(Protocol):
 
     def size(self, node: Node, axis: int) -> str: ...
 
+    def extent(self, extent: torch.SymInt) -> str: ...
+
 
 @dataclass(frozen=True)
 class Site:
@@ -106,7 +108,10 @@ Result = Lifted | Alias | None
 
 def extents(node: Node) -> tuple[int | str, ...]:
     """A node's shape, symbolic extents as text."""
-    return tuple(extent if isinstance(extent, int) else str(extent) for extent in node.meta["val"].shape)
+    shape = (getattr(getattr(extent, "node", None), "expr", extent) for extent in node.meta["val"].shape)
+    return tuple(
+        extent if isinstance(extent, int) else int(extent) if extent.is_Integer else str(extent) for extent in shape
+    )
 
 
 def _pair(value: Any, default: Any = None) -> list[int] | None:
@@ -244,7 +249,9 @@ def _adaptive_avg_pool2d(site: Site) -> Result:
     if output == [1, 1]:
         return Lifted("global_avg_pool", (site.name("self"),), {"keepdim": True})
     extent = site.shape("self")[2:]
-    if any(not isinstance(size, int) or size % parts for size, parts in zip(extent, output, strict=True)):
+    if not all(isinstance(size, int) for size in extent):
+        return Lifted("adaptive_avg_pool2d", (site.name("self"),), {"output": output})
+    if any(int(size) % parts for size, parts in zip(extent, output, strict=True)):
         return None
     kernel = [int(size) // parts for size, parts in zip(extent, output, strict=True)]
     if kernel == [1, 1]:
@@ -332,6 +339,8 @@ def _shape(site: Site, before: tuple[int | str, ...], after: tuple[int | str, ..
             shape.append({"ref": site.context.names[asked]})
         elif extent in before:
             shape.append({"ref": site.context.size(site.args["self"], before.index(extent))})
+        elif -1 in shape:
+            shape.append({"ref": site.context.extent(site.node.meta["val"].shape[len(shape)])})
         else:
             shape.append(-1)
     return shape

@@ -25,7 +25,7 @@ from autoprune.repack.kernels.gated_gemm import Dead
 from autoprune.repack.kernels.gated_gemm import scratch as gated_scratch
 from autoprune.repack.kernels.window import Mode
 from autoprune.repack.program import aten, convolutions, nodes, pointwise, tokens
-from autoprune.repack.program.graph import Graph, Op, evaluate_op
+from autoprune.repack.program.graph import FOLD_LIMIT, Graph, Op, evaluate_op
 from autoprune.repack.program.kinds import KEEPS_ZERO, residual_of
 from autoprune.repack.program.layout import ALIGN, FLOAT_BYTES, aligned
 from autoprune.repack.program.memory import Buffer, place
@@ -90,6 +90,7 @@ class Lowering:
         self.positive: set[str] = set()
         self.slots = ARENA + 1
         self.fixed: dict[int, Tensor] = {}
+        self.known: dict[str, Tensor] = {}  # what depends on constants and shapes alone
         self.scratches: list[Buffer] = []
         self.wrong: Buffer | None = None  # an int64 that tells of a number which is no row's
         self.input_slots: dict[str, int] = {}
@@ -264,6 +265,11 @@ class Lowering:
         if op.kind == "scalar":
             self.values[op.output] = evaluate_op(op, self.values, self.constants)
             return
+        if op.kind == "adaptive_avg_pool2d":
+            found = self.pooling(op)
+            if found is None:
+                return
+            op = found
         rule, before = _RULES.get(op.kind), len(self.steps)
         fitting = op.kind == "torch" or all(is_float(self.values[name]) for name in op.inputs)
         if rule is not None and fitting and rule(self, op):
@@ -295,18 +301,28 @@ class Lowering:
             if isinstance(self.values[name], Tensor) and name not in self.constants:
                 reads[name] = self.plain(name)
         buffer = self.buffers[storage_of(meta)] = self.in_slot()
-        if op.kind == "torch" and not any(isinstance(self.values[name], Tensor) for name in op.reads):
-            self.fixed[buffer.slot] = self.computed(op)  # it depends on shapes alone
+        if op.kind == "torch" and self.is_known(op, meta):
+            result = self.known[op.output] = self.computed(op)  # it depends on constants and shapes alone
+            self.fixed[buffer.slot] = result
             return View(buffer, 0, tuple(meta.shape), tuple(meta.stride()))
         self.steps.append(TorchStep(op, reads, buffer.slot, tuple(meta.shape), tuple(meta.stride()), meta.dtype))
         return View(buffer, 0, tuple(meta.shape), tuple(meta.stride()))
 
+    def is_known(self, op: Op, meta: Tensor) -> bool:
+        """Whether a torch operation reads nothing that a call gives, and its result is not too large to be kept."""
+        read = [name for name in op.reads if isinstance(self.values[name], Tensor)]
+        given = [self.known.get(name, self.graph.constants.get(name)) for name in read]
+        if any(value is None or value.is_meta for value in given):
+            return False
+        return meta.numel() <= max(FOLD_LIMIT, *(value.numel() for value in given if value is not None), 0) or not read
+
     def computed(self, op: Op) -> Tensor:
-        """What a torch operation gives that reads no tensor."""
+        """What such an operation gives."""
         a = op.attributes
-        known = {name: value for name, value in self.values.items() if isinstance(value, int)}
+        values = {**self.graph.constants, **self.known}
+        known = {name: values.get(name, self.values[name]) for name in op.reads}
         result: Tensor = aten.bind(a["op"], a["args"], a["kwargs"], a.get("item"), known)({})
-        return result
+        return settled(result)
 
     def conv2d(self, op: Op) -> bool:
         a = op.attributes
@@ -492,6 +508,21 @@ class Lowering:
         else:
             self.slide(op, window, shape, Mode.AVERAGE, count_padding=bool(a["count_include_pad"]))
         return True
+
+    def pooling(self, op: Op) -> Op | None:
+        """An adaptive pooling as what it is for an input of this shape; None where it is nothing at all."""
+        x, (source,) = self.values[op.inputs[0]], op.inputs
+        output = op.attributes["output"]
+        if x.dim() != 4 or any(extent % parts for extent, parts in zip(x.shape[2:], output, strict=True)):
+            return op
+        kernel = [extent // parts for extent, parts in zip(x.shape[2:], output, strict=True)]
+        if kernel != [1, 1]:
+            given = {"kernel": kernel, "stride": kernel, "padding": [0, 0], "count_include_pad": True}
+            return replace(op, kind="avg_pool2d", attributes=given)
+        self.values[op.output] = x
+        self.maps |= {(op.output, *key[1:]): made for key, made in self.maps.items() if key[0] == source}
+        self.positive |= {op.output} & ({op.output} if source in self.positive else set())
+        return None
 
     def global_avg_pool(self, op: Op) -> bool:
         given = self.map(op.inputs[0])

@@ -151,7 +151,7 @@ def _skip_silent(edited: Editor, op: Op) -> bool:
 def _silencing(edited: Editor, name: str) -> str | None:
     """The factors where zero means that a channel of the value is zero everywhere."""
     source = edited.ops.get(name)
-    while source is not None and source.kind in ("activation", "max_pool2d", "avg_pool2d"):
+    while source is not None and source.kind in ("activation", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d"):
         if source.kind == "activation" and source.attributes["name"] not in KEEPS_ZERO:
             return None
         source = edited.ops.get(source.inputs[0])

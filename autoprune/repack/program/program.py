@@ -20,7 +20,8 @@ from autoprune.inventory import has_memory
 from autoprune.repack.kernels.compiler import Target, host, unavailable
 from autoprune.repack.program import aten
 from autoprune.repack.program.by_torch import TorchPlan
-from autoprune.repack.program.graph import Graph, Input, build_outputs, evaluate_op
+from autoprune.repack.program.extents import check_shapes
+from autoprune.repack.program.graph import Graph, build_outputs, evaluate_op
 from autoprune.repack.program.lower import FAILURES, lower
 from autoprune.repack.program.native import NativeOp, NativeSequence
 from autoprune.repack.program.nodes import Tiling
@@ -240,12 +241,6 @@ def check_threads(threads: object) -> None:
         raise AutopruneError(f"threads must be a positive integer or None, not {threads!r}.")
 
 
-def _any(given: Input) -> str:
-    """What a call may change of an input's shape."""
-    axes = " and ".join(str(axis) for axis in given.free_axes)
-    return "" if not axes else " (any batch size)" if given.free_axes == {0: 0} else f" (any extent of axis {axes})"
-
-
 class Program:
     """Runs a graph with packed weights; several threads may call it at once.
 
@@ -345,7 +340,7 @@ class Program:
         shapes = tuple([x.shape for x in inputs])
         plan = self._chosen.get((shapes, self._threads_now))
         if plan is None:
-            self._check(inputs)
+            check_shapes(self.graph.inputs, self.graph.conditions, shapes_of(inputs))
         for x, dtype in zip(inputs, self._dtypes, strict=True):  # native code takes what it gets for these
             if x.dtype != dtype or not x.is_cpu:
                 raise AutopruneError(f"a program takes {dtype} on the CPU; the input is {x.dtype} on {x.device}.")
@@ -354,21 +349,3 @@ class Program:
                     "a repacked model is for inference: call it under torch.inference_mode() or no_grad()."
                 )
         return plan or self.chosen_plan(shapes_of(inputs))
-
-    def _check(self, inputs: tuple[Tensor, ...]) -> None:
-        given = self.graph.inputs
-        if len(inputs) != len(given):
-            raise AutopruneError(f"this model takes {len(given)} inputs, not {len(inputs)}.")
-        for x, expected in zip(inputs, given, strict=True):
-            extents = zip(x.shape, expected.shape, strict=False)
-            differing = [axis for axis, (got, wanted) in enumerate(extents) if got != wanted]
-            if x.dim() != len(expected.shape) or not {*differing} <= expected.free_axes.keys():
-                raise AutopruneError(
-                    f"this program was made for an input of shape {tuple(expected.shape)}{_any(expected)}, "
-                    f"not {tuple(x.shape)}."
-                )
-        for number, what in enumerate(("batch sizes", "numbers of steps")):
-            pairs = zip(inputs, given, strict=True)
-            found = {x.shape[axis] for x, each in pairs for axis, own in each.free_axes.items() if own == number}
-            if len(found) > 1:
-                raise AutopruneError(f"the inputs' {what} differ: {sorted(found)}.")

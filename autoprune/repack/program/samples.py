@@ -8,10 +8,9 @@ from collections.abc import Callable, Mapping
 import torch
 
 from autoprune.repack.program import aten
-from autoprune.repack.program.editor import FREE, infer_shapes
+from autoprune.repack.program.editor import infer_shapes, unusual
 from autoprune.repack.program.graph import Graph, Op
 
-BATCH = FREE[0]  # what the batch's extent is where shapes are told
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -20,14 +19,18 @@ def apart(graph: Graph) -> bool:
 
     Decided from what each operation is known to do: False wherever that is not known.
     """
-    if not all(each.batched and set(each.free_axes.values()) == {0} for each in graph.inputs):
+    if not graph.inputs or not all(each.batched and each.free.count(0) == 1 for each in graph.inputs):
         return False
-    shapes = infer_shapes(graph)
+    shapes, batch = infer_shapes(graph), unusual(graph)[0]
     axes: dict[str, int | None] = {each.name: 0 for each in graph.inputs}  # None: the same for every sample
     axes |= dict.fromkeys(graph.constants)
-    integers = {op.output for op in graph.ops if op.kind == "scalar"}
+    integers: set[str] = set()  # that depend on the batch's extent
     for op in graph.ops:
         if op.kind == "scalar":
+            if op.attributes["fn"] != "size":
+                integers |= {op.output} if integers & {*op.reads} else set()
+            elif axes[op.inputs[0]] in (None, op.attributes["args"][1] % len(shapes[op.inputs[0]])):
+                integers.add(op.output)
             continue
         rule = _TORCH.get(op.attributes["op"]) if op.kind == "torch" else _RULES.get(op.kind)
         if rule is None and op.kind == "torch" and _is_pointwise(op):
@@ -35,7 +38,7 @@ def apart(graph: Graph) -> bool:
         told = bool(integers & {*op.reads})  # they may tell the batch's extent
         if told and rule not in (_refolded, _repeated):
             return False
-        axis = shapes[op.output].index(BATCH) if shapes[op.output].count(BATCH) == 1 else None
+        axis = shapes[op.output].index(batch) if shapes[op.output].count(batch) == 1 else None
         if any(axes.get(name) is not None for name in op.reads):
             if axis is None or rule is None or not rule(op, axes, shapes, axis):
                 return False
@@ -112,6 +115,7 @@ def _is_pointwise(op: Op) -> bool:
 
 _RULES: Mapping[str, Rule] = {
     **dict.fromkeys(("conv2d", "gated_conv2d", "gate", "scale", "max_pool2d", "avg_pool2d", "global_avg_pool"), _first),
+    "adaptive_avg_pool2d": _first,
     **dict.fromkeys(("linear", "layer_norm"), _not_last),
     **dict.fromkeys(("activation", "add"), _aligned),
     "attention": _outer,
