@@ -24,6 +24,8 @@ class TorchPlan:
         weights: of every packed layer, by the name of its output; unpacked once.
     """
 
+    memory = 0  # that lies ready for the next call
+
     def __init__(self, graph: Graph, weights: Mapping[str, Weights]) -> None:
         constants, ops = dict(graph.constants), []
         for op in graph.ops:
@@ -35,6 +37,9 @@ class TorchPlan:
                 op = replace(op, tensors={**op.tensors, "bias": bias})
             ops.append(op)
         self._graph = replace(graph, ops=tuple(ops), constants=constants)
+
+    def forget(self) -> None:
+        """As of a plan: frees what lies ready for the next calls."""
 
     def run(self, inputs: tuple[Tensor, ...]) -> Any:
         """One call's outputs."""

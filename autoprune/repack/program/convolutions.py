@@ -91,7 +91,7 @@ def convolution(
     else:
         given |= {f.BLOCK_STRIDE: 1, f.IMAGE_STRIDE: blocks, f.CHUNK_STRIDE: blocks * batch}
     masks = _columns(window_, x.layout, y.layout.width, len(mask))
-    given |= _lists(packed, offsets, tiling, masks, scratch)
+    given |= _lists(weights, packed, offsets, tiling, masks, scratch)
     given[f.RESIDUAL_CHANNEL] = given[f.Y_CHANNEL]
     if residual is not None:
         given |= {
@@ -130,12 +130,30 @@ def _columns(window_: Window, layout: MapLayout, width: int, count: int) -> _Col
 
 
 def _lists(
-    packed: PackedWeight, offsets: NDArray[np.int32], tiling: Tiling, masks: _Columns | None, scratch: Buffer
-) -> dict[IntEnum, Any]:
+    weights: Weights, packed: PackedWeight, offsets: NDArray[np.int32], tiling: Tiling, masks: _Columns | None,
+    scratch: Buffer,
+) -> dict[IntEnum, Any]:  # fmt: skip
     """The kept positions: a list for each group, or group and panel; in runs of one mask where there are masks."""
     f = offset_gemm.Field
     if not tiling.panel and masks is None:
         return {f.GROUP_POINTER: packed.group_pointer, f.OFFSETS: offsets, f.VALUES: packed.values, f.PANELS: 1}
+    key = (tiling.panel, tiling.serpentine, None if masks is None else tuple(masks.of_tap.tolist()))
+    order, alike = weights.ordered(key, lambda: _ordered(packed, tiling, masks))
+    given = {**alike, f.OFFSETS: np.ascontiguousarray(offsets[order])}
+    if masks is not None:
+        given |= {f.INSIDE: np.ascontiguousarray(masks.inside), f.INSIDE_LENGTH: masks.inside.shape[1]}
+    if tiling.panel:
+        given |= {
+            f.SCRATCH_SLOT: scratch.slot, f.SCRATCH_OFFSET: scratch.offset, f.SCRATCH: panel_scratch(packed.group_size),
+        }  # fmt: skip
+    return given
+
+
+def _ordered(
+    packed: PackedWeight, tiling: Tiling, masks: _Columns | None
+) -> tuple[NDArray[np.int64], dict[IntEnum, Any]]:
+    """The order of the kept positions in such lists, and the fields that are alike for inputs of every shape."""
+    f = offset_gemm.Field
     group = np.repeat(np.arange(packed.groups), np.diff(packed.group_pointer))
     _, number = np.unique(packed.index, return_inverse=True)
     inputs = int(number.max(initial=-1)) + 1
@@ -151,10 +169,7 @@ def _lists(
         part = number * parts // max(1, inputs) if not tiling.panel else number % tiling.panel * parts // tiling.panel
         runs = parts * columns
         run = np.where(backwards, parts - 1 - part, part) * columns + masks.of_tap[packed.index % packed.taps]
-        given |= {
-            f.RUNS: runs, f.COLUMNS: columns, f.INSIDE: np.ascontiguousarray(masks.inside),
-            f.INSIDE_LENGTH: masks.inside.shape[1],
-        }  # fmt: skip
+        given |= {f.RUNS: runs, f.COLUMNS: columns}
     order = np.argsort(lists * runs + run, kind="stable")
     counts = np.bincount(lists * runs + run, minlength=packed.groups * panels * runs).reshape(-1, runs)
     ends = counts.cumsum(axis=1)
@@ -162,13 +177,9 @@ def _lists(
         given[f.ENDS] = np.ascontiguousarray(ends, np.int32)
     given |= {
         f.GROUP_POINTER: np.concatenate([[0], ends[:, -1].cumsum()]).astype(np.int32),
-        f.OFFSETS: np.ascontiguousarray(offsets[order]), f.VALUES: np.ascontiguousarray(packed.values[order]),
-    }  # fmt: skip
-    if tiling.panel:
-        given |= {
-            f.SCRATCH_SLOT: scratch.slot, f.SCRATCH_OFFSET: scratch.offset, f.SCRATCH: panel_scratch(packed.group_size),
-        }  # fmt: skip
-    return given
+        f.VALUES: np.ascontiguousarray(packed.values[order]),
+    }
+    return order, given
 
 
 def _gated(

@@ -50,8 +50,8 @@ def holds(condition: Any, extents: Mapping[int, int]) -> bool:
     """Whether these extents satisfy a condition."""
     try:
         return bool(value_of(condition, extents))
-    except ZeroDivisionError:
-        return False
+    except ZeroDivisionError:  # of an empty batch: what a remainder must not be, none is not
+        return isinstance(condition, list) and condition[0] == "ne"
 
 
 def told(condition: Any, names: Mapping[int, str]) -> str:
@@ -154,13 +154,11 @@ def check_shapes(inputs: Sequence[Input], conditions: Sequence[Any], shapes: Seq
                     f"and {first[number]} have one extent."
                 )
             first.setdefault(number, f"axis {axis} of {given.name!r}")
-    for condition in conditions:
-        if not holds(condition, found):
-            allowed = " and ".join(dict.fromkeys(told(each, first) for each in conditions))
-            raise AutopruneError(
-                f"this program takes no inputs of shapes {list(shapes)}: of the extents that a call may choose, the "
-                f"model asks that {allowed}. Repack it for these shapes."
-            )
+    if asked := dict.fromkeys(told(each, first) for each in conditions if not holds(each, found)):
+        raise AutopruneError(
+            f"this program takes no inputs of shapes {list(shapes)}: of the extents that a call may choose, the model "
+            f"asks that {' and '.join(asked)}. Repack it for these shapes."
+        )
 
 
 def _freedom(given: Input) -> str:
@@ -168,7 +166,7 @@ def _freedom(given: Input) -> str:
     axes = list(given.free_axes)
     if not axes:
         return ""
-    return " (any batch size)" if given.free_axes == {0: 0} else f" (any extent of axis {' and '.join(map(str, axes))})"
+    return " (any batch size)" if given.free_axes == {0: 0} else f" (any extent of axis {', '.join(map(str, axes))})"
 
 
 def choose(

@@ -331,6 +331,7 @@ def _reshape(site: Site) -> Result:
 def _shape(site: Site, before: tuple[int | str, ...], after: tuple[int | str, ...]) -> list[Any]:
     """The new extents: integers, references, and -1 at most once."""
     given = site.args.get("size") or site.args.get("shape") or [None] * len(after)
+    alone = sum(isinstance(extent, str) for extent in after) == 1  # beside a batch of 0, -1 would tell nothing
     shape: list[Any] = []
     for extent, asked in zip(after, given, strict=True):
         if isinstance(extent, int):
@@ -339,10 +340,10 @@ def _shape(site: Site, before: tuple[int | str, ...], after: tuple[int | str, ..
             shape.append({"ref": site.context.names[asked]})
         elif extent in before:
             shape.append({"ref": site.context.size(site.args["self"], before.index(extent))})
-        elif -1 in shape:
-            shape.append({"ref": site.context.extent(site.node.meta["val"].shape[len(shape)])})
-        else:
+        elif alone:
             shape.append(-1)
+        else:
+            shape.append({"ref": site.context.extent(site.node.meta["val"].shape[len(shape)])})
     return shape
 
 

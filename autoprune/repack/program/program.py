@@ -22,9 +22,11 @@ from autoprune.repack.program import aten
 from autoprune.repack.program.by_torch import TorchPlan
 from autoprune.repack.program.extents import check_shapes
 from autoprune.repack.program.graph import Graph, build_outputs, evaluate_op
+from autoprune.repack.program.layout import FLOAT_BYTES
 from autoprune.repack.program.lower import FAILURES, lower
 from autoprune.repack.program.native import NativeOp, NativeSequence
 from autoprune.repack.program.nodes import Tiling
+from autoprune.repack.program.recent import Recent
 from autoprune.repack.program.split import can_split, split
 from autoprune.repack.program.steps import ARENA, Lowered, NativeStep, TorchStep, View, settled
 from autoprune.repack.program.team import Ticket, team
@@ -32,7 +34,10 @@ from autoprune.repack.program.weights import Weights
 
 Shapes = tuple[tuple[int, ...], ...]
 EVEN = 4  # samples a thread from which on it matters little that some threads have one more
-MAX_PLANS = 128  # input shapes remembered: inputs of ever new shapes must not fill the memory
+# Inputs of ever new shapes must not fill the memory: bytes of the plans that are remembered, and of what lies ready for
+# their next calls.
+ROOM, ARENAS = 2**27, 2**29
+STEP = 2**13  # bytes that a step of a plan takes besides its arrays, about
 
 
 @dataclass(eq=False)
@@ -118,6 +123,31 @@ class Plan:
         frame.let_go()
         with self._lock:
             self._free.append(frame)
+
+    def forget(self) -> None:
+        """Frees what lies ready for the next calls."""
+        with self._lock:
+            self._free.clear()
+
+    @property
+    def memory(self) -> int:
+        """Bytes that lie ready for the next call."""
+        return self.lowered.arena.size * FLOAT_BYTES
+
+    @property
+    def size(self) -> int:
+        """Bytes that it takes, about, besides the weights, which all plans share, and a call's memory."""
+        arrays = [
+            array.nbytes
+            for part in self.parts if isinstance(part, NativeSequence)
+            for op in part.ops for array in (op.fields, *op.keep)
+            if isinstance(array, np.ndarray) and array.dtype != np.float32
+        ]  # fmt: skip
+        own = {slot: x.nbytes for slot, x in self.lowered.constants.items() if not self._shares(x)}
+        return STEP * len(self.lowered.steps) + sum(arrays) + sum(own.values())
+
+    def _shares(self, x: Tensor) -> bool:
+        return any(x is each for each in self.graph.constants.values())
 
     def fill(self, frame: Frame, inputs: tuple[Tensor, ...]) -> None:
         """Points the frame to a call's inputs, and to fresh tensors for its outputs."""
@@ -259,8 +289,9 @@ class Program:
     ) -> None:  # fmt: skip
         self.graph, self.weights, self.tilings = graph, dict(weights), dict(tilings or {})
         self.threads, self.target, self.by_sample = threads, target or host(), by_sample
-        self._plans: dict[Shapes, Plan] = {}
-        self._chosen: dict[tuple[Shapes, int], Plan | TorchPlan] = {}
+        self._plans: Recent[Shapes, Plan] = Recent(ROOM)
+        self._split: Recent[tuple[Shapes, int], tuple[Plan | None]] = Recent(ROOM)
+        self._chosen: Recent[tuple[Shapes, int], Plan | TorchPlan] = Recent(ARENAS, lambda plan: plan.forget())
         self._by_torch = TorchPlan(graph, self.weights) if unavailable() else None
         self._dtypes = [getattr(torch, each.dtype) for each in graph.inputs]
         self._lock = threading.Lock()
@@ -276,11 +307,10 @@ class Program:
         with self._lock:
             plan = self._plans.get(shapes)
             if plan is None:
-                if len(self._plans) >= MAX_PLANS:
-                    self._plans.clear()
                 most = max(self.threads or 1, torch.get_num_threads(), os.cpu_count() or 1)
                 lowered = lower(self.graph, self.weights, shapes, self.target, most)
-                plan = self._plans[shapes] = Plan(self.graph, lowered, self.weights, self.tilings, self.threads)
+                plan = Plan(self.graph, lowered, self.weights, self.tilings, self.threads)
+                self._plans.add(shapes, plan, plan.size)
             return plan
 
     def whole_plan(self, shapes: Shapes) -> Plan | TorchPlan:
@@ -292,12 +322,17 @@ class Program:
         key = shapes, self._threads_now
         ready = self._chosen.get(key)
         if ready is None:
-            ready = self._by_torch or self.split_plan(shapes) or self.plan(shapes)
-            with self._lock:
-                if len(self._chosen) >= MAX_PLANS:
-                    self._chosen.clear()
-                self._chosen[key] = ready
+            ready = self._by_torch or self._split_plan(key) or self.plan(shapes)
+            self._chosen.add(key, ready, ready.memory)
         return ready
+
+    def _split_plan(self, key: tuple[Shapes, int]) -> Plan | None:
+        """`split_plan`, remembered."""
+        found = self._split.get(key)
+        if found is None:
+            found = (self.split_plan(key[0]),)
+            self._split.add(key, found, 0 if found[0] is None else found[0].size)
+        return found[0]
 
     def split_plan(self, shapes: Shapes) -> Plan | None:
         """The program that computes a batch sample by sample; None where that is not wanted, or cannot be."""
@@ -311,7 +346,8 @@ class Program:
         if not isinstance(sequence, NativeSequence):
             return None
         sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in zip(single, self._dtypes, strict=True)]
-        return Plan(self.graph, split(one.lowered, sequence, sizes, batch, threads), {}, {}, threads)
+        lowered = split(one.lowered, sequence, sizes, batch, threads)
+        return Plan(self.graph, lowered, {}, {}, threads)
 
     @property
     def _threads_now(self) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +17,8 @@ from autoprune.repack.kernels.rows_gemm import Twin
 
 Ints = NDArray[np.int32]
 Floats = NDArray[np.float32]
+T = TypeVar("T")
+ORDERS = 2  # as large as the weight: those of the whole batch and of a sample
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +32,7 @@ class Weights:
 
     packed: PackedWeight
     bias: Floats
+    _orders: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def of(cls, packed: PackedWeight, bias: Tensor | None) -> Weights:
@@ -38,6 +43,15 @@ class Weights:
         if (packed.out_index[:, 0] < 0).any():
             raise FileError("a packed group begins with a row that has no filter.")
         return cls(packed, zeros if bias is None else np.ascontiguousarray(bias.detach().numpy(), np.float32))
+
+    def ordered(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` gives, remembered for the last keys: plans for inputs of other shapes share it."""
+        made: T = self._orders.get(key) or make()
+        if key not in self._orders:
+            for old in list(self._orders)[: 1 - ORDERS]:
+                self._orders.pop(old, None)
+            self._orders[key] = made
+        return made
 
     @cached_property
     def rows(self) -> Ints:
