@@ -157,7 +157,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
         train_(other, loader(), LOSS, TrainingSettings(epochs=2), seed=7, checkpoint=tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["cut", "swapped", "unmarked"])
+@pytest.mark.parametrize("damage", ["cut", "swapped", "renamed"])
 def test_a_damaged_checkpoint_is_refused(tmp_path: Path, damage: str) -> None:
     run(TrainingSettings(epochs=2), None, tmp_path, 1)
     (file,) = tmp_path.iterdir()
@@ -165,8 +165,9 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path, damage: str) -> None:
     damaged = {
         "cut": raw[: len(raw) // 2],
         "swapped": raw[:8] + b"]" + raw[9:],
-        "unmarked": raw.replace(b"training", b"unmarked", 1),
+        "renamed": raw.replace(b"losses", b"lasses", 1),
     }
+    assert damaged[damage] != raw
     file.write_bytes(damaged[damage])
     with pytest.raises(FileError, match="the training checkpoint is corrupt"):
         run(TrainingSettings(epochs=2), None, tmp_path)
