@@ -7,16 +7,19 @@ read: a model that is served meanwhile would be traced as well. Two tracings at 
 from __future__ import annotations
 
 import builtins
+import importlib
 import logging
 import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from functools import wraps
+from functools import cache, wraps
 from typing import Any, cast
 
 import torch
 import torch.fx._symbolic_trace as symbolic
+
+from autoprune.errors import AutopruneError
 
 
 class _Silence(threading.local, logging.Filter):
@@ -69,15 +72,34 @@ class ByThread:
         self._thread = None
 
 
+@cache
+def unloadable() -> str | None:
+    """Why torch's compiler does not load, e.g. for want of a temporary folder; None when it does.
+
+    It is tried once: what is loaded by half fails in other ways the second time.
+    """
+    try:
+        importlib.import_module("torch._dynamo.convert_frame")
+        importlib.import_module("torch.export._trace")
+    except Exception as error:  # of whatever a module of torch does when it is loaded
+        return f"torch's compiler does not load: {error}"
+    return None
+
+
 @contextmanager
 def tracing() -> Iterator[None]:
-    """For a block in which torch traces a model: quiet, one thread at a time, and without an effect on the others."""
+    """For a block in which torch traces a model: quiet, one thread at a time, and without an effect on the others.
+
+    Raises:
+        AutopruneError: torch's compiler does not load.
+    """
+    if reason := unloadable():
+        raise AutopruneError(reason)
     import torch._dynamo.convert_frame as dynamo  # here: torch's compiler takes long to load
+    import torch.export._trace as export
+    import torch.fx.graph_module as graph_module
 
     with dynamo.compile_lock, quiet(), ExitStack() as after:
-        import torch.export._trace as export
-        import torch.fx.graph_module as graph_module
-
         for owner, name, value in (
             (symbolic, "_Patcher", _Patcher),
             (export, "_compiling_state_context", _exporting),

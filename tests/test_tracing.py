@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from autoprune.repack import repack
 from autoprune.repack.program import exporting
-from autoprune.tracing import ByThread, quiet, tracing
+from autoprune.tracing import ByThread, quiet, tracing, unloadable
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 LOG = logging.getLogger("torch.onnx.test")
@@ -154,6 +154,24 @@ def test_quiet_within_quiet_ends_with_the_outer_one() -> None:
             warnings.warn("inner", stacklevel=1)
         warnings.warn("outer", stacklevel=1)
     assert list(warnings.filters) == before
+
+
+def test_without_torchs_compiler_a_model_is_repacked_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> None:
+        raise FileNotFoundError("No usable temporary directory")
+
+    unloadable.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib, "import_module", fail)
+        assert unloadable() == "torch's compiler does not load: No usable temporary directory"
+    try:
+        model, x = nn.Linear(40, 20).eval(), torch.randn(2, 40)
+        fast = repack(model, x)
+        assert "No usable temporary directory" in fast.report[0].why
+        with torch.inference_mode():
+            assert torch.allclose(fast(x), model(x), atol=1e-5)
+    finally:
+        unloadable.cache_clear()
 
 
 def test_one_thread_traces_at_a_time() -> None:

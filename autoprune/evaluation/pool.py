@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Self
 
 import torch
@@ -16,9 +18,20 @@ from autoprune.plan import Plan
 from autoprune.workers import Workers
 
 
-def cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def cores(groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Cores this process may use: those it may run on, and no more than its container's share of time is worth.
+
+    Args:
+        groups: where Linux tells of control groups; a container sees its own there.
+    """
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    first, second = groups / "cpu" / "cpu.cfs_quota_us", groups / "cpu" / "cpu.cfs_period_us"
+    try:
+        now = groups / "cpu.max"  # since the second version: the share, or max, and the period
+        share, period = (now.read_text().split() if now.exists() else (first.read_text(), second.read_text()))[:2]
+        return max(1, min(count, math.ceil(int(share) / int(period)))) if int(share) > 0 else count
+    except (OSError, ValueError, ArithmeticError):
+        return count  # there is no limit
 
 
 class Pool(Evaluate):

@@ -26,7 +26,7 @@ from autoprune.repack.program.freedom import Extents
 from autoprune.repack.program.graph import FOLD_LIMIT, Graph, Op, evaluate_op
 from autoprune.repack.program.kinds import SCALARS
 from autoprune.repack.program.lifting import Alias, Lifted, Site
-from autoprune.tracing import tracing
+from autoprune.tracing import tracing, unloadable
 
 __all__ = ["CaptureError", "capture"]
 
@@ -55,6 +55,8 @@ def capture(model: nn.Module, inputs: Sequence[Any]) -> Graph:
     for x in inputs:
         if not has_memory(x) or x.device.type != "cpu" or x.layout != torch.strided:
             raise CaptureError(f"only dense tensors on the CPU can be inputs of a program, not {_describe(x)}.")
+    if reason := unloadable():
+        raise CaptureError(reason)
     copied = copy_for_inference(model)
     recurrent = [module for _, module in recurrent_modules(copied)]
     copied = _whole_operators(copied)
