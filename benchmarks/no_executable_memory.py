@@ -50,8 +50,6 @@ def refuse() -> None:
 
 
 if __name__ == "__main__":
-    import torch._dynamo  # noqa: F401
-
     import autoprune.cli  # noqa: F401
 
     refuse()
