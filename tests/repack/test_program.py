@@ -465,8 +465,14 @@ def test_places_are_shared_in_turn_and_never_at_once() -> None:
 WRONG: dict[str, tuple[Callable[[], tuple[Any, ...]], str]] = {
     "dtype": (lambda: (image().double(),), r"float32 on the CPU.*float64"),
     "device": (lambda: (image().to("meta"),), r"float32 on the CPU.*meta"),
-    "channels": (lambda: (torch.zeros(2, 4, 16, 14),), r"\(2, 3, 16, 14\) \(any extent of axis 0, 2, 3\), not \(2, 4, 16"),
-    "extent": (lambda: (torch.zeros(2, 3, 1, 14),), r"shapes \[\(2, 3, 1, 14\)\]: .* the model asks that .*axis 2 of 'x'"),
+    "channels": (
+        lambda: (torch.zeros(2, 4, 16, 14),),
+        r"\(2, 3, 16, 14\) \(any extent of axis 0, 2, 3\), not \(2, 4, 16",
+    ),
+    "extent": (
+        lambda: (torch.zeros(2, 3, 1, 14),),
+        r"shapes \[\(2, 3, 1, 14\)\]: .* the model asks that .*axis 2 of 'x'",
+    ),
     "dimensions": (lambda: (image()[0],), r"not \(3, 16, 14\)"),
     "none": (lambda: (), "takes x, not nothing"),
     "two": (lambda: (image(), image()), "takes x, not <0>, <1>"),
