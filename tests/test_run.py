@@ -269,6 +269,17 @@ def test_what_was_timed_on_another_machine_is_timed_again_or_refused(copied: Pat
         _ = Run(config(), copied).found
 
 
+def test_an_engine_that_cannot_run_the_model_is_told_in_the_table(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    why = "openvino cannot run this model: no such operator."
+    monkeypatch.setattr("autoprune.results.dense_calls", lambda *_: ({}, {"openvino": why}))
+    measured = results(Run(config(), copied), again=True)
+    assert [(row.name, row.left_out) for row in measured if row.left_out] == [("dense, openvino", why)]
+    assert results(Run(config(), copied)) == measured, "read from the directory"
+    assert f"\ndense, openvino left out: {why}\n" in write_report(Run(config(), copied))
+
+
 def test_a_directory_of_another_config_is_refused(finished: Path) -> None:
     before = (finished / "config.json").read_bytes()
     with pytest.raises(ConfigError, match="another config; these keys differ: seed"):
