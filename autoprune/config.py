@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -29,7 +30,7 @@ def _write_choice(choice: Choice) -> Any:
 
 ChoiceField = Annotated[Choice, BeforeValidator(_parse_choice), PlainSerializer(_write_choice)]
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
 
 
 class Section(BaseModel):
@@ -246,7 +247,7 @@ def _explain(kind: type[BaseModel], item: Any) -> str:
     if item["type"] == "missing":
         return f"the key {key!r} is missing."
     message = item["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
-    shown = f" (given: {given!r})" if not isinstance(given, dict) else ""
+    shown = f" (given: {reprlib.repr(given)})" if not isinstance(given, dict) else ""
     return f"{key or 'the config'}: {message[0].lower()}{message[1:]}{shown}.".replace("..", ".")
 
 

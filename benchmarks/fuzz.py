@@ -181,7 +181,10 @@ def fuzz(kinds: list[Kind], mutants: list[int], processes: int, first: int = 0) 
     counts = {kind.name: Counter[str]() for kind in kinds}
 
     def tell(number: int, seed: int, what: str, words: str) -> None:
-        counts[kinds[number].name][what] += 1
+        name = kinds[number].name
+        counts[name][what] += 1
+        if counts[name].total() == mutants[number]:
+            print(f"{name}: {mutants[number]} mutants", flush=True)
         if what in BAD:
             print(f"{kinds[number].name}, seed {seed}: {what} {words}", flush=True)
 

@@ -18,6 +18,7 @@ from autoprune.repack.formats import pack
 from autoprune.repack.kernels.copy import MOST_PHASES
 from autoprune.repack.program.demand import LARGEST, MEMORY, PARTS, WORK
 from autoprune.repack.program.graph import Graph, Input, Op, reference
+from autoprune.repack.program.lower import WIDEST_POOL
 from autoprune.repack.program.program import Program
 from autoprune.repack.program.weights import Weights
 
@@ -119,6 +120,19 @@ def test_high_resolution_and_few_weights_are_no_reason(tmp_path: Path) -> None:
     save(repack(model.eval(), x, form="program", threads=1), tmp_path / "fast.safetensors", value_bits=8)
     with torch.inference_mode():
         torch.testing.assert_close(load(tmp_path / "fast.safetensors", threads=1)(x), model(x), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("kind", ["max_pool2d", "avg_pool2d"])
+@pytest.mark.parametrize("window", [(1, 1, WIDEST_POOL + 1), (2, 1, WIDEST_POOL + 2), (3, 40, 2), (1, 1, 1500)])
+def test_a_pooling_of_any_width_is_right(kind: str, window: tuple[int, int, int]) -> None:
+    """Rows, dilation and columns: those over a whole sequence took minutes to compile."""
+    rows, dilation, columns = window if kind == "max_pool2d" else (window[0], 1, window[2])
+    more: dict[str, Any] = {"dilation": [1, dilation]} if kind == "max_pool2d" else {"count_include_pad": False}
+    attributes = {"stride": [1, 2], "padding": [0, 1], "kernel": [rows, columns], **more}
+    graph = Graph((Input("x", (2, 3, 5, 1600), "float32"),), (Op(kind, "y", ("x",), attributes),), "y", {}).validate()
+    x = torch.randn(2, 3, 5, 1600, generator=torch.Generator().manual_seed(0))
+    program = Program(graph, {}, {}, 1)
+    torch.testing.assert_close(program(x), reference(graph, (x,)), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("stride", [(1, MOST_PHASES + 1), (2, 100), (300, 1), (7, 1024)])

@@ -46,6 +46,7 @@ from autoprune.repack.program.steps import (
 from autoprune.repack.program.weights import Weights
 
 WIDEST_STRIDE = 4  # of a sliding window's kernel
+WIDEST_POOL = 32  # columns from a pooling's first to its last: code for them grows with their square
 WIDEST_REACH = 4 * ALIGN  # columns beyond a row's ends: what lies there must be memory of the map's own buffer
 CROWDED = 0.95  # share of a convolution's vectors that must be left for a map to have no border columns
 # What torch and unpacking raise for values that do not fit an operation; a graph from a file may hold any.
@@ -498,7 +499,8 @@ class Lowering:
         dilation = a.get("dilation", [1, 1])
         kernel, stride, padding = ((a[key][0], a[key][1]) for key in ("kernel", "stride", "padding"))
         window = nodes.Window(kernel, stride, padding, (dilation[0], dilation[1]))
-        if x.dim() != 4 or window.stride[1] > WIDEST_STRIDE:
+        wide = window.stride[1] > WIDEST_STRIDE or dilation[1] * (kernel[1] - 1) > WIDEST_POOL
+        if x.dim() != 4 or wide:
             return False
         shape = (*x.shape[:2], *window.outputs(x.shape[2], x.shape[3]))
         if min(shape[1:]) < 1:
