@@ -64,21 +64,33 @@ class Checkpoint:
             return []
         tensors, about = read_tensors(path, "the training checkpoint")
         losses = self._check(path, about)
-        state: dict[int, dict[str, Tensor]] = {}
         try:
-            for name, value in _under("optimizer", tensors).items():
-                index, _, key = name.partition(".")
-                state.setdefault(int(index), {})[key] = value
             groups = self.optimizer.state_dict()["param_groups"]
-            self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+            moments = self._moments(_under("optimizer", tensors))
+            self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
             self.model.load_state_dict(_under("model", tensors))
             if self.average is not None:
                 self.average.load_state_dict(_under("average", tensors))
-        except (RuntimeError, ValueError, KeyError) as error:
+            if self.method is not None:
+                self.method.load_state(_under("method", tensors))
+        except (RuntimeError, ValueError, TypeError, LookupError) as error:
             raise FileError(f"the training checkpoint {path} does not fit this model ({error}). Delete it.") from None
-        if self.method is not None:
-            self.method.load_state(_under("method", tensors))
         return losses
+
+    def _moments(self, tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+        """The optimizer's state by parameter; raises ValueError where it does not fit them, which torch finds later."""
+        parameters = [each for group in self.optimizer.param_groups for each in group["params"]]
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            index, _, key = name.partition(".")
+            state.setdefault(int(index), {})[key] = value
+            counts = key == "step" and value.numel() == 1 and value.is_floating_point() and float(value) >= 0
+            own = parameters[int(index)] if 0 <= int(index) < len(parameters) else None
+            if own is None or not (counts or (value.shape, value.dtype) == (own.shape, own.dtype)):
+                raise ValueError(f"{name} of its optimizer does not fit its parameter")
+        if len({frozenset(each) for each in state.values()}) > 1:
+            raise ValueError("it has not the same of every parameter's optimizer state")
+        return state
 
     def _check(self, path: Path, about: Mapping[str, Any]) -> list[float]:
         try:
