@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from autoprune import registration
+from autoprune.arguments import Arguments
 from autoprune.errors import AutopruneError
 from autoprune.metric import Metric
 from autoprune.plan import Plan
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 _LAZY = {"Compressed": "autoprune.api", "PruningHooks": "autoprune.hooks", "compress": "autoprune.api"}
 
 __all__ = [
+    "Arguments",
     "AutopruneError",
     "Compressed",
     "ExportReport",

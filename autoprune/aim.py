@@ -12,12 +12,13 @@ from torch import nn
 from torch.nn import functional
 
 from autoprune.allocation import Cost
+from autoprune.arguments import Arguments
 from autoprune.criteria import LayerStatistics
 from autoprune.envs.projection import check_feasible, fastest, project
 from autoprune.errors import AutopruneError
 from autoprune.evaluation.profile import profile_record, profile_settings, profile_table
 from autoprune.evaluation.recovery import Subject
-from autoprune.inventory import Inventory, as_tuple, copy_for_inference
+from autoprune.inventory import Inventory, copy_for_inference
 from autoprune.latency.cost import LatencyCost
 from autoprune.latency.machine import machine_identity
 from autoprune.latency.table import LatencyTable
@@ -59,8 +60,8 @@ def latency_table(
         AutopruneError: several processes would each measure a table of their own.
         FileError: the file is corrupt, or of another model, machine or pattern.
     """
-    examples = as_tuple(inputs)
     dense = copy_for_inference(model)
+    examples = Arguments.of(inputs).positional(dense)
     task = Task("given", dense, (), (), (), (), functional.cross_entropy, None, examples=examples)
     statistics = {name: LayerStatistics() for name in inventory.names}
     subject = Subject(task, dense, inventory, statistics, TrainingSettings(epochs=1, learning_rate=0.1), 0)

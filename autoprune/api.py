@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 
 from autoprune.agents.policy import SHIPPED, Policy
+from autoprune.arguments import Arguments
 from autoprune.config import Config, parse_config
 from autoprune.files import temporary_folder
 from autoprune.inventory import copy_for_inference
@@ -54,7 +55,7 @@ def compress(
     model: nn.Module,
     train: Batches,
     evaluate: Callable[[nn.Module], Any],
-    example_inputs: Tensor | tuple[Tensor, ...],
+    example_inputs: Any,
     target: Target | float = 2.0,
     *,
     loss: Loss = functional.cross_entropy,
@@ -71,7 +72,8 @@ def compress(
         train: re-iterable batches of ``(inputs, target)``, for calibration and fine-tuning.
         evaluate: model -> score, higher is better; a number of any kind, or a dictionary with one at the metric's name.
             Called once a trial, without gradients, for the most part with a repacked model: it can be called, no more.
-        example_inputs: as the model is called, at the batch size latency matters for.
+        example_inputs: as the model is called, at the batch size latency matters for: a tensor, a tuple of them, or a
+            mapping of keyword arguments that could be given by place. Batches hold their inputs in any of these forms.
         target: a `Target`, or the speed-up wanted over dense torch eager.
         loss: ``loss(model(*inputs), target)`` is a scalar.
         metric: how a score reads; accuracy is a score in [0, 1].
@@ -96,7 +98,7 @@ def _given_run(
     model: nn.Module,
     train: Batches,
     evaluate: Callable[[nn.Module], Any],
-    example_inputs: Tensor | tuple[Tensor, ...],
+    example_inputs: Any,
     target: Target | float,
     loss: Loss,
     metric: Metric,
@@ -105,7 +107,8 @@ def _given_run(
 ) -> Callable[[Path], Run]:
     """Checks what `compress` was given; returns the run of a directory."""
     wanted = target if isinstance(target, Target) else Target(speedup=float(target))
-    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    dense = copy_for_inference(model).cpu()
+    inputs = Arguments.of(example_inputs).positional(dense)
     chosen = {key: value for key, value in vars(wanted).items() if value is not None}
     sections = {"target": chosen, **(config or {}), "task": "given"}
     latency = {**sections.get("latency", {}), "batch": len(inputs[0])}

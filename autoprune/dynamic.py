@@ -15,8 +15,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from autoprune.arguments import call_with
 from autoprune.errors import AutopruneError, ConfigError, did_you_mean
-from autoprune.inventory import as_tuple, eval_mode, take_inventory
+from autoprune.inventory import eval_mode, take_inventory
 
 MOMENTUM = 0.05  # of the running threshold: what a training batch adds to it
 
@@ -299,7 +300,7 @@ def live_shares(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
     handles = [gate.register_forward_hook(remember(name)) for name, gate in gates(model).items()]
     try:
         with eval_mode(model), torch.inference_mode():
-            model(*as_tuple(inputs))
+            call_with(model, inputs)
     finally:
         for handle in handles:
             handle.remove()

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from autoprune.arguments import call_with
 from autoprune.errors import AutopruneError
 from autoprune.inventory import as_tuple
 
@@ -189,7 +190,7 @@ def _run(model: nn.Module, inputs: Any) -> list[Tensor]:
     modes = [(module, module.training) for module in model.modules()]
     try:
         with torch.no_grad():
-            output = model.eval()(*as_tuple(inputs))
+            output = call_with(model.eval(), inputs)
     finally:
         for module, mode in modes:
             module.training = mode

@@ -50,7 +50,7 @@ class PruningHooks:
 
     Args:
         model: trained in place; on the CPU.
-        example_inputs: a tensor or a tuple, as the model is called.
+        example_inputs: as the model is called; see `Arguments`.
         method: a training method's name, or a `Choice` with its arguments.
         sparsity: of every prunable layer, in (0, 1). Methods that find the layers' shares spend the same budget.
         speedup: in place of it: over dense torch eager on one thread, at the batch of `example_inputs`, as the latency
@@ -75,7 +75,7 @@ class PruningHooks:
     def __init__(
         self,
         model: nn.Module,
-        example_inputs: Tensor | tuple[Any, ...],
+        example_inputs: Any,
         method: str | Choice = "gradual",
         *,
         sparsity: float | None = None,

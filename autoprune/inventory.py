@@ -23,6 +23,7 @@ from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weig
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from autoprune.arguments import Arguments, call_with
 from autoprune.errors import AutopruneError
 from autoprune.plan import LayerSpec
 from autoprune.recurrent import GATES, cell_of, layer_at, layers_of, run_stepwise, split_name
@@ -240,7 +241,7 @@ def record_inputs(model: nn.Module, example_inputs: Any, names: Sequence[str]) -
         inputs.setdefault(name, args[0])
 
     with watch_forward(model, wanted, seen), torch.inference_mode():
-        model(*as_tuple(example_inputs))
+        call_with(model, example_inputs)
     return inputs
 
 
@@ -251,7 +252,7 @@ def take_inventory(
 
     Args:
         model: any module; it is left as it is.
-        example_inputs: a tensor or a tuple of them, as the model is called.
+        example_inputs: as the model is called; see `Arguments`.
         keep_dense: glob patterns of layer names never to prune.
         min_weights: layers with fewer weights stay dense.
 
@@ -282,9 +283,9 @@ def take_inventory(
     try:
         # inference tensors have no version, whatever mode the caller is in
         with watch_forward(probe, [*candidates, *norms], seen), torch.inference_mode(False), torch.no_grad():
-            probe(*as_tuple(example_inputs))
+            call_with(probe, example_inputs)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        shapes = ", ".join(str(tuple(x.shape)) for x in as_tuple(example_inputs) if isinstance(x, Tensor))
+        shapes = ", ".join(str(tuple(x.shape)) for x in Arguments.of(example_inputs).tensors)
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise AutopruneError(
             f"the model does not run on its example inputs of shape {shapes}: {first_line}. "

@@ -12,10 +12,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from autoprune.arguments import call_with
 from autoprune.columns import input_moments, squared_gradients
 from autoprune.criteria import CRITERIA, LayerStatistics
 from autoprune.errors import AutopruneError
-from autoprune.inventory import Inventory, as_tuple, watch_forward
+from autoprune.inventory import Inventory, watch_forward
 from autoprune.patterns import PATTERNS
 from autoprune.patterns.base import Pattern
 from autoprune.patterns.layered import mask_of, masks_of
@@ -57,7 +58,7 @@ def collect_statistics(
                         sums[name].gradient += gradient.abs()
                 else:
                     with torch.no_grad():
-                        model(*as_tuple(inputs))
+                        call_with(model, inputs)
     finally:
         model.train(was_training)
     if missing := [name for name in names if name not in sums]:
@@ -112,7 +113,7 @@ class _Sums:
 def _gradients(model: nn.Module, names: list[str], loss: Loss, inputs: Any, target: Tensor) -> dict[str, Tensor]:
     """Of the layers' weights, as far as the loss depends on them."""
     with torch.enable_grad():
-        value = loss(model(*as_tuple(inputs)), target)
+        value = loss(call_with(model, inputs), target)
         grads = torch.autograd.grad(value, [weight_of(model, name) for name in names], allow_unused=True)
     return {name: grad for name, grad in zip(names, grads, strict=True) if grad is not None}
 

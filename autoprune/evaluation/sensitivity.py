@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from autoprune.arguments import call_with
 from autoprune.errors import AutopruneError, FileError
 from autoprune.evaluation.recovery import Subject
 from autoprune.files import read_json, write_json
@@ -114,7 +115,7 @@ def _probe(
     with progress.bar("sensitivity", len(batches)) as bar, torch.enable_grad():
         for inputs, target in batches:
             with watch_forward(model, names, seen):
-                output = model(*as_tuple(inputs))
+                output = call_with(model, inputs)
             # A mean over samples: each sample's own gradient is as many times larger.
             loss = subject.task.loss(output, _drawn_targets(output, target, draws))
             torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)

@@ -9,6 +9,7 @@ from autoprune.repack.macs import find_readers, remaining_macs
 from autoprune.repack.model import repack
 from autoprune.repack.program.capture import CaptureError, capture
 from autoprune.repack.program.graph import Graph
+from autoprune.repack.program.record import Record
 from autoprune.repack.report import LayerReport, ProgramModel, RepackedModel, SwappedModel
 from autoprune.repack.swap import lower_layer
 
@@ -25,6 +26,7 @@ __all__ = [
     "LayerReport",
     "PackedWeight",
     "ProgramModel",
+    "Record",
     "RepackedModel",
     "Support",
     "SwappedModel",

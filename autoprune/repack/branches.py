@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autoprune.arguments import call_with
 from autoprune.errors import AutopruneError, did_you_mean
-from autoprune.inventory import as_tuple, take_inventory
+from autoprune.inventory import take_inventory
 from autoprune.masks import Batches, Loss, apply_masks_, weight_of
 from autoprune.repack.program.capture import capture
 from autoprune.repack.program.editor import Editor
@@ -45,7 +46,7 @@ def find_branches(model: nn.Module, inputs: Any) -> tuple[Branch, ...]:
     Raises:
         CaptureError: the model cannot be captured as a program.
     """
-    graph = simplify(capture(model, as_tuple(inputs)))
+    graph = simplify(capture(model, inputs))
     found = []
     for op in graph.ops:
         shorter = Editor(graph)
@@ -103,7 +104,7 @@ def cut_branches_(model: nn.Module, inputs: Any, layers: Iterable[str]) -> tuple
         cut.update(innermost)
     trial = copy.deepcopy(model)
     _silence_(trial, inputs, cut)
-    if stuck := sorted(cut & set(_layers(simplify(capture(trial, as_tuple(inputs)))))):
+    if stuck := sorted(cut & set(_layers(simplify(capture(trial, inputs))))):
         raise AutopruneError(
             f"the branch of {', '.join(stuck)} cannot be cut: what follows its last layer would still give a "
             "constant. An affine batch norm, right behind the layer, can be silenced; other norms cannot."
@@ -125,7 +126,7 @@ def _silence_(model: nn.Module, inputs: Any, layers: Iterable[str]) -> None:
 
 def _mean_loss(model: nn.Module, batches: Batches, loss: Loss) -> float:
     with torch.no_grad():
-        losses: list[Tensor] = [loss(model(*as_tuple(inputs)), target) for inputs, target in batches]
+        losses: list[Tensor] = [loss(call_with(model, inputs), target) for inputs, target in batches]
     if not losses:
         raise AutopruneError("branches cannot be ranked on no batches; give at least one.")
     return float(torch.stack(losses).mean())

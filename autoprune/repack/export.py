@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,11 +16,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from autoprune.arguments import Arguments
 from autoprune.errors import AutopruneError, ConfigError, MissingExtra, did_you_mean
 from autoprune.files import given_path, on_disk, place_for
-from autoprune.inventory import as_tuple, copy_for_inference, kind_of, weighted_layers
+from autoprune.inventory import copy_for_inference, kind_of, weighted_layers
 from autoprune.latency.engines import ENGINES
 from autoprune.latency.engines.base import INSTALL
 from autoprune.latency.engines.export import OnnxEngine
@@ -31,6 +31,7 @@ from autoprune.repack.onnx_file import write_onnx
 from autoprune.repack.onnx_forms import COMPACTED, DENSE, FORMS, GraphModule, layer_form
 from autoprune.repack.outputs import difference, same_output
 from autoprune.repack.probes import Shapes, agrees, fresh
+from autoprune.repack.program.calls import ByPlace, input_names
 from autoprune.repack.program.capture import CaptureError, capture
 from autoprune.repack.program.graph import Graph, Op
 from autoprune.repack.program.passes import simplify
@@ -114,13 +115,11 @@ class _Attempt:
 
     Attributes:
         module: what is written; its outputs are the tensors the model returns, in any order.
-        outputs: of the model's output, those tensors in the module's order.
         names: of the inputs; torch's own when None.
     """
 
     module: nn.Module
     batched: Sequence[bool]
-    outputs: Callable[[Any], list[Tensor]]
     layers: tuple[ExportedLayer, ...]
     names: Sequence[str] | None = None
 
@@ -148,7 +147,7 @@ def export_onnx(
 
     Args:
         model: any module that torch.export captures; left as it is.
-        example_inputs: a tensor or a tuple of them, as the model is called, at the batch size that matters.
+        example_inputs: as the model is called, at the batch size that matters; see `repack`.
         path: of the file.
         masks: applied first when given; zeros in the weights alone are enough.
         engine: ``onnxruntime`` or ``openvino``: every layer's forms are timed in it, and the file is never slower there
@@ -165,7 +164,7 @@ def export_onnx(
         ConfigError: unknown engine or form.
         MissingExtra: what it takes is not installed.
     """
-    path, inputs = given_path(path), as_tuple(example_inputs)
+    path = given_path(path)
     if path.is_dir() or path.suffix != ".onnx":
         raise ConfigError(f"the exported file must be named like model.onnx, not {str(path)!r}.")
     if not all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript")):
@@ -176,19 +175,21 @@ def export_onnx(
     original = copy_for_inference(model)
     if masks:
         apply_masks_(original, masks)
+    arguments = Arguments.of(example_inputs).ordered(original)
+    by_place = ByPlace(original, arguments).eval()
     try:
         with torch.inference_mode():
-            wanted = original(*fresh(inputs))
+            arguments.by_place(original)(*fresh(arguments.tensors))
     except Exception as error:  # the model is the user's: it may raise anything
         raise AutopruneError(f"the model does not run on its example inputs: {error}") from error
     try:
-        tried = _attempts(original, inputs, wanted, timing, choose)
+        tried = _attempts(by_place, timing, choose)
     except CaptureError as error:
-        tried = [_as_it_stands(original, inputs, f"exported as it stands: {str(error).rstrip('.')}")]
+        tried = [_as_it_stands(by_place, f"exported as it stands: {str(error).rstrip('.')}")]
     with on_disk(path):
         path = place_for(path)
         with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent, ignore_cleanup_errors=True) as folder:
-            return _written(original, inputs, path, Path(folder), tried, timing, engine)
+            return _written(by_place, path, Path(folder), tried, timing, engine)
 
 
 def _engines() -> dict[str, OnnxEngine]:
@@ -206,21 +207,17 @@ def _engine(name: str) -> OnnxEngine:
     return made
 
 
-def _attempts(
-    original: nn.Module, inputs: tuple[Any, ...], wanted: Any, timing: Timing, choose: Choose | None
-) -> list[_Attempt]:
+def _attempts(model: ByPlace, timing: Timing, choose: Choose | None) -> list[_Attempt]:
     """The chosen forms; in an engine also all layers dense, and the model as it stands, should the first be slower."""
-    graph = simplify(capture(original, inputs))
+    original, inputs = model.model, model.arguments.tensors
+    graph = simplify(capture(original, model.arguments))
     if any(op.kind == "recurrent" for op in graph.ops):
         raise CaptureError("an LSTM or GRU is one operator in ONNX and has no other form")
-
-    def outputs(output: Any) -> list[Tensor]:
-        return _leaves(graph.outputs, output)
 
     forms = {op.output: form for op in graph.ops if (form := layer_form(op, graph.constants)) is not None}
     plain = GraphModule(graph, {name: form.module for name, form in forms.items()})
     with torch.inference_mode():
-        if not same_output(list(plain(*fresh(inputs), watch=True)), outputs(wanted)):
+        if not same_output(list(plain(*fresh(inputs), watch=True)), model(*fresh(inputs))):
             raise CaptureError("the captured graph does not reproduce the model's output")
     first = first_calls(graph, forms)
     chosen = choose_forms(graph, {name: forms[name] for name in first.values()}, plain.seen, timing, choose)
@@ -231,41 +228,28 @@ def _attempts(
     for each in every:
         modules = {name: FORMS[choice.form](forms[name]) for name, choice in each.items()}
         module = GraphModule(graph, {name: modules[call] for name, call in first.items()}).eval()
-        rows = _rows(original, inputs, graph, {name: each[call] for name, call in first.items()})
+        rows = _rows(model, graph, {name: each[call] for name, call in first.items()})
         batched, names = zip(*((x.batched, x.name) for x in graph.inputs), strict=True)
-        tried.append(_Attempt(module, batched, outputs, rows, names))
+        tried.append(_Attempt(module, batched, rows, names))
     if timing.engine is not None:
-        tried.append(_as_it_stands(original, inputs, "exported as it stands: no other form of the model was as fast"))
+        tried.append(_as_it_stands(model, "exported as it stands: no other form of the model was as fast"))
     return tried
 
 
-def _leaves(structure: Any, output: Any) -> list[Tensor]:
-    """The tensors of a model's output, in the order in which the `outputs` of its graph name them."""
-    if isinstance(structure, str):
-        return [output]
-    if not isinstance(structure, dict):
-        return []
-    ((tag, content),) = structure.items()
-    pairs = content if tag == "dict" else enumerate(content)
-    return [leaf for key, inside in pairs for leaf in _leaves(inside, output[key])]
-
-
-def _as_it_stands(original: nn.Module, inputs: tuple[Any, ...], why: str) -> _Attempt:
+def _as_it_stands(model: ByPlace, why: str) -> _Attempt:
+    original, inputs = model.model, model.arguments.tensors
     batched = [isinstance(x, Tensor) and x.ndim > 0 and x.shape[0] == len(inputs[0]) for x in inputs]
-    zeros = sparsities(original, lambda: original(*fresh(inputs)))
+    zeros = sparsities(original, lambda: model(*fresh(inputs)))
     rows = tuple(
         ExportedLayer(name, kind_of(original, name, module), zeros[name], DENSE, None, None, why)
         for name, module, _ in _layers(original)
     )
-    return _Attempt(
-        original, batched, lambda output: [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)], rows
-    )
+    return _Attempt(model, batched, rows, input_names(original, model.arguments))
 
 
-def _rows(
-    original: nn.Module, inputs: tuple[Any, ...], graph: Graph, chosen: Mapping[str, Chosen]
-) -> tuple[ExportedLayer, ...]:
-    zeros = sparsities(original, lambda: original(*fresh(inputs)))
+def _rows(model: ByPlace, graph: Graph, chosen: Mapping[str, Chosen]) -> tuple[ExportedLayer, ...]:
+    original, inputs = model.model, model.arguments.tensors
+    zeros = sparsities(original, lambda: model(*fresh(inputs)))
     ops: dict[str, Op] = {op.attributes["layer"]: op for op in reversed(graph.ops) if "layer" in op.attributes}
     rows = []
     for name, module, weight in _layers(original):
@@ -292,10 +276,10 @@ def _layers(model: nn.Module) -> list[tuple[str, nn.Module, Tensor]]:
 
 
 def _written(
-    original: nn.Module, inputs: tuple[Any, ...], path: Path, folder: Path, tried: Sequence[_Attempt], timing: Timing,
-    engine: str | None,
+    model: ByPlace, path: Path, folder: Path, tried: Sequence[_Attempt], timing: Timing, engine: str | None
 ) -> ExportReport:  # fmt: skip
     """Writes the first attempt that is not slower than the last, and checks it; everything in `folder` until then."""
+    inputs = model.arguments.tensors
     file, dense = folder / path.name, folder / "dense.onnx"
     dense_ms = exported_ms = None
     if timing.engine is not None:
@@ -309,28 +293,24 @@ def _written(
         dense_ms, exported_ms = found["dense"].median_ms, found["file"].median_ms
         if attempt is tried[-1] or speedup(found["dense"], found["file"]) >= NOISE:
             break
-    checked = _checked(original, inputs, attempt, dynamic, file, engine, timing.threads)
+    checked = _checked(model, attempt, dynamic, file, engine, timing.threads)
     beside = folder / f"{path.name}.data"
     written = [each for each in (beside, file) if each.exists()]  # the weights first: the file refers to them
     size = sum(each.stat().st_size for each in written)
     for each in written:
         each.replace(path.with_name(each.name))
-    own = sum(tensor.nbytes for tensor in original.state_dict().values())
+    own = sum(tensor.nbytes for tensor in model.state_dict().values())
     return ExportReport(path, engine, checked, dynamic, own, size, dense_ms, exported_ms, attempt.layers)
 
 
 def _checked(
-    original: nn.Module, inputs: tuple[Any, ...], attempt: _Attempt, dynamic: bool, file: Path, engine: str | None,
-    threads: int,
+    model: ByPlace, attempt: _Attempt, dynamic: bool, file: Path, engine: str | None, threads: int
 ) -> tuple[EngineCheck, ...]:  # fmt: skip
     """Compares the file with the model in every engine; raises AutopruneError unless those that must be are right."""
+    inputs = model.arguments.tensors
     own = shapes_of(inputs)
     larger = tuple((x[0] + 1, *x[1:]) if any_ else x for x, any_ in zip(own, attempt.batched, strict=True))
     shapes = [own, larger] if dynamic else [own]
-
-    def model(*given: Any) -> list[Tensor]:
-        return attempt.outputs(original(*given))
-
     rows = tuple(_check(made, model, inputs, shapes, file, threads) for made in _engines().values())
     tried = [row for row in rows if row.verdict != NOT_INSTALLED and engine in (None, row.engine)]
     if tried and not any(row.verdict == RIGHT for row in tried):
@@ -342,7 +322,7 @@ def _checked(
 
 
 def _check(
-    made: OnnxEngine, model: Callable[..., list[Tensor]], inputs: tuple[Any, ...], shapes: Sequence[Shapes],
+    made: OnnxEngine, model: ByPlace, inputs: tuple[Any, ...], shapes: Sequence[Shapes],
     file: Path, threads: int,
 ) -> EngineCheck:  # fmt: skip
     """Compares the file with the model on other values, at all of `shapes`."""

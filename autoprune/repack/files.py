@@ -24,6 +24,7 @@ from autoprune.recurrent import cell_of, layers_of
 from autoprune.repack.backends import BACKENDS, LayerForm
 from autoprune.repack.formats import PackedWeight
 from autoprune.repack.kernels.compiler import unavailable
+from autoprune.repack.program.calls import Signature
 from autoprune.repack.program.demand import check_demand
 from autoprune.repack.program.graph import Graph
 from autoprune.repack.program.kinds import PACKED
@@ -55,7 +56,7 @@ def save(model: RepackedModel, path: Path | str, *, value_bits: int = 32) -> Non
     """
     tensors: dict[str, Tensor] = {}
     if isinstance(model, ProgramModel):
-        about = _describe_program(model.program, value_bits, tensors)
+        about = _describe_program(model.program, value_bits, tensors) | {"parameters": model.signature.to_json()}
     elif isinstance(model, SwappedModel):
         about = _describe_modules(model, value_bits, tensors)
     else:
@@ -88,7 +89,9 @@ def load(path: Path | str, model: nn.Module | None = None, *, threads: int | Non
             raise FileError(f"this release reads version {FILE_VERSION}, not {about['version']!r}")
         report = [_report_row(row) for row in about["report"]]
         if about["form"] == _PROGRAM:
-            return ProgramModel(_read_program(tensors, about, threads, path.stat().st_size), report)
+            program = _read_program(tensors, about, threads, path.stat().st_size)
+            names = [each.name for each in program.graph.inputs]
+            return ProgramModel(program, report, Signature.from_json(about["parameters"], names))
         if about["form"] != _MODULES:
             raise FileError(f"its form is {about['form']!r}")
         if model is not None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from autoprune.arguments import call_with
 from autoprune.inventory import watch_forward
 
 
@@ -49,7 +50,7 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
-def find_fusions(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Fusion]:
+def find_fusions(model: nn.Module, inputs: Any) -> dict[str, Fusion]:
     """Runs `model` once and returns layer name -> what follows it and can be fused."""
     kinds = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.ReLU)
     modules: dict[str, nn.Module] = {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
@@ -70,7 +71,7 @@ def find_fusions(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Fusion]
             produced[id(output)] = (name, output)
 
     with watch_forward(model, modules, seen), uses:
-        model(*inputs)
+        call_with(model, inputs)
     readers = {name: uses.count[key] for key, (name, _) in produced.items()} | shared
 
     def next_of(name: str, kind: type[nn.Module]) -> str | None:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from autoprune.inventory import as_tuple
 from autoprune.repack.program.capture import capture
 from autoprune.repack.program.channels import sole_readers
 from autoprune.repack.program.editor import Editor, infer_shapes
@@ -33,7 +32,7 @@ def remaining_macs(model: nn.Module, inputs: Any) -> int:
     Raises:
         CaptureError: the model cannot be captured as a program.
     """
-    graph = simplify(capture(model, as_tuple(inputs)))
+    graph = simplify(capture(model, inputs))
     shapes = infer_shapes(replace(graph, inputs=tuple(replace(each, free=()) for each in graph.inputs)))
     total = 0
     for _, op in _layers(graph):
@@ -63,7 +62,7 @@ def find_readers(model: nn.Module, inputs: Any) -> dict[str, str]:
     Raises:
         CaptureError: the model cannot be captured as a program.
     """
-    graph = simplify(capture(model, as_tuple(inputs)))
+    graph = simplify(capture(model, inputs))
     names = {op.output: name for name, op in _layers(graph)}
     runs = Counter(names.values())
     return {

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from autoprune.arguments import Arguments
 from autoprune.errors import AutopruneError
-from autoprune.inventory import as_tuple
 from autoprune.registry import Choice
 from autoprune.repack.encodings import CANDIDATES, ENCODINGS
 from autoprune.repack.fetch import MODELLED, Cache, Fetched, fetched
@@ -60,7 +60,8 @@ def layer_memory(fast: RepackedModel, example_inputs: Any, cache: Cache | None =
     """
     if not isinstance(fast, ProgramModel):
         raise AutopruneError(f"only a program's memory can be told, not a {type(fast).__name__}'s: see its report.")
-    inputs, program = as_tuple(example_inputs), fast.program
+    given, program = Arguments.of(example_inputs), fast.program
+    inputs = tuple(fast.signature.tensors(given.args, given.kwargs))
     with torch.inference_mode():
         fast(*inputs)  # says what is wrong with the inputs
     plan = program.plan(shapes_of(inputs))

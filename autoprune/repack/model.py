@@ -15,14 +15,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from autoprune.arguments import Arguments
 from autoprune.errors import AutopruneError
-from autoprune.inventory import as_tuple, copy_for_inference, kind_of, weighted_layers
+from autoprune.inventory import copy_for_inference, kind_of, weighted_layers
 from autoprune.latency.timer import Clock, Protocol
 from autoprune.masks import Masks, apply_masks_
 from autoprune.recurrent import cut_states_
 from autoprune.repack.kernels.compiler import refused, unavailable
 from autoprune.repack.outputs import same_output
 from autoprune.repack.probes import agrees, fresh
+from autoprune.repack.program.calls import Signature, record_classes
 from autoprune.repack.program.capture import CaptureError, capture
 from autoprune.repack.program.extents import with_extents
 from autoprune.repack.program.graph import Graph, Op
@@ -59,7 +61,8 @@ def repack(
 
     Args:
         model: any module with zeros in its weights; left as it is.
-        example_inputs: a tensor or a tuple of them, as the model is called, at the batch size that matters.
+        example_inputs: as the model is called, at the batch size that matters: a tensor, a tuple of positional
+            arguments, a mapping of keyword arguments, or `Arguments` for both.
         masks: applied first when given; zeros in the weights alone are enough.
         threads: of one inference; as many as torch uses at the call when None.
         form: ``program``: the whole model as one program; ``modules``: packed layers in the model's own modules, which
@@ -78,20 +81,20 @@ def repack(
     """
     check_threads(threads)
     refused()  # before the model runs
-    inputs = as_tuple(example_inputs)
     original = copy_for_inference(model)
+    arguments = Arguments.of(example_inputs).ordered(original)
     if masks:
         apply_masks_(original, masks)
     only_modules = form == "modules" or (form is None and (backends is not None or choose is not None))
     told = ""
     if not only_modules:
         try:
-            return _as_program(original, inputs, graph, threads, clock, cache, progress)
+            return _as_program(original, arguments, graph, threads, clock, cache, progress)
         except CaptureError as error:
             if form == "program":
                 raise
             told = str(error).rstrip(".")
-    swapped = swap_layers(original, inputs, backends=backends, choose=choose, protocol=protocol, clock=clock)
+    swapped = swap_layers(original, arguments, backends=backends, choose=choose, protocol=protocol, clock=clock)
     if told:
         swapped.report = tuple(
             row if told in row.why else replace(row, why=f"{row.why}; layer by layer, since {told}")
@@ -101,69 +104,76 @@ def repack(
 
 
 def _as_program(
-    original: nn.Module, inputs: tuple[Any, ...], graph: Graph | None, threads: int | None, clock: Clock,
+    original: nn.Module, arguments: Arguments, graph: Graph | None, threads: int | None, clock: Clock,
     cache: TuningCache | None, progress: Callable[[str], None],
 ) -> ProgramModel:  # fmt: skip
     if reason := unavailable():
         raise CaptureError(reason)
+    inputs, by_place = arguments.tensors, arguments.by_place(original)
     try:
         with torch.inference_mode():
-            wanted = original(*fresh(inputs))
+            wanted = by_place(*fresh(inputs))
     except Exception as error:  # the model is the user's: it may raise anything
         raise AutopruneError(f"the model does not run on its example inputs: {error}") from error
     progress("capturing the model")
     known = graph.rebound(original) if graph is not None else None
-    graph = simplify(known if known is not None else capture(original, inputs))
+    graph = simplify(known if known is not None else capture(original, arguments))
     layers = packable(graph)
     try:
         program, tuned = build_program(graph, layers, inputs, threads, clock, cache, progress)
         with torch.inference_mode():
-            output = program(*fresh(inputs))
+            program(*fresh(inputs))
     except AutopruneError as error:
         raise CaptureError(f"the captured program cannot run: {error}") from error
-    if not same_output(output, wanted) and not _same_without_cuts(original, inputs, program):
-        raise CaptureError("the captured program does not reproduce the model's output.")
-    _check_others(original, inputs, program)
-    zeros = sparsities(original, lambda: original(*fresh(inputs)))
-    return ProgramModel(program, _report(original, zeros, graph, layers, tuned))
+    made = ProgramModel(program, (), Signature.of(original, arguments), record_classes(wanted))
+    _check(original, arguments, made, wanted)
+    zeros = sparsities(original, lambda: by_place(*fresh(inputs)))
+    made.report = tuple(_report(original, zeros, graph, layers, tuned))
+    return made
 
 
-def _check_others(original: nn.Module, inputs: tuple[Tensor, ...], program: Program) -> None:
-    """Compares on other values, and on other extents: those that do not prove to be free are fixed.
+def _check(original: nn.Module, arguments: Arguments, made: ProgramModel, wanted: Any) -> None:
+    """Compares on other values too, and on other extents: those that do not prove to be free are fixed.
 
     Raises:
         CaptureError: program and model differ.
     """
+    inputs, program = arguments.tensors, made.program
+
+    def without_cuts(model: ProgramModel) -> tuple[Callable[..., Any], Callable[..., Any]] | None:
+        forms = _without_cuts(original, model)
+        return None if forms is None else (arguments.by_place(forms[0]), forms[1].by_place)
 
     def right(chosen: Mapping[int, int]) -> bool:
         shapes = with_extents(program.graph.inputs, chosen)
-        made = copy.deepcopy(program) if chosen else program  # whose plans for these shapes nobody needs again
-        found = agrees(original, made, inputs, shapes)
-        if found is False and (forms := _without_cuts(original, made)) is not None:
+        own = copy.deepcopy(made) if chosen else made  # whose plans for these shapes nobody needs again
+        found = agrees(arguments.by_place(original), own.by_place, inputs, shapes)
+        if found is False and (forms := without_cuts(own)) is not None:
             found = agrees(*forms, inputs, shapes)
         return bool(found)
 
+    with torch.inference_mode():
+        same = same_output(made.by_place(*fresh(inputs)), wanted)
+    if not same and ((forms := without_cuts(made)) is None or not _same(*forms, inputs)):
+        raise CaptureError("the captured program does not reproduce the model's output.")
     if not right({}):
         raise CaptureError("the captured program does not reproduce the model's output for other values.")
     program.graph = proven(program.graph, right)
 
 
-def _same_without_cuts(original: nn.Module, inputs: tuple[Any, ...], program: Program) -> bool:
-    """Whether both give the same where no state is cut: of a state on the threshold either may be right."""
-    forms = _without_cuts(original, program)
-    if forms is None:
-        return False
+def _same(original: Callable[..., Any], made: Callable[..., Any], inputs: tuple[Tensor, ...]) -> bool:
     with torch.inference_mode():
-        return same_output(forms[1](*fresh(inputs)), forms[0](*fresh(inputs)))
+        return same_output(made(*fresh(inputs)), original(*fresh(inputs)))
 
 
-def _without_cuts(original: nn.Module, program: Program) -> tuple[nn.Module, Program] | None:
-    """Both with whole states; None where the model cuts none."""
+def _without_cuts(original: nn.Module, made: ProgramModel) -> tuple[nn.Module, ProgramModel] | None:
+    """Both with whole states, for of one on the threshold either may be right; None where the model cuts none."""
+    program = made.program
     ops = tuple(op.with_attributes(threshold=0.0, keep=0) if op.kind == "recurrent" else op for op in program.graph.ops)
     if ops == program.graph.ops:
         return None
     whole = Program(replace(program.graph, ops=ops), program.weights, program.tilings, program.threads, program.target)
-    return cut_states_(copy.deepcopy(original)), whole
+    return cut_states_(copy.deepcopy(original)), ProgramModel(whole, (), made.signature, made.classes)
 
 
 def packable(graph: Graph) -> dict[str, Layer]:

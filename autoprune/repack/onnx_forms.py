@@ -106,4 +106,5 @@ class GraphModule(nn.Module):
             for residual in op.inputs[1:]:
                 y = y + values[residual]
             values[op.output] = activate(y, op.activation)
-        return tuple({**constants, **values}[name] for name in self.graph.output_names())
+        returned = [{**constants, **values}[name] for name in self.graph.output_names()]
+        return tuple(each for each in returned if isinstance(each, Tensor))  # an extent is no output of a file

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from autoprune.errors import AutopruneError
 from autoprune.repack.program.bound import Bound
+from autoprune.repack.program.calls import Signature, restored
 from autoprune.repack.program.program import Program
 
 DENSE = "dense"
@@ -107,11 +108,15 @@ class ProgramModel(RepackedModel):
 
     Attributes:
         program: what runs; it follows ``torch.set_num_threads`` unless it was made for a number of threads.
+        signature: how it is called.
+        classes: of the records it returns, in order; a program from a file has none, and returns `Record` itself.
     """
 
-    def __init__(self, program: Program, report: Sequence[LayerReport]) -> None:
+    def __init__(
+        self, program: Program, report: Sequence[LayerReport], signature: Signature, classes: Sequence[type] = ()
+    ) -> None:
         super().__init__(report)
-        self.program = program
+        self.program, self.signature, self.classes = program, signature, tuple(classes)
         self.eval()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -128,32 +133,36 @@ class ProgramModel(RepackedModel):
             "load the state dict into the model it was made of and repack that."
         )
 
-    def forward(self, *args: Tensor, **kwargs: Tensor) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         # Not as a decorator: that would load torch's compiler, which takes longer than torch, with every import of
         # autoprune; and a call through it costs as much as a small model takes.
         call = torch.compiler.disable(self._call) if torch.compiler.is_dynamo_compiling() else self._call
         return call(*args, **kwargs)
 
-    def bind(self, *inputs: Tensor) -> Bound:
+    def bind(self, *args: Any, **kwargs: Any) -> Bound:
         """The program on tensors that stay the same, for models that are called very often with little to do.
 
         Args:
-            inputs: as the model is called; copied, see `Bound.inputs`.
+            args: as the model is called; copied, see `Bound.inputs`.
+            kwargs: likewise.
 
         Raises:
             AutopruneError: the program does not take them.
         """
-        return Bound(self.program.plan_for(inputs), inputs)
+        inputs = tuple(self.signature.tensors(args, kwargs))
+        return Bound(self.program.plan_for(inputs), inputs, self._restored)
 
-    def _call(self, *args: Tensor, **kwargs: Tensor) -> Any:
-        if not kwargs and len(args) == len(self.program.graph.inputs):
-            return self.program(*args)
-        names = [each.name for each in self.program.graph.inputs]
-        unknown = [name for name in kwargs if name not in names[len(args) :]]
-        if unknown or len(args) + len(kwargs) != len(names):
-            given = ", ".join([*(f"<{i}>" for i in range(len(args))), *kwargs]) or "nothing"
-            raise AutopruneError(f"this model takes {', '.join(names)}, not {given}.")
-        return self.program(*args, *(kwargs[name] for name in names[len(args) :]))
+    def by_place(self, *tensors: Tensor) -> Any:
+        """What the model returns for the graph's inputs."""
+        return self._restored(self.program(*tensors))
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs or not self.signature.plain or len(args) != len(self.signature.parameters):
+            args = tuple(self.signature.tensors(args, kwargs))
+        return self._restored(self.program(*args))
+
+    def _restored(self, output: Any) -> Any:
+        return restored(output, iter(self.classes)) if self.classes else output
 
 
 class SwappedModel(RepackedModel):

@@ -15,6 +15,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from autoprune.arguments import Arguments
 from autoprune.errors import AutopruneError
 from autoprune.inventory import copy_for_inference, out_of_reach, watch_forward
 from autoprune.latency.timer import Clock, Protocol, measure_together
@@ -47,7 +48,7 @@ def lower_layer(module: nn.Module, relu: bool = False) -> dict[str, nn.Module]:
 
 def swap_layers(
     original: nn.Module,
-    inputs: tuple[Any, ...],
+    arguments: Arguments,
     *,
     backends: Sequence[str] | None = None,
     choose: Choose | None = None,
@@ -58,7 +59,7 @@ def swap_layers(
 
     Args:
         original: left as it is.
-        inputs: example inputs, at the batch size that matters.
+        arguments: of an example call, at the batch size that matters.
         backends: rows of BACKENDS to choose from besides ``dense``; all when None.
         choose: names a layer's backend without measuring, e.g. from a latency table.
         protocol: how layers are timed; ignored with `choose`.
@@ -69,9 +70,9 @@ def swap_layers(
     """
     for name in backends or ():
         BACKENDS.get(name)
-    seen = _watch(original, inputs)
+    seen = _watch(original, arguments)
     allowed = tuple(BACKENDS if backends is None else backends)
-    job = _Job(original, inputs, seen, allowed, choose, protocol or Protocol(samples=15), clock)
+    job = _Job(original, arguments, seen, allowed, choose, protocol or Protocol(samples=15), clock)
     return job.verified()
 
 
@@ -85,19 +86,20 @@ class _Seen:
     sparsities: dict[str, float]
 
 
-def _watch(model: nn.Module, inputs: tuple[Any, ...]) -> _Seen:
+def _watch(model: nn.Module, arguments: Arguments) -> _Seen:
     layers: dict[str, nn.Module] = {name: m for name, m in model.named_modules() if is_layer(m)}
     first: dict[str, Tensor] = {}
 
     def keep(name: str, args: tuple[Any, ...], _: Any) -> None:
         first.setdefault(name, args[0])
 
+    inputs, by_place = arguments.tensors, arguments.by_place(model)
     try:
         with torch.inference_mode():
             with watch_forward(model, layers, keep):
-                output = model(*fresh(inputs))
-            fusions = find_fusions(model, fresh(inputs))
-        zeros = sparsities(model, lambda: model(*fresh(inputs)))
+                output = by_place(*fresh(inputs))
+            fusions = find_fusions(model, arguments.with_tensors(fresh(inputs)))
+        zeros = sparsities(model, lambda: by_place(*fresh(inputs)))
     except Exception as error:  # the model is the user's: it may raise anything
         raise AutopruneError(f"the model does not run on its example inputs: {error}") from error
     return _Seen(output, first, fusions, zeros)
@@ -106,7 +108,7 @@ def _watch(model: nn.Module, inputs: tuple[Any, ...]) -> _Seen:
 @dataclass
 class _Job:
     original: nn.Module
-    inputs: tuple[Any, ...]
+    arguments: Arguments
     seen: _Seen
     backends: tuple[str, ...]
     choose: Choose | None
@@ -146,12 +148,14 @@ class _Job:
 
     def check(self, candidate: SwappedModel) -> list[str] | None:
         """Packed layers that never ran; None when the output is not the original's."""
+        inputs, by_place = self.arguments.tensors, self.arguments.by_place
         packed = {row.name: candidate.model.get_submodule(row.name) for row in candidate.report if row.backend != DENSE}
         ran: set[str] = set()
         try:
             with torch.inference_mode(), watch_forward(candidate.model, packed, lambda name, *_: ran.add(name)):
-                output = candidate(*fresh(self.inputs))
-            same = same_output(output, self.seen.output) and agrees(self.original, candidate, self.inputs)
+                output = by_place(candidate)(*fresh(inputs))
+            same = same_output(output, self.seen.output)
+            same = same and bool(agrees(by_place(self.original), by_place(candidate), inputs))
         except Exception:  # the model's own code met a layer of another type: whatever it raises, it is undone
             return None
         return [name for name in packed if name not in ran] if same else None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from autoprune.arguments import call_with
 from autoprune.errors import AutopruneError
 from autoprune.inventory import as_tuple, eval_mode
 from autoprune.masks import Batches, Loss
@@ -40,7 +41,7 @@ def _mean(model: nn.Module, batches: Batches, worth: Callable[[Tensor, Tensor], 
     total, count = 0.0, 0
     with eval_mode(model), torch.inference_mode():
         for inputs, target in batches:
-            total += float(worth(model(*as_tuple(inputs)), target).sum(dtype=torch.float64))
+            total += float(worth(call_with(model, inputs), target).sum(dtype=torch.float64))
             count += target.numel()
     if count == 0:
         raise AutopruneError("there is no data to evaluate on; give at least one batch.")

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from autoprune.arguments import call_with
 from autoprune.errors import AutopruneError
-from autoprune.inventory import as_tuple
 from autoprune.masks import Loss
 from autoprune.settings import TEACHER_WEIGHTS, TrainingSettings
 
@@ -66,7 +66,7 @@ class Distillation:
     @torch.no_grad()
     def _wanted(self, output: Tensor, inputs: Any, target: Tensor) -> Tensor:
         """Log-probabilities of the teachers together, softened, ``(samples, classes)``."""
-        logits = torch.stack([teacher(*as_tuple(inputs)).flatten(0, -2) for teacher in self.teachers])
+        logits = torch.stack([call_with(teacher, inputs).flatten(0, -2) for teacher in self.teachers])
         classes = target.dtype == torch.int64 and target.shape == output.shape[:-1]
         weights = self.teacher_weights(logits.log_softmax(dim=2), target.flatten() if classes else None)
         return (weights[:, :, None] + (logits / self.temperature).log_softmax(dim=2)).logsumexp(dim=0)

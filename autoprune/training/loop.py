@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from autoprune.arguments import call_with
 from autoprune.errors import AutopruneError, NumericalError
-from autoprune.inventory import as_tuple
 from autoprune.latency.quiet import working
 from autoprune.masks import Batches, Loss, Masks
 from autoprune.progress import SILENT, Progress
@@ -120,7 +120,7 @@ def train_(
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 with working():  # a timing of another run may come between two steps
-                    output = model(*as_tuple(inputs))
+                    output = call_with(model, inputs)
                     value = distillation(output, inputs, target) if distillation else loss(output, target)
                     _check_finite(value, step, total_steps, rate)
                     optimizer.zero_grad()
@@ -198,7 +198,7 @@ def recalibrate_batch_norm_(model: nn.Module, batches: Batches) -> nn.Module:
     try:
         with torch.no_grad():
             for inputs, _ in batches:
-                model(*as_tuple(inputs))
+                call_with(model, inputs)
                 seen += 1
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):

@@ -287,16 +287,12 @@ def test_model_is_left_as_it_is() -> None:
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-class _Named(dict[str, Tensor]):
-    pass
-
-
 REFUSED: dict[str, Any] = {
     "branches on data": lambda m, x: m.c(x) if x.sum() > 0 else x,
     "writes its input": lambda m, x: x.add_(1),
     "draws random numbers": lambda m, x: F.dropout(m.c(x), 0.5, training=True),
     "random attention": lambda m, x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.5),
-    "returns an object": lambda m, x: _Named(a=m.c(x)),
+    "returns an object": lambda m, x: torch.distributions.Normal(m.c(x), 1.0),
     "complex numbers": lambda m, x: torch.fft.fft(m.c(x)).abs(),
     "a shape that hangs on data": lambda m, x: m.c(x).flatten().nonzero(),
     "uninitialised memory": lambda m, x: torch.empty_like(x),
@@ -319,10 +315,12 @@ def test_updating_statistics_is_refused() -> None:
         capture(Stubborn(3), (torch.randn(2, 3, 4, 4),))
 
 
-@pytest.mark.parametrize("given", [3, None, {"x": torch.zeros(1)}, torch.eye(2).to_sparse()])
-def test_inputs_that_are_no_tensors(given: Any) -> None:
+@pytest.mark.parametrize(
+    "given", [torch.eye(2).to_sparse(), torch.ones(2, device="meta"), {"x": [torch.eye(2).to_sparse()]}]
+)
+def test_inputs_that_are_no_dense_tensors(given: Any) -> None:
     with pytest.raises(CaptureError, match="inputs"):
-        capture(nn.ReLU(), (given,))
+        capture(nn.Identity(), (given,))
 
 
 # Dead channels ------------------------------------------------------------------------------------------------------
@@ -510,7 +508,10 @@ CORRUPT: dict[str, Any] = {
     "extra field": _set("ops", 0, "more", 1),
     "returns nothing known": _set("outputs", "nowhere"),
     "returns a bad structure": _set("outputs", {"set": []}),
-    "returns a bad dictionary": _set("outputs", {"dict": [[1, None]]}),
+    "returns a bad dictionary": _set("outputs", {"dict": [[1.5, None]]}),
+    "returns a key twice": _set("outputs", {"ordered": [["a", None], ["a", 1]]}),
+    "returns a record of numbers": _set("outputs", {"record": [[1, None]]}),
+    "returns a bad text": _set("outputs", {"text": 1}),
     "returns infinity": _set("outputs", math.inf),
     "stride of zero": _attribute("conv2d", "stride", [0, 1]),
     "stride is true": _attribute("conv2d", "stride", [True, 1]),

@@ -485,7 +485,7 @@ def test_a_changed_description_is_refused_or_harmless(form: str, path: Path) -> 
         results[outcome(path, form)] += 1
     assert results["refused"] > 50
     assert results["ran"] > 4  # a changed timing is harmless
-    assert results["cannot run"] > 4 or form in MODULES
+    assert results["cannot run"] or form in MODULES
 
 
 NUMBERS = [("version",)] + [

@@ -338,6 +338,9 @@ SHAPES: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
+WHOLE = ("nested", "text", "named tuple", "dataclass", "nan", "infinite", "empty")  # that a program can return
+
+
 class Returns(nn.Module):
     def __init__(self, shape: Callable[[Tensor], Any]) -> None:
         super().__init__()
@@ -352,7 +355,7 @@ class Returns(nn.Module):
 def test_any_output_is_compared(kind: str, choose: Callable[[str, LayerForm], str] | None) -> None:
     model, x = zeroed(Returns(SHAPES[kind])), image()
     fast = repack(model, x, choose=choose, protocol=QUICK)
-    assert isinstance(fast, ProgramModel) == (choose is None and kind in ("nested", "nan", "infinite", "empty"))
+    assert isinstance(fast, ProgramModel) == (choose is None and kind in WHOLE)
     if choose or isinstance(fast, ProgramModel):  # else timings decide
         assert rows(fast)["conv"].backend == "jit"
     assert_same(fast, model, x)

@@ -101,7 +101,9 @@ def fast(mixed: tuple[nn.Module, ProgramModel]) -> ProgramModel:
 
 def with_threads(fast: ProgramModel, threads: int | None) -> ProgramModel:
     made = fast.program
-    return ProgramModel(Program(made.graph, made.weights, made.tilings, threads, made.target), fast.report)
+    return ProgramModel(
+        Program(made.graph, made.weights, made.tilings, threads, made.target), fast.report, fast.signature
+    )
 
 
 def identical(one: Any, other: Any) -> bool:

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autoprune.arguments import call_with
 from autoprune.columns import input_columns, joined, output_rows
 from autoprune.criteria.obs import damped
 from autoprune.errors import AutopruneError, ConfigError
 from autoprune.evaluation.recovery.base import Recovery, Subject
-from autoprune.inventory import as_tuple, watch_forward
+from autoprune.inventory import watch_forward
 from autoprune.masks import Batches, apply_masks_, weight_of
 from autoprune.plan import Plan
 from autoprune.recurrent import layer_at
@@ -107,7 +108,7 @@ def _calls(model: nn.Module, name: str, inputs: Any) -> list[tuple[Tensor, Tenso
     model.eval()
     try:
         with watch_forward(model, [name], seen), torch.no_grad():
-            model(*as_tuple(inputs))
+            call_with(model, inputs)
     finally:
         model.train(was_training)
     return calls

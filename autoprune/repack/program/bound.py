@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,8 +27,13 @@ class Bound:
         inputs: what is read, copies of the tensors it was made with.
     """
 
-    def __init__(self, plan: Plan | TorchPlan, inputs: tuple[Tensor, ...]) -> None:
-        self._lock, self.inputs = threading.Lock(), tuple(map(own_copy, inputs))
+    def __init__(
+        self,
+        plan: Plan | TorchPlan,
+        inputs: tuple[Tensor, ...],
+        finish: Callable[[Any], Any] = lambda output: output,
+    ) -> None:
+        self._lock, self._finish, self.inputs = threading.Lock(), finish, tuple(map(own_copy, inputs))
         self._places = [(x, x.data_ptr()) for x in self.inputs]
         self._by_torch = plan if isinstance(plan, TorchPlan) else None
         if isinstance(plan, Plan):
@@ -54,12 +60,12 @@ class Bound:
                 if x.data_ptr() != place:
                     raise AutopruneError("a bound tensor has other memory now: write to it with copy_, or bind anew.")
             if self._by_torch is not None:
-                return self._by_torch.run(self.inputs)
+                return self._finish(self._by_torch.run(self.inputs))
             (frame, results), plan = self._free(), self._plan
             plan.check_numbers(frame)
             plan.run_parts(frame)
             frame.let_go()
-            return results if self._native else plan.results(frame, shared=True)
+            return results if self._native else self._finish(plan.results(frame, shared=True))
 
     def _free(self) -> tuple[Frame, Any]:
         """A frame whose counters no helper of an earlier call looks at any more; with one thread, the first."""
@@ -75,4 +81,4 @@ class Bound:
 
     def _fixed(self, frame: Frame) -> Any:
         """Its results, where they are the same tensors at every call: a step of torch makes new ones."""
-        return self._plan.results(frame, shared=True) if self._native else None
+        return self._finish(self._plan.results(frame, shared=True)) if self._native else None

@@ -15,15 +15,16 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
-from torch.utils import _pytree as pytree
 
+from autoprune.arguments import Arguments
 from autoprune.dynamic import gates
 from autoprune.inventory import copy_for_inference, has_memory
 from autoprune.recurrent import WholeSequences, recurrent_modules
 from autoprune.repack.program import aten, exporting, lifting
+from autoprune.repack.program.calls import ByPlace, in_model, input_names
 from autoprune.repack.program.exporting import Axes, CaptureError
 from autoprune.repack.program.freedom import Extents
-from autoprune.repack.program.graph import FOLD_LIMIT, Graph, Op, evaluate_op
+from autoprune.repack.program.graph import FOLD_LIMIT, Graph, Op, evaluate_op, renamed
 from autoprune.repack.program.kinds import SCALARS
 from autoprune.repack.program.lifting import Alias, Lifted, Site
 from autoprune.tracing import tracing, unloadable
@@ -40,31 +41,34 @@ _PLACES = ("device", "layout", "pin_memory", "memory_format")  # arguments that 
 _WEIGHTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
 
-def capture(model: nn.Module, inputs: Sequence[Any]) -> Graph:
+def capture(model: nn.Module, inputs: Any) -> Graph:
     """Captures what `model` computes in eval mode, for inputs of any extents where the model allows it.
 
     Args:
         model: left as it is.
-        inputs: the tensors the model is called with. Which of their extents may change, and which only together, is
-            what torch.export finds the model to allow; those that cannot be captured free are fixed.
+        inputs: what the model is called with, see `Arguments`. Which extents of its tensors may change, and which only
+            together, is what torch.export finds the model to allow; those that cannot be captured free are fixed.
 
     Raises:
         CaptureError: its control flow depends on data, it writes to its inputs or buffers, draws random numbers,
             or takes or returns what is no tensor, list, tuple or dictionary.
     """
-    for x in inputs:
+    arguments = Arguments.of(inputs).ordered(model)
+    tensors = arguments.tensors
+    for x in tensors:
         if not has_memory(x) or x.device.type != "cpu" or x.layout != torch.strided:
             raise CaptureError(f"only dense tensors on the CPU can be inputs of a program, not {_describe(x)}.")
     if reason := unloadable():
         raise CaptureError(reason)
     copied = copy_for_inference(model)
     recurrent = [module for _, module in recurrent_modules(copied)]
-    copied = _whole_operators(copied)
-    grown = _grown(inputs, recurrent)
+    names = input_names(copied, arguments)
+    by_place = ByPlace(_whole_operators(copied), arguments)
+    grown = _grown(tensors, recurrent)
     with tracing():  # all of it: symbolic extents also ask what other threads trace
-        for free in _freedoms(inputs, bool(recurrent)):
+        for free in _freedoms(tensors, bool(recurrent)):
             try:
-                return _captured(copied, inputs, free, grown)
+                return _captured(by_place, names, tensors, free, grown)
             except CaptureError:  # it is made for some extents
                 if not any(free):
                     raise
@@ -113,28 +117,44 @@ def _describe(x: Any) -> str:
     return f"a tensor on {x.device} with layout {x.layout}" if isinstance(x, Tensor) else type(x).__name__
 
 
-def _captured(model: nn.Module, inputs: Sequence[Tensor], free: Sequence[Axes], grown: Sequence[Axes]) -> Graph:
+def _captured(
+    model: ByPlace, names: Sequence[str], inputs: Sequence[Tensor], free: Sequence[Axes], grown: Sequence[Axes]
+) -> Graph:
     larger = [[axis for axis in axes if axis in each] for axes, each in zip(free, grown, strict=True)]
     program = exporting.export(model, inputs, free, larger)
     known = Extents(exporting.user_inputs(program))
     if fixed := known.pinned():
         axes = zip(free, known.axes, strict=True)
-        return _captured(model, inputs, [[a for a in each if own.get(a) not in fixed] for each, own in axes], grown)
+        left = [[a for a in each if own.get(a) not in fixed] for each, own in axes]
+        return _captured(model, names, inputs, left, grown)
+    returned = model.returned.structure
     if exporting.is_functional(program.graph):
         try:
-            return _Translation(program, inputs).graph().validate()
+            return _Translation(program, names, inputs, returned).graph().validate()
         except CaptureError:  # an operator that is one of several simpler ones
             pass
-    return _Translation(exporting.functional(program), inputs).graph().validate()
+    return _Translation(exporting.functional(program), names, inputs, returned).graph().validate()
+
+
+def _unlike(names: Sequence[str], taken: set[str]) -> list[str]:
+    """The names, changed where they are taken."""
+    found: list[str] = []
+    for name in names:
+        while name in taken or name in found:
+            name += "_"
+        found.append(name)
+    return found
 
 
 class _Translation:
     """One pass over an exported program; `graph` gives the result."""
 
-    def __init__(self, program: ExportedProgram, inputs: Sequence[Tensor]) -> None:
-        self.program = program
-        self.extents = Extents(exporting.user_inputs(program))
-        self.inputs = tuple(self.extents.described(inputs))
+    def __init__(self, program: ExportedProgram, names: Sequence[str], inputs: Sequence[Tensor], returned: Any) -> None:
+        self.program, self.returned = program, returned
+        nodes = exporting.user_inputs(program)
+        self.extents = Extents(nodes)
+        self.inputs = tuple(self.extents.described(inputs, _unlike(names, {x.name for x in program.graph.nodes})))
+        self.input_names = dict(zip((node.name for node in nodes), (x.name for x in self.inputs), strict=True))
         self.ops: list[Op] = []
         self.constants: dict[str, Tensor] = {}
         self.names: dict[fx.Node, str] = {}  # of the value or constant that stands for a node
@@ -165,13 +185,13 @@ class _Translation:
         return replace(graph, constants={name: value for name, value in self.constants.items() if name in read})
 
     def placeholder(self, node: fx.Node, weights: Mapping[str, tuple[str, Tensor]]) -> None:
-        self.names[node] = node.name
+        self.names[node] = self.input_names.get(node.name, node.name)
         if node.name in weights:
             self.names[node] = self.constant(*weights[node.name])
             return
         for axis, extent in enumerate(lifting.extents(node)):
             if isinstance(extent, str):
-                self.batches.setdefault(extent, (node.name, axis))
+                self.batches.setdefault(extent, (self.names[node], axis))
 
     def weights(self) -> dict[str, tuple[str, Tensor]]:
         """Placeholder -> (qualified name, tensor) of each parameter, buffer and literal tensor."""
@@ -183,7 +203,7 @@ class _Translation:
             held = {**self.program.constants, **self.program.state_dict}
             if spec.kind not in _WEIGHTS or target is None or not isinstance(held.get(target), Tensor):
                 raise CaptureError(f"the model reads {spec.arg}, which is neither a tensor nor a weight.")
-            found[spec.arg.name] = (target, held[target])
+            found[spec.arg.name] = (in_model(target), held[target])
         return found
 
     def constant(self, name: str, value: Tensor) -> str:
@@ -349,27 +369,8 @@ class _Translation:
 
     def structure(self, leaves: Any) -> Any:
         """The outputs in the form `Graph.outputs` describes."""
-        leaves = [_Leaf(self.names[x]) if isinstance(x, fx.Node) else x for x in leaves]
-        spec = self.program.call_spec.out_spec
-        assert spec is not None
-        return _structure(pytree.tree_unflatten(leaves, spec))
-
-
-class _Leaf:
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-
-def _structure(value: Any) -> Any:
-    if isinstance(value, _Leaf):
-        return value.name
-    if value is None or type(value) in (bool, int, float):
-        return value
-    if type(value) in (tuple, list):
-        return {type(value).__name__: [_structure(each) for each in value]}
-    if type(value) is dict and all(isinstance(key, str) for key in value):
-        return {"dict": [[key, _structure(each)] for key, each in value.items()]}
-    raise CaptureError(f"the model returns a {type(value).__name__}; a program returns tensors, tuples, lists, dicts.")
+        names = [self.names[x] if isinstance(x, fx.Node) else x for x in leaves]
+        return renamed(self.returned, {str(number): name for number, name in enumerate(names)})
 
 
 def _torch(name: str, args: list[Any], kwargs: dict[str, Any]) -> dict[str, Any]:

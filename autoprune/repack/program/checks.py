@@ -291,11 +291,20 @@ def check_outputs(outputs: Any) -> None:
         return
     if isinstance(outputs, dict) and len(outputs) == 1:
         ((tag, content),) = outputs.items()
-        if tag in ("tuple", "list", "dict") and isinstance(content, list):
-            if tag == "dict" and not all(isinstance(x, list) and len(x) == 2 and _text(x[0]) for x in content):
-                raise FileError(f"the graph returns a dictionary of {content!r}.")
+        if tag == "text" and _text(content):
+            return
+        if tag in ("tuple", "list") and isinstance(content, list):
             for each in content:
-                check_outputs(each[1] if tag == "dict" else each)
+                check_outputs(each)
+            return
+        if tag in ("dict", "ordered", "record") and isinstance(content, list):
+            keys = (str,) if tag == "record" else (str, int)
+            if not all(isinstance(x, list) and len(x) == 2 and type(x[0]) in keys for x in content):
+                raise FileError(f"the graph returns a dictionary of {content!r}.")
+            if len({key for key, _ in content}) < len(content):
+                raise FileError(f"the graph returns a dictionary with a key given twice: {content!r}.")
+            for _, each in content:
+                check_outputs(each)
             return
     raise FileError(f"the graph returns {outputs!r}.")
 

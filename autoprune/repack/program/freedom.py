@@ -20,7 +20,6 @@ class Extents:
     """
 
     def __init__(self, nodes: Sequence[fx.Node]) -> None:
-        self.nodes = nodes
         self.environment: Any = None
         self.numbers: dict[Any, int] = {}  # sympy's expression of an extent -> number
         self.axes: list[dict[int, int]] = []  # of each input: axis -> number
@@ -38,15 +37,15 @@ class Extents:
                     after = max(self.numbers.values(), default=0) + 1
                     yield axis, self.numbers.setdefault(expression, 0 if first else after)
 
-    def described(self, inputs: Sequence[Tensor]) -> Iterator[Input]:
+    def described(self, inputs: Sequence[Tensor], names: Sequence[str]) -> Iterator[Input]:
         """The inputs of a graph; raises CaptureError for one of a type that none has."""
-        for node, x, numbers in zip(self.nodes, inputs, self.axes, strict=True):
+        for name, x, numbers in zip(names, inputs, self.axes, strict=True):
             try:
                 dtype = aten.encode_dtype(x.dtype)
             except KeyError:
                 raise CaptureError(f"an input of type {x.dtype} is not supported.") from None
             free = tuple(numbers.get(axis) for axis in range(max(numbers, default=-1) + 1))
-            yield Input(node.name, tuple(x.shape), dtype, free)
+            yield Input(name, tuple(x.shape), dtype, free)
 
     def written(self, expression: Any) -> Any:
         """An extent, or what is known about some, as `extents` writes it; raises CaptureError where it cannot."""

@@ -6,6 +6,7 @@ never code.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from autoprune.errors import FileError
 from autoprune.repack.program import aten, checks, extents
 from autoprune.repack.program.kinds import ACTIVATIONS, KINDS, SCALARS, Values
+from autoprune.repack.program.record import Record
 
 __all__ = ["ACTIVATIONS", "KINDS", "SCALARS", "Graph", "Input", "Op", "build_outputs", "evaluate_op", "reference"]
 
@@ -87,8 +89,9 @@ class Graph:
     """Operations in the order they run.
 
     Attributes:
-        outputs: what the model returns: the name of a value, a plain number or None, or one of ``{"tuple": [...]}``,
-            ``{"list": [...]}`` and ``{"dict": [[key, ...], ...]}`` holding more of them.
+        outputs: what the model returns: the name of a value, a plain number, None, a ``{"text": ...}``, or one of
+            ``{"tuple": [...]}``, ``{"list": [...]}`` and, of pairs, ``{"dict": [[key, ...], ...]}``, ``ordered`` (an
+            OrderedDict) and ``record`` (a named tuple or dataclass) holding more of them.
         constants: weights, by name; names of values and of constants do not overlap.
         conditions: what the free extents must satisfy; see `extents`.
     """
@@ -128,7 +131,7 @@ class Graph:
 
     def output_names(self) -> list[str]:
         """The values the model returns, in order."""
-        return list(_leaves(self.outputs))
+        return list(structure_names(self.outputs))
 
     def rebound(self, model: nn.Module) -> Graph | None:
         """The same graph with the weights of `model`, which has the architecture it was captured from.
@@ -210,19 +213,35 @@ def build_outputs(outputs: Any, values: Values) -> Any:
     if not isinstance(outputs, dict):
         return outputs
     ((tag, content),) = outputs.items()
-    if tag == "dict":
-        return {key: build_outputs(each, values) for key, each in content}
-    rebuilt = [build_outputs(each, values) for each in content]
-    return tuple(rebuilt) if tag == "tuple" else rebuilt
+    if tag == "text":
+        return content
+    if tag in ("tuple", "list"):
+        rebuilt = [build_outputs(each, values) for each in content]
+        return tuple(rebuilt) if tag == "tuple" else rebuilt
+    pairs = {key: build_outputs(each, values) for key, each in content}
+    return {"dict": dict, "ordered": OrderedDict, "record": Record}[tag](pairs)
 
 
-def _leaves(outputs: Any) -> Iterator[str]:
+def renamed(outputs: Any, names: Mapping[str, str]) -> Any:
+    """The structure `outputs` with other names of values."""
+    if isinstance(outputs, str):
+        return names[outputs]
+    if not isinstance(outputs, dict):
+        return outputs
+    ((tag, content),) = outputs.items()
+    if tag in ("tuple", "list"):
+        return {tag: [renamed(each, names) for each in content]}
+    return {tag: content if tag == "text" else [[key, renamed(each, names)] for key, each in content]}
+
+
+def structure_names(outputs: Any) -> Iterator[str]:
+    """The names of values in the structure `outputs`, in order."""
     if isinstance(outputs, str):
         yield outputs
     elif isinstance(outputs, dict):
         ((tag, content),) = outputs.items()
-        for each in content:
-            yield from _leaves(each[1] if tag == "dict" else each)
+        for each in () if tag == "text" else content:
+            yield from structure_names(each if tag in ("tuple", "list") else each[1])
 
 
 class _Both(Mapping[str, Any]):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from autoprune.repack.program import aten
+from autoprune.repack.program.calls import in_model
 
 Node = fx.Node
 
@@ -94,12 +95,12 @@ class Site:
         stack = list((self.node.meta.get("nn_module_stack") or {}).values())
         path = str(stack[-1][0]) if stack else ""
         held = self.context.program.state_dict
-        if f"{path}.weight".lstrip(".") in held:
-            return path
+        if f"{path}.weight" in held:
+            return in_model(path)
         name = self.name(argument)
-        start = f"{path}.weight_".lstrip(".")  # weight_v, weight_orig: what the weight is computed from
-        if name not in held and any(key.startswith(start) for key in held):
-            return path
+        start = f"{path}.weight_"  # weight_v, weight_orig: what the weight is computed from
+        if f"model.{name}" not in held and any(key.startswith(start) for key in held):
+            return in_model(path)
         return "" if name == "weight" else name.removesuffix(".weight")
 
 

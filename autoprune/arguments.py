@@ -1,0 +1,127 @@
+"""What a model is called with."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from autoprune.errors import AutopruneError
+
+
+class Arguments:
+    """The arguments of one call of a model: ``Arguments(x, mask=mask)`` for ``model(x, mask=mask)``.
+
+    Wherever example inputs, or the inputs of a batch, are asked for, a tensor is the one argument, a tuple (or list)
+    holds positional arguments, a mapping keyword arguments, and this is for both.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.args, self.kwargs = args, kwargs
+
+    @classmethod
+    def of(cls, inputs: Any) -> Arguments:
+        """What `inputs`, in any of the forms above, means."""
+        if isinstance(inputs, Arguments):
+            return inputs
+        if isinstance(inputs, Mapping):
+            return cls(**inputs)
+        return cls(*inputs) if isinstance(inputs, (tuple, list)) else cls(inputs)
+
+    def call(self, model: Callable[..., Any]) -> Any:
+        """What the model returns."""
+        return model(*self.args, **self.kwargs)
+
+    def ordered(self, model: nn.Module) -> Arguments:
+        """The same call with its arguments in the order of the model's parameters, by place where that can be."""
+        try:
+            bound = inspect.signature(model.forward).bind(*self.args, **self.kwargs)
+        except (TypeError, ValueError):  # the call says better what is wrong
+            return self
+        return Arguments(*bound.args, **bound.kwargs)
+
+    def positional(self, model: nn.Module) -> tuple[Tensor, ...]:
+        """The same call by place alone, for what times and compares engines.
+
+        Raises:
+            AutopruneError: it cannot be, or there are arguments that are no tensors.
+        """
+        ordered = self.ordered(model)
+        if ordered.kwargs or not ordered.args or not all(isinstance(value, Tensor) for value in ordered.args):
+            raise AutopruneError(
+                f"example inputs must here be tensors that the model takes by place, not {self!r}. Wrap the model in a "
+                "module whose forward takes the tensors and calls it; repack and export_onnx take any arguments."
+            )
+        return ordered.args
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Those in it, in order; in lists, tuples, dictionaries and dataclasses too."""
+        return tuple(_tensors([*self.args, *self.kwargs.values()]))
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Arguments:
+        """The same call with other tensors in the places of `tensors`."""
+        others = iter(tensors)
+        args = [_replaced(value, others) for value in self.args]
+        return Arguments(*args, **{name: _replaced(value, others) for name, value in self.kwargs.items()})
+
+    def by_place(self, model: Callable[..., Any]) -> Callable[..., Any]:
+        """The model as a function of `tensors` alone."""
+        return lambda *tensors: self.with_tensors(tensors).call(model)
+
+    def __repr__(self) -> str:
+        given = [*map(_described, self.args), *(f"{name}={_described(x)}" for name, x in self.kwargs.items())]
+        return f"Arguments({', '.join(given)})"
+
+
+def call_with(model: Callable[..., Any], inputs: Any) -> Any:
+    """Calls a model with `inputs` in any form that `Arguments` takes."""
+    return Arguments.of(inputs).call(model)
+
+
+def inside(value: Any) -> dict[Any, Any] | None:
+    """What a list, tuple, dictionary or dataclass holds, by index, key or field; None for anything else."""
+    if isinstance(value, (tuple, list)):
+        return dict(enumerate(value))
+    if isinstance(value, Mapping):
+        return dict(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return None
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    else:
+        for each in (inside(value) or {}).values():
+            yield from _tensors(each)
+
+
+def _replaced(value: Any, tensors: Iterator[Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return next(tensors)
+    held = inside(value)
+    if held is None:
+        return value
+    made = {key: _replaced(each, tensors) for key, each in held.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(*made.values()) if hasattr(value, "_fields") else type(value)(made.values())
+    if type(value) in (dict, OrderedDict):
+        return type(value)(made)
+    other = copy.copy(value)
+    for key, each in made.items():
+        if isinstance(value, Mapping):
+            other[key] = each
+        else:
+            object.__setattr__(other, key, each)
+    return other
+
+
+def _described(value: Any) -> str:
+    return f"<tensor of {tuple(value.shape)}>" if isinstance(value, Tensor) else repr(value)
