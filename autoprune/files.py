@@ -115,10 +115,19 @@ def place_for(path: Path) -> Path:
     place.parent.mkdir(parents=True, exist_ok=True)
     with suppress(FileNotFoundError):
         place.stat()  # raises for a link to itself
-    if place.exists() and not place.is_file():
+    if _stands_for_open_file(path) or (place.exists() and not place.is_file()):
         kind = "a folder" if place.is_dir() else "a device, a pipe or a socket"
         raise FileError(f"{path} is {kind}, which a file cannot replace: give the name of a file.")
     return place
+
+
+def _stands_for_open_file(path: Path) -> bool:
+    """Whether a name, such as /dev/stdout, is that of something this process has open: it must stay what it is."""
+    while path.is_symlink():
+        if os.path.realpath(path.parent).startswith("/proc/"):
+            return True
+        path = path.parent / path.readlink()
+    return False
 
 
 def _replace(path: Path, write: Any) -> None:

@@ -7,6 +7,7 @@ import os
 import resource
 import socket
 import stat
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -122,6 +123,20 @@ def test_what_is_no_file_is_not_replaced(write: Callable[[Path], None], tmp_path
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
     assert stat.S_ISSOCK((tmp_path / "socket").stat().st_mode)
     assert {each.name for each in tmp_path.iterdir()} == {"pipe", "socket", "folder"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there is no /proc")
+@writers
+@pytest.mark.parametrize("folder", ["/proc/self/fd", "/dev/fd"])
+def test_what_is_open_is_not_replaced(write: Callable[[Path], None], folder: str, tmp_path: Path) -> None:
+    """As /dev/stdout is, which may be a file."""
+    with (tmp_path / "output").open("w") as handle:
+        (tmp_path / "link").symlink_to(f"{folder}/{handle.fileno()}")
+        for path in (f"{folder}/{handle.fileno()}", tmp_path / "link"):
+            with pytest.raises(FileError, match="which a file cannot replace"):
+                write(Path(path))
+        handle.write("heard")
+    assert (tmp_path / "output").read_text() == "heard"
 
 
 @every
