@@ -63,7 +63,7 @@ SHORT = (
         "task.widths=[8, 16]",
     ),
     *("finetune.settings.epochs=1", "latency.profile_samples=3", "latency.samples=3", "target={accuracy_drop = 0.9}"),
-    *('latency.engines=["eager"]', 'env.pattern={name = "group", size = 8}'),
+    *('latency.engines=["eager"]', 'env.pattern={name = "group", size = 8}', "env.min_saving=0.0"),
 )
 
 
