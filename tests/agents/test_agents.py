@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -140,6 +141,52 @@ def test_a_corrupt_policy_is_an_error(damage: str, tmp_path: Path) -> None:
         (tmp_path / damage).write_bytes(b"nonsense")
     with pytest.raises(FileError):
         Policy.load(tmp_path)
+
+
+HUGE = {
+    "environments": ("episodes_per_update", 2**64),
+    "many environments": ("episodes_per_update", 2**20),
+    "a wide layer": ("net", [2**31]),
+    "wider than its weights": ("net", [4096, 4096]),
+    "layers": ("net", [16] * 1000),
+    "no layers": ("net", {}),
+    "no number": ("learning_rate", "high"),
+    "a negative count": ("minibatches", -1),
+}
+
+
+@pytest.mark.parametrize("name", HUGE)
+def test_a_policy_that_asks_for_much_is_refused_before_it_is_built(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent, env = build("ppo"), PruneEnv(fake_problem())
+    search(agent, env, 1, seed=0)
+    agent.save_policy(tmp_path, env)
+    about = read_json(tmp_path / "policy.json", "the policy")
+    argument, value = HUGE[name]
+    about["agent"]["args"][argument] = value
+    write_json(tmp_path / "policy.json", about)
+    monkeypatch.setattr(AGENTS.get("ppo"), "build", lambda *_, **__: pytest.fail("it is built"))
+    with pytest.raises(FileError, match=r"policy\.json"):
+        Policy.load(tmp_path)
+
+
+@pytest.mark.parametrize("length", [0, 10**9, 7, "51", None])
+def test_a_policy_of_observations_of_another_length_is_refused(length: object, tmp_path: Path) -> None:
+    agent, env = build("ppo"), PruneEnv(fake_problem())
+    search(agent, env, 1, seed=0)
+    agent.save_policy(tmp_path, env)
+    about = read_json(tmp_path / "policy.json", "the policy")
+    write_json(tmp_path / "policy.json", {**about, "observation_length": length})
+    with pytest.raises(FileError, match="the policy is corrupt"):
+        Policy.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", [name for name in TRAINABLE if name not in ("ppo", "recurrent_ppo")])
+@pytest.mark.parametrize("args", [{"batch_size": 2**40}, {"updates_per_step": 0}, {"net": [64, 0]}])
+def test_arguments_of_learners_have_bounds(name: str, args: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"'{name}'.*{next(iter(args))}"):
+        AGENTS.create(Choice(name, args))
 
 
 def test_a_checkpoint_of_another_agent_is_an_error(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from autoprune.errors import AutopruneError, FileError, NumericalError
+from autoprune.files import read_tensors, write_tensors
 from autoprune.inventory import take_inventory
 from autoprune.plan import LayerPlan, Plan
 from autoprune.progress import Bar, Progress
@@ -170,6 +171,26 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path, damage: str) -> None:
     assert damaged[damage] != raw
     file.write_bytes(damaged[damage])
     with pytest.raises(FileError, match="the training checkpoint is corrupt"):
+        run(TrainingSettings(epochs=2), None, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda moment: moment.flatten()[:1],
+        lambda moment: moment.long(),
+        lambda moment: moment[None],
+        lambda moment: moment[..., :0],
+    ],
+)
+def test_an_optimizer_state_that_fits_no_parameter_is_refused(tmp_path: Path, change: Callable[..., Any]) -> None:
+    """Torch takes it and fails at the next step."""
+    run(TrainingSettings(epochs=2), None, tmp_path, 1)
+    (file,) = tmp_path.iterdir()
+    tensors, about = read_tensors(file, "the checkpoint")
+    name = next(name for name in tensors if name.startswith("optimizer.") and tensors[name].dim() > 1)
+    write_tensors(file, {**tensors, name: change(tensors[name])}, about)
+    with pytest.raises(FileError, match="does not fit this model .*optimizer does not fit its parameter"):
         run(TrainingSettings(epochs=2), None, tmp_path)
 
 
