@@ -329,20 +329,25 @@ def _check(
     if made.available() is not None:
         return EngineCheck(made.name, NOT_INSTALLED)
     last: dict[str, list[Tensor]] = {}
+    failed: list[str] = []
 
     def wanted(*given: Any) -> list[Tensor]:
         last["model"] = model(*given)
         return last["model"]
 
     def exported(*given: Any) -> list[Tensor]:
-        last["file"] = arrays_as_tensors(cast("Sequence[Any]", made.load(file, given, threads)()))
+        try:
+            last["file"] = arrays_as_tensors(cast("Sequence[Any]", made.load(file, given, threads)()))
+        except AutopruneError as error:
+            failed.append(str(error).rstrip("."))
+            raise
         return last["file"]
 
     for each in shapes:
-        try:
-            if agrees(wanted, exported, inputs, each) is False:
-                told = " and ".join(map(str, each))
-                return EngineCheck(made.name, WRONG, f"{difference(last['file'], last['model'])}, for inputs of {told}")
-        except AutopruneError as error:
-            return EngineCheck(made.name, CANNOT_RUN, str(error).rstrip("."))
+        right = agrees(wanted, exported, inputs, each)
+        if failed:
+            return EngineCheck(made.name, CANNOT_RUN, failed[0])
+        if right is False:
+            told = " and ".join(map(str, each))
+            return EngineCheck(made.name, WRONG, f"{difference(last['file'], last['model'])}, for inputs of {told}")
     return EngineCheck(made.name, RIGHT)
