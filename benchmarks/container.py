@@ -35,9 +35,9 @@ FILTER = [sys.executable, str(HERE / "no_executable_memory.py")]
 PLAIN = [sys.executable]
 ROWS: dict[str, tuple[list[str], list[str], dict[str, str]]] = {
     "unknown user, no HOME": (NOBODY, PLAIN, {}),
-    "unknown user, read-only home": (NOBODY, PLAIN, {"HOME": "/"}),
-    "and no temporary folder, no /dev/shm": ([*NO_PLACES, *NOBODY], PLAIN, {}),
-    "and no executable memory": ([*NO_PLACES, *NOBODY], FILTER, {}),
+    "and no executable memory": (NOBODY, FILTER, {}),
+    "unknown user, read-only home, no executable memory": (NOBODY, FILTER, {"HOME": "/"}),
+    "and no temporary folder, no /dev/shm": ([*NO_PLACES, *NOBODY], FILTER, {"HOME": "/"}),
 }
 MODEL = """
 import sys, torch, autoprune
@@ -87,7 +87,8 @@ def tried(row: str, what: str, folder: Path, cache: bool = False) -> tuple[bool,
     )  # fmt: skip
     lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
     refused = [line for line in lines if line.startswith("error: ")]
-    fine = done.returncode == 0 or (what == "run" and done.returncode == 2 and bool(refused))
+    refused += [line.partition("FileError: ")[2] for line in lines if line.startswith("autoprune.errors.FileError: ")]
+    fine = done.returncode == 0 or bool(refused)
     if what == "run" and done.returncode == 0:
         return True, "works"
     right = [line for line in lines if line.startswith("right: ")]

@@ -28,7 +28,7 @@ from autoprune.files import (
     write_json,
     write_tensors,
 )
-from autoprune.repack import export_onnx, load, repack, save
+from autoprune.repack import export_onnx, files, load, repack, save
 from autoprune.repack.program import tuning
 from autoprune.repack.report import RepackedModel
 
@@ -270,3 +270,16 @@ def test_the_command_line_tells_an_error_of_the_system_in_a_paragraph(
     assert stop.value.code == 2
     said = capsys.readouterr().err
     assert said == "error: /runs/events: No space left on device. Once that is mended, the same command goes on.\n"
+
+
+def test_a_file_that_cannot_be_checked_is_not_called_corrupt(
+    fast: RepackedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    save(fast, tmp_path / "fast")
+    monkeypatch.setattr(files, "check_demand", fail)
+    with pytest.raises(FileError, match=r"does not load: .*No usable temporary directory found.* set TMPDIR") as told:
+        load(tmp_path / "fast")
+    assert "corrupt" not in str(told.value)

@@ -98,6 +98,12 @@ def load(path: Path | str, model: nn.Module | None = None, *, threads: int | Non
             return _read_modules(tensors, about, copy_for_inference(model), report)
     except FileError as error:
         raise FileError(f"the packed model is corrupt: {path} ({error})") from None
+    except (OSError, AssertionError) as error:
+        # To tell the shapes of what a graph computes torch loads its compiler, the second time what is loaded by half.
+        raise FileError(
+            f"the packed model {path} cannot be checked here, since torch's compiler does not load: {error}. If it "
+            "wants a folder for temporary files, set TMPDIR to one."
+        ) from error
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError, RecursionError,
             AutopruneError) as error:  # fmt: skip
         told = str(error).splitlines()[0] if str(error) else ""
