@@ -13,12 +13,13 @@ from torch.nn import functional
 
 from autoprune.allocation import Cost
 from autoprune.arguments import Arguments
+from autoprune.copies import copy_for_inference
 from autoprune.criteria import LayerStatistics
 from autoprune.envs.projection import check_feasible, fastest, project
 from autoprune.errors import AutopruneError
 from autoprune.evaluation.profile import profile_record, profile_settings, profile_table
 from autoprune.evaluation.recovery import Subject
-from autoprune.inventory import Inventory, copy_for_inference
+from autoprune.inventory import Inventory
 from autoprune.latency.cost import LatencyCost
 from autoprune.latency.machine import machine_identity
 from autoprune.latency.table import LatencyTable

@@ -16,8 +16,8 @@ from torch.nn import functional
 from autoprune.agents.policy import SHIPPED, Policy
 from autoprune.arguments import Arguments
 from autoprune.config import Config, parse_config
+from autoprune.copies import copy_for_inference
 from autoprune.files import temporary_folder
-from autoprune.inventory import copy_for_inference
 from autoprune.masks import Batches, Loss
 from autoprune.metric import ACCURACY, Metric
 from autoprune.plan import Plan

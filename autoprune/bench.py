@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from autoprune.copies import copy_for_inference
 from autoprune.errors import AutopruneError, ConfigError, MissingExtra, did_you_mean
-from autoprune.inventory import copy_for_inference, weighted_layers
+from autoprune.inventory import weighted_layers
 from autoprune.latency.engines import ENGINES, baselines
 from autoprune.latency.timer import Clock, Latency, Protocol, measure_together, speedup
 from autoprune.progress import SILENT, Progress

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from autoprune.copies import copy_for_inference
 from autoprune.criteria import LayerStatistics
 from autoprune.criteria.magnitude import Magnitude
 from autoprune.errors import AutopruneError
@@ -21,7 +22,7 @@ from autoprune.evaluation.evaluator import Evaluator
 from autoprune.evaluation.recovery import Subject
 from autoprune.evaluation.recovery.none import NoRecovery
 from autoprune.fingerprint import architecture_fingerprint
-from autoprune.inventory import Inventory, KeptDense, copy_for_inference, record_inputs
+from autoprune.inventory import Inventory, KeptDense, record_inputs
 from autoprune.latency.machine import machine_identity
 from autoprune.latency.record import MeasurementRecord
 from autoprune.latency.table import LatencyTable, LayerTable, Point

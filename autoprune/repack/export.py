@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.arguments import Arguments
+from autoprune.copies import copy_for_inference
 from autoprune.errors import AutopruneError, ConfigError, MissingExtra, did_you_mean
 from autoprune.files import given_path, on_disk, place_for
-from autoprune.inventory import copy_for_inference, kind_of, weighted_layers
+from autoprune.inventory import kind_of, weighted_layers
 from autoprune.latency.engines import ENGINES
 from autoprune.latency.engines.base import INSTALL
 from autoprune.latency.engines.export import OnnxEngine

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autoprune.copies import copy_for_inference
 from autoprune.errors import AutopruneError, FileError
 from autoprune.files import given_path, read_tensors, write_tensors
-from autoprune.inventory import copy_for_inference
 from autoprune.recurrent import cell_of, layers_of
 from autoprune.repack.backends import BACKENDS, LayerForm
 from autoprune.repack.formats import PackedWeight

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from autoprune.copies import copy_for_inference
 from autoprune.errors import AutopruneError
-from autoprune.inventory import as_tuple, copy_for_inference, record_inputs
+from autoprune.inventory import as_tuple, record_inputs
 from autoprune.latency.timer import Clock, Protocol, torch_threads
 from autoprune.recurrent import layer_at
 from autoprune.repack.macs import positions

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.arguments import Arguments
+from autoprune.copies import copy_for_inference
 from autoprune.errors import AutopruneError
-from autoprune.inventory import copy_for_inference, kind_of, weighted_layers
+from autoprune.inventory import kind_of, weighted_layers
 from autoprune.latency.timer import Clock, Protocol
 from autoprune.masks import Masks, apply_masks_
 from autoprune.recurrent import cut_states_

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.arguments import Arguments
+from autoprune.copies import copy_for_inference, out_of_reach
 from autoprune.errors import AutopruneError
-from autoprune.inventory import copy_for_inference, out_of_reach, watch_forward
+from autoprune.inventory import watch_forward
 from autoprune.latency.timer import Clock, Protocol, measure_together
 from autoprune.recurrent import cell_of
 from autoprune.repack.backends import BACKENDS, LayerForm

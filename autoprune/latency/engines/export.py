@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from autoprune.copies import own_copy
 from autoprune.errors import AutopruneError
 from autoprune.files import temporary_folder
-from autoprune.inventory import own_copy
 from autoprune.latency.engines.base import Call, DenseEngine
 from autoprune.tracing import tracing
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autoprune.copies import own_copy
 from autoprune.errors import AutopruneError
-from autoprune.inventory import own_copy
 from autoprune.repack.program.by_torch import TorchPlan
 from autoprune.repack.program.program import Frame, Plan
 from autoprune.repack.program.steps import TorchStep

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.arguments import Arguments, inside
+from autoprune.copies import out_of_reach
 from autoprune.errors import AutopruneError, FileError
 from autoprune.repack.program.checks import check_outputs
 from autoprune.repack.program.exporting import CaptureError
@@ -106,12 +107,17 @@ class ByPlace(nn.Module):
         model: of the user.
         arguments: how the user calls it.
 
+    Raises:
+        CaptureError: a part of it is out of reach.
+
     Attributes:
         returned: holds, after a call, the structure of the model's output, whose names are numbers of tensors.
     """
 
     def __init__(self, model: nn.Module, arguments: Arguments) -> None:
         super().__init__()
+        for name, (kind, why) in out_of_reach(model).items():
+            raise CaptureError(f"the model holds {name!r} ({kind}), which cannot be captured: {why}.")
         self.model, self.arguments = model, arguments
         self.returned = Returned()  # torch.export takes back what is set on a module itself
 

@@ -17,8 +17,8 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
 from autoprune.arguments import Arguments
+from autoprune.copies import copy_for_inference, has_memory
 from autoprune.dynamic import gates
-from autoprune.inventory import copy_for_inference, has_memory
 from autoprune.recurrent import WholeSequences, recurrent_modules
 from autoprune.repack.program import aten, exporting, lifting
 from autoprune.repack.program.calls import ByPlace, in_model, input_names

@@ -12,8 +12,8 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 
+from autoprune.copies import own_copy
 from autoprune.errors import AutopruneError
-from autoprune.inventory import out_of_reach, own_copy
 from autoprune.tracing import ByThread, tracing
 
 _aten = torch.ops.aten
@@ -60,8 +60,6 @@ def export(
         free: of each input, the axes whose extents may become free; which do, and which are one, torch finds out.
         grown: those of them that are doubled where their extent is 1, which torch takes for a constant; all when None.
     """
-    for name, (kind, why) in out_of_reach(model).items():
-        raise CaptureError(f"the model holds {name!r} ({kind}), which cannot be captured: {why}.")
     # Torch takes tensors that are one object for one input, and so would what it exports.
     examples = tuple(_larger(own_copy(x), axes) for x, axes in zip(inputs, grown or free, strict=True))
     try:

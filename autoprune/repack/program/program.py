@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from autoprune.copies import has_memory
 from autoprune.errors import AutopruneError
-from autoprune.inventory import has_memory
 from autoprune.repack.kernels.compiler import Target, host, unavailable
 from autoprune.repack.program import aten
 from autoprune.repack.program.by_torch import TorchPlan
