@@ -10,7 +10,7 @@ import functools
 import math
 import operator as operator_module
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -134,6 +134,27 @@ def check_encoded(value: Any, what: str) -> None:
         raise FileError(f"{what} holds the argument {value!r}.")
     elif type(value) is float and not math.isfinite(value):
         raise FileError(f"{what} holds the number {value!r}.")
+
+
+_ENUMERATED = ("Layout", "MemoryFormat", "Device", "Generator", "Stream", "Storage")  # of arguments no file gives
+
+
+def check_arguments(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], what: str) -> None:
+    """Raises FileError where an operator would be given a number, or a value, for an element type or the like.
+
+    torch takes a number for the enumerator with that number without looking whether there is one.
+    """
+    arguments = resolve(name)._schema.arguments
+    named = {argument.name: argument for argument in arguments}
+    given = [*zip((argument for argument in arguments if not argument.kwarg_only), args, strict=False)]
+    given += [(named[key], value) for key, value in kwargs.items() if key in named]
+    for argument, value in given:
+        kind, is_type = str(argument.real_type), isinstance(value, dict) and "dtype" in value
+        allowed = is_type if "ScalarType" in kind else not is_type
+        if any(each in kind for each in _ENUMERATED):
+            allowed = False
+        if value is not None and not allowed:
+            raise FileError(f"{what} holds {value!r} for {argument.name!r}.")
 
 
 def references(value: Any) -> list[str]:

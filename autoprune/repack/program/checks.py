@@ -259,7 +259,7 @@ def _check_torch(op: Op, constants: Mapping[str, Tensor], what: str) -> None:
         aten.check_encoded(value, what)
     if op.inputs != tuple(dict.fromkeys(aten.references([args, list(kwargs.values())]))):
         raise FileError(f"{what} has the inputs {list(op.inputs)!r} for other arguments.")
-    aten.resolve(name)
+    aten.check_arguments(name, args, kwargs, what)
 
 
 _MORE: Mapping[str, Callable[[Op, Mapping[str, Tensor], str], None]] = {
