@@ -146,12 +146,12 @@ def test_a_linear_streams_its_weights_once_for_one_token(size: int) -> None:
 
 def test_many_tokens_read_the_weights_again_for_every_few() -> None:
     totals, few = [], tokens_together(16, host())
-    for tokens in (1, 2 * few, 4 * few):
+    for tokens in (few, few + 1):  # many more are computed as a convolution's positions
         model, x = nn.Sequential(nn.Linear(256, 128)), torch.ones(tokens, 256)
         fast = autoprune.repack(model, x, cache=told(TuningCache(), Tiling(16, 1000)))
         (row,) = layer_memory(fast, x, Cache(1024, 64, 8))
         totals.append(row.fetched.lines[What.WEIGHT])
-    assert totals[0] < totals[1] < totals[2]
+    assert 1.9 * totals[0] < totals[1] < 2.1 * totals[0]
 
 
 def test_groups_that_keep_the_same_read_their_input_once() -> None:

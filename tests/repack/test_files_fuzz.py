@@ -32,6 +32,7 @@ from autoprune.repack.program.graph import ACTIVATIONS
 
 X = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 BACKENDS_IN_TURN = {"0": "jit", "3": "torch", "6": "dense", "10": "jit"}
+FREE = (3, 2, 6, 7)  # extents of the axes that may have any
 SMALL = 100_000  # elements of an input worth making
 
 
@@ -64,7 +65,7 @@ class Maps(nn.Module):
         x = self.stem(x).relu()
         x = F.max_pool2d(self.deep(x), 3, 1, 1) + F.avg_pool2d(x, 3, 1, 1)
         x = self.back(torch.roll(x, 1, 2)) + x
-        y: Tensor = self.head(F.relu6(F.avg_pool2d(x, 2)).mean((2, 3)))
+        y: Tensor = self.head(F.relu6(F.avg_pool2d(F.adaptive_avg_pool2d(x, 3), 2)).mean((2, 3)))
         return y
 
 
@@ -182,7 +183,7 @@ def inputs_of(model: RepackedModel) -> tuple[Tensor, ...]:
         return (X,)
     made = []
     for each in model.program.graph.inputs:
-        shape = tuple((3, 2)[each.free_axes[at]] if at in each.free_axes else n for at, n in enumerate(each.shape))
+        shape = tuple(FREE[each.free_axes[at] % 4] if at in each.free_axes else n for at, n in enumerate(each.shape))
         size = functools.reduce(lambda total, extent: total * extent, shape, 1)
         made.append(torch.ones(shape if size <= SMALL else (1,), dtype=getattr(torch, each.dtype)))
     return tuple(made)

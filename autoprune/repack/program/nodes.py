@@ -203,7 +203,7 @@ def sequence(
     nothing = np.zeros(size.hidden, np.float32)
     begin += [(0, nothing, 0)] * (2 - len(begin))
     units = np.arange(size.hidden) if size.units is None else np.array(size.units)
-    block = -(-size.batch // max(1, min(size.batch, tiling.chunk)))
+    block = max(1, -(-size.batch // max(1, min(size.batch, tiling.chunk))))
     given: dict[IntEnum, Any] = {
         f.X_SLOT: x[0], f.X_OFFSET: x[1], f.X_ENTRY: of_entry[0] * rows, f.X_STEP: of_entry[1] * rows,
         f.Y_SLOT: y[0], f.Y_OFFSET: y[1], f.Y_ENTRY: of_entry[0] * size.hidden, f.Y_STEP: of_entry[1] * size.hidden,
