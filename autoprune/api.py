@@ -107,15 +107,14 @@ def _given_run(
 ) -> Callable[[Path], Run]:
     """Checks what `compress` was given; returns the run of a directory."""
     wanted = target if isinstance(target, Target) else Target(speedup=float(target))
-    dense = copy_for_inference(model).cpu()
+    check_model(model)
+    eager = dict(model.named_children()).get("_orig_mod", model)  # torch.compile would compile each copy anew
+    dense = unfreeze_(copy_for_inference(eager).cpu())
     inputs = Arguments.of(example_inputs).positional(dense)
     chosen = {key: value for key, value in vars(wanted).items() if value is not None}
     sections = {"target": chosen, **(config or {}), "task": "given"}
     latency = {**sections.get("latency", {}), "batch": len(inputs[0])}
     parsed = parse_config({**sections, "latency": latency}, "compress")
-    check_model(model)
-    eager = dict(model.named_children()).get("_orig_mod", model)  # torch.compile would compile each copy anew
-    dense = unfreeze_(copy_for_inference(eager).cpu())
     check_training("train", dense, train, loss)
     task = Task(
         name="given",

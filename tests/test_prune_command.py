@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from autoprune.errors import AutopruneError, InfeasibleTarget
 from autoprune.evaluation.evaluator import Evaluator
 from autoprune.evaluation.finetune import budget_cost
 from autoprune.evaluation.recovery import Subject
+from autoprune.files import read_json
 from autoprune.latency.cost import LatencyCost
 from autoprune.latency.timer import Latency
 from autoprune.masks import sparsity, weight_of
@@ -65,7 +65,7 @@ def test_a_method_prunes_to_a_sparsity_and_the_table_says_what_it_brought(config
     assert list((folder / "tensorboard" / "finetune").glob("events*"))
     plan = Plan.load(folder / "plan.json")
     assert str(plan.training) == "adaptive(look_ahead=0)"
-    run = Run(parse_config(json.loads((folder / "config.json").read_text()), "test"), folder)
+    run = Run(parse_config(read_json(folder / "config.json", "the config"), "test"), folder)
     weights = {name: run.inventory[name].weights for name in plan.layers}
     shares = {name: sparsity(weight_of(run.masked, name)) for name in plan.layers}
     assert len({round(share, 2) for share in shares.values()}) > 1, "the method found the layers' shares"
@@ -137,7 +137,7 @@ def test_bad_input_is_said(config: Path, args: list[str], said: str) -> None:
 def test_a_search_may_aim_at_a_sparsity(config: Path) -> None:
     result = CliRunner().invoke(app, ["train", str(config), "--set", "target={sparsity = 0.5}"])
     assert result.exit_code == 0, result.output
-    run = Run(parse_config(json.loads(Path("runs/small/config.json").read_text()), "test"), Path("runs/small"))
+    run = Run(parse_config(read_json(Path("runs/small/config.json"), "the config"), "test"), Path("runs/small"))
     weights = {name: run.inventory[name].weights for name in run.plan.layers}
     zeros = sum(weights[name] * layer.sparsity for name, layer in run.plan.layers.items())
     assert 0.5 <= zeros / sum(weights.values()) < 0.53
@@ -147,7 +147,7 @@ def test_the_budget_counts_what_is_asked(config: Path) -> None:
     result = prune(config, "--method", "gradual", "--sparsity", "0.5")
     assert result.exit_code == 0, result.output
     folder = Path("runs/small-gradual")
-    run = Run(parse_config(json.loads((folder / "config.json").read_text()), "test"), folder)
+    run = Run(parse_config(read_json(folder / "config.json", "the config"), "test"), folder)
     subject, plan = run.subject, run.plan
     assert subject.budget == "weights"
     assert budget_cost(subject, plan)(run.inventory)({}) == sum(layer.weights for layer in run.inventory.layers)

@@ -79,7 +79,7 @@ def test_a_file_is_loaded_and_run_by_torch(
         bound = fast.bind(torch.zeros_like(more))
         bound.inputs[0].copy_(more)
         assert same(bound(), model(more))
-        with pytest.raises(AutopruneError, match="was made for an input .* of shape"):
+        with pytest.raises(AutopruneError, match=r"was made for an input .* of shape"):
             fast(more[..., :1])
 
 

@@ -125,13 +125,18 @@ def test_neither_model_changes(net: nn.Module) -> None:
 
 def test_attention_counts_both_of_its_products() -> None:
     class Attend(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.project = nn.Linear(8, 8)
+
         def forward(self, x: Tensor) -> Tensor:
+            x = self.project(x)
             return nn.functional.scaled_dot_product_attention(x, x, x)
 
-    x = torch.randn(1, 2, 6, 8)
-    fast = repack(Attend(), x, threads=1)
+    model, x = Attend(), torch.randn(1, 2, 6, 8)
+    fast = repack(model, x, threads=1)
     assert isinstance(fast, ProgramModel)
-    (row,) = [row for row in layer_times(fast, Attend(), x, PROTOCOL, ticking()) if row.kind == "attention"]
+    (row,) = [row for row in layer_times(fast, model, x, PROTOCOL, ticking()) if row.kind == "attention"]
     assert row.flops == 2 * (2 * 6 * 6 * 8) * 2
 
 
