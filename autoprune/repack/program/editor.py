@@ -15,6 +15,7 @@ from autoprune.repack.program.graph import Graph, Op, evaluate_op
 
 # Hardly any model's own extents, so that equal ones are equal at every call; they have many divisors.
 FREE = (5040, 3360, 2016, 6720, 4032, 10080, 8064, 7560, 9240, 12096, 15120, 20160, 25200, 27720)
+FREE_OF_MANY = (24, 60, 36, 84, 72, 90, 96, 48)  # where more than three are free: a tensor's size must fit 64 bits
 
 
 class Editor:
@@ -128,7 +129,7 @@ def unusual(graph: Graph) -> dict[int, int]:
     taken |= {extent for each in graph.inputs for extent in each.shape}
 
     def candidates(number: int) -> Iterable[int]:  # where the model bounds it, something near
-        return (*FREE, *range(2 * own[number], 1, -1))
+        return (*(FREE if len(own) <= 3 else FREE_OF_MANY), *range(2 * own[number], 1, -1))
 
     return extents.choose(own, graph.conditions, candidates, taken)
 
