@@ -37,6 +37,10 @@ class Arguments:
         """What the model returns."""
         return model(*self.args, **self.kwargs)
 
+    def of_samples(self, count: int) -> Arguments:
+        """The same call with the first `count` samples of each tensor."""
+        return self.with_tensors([x[:count] if x.dim() else x for x in self.tensors])
+
     def ordered(self, model: nn.Module) -> Arguments:
         """The same call with its arguments in the order of the model's parameters, by place where that can be."""
         try:
@@ -63,6 +67,12 @@ class Arguments:
     def tensors(self) -> tuple[Tensor, ...]:
         """Those in it, in order; in lists, tuples, dictionaries and dataclasses too."""
         return tuple(_tensors([*self.args, *self.kwargs.values()]))
+
+    @property
+    def samples(self) -> int:
+        """The first extent of the first tensor; 0 without one."""
+        first = next(iter(self.tensors), None)
+        return 0 if first is None or not first.dim() else len(first)
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> Arguments:
         """The same call with other tensors in the places of `tensors`."""

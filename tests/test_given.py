@@ -300,3 +300,24 @@ def test_hooks_inside_a_wrapper_prune_under_its_names() -> None:
     assert all(not model.get_parameter(f"{name}.weight")[~mask].any() for name, mask in masks.items())
     fast = autoprune.repack(copy.deepcopy(model).eval(), X, masks)
     torch.testing.assert_close(fast(X), model.eval()(X), rtol=1e-4, atol=1e-5)
+
+
+class Named(nn.Module):
+    """Takes its inputs by name, as models of text do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.norm, self.head = nn.Linear(36, 32), nn.BatchNorm1d(32), nn.Linear(32, 4)
+
+    def forward(self, pixels: Tensor, mask: Tensor) -> Tensor:
+        y: Tensor = self.head(self.norm(self.body(pixels.flatten(1)) * mask))
+        return y
+
+
+def test_batches_may_hold_keyword_arguments() -> None:
+    def named(*sizes: int) -> list[Any]:
+        return [({"pixels": X[:size], "mask": torch.ones(size, 1)}, Y[:size]) for size in sizes]
+
+    check_training("train", Named(), named(8, 8, 2), nn.functional.cross_entropy)
+    with pytest.raises(AutopruneError, match="last batch of train holds one sample"):
+        check_training("train", Named(), named(8, 8, 1), nn.functional.cross_entropy)

@@ -24,12 +24,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from autoprune.arguments import call_with
+from autoprune.arguments import Arguments, call_with
 from autoprune.errors import AutopruneError, FileError
 from autoprune.evaluation.recovery import Subject
 from autoprune.files import read_json, write_json
 from autoprune.fingerprint import fingerprint
-from autoprune.inventory import as_tuple, watch_forward
+from autoprune.inventory import watch_forward
 from autoprune.latency.quiet import working
 from autoprune.masks import masks_at
 from autoprune.plan import LayerPlan, LayerSpec, Plan
@@ -133,16 +133,13 @@ def _probe(
 
 def _samples(subject: Subject) -> Iterator[tuple[Any, Tensor]]:
     """Calibration batches, as many samples as the model's size leaves room for."""
-    batch = max(1, len(as_tuple(subject.task.example_inputs(1))[0]))
+    batch = max(1, Arguments.of(subject.task.example_inputs(1)).samples)
     macs = sum(layer.macs for layer in subject.inventory.layers) / batch
     left = int(min(SAMPLES, max(FEWEST, WORK / (max(1.0, macs) * _PRODUCTS))))
     for inputs, target in subject.task.calibration:
         if left <= 0:
             return
-        if isinstance(inputs, tuple):
-            yield tuple(x[:left] for x in inputs), target[:left]
-        else:
-            yield inputs[:left], target[:left]
+        yield Arguments.of(inputs).of_samples(left), target[:left]
         left -= len(target)
 
 

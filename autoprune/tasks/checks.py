@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader, IterableDataset
 
+from autoprune.arguments import Arguments, call_with
 from autoprune.errors import AutopruneError, ConfigError
-from autoprune.inventory import as_tuple, weighted_layers
+from autoprune.inventory import weighted_layers
 from autoprune.masks import Batches, Loss
 
 
@@ -81,7 +82,7 @@ def check_training(what: str, model: nn.Module, batches: Any, loss: Loss) -> Non
     inputs, target = first_pair(what, batches)
     _backward(f"the first batch of {what}", model, inputs, target, loss)
     last = _last_size(batches)
-    if last == 1 and len(as_tuple(inputs)[0]) > 1 and not _trains_on_one(model, inputs):
+    if last == 1 and Arguments.of(inputs).samples > 1 and not _trains_on_one(model, inputs):
         raise AutopruneError(
             f"the last batch of {what} holds one sample, which batch norm cannot be trained on: leave it out "
             "(DataLoader(..., drop_last=True)), or take another batch size."
@@ -92,7 +93,7 @@ def _backward(what: str, model: nn.Module, inputs: Any, target: Any, loss: Loss)
     trained = copy.deepcopy(model).train()
     try:
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            value = loss(trained(*as_tuple(inputs)), target)
+            value = loss(call_with(trained, inputs), target)
     except Exception as error:  # the model and the loss are the user's: they may raise anything
         raise AutopruneError(
             f"{what} cannot be trained on, loss(model(*inputs), target) fails: {told(error)}."
@@ -118,13 +119,13 @@ def _last_size(batches: Batches) -> int | None:
         if batches.batch_size is None or batches.drop_last or isinstance(batches.dataset, IterableDataset):
             return None
         return len(cast("Sized", batches.sampler)) % batches.batch_size or batches.batch_size
-    return len(as_tuple(batches[-1][0])[0]) if isinstance(batches, Sequence) else None
+    return Arguments.of(batches[-1][0]).samples if isinstance(batches, Sequence) else None
 
 
 def _trains_on_one(model: nn.Module, inputs: Any) -> bool:
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            copy.deepcopy(model).train()(*(x[:1] for x in as_tuple(inputs)))
+            Arguments.of(inputs).of_samples(1).call(copy.deepcopy(model).train())
     except ValueError:
         return False
     return True
