@@ -23,6 +23,7 @@ from autoprune.metric import ACCURACY, Metric
 from autoprune.plan import Plan
 from autoprune.progress import SILENT, Progress
 from autoprune.repack import RepackedModel
+from autoprune.repack.kernels.compiler import refused
 from autoprune.report.data import ResultRow
 from autoprune.results import results, write_report
 from autoprune.run import Run
@@ -107,6 +108,7 @@ def _given_run(
 ) -> Callable[[Path], Run]:
     """Checks what `compress` was given; returns the run of a directory."""
     wanted = target if isinstance(target, Target) else Target(speedup=float(target))
+    refused()  # torch must know before a model runs
     check_model(model)
     eager = dict(model.named_children()).get("_orig_mod", model)  # torch.compile would compile each copy anew
     dense = unfreeze_(copy_for_inference(eager).cpu())

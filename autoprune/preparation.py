@@ -34,6 +34,7 @@ from autoprune.masks import collect_statistics
 from autoprune.patterns import PATTERNS
 from autoprune.progress import SILENT, Progress
 from autoprune.registry import Choice
+from autoprune.repack.kernels.compiler import refused
 from autoprune.tasks import TASKS, Task
 from autoprune.training import TRAINING
 
@@ -108,6 +109,7 @@ class Preparation:
         workers: int | None = 1,
         ray: str | None = None,
     ) -> None:
+        refused()  # torch must know before a model runs
         check_names(config, task_given=task is not None)
         self.config, self.directory, self.progress, self.clock = config, directory, progress, clock
         self._given_task, self._fresh_table = task, fresh_table

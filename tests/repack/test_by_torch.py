@@ -145,3 +145,35 @@ def test_under_a_filter_of_the_system(tmp_path: Path) -> None:
     assert loaded.startswith("run by torch's own operators, slower: this process may not make memory executable")
     for told in (repacked, refused):
         assert told.count("may not make memory executable (Operation not permitted)") == 1
+
+
+TRAINING = """
+import sys
+import torch
+from torch import nn
+import autoprune
+
+torch.manual_seed(4)
+model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 3))
+batches = [(torch.randn(16, 1, 5, 5), torch.arange(16) % 3) for _ in range(2)]
+done = autoprune.compress(
+    model, batches, lambda given: 1.0 - given(batches[0][0]).isnan().float().mean().item(), batches[0][0],
+    autoprune.Target(accuracy_drop=0.5),
+    config={
+        "env": {"min_saving": 0.0, "min_weights": 1},
+        "search": {"agent": "uniform", "episodes": 1},
+        "finetune": {"settings": {"epochs": 1}},
+        "latency": {"engines": ["eager"], "samples": 3, "profile_samples": 3},
+    },
+)
+print(len(done.plan.layers))
+"""  # fmt: skip
+
+
+def test_a_model_is_trained_under_a_filter_of_the_system(tmp_path: Path) -> None:
+    (tmp_path / "work.py").write_text(TRAINING)
+    done = subprocess.run([sys.executable, FILTER, tmp_path / "work.py"], capture_output=True, text=True, check=False)
+    if done.returncode == 77:
+        pytest.skip(done.stderr)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.splitlines()[-1]) > 0
