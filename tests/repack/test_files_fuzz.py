@@ -32,7 +32,6 @@ from autoprune.repack.program.graph import ACTIVATIONS
 
 X = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 BACKENDS_IN_TURN = {"0": "jit", "3": "torch", "6": "dense", "10": "jit"}
-FREE = (3, 2, 6, 7)  # extents of the axes that may have any
 SMALL = 100_000  # elements of an input worth making
 
 
@@ -178,12 +177,12 @@ def architecture(form: str = "modules") -> nn.Module:
 
 
 def inputs_of(model: RepackedModel) -> tuple[Tensor, ...]:
-    """What the file says the model takes; as it is wherever it is too large to be made."""
+    """What the file says the model takes, three samples of it; as it is wherever it is too large to be made."""
     if not isinstance(model, ProgramModel):
         return (X,)
     made = []
     for each in model.program.graph.inputs:
-        shape = tuple(FREE[each.free_axes[at] % 4] if at in each.free_axes else n for at, n in enumerate(each.shape))
+        shape = tuple(3 if each.free_axes.get(at) == 0 else n for at, n in enumerate(each.shape))
         size = functools.reduce(lambda total, extent: total * extent, shape, 1)
         made.append(torch.ones(shape if size <= SMALL else (1,), dtype=getattr(torch, each.dtype)))
     return tuple(made)
