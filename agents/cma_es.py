@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from autoprune.agents.base import Agent, OnTrial
+from autoprune.agents.base import Agent, OnTrial, check_number
 from autoprune.agents.evolution import evolve
 from autoprune.envs.prune import PruneEnv
 
@@ -22,6 +22,7 @@ class CmaEsAgent(Agent):
     replays: ClassVar[bool] = True
 
     def __init__(self, spread: float = 0.4) -> None:
+        check_number("cma_es", "spread", spread, 1e-3, 10.0)
         self.spread = spread
 
     def search(

@@ -10,6 +10,7 @@ from stable_baselines3 import TD3
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.noise import NormalActionNoise
 
+from autoprune.agents.base import check_number
 from autoprune.agents.episodes import Episodes, actions_of
 from autoprune.agents.sb3 import SB3Agent, check_arguments
 from autoprune.errors import ConfigError
@@ -36,8 +37,10 @@ class DeterministicAgent(SB3Agent):
         super().__init__()
         if not isinstance(noise, (list, tuple)) or len(noise) != 2:
             raise ConfigError(f"agent {self.name!r}: noise must be two numbers, not {noise!r}.")
-        numbers = {"learning_rate": learning_rate, "noise": noise[0], "noise at the end": noise[1]}
-        check_arguments(self.name, net, numbers, {"batch_size": batch_size, "updates_per_step": updates_per_step})
+        counts = {"batch_size": batch_size, "updates_per_step": updates_per_step}
+        check_arguments(self.name, net, learning_rate, counts)
+        for at, value in zip(("noise", "noise at the end"), noise, strict=True):
+            check_number(self.name, at, value, 1e-6, 10.0)
         self.learning_rate, self.net, self.batch_size = learning_rate, tuple(net), batch_size
         self.updates_per_step, self.noise = updates_per_step, (float(noise[0]), float(noise[1]))
 

@@ -9,6 +9,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
+from autoprune.agents.base import check_number
 from autoprune.agents.episodes import Episodes
 from autoprune.agents.lockstep import Lockstep
 from autoprune.agents.sb3 import SB3Agent, check_arguments
@@ -39,7 +40,8 @@ class PPOAgent(SB3Agent):
     ) -> None:
         super().__init__()
         counts = {"episodes_per_update": episodes_per_update, "epochs": epochs, "minibatches": minibatches}
-        check_arguments(self.name, net, {"learning_rate": learning_rate, "log_std": log_std}, counts)
+        check_arguments(self.name, net, learning_rate, counts)
+        check_number(self.name, "log_std", log_std, -10.0, 3.0)
         self.learning_rate, self.net = learning_rate, tuple(net)
         self.episodes_per_update, self.epochs, self.log_std = episodes_per_update, epochs, log_std
         self.minibatches = minibatches

@@ -8,6 +8,7 @@ from typing import Any
 from stable_baselines3 import SAC
 from stable_baselines3.common.base_class import BaseAlgorithm
 
+from autoprune.agents.base import check_number
 from autoprune.agents.episodes import Episodes
 from autoprune.agents.sb3 import SB3Agent, check_arguments
 
@@ -32,7 +33,8 @@ class SACAgent(SB3Agent):
     ) -> None:
         super().__init__()
         counts = {"batch_size": batch_size, "updates_per_step": updates_per_step}
-        check_arguments(self.name, net, {"learning_rate": learning_rate, "temperature": temperature}, counts)
+        check_arguments(self.name, net, learning_rate, counts)
+        check_number(self.name, "temperature", temperature, 1e-6, 100.0)
         self.learning_rate, self.net, self.batch_size = learning_rate, tuple(net), batch_size
         self.updates_per_step, self.temperature = updates_per_step, temperature
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import reprlib
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 
-from autoprune.agents.base import Agent, OnTrial
+from autoprune.agents.base import Agent, OnTrial, check_number
 from autoprune.agents.checkpoint import checkpoint_episodes, load_checkpoint_, save_checkpoint
 from autoprune.agents.episodes import Episodes
 from autoprune.agents.policy import save_policy
@@ -24,8 +23,8 @@ from autoprune.registry import Choice
 WIDEST, DEEPEST, MOST = 2**12, 8, 2**16  # of a network, and of anything that is counted: arguments come from files
 
 
-def check_arguments(agent: str, net: Sequence[int], numbers: Mapping[str, Any], counts: Mapping[str, Any]) -> None:
-    """Raises ConfigError unless layers are few and narrow enough to be built, and every number is one."""
+def check_arguments(agent: str, net: Sequence[int], learning_rate: Any, counts: Mapping[str, Any]) -> None:
+    """Raises ConfigError unless layers are few and narrow enough to be built, and the common numbers in range."""
     wide = isinstance(net, (list, tuple)) and all(type(width) is int and 0 < width <= WIDEST for width in net)
     if not wide or not 0 < len(net) <= DEEPEST:
         raise ConfigError(
@@ -36,9 +35,7 @@ def check_arguments(agent: str, net: Sequence[int], numbers: Mapping[str, Any], 
             raise ConfigError(
                 f"agent {agent!r}: {name} must be an integer from 1 to {MOST}, not {reprlib.repr(value)}."
             )
-    for name, value in numbers.items():
-        if type(value) not in (int, float) or not math.isfinite(value) or abs(value) > MOST:
-            raise ConfigError(f"agent {agent!r}: {name} must be a number, not {reprlib.repr(value)}.")
+    check_number(agent, "learning_rate", learning_rate, 1e-9, 1.0)
 
 
 class SB3Agent(Agent):

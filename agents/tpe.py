@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from autoprune.agents.base import Agent, OnTrial, run_episode
 from autoprune.envs.prune import PruneEnv
-from autoprune.errors import MissingExtra
+from autoprune.errors import ConfigError, MissingExtra
 
 
 class TPEAgent(Agent):
@@ -23,6 +23,8 @@ class TPEAgent(Agent):
     replays: ClassVar[bool] = True
 
     def __init__(self, startup: int = 10) -> None:
+        if type(startup) is not int or startup < 1:
+            raise ConfigError(f"agent 'tpe': startup must be an integer of 1 or more, not {startup!r}.")
         try:
             import optuna
         except ImportError as error:

@@ -151,6 +151,8 @@ HUGE = {
     "layers": ("net", [16] * 1000),
     "no layers": ("net", {}),
     "no number": ("learning_rate", "high"),
+    "a rate below zero": ("learning_rate", -1.0),
+    "a deviation beyond floats": ("log_std", 1e3),
     "a negative count": ("minibatches", -1),
 }
 
@@ -169,6 +171,22 @@ def test_a_policy_that_asks_for_much_is_refused_before_it_is_built(
     monkeypatch.setattr(AGENTS.get("ppo"), "build", lambda *_, **__: pytest.fail("it is built"))
     with pytest.raises(FileError, match=r"policy\.json"):
         Policy.load(tmp_path)
+
+
+OUT_OF_RANGE = {
+    "cma_es": {"spread": 0.0},
+    "ddpg": {"noise": [0.4, 0.0]},
+    "restarts": {"changed_share": 1.5},
+    "sac": {"temperature": -0.1},
+    "td3": {"learning_rate": float("nan")},
+    "tpe": {"startup": 0},
+}
+
+
+@pytest.mark.parametrize("name", OUT_OF_RANGE)
+def test_a_number_out_of_range_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=next(iter(OUT_OF_RANGE[name]))):
+        AGENTS.create(Choice(name, OUT_OF_RANGE[name]))
 
 
 @pytest.mark.parametrize("length", [0, 10**9, 7, "51", None])
