@@ -14,7 +14,7 @@ from autoprune.agents.base import Actor, run_episode
 from autoprune.agents.checkpoint import checkpoint_episodes, load_checkpoint_, save_checkpoint
 from autoprune.agents.episodes import FamilyEnvs
 from autoprune.agents.harness import own_randomness
-from autoprune.agents.policy import MeanAction, save_policy
+from autoprune.agents.policy_file import MeanAction, save_policy
 from autoprune.agents.sb3 import SB3Agent
 from autoprune.envs.family import FamilyEnv, advantage
 from autoprune.envs.prune import PruneEnv

@@ -1,4 +1,4 @@
-"""Policy files: what an agent learned, as safetensors + JSON. Loading one runs no code of the file's."""
+"""Learned policies, read from their files. Loading one runs no code of the file's."""
 
 from __future__ import annotations
 
@@ -13,48 +13,17 @@ from numpy.typing import NDArray
 from stable_baselines3.common.base_class import BaseAlgorithm
 from torch import Tensor
 
-from autoprune.agents.episodes import Episodes
+from autoprune.agents import AGENTS
+from autoprune.agents.policy_file import POLICY_VERSION, MeanAction
+from autoprune.agents.sb3 import SB3Agent
 from autoprune.envs.observation import OBSERVATION_VERSION
 from autoprune.envs.prune import STARTS, Start
 from autoprune.errors import ConfigError, FileError
-from autoprune.files import read_json, read_tensors, write_json, write_tensors
+from autoprune.files import read_json, read_tensors
 from autoprune.registry import Choice
 
-POLICY_VERSION = 2
 LONGEST = 512  # of observations and actions; a replay buffer is made for them
 SHIPPED = Path(__file__).parent / "shipped"  # the policy that comes along
-
-
-def save_policy(directory: Path, model: BaseAlgorithm, agent: Choice, env: Episodes) -> None:
-    """Writes ``policy.safetensors`` and ``policy.json`` into `directory`."""
-    write_tensors(directory / "policy.safetensors", model.policy.state_dict())
-    write_json(
-        directory / "policy.json",
-        {
-            "version": POLICY_VERSION,
-            "agent": agent.to_json(),
-            "observation_version": OBSERVATION_VERSION,
-            "observation_length": int(env.observation_space.shape[0]),  # type: ignore[index]
-            "actions": [choice.to_json() for choice in env.action_choices],
-            "gamma": env.gamma,
-            "shaping": env.shaping,
-            "start": env.start,
-            "curves": env.curves,
-        },
-    )
-
-
-class MeanAction:
-    """A model's mean action, step by step; a recurrent one's state begins anew with every episode."""
-
-    def __init__(self, model: BaseAlgorithm) -> None:
-        self._model = model
-        self._state: tuple[NDArray[np.float32], ...] | None = None
-
-    def __call__(self, observation: NDArray[np.float32], step: int) -> NDArray[np.float32]:
-        state = self._state if step > 0 else None
-        action, self._state = self._model.predict(observation, state, np.array([step == 0]), deterministic=True)
-        return np.asarray(action, dtype=np.float32)
 
 
 class Policy:
@@ -76,9 +45,6 @@ class Policy:
 
         Raises FileError when a file is missing, corrupt, or of another version of observations or actions.
         """
-        from autoprune.agents import AGENTS
-        from autoprune.agents.sb3 import SB3Agent
-
         folder = path if path.is_dir() else path.parent
         about = read_json(folder / "policy.json", "the policy")
         try:

@@ -15,7 +15,7 @@ from stable_baselines3.common.logger import Logger
 from autoprune.agents.base import Agent, OnTrial, check_number
 from autoprune.agents.checkpoint import checkpoint_episodes, load_checkpoint_, save_checkpoint
 from autoprune.agents.episodes import Episodes
-from autoprune.agents.policy import save_policy
+from autoprune.agents.policy_file import save_policy
 from autoprune.envs.prune import PruneEnv
 from autoprune.errors import ConfigError
 from autoprune.registry import Choice

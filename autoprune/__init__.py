@@ -6,11 +6,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from autoprune import registration
-from autoprune.arguments import Arguments
 from autoprune.errors import AutopruneError
 from autoprune.metric import Metric
+from autoprune.model.arguments import Arguments
+from autoprune.model.recurrent.modules import cut_states_
 from autoprune.plan import Plan
-from autoprune.recurrent import cut_states_
 
 # Not lazily: the name must be bound after the package of the same name, or that would shadow the function.
 from autoprune.repack import ExportReport, RepackedModel, export_onnx, load, repack, save

@@ -14,19 +14,19 @@ from torch import nn
 from torch.nn import functional
 
 from autoprune.agents.policy import SHIPPED, Policy
-from autoprune.arguments import Arguments
 from autoprune.config import Config, parse_config
-from autoprune.copies import copy_for_inference
 from autoprune.files import temporary_folder
 from autoprune.masks import Batches, Loss
 from autoprune.metric import ACCURACY, Metric
+from autoprune.model.arguments import Arguments
+from autoprune.model.copies import copy_for_inference
+from autoprune.pipeline.results import results, write_report
+from autoprune.pipeline.run import Run
 from autoprune.plan import Plan
 from autoprune.progress import SILENT, Progress
 from autoprune.repack import RepackedModel
 from autoprune.repack.kernels.compiler import refused
 from autoprune.report.data import ResultRow
-from autoprune.results import results, write_report
-from autoprune.run import Run
 from autoprune.target import Target
 from autoprune.tasks.base import Task
 from autoprune.tasks.batches import first_batches

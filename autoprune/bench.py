@@ -4,63 +4,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from autoprune.copies import copy_for_inference
 from autoprune.errors import AutopruneError, ConfigError, MissingExtra, did_you_mean
-from autoprune.inventory import weighted_layers
-from autoprune.latency.engines import ENGINES, baselines
-from autoprune.latency.timer import Clock, Latency, Protocol, measure_together, speedup
+from autoprune.latency.engines import ENGINES
+from autoprune.latency.timer import Clock, Protocol, measure_together
+from autoprune.model.copies import copy_for_inference
+from autoprune.model.inventory import weighted_layers
 from autoprune.progress import SILENT, Progress
-from autoprune.repack import ExportReport, ProgramModel, RepackedModel, repack
-from autoprune.repack.export import CANNOT_RUN, RIGHT, WRONG
-from autoprune.repack.fetch import What
-from autoprune.repack.layer_times import LayerTime, layer_times
-from autoprune.repack.memory import LayerMemory
-from autoprune.repack.peak import fma_gflops
+from autoprune.repack import ProgramModel, RepackedModel, repack
 from autoprune.repack.probes import fresh
 from autoprune.repack.rivals import dense_calls
-from autoprune.report.table import MISSING, markdown_table, microseconds, percent, times
+from autoprune.repack.tuning.layer_times import LayerTime, layer_times
+from autoprune.repack.tuning.roofline import fma_gflops
+from autoprune.report.bench_tables import EAGER, REPACKED, Bench
 
-EAGER = "eager"
-REPACKED = "repacked"
 DTYPES = {"float32": torch.float32, "int64": torch.int64}
 ROUNDS, WARMUP, MIN_SAMPLE_MS = 20, 2, 2.0
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What `bench_model` found.
-
-    Attributes:
-        fast: the repacked model.
-        latencies: of every dense engine (``eager`` is the model itself) and of the repacked model, in turns.
-        left_out: engine -> why it is missing: it is not installed, cannot run the model, or computes something else.
-        layers: a row an operation of the program; empty where the model is no whole program.
-        peak_gflops: what one core of this machine reaches with multiply-adds alone.
-    """
-
-    fast: RepackedModel
-    latencies: dict[str, Latency]
-    left_out: dict[str, str]
-    layers: tuple[LayerTime, ...]
-    peak_gflops: float
-
-    @property
-    def best(self) -> str:
-        """The fastest dense engine that computes in float32."""
-        dense = [name for name in baselines() if name in self.latencies]
-        return min(dense, key=lambda name: self.latencies[name].median_ms)
-
-    def text(self) -> str:
-        """Both tables."""
-        parts = [models_table(self), layers_table(self.layers, self.peak_gflops) if self.layers else ""]
-        if not self.layers:
-            parts[1] = "Not one program, so layers were timed when they were chosen:\n\n" + repack_text(self.fast)
-        return "\n".join(parts)
 
 
 def parse_shape(text: str) -> tuple[int, ...]:
@@ -176,124 +138,3 @@ def bench_model(
         with progress.bar("a layer at a time", rounds) as bar:
             layers = layer_times(fast, model, inputs, protocol, clock, lambda: bar.advance(1))
     return Bench(fast, latencies, left_out, layers, fma_gflops() if layers else 0.0)
-
-
-def models_table(bench: Bench) -> str:
-    """The whole model in every form; ratios are medians over the rounds."""
-    best, compared = bench.latencies[bench.best], {*baselines(), REPACKED}
-    rows = []
-    for name, latency in bench.latencies.items():
-        label = {EAGER: "the model itself, torch eager"}.get(name, name)
-        label += ", best dense" if name == bench.best else "" if name in compared else " (not float32: not compared)"
-        rows.append((label, str(latency), times(speedup(best, latency))))
-    threads = bench.latencies[REPACKED].threads
-    table = markdown_table((f"model, {threads} thread(s)", "latency ms (p10-p90)", "over the best dense"), rows)
-    missing = "".join(f"\n{name} left out: {why}\n" for name, why in bench.left_out.items())
-    return table + missing
-
-
-def layers_table(rows: Sequence[LayerTime], peak_gflops: float) -> str:
-    """A row an operation."""
-    header = (
-        "layer", "kind", "sparsity", "dense best us", "format", "backend", "G", "cut", "us", "min us", "speed-up",
-        "GFLOP/s", f"of {peak_gflops:.0f} peak", "FLOP/byte",
-    )  # fmt: skip
-    cells = []
-    for row in rows:
-        cut = row.tiling
-        cells.append((
-            row.name,
-            row.kind,
-            percent(row.sparsity, 0),
-            microseconds(row.dense_us),
-            row.dense_format or MISSING,
-            row.backend,
-            str(row.group_size or MISSING),
-            MISSING if cut is None else f"{cut.block}x{cut.chunk or 'all'}{'' if cut.inputs_first else ' weights'}",
-            microseconds(row.median_us),
-            microseconds(row.min_us),
-            times(None if row.dense_us is None else row.dense_us / row.median_us),
-            f"{row.gflops:.1f}" if row.flops else MISSING,
-            percent(row.gflops / peak_gflops, 0) if row.flops else MISSING,
-            f"{row.intensity:.1f}" if row.flops else MISSING,
-        ))  # fmt: skip
-    dense, total = sum(row.dense_us or 0.0 for row in rows), sum(row.median_us for row in rows)
-    lines = [""] * len(header)
-    lines[0], lines[3], lines[8] = "all of these", microseconds(dense), microseconds(total)
-    about = (
-        f"One thread; medians over the rounds, inside whole inferences. This machine's measured FMA peak: "
-        f"{peak_gflops:.0f} GFLOP/s a core. GFLOP/s count kept weights only. Dense: torch's own layer, without what is "
-        "fused into ours. Cut: positions x groups an item.\n\n"
-    )
-    return about + markdown_table(header, [*cells, lines], left=2)
-
-
-def memory_table(rows: Sequence[LayerMemory]) -> str:
-    """What packed layers take in a file and fetch in an inference."""
-    encodings = list(rows[0].position_bits) if rows else []
-    header = (
-        "layer", "sparsity", "G", "dense KB", "in a file KB", "smaller", "told by",
-        *(f"{name} bits" for name in encodings), *(f"{what.name.lower()} KB" for what in What),
-    )  # fmt: skip
-    cells = []
-    for row in rows:
-        fetched = [None if row.fetched is None else row.fetched.bytes_of(what) for what in What]
-        cells.append((
-            row.name, percent(row.sparsity, 0), str(row.group_size), _kilobytes(row.dense_bytes),
-            _kilobytes(row.stored_bytes), times(row.dense_bytes / max(1, row.stored_bytes)),
-            f"{row.encoding}{'' if row.shared else ', a filter'}",
-            *(_bits(row.position_bits[name]) for name in encodings),
-            *(MISSING if each is None else _kilobytes(each) for each in fetched),
-        ))  # fmt: skip
-    dense, stored = sum(row.dense_bytes for row in rows), sum(row.stored_bytes for row in rows)
-    totals = [sum(row.fetched.bytes_of(what) for row in rows if row.fetched is not None) for what in What]
-    whole = ("all of these", "", "", _kilobytes(dense), _kilobytes(stored), times(dense / max(1, stored)), "")
-    about = (
-        "Bits that tell a nonzero weight's position: once a filter / once a group. Input, weight, index and output: "
-        "what one inference fetches into a cache of 32 KB, 8 ways and lines of 64 bytes, modelled; one thread.\n\n"
-    )
-    return about + markdown_table(
-        header, [*cells, (*whole, *[""] * len(encodings), *(_kilobytes(each) for each in totals))]
-    )
-
-
-def _kilobytes(count: int) -> str:
-    return f"{count / 1024:.1f}"
-
-
-def _bits(each: tuple[float | None, float | None]) -> str:
-    return MISSING if each == (None, None) else "/".join(MISSING if bits is None else f"{bits:.2f}" for bits in each)
-
-
-def repack_text(model: RepackedModel) -> str:
-    """What became of each layer."""
-    rows = [
-        [
-            row.name,
-            percent(row.sparsity, 0),
-            str(row.group_size),
-            row.backend,
-            microseconds(row.dense_us),
-            microseconds(row.packed_us),
-            row.why,
-        ]
-        for row in model.report
-    ]
-    return markdown_table(("layer", "sparsity", "group", "backend", "dense us", "packed us", "why"), rows)
-
-
-def export_text(report: ExportReport) -> str:
-    """What became of each layer of an exported model, and of its size and speed."""
-    rows = [
-        [row.name, percent(row.sparsity, 0), row.form, microseconds(row.dense_us), microseconds(row.packed_us), row.why]
-        for row in report.layers
-    ]
-    table = markdown_table(("layer", "sparsity", "exported as", "dense us", "packed us", "why"), rows)
-    batch = "any batch size" if report.dynamic else "the example's batch size only"
-    right = ", ".join(row.engine for row in report.checked if row.verdict == RIGHT)
-    checked = f"equal to the model in {right}" if right else "not checked: no engine is installed"
-    told = f"{report.file_bytes:,} bytes (the model's own weights: {report.dense_bytes:,}); {batch}; {checked}."
-    if report.dense_ms is not None and report.exported_ms is not None:
-        told += f" In {report.engine}: {report.exported_ms:.3f} ms, exported dense {report.dense_ms:.3f} ms."
-    others = [f"\n{row}" for row in report.checked if row.verdict in (WRONG, CANNOT_RUN)]
-    return f"{table}\n{told}{''.join(others)}"

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from autoprune.errors import AutopruneError, ConfigError
+from autoprune.processes.workers import end_forks_with_this
 from autoprune.version import __version__
-from autoprune.workers import end_forks_with_this
 
 if TYPE_CHECKING:  # imported by the commands that need it: --help does not wait for the agents
     from torch import nn
 
+    from autoprune.pipeline.run import Run
     from autoprune.report.console import Console
-    from autoprune.run import Run
 
 INTERRUPTED = 130  # the status typer exits with after Ctrl-C
 
@@ -103,7 +103,7 @@ def _run(
 ) -> Run:
     """The run of a config, its directory locked; not that of a `finished` run that is only read."""
     from autoprune.config import load_config
-    from autoprune.run import Run
+    from autoprune.pipeline.run import Run
 
     loaded = load_config(config, overrides or [])
     directory = run_dir or Path("runs") / config.stem
@@ -129,7 +129,7 @@ def run(
 
     Example: autoprune run configs/digits.toml --ray auto
     """
-    from autoprune.results import write_report
+    from autoprune.pipeline.results import write_report
 
     job = _run(config, run_dir, overrides, workers=workers, ray=ray, finished=True)
     _ = job.task  # refused where the directory was made with another one
@@ -152,7 +152,7 @@ def profile(
 
     Example: autoprune profile configs/digits.toml --force
     """
-    from autoprune.results import latency_text
+    from autoprune.pipeline.results import latency_text
 
     typer.echo(latency_text(_run(config, run_dir, overrides, fresh_table=force).table))
 
@@ -191,7 +191,7 @@ def _train_generalist(
 ) -> None:
     from autoprune.config import load_generalist_config
     from autoprune.errors import ConfigError
-    from autoprune.generalist import Generalist
+    from autoprune.pipeline.generalist import Generalist
 
     if ray is not None:
         raise ConfigError("a generalist's tasks are made in processes of this machine: give --workers, not --ray.")
@@ -223,7 +223,7 @@ def compare(
 
     Example: autoprune compare configs/digits.toml --set target={speedup=9} --agents knapsack,tpe,policy --seeds 3
     """
-    from autoprune.compare import compare_run
+    from autoprune.pipeline.compare import compare_run
 
     typer.echo(
         compare_run(config, run_dir, overrides or [], agents.split(","), evaluations.split(","), seeds, _console())
@@ -279,7 +279,7 @@ def _prune_by(
     pattern: str | None,
 ) -> None:
     """The whole job without a search."""
-    from autoprune.results import write_report
+    from autoprune.pipeline.results import write_report
 
     if sparsity is not None and speedup is not None:
         raise ConfigError("give --sparsity or --speedup, not both.")
@@ -322,9 +322,10 @@ def repack(
 
     Example: autoprune repack my.models:build --input 1,3,224,224 --save fast.safetensors --value-bits 8
     """
-    from autoprune.bench import example_inputs, repack_shown, repack_text
+    from autoprune.bench import example_inputs, repack_shown
     from autoprune.repack import save as write
-    from autoprune.repack.stored import check_value_bits
+    from autoprune.repack.weights.serialized import check_value_bits
+    from autoprune.report.bench_tables import repack_text
 
     if _is_function(target):
         _only_for("a config", {"--run-dir": run_dir, "--set": overrides})
@@ -395,8 +396,8 @@ def bench(
         return
     of_functions = {"--input": shapes, "--dtype": dtypes, "--threads": threads, "--engines": engines}
     _only_for("a function", {**of_functions, "--rounds": rounds, "--save": save})
+    from autoprune.pipeline.results import results
     from autoprune.report.table import result_table
-    from autoprune.results import results
 
     typer.echo(result_table(results(_run(Path(target), run_dir, overrides), again=True)))
 
@@ -409,8 +410,9 @@ def _bench_memory(
     dtypes: list[str] | None,
     threads: int | None,
 ) -> None:
-    from autoprune.bench import example_inputs, memory_table, repack_shown
-    from autoprune.repack.memory import layer_memory
+    from autoprune.bench import example_inputs, repack_shown
+    from autoprune.repack.tuning.layer_memory import layer_memory
+    from autoprune.report.bench_tables import memory_table
 
     if _is_function(target):
         _only_for("a config", {"--run-dir": run_dir, "--set": overrides})
@@ -448,9 +450,10 @@ def export(
 
     Example: autoprune export my.models:build --input 1,3,224,224 --out model.onnx --engine onnxruntime
     """
-    from autoprune.bench import example_inputs, export_text
+    from autoprune.bench import example_inputs
+    from autoprune.pipeline.run import run_in
     from autoprune.repack import export_onnx
-    from autoprune.run import run_in
+    from autoprune.report.bench_tables import export_text
 
     if _is_function(target):
         _only_for("a run directory", {"--run-code": run_code})
@@ -502,9 +505,9 @@ def apply(
     """
     from autoprune.api import apply_config
     from autoprune.config import parse_overrides
+    from autoprune.pipeline.results import write_report
+    from autoprune.pipeline.run import Run
     from autoprune.report.console import Console
-    from autoprune.results import write_report
-    from autoprune.run import Run
     from autoprune.target import Target
 
     target = Target(speedup=speedup, accuracy_drop=accuracy_drop)

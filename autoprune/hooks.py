@@ -11,20 +11,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from autoprune.aim import latency_table, plan_at
 from autoprune.allocation import Cost, WeightCost
 from autoprune.criteria import CRITERIA
 from autoprune.envs.projection import check_movable
 from autoprune.errors import AutopruneError
-from autoprune.inventory import Inventory, take_inventory
 from autoprune.masks import Batches, Loss, Masks
+from autoprune.model.inventory import Inventory, take_inventory
+from autoprune.model.recurrent.names import layer_at
 from autoprune.patterns import PATTERNS
+from autoprune.pipeline.retarget import latency_table, plan_at
 from autoprune.plan import LayerPlan, Plan
-from autoprune.processes import Alike
-from autoprune.recurrent import layer_at
 from autoprune.registry import Choice
 from autoprune.target import Target
 from autoprune.training import TRAINING, Signals
+from autoprune.training.distributed import Alike
 from autoprune.training.widening import make_pruner_
 
 

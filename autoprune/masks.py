@@ -12,16 +12,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from autoprune.arguments import call_with
-from autoprune.columns import input_moments, squared_gradients
 from autoprune.criteria import CRITERIA, LayerStatistics
 from autoprune.errors import AutopruneError
-from autoprune.inventory import Inventory, watch_forward
+from autoprune.model.arguments import call_with
+from autoprune.model.columns import input_moments, squared_gradients
+from autoprune.model.inventory import Inventory, watch_forward
+from autoprune.model.recurrent.names import layer_at, partner_of
 from autoprune.patterns import PATTERNS
 from autoprune.patterns.base import Pattern
 from autoprune.patterns.layered import mask_of, masks_of
 from autoprune.plan import LayerSpec, Plan
-from autoprune.recurrent import layer_at, partner_of
 
 Masks = dict[str, Tensor]  # layer name -> bool, True keeps, in the weight's shape
 Batches = Iterable[tuple[Any, Tensor]]  # (inputs, target); inputs a tensor or a tuple

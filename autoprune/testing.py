@@ -12,8 +12,8 @@ from torch import nn
 from autoprune.envs.problem import Problem
 from autoprune.evaluation.measurement import Evaluate, Evaluated, Measurement
 from autoprune.evaluation.sensitivity import Sensitivity
-from autoprune.inventory import Inventory, take_inventory
 from autoprune.latency.table import LatencyTable, LayerTable, Point
+from autoprune.model.inventory import Inventory, take_inventory
 from autoprune.plan import Plan
 from autoprune.registry import Choice
 from autoprune.target import Target

@@ -17,9 +17,9 @@ from autoprune.config import load_config
 from autoprune.files import write_text
 from autoprune.latency.machine import machine_text
 from autoprune.metric import Metric
+from autoprune.pipeline.run import Run
 from autoprune.report.console import Console
 from autoprune.report.table import markdown_table
-from autoprune.run import Run
 
 RESULTS = Path(__file__).parent / "results"
 

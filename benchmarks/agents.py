@@ -27,7 +27,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from autoprune.compare import (
+from autoprune.config import load_generalist_config
+from autoprune.envs import Problem, PruneEnv
+from autoprune.envs.family import Stake, stakes_of
+from autoprune.files import write_text
+from autoprune.latency.machine import machine_text
+from autoprune.pipeline.compare import (
     Job,
     Outcome,
     OutcomeLog,
@@ -38,13 +43,8 @@ from autoprune.compare import (
     jobs_of,
     points_above,
 )
-from autoprune.compare import report as tables
-from autoprune.config import load_generalist_config
-from autoprune.envs import Problem, PruneEnv
-from autoprune.envs.family import Stake, stakes_of
-from autoprune.files import write_text
-from autoprune.generalist import member_run
-from autoprune.latency.machine import machine_text
+from autoprune.pipeline.compare import report as tables
+from autoprune.pipeline.generalist import member_run
 from autoprune.registry import Choice
 from autoprune.tasks.family import held_out_members
 

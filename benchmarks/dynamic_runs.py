@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from autoprune.dynamic import Gating, gate_channels_, gates, with_gate_penalty
 from autoprune.files import cache_folder, read_tensors, write_tensors
-from autoprune.inventory import take_inventory
+from autoprune.model.channel_gates import Gating, gate_channels_, gates, with_gate_penalty
+from autoprune.model.inventory import take_inventory
 from autoprune.plan import LayerPlan, Plan
 from autoprune.registry import Choice
 from autoprune.report.console import Console

@@ -15,15 +15,16 @@ from dynamic_runs import PATTERN, PLACES, Run, task
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from autoprune.dynamic import Gating, gate_channels_, gates, live_shares
-from autoprune.inventory import take_inventory
 from autoprune.latency.timer import Protocol, measure_together
 from autoprune.masks import weight_of
+from autoprune.model.channel_gates import Gating, gate_channels_, gates, live_shares
+from autoprune.model.inventory import take_inventory
 from autoprune.patterns import PATTERNS
 from autoprune.registry import Choice
 from autoprune.repack import ProgramModel, repack
-from autoprune.repack.layer_times import COPY, layer_times
-from autoprune.repack.program.native import NativeOp, NativeSequence
+from autoprune.repack.native.op import NativeOp
+from autoprune.repack.native.sequence import NativeSequence
+from autoprune.repack.tuning.layer_times import COPY, layer_times
 from autoprune.report.console import Console
 from autoprune.tasks import TASKS
 

@@ -22,12 +22,12 @@ from autoprune.files import read_json, write_tensors, write_text
 from autoprune.latency.machine import machine_text
 from autoprune.masks import sparsity, weight_of
 from autoprune.patterns.group import Group
+from autoprune.pipeline.run import Run
 from autoprune.repack import load, save
-from autoprune.repack.encodings import CANDIDATES, ENCODINGS
-from autoprune.repack.formats import PackedWeight, pack
-from autoprune.repack.stored import VALUE_BITS, by_filter, by_group, restore, store
+from autoprune.repack.weights.encodings import CANDIDATES, ENCODINGS
+from autoprune.repack.weights.packed import PackedWeight, pack
+from autoprune.repack.weights.serialized import VALUE_BITS, by_filter, by_group, restore, store
 from autoprune.report.table import MISSING, markdown_table
-from autoprune.run import Run
 
 MODEL = "## A whole model\n\n"
 RESULTS = Path(__file__).parent / "results" / "encodings.md"

@@ -48,17 +48,17 @@ from torch import Tensor, nn
 import autoprune
 from autoprune.errors import AutopruneError
 from autoprune.files import append_line
-from autoprune.inventory import weighted_layers
 from autoprune.latency.engines import ENGINES, baselines
 from autoprune.latency.engines.base import Call
 from autoprune.latency.timer import SETTLE_MS, Latency, Protocol, measure_together, speedup
 from autoprune.masks import Masks, apply_masks_, weight_of
+from autoprune.model.inventory import weighted_layers
 from autoprune.patterns import PATTERNS
 from autoprune.progress import Progress
 from autoprune.registry import Choice
 from autoprune.repack import ProgramModel
-from autoprune.repack.layer_times import layer_times
-from autoprune.repack.peak import fma_gflops, l3_gbs, memory_gbs
+from autoprune.repack.tuning.layer_times import layer_times
+from autoprune.repack.tuning.roofline import fma_gflops, l3_gbs, memory_gbs
 from autoprune.report.console import Console
 from autoprune.tasks.zoo.standard import STANDARD, standard_input, standard_model
 

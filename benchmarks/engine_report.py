@@ -18,7 +18,7 @@ from autoprune.errors import FileError
 from autoprune.files import read_lines, write_text
 from autoprune.latency.engines import ENGINES, baselines
 from autoprune.latency.machine import machine_identity
-from autoprune.repack.layer_times import LayerTime
+from autoprune.repack.tuning.layer_times import LayerTime
 from autoprune.report.plots import save_png
 from autoprune.report.table import MISSING, markdown_table
 

@@ -26,16 +26,17 @@ from autoprune.files import write_text
 from autoprune.latency.machine import machine_text
 from autoprune.patterns.group import Group
 from autoprune.progress import Progress
-from autoprune.repack.fetch import Cache, Fetched, What, fetched
-from autoprune.repack.formats import pack
+from autoprune.repack.graph.ir import Graph, Input, Op
 from autoprune.repack.kernels.compiler import Target, object_code
 from autoprune.repack.kernels.offset_gemm import offset_gemm_module
-from autoprune.repack.program.graph import Graph, Input, Op
-from autoprune.repack.program.native import NativeOp, NativeSequence
-from autoprune.repack.program.nodes import Tiling
-from autoprune.repack.program.program import Program
-from autoprune.repack.program.steps import NativeStep
-from autoprune.repack.program.weights import Weights
+from autoprune.repack.lowering.nodes import Tiling
+from autoprune.repack.lowering.steps import NativeStep
+from autoprune.repack.lowering.weights import Weights
+from autoprune.repack.native.op import NativeOp
+from autoprune.repack.native.sequence import NativeSequence
+from autoprune.repack.runtime.program import Program
+from autoprune.repack.tuning.cache_model import Cache, Fetched, What, fetched
+from autoprune.repack.weights.packed import pack
 from autoprune.report.console import Console
 from autoprune.report.table import markdown_table
 

@@ -34,9 +34,9 @@ from autoprune.config import HalvingSection, parse_config
 from autoprune.files import append_line, cache_folder, read_lines, write_text
 from autoprune.latency.machine import machine_text
 from autoprune.masks import sparsity, weight_of
+from autoprune.pipeline.run import Run
 from autoprune.report.console import Console
 from autoprune.report.table import markdown_table, mean_and_spread
-from autoprune.run import Run
 from autoprune.training.loop import count_batches
 
 RESULTS = Path(__file__).parent / "results"

@@ -21,30 +21,30 @@ from autoprune.agents.checkpoint import checkpoint_episodes, load_checkpoint_
 from autoprune.agents.harness import TrialLog, search
 from autoprune.agents.policy import Policy
 from autoprune.agents.sb3 import SB3Agent
-from autoprune.compare import Outcome, OutcomeLog
 from autoprune.config import load_config, parse_config
-from autoprune.dynamic import Gating, gate_channels_
 from autoprune.envs import PruneEnv
 from autoprune.errors import FileError
 from autoprune.evaluation import sensitivity
 from autoprune.evaluation.dense import dense_model
 from autoprune.evaluation.measurement import CachedEvaluate
 from autoprune.files import read_json, write_json, write_tensors
-from autoprune.identity import Claim
+from autoprune.identity.claim import Claim
 from autoprune.latency.record import MeasurementRecord
 from autoprune.latency.table import LatencyTable
 from autoprune.latency.timer import Latency
+from autoprune.model.channel_gates import Gating, gate_channels_
+from autoprune.model.recurrent.modules import cut_states_
 from autoprune.patterns import PATTERNS
+from autoprune.pipeline.compare import Outcome, OutcomeLog
+from autoprune.pipeline.run import _MADE_FOR, Run
 from autoprune.plan import Plan
 from autoprune.progress import SILENT
-from autoprune.recurrent import cut_states_
 from autoprune.registry import Choice
 from autoprune.repack import ProgramModel, load, repack, save
-from autoprune.repack.program.tuning import TuningCache
+from autoprune.repack.tuning.tuning import TuningCache
 from autoprune.report.data import ResultRow
 from autoprune.report.stored import Results, read_stored, write_stored
 from autoprune.report.table import result_table
-from autoprune.run import _MADE_FOR, Run
 from autoprune.settings import TrainingSettings
 from autoprune.tasks import Task
 from autoprune.testing import fake_problem

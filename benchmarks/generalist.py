@@ -22,8 +22,8 @@ import torch
 
 from autoprune.config import GeneralistConfig, load_generalist_config
 from autoprune.files import cache_folder, read_json, write_json, write_text
-from autoprune.generalist import Generalist
 from autoprune.latency.machine import machine_text
+from autoprune.pipeline.generalist import Generalist
 from autoprune.registry import Choice
 from autoprune.report.console import Console
 from autoprune.report.table import markdown_table

@@ -23,8 +23,8 @@ from autoprune.latency.timer import Protocol
 from autoprune.patterns import PATTERNS
 from autoprune.registry import Choice
 from autoprune.repack import ProgramModel, capture, repack
-from autoprune.repack.layer_times import LayerTime, layer_times
-from autoprune.repack.peak import fma_gflops
+from autoprune.repack.tuning.layer_times import LayerTime, layer_times
+from autoprune.repack.tuning.roofline import fma_gflops
 
 RESULTS = Path(__file__).parent / "results" / "layers.md"
 # (input channels, filters, extent of the input map, kernel, stride)

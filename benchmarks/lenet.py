@@ -26,9 +26,9 @@ from command_line import among
 from torch import nn
 
 from autoprune.files import append_line, cache_folder, read_lines, read_tensors, write_tensors, write_text
-from autoprune.inventory import take_inventory
 from autoprune.latency.machine import machine_text
 from autoprune.masks import weight_of
+from autoprune.model.inventory import take_inventory
 from autoprune.plan import LayerPlan, Plan
 from autoprune.registry import Choice
 from autoprune.report.table import MISSING, markdown_table, mean_and_spread

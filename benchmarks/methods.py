@@ -32,13 +32,13 @@ from methods_table import RECIPES, SETTINGS, TASKS_SHOWN, Recipe, Setting, Shown
 from torch import nn
 
 from autoprune.allocation import Cost, MacsCost, WeightCost
-from autoprune.evaluation.finetune import channel_readers
+from autoprune.evaluation.recovery.finetune import channel_readers
 from autoprune.files import append_line, cache_folder, read_tensors, write_tensors
-from autoprune.inventory import Inventory, take_inventory
 from autoprune.latency.engines import ENGINES, baselines
 from autoprune.latency.machine import machine_text
 from autoprune.latency.timer import Protocol, measure_together, speedup
 from autoprune.masks import sparsity, weight_of
+from autoprune.model.inventory import Inventory, take_inventory
 from autoprune.plan import LayerPlan, Plan
 from autoprune.registry import Choice
 from autoprune.repack import remaining_macs, repack

@@ -22,11 +22,11 @@ from command_line import among
 from torch import Tensor, nn
 
 from autoprune.files import write_text
-from autoprune.inventory import weighted_layers
 from autoprune.latency.engines import ENGINES
 from autoprune.latency.engines.export import OnnxEngine
 from autoprune.latency.machine import machine_text
 from autoprune.latency.timer import Protocol, measure_together, speedup
+from autoprune.model.inventory import weighted_layers
 from autoprune.patterns import PATTERNS
 from autoprune.registry import Choice
 from autoprune.repack import export_onnx

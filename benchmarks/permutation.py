@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from autoprune.config import load_config
 from autoprune.evaluation.dense import dense_model
 from autoprune.files import write_text
-from autoprune.inventory import Inventory, take_inventory
 from autoprune.latency.machine import machine_text
 from autoprune.masks import Masks, apply_masks_, weight_of
+from autoprune.model.inventory import Inventory, take_inventory
 from autoprune.patterns import PATTERNS
 from autoprune.patterns.base import Pattern
 from autoprune.registry import Choice

@@ -24,11 +24,11 @@ from autoprune.evaluation.measurement import Evaluate, Measurement
 from autoprune.files import cache_folder, write_text
 from autoprune.latency.machine import machine_text
 from autoprune.latency.table import LatencyTable
+from autoprune.pipeline.run import Run
 from autoprune.plan import Plan
 from autoprune.registry import Choice
 from autoprune.report.console import Console
 from autoprune.report.table import markdown_table
-from autoprune.run import Run
 from autoprune.target import Target
 from autoprune.tasks.base import Task
 from autoprune.tasks.batches import TensorBatches

@@ -33,15 +33,15 @@ from torch import Tensor, nn
 import autoprune
 from autoprune.errors import AutopruneError, FileError
 from autoprune.files import append_line, read_lines, write_text
-from autoprune.inventory import take_inventory
 from autoprune.latency.engines import ENGINES
 from autoprune.latency.machine import machine_text
 from autoprune.latency.timer import Protocol, measure_together, speedup
 from autoprune.masks import weight_of
+from autoprune.model.inventory import take_inventory
+from autoprune.model.recurrent.modules import cut_states_
 from autoprune.patterns import PATTERNS
 from autoprune.patterns.layered import mask_of
 from autoprune.progress import Progress
-from autoprune.recurrent import cut_states_
 from autoprune.registry import Choice
 from autoprune.repack import ProgramModel
 from autoprune.report.console import Console

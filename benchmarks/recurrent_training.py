@@ -33,14 +33,14 @@ import autoprune
 from autoprune.allocation import WeightCost
 from autoprune.errors import AutopruneError
 from autoprune.files import append_line, cache_folder, read_lines, read_tensors, write_tensors, write_text
-from autoprune.inventory import as_tuple, take_inventory
 from autoprune.latency.engines import ENGINES, baselines
 from autoprune.latency.machine import machine_text
 from autoprune.latency.timer import Protocol, measure_together, speedup
 from autoprune.masks import weight_of
 from autoprune.metric import ACCURACY, BITS_PER_CHARACTER, Metric
+from autoprune.model.inventory import as_tuple, take_inventory
+from autoprune.model.recurrent.modules import cut_states_, recurrent_modules
 from autoprune.plan import LayerPlan, Plan
-from autoprune.recurrent import cut_states_, recurrent_modules
 from autoprune.registry import Choice
 from autoprune.report.console import Console
 from autoprune.report.table import MISSING, markdown_table

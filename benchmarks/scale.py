@@ -22,10 +22,10 @@ from autoprune.evaluation.evaluator import Evaluator
 from autoprune.evaluation.pool import ProcessPool, cores
 from autoprune.evaluation.recovery import RECOVERIES, Subject
 from autoprune.files import write_text
-from autoprune.inventory import take_inventory
 from autoprune.latency.machine import machine_text
 from autoprune.latency.timer import Protocol
 from autoprune.masks import collect_statistics
+from autoprune.model.inventory import take_inventory
 from autoprune.plan import LayerPlan, Plan
 from autoprune.progress import SILENT
 from autoprune.registry import Choice

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoprune.evaluation.sensitivity import Sensitivity
-from autoprune.inventory import Inventory
 from autoprune.latency.table import LatencyTable
+from autoprune.model.inventory import Inventory
 from autoprune.plan import LayerPlan, Plan
 
 GRID = 100  # sparsities are multiples of 1/GRID, so that equal plans meet in the cache

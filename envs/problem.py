@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from autoprune.envs.curves import Curves
 from autoprune.evaluation.measurement import Evaluate
 from autoprune.evaluation.sensitivity import Sensitivity
-from autoprune.inventory import Inventory
 from autoprune.latency.table import LatencyTable
+from autoprune.model.inventory import Inventory
 from autoprune.plan import LayerPlan, Plan
 from autoprune.registry import Choice
 from autoprune.target import Target

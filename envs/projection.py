@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 from autoprune.envs.curves import GRID
 from autoprune.errors import ConfigError, InfeasibleTarget
-from autoprune.inventory import Inventory
 from autoprune.latency.table import LatencyTable
+from autoprune.model.inventory import Inventory
 from autoprune.patterns import PATTERNS
 from autoprune.plan import Plan
 from autoprune.registry import Choice

@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import autoprune
-from autoprune.bench import Bench, bench_model, example_inputs, layers_table, models_table, parse_shape
+from autoprune.bench import bench_model, example_inputs, parse_shape
 from autoprune.cli import app
 from autoprune.errors import AutopruneError, ConfigError
 from autoprune.latency.engines.base import Call, DenseEngine
 from autoprune.latency.timer import Latency
-from autoprune.repack.layer_times import LayerTime
-from autoprune.repack.program.nodes import Tiling
+from autoprune.repack.lowering.nodes import Tiling
 from autoprune.repack.rivals import dense_calls
+from autoprune.repack.tuning.layer_times import LayerTime
+from autoprune.report.bench_tables import Bench, layers_table, models_table
 
 MODELS = """
 import torch

@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 from scipy.stats import trim_mean
 
-from autoprune.compare import (
+from autoprune.envs import Problem, PruneEnv
+from autoprune.errors import ConfigError, FileError
+from autoprune.evaluation.measurement import ByTable, Measurement
+from autoprune.pipeline.compare import (
     Job,
     Outcome,
     OutcomeLog,
@@ -24,9 +27,6 @@ from autoprune.compare import (
     summary_table,
     task_table,
 )
-from autoprune.envs import Problem, PruneEnv
-from autoprune.errors import ConfigError, FileError
-from autoprune.evaluation.measurement import ByTable, Measurement
 from autoprune.plan import Plan
 from autoprune.registry import Choice
 from autoprune.target import Target

@@ -18,7 +18,7 @@ from autoprune.config import (
 )
 from autoprune.envs.actions import ACTIONS
 from autoprune.errors import ConfigError, FileError
-from autoprune.preparation import check_names
+from autoprune.pipeline.preparation import check_names
 from autoprune.registry import Choice
 
 SHIPPED = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))

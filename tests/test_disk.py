@@ -29,8 +29,8 @@ from autoprune.files import (
     write_tensors,
 )
 from autoprune.repack import export_onnx, files, load, repack, save
-from autoprune.repack.program import tuning
 from autoprune.repack.report import RepackedModel
+from autoprune.repack.tuning import tuning
 
 WRITERS: dict[str, Callable[[Path], None]] = {
     "text": lambda path: write_json(path, {"new": 1}),

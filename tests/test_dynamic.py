@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoprune.dynamic import (
+from autoprune.errors import AutopruneError, ConfigError
+from autoprune.latency.timer import Protocol
+from autoprune.model.channel_gates import (
     ChannelGate,
     GatedConv2d,
     Gating,
@@ -21,13 +23,11 @@ from autoprune.dynamic import (
     winners,
     with_gate_penalty,
 )
-from autoprune.errors import AutopruneError, ConfigError
-from autoprune.inventory import take_inventory
-from autoprune.latency.timer import Protocol
+from autoprune.model.inventory import take_inventory
 from autoprune.repack import ProgramModel, capture, repack
-from autoprune.repack.layer_times import layer_times
-from autoprune.repack.memory import layer_memory
-from autoprune.repack.program.passes import simplify
+from autoprune.repack.graph.passes import simplify
+from autoprune.repack.tuning.layer_memory import layer_memory
+from autoprune.repack.tuning.layer_times import layer_times
 from autoprune.settings import TrainingSettings
 from autoprune.tasks.zoo import build_model
 from autoprune.training.loop import train_

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from autoprune.errors import AutopruneError
-from autoprune.expand import expand
+from autoprune.model.net2wider import expand
 from autoprune.tasks.zoo import build_model
 from autoprune.tasks.zoo.initialise import randomise_norms_
 

@@ -15,7 +15,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autoprune.fingerprint import architecture_fingerprint, fingerprint, function_fingerprints, model_fingerprints
+from autoprune.identity.fingerprint import (
+    architecture_fingerprint,
+    fingerprint,
+    function_fingerprints,
+    model_fingerprints,
+)
 
 
 def function(source: str) -> Any:
@@ -145,7 +150,7 @@ def test_an_architecture_is_the_same_whatever_its_weights() -> None:
 
 def test_sets_and_dictionaries_are_the_same_under_any_hash_seed() -> None:
     code = (
-        "from autoprune.fingerprint import fingerprint, function_fingerprints as of\n"
+        "from autoprune.identity.fingerprint import fingerprint, function_fingerprints as of\n"
         "words = {'a', 'b', 'c', 'd', 'e'}\n"
         "def f(x): return x in {'p', 'q', 'r', 's'} or x in words\n"
         "print(fingerprint([words, dict.fromkeys(words), {frozenset(words): 1}]), of(f))"

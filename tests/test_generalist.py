@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from autoprune import generalist as module
 from autoprune.agents.policy import SHIPPED, Policy
 from autoprune.config import FamilySection, GeneralistConfig, LearningSection
 from autoprune.envs.family import Stake
 from autoprune.envs.surrogate import fit_surrogate
 from autoprune.errors import AutopruneError, ConfigError
-from autoprune.generalist import Generalist, Prepared, member_run, surrogate_plans
+from autoprune.pipeline import generalist as module
+from autoprune.pipeline.generalist import Generalist, Prepared, member_run, surrogate_plans
 from autoprune.registry import Choice
 from autoprune.settings import TrainingSettings
 from autoprune.target import Target

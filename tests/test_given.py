@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import autoprune
 from autoprune import PruningHooks
-from autoprune.copies import copy_for_inference
 from autoprune.errors import AutopruneError
-from autoprune.inventory import take_inventory
+from autoprune.model.copies import copy_for_inference
+from autoprune.model.inventory import take_inventory
 from autoprune.tasks.checks import check_training, unfreeze_
 
 QUICK = {

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import autoprune
-from autoprune import PruningHooks, aim
+from autoprune import PruningHooks
 from autoprune.errors import AutopruneError, ConfigError, InfeasibleTarget, StaleTable
-from autoprune.inventory import take_inventory
 from autoprune.latency.cost import LatencyCost
 from autoprune.masks import sparsity, weight_of
+from autoprune.model.inventory import take_inventory
+from autoprune.pipeline import retarget
 from autoprune.plan import LayerPlan, Plan
 from autoprune.registry import Choice
 from autoprune.settings import TrainingSettings, make_optimizer
@@ -320,10 +321,10 @@ def test_a_speedup_is_planned_with_a_latency_table_that_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AUTOPRUNE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(aim, "PROFILE_SAMPLES", 3)
+    monkeypatch.setattr(retarget, "PROFILE_SAMPLES", 3)
     model, file = network(), tmp_path / "latency.json"
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    measured = aim.latency_table(model, X, take_inventory(model, X), GROUP, file)
+    measured = retarget.latency_table(model, X, take_inventory(model, X), GROUP, file)
     assert file.exists()
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
@@ -332,7 +333,7 @@ def test_a_speedup_is_planned_with_a_latency_table_that_is_kept(
     scale = 10.0e3 / sum(layer.dense_us for layer in ideal.layers.values())
     told = {"settings": measured.settings, "machine": measured.machine}
     replace(ideal, rest_ms=0.0, dense_ms=10.0, scale=scale, **told).save(file)
-    monkeypatch.setattr(aim, "profile_table", None)  # it is read now
+    monkeypatch.setattr(retarget, "profile_table", None)  # it is read now
     pruning = hooks(model, "adaptive", sparsity=None, speedup=4.0, table=file)
     cost = pruning._pruner.cost
     assert isinstance(cost, LatencyCost)

@@ -22,12 +22,12 @@ from typer.testing import CliRunner
 import autoprune
 from autoprune import api
 from autoprune.cli import app
-from autoprune.compare import _ACTIONS
 from autoprune.config import load_config
 from autoprune.errors import ConfigError
 from autoprune.files import read_json
 from autoprune.metric import BITS_PER_CHARACTER
-from autoprune.run import Run
+from autoprune.pipeline.compare import _ACTIONS
+from autoprune.pipeline.run import Run
 from autoprune.tasks.batches import first_batches
 
 
@@ -294,7 +294,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 import autoprune
 from autoprune import api
 from autoprune.cli import app
-from autoprune.compare import _ACTIONS
+from autoprune.pipeline.compare import _ACTIONS
 from autoprune.config import load_config
 
 class Stopped(Exception):

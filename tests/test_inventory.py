@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from autoprune.errors import AutopruneError
-from autoprune.inventory import take_inventory
+from autoprune.model.inventory import take_inventory
 
 
 class Odd(nn.Module):

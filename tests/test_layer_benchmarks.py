@@ -11,7 +11,7 @@ import pytest
 from torch import nn
 
 from autoprune.masks import sparsity
-from autoprune.repack.layer_times import LayerTime
+from autoprune.repack.tuning.layer_times import LayerTime
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 

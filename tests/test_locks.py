@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from autoprune import locks
 from autoprune.config import parse_config
 from autoprune.errors import InUse
-from autoprune.locks import FolderLock, turn
-from autoprune.repack.program.nodes import Tiling
-from autoprune.repack.program.tuning import TuningCache
-from autoprune.run import Run
+from autoprune.pipeline.run import Run
+from autoprune.processes import locks
+from autoprune.processes.locks import FolderLock, turn
+from autoprune.repack.lowering.nodes import Tiling
+from autoprune.repack.tuning.tuning import TuningCache
 
 ROOT = Path(__file__).resolve().parents[1]
 HOLDER = """
@@ -28,7 +28,7 @@ import os
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from autoprune.locks import FolderLock
+from autoprune.processes.locks import FolderLock
 held = FolderLock(Path(sys.argv[2]))
 held.take()
 if os.fork() == 0:  # as a DataLoader's worker does, it holds what its parent held

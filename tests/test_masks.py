@@ -8,7 +8,6 @@ from torch import nn
 
 from autoprune.criteria import LayerStatistics
 from autoprune.errors import AutopruneError, ConfigError
-from autoprune.inventory import take_inventory
 from autoprune.masks import (
     apply_masks_,
     collect_statistics,
@@ -18,6 +17,7 @@ from autoprune.masks import (
     sparsity,
     weight_of,
 )
+from autoprune.model.inventory import take_inventory
 from autoprune.patterns import PATTERNS
 from autoprune.plan import LayerPlan, Plan
 from autoprune.registry import Choice

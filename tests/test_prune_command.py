@@ -11,15 +11,15 @@ from autoprune.cli import app
 from autoprune.config import load_config, parse_config
 from autoprune.errors import AutopruneError, InfeasibleTarget
 from autoprune.evaluation.evaluator import Evaluator
-from autoprune.evaluation.finetune import budget_cost
 from autoprune.evaluation.recovery import Subject
+from autoprune.evaluation.recovery.finetune import budget_cost
 from autoprune.files import read_json
 from autoprune.latency.cost import LatencyCost
 from autoprune.latency.timer import Latency
 from autoprune.masks import sparsity, weight_of
 from autoprune.patterns import PATTERNS
+from autoprune.pipeline.run import Run
 from autoprune.plan import LayerPlan, Plan
-from autoprune.run import Run
 from autoprune.testing import fake_table
 
 TOML = """

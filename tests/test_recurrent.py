@@ -15,16 +15,17 @@ import autoprune
 from autoprune.criteria import CRITERIA
 from autoprune.errors import AutopruneError, ConfigError
 from autoprune.evaluation.recovery.reconstruct import reconstruct_
-from autoprune.inventory import record_inputs, take_inventory
 from autoprune.masks import apply_masks_, collect_statistics, make_masks, weight_of
+from autoprune.model.inventory import record_inputs, take_inventory
+from autoprune.model.recurrent.modules import cut_states_
+from autoprune.model.recurrent.names import GATES, by_unit, layer_at, partner_of
 from autoprune.patterns import PATTERNS
 from autoprune.patterns.layered import cells_of, mask_of, put_back, seen_by
 from autoprune.plan import LayerPlan, Plan
-from autoprune.recurrent import GATES, by_unit, cut_states_, layer_at, partner_of
 from autoprune.registry import Choice
 from autoprune.repack import ProgramModel, remaining_macs
+from autoprune.repack.modules.sequences import PackedRecurrent
 from autoprune.repack.outputs import same_output
-from autoprune.repack.sequences import PackedRecurrent
 from autoprune.training import TRAINING
 
 HIDDEN, FEATURES, STEPS = 16, 6, 5

@@ -24,9 +24,9 @@ from autoprune.files import append_line, read_json, read_lines, read_tensors, wr
 from autoprune.latency.timer import Latency, Protocol
 from autoprune.masks import sparsity, weight_of
 from autoprune.patterns import PATTERNS
+from autoprune.pipeline.results import results, write_report
+from autoprune.pipeline.run import Run
 from autoprune.plan import Plan
-from autoprune.results import results, write_report
-from autoprune.run import Run
 from autoprune.testing import FakeClock
 
 SMALL = {
@@ -135,8 +135,8 @@ def test_a_final_table_that_is_killed_goes_on(copied: Path, monkeypatch: pytest.
         rows = ("dense, torch eager", "masked", "repacked")
         return {name: Latency.from_samples([float(len(measured))] * protocol.samples, 1) for name in rows}
 
-    monkeypatch.setattr("autoprune.results.ROUNDS", 2)
-    monkeypatch.setattr("autoprune.results.measure_together", measure)
+    monkeypatch.setattr("autoprune.pipeline.results.ROUNDS", 2)
+    monkeypatch.setattr("autoprune.pipeline.results.measure_together", measure)
     (copied / "results.json").unlink()
     stop = 2
     with pytest.raises(KeyboardInterrupt):
@@ -273,7 +273,7 @@ def test_an_engine_that_cannot_run_the_model_is_told_in_the_table(
     copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     why = "openvino cannot run this model: no such operator."
-    monkeypatch.setattr("autoprune.results.dense_calls", lambda *_: ({}, {"openvino": why}))
+    monkeypatch.setattr("autoprune.pipeline.results.dense_calls", lambda *_: ({}, {"openvino": why}))
     measured = results(Run(config(), copied), again=True)
     assert [(row.name, row.left_out) for row in measured if row.left_out] == [("dense, openvino", why)]
     assert results(Run(config(), copied)) == measured, "read from the directory"
@@ -345,8 +345,9 @@ def test_a_killed_run_resumes(finished: Path, tmp_path: Path) -> None:
     path = tmp_path / "small.json"
     path.write_text(json.dumps(config(search={**SMALL["search"], "episodes": 400}).to_json()))  # type: ignore[dict-item]
     code = (
-        "import json, sys; from pathlib import Path; from autoprune.config import parse_config; from autoprune.run "
-        "import Run; Run(parse_config(json.loads(Path(sys.argv[1]).read_text()), 'x'), Path(sys.argv[2])).found"
+        "import json, sys; from pathlib import Path; from autoprune.config import parse_config; "
+        "from autoprune.pipeline.run import Run; "
+        "Run(parse_config(json.loads(Path(sys.argv[1]).read_text()), 'x'), Path(sys.argv[2])).found"
     )
     others = shutil.ignore_patterns("search", "plan.json", "config.json", "identity.json")
     shutil.copytree(finished, tmp_path / "killed", ignore=others)

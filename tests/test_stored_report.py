@@ -14,9 +14,10 @@ from autoprune.cli import app
 from autoprune.config import parse_config
 from autoprune.errors import AutopruneError, ConfigError, FileError
 from autoprune.files import write_json
-from autoprune.inventory import KeptDense
 from autoprune.latency.timer import Latency
 from autoprune.metric import ACCURACY, BITS_PER_CHARACTER
+from autoprune.model.inventory import KeptDense
+from autoprune.pipeline.run import run_in
 from autoprune.report.data import MeasuredPoint, PlanRow, ResultRow, SearchRow
 from autoprune.report.stored import (
     EAGER,
@@ -29,7 +30,6 @@ from autoprune.report.stored import (
     write_page,
     write_stored,
 )
-from autoprune.run import run_in
 from autoprune.target import Target
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.repack import repack
-from autoprune.repack.program import exporting
+from autoprune.repack.graph import torch_export as exporting
 from autoprune.tracing import ByThread, quiet, tracing, unloadable
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import autoprune
-from autoprune.copies import copy_for_inference
+from autoprune.model.copies import copy_for_inference
 
 pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 

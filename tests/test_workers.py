@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from autoprune.workers import Workers
+from autoprune.processes.workers import Workers
 
 MODULE = """
 import os
@@ -44,7 +44,7 @@ import sys
 import time
 sys.path[:0] = sys.argv[1:]
 import troubled
-from autoprune.workers import Workers, end_forks_with_this
+from autoprune.processes.workers import Workers, end_forks_with_this
 if (troubled.HERE / "fork").exists():
     end_forks_with_this()
     troubled.started(os.getpid())

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from autoprune.allocation.cost import Cost
 from autoprune.errors import ConfigError
-from autoprune.inventory import Inventory
+from autoprune.model.inventory import Inventory
 from autoprune.patterns import PATTERNS
 from autoprune.patterns.layered import cells_of
 from autoprune.plan import Plan

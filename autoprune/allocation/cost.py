@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from autoprune.inventory import Inventory
+from autoprune.model.inventory import Inventory
 
 
 class Cost(ABC):

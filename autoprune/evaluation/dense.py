@@ -16,9 +16,9 @@ from torch import nn
 
 from autoprune.errors import ConfigError, FileError
 from autoprune.files import cache_folder, check_cache, read_tensors, write_tensors
-from autoprune.fingerprint import fingerprint
-from autoprune.identity import task_parts
-from autoprune.locks import turn
+from autoprune.identity.claim import task_parts
+from autoprune.identity.fingerprint import fingerprint
+from autoprune.processes.locks import turn
 from autoprune.progress import Progress
 from autoprune.registry import Choice
 from autoprune.settings import TrainingSettings

@@ -18,8 +18,8 @@ from autoprune.evaluation.recovery import Recovery, Subject
 from autoprune.latency.quiet import working
 from autoprune.latency.table import LatencyTable
 from autoprune.latency.timer import Clock, Latency, Protocol, measure_together, speedup, torch_threads
+from autoprune.model.recurrent.names import GATES
 from autoprune.plan import Plan
-from autoprune.recurrent import GATES
 from autoprune.repack import CaptureError, Graph, LayerForm, RepackedModel, capture, repack
 
 _NUMERIC = (ArithmeticError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]  # it is documented there

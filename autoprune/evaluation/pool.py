@@ -15,7 +15,7 @@ import torch
 from autoprune.errors import ConfigError
 from autoprune.evaluation.measurement import Evaluate, Evaluated
 from autoprune.plan import Plan
-from autoprune.workers import Workers
+from autoprune.processes.workers import Workers
 
 
 def cores(groups: Path = Path("/sys/fs/cgroup")) -> int:

@@ -14,27 +14,27 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from autoprune.copies import copy_for_inference
 from autoprune.criteria import LayerStatistics
 from autoprune.criteria.magnitude import Magnitude
 from autoprune.errors import AutopruneError
 from autoprune.evaluation.evaluator import Evaluator
 from autoprune.evaluation.recovery import Subject
 from autoprune.evaluation.recovery.none import NoRecovery
-from autoprune.fingerprint import architecture_fingerprint
-from autoprune.inventory import Inventory, KeptDense, record_inputs
+from autoprune.identity.fingerprint import architecture_fingerprint
 from autoprune.latency.machine import machine_identity
 from autoprune.latency.record import MeasurementRecord
 from autoprune.latency.table import LatencyTable, LayerTable, Point
 from autoprune.latency.timer import Clock, Protocol, measure_together, torch_threads
+from autoprune.model.copies import copy_for_inference
+from autoprune.model.inventory import Inventory, KeptDense, record_inputs
+from autoprune.model.recurrent.names import layer_at
 from autoprune.patterns import PATTERNS
 from autoprune.patterns.layered import mask_of
 from autoprune.plan import LayerPlan, LayerSpec, Plan
 from autoprune.progress import SILENT, Progress
-from autoprune.recurrent import layer_at
 from autoprune.registry import Choice
 from autoprune.repack import CaptureError, Graph, ProgramModel, capture, lower_layer, repack
-from autoprune.repack.layer_times import LayerTime, layer_times
+from autoprune.repack.tuning.layer_times import LayerTime, layer_times
 
 ANCHORS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
 WHOLE_ANCHORS = (0.5, 0.8, 0.95)  # uniform models timed end to end, to join the layers' times to the model's

@@ -20,7 +20,7 @@ from autoprune.evaluation.pool import Pool
 from autoprune.latency.machine import differences, machine_identity
 from autoprune.latency.quiet import working
 from autoprune.plan import Plan
-from autoprune.workers import RETRIES
+from autoprune.processes.workers import RETRIES
 
 DEVICE = "autoprune_device"
 LOCAL = "local"  # the address that starts a cluster of this machine

@@ -24,17 +24,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from autoprune.arguments import Arguments, call_with
 from autoprune.errors import AutopruneError, FileError
 from autoprune.evaluation.recovery import Subject
 from autoprune.files import read_json, write_json
-from autoprune.fingerprint import fingerprint
-from autoprune.inventory import watch_forward
+from autoprune.identity.fingerprint import fingerprint
 from autoprune.latency.quiet import working
 from autoprune.masks import masks_at
+from autoprune.model.arguments import Arguments, call_with
+from autoprune.model.inventory import watch_forward
+from autoprune.model.recurrent.names import layer_at
 from autoprune.plan import LayerPlan, LayerSpec, Plan
 from autoprune.progress import SILENT, Progress
-from autoprune.recurrent import layer_at
 from autoprune.registry import Choice
 
 ANCHORS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)

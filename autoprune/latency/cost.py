@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from autoprune.allocation import Cost
-from autoprune.inventory import Inventory
 from autoprune.latency.table import LatencyTable
+from autoprune.model.inventory import Inventory
 from autoprune.plan import Plan
 
 

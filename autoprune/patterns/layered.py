@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from autoprune.model.recurrent.names import by_gate, by_unit
 from autoprune.patterns.base import Pattern
 from autoprune.plan import LayerSpec
-from autoprune.recurrent import by_gate, by_unit
 
 
 def seen_by(pattern: Pattern, layer: LayerSpec, values: Tensor) -> Tensor:

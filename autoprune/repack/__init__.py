@@ -1,17 +1,17 @@
 """Repacked inference: masked weights, reassembled once into smaller dense work, run without a sparse library."""
 
-from autoprune.repack.backends import BACKENDS, Backend, LayerForm, Support
-from autoprune.repack.branches import Branch, cut_branches_, find_branches, rank_branches
-from autoprune.repack.export import EngineCheck, ExportedLayer, ExportReport, export_onnx
+from autoprune.repack.analysis.branches import Branch, cut_branches_, find_branches, rank_branches
+from autoprune.repack.analysis.macs import find_readers, remaining_macs
 from autoprune.repack.files import load, save
-from autoprune.repack.formats import PackedWeight, pack
-from autoprune.repack.macs import find_readers, remaining_macs
+from autoprune.repack.graph.capture import CaptureError, capture
+from autoprune.repack.graph.ir import Graph
+from autoprune.repack.graph.record import Record
 from autoprune.repack.model import repack
-from autoprune.repack.program.capture import CaptureError, capture
-from autoprune.repack.program.graph import Graph
-from autoprune.repack.program.record import Record
+from autoprune.repack.modules.backends import BACKENDS, Backend, LayerForm, Support
+from autoprune.repack.modules.replacement import lower_layer
+from autoprune.repack.onnx.export import EngineCheck, ExportedLayer, ExportReport, export_onnx
 from autoprune.repack.report import LayerReport, ProgramModel, RepackedModel, SwappedModel
-from autoprune.repack.swap import lower_layer
+from autoprune.repack.weights.packed import PackedWeight, pack
 
 __all__ = [
     "BACKENDS",

@@ -17,26 +17,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autoprune.copies import copy_for_inference
 from autoprune.errors import AutopruneError, FileError
 from autoprune.files import given_path, read_tensors, write_tensors
-from autoprune.recurrent import cell_of, layers_of
-from autoprune.repack.backends import BACKENDS, LayerForm
-from autoprune.repack.formats import PackedWeight
+from autoprune.model.copies import copy_for_inference
+from autoprune.model.recurrent.names import cell_of, layers_of
+from autoprune.repack.graph import schema
+from autoprune.repack.graph.batching import apart
+from autoprune.repack.graph.calls import Signature
+from autoprune.repack.graph.demand import check_demand
+from autoprune.repack.graph.reference import PACKED
 from autoprune.repack.kernels.compiler import unavailable
-from autoprune.repack.program.calls import Signature
-from autoprune.repack.program.demand import check_demand
-from autoprune.repack.program.graph import Graph
-from autoprune.repack.program.kinds import PACKED
-from autoprune.repack.program.lower import FAILURES
-from autoprune.repack.program.program import Program, check_threads
-from autoprune.repack.program.samples import apart
-from autoprune.repack.program.tuning import tiling_from_json
-from autoprune.repack.program.weights import Weights
+from autoprune.repack.lowering.context import FAILURES
+from autoprune.repack.lowering.weights import Weights
+from autoprune.repack.modules.backends import BACKENDS, LayerForm
+from autoprune.repack.modules.replacement import with_submodule
+from autoprune.repack.modules.sequences import PackedRecurrent
 from autoprune.repack.report import DENSE, LayerReport, ProgramModel, RepackedModel, SwappedModel
-from autoprune.repack.sequences import PackedRecurrent
-from autoprune.repack.stored import flag, restore, store
-from autoprune.repack.swap import with_submodule
+from autoprune.repack.runtime.program import Program, check_threads
+from autoprune.repack.tuning.tuning import tiling_from_json
+from autoprune.repack.weights.packed import PackedWeight
+from autoprune.repack.weights.serialized import flag, restore, store
 
 FILE_VERSION = 6
 _PROGRAM, _MODULES = "program", "modules"
@@ -156,7 +156,7 @@ def _describe_program(program: Program, value_bits: int, tensors: dict[str, Tens
             tensors[f"constant|{name}"] = tensor
     tilings = {name: asdict(tiling) for name, tiling in program.tilings.items()}
     return {
-        "form": _PROGRAM, "graph": program.graph.to_json(), "layers": layers, "tilings": tilings,
+        "form": _PROGRAM, "graph": schema.to_json(program.graph), "layers": layers, "tilings": tilings,
         "by_sample": program.by_sample,
     }  # fmt: skip
 
@@ -168,7 +168,7 @@ def _read_program(tensors: Mapping[str, Tensor], about: Any, threads: int | None
         if row["output"] in packed:
             shape = packed[row["output"]].shape
             constants.setdefault(row["tensors"]["weight"], torch.empty(shape, dtype=torch.float32, device="meta"))
-    graph = Graph.from_json(about["graph"], constants)
+    graph = schema.from_json(about["graph"], constants)
     weights = {}
     for op in graph.ops:
         if op.output in packed:

@@ -15,30 +15,30 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from autoprune.arguments import Arguments
-from autoprune.copies import copy_for_inference
 from autoprune.errors import AutopruneError
-from autoprune.inventory import kind_of, weighted_layers
 from autoprune.latency.timer import Clock, Protocol
 from autoprune.masks import Masks, apply_masks_
-from autoprune.recurrent import cut_states_
+from autoprune.model.arguments import Arguments
+from autoprune.model.copies import copy_for_inference
+from autoprune.model.inventory import kind_of, weighted_layers
+from autoprune.model.recurrent.modules import cut_states_
+from autoprune.repack.graph.batching import apart
+from autoprune.repack.graph.calls import Signature, record_classes
+from autoprune.repack.graph.capture import CaptureError, capture
+from autoprune.repack.graph.extents import with_extents
+from autoprune.repack.graph.ir import Graph, Op
+from autoprune.repack.graph.passes import simplify
+from autoprune.repack.graph.proofs import proven
+from autoprune.repack.graph.reference import PACKED, residual_of
 from autoprune.repack.kernels.compiler import refused, unavailable
+from autoprune.repack.lowering.conv_rules import is_depthwise
+from autoprune.repack.modules.replacement import Choose, swap_layers
 from autoprune.repack.outputs import same_output
 from autoprune.repack.probes import agrees, fresh
-from autoprune.repack.program.calls import Signature, record_classes
-from autoprune.repack.program.capture import CaptureError, capture
-from autoprune.repack.program.extents import with_extents
-from autoprune.repack.program.graph import Graph, Op
-from autoprune.repack.program.kinds import PACKED, residual_of
-from autoprune.repack.program.lower import is_depthwise
-from autoprune.repack.program.passes import simplify
-from autoprune.repack.program.program import Program, check_threads, shapes_of
-from autoprune.repack.program.proofs import proven
-from autoprune.repack.program.samples import apart
-from autoprune.repack.program.tuning import Layer, Tuned, TuningCache, faster_by_sample, streams_little, tune
 from autoprune.repack.report import DENSE, LayerReport, ProgramModel, RepackedModel
+from autoprune.repack.runtime.program import Program, check_threads, shapes_of
 from autoprune.repack.sparsity import sparsities
-from autoprune.repack.swap import Choose, swap_layers
+from autoprune.repack.tuning.tuning import Layer, Tuned, TuningCache, faster_by_sample, streams_little, tune
 
 Form = Literal["program", "modules"]
 

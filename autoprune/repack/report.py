@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.errors import AutopruneError
-from autoprune.repack.program.bound import Bound
-from autoprune.repack.program.calls import Signature, restored
-from autoprune.repack.program.program import Program
+from autoprune.repack.graph.calls import Signature, restored
+from autoprune.repack.runtime.bound import Bound
+from autoprune.repack.runtime.program import Program
 
 DENSE = "dense"
 

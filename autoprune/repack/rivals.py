@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from autoprune.copies import copy_for_inference
 from autoprune.errors import AutopruneError
 from autoprune.latency.engines import ENGINES
 from autoprune.latency.engines.base import Call
+from autoprune.model.copies import copy_for_inference
 from autoprune.repack.outputs import difference, same_output
 from autoprune.repack.probes import fresh
 

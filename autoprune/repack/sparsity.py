@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from autoprune.inventory import watch_forward, weighted_layers
+from autoprune.model.inventory import watch_forward, weighted_layers
 
 
 def sparsities(model: nn.Module, run: Callable[[], Any]) -> dict[str, float]:

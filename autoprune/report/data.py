@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from autoprune.inventory import KeptDense
 from autoprune.latency.timer import Latency
 from autoprune.metric import ACCURACY, Metric
+from autoprune.model.inventory import KeptDense
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from autoprune.errors import FileError
 from autoprune.files import read_json, write_json, write_text
-from autoprune.inventory import KeptDense
 from autoprune.metric import Metric
+from autoprune.model.inventory import KeptDense
 from autoprune.report.data import MeasuredPoint, PlanRow, Report, ResultRow, SearchRow
 from autoprune.report.page import report_page
 from autoprune.report.plots import front_figure, reward_figure, save_png, sparsity_figure

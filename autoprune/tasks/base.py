@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from autoprune.arguments import call_with
 from autoprune.errors import AutopruneError
-from autoprune.inventory import as_tuple, eval_mode
 from autoprune.masks import Batches, Loss
 from autoprune.metric import ACCURACY, Metric
+from autoprune.model.arguments import call_with
+from autoprune.model.inventory import as_tuple, eval_mode
 from autoprune.settings import TrainingSettings
 
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader, IterableDataset
 
-from autoprune.arguments import Arguments, call_with
 from autoprune.errors import AutopruneError, ConfigError
-from autoprune.inventory import weighted_layers
 from autoprune.masks import Batches, Loss
+from autoprune.model.arguments import Arguments, call_with
+from autoprune.model.inventory import weighted_layers
 
 
 def kind(value: Any) -> str:

@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from autoprune.errors import FileError
-from autoprune.recurrent import cut_states_
+from autoprune.model.recurrent.modules import cut_states_
 from autoprune.settings import TrainingSettings
 from autoprune.tasks.base import Task
 from autoprune.tasks.batches import TensorBatches

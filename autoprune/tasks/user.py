@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from autoprune.errors import AutopruneError, ConfigError, did_you_mean
-from autoprune.inventory import as_tuple
+from autoprune.model.inventory import as_tuple
 from autoprune.registry import Choice
 from autoprune.tasks.base import Task
 from autoprune.tasks.batches import first_batches

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from autoprune.allocation import Allocation, Cost, Layers, WeightCost, layer_cells
 from autoprune.allocation.planned import Planned
 from autoprune.errors import AutopruneError
-from autoprune.inventory import Inventory
 from autoprune.masks import (
     Batches,
     Loss,
@@ -26,6 +25,7 @@ from autoprune.masks import (
     sparsity,
     weight_of,
 )
+from autoprune.model.inventory import Inventory
 from autoprune.plan import LayerPlan, Plan
 
 

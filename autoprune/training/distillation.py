@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from autoprune.arguments import call_with
 from autoprune.errors import AutopruneError
 from autoprune.masks import Loss
+from autoprune.model.arguments import call_with
 from autoprune.settings import TEACHER_WEIGHTS, TrainingSettings
 
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from autoprune.allocation.threshold import Lamp
 from autoprune.errors import ConfigError
-from autoprune.expand import expand_
 from autoprune.masks import Masks
+from autoprune.model.net2wider import expand_
 from autoprune.patterns.base import cell_means
 from autoprune.plan import Plan
 from autoprune.training.base import Signals

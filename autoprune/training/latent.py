@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from autoprune.masks import filter_rows, silent_filters
-from autoprune.recurrent import partner_of
+from autoprune.model.recurrent.names import partner_of
 from autoprune.training.base import Pruner, Signals, SparseTraining
 
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from autoprune.arguments import call_with
 from autoprune.errors import AutopruneError, NumericalError
 from autoprune.latency.quiet import working
 from autoprune.masks import Batches, Loss, Masks
+from autoprune.model.arguments import call_with
 from autoprune.progress import SILENT, Progress
 from autoprune.settings import TrainingSettings, learning_rate, make_optimizer
 from autoprune.training.base import Pruner, Signals, SparseTraining

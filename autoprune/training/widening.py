@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from autoprune.allocation import Cost, WeightCost
-from autoprune.inventory import Inventory, take_inventory
 from autoprune.masks import Batches, Loss
+from autoprune.model.inventory import Inventory, take_inventory
 from autoprune.plan import Plan
 from autoprune.training.base import Pruner, SparseTraining
 

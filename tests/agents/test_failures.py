@@ -15,14 +15,14 @@ from autoprune.agents.halving import Rung, best_plans, halve
 from autoprune.agents.harness import SearchResult, TrialLog, search
 from autoprune.agents.rival import uniform_at
 from autoprune.agents.sb3 import SB3Agent
-from autoprune.compare import at_speedup, compare
 from autoprune.envs import Problem, PruneEnv
 from autoprune.envs.family import FamilyEnv, stakes_of
 from autoprune.envs.rewards import as_trial, terminal_reward
 from autoprune.errors import NumericalError
 from autoprune.evaluation.measurement import CachedEvaluate, Evaluated, Failure, Measurement
 from autoprune.metric import ACCURACY
-from autoprune.monitor import SearchMonitor
+from autoprune.pipeline.compare import at_speedup, compare
+from autoprune.pipeline.monitor import SearchMonitor
 from autoprune.plan import Plan
 from autoprune.progress import SILENT
 from autoprune.registry import Choice

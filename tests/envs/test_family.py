@@ -14,7 +14,7 @@ from autoprune.envs.problem import Problem
 from autoprune.envs.surrogate import FEWEST, fit_surrogate
 from autoprune.errors import AutopruneError
 from autoprune.evaluation.measurement import Measurement
-from autoprune.generalist import surrogate_plans
+from autoprune.pipeline.generalist import surrogate_plans
 from autoprune.plan import Plan
 from autoprune.registry import Choice
 from autoprune.target import Target

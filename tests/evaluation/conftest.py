@@ -9,10 +9,10 @@ from torch.nn import functional
 from autoprune.evaluation.evaluator import Evaluator
 from autoprune.evaluation.recovery import Subject
 from autoprune.evaluation.recovery.train import Train
-from autoprune.inventory import take_inventory
 from autoprune.latency.timer import Protocol
 from autoprune.masks import collect_statistics
 from autoprune.metric import BITS_PER_CHARACTER
+from autoprune.model.inventory import take_inventory
 from autoprune.plan import LayerPlan, Plan
 from autoprune.registry import Choice
 from autoprune.settings import TrainingSettings

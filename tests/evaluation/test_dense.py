@@ -14,11 +14,11 @@ from torch import nn
 from autoprune.config import Config, parse_config
 from autoprune.errors import ConfigError
 from autoprune.evaluation.dense import dense_model, other_dense_models
+from autoprune.pipeline.preparation import check_names
+from autoprune.pipeline.run import Run
 from autoprune.plan import LayerPlan, Plan
-from autoprune.preparation import check_names
 from autoprune.progress import SILENT
 from autoprune.registry import Choice
-from autoprune.run import Run
 from autoprune.settings import TrainingSettings
 from autoprune.tasks import TASKS, TensorBatches
 

@@ -14,10 +14,10 @@ from autoprune.evaluation import profile
 from autoprune.evaluation.profile import ANCHORS, WHOLE_ANCHORS, profile_record, profile_settings, profile_table
 from autoprune.evaluation.recovery import Subject
 from autoprune.files import append_line, read_lines
-from autoprune.inventory import take_inventory
 from autoprune.latency.table import LatencyTable
 from autoprune.latency.timer import Protocol
 from autoprune.masks import collect_statistics
+from autoprune.model.inventory import take_inventory
 from autoprune.progress import SILENT, Progress
 from autoprune.registry import Choice
 from autoprune.settings import TrainingSettings

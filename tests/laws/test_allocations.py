@@ -10,7 +10,7 @@ from torch import nn
 
 from autoprune.allocation import ALLOCATIONS, Layers, MacsCost, WeightCost
 from autoprune.errors import ConfigError
-from autoprune.inventory import Inventory, take_inventory
+from autoprune.model.inventory import Inventory, take_inventory
 from autoprune.patterns import PATTERNS
 from autoprune.plan import LayerPlan, Plan
 from autoprune.registry import Choice

@@ -8,8 +8,8 @@ from torch import nn
 
 from autoprune.criteria import CRITERIA
 from autoprune.errors import ConfigError
-from autoprune.inventory import take_inventory
 from autoprune.masks import collect_statistics, weight_of
+from autoprune.model.inventory import take_inventory
 from autoprune.registry import Choice
 
 

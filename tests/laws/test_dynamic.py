@@ -10,12 +10,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from autoprune.dynamic import Gating, gate_channels_, gates, live_shares
+from autoprune.model.channel_gates import Gating, gate_channels_, gates, live_shares
 from autoprune.patterns import PATTERNS
 from autoprune.registry import Choice
 from autoprune.repack import load, repack, save
-from autoprune.repack.program.nodes import Tiling
-from autoprune.repack.program.tuning import TuningCache
+from autoprune.repack.lowering.nodes import Tiling
+from autoprune.repack.tuning.tuning import TuningCache
 
 ACTIVATIONS = (nn.Identity, nn.ReLU, nn.ReLU, nn.SiLU, nn.Sigmoid)  # the last does not keep a zero
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from autoprune.patterns import PATTERNS
 from autoprune.registry import Choice
 from autoprune.repack import Graph, ProgramModel, capture, load, repack, save
-from autoprune.repack.program.nodes import Tiling
-from autoprune.repack.program.tuning import TuningCache
+from autoprune.repack.lowering.nodes import Tiling
+from autoprune.repack.tuning.tuning import TuningCache
 
 Shape = tuple[int, int, int]  # channels, height, width
 ACTIVATIONS = (nn.ReLU, nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish)

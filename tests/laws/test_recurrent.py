@@ -13,27 +13,19 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils._pytree import tree_leaves
 
-from autoprune.recurrent import (
-    GATES,
-    WholeSequences,
-    by_gate,
-    by_unit,
-    cell_of,
-    cut_state,
-    cut_states_,
-    layers_of,
-    run_stepwise,
-)
+from autoprune.model.recurrent.cells import cut_state
+from autoprune.model.recurrent.modules import WholeSequences, cut_states_, run_stepwise
+from autoprune.model.recurrent.names import GATES, by_gate, by_unit, cell_of, layers_of
 from autoprune.repack import ProgramModel, repack
+from autoprune.repack.graph.capture import capture
+from autoprune.repack.graph.passes import simplify
+from autoprune.repack.graph.reference import reference
 from autoprune.repack.kernels.compiler import narrowed
+from autoprune.repack.lowering.nodes import Tiling
 from autoprune.repack.model import packable
-from autoprune.repack.program.capture import capture
-from autoprune.repack.program.graph import reference
-from autoprune.repack.program.nodes import Tiling
-from autoprune.repack.program.passes import simplify
-from autoprune.repack.program.program import Program
-from autoprune.repack.program.tuning import TuningCache
-from autoprune.repack.sequences import PackedRecurrent
+from autoprune.repack.modules.sequences import PackedRecurrent
+from autoprune.repack.runtime.program import Program
+from autoprune.repack.tuning.tuning import TuningCache
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 

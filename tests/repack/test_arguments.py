@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from autoprune.errors import FileError
-from autoprune.repack.program.checks import check_op
-from autoprune.repack.program.graph import Op
+from autoprune.repack.graph.ir import Op
+from autoprune.repack.graph.schema import check_op
 
 X, N, FLOAT32 = {"ref": "x"}, {"ref": "n"}, {"dtype": "float32"}
 

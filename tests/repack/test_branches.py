@@ -12,8 +12,8 @@ from torch.nn import functional
 from autoprune.errors import AutopruneError
 from autoprune.masks import weight_of
 from autoprune.repack import Branch, capture, cut_branches_, find_branches, rank_branches, remaining_macs, repack
-from autoprune.repack.program.graph import reference
-from autoprune.repack.program.passes import simplify
+from autoprune.repack.graph.passes import simplify
+from autoprune.repack.graph.reference import reference
 from autoprune.settings import TrainingSettings
 from autoprune.tasks.digits import digits
 from autoprune.training import train_

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from autoprune.errors import AutopruneError
 from autoprune.repack import files, load, repack, save
-from autoprune.repack.backends import jit
 from autoprune.repack.kernels import compiler
-from autoprune.repack.program import program
+from autoprune.repack.modules.backends import jit
 from autoprune.repack.report import ProgramModel
+from autoprune.repack.runtime import program
 
 FILTER = Path(__file__).parents[2] / "benchmarks" / "no_executable_memory.py"
 REASON = "there is a filter"

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 import autoprune
-from autoprune.arguments import Arguments
 from autoprune.errors import AutopruneError, FileError
+from autoprune.model.arguments import Arguments
 from autoprune.repack import ProgramModel, Record
+from autoprune.repack.graph.calls import Signature
 from autoprune.repack.outputs import same_output
-from autoprune.repack.program.calls import Signature
 
 
 class Pair(NamedTuple):

@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from autoprune.errors import FileError
-from autoprune.repack.program import aten
-from autoprune.repack.program.capture import capture
-from autoprune.repack.program.exporting import CaptureError
-from autoprune.repack.program.graph import Graph, Op, reference
-from autoprune.repack.program.passes import simplify
+from autoprune.repack.graph import aten, schema
+from autoprune.repack.graph.capture import capture
+from autoprune.repack.graph.ir import Graph, Op
+from autoprune.repack.graph.passes import simplify
+from autoprune.repack.graph.reference import reference
+from autoprune.repack.graph.torch_export import CaptureError
 from autoprune.tasks.zoo import build_model
 
 
@@ -61,7 +62,7 @@ def check(model: nn.Module, *shape: int, dynamic: bool = True) -> Graph:
             wanted = model(x.clone())
             assert same(reference(graph, (x,)), wanted)
             assert same(reference(small, (x,)), wanted)
-    read = Graph.from_json(json.loads(json.dumps(small.to_json(), allow_nan=False)), small.constants)
+    read = schema.from_json(json.loads(json.dumps(schema.to_json(small), allow_nan=False)), small.constants)
     assert (read.inputs, read.ops, read.outputs) == (small.inputs, small.ops, small.outputs)
     return small
 
@@ -472,7 +473,7 @@ GRAPH = _graph()
 
 
 def test_reading_back() -> None:
-    read = Graph.from_json(json.loads(json.dumps(GRAPH.to_json())), GRAPH.constants)
+    read = schema.from_json(json.loads(json.dumps(schema.to_json(GRAPH))), GRAPH.constants)
     x = torch.randn(2, 3, 6, 6)
     assert torch.equal(reference(read, (x,)), reference(GRAPH, (x,)))
 
@@ -555,7 +556,7 @@ CORRUPT: dict[str, Any] = {
     "input free": _set("inputs", 0, "free", 1),
     "input axis": _set("inputs", 0, "free", [-1]),
     "input axes": _set("inputs", 0, "free", [0, None, 1, 2, 3]),
-    "input twice": _set("inputs", GRAPH.to_json()["inputs"] * 2),
+    "input twice": _set("inputs", schema.to_json(GRAPH)["inputs"] * 2),
     "no operations": _set("ops", {}),
     "operation is a number": _set("ops", 0, 1),
     "top-level field": _set("extra", 1),
@@ -564,16 +565,16 @@ CORRUPT: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", CORRUPT)
 def test_corrupt_files_are_refused(name: str) -> None:
-    data = json.loads(json.dumps(GRAPH.to_json()))
+    data = json.loads(json.dumps(schema.to_json(GRAPH)))
     CORRUPT[name](data)
     with pytest.raises(FileError):
-        Graph.from_json(data, GRAPH.constants)
+        schema.from_json(data, GRAPH.constants)
 
 
 @pytest.mark.parametrize("data", [None, [], {}, "graph", {"inputs": [], "ops": []}])
 def test_what_is_no_graph(data: Any) -> None:
     with pytest.raises(FileError):
-        Graph.from_json(data, {})
+        schema.from_json(data, {})
 
 
 def test_deep_nesting_is_refused() -> None:
@@ -581,7 +582,7 @@ def test_deep_nesting_is_refused() -> None:
     for _ in range(5000):
         outputs = {"list": [outputs]}
     with pytest.raises(FileError, match="deeply"):
-        Graph.from_json({**GRAPH.to_json(), "outputs": outputs}, GRAPH.constants)
+        schema.from_json({**schema.to_json(GRAPH), "outputs": outputs}, GRAPH.constants)
 
 
 @pytest.mark.parametrize(

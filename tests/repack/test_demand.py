@@ -14,13 +14,15 @@ from torch import nn
 from autoprune.errors import FileError
 from autoprune.files import read_tensors, write_tensors
 from autoprune.repack import load, repack, save
-from autoprune.repack.formats import pack
+from autoprune.repack.graph.demand import LARGEST, MEMORY, PARTS, WORK
+from autoprune.repack.graph.ir import Graph, Input, Op
+from autoprune.repack.graph.reference import reference
+from autoprune.repack.graph.schema import validate
 from autoprune.repack.kernels.copy import MOST_PHASES
-from autoprune.repack.program.demand import LARGEST, MEMORY, PARTS, WORK
-from autoprune.repack.program.graph import Graph, Input, Op, reference
-from autoprune.repack.program.lower import WIDEST_POOL
-from autoprune.repack.program.program import Program
-from autoprune.repack.program.weights import Weights
+from autoprune.repack.lowering.pool_rules import WIDEST_POOL
+from autoprune.repack.lowering.weights import Weights
+from autoprune.repack.runtime.program import Program
+from autoprune.repack.weights.packed import pack
 
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
@@ -129,7 +131,7 @@ def test_a_pooling_of_any_width_is_right(kind: str, window: tuple[int, int, int]
     rows, dilation, columns = window if kind == "max_pool2d" else (window[0], 1, window[2])
     more: dict[str, Any] = {"dilation": [1, dilation]} if kind == "max_pool2d" else {"count_include_pad": False}
     attributes = {"stride": [1, 2], "padding": [0, 1], "kernel": [rows, columns], **more}
-    graph = Graph((Input("x", (2, 3, 5, 1600), "float32"),), (Op(kind, "y", ("x",), attributes),), "y", {}).validate()
+    graph = validate(Graph((Input("x", (2, 3, 5, 1600), "float32"),), (Op(kind, "y", ("x",), attributes),), "y", {}))
     x = torch.randn(2, 3, 5, 1600, generator=torch.Generator().manual_seed(0))
     program = Program(graph, {}, {}, 1)
     torch.testing.assert_close(program(x), reference(graph, (x,)), rtol=1e-4, atol=1e-5)
@@ -144,7 +146,8 @@ def test_a_convolution_of_any_stride_is_right(stride: tuple[int, int]) -> None:
     shape = (2, 3, 40, 1300)
     graph = Graph(
         (Input("x", shape, "float32"),), (Op("conv2d", "y", ("x",), attributes, {"weight": "w"}),), "y", {"w": weight}
-    ).validate()
+    )
+    validate(graph)
     x = torch.randn(shape)
     done = Program(graph, {"y": Weights.of(pack(weight), None)}, {}, 1)(x)
     torch.testing.assert_close(done, reference(graph, (x,)), rtol=1e-4, atol=1e-4)

@@ -15,17 +15,19 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from autoprune.bench import export_text
 from autoprune.cli import app
 from autoprune.errors import AutopruneError, ConfigError, MissingExtra
 from autoprune.latency.engines.export import OnnxEngine
 from autoprune.latency.timer import Protocol
 from autoprune.patterns import PATTERNS
 from autoprune.registry import Choice
-from autoprune.repack import ExportReport, LayerForm, export, export_onnx, onnx_choice, onnx_file
-from autoprune.repack.onnx_forms import FORMS, shares
-from autoprune.repack.program.exporting import CaptureError
-from autoprune.repack.program.graph import Graph
+from autoprune.repack import ExportReport, LayerForm, export_onnx
+from autoprune.repack.graph.ir import Graph
+from autoprune.repack.graph.torch_export import CaptureError
+from autoprune.repack.onnx import export, form_choice
+from autoprune.repack.onnx import file as onnx_file
+from autoprune.repack.onnx.forms import FORMS, shares
+from autoprune.report.bench_tables import export_text
 from autoprune.testing import FakeClock
 
 onnx = pytest.importorskip("onnx")
@@ -379,7 +381,7 @@ def times_of(gathered_us: float) -> Callable[..., list[dict[str, float]]]:
 
 
 def test_a_form_is_taken_where_it_is_clearly_faster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnx_choice, "time_cases", times_of(50.0))
+    monkeypatch.setattr(form_choice, "time_cases", times_of(50.0))
     model = pruned(nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 256)), GROUP, 0.75)
     report = export_onnx(
         model, torch.randn(1, 16), tmp_path / "m.onnx", engine="onnxruntime", protocol=QUICK, clock=FakeClock()
@@ -396,11 +398,11 @@ def test_a_form_that_is_not_clearly_faster_is_left(gathered_us: float) -> None:
     layer = pruned(nn.Sequential(nn.Identity(), nn.Linear(2, 2), nn.Linear(64, 256)), GROUP, 0.75)[2]
     assert isinstance(layer, nn.Linear)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onnx_choice, "time_cases", times_of(gathered_us))
-        timing = onnx_choice.Timing(export._engine("onnxruntime"), 1, QUICK, FakeClock())
+        patch.setattr(form_choice, "time_cases", times_of(gathered_us))
+        timing = form_choice.Timing(export._engine("onnxruntime"), 1, QUICK, FakeClock())
         seen = {"y": torch.randn(1, 64)}
-        chosen = onnx_choice.choose_forms(Graph((), (), None, {}), {"y": LayerForm(layer)}, seen, timing, None)["y"]
-    assert (chosen.form == "gathered") == (gathered_us <= onnx_choice.GAIN * 100.0)
+        chosen = form_choice.choose_forms(Graph((), (), None, {}), {"y": LayerForm(layer)}, seen, timing, None)["y"]
+    assert (chosen.form == "gathered") == (gathered_us <= form_choice.GAIN * 100.0)
     assert (chosen.dense_us, chosen.packed_us) == (100.0, gathered_us)
 
 
@@ -412,7 +414,7 @@ def test_a_file_that_is_slower_than_the_dense_export_is_not_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, speedups: list[float], form: str, why: str
 ) -> None:
     left = iter(speedups)
-    monkeypatch.setattr(onnx_choice, "time_cases", times_of(50.0))
+    monkeypatch.setattr(form_choice, "time_cases", times_of(50.0))
     monkeypatch.setattr(export, "speedup", lambda *_: next(left))
     model = pruned(nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 256)), GROUP, 0.75)
     inputs = torch.randn(1, 16)

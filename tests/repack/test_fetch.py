@@ -16,19 +16,19 @@ import autoprune
 from autoprune.errors import AutopruneError
 from autoprune.patterns.group import Group
 from autoprune.repack import ProgramModel
-from autoprune.repack.fetch import Cache, CacheState, Fetched, What, fetched
-from autoprune.repack.formats import pack
+from autoprune.repack.graph.ir import Graph, Input, Op
 from autoprune.repack.kernels.compiler import Target, host, narrowed
 from autoprune.repack.kernels.rows_gemm import tokens_together
-from autoprune.repack.memory import layer_memory
-from autoprune.repack.program.convolutions import serpentine
-from autoprune.repack.program.graph import Graph, Input, Op
-from autoprune.repack.program.nodes import Tiling
-from autoprune.repack.program.program import Program
-from autoprune.repack.program.steps import NativeStep
-from autoprune.repack.program.tuning import TuningCache
-from autoprune.repack.program.weights import Weights
-from autoprune.repack.stored import store
+from autoprune.repack.lowering.convolutions import serpentine
+from autoprune.repack.lowering.nodes import Tiling
+from autoprune.repack.lowering.steps import NativeStep
+from autoprune.repack.lowering.weights import Weights
+from autoprune.repack.runtime.program import Program
+from autoprune.repack.tuning.cache_model import Cache, CacheState, Fetched, What, fetched
+from autoprune.repack.tuning.layer_memory import layer_memory
+from autoprune.repack.tuning.tuning import TuningCache
+from autoprune.repack.weights.packed import pack
+from autoprune.repack.weights.serialized import store
 
 HUGE = Cache(2**26, 64, 16)
 

@@ -20,15 +20,16 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from autoprune.dynamic import ChannelGate, GatedConv2d, Gating, gate_channels_
 from autoprune.errors import AutopruneError, FileError
 from autoprune.files import CHECKSUM, _checksum, read_tensors, write_tensors
+from autoprune.model.channel_gates import ChannelGate, GatedConv2d, Gating, gate_channels_
+from autoprune.model.recurrent.modules import cut_states_
+from autoprune.model.recurrent.names import layers_of
 from autoprune.patterns import PATTERNS
-from autoprune.recurrent import cut_states_, layers_of
 from autoprune.registry import Choice
 from autoprune.repack import ProgramModel, RepackedModel, load, repack, save
-from autoprune.repack.program.checks import SCHEMAS
-from autoprune.repack.program.graph import ACTIVATIONS
+from autoprune.repack.graph.reference import ACTIVATIONS
+from autoprune.repack.graph.schema import SCHEMAS
 
 X = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 BACKENDS_IN_TURN = {"0": "jit", "3": "torch", "6": "dense", "10": "jit"}

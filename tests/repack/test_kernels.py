@@ -23,17 +23,18 @@ from autoprune.errors import AutopruneError, FileError
 from autoprune.patterns import PATTERNS
 from autoprune.registry import Choice
 from autoprune.repack import pack
+from autoprune.repack.graph.ir import Graph, Input, Op
+from autoprune.repack.graph.reference import PACKED, reference
+from autoprune.repack.graph.schema import validate
 from autoprune.repack.kernels.compiler import Target, host, narrowed
 from autoprune.repack.kernels.rows_gemm import Twin
-from autoprune.repack.layers import PackedConv2d, PackedLayer, PackedLinear
-from autoprune.repack.program import memory
-from autoprune.repack.program.graph import Graph, Input, Op, reference
-from autoprune.repack.program.kinds import PACKED
-from autoprune.repack.program.layout import ALIGN
-from autoprune.repack.program.lower import is_depthwise
-from autoprune.repack.program.nodes import Tiling
-from autoprune.repack.program.program import Program
-from autoprune.repack.program.weights import Weights
+from autoprune.repack.lowering import buffers
+from autoprune.repack.lowering.conv_rules import is_depthwise
+from autoprune.repack.lowering.layout import ALIGN
+from autoprune.repack.lowering.nodes import Tiling
+from autoprune.repack.lowering.weights import Weights
+from autoprune.repack.modules.layers import PackedConv2d, PackedLayer, PackedLinear
+from autoprune.repack.runtime.program import Program
 
 GROUP_SIZES = (1, 2, 4, 8, 16)
 LANES = (4, 8, 16)
@@ -199,7 +200,7 @@ def program_of(
 ) -> Program:
     """A program whose layers are packed in groups of `size`, returning the last op's value."""
     described = tuple(Input(f"x{i}", tuple(x.shape), str(x.dtype).removeprefix("torch.")) for i, x in enumerate(inputs))
-    graph = Graph(described, tuple(ops), ops[-1].output, constants).validate()
+    graph = validate(Graph(described, tuple(ops), ops[-1].output, constants))
     weights = {}
     for op in ops:
         weight = constants[op.tensors["weight"]] if "weight" in op.tensors else None
@@ -215,13 +216,13 @@ def assert_stays_inside(program: Program, inputs: list[Tensor]) -> None:
     wanted = reference(program.graph, tuple(inputs))
     plan = program.plan(tuple(tuple(x.shape) for x in inputs))
     poison = tuple(torch.full_like(x, NAN) if x.is_floating_point() else x for x in inputs)
-    allocate = memory.Arena.allocate
+    allocate = buffers.Arena.allocate
     for made in enclosures():
         given = tuple(
             made.allocate(x.numel() * x.element_size() // 4).view(x.dtype).view(x.shape).copy_(x) for x in inputs
         )
 
-        def arena(self: memory.Arena, made: NanWalls | GuardPages = made) -> Tensor:
+        def arena(self: buffers.Arena, made: NanWalls | GuardPages = made) -> Tensor:
             return made.allocate(self.size).copy_(allocate(self))
 
         def empty(
@@ -235,7 +236,7 @@ def assert_stays_inside(program: Program, inputs: list[Tensor]) -> None:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(plan, "_free", [])
-            patch.setattr(memory.Arena, "allocate", arena)
+            patch.setattr(buffers.Arena, "allocate", arena)
             patch.setattr(torch, "empty", empty)
             plan.run(poison)
             got = plan.run(given)

@@ -13,8 +13,8 @@ from autoprune.errors import AutopruneError
 from autoprune.latency.timer import Protocol
 from autoprune.repack import ProgramModel, repack
 from autoprune.repack.kernels.compiler import host
-from autoprune.repack.layer_times import LayerTime, layer_times
-from autoprune.repack.peak import CHAINS, FMA_ROUNDS, _read_loop, fma_gflops, l3_gbs
+from autoprune.repack.tuning.layer_times import LayerTime, layer_times
+from autoprune.repack.tuning.roofline import CHAINS, FMA_ROUNDS, _read_loop, fma_gflops, l3_gbs
 
 PROTOCOL = Protocol(samples=3, warmup=1)
 

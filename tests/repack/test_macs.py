@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from autoprune.allocation import MacsCost
-from autoprune.inventory import Inventory, take_inventory
 from autoprune.masks import apply_masks_, sparsity, weight_of
+from autoprune.model.inventory import Inventory, take_inventory
 from autoprune.patterns import PATTERNS
 from autoprune.plan import LayerPlan, Plan
 from autoprune.registry import Choice
 from autoprune.repack import capture, find_readers, remaining_macs, repack
-from autoprune.repack.program.graph import reference
-from autoprune.repack.program.passes import simplify
+from autoprune.repack.graph.passes import simplify
+from autoprune.repack.graph.reference import reference
 from autoprune.settings import TrainingSettings
 from autoprune.tasks.digits import digits
 from autoprune.training import TRAINING, Pruner, train_

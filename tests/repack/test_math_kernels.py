@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from autoprune.repack.graph.reference import ACTIVATIONS
 from autoprune.repack.kernels import attention, math, rows
 from autoprune.repack.kernels.compiler import Target, call_op, compile_function, host, narrowed
 from autoprune.repack.kernels.ir import FLOATS, I64, at, const, load_vector, loop, store_vector
-from autoprune.repack.program.graph import ACTIVATIONS
 
 LANES = (4, 8, 16)
 INF, NAN = float("inf"), float("nan")

@@ -19,22 +19,13 @@ from torch.nn.utils import parametrize, prune
 
 from autoprune.errors import AutopruneError, ConfigError
 from autoprune.latency.timer import Latency, Protocol
-from autoprune.repack import (
-    CaptureError,
-    LayerForm,
-    ProgramModel,
-    RepackedModel,
-    SwappedModel,
-    capture,
-    load,
-    repack,
-    swap,
-)
+from autoprune.repack import CaptureError, LayerForm, ProgramModel, RepackedModel, SwappedModel, capture, load, repack
 from autoprune.repack import model as repack_module
-from autoprune.repack.layers import PackedConv2d, PackedLayer, PackedLinear
+from autoprune.repack.graph.ir import Graph
+from autoprune.repack.modules import replacement
+from autoprune.repack.modules.layers import PackedConv2d, PackedLayer, PackedLinear
 from autoprune.repack.outputs import same_output
-from autoprune.repack.program.graph import Graph
-from autoprune.repack.program.tuning import TuningCache
+from autoprune.repack.tuning.tuning import TuningCache
 from autoprune.testing import FakeClock
 
 QUICK = Protocol(samples=1, warmup=1, min_sample_ms=0.0)
@@ -593,7 +584,7 @@ def fake_times(times_ms: Mapping[str, float]) -> Callable[..., dict[str, Latency
 def test_the_fastest_backend_is_taken_if_it_beats_noise(
     times_ms: dict[str, float], backend: str, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(swap, "measure_together", fake_times(times_ms))
+    monkeypatch.setattr(replacement, "measure_together", fake_times(times_ms))
     model, x = zeroed(Residual()), image()
     fast = repack(model, x, form="modules")
     assert_same(fast, model, x)
@@ -611,7 +602,7 @@ def test_the_clock_is_the_callers_and_a_tie_stays_dense() -> None:
 
 
 def test_only_the_given_backends_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(swap, "measure_together", fake_times({"dense": 1.0, "torch": 0.5}))
+    monkeypatch.setattr(replacement, "measure_together", fake_times({"dense": 1.0, "torch": 0.5}))
     fast = repack(zeroed(Residual()), image(), backends=["torch"])
     assert {row.backend for row in fast.report} == {"torch"}
     none = repack(zeroed(Residual()), image(), backends=[])
@@ -630,7 +621,7 @@ def test_a_choice_is_asked_for_once_and_packs_nothing_else(monkeypatch: pytest.M
         assert "packed" not in vars(form)
         return "torch" if name == "c2" else "dense"
 
-    monkeypatch.setattr(swap, "measure_together", lambda *_: pytest.fail("nothing is to be measured"))
+    monkeypatch.setattr(replacement, "measure_together", lambda *_: pytest.fail("nothing is to be measured"))
     fast = repack(zeroed(Residual()), image(), choose=choose)
     assert asked == ["stem", "c1", "c2", "head"]
     assert [row.backend for row in fast.report] == ["dense", "dense", "torch", "dense"]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils import _pytree as pytree
 
-from autoprune.repack.onnx_rewrites import REWRITES, rewritten
+from autoprune.repack.onnx.rewrites import REWRITES, rewritten
 from autoprune.tracing import tracing
 
 _aten = torch.ops.aten

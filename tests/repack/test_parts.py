@@ -11,7 +11,7 @@ from torch import nn
 
 import autoprune
 from autoprune.errors import AutopruneError
-from autoprune.inventory import take_inventory
+from autoprune.model.inventory import take_inventory
 from autoprune.repack import CaptureError
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of TorchScript and torch's quantisation

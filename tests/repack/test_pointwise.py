@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from autoprune.errors import AutopruneError
 from autoprune.repack import ProgramModel, repack
 from autoprune.repack.kernels.compiler import narrowed
+from autoprune.repack.lowering.steps import TorchStep
 from autoprune.repack.outputs import same_output
-from autoprune.repack.program.program import Program
-from autoprune.repack.program.steps import TorchStep
+from autoprune.repack.runtime.program import Program
 
 
 class Model(nn.Module):

@@ -29,15 +29,16 @@ from torch import Tensor, nn
 from autoprune.errors import AutopruneError
 from autoprune.files import read_json, write_json
 from autoprune.repack import Graph, ProgramModel, capture, load, repack, save
+from autoprune.repack.lowering.buffers import Buffer, place
+from autoprune.repack.lowering.steps import ARENA, NativeStep, TorchStep
+from autoprune.repack.native.op import NativeOp
+from autoprune.repack.native.sequence import NativeSequence, give_way, runner
 from autoprune.repack.outputs import same_output
-from autoprune.repack.program import program as program_module
-from autoprune.repack.program.memory import Buffer, place
-from autoprune.repack.program.native import NativeOp, NativeSequence, give_way, runner
-from autoprune.repack.program.program import Program
-from autoprune.repack.program.recent import Recent
-from autoprune.repack.program.steps import ARENA, NativeStep, TorchStep
-from autoprune.repack.program.team import Job, Team
-from autoprune.repack.program.tuning import TuningCache
+from autoprune.repack.runtime import program as program_module
+from autoprune.repack.runtime.program import Program
+from autoprune.repack.runtime.recent import Recent
+from autoprune.repack.runtime.thread_pool import Job, Team
+from autoprune.repack.tuning.tuning import TuningCache
 from autoprune.testing import FakeClock
 
 

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.repack import Graph, ProgramModel, capture, load, repack, save
+from autoprune.repack.graph.batching import apart
+from autoprune.repack.graph.ir import Input, Op
+from autoprune.repack.graph.passes import simplify
+from autoprune.repack.graph.schema import validate
+from autoprune.repack.lowering.per_sample import NAME
 from autoprune.repack.outputs import same_output
-from autoprune.repack.program.graph import Input, Op
-from autoprune.repack.program.passes import simplify
-from autoprune.repack.program.program import Program
-from autoprune.repack.program.samples import apart
-from autoprune.repack.program.split import NAME
-from autoprune.repack.program.tuning import TuningCache, faster_by_sample, tune
+from autoprune.repack.runtime.program import Program
+from autoprune.repack.tuning.tuning import TuningCache, faster_by_sample, tune
 from autoprune.testing import FakeClock
 
 
@@ -126,8 +127,8 @@ def test_constants_that_are_repeated(again: str, alone: bool) -> None:
         ),
         "y",
         {"column": torch.randn(4, 1)},
-    ).validate()
-    assert apart(graph) == alone
+    )
+    assert apart(validate(graph)) == alone
 
 
 def test_a_batch_of_one_size_is_not_taken_apart() -> None:

@@ -13,10 +13,10 @@ from torch.nn import functional
 
 from autoprune.errors import AutopruneError, FileError
 from autoprune.repack import ProgramModel, load, repack, save
+from autoprune.repack.graph import extents, schema
+from autoprune.repack.graph.ir import Graph, Input, Op
+from autoprune.repack.graph.proofs import proven
 from autoprune.repack.outputs import same_output
-from autoprune.repack.program import extents
-from autoprune.repack.program.graph import Graph, Input, Op
-from autoprune.repack.program.proofs import proven
 
 Inputs = tuple[Tensor, ...]
 
@@ -242,20 +242,20 @@ BAD: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_a_condition_of_a_file_is_checked(name: str) -> None:
-    data = graph((0, 1)).to_json()
+    data = schema.to_json(graph((0, 1)))
     data["conditions"] = [BAD[name]]
     with pytest.raises(FileError, match="condition"):
-        Graph.from_json(data, {})
+        schema.from_json(data, {})
 
 
 def test_a_condition_nested_without_end_is_refused() -> None:
     condition: Any = {"extent": 0}
     for _ in range(5000):
         condition = ["not", condition]
-    data = graph((0, 1)).to_json()
+    data = schema.to_json(graph((0, 1)))
     data["conditions"] = [condition]
     with pytest.raises(FileError):
-        Graph.from_json(data, {})
+        schema.from_json(data, {})
 
 
 def test_conditions_are_computed_and_told() -> None:

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from autoprune.errors import AutopruneError, ConfigError, FileError
 from autoprune.patterns.group import Group
 from autoprune.registry import Choice
-from autoprune.repack.encodings import CANDIDATES, ENCODINGS, Cells, smallest
-from autoprune.repack.formats import GROUP_SIZES, PackedWeight, pack
-from autoprune.repack.stored import restore, store
+from autoprune.repack.weights.encodings import CANDIDATES, ENCODINGS, Cells, smallest
+from autoprune.repack.weights.packed import GROUP_SIZES, PackedWeight, pack
+from autoprune.repack.weights.serialized import restore, store
 
 EVERY = pytest.mark.parametrize("choice", CANDIDATES, ids=str)
 

@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 
 from autoprune.repack import pack
+from autoprune.repack.graph.ir import Graph, Input, Op
+from autoprune.repack.graph.reference import ACTIVATIONS
+from autoprune.repack.graph.reference import reference as evaluated
+from autoprune.repack.graph.schema import validate
 from autoprune.repack.kernels import math
 from autoprune.repack.kernels.compiler import Target, compile_function, host, narrowed
 from autoprune.repack.kernels.ir import FLOATS, I64, at, const, load_vector, loop, store_vector
-from autoprune.repack.program.graph import ACTIVATIONS, Graph, Input, Op
-from autoprune.repack.program.graph import reference as evaluated
-from autoprune.repack.program.nodes import Tiling
-from autoprune.repack.program.program import Program
-from autoprune.repack.program.weights import Weights
+from autoprune.repack.lowering.nodes import Tiling
+from autoprune.repack.lowering.weights import Weights
+from autoprune.repack.runtime.program import Program
 
 LANES = (4, 8, 16)
 INF, NAN = float("inf"), float("nan")
@@ -110,7 +112,7 @@ def test_attention_reads_and_writes_through_views() -> None:
         Op("torch", "t", ("a",), {"op": "aten.transpose.int", "args": [{"ref": "a"}, 1, 2], "kwargs": {}}),
         Op("reshape", "y", ("t",), {"shape": [2, 11, 20]}),
     )
-    graph = Graph((Input("x", (2, 11, 60), "float32"),), ops, "y", {}).validate()
+    graph = validate(Graph((Input("x", (2, 11, 60), "float32"),), ops, "y", {}))
     program = Program(graph, {}, threads=1)
     assert torch.allclose(program(x), evaluated(graph, (x,)), atol=2e-6)
     assert len(program.plan(((2, 11, 60),)).parts) == 1

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from autoprune.inventory import KeptDense
 from autoprune.latency.timer import Latency
+from autoprune.model.inventory import KeptDense
 from autoprune.report.data import PlanRow, Report, ResultRow, SearchRow
 from autoprune.report.page import report_page
 

@@ -18,7 +18,8 @@ from torch.nn import functional
 
 from autoprune.errors import AutopruneError, ConfigError, FileError
 from autoprune.metric import BITS_PER_CHARACTER
-from autoprune.recurrent import NO_CUT, StateCut, recurrent_modules, state_cut
+from autoprune.model.recurrent.cells import NO_CUT, StateCut
+from autoprune.model.recurrent.modules import recurrent_modules, state_cut
 from autoprune.registry import Choice
 from autoprune.settings import TrainingSettings
 from autoprune.tasks import TASKS, Task, TensorBatches, minus_bits

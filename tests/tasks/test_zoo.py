@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.errors import ConfigError
-from autoprune.inventory import take_inventory
+from autoprune.model.inventory import take_inventory
 from autoprune.tasks.zoo import MODELS, build_model, build_sequence_model, build_text_model
 from autoprune.tasks.zoo.initialise import randomise_norms_
 from autoprune.tasks.zoo.small import residual_cnn

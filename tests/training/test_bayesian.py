@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from autoprune.allocation import WeightCost
 from autoprune.errors import ConfigError
-from autoprune.inventory import take_inventory
 from autoprune.masks import sparsity, weight_of
+from autoprune.model.inventory import take_inventory
 from autoprune.plan import LayerPlan, Plan
 from autoprune.registry import Choice
 from autoprune.settings import TrainingSettings

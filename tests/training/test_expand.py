@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from autoprune.allocation import MacsCost, WeightCost
 from autoprune.errors import AutopruneError, ConfigError
-from autoprune.inventory import take_inventory
 from autoprune.masks import sparsity
+from autoprune.model.inventory import take_inventory
 from autoprune.plan import LayerPlan, Plan
 from autoprune.registry import Choice
 from autoprune.settings import TrainingSettings

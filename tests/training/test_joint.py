@@ -13,8 +13,8 @@ from torch.nn import functional
 
 from autoprune.allocation import MacsCost, WeightCost, make_allocation
 from autoprune.errors import ConfigError
-from autoprune.inventory import take_inventory
 from autoprune.masks import sparsity
+from autoprune.model.inventory import take_inventory
 from autoprune.patterns import PATTERNS
 from autoprune.plan import LayerPlan, Plan
 from autoprune.registry import Choice

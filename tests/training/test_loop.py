@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from autoprune.errors import AutopruneError, FileError, NumericalError
 from autoprune.files import read_tensors, write_tensors
-from autoprune.inventory import take_inventory
+from autoprune.model.inventory import take_inventory
 from autoprune.plan import LayerPlan, Plan
 from autoprune.progress import Bar, Progress
 from autoprune.registry import Choice

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from autoprune.allocation import WeightCost
 from autoprune.errors import AutopruneError, ConfigError
-from autoprune.inventory import take_inventory
 from autoprune.masks import filter_rows, sparsity, weight_of
+from autoprune.model.inventory import take_inventory
 from autoprune.patterns import PATTERNS
 from autoprune.plan import LayerPlan, Plan
 from autoprune.registry import Choice

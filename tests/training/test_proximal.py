@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from autoprune.errors import ConfigError
-from autoprune.inventory import take_inventory
 from autoprune.masks import weight_of
+from autoprune.model.inventory import take_inventory
 from autoprune.plan import LayerPlan, Plan
 from autoprune.registry import Choice
 from autoprune.settings import TrainingSettings

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from autoprune.errors import ConfigError
-from autoprune.inventory import take_inventory
 from autoprune.masks import sparsity, weight_of
+from autoprune.model.inventory import take_inventory
 from autoprune.patterns import PATTERNS
 from autoprune.plan import LayerPlan, Plan
 from autoprune.registry import Choice

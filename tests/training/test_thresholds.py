@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from autoprune.errors import ConfigError
-from autoprune.inventory import take_inventory
 from autoprune.masks import sparsity
+from autoprune.model.inventory import take_inventory
 from autoprune.patterns import PATTERNS
 from autoprune.patterns.base import cell_means
 from autoprune.plan import LayerPlan, Plan

@@ -10,9 +10,9 @@ from typing import ClassVar, Literal
 from torch import nn
 
 from autoprune.criteria import LayerStatistics
-from autoprune.inventory import Inventory
 from autoprune.latency.table import LatencyTable
 from autoprune.masks import Masks, make_masks
+from autoprune.model.inventory import Inventory
 from autoprune.plan import Plan
 from autoprune.settings import TrainingSettings
 from autoprune.tasks.base import Task

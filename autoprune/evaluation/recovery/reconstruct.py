@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autoprune.arguments import call_with
-from autoprune.columns import input_columns, joined, output_rows
 from autoprune.criteria.obs import damped
 from autoprune.errors import AutopruneError, ConfigError
 from autoprune.evaluation.recovery.base import Recovery, Subject
-from autoprune.inventory import watch_forward
 from autoprune.masks import Batches, apply_masks_, weight_of
+from autoprune.model.arguments import call_with
+from autoprune.model.columns import input_columns, joined, output_rows
+from autoprune.model.inventory import watch_forward
+from autoprune.model.recurrent.names import layer_at
 from autoprune.plan import Plan
-from autoprune.recurrent import layer_at
 from autoprune.training.loop import recalibrate_batch_norm_
 
 

@@ -8,8 +8,8 @@ from typing import ClassVar
 from torch import nn
 
 from autoprune.errors import ConfigError
-from autoprune.evaluation.finetune import finetune_
 from autoprune.evaluation.recovery.base import Recovery, Subject
+from autoprune.evaluation.recovery.finetune import finetune_
 from autoprune.plan import Plan
 from autoprune.training.loop import recalibrate_batch_norm_
 

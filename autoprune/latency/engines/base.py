@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from autoprune.errors import AutopruneError, MissingExtra
-from autoprune.inventory import as_tuple
+from autoprune.model.inventory import as_tuple
 
 INSTALL = 'pip install "autoprune[engines]"'
 

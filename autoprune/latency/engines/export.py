@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from autoprune.copies import own_copy
 from autoprune.errors import AutopruneError
 from autoprune.files import temporary_folder
 from autoprune.latency.engines.base import Call, DenseEngine
+from autoprune.model.copies import own_copy
 from autoprune.tracing import tracing
 
 BATCH = "batch"  # what an extent that may be any is called in a file

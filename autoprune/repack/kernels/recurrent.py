@@ -15,7 +15,7 @@ from enum import IntEnum
 
 import llvmlite.ir as ir
 
-from autoprune.recurrent import GATES
+from autoprune.model.recurrent.names import GATES
 from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
 from autoprune.repack.kernels.ir import (
     F32,

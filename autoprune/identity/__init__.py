@@ -1,0 +1,1 @@
+"""What a run directory or a cache was made of: fingerprints of models, data and code."""

@@ -1,0 +1,1 @@
+"""LSTM and GRU: names of their weights, their cells, their modules."""

@@ -1,0 +1,334 @@
+"""Agents side by side: the same episodes, the same number of evaluations, and plans measured at the same speed-up.
+
+A search scores plans really and takes their latency from the table, so that no agent is lucky with the clock. What is
+reported is measured: the best plan an agent has after so many evaluations is repacked and timed in turns with the
+knapsack's, moved until it is as fast as the target asks, and scored there.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from autoprune.agents import AGENTS
+from autoprune.agents.base import Trial
+from autoprune.agents.harness import search
+from autoprune.agents.rival import CLOSE, uniform_at
+from autoprune.config import load_config
+from autoprune.documents import parsed
+from autoprune.envs import Problem, PruneEnv
+from autoprune.envs.projection import meet, release_useless
+from autoprune.envs.rewards import terminal_reward
+from autoprune.errors import ConfigError, FileError
+from autoprune.evaluation.measurement import FAILED, CachedEvaluate, Evaluate, Failure, Measurement
+from autoprune.files import append_line, read_lines
+from autoprune.pipeline.run import Run
+from autoprune.plan import Plan
+from autoprune.progress import SILENT, Progress
+from autoprune.registry import Choice
+from autoprune.report.table import markdown_table
+
+_ACTIONS = '["mix", {name = "coefficient", reach = 1.0}]'  # the shipped policy's
+UNASKED = 0  # evaluations of a rule that makes its plan without any
+_CORRECTIONS = 8  # of the aim, for one measured plan
+_RESAMPLES = 2000
+ONE_SEED = ("uniform", "greedy", "knapsack")  # these draw nothing
+WITHOUT_EVALUATION = ("uniform", "greedy", "knapsack", "policy")  # their first plan is made before any is scored
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The best plan an agent had after some evaluations, as measured.
+
+    Attributes:
+        task: the problem's name.
+        agent: the registry row, with its arguments where they are not the default ones.
+        evaluations: how many it was given; 0 for a plan made without any.
+        reward: of the search, by scores and the latency table.
+        score: of the plan moved to the target's measured speed-up.
+        speedup: measured.
+        measured_reward: of that score and speed-up.
+        seconds: the search took up to there, evaluations that were remembered not counted.
+    """
+
+    task: str
+    agent: str
+    seed: int
+    evaluations: int
+    reward: float
+    score: float
+    speedup: float
+    measured_reward: float
+    seconds: float
+
+
+def budgets_of(agent: Choice, budgets: Sequence[int]) -> list[int]:
+    """The checkpoints that say something of an agent: rules have one, searches those from 1 evaluation on."""
+    if agent.name in ONE_SEED:
+        return [UNASKED]
+    return [budget for budget in budgets if budget > 0 or agent.name in WITHOUT_EVALUATION]
+
+
+def compare(
+    name: str,
+    env: PruneEnv,
+    agent: Choice,
+    seed: int,
+    budgets: Sequence[int],
+    measure: Evaluate,
+) -> list[Outcome]:
+    """Runs one agent once and measures its best plan at every checkpoint; one where nothing succeeded has no outcome.
+
+    Args:
+        name: of the task.
+        env: its evaluation scores plans and takes latency from the table; the target is a speed-up.
+        agent: a registry row.
+        seed: of the search.
+        budgets: checkpoints, evaluations; 0 is a plan made without any.
+        measure: plan -> a measurement with the clock; remembered by the caller, so that equal plans measure alike.
+
+    Raises:
+        ConfigError: the target is no speed-up: plans are compared at one.
+    """
+    if env.problem.target.speedup is None:
+        raise ConfigError("agents are compared at a speed-up: set target.speedup.")
+    started = time.perf_counter()
+    ticks: list[float] = []
+    found = search(
+        AGENTS.create(agent),
+        env,
+        max(1, *budgets),
+        seed,
+        on_trial=lambda *_: ticks.append(time.perf_counter() - started),
+    )
+    outcomes = []
+    for budget in budgets:
+        trials = found.trials[: max(1, budget)]
+        best = max(trials, key=lambda trial: (FAILED not in trial, float(trial["reward"])))
+        measured = at_speedup(env.problem, Plan.from_json(best["plan"]), measure)
+        if FAILED in best or measured is None:
+            continue
+        reward = terminal_reward(env.problem, measured).total
+        took = ticks[len(trials) - 1]
+        outcomes.append(
+            Outcome(
+                name, str(agent), seed, budget, float(best["reward"]), measured.score, measured.speedup, reward, took
+            )
+        )
+    return outcomes
+
+
+def at_speedup(problem: Problem, plan: Plan, measure: Evaluate) -> Measurement | None:
+    """A plan moved to the target's speed-up as measured, within `CLOSE` below it or any amount above, and measured.
+
+    All its sparsities are shifted alike until the clock agrees; what was too slow and what was fast enough close in on
+    it from both sides. Of those fast enough the best-scored is taken; the fastest when none is; None when all failed.
+    """
+    wanted = problem.target.speedup
+    assert wanted is not None
+    table, aim = problem.table, problem.table.predict_speedup(plan)
+    low, high = 1.0, table.predict_speedup(problem.uniform(problem.max_sparsity))  # aims
+    tried, moved = [], plan
+    for _ in range(_CORRECTIONS):
+        measured = measure(moved)
+        if isinstance(measured, Failure):
+            break
+        tried.append(measured)
+        if abs(measured.speedup / wanted - 1.0) <= CLOSE:
+            break
+        low, high = (low, min(high, aim)) if measured.speedup > wanted else (max(low, aim), high)
+        guess = aim * wanted / measured.speedup
+        aim = guess if low < guess < high else math.sqrt(low * high)
+        moved = release_useless(meet(plan, table, max(1.001, aim), problem.max_sparsity), table)
+    fast = [each for each in tried if each.speedup >= wanted * (1.0 - CLOSE)]
+    return max(fast, key=lambda each: each.score) if fast else max(tried, key=lambda each: each.speedup, default=None)
+
+
+class OutcomeLog:
+    """Outcomes as JSON lines, so that a comparison goes on where it was stopped."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> list[Outcome]:
+        lines = read_lines(self.path, "the outcomes")
+        try:
+            return parsed(list[Outcome], lines)
+        except FileError as error:
+            raise FileError(f"the outcomes are corrupt: {self.path} ({error}). Delete the file.") from None
+
+    def append(self, outcomes: Sequence[Outcome]) -> None:
+        for outcome in outcomes:
+            append_line(self.path, asdict(outcome))
+
+
+# What outcomes add up to ---------------------------------------------------------------------------------------------
+
+
+def interquartile_mean(values: Sequence[float]) -> float:
+    """Mean of the middle half, the ends weighed by what of them is in it (Agarwal et al. 2021, rliable)."""
+    ordered = np.sort(np.asarray(values, np.float64))
+    count = len(ordered)
+    edges = np.clip(np.arange(count + 1) / count, 0.25, 0.75)
+    weights = np.diff(edges)
+    return float((ordered * weights).sum() / weights.sum())
+
+
+def interval(by_task: Mapping[str, Sequence[float]], seed: int = 0) -> tuple[float, float]:
+    """95% bootstrap interval of the interquartile mean over all values, resampled within each task (stratified)."""
+    draws = np.random.default_rng(seed)
+    groups = [np.asarray(values, np.float64) for values in by_task.values()]
+    means = [
+        interquartile_mean(np.concatenate([draws.choice(group, len(group)) for group in groups]).tolist())
+        for _ in range(_RESAMPLES)
+    ]
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def points_above(outcomes: Sequence[Outcome], agent: str, evaluations: int) -> dict[str, list[float]]:
+    """Task -> points of an agent's measured scores above the knapsack's on it, a seed each."""
+    base = {each.task: each.score for each in outcomes if each.agent == "knapsack"}
+    above: dict[str, list[float]] = {}
+    for each in outcomes:
+        if (each.agent, each.evaluations) == (agent, evaluations) and each.task in base:
+            above.setdefault(each.task, []).append(100 * (each.score - base[each.task]))
+    return above
+
+
+def summary_table(outcomes: Sequence[Outcome]) -> str:
+    """Agent by evaluations: measured score above the knapsack's, interquartile mean and interval, in points."""
+    budgets = sorted({each.evaluations for each in outcomes})
+    rows = []
+    for agent in dict.fromkeys(each.agent for each in outcomes):
+        cells = []
+        for budget in budgets:
+            by_task = points_above(outcomes, agent, budget)
+            if not by_task:
+                cells.append("-")
+                continue
+            everything = [value for values in by_task.values() for value in values]
+            low, high = interval(by_task)
+            cells.append(f"{interquartile_mean(everything):+.2f} [{low:+.2f}, {high:+.2f}]")
+        rows.append([agent, *cells])
+    return markdown_table(("agent", *(f"{budget} evaluations" for budget in budgets)), rows, left=1)
+
+
+def task_table(outcomes: Sequence[Outcome], evaluations: int) -> str:
+    """Task by agent: measured score in points, mean over seeds, at so many evaluations or a rule's none."""
+    agents = list(dict.fromkeys(each.agent for each in outcomes))
+    rows = []
+    for task in dict.fromkeys(each.task for each in outcomes):
+        cells = []
+        for agent in agents:
+            mine = [each for each in outcomes if (each.task, each.agent) == (task, agent)]
+            fitting = [each for each in mine if each.evaluations == evaluations] or [
+                each for each in mine if each.evaluations == UNASKED and agent in ONE_SEED
+            ]
+            cells.append(f"{100 * float(np.mean([each.score for each in fitting])):.2f}" if fitting else "-")
+        rows.append([task, *cells])
+    return markdown_table(("task", *agents), rows, left=1)
+
+
+def uniform_outcome(name: str, env: PruneEnv, measure: Evaluate) -> Outcome:
+    """The uniform rule at the target, by the clock."""
+    wanted = env.problem.target.speedup
+    assert wanted is not None
+    trial: Trial | None = uniform_at(env.of(replace(env.problem, evaluate=measure)), wanted)
+    data: dict[str, Any] = trial or {}
+    if not data:
+        raise ConfigError(f"{name}: no uniform plan was measured to be {wanted:g}x faster.")
+    return Outcome(
+        name, "uniform", 0, UNASKED, data["reward"], data["score"], data["speedup"], data["reward"], seconds=0.0
+    )
+
+
+@dataclass(frozen=True)
+class Job:
+    """One search, looked at after some numbers of evaluations."""
+
+    agent: Choice
+    seed: int
+    budgets: tuple[int, ...]
+
+
+def jobs_of(agents: Sequence[Choice], seeds: int, budgets: Sequence[int]) -> list[Job]:
+    """Every agent and seed; rules that draw nothing have one seed."""
+    return [
+        Job(agent, seed, tuple(budgets_of(agent, budgets)))
+        for agent in agents
+        for seed in range(1 if agent.name in ONE_SEED else seeds)
+    ]
+
+
+def compare_all(
+    name: str, env: PruneEnv, jobs: Sequence[Job], measure: Evaluate, log: OutcomeLog, progress: Progress = SILENT
+) -> list[Outcome]:
+    """Runs the jobs on one task, but for those whose outcomes are in the log; returns what the log then holds."""
+    done = {(each.agent, each.seed, each.evaluations) for each in log.read() if each.task == name}
+    with progress.bar(f"compare {name}", len(jobs)) as bar:
+        for job in jobs:
+            if any((str(job.agent), job.seed, budget) not in done for budget in job.budgets):
+                made = (
+                    [uniform_outcome(name, env, measure)]
+                    if job.agent.name == "uniform"
+                    else compare(name, env, job.agent, job.seed, job.budgets, measure)
+                )
+                log.append([each for each in made if (each.agent, each.seed, each.evaluations) not in done])
+                if lacking := set(job.budgets) - {each.evaluations for each in made}:
+                    progress.say(f"{job.agent}, seed {job.seed}: every plan failed after {sorted(lacking)} evaluations")
+            bar.advance(1, f"{job.agent}, seed {job.seed}")
+    return [each for each in log.read() if each.task == name]
+
+
+def beside_knapsack(run: Run, env: PruneEnv) -> CachedEvaluate:
+    """The clock of a comparison: in turns with the knapsack's plan, whose speed-up the table says."""
+    reference = env.solved()
+    return run.beside(reference, env.problem.table.predict_speedup(reference))
+
+
+def compare_run(
+    config: Path,
+    run_dir: Path | None,
+    overrides: Sequence[str],
+    agents: Sequence[str],
+    evaluations: Sequence[str],
+    seeds: int,
+    progress: Progress = SILENT,
+) -> str:
+    """`compare_all` on the task of a config, in a run directory; returns the tables.
+
+    Raises:
+        ConfigError: an agent nobody knows, checkpoints that are no numbers, or a target that is no speed-up.
+    """
+    try:
+        budgets = sorted({int(each) for each in evaluations})
+        if budgets[0] < 0:
+            raise ValueError
+    except ValueError:
+        raise ConfigError(f"evaluations are numbers such as 0,1,10,50, not {','.join(evaluations)!r}.") from None
+    choices = [Choice(name.strip()) for name in agents]
+    for choice in choices:
+        AGENTS.get(choice.name)
+    loaded = load_config(config, [*overrides, "env.timing=table", f"env.actions={_ACTIONS}"])
+    run = Run(loaded, run_dir or Path("runs") / f"{config.stem}-compare", progress=progress)
+    progress.say(f"whatever the config says, trials are timed by the table, and the actions are {_ACTIONS}")
+    env, log = run.env, OutcomeLog(run.directory / "outcomes.jsonl")
+    measure = beside_knapsack(run, env)
+    outcomes = compare_all(run.task.name, env, jobs_of(choices, seeds, budgets), measure, log, progress)
+    return report(outcomes, max(budgets))
+
+
+def report(outcomes: Sequence[Outcome], evaluations: int) -> str:
+    """Both tables, with what their figures are."""
+    return (
+        "Measured score above the knapsack's at the same measured speed-up, in points: interquartile mean over tasks "
+        f"and seeds, 95% bootstrap interval.\n\n{summary_table(outcomes)}\n\nMeasured score, in points, after "
+        f"{evaluations} evaluations:\n\n{task_table(outcomes, evaluations)}"
+    )

@@ -1,0 +1,108 @@
+"""A speed-up asked for in Python: the latency table of the user's model, and the uniform plan that meets it there."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.nn import functional
+
+from autoprune.allocation import Cost
+from autoprune.criteria import LayerStatistics
+from autoprune.envs.projection import check_feasible, fastest, project
+from autoprune.errors import AutopruneError
+from autoprune.evaluation.profile import profile_record, profile_settings, profile_table
+from autoprune.evaluation.recovery import Subject
+from autoprune.latency.cost import LatencyCost
+from autoprune.latency.machine import machine_identity
+from autoprune.latency.table import LatencyTable
+from autoprune.latency.timer import Clock, Protocol
+from autoprune.model.arguments import Arguments
+from autoprune.model.copies import copy_for_inference
+from autoprune.model.inventory import Inventory
+from autoprune.plan import LayerPlan, Plan
+from autoprune.processes.locks import turn
+from autoprune.registry import Choice
+from autoprune.settings import TrainingSettings
+from autoprune.target import Target
+from autoprune.tasks.base import Task
+from autoprune.training.distributed import several
+
+_LOG = logging.getLogger(__name__)
+THREADS = 1
+PROFILE_SAMPLES = 15
+MAX_SPARSITY = 0.95
+
+
+def latency_table(
+    model: nn.Module,
+    inputs: Any,
+    inventory: Inventory,
+    pattern: Choice,
+    file: Path | None = None,
+    *,
+    clock: Clock = time.perf_counter,
+) -> LatencyTable:
+    """Measures the latency table of a model on one thread, or reads it from `file`.
+
+    Args:
+        model: left as it is.
+        inputs: a tensor or a tuple of them, at the batch size latency matters for.
+        inventory: its prunable layers.
+        pattern: they are pruned by.
+        file: read when it is there, else written.
+        clock: seconds.
+
+    Raises:
+        AutopruneError: several processes would each measure a table of their own.
+        FileError: the file is corrupt, or of another model, machine or pattern.
+    """
+    dense = copy_for_inference(model)
+    examples = Arguments.of(inputs).positional(dense)
+    task = Task("given", dense, (), (), (), (), functional.cross_entropy, None, examples=examples)
+    statistics = {name: LayerStatistics() for name in inventory.names}
+    subject = Subject(task, dense, inventory, statistics, TrainingSettings(epochs=1, learning_rate=0.1), 0)
+    settings = profile_settings(subject, (pattern,), len(examples[0]), THREADS)
+    protocol = Protocol(samples=PROFILE_SAMPLES, threads=THREADS)
+    if several() and (file is None or not file.exists()):
+        raise AutopruneError(
+            "each of several processes would measure times of its own, and plan differently: measure the table first, "
+            "in one process, with table='latency.json', and give that file to all."
+        )
+    if file is None:
+        return profile_table(subject, (pattern,), settings, protocol, clock)
+    with turn(file, _LOG.info):
+        if file.exists():
+            return LatencyTable.load(file, settings=settings, machine=machine_identity())
+        record = profile_record(file, settings, protocol)
+        table = profile_table(subject, (pattern,), settings, protocol, clock, record=record)
+        table.save(file)
+        record.clear()
+    return table
+
+
+def plan_at(
+    table: LatencyTable, inventory: Inventory, layer: LayerPlan, method: Choice, speedup: float
+) -> tuple[Plan, Callable[[Inventory], Cost]]:
+    """The plan that treats every layer alike and meets a speed-up in the table, and its cost in milliseconds.
+
+    Args:
+        table: of the model.
+        inventory: the layers it was measured on.
+        layer: the pattern and the criterion of every layer.
+        method: the plan's.
+        speedup: over dense torch eager, above 1.
+
+    Raises:
+        ConfigError: the speed-up is out of range.
+        InfeasibleTarget: with the best reachable figure.
+    """
+    Target(speedup=speedup)  # checks the range
+    plan = Plan(dict.fromkeys(inventory.names, layer), method)
+    check_feasible(fastest(plan, table, MAX_SPARSITY), speedup, MAX_SPARSITY)
+    plan = project(plan, table, speedup, MAX_SPARSITY)
+    return plan, lambda pruned: LatencyCost(table, plan, inventory, pruned)

@@ -1,0 +1,1 @@
+"""Locks, and worker processes that end with their parent."""

@@ -1,0 +1,1 @@
+"""What a model costs, and which branches of it can go."""

@@ -1,0 +1,1 @@
+"""The captured model: operations, their meaning, checks and rewrites."""

@@ -1,0 +1,428 @@
+"""Lifting: an operator of torch.export -> the kind of operation it is, where it is one exactly.
+
+A lifting that returns None leaves the operator to torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, fx
+
+from autoprune.repack.graph import aten
+from autoprune.repack.graph.calls import in_model
+
+Node = fx.Node
+
+
+@dataclass(frozen=True)
+class Lifted:
+    """An operation without its name; the fields are those of `Op`."""
+
+    kind: str
+    inputs: tuple[str, ...]
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    tensors: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Alias:
+    """An operator that does nothing: its result is the value called `name`."""
+
+    name: str
+
+
+class Context(Protocol):
+    """What a lifting needs of the translation it is part of."""
+
+    names: dict[Node, str]
+    constants: dict[str, Tensor]
+    program: torch.export.ExportedProgram
+
+    def constant(self, name: str, value: Tensor) -> str: ...
+
+    def size(self, node: Node, axis: int) -> str: ...
+
+    def extent(self, extent: torch.SymInt) -> str: ...
+
+
+@dataclass(frozen=True)
+class Site:
+    """One call of an operator: the node, and its arguments by name."""
+
+    context: Context
+    node: Node
+    args: Mapping[str, Any]
+
+    def name(self, argument: str) -> str:
+        return self.context.names[self.args[argument]]
+
+    def is_value(self, argument: str, axes: int | None = None) -> bool:
+        """Whether an argument is a float32 tensor that is computed, of so many axes."""
+        node: Any = self.args.get(argument)
+        return self.is_float(node, axes) and self.context.names[node] not in self.context.constants
+
+    def is_weight(self, argument: str, axes: int) -> bool:
+        """Whether an argument is a float32 constant of so many axes."""
+        node: Any = self.args.get(argument)
+        return self.is_float(node, axes) and self.context.names[node] in self.context.constants
+
+    def is_float(self, node: Any, axes: int | None) -> bool:
+        value = node.meta.get("val") if isinstance(node, fx.Node) else None
+        return isinstance(value, Tensor) and value.dtype == torch.float32 and axes in (None, value.ndim)
+
+    def shape(self, argument: str) -> tuple[int | str, ...]:
+        """Extents; those that depend on the batch as text, so that equal ones compare equal."""
+        return extents(self.args[argument])
+
+    def weights(self, **arguments: str) -> dict[str, str] | None:
+        """Role -> constant for the arguments that are given; None when one is computed."""
+        found = {}
+        for role, argument in arguments.items():
+            if self.args[argument] is None:
+                continue
+            if not self.is_weight(argument, len(self.shape(argument))):
+                return None
+            found[role] = self.name(argument)
+        return found
+
+    def layer(self, argument: str = "weight") -> str:
+        """The qualified name of the module that this is the forward of."""
+        stack = list((self.node.meta.get("nn_module_stack") or {}).values())
+        path = str(stack[-1][0]) if stack else ""
+        held = self.context.program.state_dict
+        if f"{path}.weight" in held:
+            return in_model(path)
+        name = self.name(argument)
+        start = f"{path}.weight_"  # weight_v, weight_orig: what the weight is computed from
+        if f"model.{name}" not in held and any(key.startswith(start) for key in held):
+            return in_model(path)
+        return "" if name == "weight" else name.removesuffix(".weight")
+
+
+Result = Lifted | Alias | None
+
+
+def extents(node: Node) -> tuple[int | str, ...]:
+    """A node's shape, symbolic extents as text."""
+    shape = (getattr(getattr(extent, "node", None), "expr", extent) for extent in node.meta["val"].shape)
+    return tuple(
+        extent if isinstance(extent, int) else int(extent) if extent.is_Integer else str(extent) for extent in shape
+    )
+
+
+def _pair(value: Any, default: Any = None) -> list[int] | None:
+    """``[3]``, ``[3, 3]`` and (with a default) ``[]`` as two integers; None for anything that is not known now."""
+    values = [value] if isinstance(value, int) else list(value or default or [])
+    if len(values) == 1:
+        values = values * 2
+    return values if len(values) == 2 and all(type(each) is int for each in values) else None
+
+
+def _conv2d(site: Site) -> Result:
+    if not site.is_value("input", 4) or not site.is_weight("weight", 4):
+        return None
+    tensors = site.weights(weight="weight", bias="bias")
+    stride, dilation = _pair(site.args["stride"]), _pair(site.args["dilation"])
+    if tensors is None or stride is None or dilation is None:
+        return None
+    padding = _padding(site, dilation)
+    if padding is None:
+        return None
+    attributes = {"stride": stride, "padding": padding, "dilation": dilation, "groups": site.args["groups"]}
+    return Lifted("conv2d", (site.name("input"),), attributes | {"activation": None, "layer": site.layer()}, tensors)
+
+
+def _padding(site: Site, dilation: list[int]) -> list[int] | None:
+    given = site.args["padding"]
+    if given == "valid":
+        return [0, 0]
+    if given != "same":
+        return _pair(given)
+    spans = [step * (int(extent) - 1) for step, extent in zip(dilation, site.shape("weight")[2:], strict=True)]
+    return None if any(span % 2 for span in spans) else [span // 2 for span in spans]
+
+
+def _linear(site: Site) -> Result:
+    tensors = site.weights(weight="weight", bias="bias")
+    if tensors is None or not site.is_value("input") or len(site.shape("input")) < 2 or not site.is_weight("weight", 2):
+        return None
+    return Lifted("linear", (site.name("input"),), {"activation": None, "layer": site.layer()}, tensors)
+
+
+def _product(site: Site, x: str, weight: str, bias: str | None) -> Result:
+    """``x @ weight + bias``, whose weight lies the other way round than a Linear's."""
+    if not site.is_value(x) or len(site.shape(x)) < 2 or not site.is_weight(weight, 2):
+        return None
+    layer = site.layer(weight)
+    tensors = {}
+    if bias is not None:
+        if not site.is_weight(bias, 1):
+            return None
+        tensors["bias"] = site.name(bias)
+    name = site.name(weight)
+    tensors["weight"] = site.context.constant(f"{name}.turned", site.context.constants[name].t())
+    return Lifted("linear", (site.name(x),), {"activation": None, "layer": layer}, tensors)
+
+
+def _addmm(site: Site) -> Result:
+    whole = site.args["beta"] == 1 and site.args["alpha"] == 1 and site.shape("self") == site.shape("mat2")[1:]
+    return _product(site, "mat1", "mat2", "self") if whole else None
+
+
+def _gate(site: Site) -> Result:
+    """The predictor of a gated convolution."""
+    tensors = site.weights(weight="weight", bias="bias", threshold="threshold")
+    if tensors is None or not site.is_value("x", 4):
+        return None
+    return Lifted("gate", (site.name("x"),), {"keep": site.args["keep"]}, tensors)
+
+
+def _scale(site: Site) -> Result:
+    if not site.is_value("y", 4) or not site.is_value("factors", 2):
+        return None
+    return Lifted("scale", (site.name("y"), site.name("factors")))
+
+
+def _norm(site: Site) -> Result:
+    """Batch norm outside training, as the one operator that the passes know."""
+    a = site.args
+    if a.get("training") or not site.is_value("input") or a["running_mean"] is None or a["running_var"] is None:
+        return None
+    names = ("input", "weight", "bias", "running_mean", "running_var")
+    args: list[Any] = [None if a[name] is None else {"ref": site.name(name)} for name in names]
+    args += [False, a["momentum"], a["eps"], False]
+    read = tuple(dict.fromkeys(aten.references(args)))
+    return Lifted("torch", read, {"op": "aten.batch_norm.default", "args": args, "kwargs": {}})
+
+
+def _activation(name: str) -> Callable[[Site], Result]:
+    def lifted(site: Site) -> Result:
+        return Lifted("activation", (site.name("self"),), {"name": name}) if site.is_value("self") else None
+
+    return lifted
+
+
+def _gelu(site: Site) -> Result:
+    return _activation({"none": "gelu", "tanh": "gelu_tanh"}[site.args["approximate"]])(site)
+
+
+def _clamp(low: str, high: str) -> Callable[[Site], Result]:
+    """A ReLU is a clamp from 0, a ReLU6 one from 0 to 6."""
+
+    def lifted(site: Site) -> Result:
+        names: dict[Any, str] = {(0, None): "relu", (0, 6): "relu6"}
+        name = names.get((site.args.get(low), site.args.get(high)))
+        return _activation(name)(site) if name else None
+
+    return lifted
+
+
+def _max_pool2d(site: Site) -> Result:
+    a = site.args
+    kernel = _pair(a["kernel_size"])
+    stride, padding, dilation = _pair(a["stride"], a["kernel_size"]), _pair(a["padding"]), _pair(a["dilation"])
+    attributes = {"kernel": kernel, "stride": stride, "padding": padding, "dilation": dilation}
+    if a["ceil_mode"] or not site.is_value("self", 4) or None in attributes.values():
+        return None
+    return Lifted("max_pool2d", (site.name("self"),), attributes)
+
+
+def _avg_pool2d(site: Site) -> Result:
+    a = site.args
+    kernel, stride, padding = _pair(a["kernel_size"]), _pair(a["stride"], a["kernel_size"]), _pair(a["padding"])
+    if a["ceil_mode"] or a["divisor_override"] is not None or not site.is_value("self", 4):
+        return None
+    attributes = {"kernel": kernel, "stride": stride, "padding": padding, "count_include_pad": a["count_include_pad"]}
+    if None in attributes.values():
+        return None
+    return Lifted("avg_pool2d", (site.name("self"),), attributes)
+
+
+def _adaptive_avg_pool2d(site: Site) -> Result:
+    output = _pair(site.args["output_size"])
+    if output is None or not site.is_value("self", 4):
+        return None
+    if output == [1, 1]:
+        return Lifted("global_avg_pool", (site.name("self"),), {"keepdim": True})
+    extent = site.shape("self")[2:]
+    if not all(isinstance(size, int) for size in extent):
+        return Lifted("adaptive_avg_pool2d", (site.name("self"),), {"output": output})
+    if any(int(size) % parts for size, parts in zip(extent, output, strict=True)):
+        return None
+    kernel = [int(size) // parts for size, parts in zip(extent, output, strict=True)]
+    if kernel == [1, 1]:
+        return Alias(site.name("self"))
+    attributes = {"kernel": kernel, "stride": kernel, "padding": [0, 0], "count_include_pad": True}
+    return Lifted("avg_pool2d", (site.name("self"),), attributes)
+
+
+def _mean(site: Site) -> Result:
+    axes = site.args["dim"]
+    if (
+        not site.is_value("self", 4)
+        or site.args["dtype"] is not None
+        or sorted(axis % 4 for axis in axes or ()) != [2, 3]
+    ):
+        return None
+    return Lifted("global_avg_pool", (site.name("self"),), {"keepdim": site.args["keepdim"]})
+
+
+def _add(site: Site) -> Result:
+    if not site.is_value("self") or not site.is_value("other") or site.args["alpha"] != 1:
+        return None
+    if site.shape("self") != site.shape("other"):
+        return None
+    return Lifted("add", (site.name("self"), site.name("other")), {"activation": None})
+
+
+def _layer_norm(site: Site) -> Result:
+    size = site.args["normalized_shape"]
+    tensors = site.weights(weight="weight", bias="bias")
+    if len(size) != 1 or type(size[0]) is not int or tensors is None or not site.is_value("input"):
+        return None
+    return Lifted("layer_norm", (site.name("input"),), {"size": size[0], "eps": site.args["eps"]}, tensors)
+
+
+def _attention(site: Site) -> Result:
+    a = site.args
+    if a["attn_mask"] is not None or a["dropout_p"] or a["is_causal"] or a["enable_gqa"]:
+        return None
+    if not all(site.is_value(name, 4) for name in ("query", "key", "value")):
+        return None
+    query, key, value = (site.shape(name) for name in ("query", "key", "value"))
+    if query[:2] != key[:2] or key != value or query[3] != key[3] or not isinstance(query[3], int):
+        return None
+    scale = a["scale"] if a["scale"] is not None else 1 / math.sqrt(query[3])
+    return Lifted("attention", tuple(site.name(name) for name in ("query", "key", "value")), {"scale": scale})
+
+
+def _recurrent(site: Site) -> Result:
+    a = site.args
+    tensors = site.weights(weight="weight", bias="bias")
+    given = [name for name in ("gates", "h", "c") if a[name] is not None]
+    if tensors is None or not all(site.is_value(name) or site.is_float(a[name], 2) for name in given):
+        return None
+    attributes = {name: a[name] for name in ("cell", "time_first", "reverse", "threshold", "keep")}
+    attributes |= {"units": None, "interleaved": False, "layer": site.layer()}
+    return Lifted("recurrent", tuple(site.name(name) for name in given), attributes, tensors)
+
+
+def _reshape(site: Site) -> Result:
+    """Any operator whose result holds the same elements in the same order."""
+    source = site.args["self"]
+    if site.context.names[source] in site.context.constants:
+        return None
+    before, after = extents(source), extents(site.node)
+    if before == after:
+        return Alias(site.name("self"))
+    shape = _shape(site, before, after)
+    if site.is_value("self") and source.meta["val"].is_contiguous():
+        return Lifted("reshape", (site.name("self"),), {"shape": shape})
+    # torch would copy here, or not: that hangs on strides, which are the executor's own business
+    args = [{"ref": site.name("self")}, shape]
+    read = tuple(dict.fromkeys(aten.references(args)))
+    return Lifted("torch", read, {"op": "aten.reshape.default", "args": args, "kwargs": {}})
+
+
+def _shape(site: Site, before: tuple[int | str, ...], after: tuple[int | str, ...]) -> list[Any]:
+    """The new extents: integers, references, and -1 at most once."""
+    given = site.args.get("size") or site.args.get("shape") or [None] * len(after)
+    alone = sum(isinstance(extent, str) for extent in after) == 1  # beside a batch of 0, -1 would tell nothing
+    shape: list[Any] = []
+    for extent, asked in zip(after, given, strict=True):
+        if isinstance(extent, int):
+            shape.append(extent)
+        elif isinstance(asked, fx.Node):
+            shape.append({"ref": site.context.names[asked]})
+        elif extent in before:
+            shape.append({"ref": site.context.size(site.args["self"], before.index(extent))})
+        elif alone:
+            shape.append(-1)
+        else:
+            shape.append({"ref": site.context.extent(site.node.meta["val"].shape[len(shape)])})
+    return shape
+
+
+def _nothing(site: Site) -> Result:
+    return Alias(site.name("self" if "self" in site.args else "input"))
+
+
+def _dropout(site: Site) -> Result:
+    return None if site.args["train"] else _nothing(site)
+
+
+def _same_type(site: Site) -> Result:
+    same = site.node.meta["val"].dtype == site.args["self"].meta["val"].dtype
+    return _nothing(site) if same else None
+
+
+def _whole(site: Site) -> Result:
+    """An expansion or a slice that leaves the shape as it is."""
+    return _nothing(site) if extents(site.node) == site.shape("self") and site.args.get("step", 1) == 1 else None
+
+
+_LIFTINGS: Mapping[str, Callable[[Site], Result]] = {
+    "conv2d.default": _conv2d,
+    "conv2d.padding": _conv2d,
+    "autoprune.channel_gate.default": _gate,
+    "autoprune.scale_channels.default": _scale,
+    "linear.default": _linear,
+    "addmm.default": _addmm,
+    "mm.default": lambda site: _product(site, "self", "mat2", None),
+    "matmul.default": lambda site: _product(site, "self", "other", None),
+    "batch_norm.default": _norm,
+    "_native_batch_norm_legit_no_training.default": _norm,
+    "relu.default": _activation("relu"),
+    "relu6.default": _activation("relu6"),
+    "hardtanh.default": _clamp("min_val", "max_val"),
+    "clamp.default": _clamp("min", "max"),
+    "clamp_min.default": _clamp("min", "max"),
+    "silu.default": _activation("silu"),
+    "gelu.default": _gelu,
+    "sigmoid.default": _activation("sigmoid"),
+    "tanh.default": _activation("tanh"),
+    "hardswish.default": _activation("hardswish"),
+    "hardsigmoid.default": _activation("hardsigmoid"),
+    "max_pool2d.default": _max_pool2d,
+    "avg_pool2d.default": _avg_pool2d,
+    "adaptive_avg_pool2d.default": _adaptive_avg_pool2d,
+    "mean.dim": _mean,
+    "add.Tensor": _add,
+    "layer_norm.default": _layer_norm,
+    "autoprune.recurrent.default": _recurrent,
+    "scaled_dot_product_attention.default": _attention,
+    "view.default": _reshape,
+    "_unsafe_view.default": _reshape,
+    "reshape.default": _reshape,
+    "flatten.using_ints": _reshape,
+    "unflatten.int": _reshape,
+    "unsqueeze.default": _reshape,
+    "squeeze.dim": _reshape,
+    "squeeze.dims": _reshape,
+    "clone.default": _nothing,
+    "contiguous.default": _nothing,
+    "alias.default": _nothing,
+    "detach.default": _nothing,
+    "lift_fresh_copy.default": _nothing,
+    "dropout.default": _dropout,
+    "_to_copy.default": _same_type,
+    "to.dtype": _same_type,
+    "to.dtype_layout": _same_type,
+    "slice.Tensor": _whole,
+    "expand.default": _whole,
+}
+
+
+def lifts(target: torch._ops.OpOverload) -> bool:
+    """Whether there is a lifting for the operator."""
+    return str(target).removeprefix("aten.") in _LIFTINGS
+
+
+def lift(target: torch._ops.OpOverload, site: Site) -> Result:
+    """What a call of an operator with a lifting is; None when it is left to torch."""
+    return _LIFTINGS[str(target).removeprefix("aten.")](site)

@@ -1,0 +1,136 @@
+"""Asking torch.export for a model's operators, quietly, and for a form of them in which nothing is written in place."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind
+
+from autoprune.errors import AutopruneError
+from autoprune.model.copies import own_copy
+from autoprune.tracing import ByThread, tracing
+
+_aten = torch.ops.aten
+# Operators that write in place -> what they compute.
+IN_PLACE: Mapping[Any, torch._ops.OpOverload] = {
+    _aten.relu_.default: _aten.relu.default,
+    _aten.relu6_.default: _aten.relu6.default,
+    _aten.hardtanh_.default: _aten.hardtanh.default,
+    _aten.silu_.default: _aten.silu.default,
+    _aten.sigmoid_.default: _aten.sigmoid.default,
+    _aten.tanh_.default: _aten.tanh.default,
+    _aten.hardswish_.default: _aten.hardswish.default,
+    _aten.hardsigmoid_.default: _aten.hardsigmoid.default,
+    _aten.leaky_relu_.default: _aten.leaky_relu.default,
+    _aten.elu_.default: _aten.elu.default,
+    _aten.add_.Tensor: _aten.add.Tensor,
+    _aten.sub_.Tensor: _aten.sub.Tensor,
+    _aten.mul_.Tensor: _aten.mul.Tensor,
+    _aten.div_.Tensor: _aten.div.Tensor,
+}
+# Operators whose result never shares memory with another tensor.
+_FRESH = {
+    *(_aten.conv2d.default, _aten.conv2d.padding, _aten.batch_norm.default, _aten.linear.default, _aten.matmul.default),
+    *(_aten.layer_norm.default, _aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor, _aten.div.Tensor),
+    *(_aten.max_pool2d.default, _aten.avg_pool2d.default, _aten.cat.default),
+}
+
+
+Axes = Sequence[int]
+
+
+class CaptureError(AutopruneError):
+    """A model that cannot be captured as a graph; it can still be repacked a layer at a time."""
+
+
+def export(
+    model: nn.Module, inputs: Sequence[Tensor], free: Sequence[Axes], grown: Sequence[Axes] | None = None
+) -> ExportedProgram:
+    """Asks for a form of the model in which extents are as free as the model leaves them.
+
+    Args:
+        model: in eval mode.
+        inputs: examples.
+        free: of each input, the axes whose extents may become free; which do, and which are one, torch finds out.
+        grown: those of them that are doubled where their extent is 1, which torch takes for a constant; all when None.
+    """
+    # Torch takes tensors that are one object for one input, and so would what it exports.
+    examples = tuple(_larger(own_copy(x), axes) for x, axes in zip(inputs, grown or free, strict=True))
+    try:
+        shapes = dynamic_shapes(model, free, Dim.AUTO)
+        with tracing(), _plain_attention(), torch.no_grad():
+            exported: ExportedProgram = torch.export.export(model, examples, dynamic_shapes=shapes, strict=False)
+            return exported
+    except Exception as error:  # the model is the user's, and export raises whatever it likes
+        raise _failed(error) from error
+
+
+def _larger(x: Tensor, axes: Axes) -> Tensor:
+    for axis in axes:
+        x = torch.cat([x, x], dim=axis) if x.shape[axis] == 1 else x
+    return x
+
+
+def user_inputs(program: ExportedProgram) -> list[fx.Node]:
+    """The nodes that stand for the inputs, in order."""
+    names = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind == InputKind.USER_INPUT]
+    nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    return [nodes[name] for name in names]
+
+
+def dynamic_shapes(model: nn.Module, free: Sequence[Axes], extent: Any) -> tuple[Any, ...] | None:
+    """Which axes are `extent`, nested as the arguments of `forward`: what ``*args`` takes is a tuple of its own."""
+    axes = [dict.fromkeys(each, extent) for each in free]
+    extents = [each or None for each in axes]
+    given = inspect.signature(model.forward).bind(*extents).arguments
+    return tuple(given.values()) if any(axes) else None
+
+
+def _failed(error: Exception) -> CaptureError:
+    told = str(error).strip().splitlines()[0] if str(error).strip() else ""
+    return CaptureError(f"torch.export cannot capture the model ({type(error).__name__}: {told[:300]}).")
+
+
+def functional(program: ExportedProgram) -> ExportedProgram:
+    """The program with every in-place operator made functional; takes longer than exporting it."""
+    try:
+        with tracing(), torch.no_grad():
+            written: ExportedProgram = program.run_decompositions({})  # no operator is taken apart
+            return written
+    except Exception as error:  # as above
+        raise _failed(error) from error
+
+
+def is_functional(graph: fx.Graph) -> bool:
+    """Whether what is written in place, if anything, is a fresh tensor that nothing else sees."""
+    for node in graph.nodes:
+        if not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        if node.target is torch.ops.aten.batch_norm.default and node.args[5]:
+            return False  # it updates its statistics, which its schema does not say
+        if node.target._schema.is_mutable:
+            written = node.args[0]
+            fresh = isinstance(written, fx.Node) and written.target in _FRESH | IN_PLACE.keys()
+            if node.target not in IN_PLACE or not fresh or len(written.users) > 1:
+                return False
+    return True
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Keeps torch's modules from calling one fused operator that hides their Linear layers."""
+    before = bool(torch.backends.mha.get_fastpath_enabled())
+    flag: Any = ByThread(False, lambda: before)
+    torch.backends.mha.set_fastpath_enabled(flag)
+    try:
+        yield
+    finally:
+        flag.end()
+        if torch.backends.mha.get_fastpath_enabled() is flag:  # nobody else has set it
+            torch.backends.mha.set_fastpath_enabled(before)

@@ -1,0 +1,318 @@
+"""Lowering: graph + packed weights + input shapes -> native ops, torch calls between them, and a memory plan.
+
+Every value is tracked as torch would hold it, on the meta device: shape, strides, and which storage it is a view of.
+So an operator that only views its input costs nothing, and a kernel that takes strides reads through the view. A value
+a convolution works on lies in a feature map with a border instead (`layout`); it is copied from one form into the
+other only where both are needed. Maps that one kernel reads and writes at the same flat positions need one pitch:
+they form a class, whose pitch is what its widest member needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from autoprune.errors import AutopruneError
+from autoprune.repack.graph import aten
+from autoprune.repack.graph.ir import FOLD_LIMIT, Graph, Op
+from autoprune.repack.graph.reference import residual_of
+from autoprune.repack.kernels.compiler import Target
+from autoprune.repack.kernels.strided import AXES
+from autoprune.repack.lowering import nodes
+from autoprune.repack.lowering.buffers import Buffer
+from autoprune.repack.lowering.layout import FLOAT_BYTES
+from autoprune.repack.lowering.steps import (
+    ARENA,
+    Map,
+    NativeStep,
+    TorchStep,
+    View,
+    contiguous_strides,
+    is_float,
+    place_of,
+    settled,
+    storage_of,
+)
+from autoprune.repack.lowering.weights import Weights
+from autoprune.repack.native.op import NativeOp
+
+# What torch and unpacking raise for values that do not fit an operation; a graph from a file may hold any.
+FAILURES = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
+NOT_NEGATIVE = ("relu", "relu6", "sigmoid", "hardsigmoid")
+
+
+class Lowering:
+    """What is known of every value while a graph is lowered: where it lies, in which forms; and the steps so far.
+
+    Rules take it as their first argument, ask it for their inputs in the layout that their kernel reads (`plain`,
+    `rows`, `map`), define their output (`define`, `new_map`) and append a step.
+
+    Attributes:
+        values: meta tensors, and plain integers.
+        maps: (value, stride of its phase planes, border value) -> its feature map.
+        planes: rows of tokens with a channel a feature.
+        buffers: storage of a meta tensor -> where it lies.
+        positive: values that are nowhere negative.
+        steps: in the order they run.
+    """
+
+    def __init__(self, graph: Graph, weights: Mapping[str, Weights], target: Target, threads: int) -> None:
+        self.graph, self.weights, self.target, self.threads = graph, weights, target, threads
+        self.steps: list[NativeStep | TorchStep] = []
+        self.values: dict[str, Any] = {}  # meta tensors, and plain integers
+        self.maps: dict[tuple[str, tuple[int, int], float], Map] = {}
+        self.planes: dict[str, Map] = {}  # rows of tokens with a channel a feature
+        self.buffers: dict[int, Buffer] = {}  # storage of a meta tensor -> where it lies
+        self.copies: dict[str, tuple[Tensor, View]] = {}  # in rows; holds the tensor, so that its storage is no other's
+        self.positive: set[str] = set()
+        self.slots = ARENA + 1
+        self.fixed: dict[int, Tensor] = {}
+        self.known: dict[str, Tensor] = {}  # what depends on constants and shapes alone
+        self.scratches: list[Buffer] = []
+        self.wrong: Buffer | None = None  # an int64 that tells of a number which is no row's
+        self.input_slots: dict[str, int] = {}
+        self.limits: dict[int, int] = {}
+        self.constants = {name: tensor.to("meta") for name, tensor in graph.constants.items()}
+
+    # Values ---------------------------------------------------------------------------------------------------------
+
+    def in_slot(self) -> Buffer:
+        """A buffer that is a slot of its own."""
+        self.slots += 1
+        return Buffer(0, slot=self.slots - 1)
+
+    def define(self, name: str, shape: tuple[int, ...], order: tuple[int, ...] | None = None) -> Tensor:
+        """A new float value: contiguous, or contiguous after permuting its axes into `order`."""
+        if order is None:
+            meta = torch.empty(shape, device="meta", dtype=torch.float32)
+        else:
+            meta = torch.empty([shape[axis] for axis in order], device="meta", dtype=torch.float32)
+            meta = meta.permute([order.index(axis) for axis in range(len(order))])
+        self.values[name] = meta
+        return meta
+
+    def plain(self, name: str) -> View:
+        """The value as torch holds it; a map is copied into rows first."""
+        meta = self.values[name]
+        key = storage_of(meta)
+        if key not in self.buffers and name in self.constants:
+            self.buffers[key] = self.in_slot()
+            self.fixed[self.slots - 1] = self.graph.constants[name]
+        if key not in self.buffers and name in self.planes:
+            turn_back(self, name, self.planes[name])
+        if key not in self.buffers:
+            source = self.maps[name, (1, 1), 0.0]
+            buffer = self.buffers[key] = Buffer(meta.numel())
+            batch, channels, height, width = source.shape
+
+            def build(*_: Any) -> NativeOp:
+                y = (buffer.slot, buffer.offset, contiguous_strides(source.shape))
+                return nodes.copied(name, batch, place_of(source), y, (channels, height, width), None, self.target)
+
+            self.steps.append(NativeStep(name, [source.buffer], buffer, build))
+        return View(self.buffers[key], meta.storage_offset(), tuple(meta.shape), tuple(meta.stride()))
+
+    def rows(self, name: str) -> View:
+        """The value as contiguous rows; copied where it is not."""
+        if self.values[name].is_contiguous():
+            return self.plain(name)
+        if name not in self.copies:
+            meta = self.values[name].contiguous()
+            view = copied(self, name, meta)
+            attributes = {"op": "aten.contiguous.default", "args": [{"ref": name}], "kwargs": {}}
+            op = Op("torch", f"{name} contiguous", (name,), attributes)
+            self.copies[name] = (meta, view or self.torch_step(op, meta))
+        return self.copies[name][1]
+
+    def map(
+        self, name: str, padding: tuple[int, int] = (0, 0), stride: tuple[int, int] = (1, 1), border: float = 0.0,
+        reach: int = 0,
+    ) -> Map:  # fmt: skip
+        """The value as a map with room for `padding` and `reach`, in phase planes where `stride` is given."""
+        if name in self.positive and border < 0:
+            border = 0.0  # a maximum over values that are not negative
+        key = (name, stride, border)
+        if key not in self.maps:
+            self.convert(name, key)
+        return self.maps[key].padded(padding, reach)
+
+    def convert(self, name: str, key: tuple[str, tuple[int, int], float]) -> None:
+        batch, channels, height, width = self.values[name].shape
+        made = self.maps[key] = Map((batch, channels, height, width), key[1], key[2])
+        self.copy_into(name, made, again=key[1:] != ((1, 1), 0.0))
+
+    def copy_into(self, name: str, made: Map, first: int = 0, again: bool = True) -> None:
+        """Copies the value into a map's channels from the `first` on; where it is one, and `again`, from its map."""
+        source: Map | View | None = self.maps.get((name, (1, 1), 0.0)) if again else None
+        if source is None:
+            source = self.plain(name)
+            source = source if source.stride[3] == 1 else self.rows(name)
+        read, (batch, channels, height, width) = source, tuple(self.values[name].shape)
+
+        def build(*_: Any) -> NativeOp:
+            slot, offset, strides = place_of(made)
+            y = slot, offset + made.layout.channel(first) * FLOAT_BYTES, strides
+            return nodes.copied(name, batch, place_of(read), y, (channels, height, width), made.layout, self.target)
+
+        self.steps.append(NativeStep(name, [source.buffer], made.buffer, build))
+
+    def new_map(self, op: Op, shape: tuple[int, ...]) -> Map:
+        """The map a native op writes."""
+        self.define(op.output, shape)
+        batch, channels, height, width = shape
+        made = self.maps[op.output, (1, 1), 0.0] = Map((batch, channels, height, width), (1, 1), 0.0)
+        name = op.attributes.get("name") if op.kind == "activation" else op.activation
+        if name in NOT_NEGATIVE:
+            self.positive.add(op.output)
+        return made.padded((0, 0))
+
+    # Operations -----------------------------------------------------------------------------------------------------
+
+    def torch_step(self, op: Op, meta: Any) -> View:
+        if not isinstance(meta, Tensor):
+            raise AutopruneError(f"{op.kind} {op.attributes.get('op', '')} returns several tensors")
+        reads = {}
+        for name in op.reads:
+            if isinstance(self.values[name], Tensor) and name not in self.constants:
+                reads[name] = self.plain(name)
+        buffer = self.buffers[storage_of(meta)] = self.in_slot()
+        if op.kind == "torch" and self.is_known(op, meta):
+            result = self.known[op.output] = self.computed(op)  # it depends on constants and shapes alone
+            self.fixed[buffer.slot] = result
+            return View(buffer, 0, tuple(meta.shape), tuple(meta.stride()))
+        self.steps.append(TorchStep(op, reads, buffer.slot, tuple(meta.shape), tuple(meta.stride()), meta.dtype))
+        return View(buffer, 0, tuple(meta.shape), tuple(meta.stride()))
+
+    def is_known(self, op: Op, meta: Tensor) -> bool:
+        """Whether a torch operation reads nothing that a call gives, and its result is not too large to be kept."""
+        read = [name for name in op.reads if isinstance(self.values[name], Tensor)]
+        given = [self.known.get(name, self.graph.constants.get(name)) for name in read]
+        if any(value is None or value.is_meta for value in given):
+            return False
+        return meta.numel() <= max(FOLD_LIMIT, *(value.numel() for value in given if value is not None), 0) or not read
+
+    def computed(self, op: Op) -> Tensor:
+        """What such an operation gives."""
+        a = op.attributes
+        values = {**self.graph.constants, **self.known}
+        known = {name: values.get(name, self.values[name]) for name in op.reads}
+        result: Tensor = aten.bind(a["op"], a["args"], a["kwargs"], a.get("item"), known)({})
+        return settled(result)
+
+    def scratch(self, floats: int) -> Buffer:
+        """Room for every thread to work in."""
+        self.scratches.append(Buffer(self.threads * floats))
+        return self.scratches[-1]
+
+    def same_shape(self, op: Op, shape: tuple[int, ...]) -> None:
+        """Raises AutopruneError unless what is added, where there is something, has `shape`."""
+        name = op.inputs[1] if op.kind == "add" else residual_of(op)
+        if name is not None and tuple(self.values[name].shape) != shape:
+            raise AutopruneError(
+                f"{op.output!r} adds a value of shape {tuple(self.values[name].shape)} to one of {shape}."
+            )
+
+
+def turned(lowering: Lowering, name: str, tokens: int) -> Map:
+    """Rows of tokens as a map with a channel a feature."""
+    if name not in lowering.planes:
+        view = lowering.rows(name)
+        made = lowering.planes[name] = Map((1, view.shape[-1], 1, tokens), (1, 1), 0.0).padded((0, 0))
+
+        def build(*_: Any) -> NativeOp:
+            x = (view.buffer.slot, view.start * FLOAT_BYTES, view.shape[-1])
+            return nodes.into_planes(name, tokens, x, made.at, lowering.target)
+
+        lowering.steps.append(NativeStep(name, [view.buffer], made.buffer, build))
+    return lowering.planes[name]
+
+
+def turn_back(
+    lowering: Lowering, name: str, given: Map, residual: View | None = None, activation: str | None = None
+) -> None:
+    """The value `name` in rows, from a map with a channel a feature."""
+    meta = lowering.values[name]
+    buffer = lowering.buffers[storage_of(meta)] = Buffer(meta.numel())
+    _, features, _, tokens = given.shape
+
+    def build(*_: Any) -> NativeOp:
+        y = (buffer.slot, buffer.offset, features)
+        other = None if residual is None else (residual.buffer.slot, residual.start * FLOAT_BYTES, features)
+        return nodes.out_of_planes(name, tokens, given.at, y, other, activation, lowering.target)
+
+    reads = [given.buffer, *([residual.buffer] if residual is not None else [])]
+    lowering.steps.append(NativeStep(name, reads, buffer, build))
+
+
+def copied(lowering: Lowering, name: str, meta: Tensor) -> View | None:
+    """The value copied into rows, which `meta` stands for; None when torch has to copy it."""
+    x = operand(lowering, name)
+    if x is None or not meta.is_contiguous() or not fitting(x.shape, [x]):
+        return None
+    buffer = lowering.buffers[storage_of(meta)] = Buffer(meta.numel())
+    write(lowering, name, x.shape, [x], View(buffer, 0, x.shape, contiguous_strides(x.shape)), "", None)
+    return View(buffer, 0, tuple(meta.shape), tuple(meta.stride()))
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A value to be read.
+
+    Attributes:
+        source: where it lies; an array of one float for a number.
+    """
+
+    source: Map | View | NDArray[np.float32]
+    shape: tuple[int, ...]
+
+    def place(self, shape: tuple[int, ...]) -> nodes.Place:
+        """Where it lies, repeated to `shape`."""
+        if isinstance(self.source, np.ndarray):
+            return 0, self.source.ctypes.data, (0,) * len(shape)
+        slot, offset, strides = place_of(self.source)
+        own = [0 if size == 1 else step for size, step in zip(self.shape, strides, strict=True)]
+        return slot, offset, (0,) * (len(shape) - len(own)) + tuple(own)
+
+
+def operand(lowering: Lowering, given: Any) -> Operand | None:
+    """A value by its name, or a number; None for anything else."""
+    if isinstance(given, (int, float)) and not isinstance(given, bool):
+        return Operand(np.full(1, given, np.float32), ())
+    value = lowering.values.get(given) if isinstance(given, str) else None
+    if value is None or not is_float(value):
+        return None
+    made = lowering.maps.get((given, (1, 1), 0.0)) if storage_of(value) not in lowering.buffers else None
+    return Operand(lowering.plain(given) if made is None else made, tuple(value.shape))
+
+
+def fitting(shape: tuple[int, ...], operands: Sequence[Operand]) -> bool:
+    """Whether the kernel has enough axes."""
+    if sum(size != 1 for size in shape) <= AXES:
+        return True
+    if any(isinstance(each.source, Map) for each in operands):  # its strides are not known yet
+        return False
+    strides = [*(each.place(shape)[2] for each in operands), contiguous_strides(shape)]
+    return len(nodes.merged_axes(shape, strides)[0]) <= AXES
+
+
+def write(
+    lowering: Lowering, name: str, shape: tuple[int, ...], operands: Sequence[Operand], y: View, operation: str,
+    activation: str | None,
+) -> None:  # fmt: skip
+    """The step that computes `shape` of `y`."""
+
+    def build(*_: Any) -> NativeOp:
+        places = [each.place(shape) for each in operands]
+        other = places[1] if len(places) > 1 else None
+        made = nodes.pointwise(name, shape, places[0], other, place_of(y), operation, activation, lowering.target)
+        arrays = tuple(each.source for each in operands if isinstance(each.source, np.ndarray))
+        return NativeOp(made.name, made.kernel, made.fields, made.items, (*made.keep, *arrays))
+
+    reads = [each.source.buffer for each in operands if not isinstance(each.source, np.ndarray)]
+    lowering.steps.append(NativeStep(name, reads, y.buffer, build))

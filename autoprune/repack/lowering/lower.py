@@ -1,0 +1,182 @@
+"""Lowers a graph: every op by the rule of its kind, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+
+import torch
+from torch import Tensor
+
+from autoprune.errors import AutopruneError
+from autoprune.repack.graph.ir import Graph, Op
+from autoprune.repack.graph.reference import evaluate_op
+from autoprune.repack.kernels.compiler import Target
+from autoprune.repack.lowering import conv_rules, pointwise, pool_rules, tokens
+from autoprune.repack.lowering.buffers import Buffer, place
+from autoprune.repack.lowering.context import FAILURES, Lowering, copied
+from autoprune.repack.lowering.steps import (
+    ARENA,
+    Lowered,
+    NativeStep,
+    View,
+    is_float,
+    settled,
+    storage_of,
+)
+from autoprune.repack.lowering.weights import Weights
+
+
+def lower(
+    graph: Graph, weights: Mapping[str, Weights], shapes: tuple[tuple[int, ...], ...], target: Target, threads: int
+) -> Lowered:
+    """Lowers `graph` for inputs of `shapes`.
+
+    Args:
+        graph: simplified.
+        shapes: of its inputs.
+        target: what the kernels are compiled for.
+        threads: the most that will work on one call.
+        weights: of every convolution and Linear that is packed, by the name of its output.
+
+    Raises:
+        AutopruneError: a shape the model does not take.
+    """
+    lowering = Lowering(graph, weights, target, threads)
+    for given, shape in zip(lowering.graph.inputs, shapes, strict=True):
+        meta = torch.empty(shape, dtype=getattr(torch, given.dtype), device="meta")
+        lowering.values[given.name] = meta
+        lowering.buffers[storage_of(meta)] = lowering.in_slot()
+        lowering.input_slots[given.name] = lowering.slots - 1
+    for name, tensor in lowering.constants.items():
+        lowering.values[name] = tensor
+    for op in lowering.graph.ops:
+        try:
+            lower_op(lowering, op)
+        except FAILURES as error:
+            told = f"the operation {op.output!r} ({op.kind}) does not take what it is given"
+            raise AutopruneError(f"{told}: {error}") from error
+    outputs: dict[int, tuple[int, ...]] = {}
+    tensors = [name for name in lowering.graph.output_names() if isinstance(lowering.values[name], Tensor)]
+    returned = {name: output_view(lowering, name, outputs) for name in tensors}
+    if lowering.wrong is not None:  # nothing else may ever lie there
+        lowering.wrong.used(0)
+        lowering.wrong.used(len(lowering.steps))
+    for index, step in enumerate(lowering.steps):
+        reads = step.reads if isinstance(step, NativeStep) else [view.buffer for view in step.reads.values()]
+        for buffer in [*reads, *([step.writes] if isinstance(step, NativeStep) else [])]:
+            buffer.used(index)
+    for view in returned.values():
+        view.buffer.used(len(lowering.steps))
+    scalars = {name: value for name, value in lowering.values.items() if isinstance(value, int)}
+    arena = place(native_buffers(lowering), ARENA)
+    copied = _sharing(returned, lowering.fixed)  # now that it is known what lies in the arena
+    return Lowered(
+        steps=tuple(lowering.steps),
+        arena=arena,
+        slots=lowering.slots,
+        inputs=tuple(lowering.input_slots.values()),
+        limits=lowering.limits,
+        outputs=outputs,
+        constants=lowering.fixed,
+        scalars=scalars,
+        threads=lowering.threads,
+        returned=returned,
+        copied=copied,
+        wrong=None if lowering.wrong is None else lowering.wrong.offset,
+        values={name: value for name, value in lowering.values.items() if isinstance(value, Tensor)},
+    )
+
+
+def native_buffers(lowering: Lowering) -> list[Buffer]:
+    """Buffers that lie in the arena, sized now that every layout stands."""
+    maps = [*lowering.maps.values(), *lowering.planes.values()]
+    for each in maps:
+        if each.over is not None:
+            each.padded(each.over.pad, each.over.reach)  # one layout, so that one place can hold both
+            each.buffer.over = each.over.buffer
+    for each in maps:
+        if each.buffer.slot < 0:
+            each.buffer.layout = each.layout
+            each.buffer.size = each.layout.size(each.shape[0])
+            if each.layout.image > 2**31 - 1:
+                raise AutopruneError(f"a feature map of shape {each.shape} is too large for 32-bit offsets.")
+    known = [*(each.buffer for each in maps), *lowering.buffers.values(), *lowering.scratches]
+    return [buffer for buffer in known if buffer.slot < 0]
+
+
+def output_view(lowering: Lowering, name: str, outputs: dict[int, tuple[int, ...]]) -> View:
+    """Where an output of the model lies; what native ops computed goes straight into a fresh tensor."""
+    view, meta = lowering.plain(name), lowering.values[name]
+    if view.buffer.slot < 0 and meta.is_contiguous() and 2 * meta.numel() >= view.buffer.size:
+        view.buffer.slot = lowering.in_slot().slot
+        whole = view.buffer.size == meta.numel()
+        outputs[view.buffer.slot] = tuple(meta.shape) if whole else (view.buffer.size,)
+    return view
+
+
+def lower_op(lowering: Lowering, op: Op) -> None:
+    if op.kind == "scalar":
+        lowering.values[op.output] = evaluate_op(op, lowering.values, lowering.constants)
+        return
+    if op.kind == "adaptive_avg_pool2d":
+        found = pool_rules.pooling(lowering, op)
+        if found is None:
+            return
+        op = found
+    rule, before = _RULES.get(op.kind), len(lowering.steps)
+    fitting = op.kind == "torch" or all(is_float(lowering.values[name]) for name in op.inputs)
+    if rule is not None and fitting and rule(lowering, op):
+        # steps before it bring its inputs into the layouts it reads, one behind a layer its output into rows
+        own = next((step for step in lowering.steps[before:] if getattr(step, "layer", None) is op), lowering.steps[-1])
+        assert isinstance(own, NativeStep)
+        own.op = op
+        return
+    meta = evaluate_op(op, lowering.values, lowering.constants)
+    meta = settled(meta) if isinstance(meta, Tensor) else meta
+    lowering.values[op.output] = meta
+    if not isinstance(meta, Tensor):
+        lowering.torch_step(op, meta)
+        return
+    for name in op.reads:
+        source = lowering.values.get(name)
+        if isinstance(source, Tensor) and storage_of(source) == storage_of(meta):
+            lowering.plain(name)  # a view: nothing to run
+            return
+    if pointwise.is_copy(op) and copied(lowering, op.inputs[0], meta):
+        return
+    lowering.torch_step(op, meta)
+
+
+def _sharing(returned: Mapping[str, View], fixed: Collection[int]) -> frozenset[str]:
+    """The results that must be copied: what lies in the arena or is `fixed`, and what another result holds too."""
+    copied, held = set(), dict[int, list[tuple[int, int]]]()
+    for name, view in returned.items():
+        last = view.start + sum((extent - 1) * step for extent, step in zip(view.shape, view.stride, strict=True))
+        others = held.setdefault(view.buffer.slot, [])
+        if (
+            view.buffer.slot == ARENA
+            or view.buffer.slot in fixed
+            or any(a <= last and view.start <= z for a, z in others)
+        ):
+            copied.add(name)
+        else:
+            others.append((view.start, last))
+    return frozenset(copied)
+
+
+_RULES: Mapping[str, Callable[[Lowering, Op], bool]] = {
+    "conv2d": conv_rules.conv2d,
+    "gated_conv2d": conv_rules.conv2d,
+    "gate": conv_rules.gate,
+    "linear": tokens.linear,
+    "recurrent": tokens.recurrent,
+    "max_pool2d": pool_rules.pool,
+    "avg_pool2d": pool_rules.pool,
+    "layer_norm": tokens.layer_norm,
+    "attention": tokens.attention,
+    "global_avg_pool": pool_rules.global_avg_pool,
+    "activation": pointwise.elementwise,
+    "add": pointwise.elementwise,
+    "torch": pointwise.torch_operator,
+}
+"""Kind -> the rule that lowers it to native ops; False when torch has to run it."""

@@ -1,0 +1,187 @@
+"""Lowers what works on one position at a time, wherever it lies: sums, products, copies, concatenations.
+
+Values are read where they are, a feature map through its strides, and the result is written in rows; maps that are
+concatenated by channel become a map again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from autoprune.repack.graph.ir import Op
+from autoprune.repack.graph.reference import evaluate_op
+from autoprune.repack.lowering import nodes
+from autoprune.repack.lowering.buffers import Buffer
+from autoprune.repack.lowering.context import fitting, operand, write
+from autoprune.repack.lowering.layout import FLOAT_BYTES, LONG_FLOATS
+from autoprune.repack.lowering.steps import NativeStep, View, contiguous_strides, is_float, place_of, storage_of
+from autoprune.repack.native.op import NativeOp
+
+if TYPE_CHECKING:
+    from autoprune.repack.lowering.context import Lowering
+
+_OPERATIONS: Mapping[str, str] = {f"aten.{name}.Tensor": name for name in ("add", "sub", "mul", "div")}
+
+_COPIES = ("aten.reshape.default", "aten.clone.default", "aten.contiguous.default")
+
+
+def in_rows(lowering: Lowering, op: Op) -> bool:
+    """An activation, or the sum of two values; False when torch has to run it."""
+    if op.kind == "activation":
+        return _computed(lowering, op, op.inputs, "", op.attributes["name"])
+    return _computed(lowering, op, op.inputs, "add", op.activation)
+
+
+def torch_operator(lowering: Lowering, op: Op) -> bool:
+    """One of torch's operators; False when torch has to run it itself."""
+    a = op.attributes
+    if a["op"] == "aten.cat.default":
+        return _concatenated(lowering, op)
+    if a["op"] == "aten.embedding.default":
+        return _looked_up(lowering, op)
+    if a["op"] == "aten.gather.default":
+        return _taken(lowering, op)
+    operation = _OPERATIONS.get(a["op"])
+    if operation is None or a["kwargs"] or len(a["args"]) != 2:
+        return False
+    given = [each["ref"] if isinstance(each, dict) and "ref" in each else each for each in a["args"]]
+    return _computed(lowering, op, given, operation, None)
+
+
+def is_copy(op: Op) -> bool:
+    """Whether it gives its input's entries in their order."""
+    return op.kind == "reshape" or op.attributes.get("op") in _COPIES
+
+
+def _computed(lowering: Lowering, op: Op, given: Sequence[Any], operation: str, activation: str | None) -> bool:
+    operands = [each for each in (operand(lowering, each) for each in given) if each is not None]
+    if len(operands) < len(given):
+        return False
+    shape = tuple(torch.broadcast_shapes(*(each.shape for each in operands)))
+    if not fitting(shape, operands):
+        return False
+    meta = lowering.define(op.output, shape)
+    buffer = lowering.buffers[storage_of(meta)] = Buffer(meta.numel())
+    write(
+        lowering, op.output, shape, operands, View(buffer, 0, shape, contiguous_strides(shape)), operation, activation
+    )
+    return True
+
+
+def _concatenated(lowering: Lowering, op: Op) -> bool:
+    """Each part is copied to its place."""
+    if op.attributes["kwargs"] or not op.inputs:
+        return False
+    names = [each["ref"] for each in op.attributes["args"][0]]
+    meta = evaluate_op(op, lowering.values, lowering.constants)
+    axis = (op.attributes["args"][1] if len(op.attributes["args"]) > 1 else 0) % max(1, meta.dim())
+    shapes = [tuple(lowering.values[name].shape) for name in names]
+    if any(len(shape) != meta.dim() for shape in shapes):  # torch leaves out empty ones of one axis
+        return False
+    if not all(is_float(lowering.values[name]) for name in names):
+        return False
+    as_map = [(name, (1, 1), 0.0) in lowering.maps for name in names]
+    if meta.dim() == 4 and axis == 1 and any(as_map):
+        made, first = lowering.new_map(op, tuple(meta.shape)), 0
+        for name, shape in zip(names, shapes, strict=True):
+            lowering.copy_into(name, made, first)
+            first += shape[1]
+        if all(name in lowering.positive for name in names):
+            lowering.positive.add(op.output)
+        return True
+    operands = [each for each in (operand(lowering, name) for name in names) if each is not None]
+    if len(operands) < len(names) or not all(fitting(each.shape, [each]) for each in operands):
+        return False
+    buffer = Buffer(meta.numel())
+    lowering.buffers[storage_of(lowering.define(op.output, tuple(meta.shape)))] = buffer
+    strides, start = contiguous_strides(meta.shape), 0
+    for each in operands:
+        view = View(buffer, start * strides[axis], each.shape, strides)
+        write(lowering, op.output, each.shape, [each], view, "", None)
+        start += each.shape[axis]
+    return True
+
+
+def _looked_up(lowering: Lowering, op: Op) -> bool:
+    """Rows of a constant table by an input of int64, which is checked at each call."""
+    table, index = (each["ref"] for each in op.attributes["args"][:2])
+    values = lowering.values
+    known = table in lowering.constants and is_float(values[table]) and values[table].is_contiguous()
+    if not known or values[index].dtype != torch.int64 or index not in lowering.input_slots:
+        return False
+    rows, features = values[table].shape
+    meta = lowering.define(op.output, (*values[index].shape, features))
+    buffer = lowering.buffers[storage_of(meta)] = Buffer(meta.numel())
+    places = [lowering.plain(table), lowering.plain(index)]
+    y, count = View(buffer, 0, tuple(meta.shape), tuple(meta.stride())), values[index].numel()
+    slot = lowering.input_slots[index]
+    lowering.limits[slot] = min(rows, lowering.limits.get(slot, rows))
+
+    def build(*_: Any) -> NativeOp:
+        (table_slot, table_at, _), (slot, at, _), y_at = (place_of(each) for each in (*places, y))
+        x_at, index_at = (table_slot, table_at, (0, features)), (slot, at, (0, 1))
+        return nodes.taken(op.output, x_at, index_at, y_at, (1, count, features), None, lowering.target)
+
+    lowering.steps.append(NativeStep(op.output, [each.buffer for each in places], buffer, build))
+    return True
+
+
+def _taken(lowering: Lowering, op: Op) -> bool:
+    """Whole rows of a value, by numbers that are the same for all of a row's features."""
+    args = op.attributes["args"]
+    if op.attributes["kwargs"] or len(args) != 3:
+        return False
+    (x, index), axis = ((lowering.values[each["ref"]] for each in (args[0], args[2])), args[1])
+    meta = evaluate_op(op, lowering.values, lowering.constants)
+    if not is_float(x) or index.dtype != torch.int64 or x.dim() not in (2, 3) or not x.numel() or not meta.numel():
+        return False
+    features = meta.shape[-1]
+    whole = features == 1 or (index.stride(-1) == 0 and x.stride(-1) == 1)
+    if axis % x.dim() != x.dim() - 2 or not whole:
+        return False
+    if lowering.wrong is None:
+        lowering.wrong = lowering.scratch(LONG_FLOATS)
+    given, told, wrong = lowering.plain(args[0]["ref"]), lowering.plain(args[2]["ref"]), lowering.wrong
+    made = lowering.define(op.output, tuple(meta.shape))
+    buffer = lowering.buffers[storage_of(made)] = Buffer(made.numel())
+    batch, rows = (1, *meta.shape)[-3:-1]
+
+    def strides(value: Tensor) -> tuple[int, ...]:
+        return (0, *value.stride())[-3:-1]
+
+    at_x, at_index = strides(x), strides(index)
+    limit = x.shape[-2]
+
+    def build(*_: Any) -> NativeOp:
+        x_at = (given.buffer.slot, given.start * FLOAT_BYTES, at_x)
+        index_at = (told.buffer.slot, told.offset * LONG_FLOATS * FLOAT_BYTES, at_index)  # which lies in no arena
+        y_at, checked = (buffer.slot, buffer.offset, ()), (wrong.slot, wrong.offset, limit)
+        return nodes.taken(op.output, x_at, index_at, y_at, (batch, rows, features), checked, lowering.target)
+
+    lowering.steps.append(NativeStep(op.output, [given.buffer, told.buffer, wrong], buffer, build))
+    return True
+
+
+def elementwise(lowering: Lowering, op: Op) -> bool:
+    """On maps, or on values that lie in rows."""
+    shape = tuple(lowering.values[op.inputs[0]].shape)
+    if not all((name, (1, 1), 0.0) in lowering.maps for name in op.inputs):
+        return in_rows(lowering, op)
+    lowering.same_shape(op, shape)
+    given = [lowering.map(name) for name in op.inputs]
+    made = lowering.new_map(op, shape)
+    for each in given:
+        made.pitch.join(each.pitch)
+    made.over = given[-1]
+    activation = op.attributes["name"] if op.kind == "activation" else op.activation
+
+    def build(*_: Any) -> NativeOp:
+        other = given[1].at if len(given) > 1 else None
+        return nodes.combine(op.output, shape[0], given[0].at, other, made.at, activation, lowering.target)
+
+    lowering.steps.append(NativeStep(op.output, [each.buffer for each in given], made.buffer, build))
+    return True

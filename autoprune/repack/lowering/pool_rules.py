@@ -1,0 +1,91 @@
+"""Rules of sliding windows: poolings, and what depthwise convolutions share with them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from autoprune.errors import AutopruneError
+from autoprune.repack.graph.ir import Op
+from autoprune.repack.kernels.window import Mode
+from autoprune.repack.lowering import nodes
+from autoprune.repack.lowering.buffers import Buffer
+from autoprune.repack.lowering.context import Lowering
+from autoprune.repack.lowering.steps import (
+    NativeStep,
+    storage_of,
+)
+from autoprune.repack.native.op import NativeOp
+
+WIDEST_STRIDE = 4  # of a sliding window's kernel
+WIDEST_POOL = 32  # columns from a pooling's first to its last: code for them grows with their square
+
+
+def slide(
+    lowering: Lowering,
+    op: Op,
+    window: nodes.Window,
+    shape: tuple[int, ...],
+    mode: Mode,
+    border: float = 0.0,
+    **rest: Any,
+) -> None:
+    given = lowering.map(op.inputs[0], window.padding, border=border)
+    if op.inputs[0] in lowering.positive and mode is not Mode.DEPTHWISE:
+        lowering.positive.add(op.output)
+    made = lowering.new_map(op, shape)
+    if window.stride == (1, 1):
+        made.pitch.join(given.pitch)
+
+    def build(*_: Any) -> NativeOp:
+        return nodes.sliding(op.output, mode, window, shape[0], given.at, made.at, lowering.target, **rest)
+
+    lowering.steps.append(NativeStep(op.output, [given.buffer], made.buffer, build))
+
+
+def pool(lowering: Lowering, op: Op) -> bool:
+    a = op.attributes
+    x = lowering.values[op.inputs[0]]
+    dilation = a.get("dilation", [1, 1])
+    kernel, stride, padding = ((a[key][0], a[key][1]) for key in ("kernel", "stride", "padding"))
+    window = nodes.Window(kernel, stride, padding, (dilation[0], dilation[1]))
+    wide = window.stride[1] > WIDEST_STRIDE or dilation[1] * (kernel[1] - 1) > WIDEST_POOL
+    if x.dim() != 4 or wide:
+        return False
+    shape = (*x.shape[:2], *window.outputs(x.shape[2], x.shape[3]))
+    if min(shape[1:]) < 1:
+        raise AutopruneError(f"a pooling by a {window.kernel} kernel takes no input of shape {tuple(x.shape)}.")
+    if op.kind == "max_pool2d":
+        slide(lowering, op, window, shape, Mode.MAX, border=float("-inf"))
+    else:
+        slide(lowering, op, window, shape, Mode.AVERAGE, count_padding=bool(a["count_include_pad"]))
+    return True
+
+
+def pooling(lowering: Lowering, op: Op) -> Op | None:
+    """An adaptive pooling as what it is for an input of this shape; None where it is nothing at all."""
+    x, (source,) = lowering.values[op.inputs[0]], op.inputs
+    output = op.attributes["output"]
+    if x.dim() != 4 or any(extent % parts for extent, parts in zip(x.shape[2:], output, strict=True)):
+        return op
+    kernel = [extent // parts for extent, parts in zip(x.shape[2:], output, strict=True)]
+    if kernel != [1, 1]:
+        given = {"kernel": kernel, "stride": kernel, "padding": [0, 0], "count_include_pad": True}
+        return replace(op, kind="avg_pool2d", attributes=given)
+    lowering.values[op.output] = x
+    lowering.maps |= {(op.output, *key[1:]): made for key, made in lowering.maps.items() if key[0] == source}
+    lowering.positive |= {op.output} & ({op.output} if source in lowering.positive else set())
+    return None
+
+
+def global_avg_pool(lowering: Lowering, op: Op) -> bool:
+    given = lowering.map(op.inputs[0])
+    batch, channels, _, _ = given.shape
+    meta = lowering.define(op.output, (batch, channels, 1, 1) if op.attributes["keepdim"] else (batch, channels))
+    buffer = lowering.buffers[storage_of(meta)] = Buffer(meta.numel())
+
+    def build(*_: Any) -> NativeOp:
+        return nodes.mean(op.output, batch, given.at, buffer, lowering.target)
+
+    lowering.steps.append(NativeStep(op.output, [given.buffer], buffer, build))
+    return True

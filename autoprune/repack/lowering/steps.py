@@ -1,0 +1,201 @@
+"""What a graph is lowered to: steps, and where what they read and write lies."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from autoprune.repack.graph.ir import Op
+from autoprune.repack.lowering import nodes
+from autoprune.repack.lowering.buffers import Arena, Buffer
+from autoprune.repack.lowering.layout import FLOAT_BYTES, MapLayout
+from autoprune.repack.lowering.weights import Weights
+from autoprune.repack.native.op import NativeOp
+
+ARENA = 1  # slot of the arena; slot 0 holds 0
+
+
+@dataclass(eq=False)
+class PitchClass:
+    """Maps of one pitch; `parent` is where a class went that was joined with another."""
+
+    width: int = 0
+    parent: PitchClass | None = None
+
+    def root(self) -> PitchClass:
+        return self if self.parent is None else self.parent.root()
+
+    def join(self, other: PitchClass) -> None:
+        mine, theirs = self.root(), other.root()
+        if mine is not theirs:
+            theirs.parent = mine
+            mine.width = max(mine.width, theirs.width)
+
+
+@dataclass(eq=False)
+class Map:
+    """A value as a feature map; its layout stands when every reader is known.
+
+    Attributes:
+        over: a map that this one may be written over, where it is not needed any more.
+    """
+
+    shape: tuple[int, int, int, int]
+    stride: tuple[int, int]
+    border: float
+    pitch: PitchClass = field(default_factory=PitchClass)
+    pad: tuple[int, int] = (0, 0)
+    reach: int = 0
+    over: Map | None = None
+    buffer: Buffer = field(default_factory=lambda: Buffer(0))
+
+    def padded(self, padding: tuple[int, int], reach: int = 0) -> Map:
+        """Makes room for a reader that looks `padding` beyond the map, and `reach` columns more through masks."""
+        self.reach = max(self.reach, reach)
+        self.pad = (max(self.pad[0], padding[0]), max(self.pad[1], padding[1]))
+        width, wide = self.shape[3], self.stride[1]
+        needed = width + self.pad[1] if self.stride == (1, 1) else -(-(width + 2 * self.pad[1]) // wide)
+        root = self.pitch.root()
+        root.width = max(root.width, needed)
+        return self
+
+    @property
+    def layout(self) -> MapLayout:
+        _, channels, height, width = self.shape
+        pitch = self.pitch.root().width
+        return MapLayout(channels, height, width, pitch, *self.pad, *self.stride, self.border, self.reach)
+
+    @property
+    def at(self) -> nodes.MapAt:
+        return nodes.MapAt(self.buffer, self.layout)
+
+
+@dataclass(eq=False)
+class NativeStep:
+    """A native op.
+
+    Attributes:
+        build: from the layer's weights and tiling, where it has them.
+        layer: the graph's operation where it has a packed weight.
+        size: (positions or tokens, batch) of such a layer.
+        by_position: whether it is a Linear that runs as a convolution, tokens side by side in a vector.
+        op: the graph's operation; None: it brings the value `name` into another layout.
+    """
+
+    name: str
+    reads: list[Buffer]
+    writes: Buffer
+    build: Callable[[Weights | None, nodes.Tiling], NativeOp]
+    layer: Op | None = None
+    size: tuple[int, int] = (0, 0)
+    op: Op | None = None
+    by_position: bool = False
+
+    @property
+    def form(self) -> str:
+        """The kind of layer that its kernel is made for."""
+        assert self.layer is not None
+        return "conv2d" if self.by_position else self.layer.kind
+
+
+@dataclass(eq=False)
+class TorchStep:
+    """An operation torch runs; its result goes to `slot`, at these strides."""
+
+    op: Op
+    reads: dict[str, View]
+    slot: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class View:
+    """A tensor somewhere in a slot: element offset from the slot's base, shape and strides."""
+
+    buffer: Buffer
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @property
+    def start(self) -> int:
+        """Elements from the slot's base."""
+        return self.buffer.offset // FLOAT_BYTES + self.offset
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A program for one set of input shapes.
+
+    Attributes:
+        steps: in order.
+        arena: memory plan of slot ARENA.
+        slots: how many base addresses a call has.
+        inputs: the slot of each input.
+        limits: slot of an input of integers -> how many rows of a table they may tell.
+        outputs: slot -> shape of the results native ops write into.
+        constants: slot -> what lies there at every call: constants read as values, and what depends on shapes alone.
+        threads: the most that may work on one call.
+        scalars: the integers that torch's operators are given.
+        returned: value -> where it lies when the last step is done.
+        copied: those of them that lie in memory which is not theirs alone.
+        wrong: bytes into the arena of an int64 that is not 0 after a call in which a number was no row's.
+        values: every tensor that has a name, constants and those that lowering adds, on the meta device.
+    """
+
+    steps: tuple[NativeStep | TorchStep, ...]
+    arena: Arena
+    slots: int
+    inputs: tuple[int, ...]
+    limits: Mapping[int, int]
+    outputs: Mapping[int, tuple[int, ...]]
+    constants: Mapping[int, Tensor]
+    scalars: Mapping[str, int]
+    threads: int
+    returned: Mapping[str, View]
+    copied: frozenset[str]
+    wrong: int | None
+    values: Mapping[str, Tensor]
+
+    def is_whole(self, name: str) -> bool:
+        """Whether a result is all of a tensor that is made for it."""
+        view = self.returned[name]
+        alone = view.start == 0 and name not in self.copied and is_contiguous(view)
+        return alone and self.outputs.get(view.buffer.slot) == view.shape
+
+
+def storage_of(meta: Tensor) -> int:
+    """What tells whether two tensors share memory."""
+    return int(meta.untyped_storage()._cdata)
+
+
+def settled(x: Tensor) -> Tensor:
+    """The same values as bits in memory: torch negates and conjugates by a flag, which native code does not see."""
+    return x.resolve_conj().resolve_neg() if x.is_neg() or x.is_conj() else x
+
+
+def is_float(value: object) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.float32
+
+
+def place_of(source: Map | View) -> nodes.Place:
+    """Where a value lies: slot, bytes and strides. Known when every layout stands."""
+    if isinstance(source, View):
+        return source.buffer.slot, source.start * FLOAT_BYTES, source.stride
+    layout = source.layout
+    return source.buffer.slot, source.at.offset, (layout.image, layout.channel(1), layout.pitch, 1)
+
+
+def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of rows that follow each other."""
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+
+
+def is_contiguous(view: View) -> bool:
+    return view.stride == contiguous_strides(view.shape)

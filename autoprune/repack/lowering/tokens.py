@@ -1,0 +1,158 @@
+"""Lowers what works on rows of tokens: Linears, layer norms, attention, recurrences."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from autoprune.errors import AutopruneError
+from autoprune.repack.graph.ir import Op
+from autoprune.repack.kernels.attention import scratch as scratch_size
+from autoprune.repack.lowering import convolutions, nodes
+from autoprune.repack.lowering.buffers import Buffer
+from autoprune.repack.lowering.context import turn_back, turned
+from autoprune.repack.lowering.layout import FLOAT_BYTES
+from autoprune.repack.lowering.steps import Map, NativeStep, is_float, place_of, storage_of
+from autoprune.repack.lowering.weights import Weights
+from autoprune.repack.native.op import NativeOp
+from autoprune.repack.weights.grouping import GROUP_SIZES
+
+if TYPE_CHECKING:
+    from autoprune.repack.lowering.context import Lowering
+
+
+def layer_norm(lowering: Lowering, op: Op) -> bool:
+    """Each row normalised; False where its weights do not fit and torch has to run it."""
+    x, features = lowering.rows(op.inputs[0]), op.attributes["size"]
+    arrays = {role: lowering.graph.constants[name] for role, name in op.tensors.items()}
+    fitting = all(is_float(each) and each.shape == (features,) for each in arrays.values())
+    if x.shape[-1:] != (features,) or not fitting:
+        return False
+    weight = arrays.get("weight", torch.ones(features, dtype=torch.float32, device="cpu")).contiguous().numpy()
+    bias = arrays.get("bias", torch.zeros(features, dtype=torch.float32, device="cpu")).contiguous().numpy()
+    meta = lowering.define(op.output, x.shape)
+    buffer = lowering.buffers[storage_of(meta)] = Buffer(meta.numel())
+
+    def build(*_: Any) -> NativeOp:
+        given, made = (x.buffer.slot, x.start * FLOAT_BYTES), (buffer.slot, buffer.offset)
+        tokens = meta.numel() // features
+        return nodes.layer_norm(op.output, given, made, tokens, weight, bias, op.attributes["eps"], lowering.target)
+
+    lowering.steps.append(NativeStep(op.output, [x.buffer], buffer, build))
+    return True
+
+
+def attention(lowering: Lowering, op: Op) -> bool:
+    """Queries, keys and values are read where they lie; False where a head's features do not lie together."""
+    views = [lowering.plain(name) for name in op.inputs]
+    q, k, v = views
+    if any(len(each.shape) != 4 or each.stride[3] != 1 for each in views):
+        return False
+    batch, heads, queries, width = q.shape
+    keys = k.shape[2]
+    if k.shape != (batch, heads, keys, width) or v.shape != k.shape or keys < 1:
+        return False
+    meta = lowering.define(op.output, q.shape, order=(0, 2, 1, 3))
+    buffer = lowering.buffers[storage_of(meta)] = Buffer(meta.numel())
+    scratch = lowering.scratch(scratch_size(keys, width, lowering.target))
+    scale = op.attributes["scale"]
+    scale = width**-0.5 if scale is None else scale
+
+    def build(*_: Any) -> NativeOp:
+        q_at, k_at, v_at = (place_of(view) for view in views)
+        y_at = (buffer.slot, buffer.offset, (meta.stride(0), meta.stride(1), meta.stride(2)))
+        size = (batch, heads, queries, keys, width)
+        return nodes.attend(op.output, q_at, k_at, v_at, y_at, scratch, size, scale, lowering.target)
+
+    lowering.steps.append(NativeStep(op.output, [*(each.buffer for each in views), scratch], buffer, build))
+    return True
+
+
+def recurrent(lowering: Lowering, op: Op) -> bool:
+    """One direction of an LSTM or GRU, all its steps; False where its weight is not packed gate by gate."""
+    a = op.attributes
+    if op.output not in lowering.weights or not a["interleaved"]:
+        return False
+    weight, units = lowering.constants[op.tensors["weight"]], a["units"]
+    x, before = lowering.rows(op.inputs[0]), [lowering.rows(name) for name in op.inputs[1:]]
+    if len(x.shape) != 3 or x.shape[2] != weight.shape[0]:
+        raise AutopruneError(f"a recurrent layer takes projections (..., ..., {weight.shape[0]}), not {x.shape}.")
+    steps, batch = x.shape[:2] if a["time_first"] else (x.shape[1], x.shape[0])
+    hidden = weight.shape[1]
+    for view in before:
+        if view.shape != (batch, hidden):
+            raise AutopruneError(f"a recurrent layer begins with a state {(batch, hidden)}, not {view.shape}.")
+    size = nodes.Sequences(
+        a["cell"], steps, batch, hidden, None if units is None else tuple(units), a["time_first"], a["reverse"],
+        a["threshold"], a["keep"],
+    )  # fmt: skip
+    meta = lowering.define(op.output, (2 if size.cell == "lstm" else 1, *x.shape[:2], hidden))
+    buffer = lowering.buffers[storage_of(meta)] = Buffer(meta.numel())
+    scratch = Buffer(batch * size.scratch)
+    lowering.scratches.append(scratch)
+
+    def build(weights: Weights | None, tiling: nodes.Tiling) -> NativeOp:
+        assert weights is not None
+        given, *starts = ((view.buffer.slot, view.start * FLOAT_BYTES) for view in (x, *before))
+        made = (buffer.slot, buffer.offset)
+        return nodes.sequence(op.output, weights, tiling, size, given, made, tuple(starts), scratch, lowering.target)
+
+    reads = [x.buffer, scratch, *(view.buffer for view in before)]
+    lowering.steps.append(NativeStep(op.output, reads, buffer, build, op, (steps, batch)))
+    return True
+
+
+def linear(lowering: Lowering, op: Op) -> bool:
+    """A packed Linear; False where it is not packed."""
+    if op.output not in lowering.weights:
+        return False
+    weight, given = lowering.constants[op.tensors["weight"]], lowering.values[op.inputs[0]].shape
+    if given[-1:] != weight.shape[1:]:
+        raise AutopruneError(f"a Linear takes {weight.shape[1]} features, not an input of shape {tuple(given)}.")
+    shape = (*given[:-1], weight.shape[0])
+    lowering.same_shape(op, shape)
+    meta = lowering.define(op.output, shape)
+    tokens = meta.numel() // weight.shape[0]
+    if tokens >= lowering.target.lanes:
+        _by_position(lowering, op, tokens)
+        return True
+    x = lowering.rows(op.inputs[0])
+    residual = lowering.rows(op.inputs[1]) if len(op.inputs) > 1 else None
+    buffer = lowering.buffers[storage_of(meta)] = Buffer(meta.numel())
+
+    def build(weights: Weights | None, tiling: nodes.Tiling) -> NativeOp:
+        assert weights is not None
+        places = [(v.buffer.slot, v.start * FLOAT_BYTES, v.shape[-1]) for v in (x, residual) if v is not None]
+        y = (buffer.slot, buffer.offset, weight.shape[0])
+        other = places[1] if residual is not None else None
+        return nodes.linear(op.output, weights, op.activation, tiling, tokens, places[0], y, other, lowering.target)
+
+    reads = [x.buffer, *([residual.buffer] if residual is not None else [])]
+    lowering.steps.append(NativeStep(op.output, reads, buffer, build, op, (tokens, 1)))
+    return True
+
+
+def _by_position(lowering: Lowering, op: Op, tokens: int) -> None:
+    """A Linear over many tokens as a convolution by one position."""
+    out = lowering.constants[op.tensors["weight"]].shape[0]
+    given = turned(lowering, op.inputs[0], tokens)
+    made = Map((1, out, 1, tokens), (1, 1), 0.0).padded((0, 0))
+    made.pitch.join(given.pitch)
+    scratch = lowering.scratch(convolutions.panel_scratch(max(GROUP_SIZES)))  # whatever the tuning tries
+    window = nodes.Window((1, 1), (1, 1), (0, 0), (1, 1))
+    added = op.inputs[1] if len(op.inputs) > 1 else None
+    activation = op.activation if added is None else None
+
+    def build(weights: Weights | None, tiling: nodes.Tiling) -> NativeOp:
+        assert weights is not None
+        return convolutions.convolution(
+            op.output, weights, window, activation, tiling, 1, given.at, made.at, None, scratch, lowering.target
+        )
+
+    residual = None if added is None else lowering.rows(added)
+    reads = [given.buffer, scratch]
+    lowering.steps.append(NativeStep(op.output, reads, made.buffer, build, op, (tokens, 1), by_position=True))
+    lowering.planes[op.output if added is None else f"{op.output} before {added}"] = made
+    if residual is not None:
+        turn_back(lowering, op.output, made, residual, op.activation)

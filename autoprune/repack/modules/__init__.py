@@ -1,0 +1,1 @@
+"""Packed layers in the model's own modules."""

@@ -1,0 +1,1 @@
+"""Compiled ops in sequence."""

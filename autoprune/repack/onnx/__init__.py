@@ -1,0 +1,1 @@
+"""Export to ONNX, and the form each layer has there."""

@@ -1,1 +1,0 @@
-"""The whole-model program: a model captured as a small graph of our own, simplified, and run by native kernels."""

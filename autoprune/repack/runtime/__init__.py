@@ -1,0 +1,1 @@
+"""Programs that are called: memory, threads, bound inputs."""

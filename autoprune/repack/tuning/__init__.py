@@ -1,0 +1,1 @@
+"""Which grouping and tiling is the fastest here, and what layers take."""

@@ -1,0 +1,372 @@
+"""Autotuning: how each packed layer is grouped and cut into items, found by running it where it will run.
+
+Every candidate is timed in the program's own memory, on the layer's own input, in turns. What won is remembered for the
+CPU, the shape and the sparsity, so the next model with such a layer starts at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from autoprune.errors import FileError
+from autoprune.files import cache_folder, read_json, write_json
+from autoprune.latency.machine import machine_identity
+from autoprune.latency.quiet import timing
+from autoprune.latency.timer import Clock
+from autoprune.processes.locks import turn
+from autoprune.repack.graph.ir import Op
+from autoprune.repack.kernels.compiler import Target
+from autoprune.repack.lowering.nodes import Tiling
+from autoprune.repack.lowering.steps import NativeStep
+from autoprune.repack.lowering.weights import Weights
+from autoprune.repack.native.op import NativeOp
+from autoprune.repack.native.sequence import NativeSequence
+from autoprune.repack.runtime.program import Plan, Program, shapes_of
+from autoprune.repack.tuning.cache_model import Cache, fetched
+from autoprune.repack.weights.grouping import GROUP_SIZES, Grouping
+from autoprune.repack.weights.packed import pack, pack_rows
+from autoprune.repack.weights.serialized import flag
+
+_LOG = logging.getLogger(__name__)
+VERSION = 7  # of the kernels: what was tuned for others is not used
+ROUNDS = 5
+# What a kept weight costs in groups of this size, relative to the largest: smaller groups load more for each.
+# A vector holds positions, or the filters of a group.
+COST_BY_POSITION = {16: 1.0, 8: 1.0, 4: 1.08, 2: 1.6, 1: 2.4}
+COST_BY_FILTER = {16: 1.0, 8: 1.4, 4: 2.8, 2: 5.0, 1: 8.0}
+WORTH_TRYING = 1.35  # candidates up to this much dearer than the cheapest are timed
+PANELS = ((96, 288), (192, 144), (192, 288), (192, 576))  # positions an item, inputs a panel
+ITEMS_A_THREAD = 8  # so that threads finish together
+STREAMED = 0.06  # bytes of a Linear's weight, read for few tokens, an operation of the whole model
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a packed layer is made of.
+
+    Attributes:
+        weight: dense, ``(out, in / groups, kh, kw)`` or ``(out, in)``, with its zeros.
+        bias: ``(out,)`` or None.
+        groups: of a grouped convolution.
+        together: neighbouring filters that live or die together, so that only they share a packed group; 0: any may.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    groups: int
+    together: int = 0
+
+    @cached_property
+    def grouping(self) -> Grouping:
+        """Its filters in groups of each size."""
+        return Grouping(self.weight, self.groups)
+
+    def pack(self, size: int) -> Weights:
+        """Its weights in groups of `size`; 0: in the largest that its zeros allow."""
+        if self.together:
+            rows = np.arange(len(self.weight), dtype=np.int32).reshape(-1, size or self.sizes()[0])
+            return Weights.of(pack_rows(self.weight, self.groups, rows), self.bias)
+        return Weights.of(pack(self.weight, self.groups, size or None, self.grouping), self.bias)
+
+    def sizes(self, by_position: bool = False) -> list[int]:
+        """Group sizes worth timing, the most promising first."""
+        factors = COST_BY_POSITION if by_position else COST_BY_FILTER
+        if self.together:
+            fitting = [size for size in GROUP_SIZES if len(self.weight) % size == 0 and size <= max(4, self.together)]
+            cost = {size: self.neighbours_density(size) * factors[size] for size in fitting}
+        else:
+            cost = {size: self.grouping.density(size) * factors[size] for size in GROUP_SIZES}
+        best = min(cost.values())
+        return sorted((size for size in cost if cost[size] <= best * WORTH_TRYING + 1e-9), key=cost.__getitem__)
+
+    def neighbours_density(self, size: int) -> float:
+        """What is stored where neighbours share a group, as a share of the weight."""
+        alive = (self.weight.reshape(len(self.weight) // size, size, -1) != 0).any(dim=1)
+        return float(alive.double().mean())
+
+
+class TuningCache:
+    """What was found on this CPU, in one JSON file; a broken or foreign file is started anew."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        self._path = path
+        identity = machine_identity()
+        self.machine = {key: identity[key] for key in ("cpu", "vector", "llvmlite")} | {"version": VERSION}
+        self.found, self.by_sample = self._read()
+        self.changed = False
+
+    def _read(self) -> tuple[dict[str, Tiling], dict[str, bool]]:
+        try:
+            data = read_json(self.path, "the tuning cache")
+            if data["machine"] != self.machine:
+                return {}, {}
+            found = {str(key): tiling_from_json(row) for key, row in data["found"].items()}
+            return found, {str(key): flag(value) for key, value in data["by_sample"].items()}
+        except (FileError, KeyError, TypeError, AttributeError, ValueError):
+            return {}, {}
+
+    def save(self) -> None:
+        """Writes what is new, beside what others found; a cache that cannot be written costs time, not correctness."""
+        if not self.changed:
+            return
+        try:
+            with turn(self.path):
+                found, by_sample = self._read()
+                found |= dict(self.found)  # a copy: other threads may add to it
+                rows = {key: asdict(tiling) for key, tiling in found.items()}
+                by_sample |= dict(self.by_sample)
+                write_json(self.path, {"machine": self.machine, "found": rows, "by_sample": by_sample})
+        except FileError as error:
+            _say_once(f"what is tuned is not kept, so that every process tunes anew: {error}")
+            return
+        self.changed = False
+
+    @property
+    def path(self) -> Path:
+        """Raises FileError where the user has no place for a cache."""
+        return self._path or cache_folder() / "tuning.json"
+
+
+@cache
+def _say_once(text: str) -> None:
+    _LOG.warning(text)
+
+
+def tiling_from_json(row: Mapping[str, Any]) -> Tiling:
+    """Checks what a file says; raises ValueError or TypeError."""
+    tiling = Tiling(**row)
+    numbers = (tiling.group_size, tiling.block, tiling.chunk, tiling.panel)
+    fine = all(type(n) is int and 0 <= n < 2**31 for n in numbers) and tiling.group_size in (0, *GROUP_SIZES)
+    flags = (tiling.inputs_first, tiling.serpentine, tiling.columns)
+    if not fine or tiling.block < 1 or not all(isinstance(flag, bool) for flag in flags):
+        raise ValueError("no tiling")
+    return tiling
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The outcome: each layer's weights and tiling, microseconds where it was timed, and what the tiling depends on."""
+
+    weights: Mapping[str, Weights]
+    tilings: Mapping[str, Tiling]
+    times_us: Mapping[str, float]
+    keys: Mapping[str, str]
+
+
+def tune(
+    program: Program, layers: Mapping[str, Layer], inputs: tuple[Tensor, ...], cache: TuningCache | None = None,
+    clock: Clock = time.perf_counter, progress: Callable[[str], None] = lambda _: None,
+) -> Tuned:  # fmt: skip
+    """Finds the fastest grouping and tiling of every packed layer of `program`.
+
+    Args:
+        program: lowered with any weights of the layers' shapes; left as it is.
+        layers: by the name of their output.
+        inputs: example inputs; timings hold for their shapes.
+        cache: what is known already; new findings are added and saved.
+        clock: seconds.
+        progress: told the name of each layer that is timed.
+    """
+    cache = cache if cache is not None else TuningCache()
+    plan = program.plan(shapes_of(inputs))
+    weights, tilings, times = dict(program.weights), dict(program.tilings), {}
+    keys = {step.name: key_of(step, layers[step.name], plan) for step in _tunable(plan, layers)}
+    unknown = [step for step in _tunable(plan, layers) if keys[step.name] not in cache.found]
+    if unknown:
+        frame = plan.frame()
+        with torch.inference_mode():
+            plan.run_in(frame, inputs)  # so that every layer has an input
+        bench = _Bench(plan, frame, inputs, clock, program.target)
+        with timing():  # what is found is remembered: it must not be a neighbour's noise
+            for step in unknown:
+                progress(step.name)
+                if keys[step.name] not in cache.found:
+                    cache.found[keys[step.name]], times[step.name] = bench.fastest(step, layers[step.name])
+                    cache.changed = True
+                    cache.save()  # each: all layers of a large model take minutes
+        plan.release(frame)
+    for name, key in keys.items():
+        tilings[name] = cache.found[key]
+        size = tilings[name].group_size
+        if weights[name].packed.group_size != size:
+            weights[name] = layers[name].pack(size)
+    return Tuned(weights, tilings, times, keys)
+
+
+def faster_by_sample(
+    whole: Program, apart: Program, tuned: Sequence[Tuned], inputs: tuple[Tensor, ...],
+    cache: TuningCache | None = None, clock: Clock = time.perf_counter,
+) -> bool:  # fmt: skip
+    """Whether a batch is computed faster by `apart`, sample by sample, than by `whole`; remembered like a tiling.
+
+    Args:
+        whole: tuned for the batch.
+        apart: tuned for one sample, on one thread.
+        tuned: what was found for each of the two.
+        inputs: the batch.
+        cache: what is known already.
+        clock: seconds.
+    """
+    cache = cache if cache is not None else TuningCache()
+    what = json.dumps(
+        [shapes_of(inputs), whole.threads or torch.get_num_threads(), *(sorted(each.keys.items()) for each in tuned)]
+    )
+    key = hashlib.sha256(what.encode()).hexdigest()
+    if key not in cache.by_sample:
+        best = [math.inf, math.inf]
+        with timing(), torch.inference_mode():
+            for turn in range(1 + ROUNDS):
+                for number, program in enumerate((whole, apart)):
+                    start = clock()
+                    program(*inputs)
+                    seconds = clock() - start
+                    best[number] = min(best[number], seconds) if turn else math.inf
+        cache.by_sample[key] = best[1] < best[0]
+        cache.changed = True
+        cache.save()
+    return cache.by_sample[key]
+
+
+def streams_little(program: Program, inputs: tuple[Tensor, ...]) -> bool:
+    """Whether reading all weights anew for each sample costs little: none do so for few operations each but small ones.
+
+    Where a layer computes many positions, its weights are a small part of what it reads.
+    """
+    streamed = operations = 0
+    for step in program.plan(shapes_of(inputs)).lowered.steps:
+        if isinstance(step, NativeStep) and step.layer is not None and step.name in program.weights:
+            packed = program.weights[step.name].packed
+            operations += 2 * packed.values.size * math.prod(step.size)
+            streamed += packed.values.nbytes + packed.index.nbytes if step.form == "linear" else 0
+    return streamed <= STREAMED * operations
+
+
+def _tunable(plan: Plan, layers: Mapping[str, Layer]) -> list[NativeStep]:
+    return [step for step in plan.lowered.steps if isinstance(step, NativeStep) and step.name in layers and step.layer]
+
+
+def key_of(step: NativeStep, layer: Layer, plan: Plan) -> str:
+    """What a layer's fastest tiling depends on, as text."""
+    op = step.layer
+    assert op is not None
+    densities = [round(layer.grouping.density(size) * 20) / 20 for size in GROUP_SIZES]
+    what = [op.kind, list(layer.weight.shape), layer.groups, _geometry(op), step.size, densities, plan.threads]
+    what += [layer.together, op.attributes["gate"], op.attributes["live"]] if op.kind == "gated_conv2d" else []
+    return json.dumps(what)
+
+
+_GEOMETRY = ("stride", "padding", "dilation", "cell", "threshold", "keep")  # of any kind; None where there is none
+
+
+def _geometry(op: Op) -> list[Any]:
+    return [op.attributes.get(key) for key in _GEOMETRY] + [len(op.inputs)]
+
+
+@dataclass
+class _Bench:
+    plan: Plan
+    frame: Any
+    inputs: tuple[Tensor, ...]
+    clock: Clock
+    target: Target
+
+    def __post_init__(self) -> None:
+        self.plan.fill(self.frame, self.inputs)
+
+    def fastest(self, step: NativeStep, layer: Layer) -> tuple[Tiling, float]:
+        """The best tiling and its microseconds."""
+        candidates: dict[Tiling, NativeSequence] = {}
+        packs = {size: layer.pack(size) for size in layer.sizes(step.form.endswith("conv2d"))}
+        for weights in packs.values():
+            for tiling in tilings(step, weights, self.plan.threads):
+                candidates[tiling] = NativeSequence([step.build(weights, tiling)])
+        best = self.timed(candidates)
+        winner = min(best, key=best.__getitem__)
+        (op,) = candidates[winner].ops
+        if turned := self.turned(step, packs[winner.group_size], winner, op):
+            candidates[turned[0]] = NativeSequence([turned[1]])
+            best = self.timed({tiling: candidates[tiling] for tiling in (winner, turned[0])})
+            winner = min(best, key=best.__getitem__)
+        return winner, best[winner] * 1e6
+
+    def timed(self, candidates: Mapping[Tiling, NativeSequence]) -> dict[Tiling, float]:
+        """The least seconds of each, in turns."""
+        best = dict.fromkeys(candidates, math.inf)
+        slots = self.frame.slots.ctypes.data
+        for _ in range(ROUNDS):
+            for tiling, sequence in candidates.items():
+                if 1.5 * min(best.values()) < best[tiling] < math.inf:
+                    continue
+                start = self.clock()
+                sequence.run_op(0, slots)
+                best[tiling] = min(best[tiling], self.clock() - start)
+        return best
+
+    def turned(
+        self, step: NativeStep, weights: Weights, tiling: Tiling, op: NativeOp
+    ) -> tuple[Tiling, NativeOp] | None:
+        """The tiling in serpentine order and its op, where that would fetch less than `op` does."""
+        if step.form != "conv2d":
+            return None
+        other = replace(tiling, serpentine=True)
+        made = step.build(weights, other)
+        rising, turned = (
+            fetched(each, step.form, tiling.group_size, self.target, self.frame.slots, Cache(), sample=True).total
+            for each in (op, made)
+        )  # fmt: skip
+        return (other, made) if turned < rising else None
+
+
+def tilings(step: NativeStep, weights: Weights, threads: int) -> Iterable[Tiling]:
+    """The ways to cut a layer's work that are worth timing."""
+    groups, size = weights.packed.groups, weights.packed.group_size
+    positions, batch = step.size
+    if step.form == "recurrent":
+        # an item is some sequences of the batch, all their steps
+        walks = (False,) if weights.by_column is None else (False, True)
+        return [Tiling(size, 1, min(batch, threads), columns=columns) for columns in walks]
+    if threads > 1 and step.form == "conv2d" and _by_rows(weights, positions, batch, threads):
+        shares = -(-threads // batch)  # of an image: as many blocks for each
+
+        def even(block: int) -> int:
+            return -(-positions // (shares * -(-positions // (shares * block))))
+
+        blocks = [(48, 0), (192, 0), (positions, 0), *(PANELS if size >= 4 else ())]
+        return dict.fromkeys(Tiling(size, even(block), groups, True, panel) for block, panel in blocks)
+    least = ITEMS_A_THREAD * threads if threads > 1 else 1
+    blocks = [positions] if step.form == "linear" else [48, 192, positions]
+    made = []
+    for block in dict.fromkeys(min(block, positions) for block in blocks):
+        items = batch * -(-positions // block)
+        chunk = -(-groups // max(1, -(-least // items)))
+        made.append(Tiling(size, block, chunk, True))
+    whole = Tiling(size, positions, -(-groups // max(least, -(-groups // 4))), False)
+    if step.form == "conv2d" and size >= 4:
+        for block, panel in PANELS:
+            items = batch * -(-positions // block)
+            chunk = -(-groups // max(1, -(-least // items)))
+            made.append(Tiling(size, min(block, positions), chunk, True, panel))
+    return dict.fromkeys([*made, whole])
+
+
+def _by_rows(weights: Weights, positions: int, batch: int, threads: int) -> bool:
+    """Whether threads should share a convolution by images or rows, which they then find in their own caches.
+
+    They do not where the weights, which each would read whole, are more than what they would have to exchange.
+    """
+    packed = weights.packed
+    out, channels = packed.shape[0], packed.shape[1] * packed.conv_groups
+    return batch >= threads or positions * (out + channels) > packed.values.size
