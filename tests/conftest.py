@@ -22,4 +22,5 @@ def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AUTOPRUNE_CACHE", str(folder))
+        patch.setenv("AUTOPRUNE_VERIFY", "1")  # every intermediate form of every model of the tests
         yield folder

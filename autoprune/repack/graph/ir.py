@@ -99,6 +99,16 @@ class Graph:
     constants: Mapping[str, Tensor]
     conditions: tuple[Any, ...] = ()
 
+    def __str__(self) -> str:
+        """An operation a line, with its weights' shapes and attributes."""
+        lines = [f"{each.name}: {each.dtype}{list(each.shape)}, free {each.free_axes}" for each in self.inputs]
+        lines += [f"where {condition}" for condition in self.conditions]
+        for op in self.ops:
+            weights = [f"{role}: {list(self.constants[name].shape)}" for role, name in op.tensors.items()]
+            about = [f"{key}={value}" for key, value in op.attributes.items()]
+            lines.append(f"{op.output} = {op.kind}({', '.join([*op.inputs, *weights, *about])})")
+        return "\n".join([*lines, f"returns {self.outputs}"])
+
     @property
     def dynamic(self) -> bool:
         """Whether a call may have other extents than the example."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from autoprune.model.recurrent.names import GATES, by_unit
+from autoprune.repack.debug import dump, dumping, verifying
 from autoprune.repack.graph.channels import drop_dead_channels
 from autoprune.repack.graph.editor import Editor, infer_shapes
 from autoprune.repack.graph.ir import Graph, Op
@@ -27,6 +28,7 @@ _NORM = "aten.batch_norm.default"
 
 def simplify(graph: Graph) -> Graph:
     """Applies every pass until none finds anything more to do."""
+    dump("captured", graph)
     edited = Editor(graph)
     for step in (*_PASSES, _standalone_norms):
         _exhaust(edited, step)
@@ -34,17 +36,24 @@ def simplify(graph: Graph) -> Graph:
         for step in _PASSES:
             _exhaust(edited, step)
         if not drop_dead_channels(edited):
-            return validate(edited.graph())
+            simplified = validate(edited.graph())
+            dump("simplified", simplified)
+            return simplified
 
 
 def _exhaust(edited: Editor, step: Callable[[Editor, Op], bool]) -> None:
     """Runs a pass over every operation, again as long as it changes one."""
-    changed = True
+    changed, ever = True, False
     while changed:
         changed = False
         for name in list(edited.ops):
             op = edited.ops.get(name)
             changed |= op is not None and step(edited, op)
+        ever |= changed
+    if ever and dumping():
+        dump(step.__name__.strip("_"), edited.graph())
+    if ever and verifying():
+        validate(edited.graph())
 
 
 def _fold_norm(edited: Editor, op: Op) -> bool:

@@ -26,6 +26,7 @@ class Buffer:
         slot: index into the call's base addresses.
         offset: bytes.
         first, last: the steps between which it is in use.
+        scratch: whether nothing that it holds before a step is read by it.
         over: what may be overwritten by it, position by position, when it is read for the last time.
     """
 
@@ -36,6 +37,11 @@ class Buffer:
     first: int = -1
     last: int = -1
     over: Buffer | None = None
+    scratch: bool = False
+
+    def __str__(self) -> str:
+        where = "unplaced" if self.slot < 0 else f"slot {self.slot}"
+        return f"{where} at {self.offset}, {self.size} floats, steps {self.first} to {self.last}"
 
     def used(self, step: int) -> None:
         self.first = step if self.first < 0 else self.first

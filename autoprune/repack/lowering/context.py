@@ -207,7 +207,7 @@ class Lowering:
 
     def scratch(self, floats: int) -> Buffer:
         """Room for every thread to work in."""
-        self.scratches.append(Buffer(self.threads * floats))
+        self.scratches.append(Buffer(self.threads * floats, scratch=True))
         return self.scratches[-1]
 
     def same_shape(self, op: Op, shape: tuple[int, ...]) -> None:

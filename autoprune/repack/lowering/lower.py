@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from autoprune.errors import AutopruneError
+from autoprune.repack.debug import dump, verifying
 from autoprune.repack.graph.ir import Graph, Op
 from autoprune.repack.graph.reference import evaluate_op
 from autoprune.repack.kernels.compiler import Target
@@ -23,6 +24,7 @@ from autoprune.repack.lowering.steps import (
     settled,
     storage_of,
 )
+from autoprune.repack.lowering.verify import verify
 from autoprune.repack.lowering.weights import Weights
 
 
@@ -70,7 +72,7 @@ def lower(
     scalars = {name: value for name, value in lowering.values.items() if isinstance(value, int)}
     arena = place(native_buffers(lowering), ARENA)
     copied = _sharing(returned, lowering.fixed)  # now that it is known what lies in the arena
-    return Lowered(
+    lowered = Lowered(
         steps=tuple(lowering.steps),
         arena=arena,
         slots=lowering.slots,
@@ -85,6 +87,8 @@ def lower(
         wrong=None if lowering.wrong is None else lowering.wrong.offset,
         values={name: value for name, value in lowering.values.items() if isinstance(value, Tensor)},
     )
+    dump("lowered", lowered)
+    return verify(lowered) if verifying() else lowered
 
 
 def native_buffers(lowering: Lowering) -> list[Buffer]:

@@ -163,6 +163,21 @@ class Lowered:
     wrong: int | None
     values: Mapping[str, Tensor]
 
+    def __str__(self) -> str:
+        """The steps in order, with where they read and write: a slot, or bytes into the arena."""
+        lines = [f"arena: {self.arena.size * FLOAT_BYTES} bytes; inputs in slots {list(self.inputs)}"]
+        for number, step in enumerate(self.steps):
+            if isinstance(step, NativeStep):
+                kind = step.op.kind if step.op is not None else "another layout"
+                read, written = ", ".join(map(str, step.reads)), str(step.writes)
+                lines.append(f"{number:4d} {step.name} = {kind}({read}) -> {written}")
+            else:
+                read = ", ".join(f"{name} in {view.buffer}" for name, view in step.reads.items())
+                kind = step.op.attributes.get("op", step.op.kind)
+                lines.append(f"{number:4d} {step.op.output} = torch {kind}({read}) -> slot {step.slot}")
+        lines += [f"returns {name} in {view.buffer}" for name, view in self.returned.items()]
+        return "\n".join(lines)
+
     def is_whole(self, name: str) -> bool:
         """Whether a result is all of a tensor that is made for it."""
         view = self.returned[name]

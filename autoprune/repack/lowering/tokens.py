@@ -89,7 +89,7 @@ def recurrent(lowering: Lowering, op: Op) -> bool:
     )  # fmt: skip
     meta = lowering.define(op.output, (2 if size.cell == "lstm" else 1, *x.shape[:2], hidden))
     buffer = lowering.buffers[storage_of(meta)] = Buffer(meta.numel())
-    scratch = Buffer(batch * size.scratch)
+    scratch = Buffer(batch * size.scratch, scratch=True)
     lowering.scratches.append(scratch)
 
     def build(weights: Weights | None, tiling: nodes.Tiling) -> NativeOp:
