@@ -55,8 +55,16 @@ def lower(
         try:
             lower_op(lowering, op)
         except FAILURES as error:
-            told = f"the operation {op.output!r} ({op.kind}) does not take what it is given"
-            raise AutopruneError(f"{told}: {error}") from error
+            raise AutopruneError(
+                f"the operation {op.output!r} ({op.kind}) does not take what it is given: {error}"
+            ) from error
+    lowered = _placed(lowering)
+    dump("lowered", lowered)
+    return verify(lowered) if verifying() else lowered
+
+
+def _placed(lowering: Lowering) -> Lowered:
+    """The program that the steps make, every buffer in its place."""
     outputs: dict[int, tuple[int, ...]] = {}
     tensors = [name for name in lowering.graph.output_names() if isinstance(lowering.values[name], Tensor)]
     returned = {name: output_view(lowering, name, outputs) for name in tensors}
@@ -72,7 +80,7 @@ def lower(
     scalars = {name: value for name, value in lowering.values.items() if isinstance(value, int)}
     arena = place(native_buffers(lowering), ARENA)
     copied = _sharing(returned, lowering.fixed)  # now that it is known what lies in the arena
-    lowered = Lowered(
+    return Lowered(
         steps=tuple(lowering.steps),
         arena=arena,
         slots=lowering.slots,
@@ -87,8 +95,6 @@ def lower(
         wrong=None if lowering.wrong is None else lowering.wrong.offset,
         values={name: value for name, value in lowering.values.items() if isinstance(value, Tensor)},
     )
-    dump("lowered", lowered)
-    return verify(lowered) if verifying() else lowered
 
 
 def native_buffers(lowering: Lowering) -> list[Buffer]:
