@@ -8,12 +8,10 @@ from typing import Any, ClassVar, cast
 from stable_baselines3 import PPO
 
 from autoprune.agents.ppo import PPOAgent
-from autoprune.errors import MissingExtra
+from autoprune.extras import needs
 
-try:
+with needs("rivals", "the agent 'recurrent_ppo'"):
     from sb3_contrib import RecurrentPPO
-except ImportError as error:
-    raise MissingExtra("the agent 'recurrent_ppo' needs sb3-contrib: pip install \"autoprune[rivals]\".") from error
 
 
 class RecurrentPPOAgent(PPOAgent):

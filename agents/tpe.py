@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from autoprune.agents.base import Agent, OnTrial, run_episode
 from autoprune.envs.prune import PruneEnv
-from autoprune.errors import ConfigError, MissingExtra
+from autoprune.errors import ConfigError
+from autoprune.extras import needs
 
 
 class TPEAgent(Agent):
@@ -25,10 +26,8 @@ class TPEAgent(Agent):
     def __init__(self, startup: int = 10) -> None:
         if type(startup) is not int or startup < 1:
             raise ConfigError(f"agent 'tpe': startup must be an integer of 1 or more, not {startup!r}.")
-        try:
+        with needs("rivals", "the agent 'tpe'"):
             import optuna
-        except ImportError as error:
-            raise MissingExtra("the agent 'tpe' needs Optuna: pip install \"autoprune[rivals]\".") from error
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._optuna: Any = optuna
         self.startup = startup

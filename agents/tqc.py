@@ -7,12 +7,10 @@ from typing import cast
 from stable_baselines3 import SAC
 
 from autoprune.agents.sac import SACAgent
-from autoprune.errors import MissingExtra
+from autoprune.extras import needs
 
-try:
+with needs("rivals", "the agent 'tqc'"):
     from sb3_contrib import TQC
-except ImportError as error:
-    raise MissingExtra("the agent 'tqc' needs sb3-contrib: pip install \"autoprune[rivals]\".") from error
 
 
 class TQCAgent(SACAgent):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from autoprune import registration
 from autoprune.errors import AutopruneError
+from autoprune.extras import needs
 from autoprune.metric import Metric
 from autoprune.model.arguments import Arguments
 from autoprune.model.recurrent.modules import cut_states_
@@ -50,7 +51,8 @@ registration.register()
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'autoprune' has no attribute {name!r}")
-    return getattr(importlib.import_module(_LAZY[name]), name)
+    with needs("search", f"autoprune.{name}"):
+        return getattr(importlib.import_module(_LAZY[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -1,7 +1,20 @@
-"""What `import autoprune` must not wait for."""
+"""What `import autoprune` must not wait for, and what works without the extras."""
 
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from packaging.requirements import Requirement
+from torch import nn
+
+import autoprune
+from autoprune.errors import MissingExtra
+from autoprune.extras import needs
+
+EXTRAS = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 
 HEAVY = {
     *("torch._dynamo", "torch._inductor", "torch.onnx", "sympy"),  # torch's compiler takes longer than torch itself
@@ -30,3 +43,51 @@ def test_what_is_heavy_is_named_as_python_names_it() -> None:
     """A misspelt name would never be found."""
     wanted = {"torch._dynamo", "sympy", "gymnasium", "pydantic"}
     assert wanted <= HEAVY & loaded_by("import torch._dynamo, gymnasium, pydantic")
+
+
+def without_search(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs `code` where nothing that the extra `search` installs can be imported."""
+    names = {"scikit-learn": "sklearn", "stable-baselines3": "stable_baselines3"}
+    packages = [names.get(need, need) for need in (Requirement(line).name for line in EXTRAS["search"])]
+    missing = f"import sys; sys.modules |= dict.fromkeys({packages!r}); "
+    return subprocess.run(
+        [sys.executable, "-c", missing + code, *arguments], capture_output=True, text=True, check=False
+    )
+
+
+WORK = """
+import torch, autoprune
+fast = autoprune.load(sys.argv[1])
+x = torch.ones(3, 2, 7, 7)
+again = autoprune.repack(torch.nn.Sequential(torch.nn.Conv2d(2, 8, 3), torch.nn.Flatten()).eval(), x)
+print(fast(x).shape, again(x).shape, again.report[0].why)
+"""
+
+
+def test_a_packed_model_is_loaded_and_run_without_the_extras(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(100, 3)).eval()
+    autoprune.save(autoprune.repack(model, torch.randn(2, 2, 7, 7), form="program"), tmp_path / "fast")
+    done = without_search(WORK, str(tmp_path / "fast"))
+    assert done.stdout.startswith("torch.Size([3, 3]) torch.Size([3, 200]) packed"), done.stderr
+
+
+@pytest.mark.parametrize("code", ["import autoprune; autoprune.compress", "from autoprune import PruningHooks"])
+def test_what_needs_an_extra_says_which(code: str) -> None:
+    assert 'pip install "autoprune[search]"' in without_search(code).stderr.splitlines()[-1]
+
+
+def test_the_command_line_says_which_extra_it_needs() -> None:
+    done = without_search("from autoprune.__main__ import main; main()")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: the command line needs ")
+    assert 'pip install "autoprune[search]"' in done.stderr
+
+
+def test_an_error_of_our_own_is_no_missing_extra() -> None:
+    with pytest.raises(ModuleNotFoundError, match=r"autoprune\.nothing"), needs("search", "this"):
+        import autoprune.nothing  # noqa: F401
+    with (
+        pytest.raises(MissingExtra, match=r"this needs nothing_of: pip install \"autoprune\[ray\]\""),
+        needs("ray", "this"),
+    ):
+        import nothing_of.it  # noqa: F401

@@ -13,10 +13,11 @@ from typing import Any
 
 from torch import nn
 
-from autoprune.errors import AutopruneError, ConfigError, MissingExtra, NumericalError, StaleTable
+from autoprune.errors import AutopruneError, ConfigError, NumericalError, StaleTable
 from autoprune.evaluation.evaluator import Evaluator
 from autoprune.evaluation.measurement import Evaluated, Failure
 from autoprune.evaluation.pool import Pool
+from autoprune.extras import needs
 from autoprune.latency.machine import differences, machine_identity
 from autoprune.latency.quiet import working
 from autoprune.plan import Plan
@@ -114,11 +115,9 @@ class RayPool(Pool):
 
 
 def _imported() -> Any:
-    try:
+    with needs("ray", "a Ray cluster"):
         import ray
         import ray.exceptions
-    except ImportError as error:
-        raise MissingExtra('trials on a cluster need Ray: pip install "autoprune[ray]".') from error
     return ray
 
 
