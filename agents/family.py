@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.utils import set_random_seed
 
 from autoprune.agents.base import Actor, run_episode
 from autoprune.agents.checkpoint import checkpoint_episodes, load_checkpoint_, save_checkpoint
@@ -75,6 +77,8 @@ class FamilyLearner:
                     save_checkpoint(directory, self._model, index + 1)
 
     def _update(self, index: int) -> Update:
+        # What stable-baselines3 draws from are the process's generators, which another process finds in another state.
+        set_random_seed(int(np.random.SeedSequence([self._seed, index]).generate_state(1)[0]))
         for place, env in enumerate(self._envs.copies):
             env.reseed((self._seed, index, place))
         self._model._last_obs = None  # what makes stable-baselines3 begin new episodes

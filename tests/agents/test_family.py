@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from autoprune.agents import AGENTS
 from autoprune.agents.family import FamilyLearner, Update, advantage_of
+from autoprune.agents.harness import own_randomness
 from autoprune.agents.policy import Policy
 from autoprune.agents.sb3 import SB3Agent
 from autoprune.envs import PruneEnv
@@ -56,6 +58,17 @@ def advantages(name: str, updates: int, directory: Path, stop_at: int | None = N
 
     learner(name).learn(updates, directory, on_update)
     return seen
+
+
+@pytest.mark.parametrize("name", ["ppo", "td3"])
+def test_what_others_drew_changes_nothing(name: str, tmp_path: Path) -> None:
+    seen = []
+    with own_randomness():
+        for seed in (1, 2):  # of the process's own generators, which no two processes have alike
+            torch.manual_seed(seed)
+            np.random.seed(seed)
+            seen.append(advantages(name, 6, tmp_path / str(seed)))
+    assert seen[0] == seen[1]
 
 
 @pytest.mark.parametrize("name", ["ppo", "td3"])
