@@ -14,7 +14,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache, wraps
-from typing import Any, cast
+from types import FunctionType
+from typing import Any
 
 import torch
 import torch.fx._symbolic_trace as symbolic
@@ -101,6 +102,8 @@ def tracing() -> Iterator[None]:
 
     with dynamo.compile_lock, quiet(), ExitStack() as after:
         for owner, name, value in (
+            (symbolic, "_is_fx_tracing_flag", _TRACED),
+            (symbolic.Tracer, "trace", _trace),
             (symbolic, "_Patcher", _Patcher),
             (export, "_compiling_state_context", _exporting),
             # where they fail they write the whole model to stderr
@@ -113,23 +116,46 @@ def tracing() -> Iterator[None]:
 
 @contextmanager
 def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    own = vars(owner)
-    before = {name: own[name]} if name in own else {}
-    own[name] = value
+    there, before = name in vars(owner), vars(owner).get(name)
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        del own[name]
-        own.update(before)
+        if there:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)
+
+
+class _Traced(threading.local):
+    """Stands for torch's flag that a model is traced: whether one is in this thread."""
+
+    on = False
+
+    def __bool__(self) -> bool:
+        return self.on
+
+
+_TRACED = _Traced()
+_own_trace = symbolic.Tracer.trace
+# It sets the flag among its globals: here a copy of them, which nobody reads.
+_trace_apart = FunctionType(
+    _own_trace.__code__, dict(vars(symbolic)), "trace", _own_trace.__defaults__, _own_trace.__closure__
+)
+
+
+@wraps(_own_trace)
+def _trace(*args: Any, **kwargs: Any) -> Any:
+    """As torch's own, but other threads do not take themselves for traced."""
+    before, _TRACED.on = _TRACED.on, True
+    try:
+        return _trace_apart(*args, **kwargs)
+    finally:
+        _TRACED.on = before
 
 
 class _Patcher(symbolic._Patcher):
     """Replaces methods of nn.Module while a model is traced: here, for the tracing thread alone."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        # set by torch a moment ago, which sets it back
-        symbolic._is_fx_tracing_flag = cast("bool", ByThread(True, lambda: False))
 
     def patch_method(self, cls: type, name: str, new_fn: Callable[..., Any], deduplicate: bool = True) -> None:
         thread, before = threading.get_ident(), getattr(cls, name)
@@ -143,11 +169,8 @@ class _Patcher(symbolic._Patcher):
 
 @contextmanager
 def _exporting() -> Iterator[None]:
-    """As torch's own, but other threads do not take themselves for compiling and exporting.
-
-    Except in the moment in which they would take themselves for traced, where a compiled model refuses to run.
-    """
-    compiling = ByThread(True, lambda: symbolic._is_fx_tracing_flag)
+    """As torch's own, but other threads do not take themselves for compiling and exporting."""
+    compiling = ByThread(True, lambda: False)
     exporting = ByThread(True, lambda: False)
     with (
         _replaced(torch.compiler, "_is_compiling_flag", compiling),

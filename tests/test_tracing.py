@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.fx._symbolic_trace as symbolic
 from torch import Tensor, nn
 
-from autoprune.repack import repack
+from autoprune.repack import export_onnx, repack
 from autoprune.repack.graph import torch_export as exporting
 from autoprune.tracing import ByThread, quiet, tracing, unloadable
 
@@ -85,6 +86,30 @@ def test_another_thread_does_not_take_itself_for_traced() -> None:
     assert during_export(flags) == [False, False, False, True, True]
     assert torch.backends.mha.get_fastpath_enabled() is True
     assert torch.compiler._is_compiling_flag is False
+
+
+def test_no_flag_of_a_tracing_is_seen_elsewhere_at_any_moment(tmp_path: Path) -> None:
+    seen: set[tuple[bool, ...]] = set()
+    stop = threading.Event()
+
+    def watch() -> None:
+        while not stop.is_set():
+            flags = symbolic._is_fx_tracing_flag, torch.compiler.is_compiling(), torch.compiler.is_exporting()
+            seen.add(tuple(map(bool, flags)))
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # so that every moment is seen
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU()).eval(), torch.randn(3, 4)
+        repack(model, x)
+        export_onnx(model, x, tmp_path / "model.onnx")
+    finally:
+        stop.set()
+        thread.join()
+        sys.setswitchinterval(before)
+    assert seen == {(False, False, False)}
 
 
 def test_the_thread_that_traces_takes_itself_for_exporting() -> None:
