@@ -14,6 +14,8 @@ from torch import Tensor
 
 from autoprune.errors import ConfigError, NumericalError
 
+_ROUNDING = 1e-6  # that a mean in float32 may be out of its range by
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -59,24 +61,22 @@ class Metric:
         Raises:
             NumericalError: it is none, not finite, or out of the metric's range.
         """
-        value = given[self.name] if isinstance(given, Mapping) and self.name in given else given
-        if isinstance(value, (Tensor, np.ndarray, np.generic)) and math.prod(value.shape) == 1:
-            value = value.item()
-        if isinstance(value, bool) or not isinstance(value, (Real, Decimal)):
+        score = number(given[self.name] if isinstance(given, Mapping) and self.name in given else given)
+        if score is None:
             raise NumericalError(
                 f"evaluate must return one number, higher when better, or a dictionary with one at {self.name!r}; it "
                 f"returned {_told(given)}."
             )
-        score = float(value)
         if not math.isfinite(score):
             raise NumericalError(f"evaluate returned {score}, which is no score: it must be a finite number.")
-        if not self.lowest <= score <= self.highest:
+        nearest = min(max(score, self.lowest), self.highest)
+        if not math.isclose(score, nearest, rel_tol=_ROUNDING, abs_tol=_ROUNDING):
             raise NumericalError(
-                f"evaluate returned {score:g}, but a score of the metric {self.name!r} is from {self.lowest:g} to "
+                f"evaluate returned {score:.16g}, but a score of the metric {self.name!r} is from {self.lowest:g} to "
                 f"{self.highest:g}: return it in that range (a fraction, not a percentage), or give the metric that it "
                 "is of (metric=autoprune.Metric(...))."
             )
-        return score
+        return nearest
 
     def figure(self, score: float) -> float:
         return self.factor * score
@@ -97,6 +97,23 @@ class Metric:
     def allowance(self, drop: float) -> str:
         """A drop as it was asked for, e.g. ``2 points of accuracy``."""
         return f"{abs(self.factor) * drop:g} {self.points}"
+
+
+def number(value: Any) -> float | None:
+    """A number of any kind, such as a tensor or an array with one in it; None where it is none."""
+    if isinstance(value, (Tensor, np.ndarray, np.generic)) and math.prod(value.shape) == 1:
+        try:
+            value = None if np.ma.is_masked(value) else value.item()
+        except RuntimeError:  # of a tensor without values
+            return None
+    if isinstance(value, bool) or not isinstance(value, (Real, Decimal)):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+    except ValueError:  # of a Decimal that signals
+        return math.nan
 
 
 def _told(given: Any) -> str:

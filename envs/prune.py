@@ -5,6 +5,7 @@ Without an action that chooses for layers, an episode is step 0 alone: a search 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
@@ -13,6 +14,7 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
+from torch import Tensor
 
 from autoprune.envs.actions import ACTIONS, ActionSpace
 from autoprune.envs.actions.group_size import GroupSize
@@ -31,7 +33,8 @@ from autoprune.envs.projection import (
     release_useless,
 )
 from autoprune.envs.rewards import as_trial, potential
-from autoprune.errors import AutopruneError, ConfigError
+from autoprune.errors import AutopruneError, ConfigError, did_you_mean
+from autoprune.metric import number
 from autoprune.plan import Plan
 from autoprune.registration import ENV_ID
 from autoprune.registry import Choice
@@ -64,14 +67,14 @@ class PruneEnv(gymnasium.Env[Observation, Action]):
     Args:
         problem: what to prune and how to evaluate it. Picklable when its `evaluate` is.
         actions: the components an agent may choose, by registry row.
-        shaping: weight of the shaping; 0 leaves the terminal reward alone. The optimal policy is the same.
-        gamma: the discount the agent is trained with; shaping needs the same one.
+        shaping: weight of the shaping, 0 or more; 0 leaves the terminal reward alone. The optimal policy is the same.
+        gamma: the discount, in (0, 1], the agent is trained with; shaping needs the same one.
         start: the plan an episode starts with, on the target: every layer alike, or the solver's (`envs.knapsack`).
             Where an action guides the solver, it is the solver's.
         curves: whether the layers' curves are observed.
 
     Raises:
-        ConfigError: there is no problem.
+        ConfigError: there is no problem, or an argument is out of its range.
         InfeasibleTarget: before any episode, when no plan can reach the target.
     """
 
@@ -79,8 +82,8 @@ class PruneEnv(gymnasium.Env[Observation, Action]):
 
     def __init__(
         self,
-        problem: Problem,
-        actions: Sequence[Choice] = (Choice("criterion"), Choice("sparsity"), Choice("group_size")),
+        problem: Problem | None = None,
+        actions: Sequence[Choice | str] = (Choice("criterion"), Choice("sparsity"), Choice("group_size")),
         shaping: float = 1.0,
         gamma: float = 1.0,
         start: Start = "uniform",
@@ -91,10 +94,19 @@ class PruneEnv(gymnasium.Env[Observation, Action]):
                 f"the environment needs a problem (autoprune.envs.Problem, such as a run's), not {problem!r:.60}: "
                 f'gymnasium.make("{ENV_ID}", problem=run.problem).'
             )
+        weight, discount = number(shaping), number(gamma)
+        if weight is None or not 0.0 <= weight < math.inf:
+            raise ConfigError(f"shaping is a number from 0 up, not {shaping!r}.")
+        if discount is None or not 0.0 < discount <= 1.0:
+            raise ConfigError(f"gamma, a discount, is above 0 and at most 1, not {gamma!r}.")
+        if start not in STARTS:
+            raise ConfigError(f"an episode cannot start from {start!r}. {did_you_mean(str(start), STARTS)}")
+        if isinstance(actions, str) or not isinstance(actions, Sequence):
+            raise ConfigError(f"actions is a list of names or choices, not {actions!r}.")
         self.problem = problem
-        self.action_choices = tuple(actions)
-        self.actions = ActionSpace([(choice.name, ACTIONS.create(choice)) for choice in actions])
-        self.shaping, self.gamma = shaping, gamma
+        self.action_choices = tuple(map(Choice.of, actions))
+        self.actions = ActionSpace([(choice.name, ACTIONS.create(choice)) for choice in self.action_choices])
+        self.shaping, self.gamma = weight, discount
         self.start: Start = "knapsack" if self.actions.solved else start
         self.curves = curves
         self.action_space: spaces.Box = self.actions.box  # type: ignore[assignment]  # narrower than Gymnasium's
@@ -167,16 +179,23 @@ class PruneEnv(gymnasium.Env[Observation, Action]):
         # The potential of a terminal state is 0, whatever was reached: that is what leaves the best policy alone.
         return self._observe(), float(-self.shaping * before), self.finished(self._plan)
 
-    def _units(self, action: Action) -> Action:
-        units, space = np.asarray(action), self.action_space
+    def _units(self, action: Any) -> Action:
+        space = self.action_space
+        try:
+            units = np.asarray(action.detach() if isinstance(action, Tensor) else action)
+        except (ValueError, TypeError, RuntimeError) as error:  # of lists of unequal lengths; of a tensor elsewhere
+            raise ActionError(
+                f"an action is an array of {len(space.low)} numbers, which this is not: {error}."
+            ) from None
         if units.dtype.kind not in "fiu" or units.shape != space.shape:
             raise ActionError(
                 f"an action is an array of {len(space.low)} numbers, one each for {', '.join(self.actions.names)}, not "
                 f"{units.dtype} of shape {units.shape}."
             )
-        if not (np.abs(units) <= 1.0 + _ROUNDING).all():
+        exact = units.astype(np.float64)  # the least of the integers of a type has no absolute value among them
+        if not (np.abs(exact) <= 1.0 + _ROUNDING).all():
             raise ActionError(f"an action's numbers are from -1 to 1, not {units.tolist()}.")
-        return np.clip(units.astype(np.float32), -1.0, 1.0)
+        return np.clip(exact, -1.0, 1.0).astype(np.float32)
 
     def tried(self, plan: Plan) -> dict[str, Any]:
         """The trial of a plan, wherever it comes from: evaluated, with its reward."""

@@ -79,6 +79,12 @@ def test_whole_numbers_are_scores(given: Any) -> None:
     assert ACCURACY.score(given) == 1.0
 
 
+def test_a_mean_in_float32_may_be_a_rounding_out_of_its_range() -> None:
+    assert ACCURACY.score(np.float32(1.0000001)) == 1.0
+    assert ACCURACY.score(-1e-9) == 0.0
+    assert BITS_PER_CHARACTER.score(5e-7) == 0.0
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
@@ -100,6 +106,12 @@ def test_whole_numbers_are_scores(given: Any) -> None:
         ({"accuracy": np.float32("nan")}, "returned nan"),
         (97.3, "from 0 to 1: return it in that range (a fraction"),
         (-0.01, "returned -0.01"),
+        (1.00001, "returned 1.00001"),
+        (10**400, "returned inf"),
+        (Decimal("sNaN"), "returned nan"),
+        (np.ma.masked, "a MaskedConstant"),
+        (np.ma.array([0.5], mask=[True]), "a MaskedArray"),
+        (torch.zeros((), device="meta"), "a Tensor of shape ()"),
     ],
     ids=repr,
 )

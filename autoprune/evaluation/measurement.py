@@ -12,6 +12,7 @@ from typing import Any
 from autoprune.errors import FileError
 from autoprune.files import append_line, read_lines
 from autoprune.latency.table import LatencyTable
+from autoprune.metric import number
 from autoprune.plan import Plan
 
 FAILED = "failed"  # key, in JSON, of why a plan has no measurement
@@ -52,14 +53,19 @@ class Measurement:
 Evaluated = Measurement | Failure
 
 
-def checked(given: Evaluated) -> Evaluated:
-    """A failure in place of a measurement whose figures are no numbers: a user's own evaluation may give any."""
+def checked(given: Any) -> Evaluated:
+    """The measurement with its figures as floats, or the failure; a failure in place of anything that is neither.
+
+    A user's own evaluation may give anything.
+    """
     if isinstance(given, Failure):
         return given
-    figures = (given.score, given.latency_ms, given.speedup)
-    if all(math.isfinite(figure) for figure in figures) and given.speedup > 0.0:
-        return given
-    return Failure(f"the evaluation gave no usable numbers: {given}.")
+    if isinstance(given, Measurement):
+        figures = [number(each) for each in (given.score, given.latency_ms, given.speedup)]
+        score, latency_ms, speedup = (math.nan if each is None else each for each in figures)
+        if math.isfinite(score) and math.isfinite(latency_ms) and math.isfinite(speedup) and speedup > 0.0:
+            return Measurement(score, latency_ms, speedup)
+    return Failure(f"the evaluation gave no usable numbers: {given!r:.300}.")
 
 
 def evaluated(line: Mapping[str, Any]) -> Evaluated:
@@ -115,6 +121,7 @@ class ByTable(Evaluate):
             yield index, self._predicted(plans[index], measured)
 
     def _predicted(self, plan: Plan, measured: Evaluated) -> Evaluated:
+        measured = checked(measured)
         if isinstance(measured, Failure):
             return measured
         return replace(measured, latency_ms=self.table.predict_ms(plan), speedup=self.table.predict_speedup(plan))

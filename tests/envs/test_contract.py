@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import subprocess
 import sys
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +48,30 @@ def test_an_import_is_enough_for_gymnasium_to_know_it(code: str) -> None:
 
 
 def test_make_needs_a_problem() -> None:
-    with pytest.raises(ConfigError, match=r"needs a problem .*, not None: gymnasium\.make"):
-        gymnasium.make(ENV_ID, problem=None)
+    for given in ({}, {"problem": None}):
+        with pytest.raises(ConfigError, match=r"needs a problem .*, not None: gymnasium\.make"):
+            gymnasium.make(ENV_ID, **given)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"gamma": math.nan}, "gamma"), ({"gamma": 0.0}, "gamma"), ({"gamma": "a"}, "gamma"),
+        ({"shaping": -1.0}, "shaping"), ({"shaping": "a"}, "shaping"), ({"shaping": math.inf}, "shaping"),
+        ({"start": "zz"}, "knapsack, uniform"), ({"start": None}, "knapsack, uniform"),
+        ({"actions": ["sparsty"]}, "Did you mean 'sparsity'"), ({"actions": [3]}, "unknown action"),
+        ({"actions": 3}, "actions"), ({"actions": "sparsity"}, "actions"),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_arguments_out_of_range_are_refused(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        PruneEnv(fake_problem(), **given)
+
+
+def test_an_action_may_be_given_by_its_name() -> None:
+    named = PruneEnv(fake_problem(), ["sparsity", {"name": "group_size"}])
+    assert named.action_choices == ACTIONS
 
 
 @pytest.mark.parametrize(
@@ -56,6 +80,8 @@ def test_make_needs_a_problem() -> None:
         np.zeros(3, np.float32), np.zeros((1, 2), np.float32), np.float32(0.0), np.array(["a", "b"]),
         np.array([None, 0.0]), np.array([True, False]), np.array([1j, 0]), np.array([math.nan, 0.0]),
         np.array([0.0, math.inf]), np.array([0.0, 1.5]), np.array([-7, 0]), [], None,
+        np.full(2, -128, np.int8), np.full(2, np.iinfo(np.int64).min), [[0.0], [0.0, 1.0]],
+        torch.zeros(2, device="meta"), torch.zeros(2).to_sparse(), [0.0, 10**400], {"a": 0.0},
     ],
     ids=repr,
 )  # fmt: skip
@@ -72,13 +98,15 @@ def test_what_is_no_action_is_refused_and_costs_no_step(action: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "action", [[0.5, -0.5], (1, -1), np.array([0.5, -0.5]), torch.tensor([0.5, -0.5]), np.array([1.0000001, 0.0])]
-)
+    "action", [[0.5, -0.5], (1, -1), np.array([0.5, -0.5]), torch.tensor([0.5, -0.5]), np.array([1.0000001, 0.0]),
+     torch.tensor([0.5, -0.5], requires_grad=True), np.array([-1, 1], np.int8)]
+)  # fmt: skip
 def test_numbers_in_another_form_are_an_action(action: Any) -> None:
     env, other = PruneEnv(fake_problem(), ACTIONS), PruneEnv(fake_problem(), ACTIONS)
     env.reset(seed=0)
     other.reset(seed=0)
-    same = np.clip(np.asarray(action, np.float32), -1, 1)
+    plain = action.tolist() if isinstance(action, torch.Tensor) else action
+    same = np.clip(np.asarray(plain, np.float32), -1, 1)
     assert np.array_equal(env.step(action)[0], other.step(same)[0])
 
 
@@ -102,10 +130,11 @@ def test_a_step_needs_an_episode() -> None:
 
 @pytest.mark.parametrize(
     "measured",
-    [Measurement(math.nan, 1.0, 2.0), Measurement(0.9, math.inf, 2.0), Measurement(0.9, 1.0, 0.0), Failure("diverged")],
+    [Measurement(math.nan, 1.0, 2.0), Measurement(0.9, math.inf, 2.0), Measurement(0.9, 1.0, 0.0), Failure("diverged"),
+     Measurement(None, 1.0, 2.0), Measurement("0.9", 1.0, 2.0), Measurement(torch.zeros(2), 1.0, 2.0), None, 0.5],
     ids=repr,
-)
-def test_what_is_no_number_is_no_reward(measured: Measurement | Failure, tmp_path: Path) -> None:
+)  # fmt: skip
+def test_what_is_no_number_is_no_reward(measured: Any, tmp_path: Path) -> None:
     problem = replace(fake_problem(), evaluate=EvaluateBy(lambda _: measured))
     kept = replace(problem, evaluate=CachedEvaluate(problem.evaluate, tmp_path / "evaluations.jsonl"))
     trials = []
@@ -127,6 +156,16 @@ def test_what_is_no_number_is_no_reward(measured: Measurement | Failure, tmp_pat
     trials += [info["trial"] for info in infos]
     assert all(trial == trials[0] for trial in trials)
     assert "failed" in trials[0]
+
+
+@pytest.mark.parametrize("kind", [np.float32, torch.tensor, Fraction], ids=lambda kind: kind.__name__)
+def test_figures_of_any_kind_of_number_are_json(kind: Any) -> None:
+    measured = Measurement(kind(0.5), kind(1.0), kind(2.0))
+    env = PruneEnv(replace(fake_problem(), evaluate=EvaluateBy(lambda _: measured)), ACTIONS)
+    env.reset(seed=0)
+    while not (step := env.step(np.zeros(2, np.float32)))[2]:
+        pass
+    assert json.loads(json.dumps(step[4]["trial"]))["score"] == 0.5
 
 
 def test_vector_environments_are_many_of_one() -> None:
