@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from autoprune.agents.policy import SHIPPED, Policy
 from autoprune.config import Config, parse_config
+from autoprune.errors import AutopruneError
 from autoprune.files import temporary_folder
 from autoprune.masks import Batches, Loss
 from autoprune.metric import ACCURACY, Metric
@@ -26,6 +27,7 @@ from autoprune.plan import Plan
 from autoprune.progress import SILENT, Progress
 from autoprune.repack import RepackedModel
 from autoprune.repack.kernels.compiler import refused
+from autoprune.repack.report import Sealed
 from autoprune.report.data import ResultRow
 from autoprune.target import Target
 from autoprune.tasks.base import Task
@@ -134,12 +136,37 @@ def _given_run(
     return lambda directory: Run(parsed, directory, task=task, progress=progress)
 
 
-def _lent(model: nn.Module) -> nn.Module:
-    """What `evaluate` may do with as it likes: a repacked model, which nothing changes, or a copy of another.
+class _Lent(Sealed):
+    """A copy of a model, in a form that forbids what a repacked one does.
 
-    The copy takes no gradients, as a repacked one takes none: an evaluation that needs them fails at its first call.
+    An evaluation that cannot be made of repacked models, as most are that it will get, fails at its first call.
     """
-    return model if isinstance(model, RepackedModel) else copy.deepcopy(model).requires_grad_(False)
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(())
+        self._hidden = _Hidden(copy.deepcopy(model).requires_grad_(False))
+        self.eval()
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        return self._hidden.model(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class _Hidden:
+    """Keeps a module from being found as a part of another, and from being pickled, as a program is not."""
+
+    model: nn.Module
+
+    def __deepcopy__(self, memo: object) -> _Hidden:
+        return self  # nothing changes it
+
+    def __reduce__(self) -> str:
+        raise AutopruneError("what evaluate is given is called, and is no pickle: most of its models are programs.")
+
+
+def _lent(model: nn.Module) -> nn.Module:
+    """What `evaluate` may do with as it likes: a repacked model, which nothing changes, or what can do as little."""
+    return model if isinstance(model, RepackedModel) else _Lent(model)
 
 
 def _compressed(run: Run) -> Compressed:

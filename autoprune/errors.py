@@ -30,6 +30,10 @@ class NumericalError(AutopruneError):
     """Numbers nothing can be done with: a training that diverged, a score that is none. One ends a trial, no search."""
 
 
+class GivenError(AutopruneError):
+    """What a user gave failed while it was used: a function of his, or a batch. In a trial it ends that, no search."""
+
+
 class InUse(AutopruneError):
     """A directory that another process, or another thread, is writing in."""
 

@@ -16,6 +16,7 @@ from autoprune.criteria import CRITERIA, LayerStatistics
 from autoprune.errors import AutopruneError
 from autoprune.model.arguments import call_with
 from autoprune.model.columns import input_moments, squared_gradients
+from autoprune.model.given import called, check_loss, read
 from autoprune.model.inventory import Inventory, watch_forward
 from autoprune.model.recurrent.names import layer_at, partner_of
 from autoprune.patterns import PATTERNS
@@ -52,13 +53,14 @@ def collect_statistics(
     model.eval()  # batch norm must not drift
     try:
         with watch_forward(model, names, seen):
-            for inputs, target in batches:
-                if wanted & _DIFFERENTIATED:
-                    for name, gradient in _gradients(model, names, loss, inputs, target).items():
-                        sums[name].gradient += gradient.abs()
-                else:
-                    with torch.no_grad():
-                        call_with(model, inputs)
+            for number, inputs, target in read(batches, "the calibration data"):
+                with called(f"the model cannot be calibrated on batch {number}"):
+                    if wanted & _DIFFERENTIATED:
+                        for name, gradient in _gradients(model, names, loss, inputs, target).items():
+                            sums[name].gradient += gradient.abs()
+                    else:
+                        with torch.no_grad():
+                            call_with(model, inputs)
     finally:
         model.train(was_training)
     if missing := [name for name in names if name not in sums]:
@@ -114,6 +116,7 @@ def _gradients(model: nn.Module, names: list[str], loss: Loss, inputs: Any, targ
     """Of the layers' weights, as far as the loss depends on them."""
     with torch.enable_grad():
         value = loss(call_with(model, inputs), target)
+        check_loss(value)
         grads = torch.autograd.grad(value, [weight_of(model, name) for name in names], allow_unused=True)
     return {name: grad for name, grad in zip(names, grads, strict=True) if grad is not None}
 

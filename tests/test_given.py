@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,14 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrizations, prune
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, TensorDataset
 
 import autoprune
 from autoprune import PruningHooks
 from autoprune.errors import AutopruneError
 from autoprune.model.copies import copy_for_inference
 from autoprune.model.inventory import take_inventory
+from autoprune.repack import ProgramModel
+from autoprune.settings import TrainingSettings
 from autoprune.tasks.checks import check_training, unfreeze_
+from autoprune.training.loop import train_
 
 QUICK = {
     "latency": {"samples": 3, "search_samples": 3, "profile_samples": 3, "engines": ["eager"]},
@@ -109,6 +115,7 @@ def test_compress_works_frozen_and_without_gradients_and_leaves_the_model(mode: 
     assert float(done.model(X).abs().max()) > 0, "what evaluate did to its model is no matter"
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
 @pytest.mark.parametrize(
     ("evaluate", "said"),
     [
@@ -119,6 +126,13 @@ def test_compress_works_frozen_and_without_gradients_and_leaves_the_model(mode: 
         (lambda model: model(X).argmax(1) == Y, "shape (12,)"),
         (lambda model: model.fc(X), "cannot be evaluated: AttributeError"),
         (lambda model: model(X).sum().backward(), "cannot be evaluated: RuntimeError"),
+        (lambda model: model.half()(X), "cannot be evaluated: a repacked model runs in float32"),
+        (lambda model: model.double()(X), "cannot be evaluated: a repacked model runs in float32"),
+        (lambda model: model.state_dict(), "cannot be evaluated: a repacked program has no state dict"),
+        (lambda model: pickle.dumps(model), "is no pickle"),
+        (lambda model: torch.jit.trace(model, X), "cannot be evaluated: a repacked program cannot be traced"),
+        (lambda model: model[0], "cannot be evaluated: TypeError"),
+        (lambda model: len(model), "cannot be evaluated: TypeError"),
     ],
 )
 def test_an_evaluation_that_gives_no_score_is_refused_at_its_first_call(evaluate: Any, said: str) -> None:
@@ -134,6 +148,37 @@ class Stream:
         return iter(batches())
 
 
+class Iterated:
+    """Batches that are known by reading alone; a callable in place of one is called, to raise."""
+
+    def __init__(self, given: list[Any]) -> None:
+        self.given = given
+
+    def __len__(self) -> int:
+        return len(self.given)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (each() if callable(each) else each for each in self.given)
+
+
+class Once:
+    """Each iteration goes on with the last one."""
+
+    def __init__(self) -> None:
+        self.iterator = iter(batches())
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.iterator
+
+
+def failing(error: Exception) -> Callable[[], Any]:
+    def fail() -> Any:
+        raise error
+
+    return fail
+
+
+ONE = "holds one sample"
 LOADER = DataLoader(TensorDataset(X, Y), 4, shuffle=True)
 
 
@@ -175,12 +220,74 @@ def test_batches_of_many_kinds_are_trained_on(train: Any) -> None:
         (batches(11), "the last batch of train holds one sample"),
         (DataLoader(TensorDataset(X, Y), 11), "the last batch of train holds one sample"),
         (DataLoader(TensorDataset(X, Y), 1), "cannot be trained on"),
+        (
+            DataLoader(TensorDataset(X, Y), batch_sampler=BatchSampler(SequentialSampler(X), 11, False)),
+            f"the last batch of train {ONE}",
+        ),
+        (Iterated(batches(11)), f"batch 2 of train {ONE}"),
+        ([*batches(), (X[:1], Y[:1]), *batches()], f"batch 3 of train {ONE}"),
+        ([(X[:0], Y[:0]), *batches()], "the first batch of train holds no sample"),
+        ([*batches(), (X[:0], Y[:0]), *batches()], "batch 3 of train holds no sample"),
+        ([*batches(1)[:0], *batches(), None], "batch 3 of train must be an (inputs, target) pair, not a NoneType"),
+        ([*batches(), (X.double(), Y)], "batch 3 of train cannot be trained on"),
+        ([*batches(), (X, Y + 4)], "batch 3 of train cannot be trained on"),
+        ([*batches(), (X / 0, Y)], "the loss of batch 3 of train is nan"),
+        (Iterated([*batches(), failing(KeyError("gone"))]), "batch 3 of train cannot be read: KeyError: 'gone'"),
+        (Iterated([failing(OSError("disk"))]), "batch 1 of train cannot be read: OSError: disk"),
+        (Once(), "each iteration of this Once goes on with the same iterator"),
     ],
 )
 def test_batches_that_cannot_be_trained_on_are_refused_unevaluated(train: Any, said: str) -> None:
     message, calls = refusal(train=train, model=network(norm=True))
     assert said in message
     assert calls == 0
+
+
+def test_a_batch_that_fails_later_is_named() -> None:
+    settings = TrainingSettings(epochs=1)
+    late = [*batches(2), *batches(2)]
+    for broken, said in (
+        (failing(KeyError("gone")), "batch 13 of the training data cannot be read: KeyError: 'gone'"),
+        ((X[:1], Y[:1]), "batch 13 of epoch 1 cannot be trained on: ValueError: Expected more than 1 value"),
+    ):
+        train = Iterated([*late, broken])
+        check_training("train", network(norm=True), train, nn.functional.cross_entropy)
+        with pytest.raises(AutopruneError, match=re.escape(said)):
+            train_(network(norm=True), train, nn.functional.cross_entropy, settings, seed=0)
+
+
+@pytest.mark.parametrize("call", [2, 4])
+def test_one_failing_evaluation_ends_its_trial_alone(call: int, tmp_path: Path) -> None:
+    """The second call is a trial's; the fourth the final table's, which another call of compress goes on with."""
+    seen: list[nn.Module] = []
+
+    def evaluate(model: nn.Module) -> Tensor:
+        seen.append(model)
+        if len(seen) == call:
+            raise KeyError("gone")
+        return accuracy(model)
+
+    def run() -> autoprune.Compressed:
+        return autoprune.compress(network(), batches(), evaluate, X[:1], TARGET, config=QUICK, directory=tmp_path)
+
+    if call == 2:
+        assert "1 of 2; the first: the model cannot be evaluated: KeyError: 'gone'." in run().report
+        return
+    with pytest.raises(AutopruneError, match=r"KeyError: 'gone'\. All that was made is in the run's directory"):
+        run()
+    assert (tmp_path / "results.rounds.jsonl").exists()
+    assert run().rows[0].score == float(accuracy(network()))
+
+
+def test_an_evaluation_that_fails_in_every_trial_ends_the_search_with_its_error() -> None:
+    def evaluate(model: nn.Module) -> Tensor:
+        if isinstance(model, ProgramModel):
+            raise StopIteration("enough")
+        return accuracy(model)
+
+    with pytest.raises(AutopruneError, match=r"all 2 trials failed.*StopIteration: enough") as refused:
+        autoprune.compress(network(), batches(), evaluate, X[:1], TARGET, config=QUICK)
+    assert isinstance(refused.value.__cause__, StopIteration)
 
 
 def test_a_last_batch_of_one_is_no_matter_where_it_can_be_trained_on() -> None:

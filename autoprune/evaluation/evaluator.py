@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from autoprune.errors import NumericalError
+from autoprune.errors import GivenError, NumericalError
 from autoprune.evaluation.measurement import Evaluate, Evaluated, Failure, Measurement
 from autoprune.evaluation.recovery import Recovery, Subject
 from autoprune.latency.quiet import working
@@ -26,17 +26,19 @@ _NUMERIC = (ArithmeticError, torch.linalg.LinAlgError)  # type: ignore[attr-defi
 
 
 @contextmanager
-def _numeric(*errors: type[Exception]) -> Iterator[None]:
-    """Turns numeric errors, and those given, into one kind: they end a trial, not the search."""
+def _numeric() -> Iterator[None]:
+    """Turns numeric errors into one kind: they end a trial, not the search."""
     try:
         yield
-    except (*_NUMERIC, *errors) as error:
+    except _NUMERIC as error:
         raise NumericalError(f"{type(error).__name__}: {error}") from error
 
 
 @dataclass(frozen=True)
 class Evaluator(Evaluate):
-    """Callable: plan -> Measurement, or the Failure of one that diverged. Deterministic but for the clock.
+    """Callable: plan -> Measurement, or the Failure of one that diverged or could not be evaluated.
+
+    Deterministic but for the clock.
 
     Attributes:
         protocol: the timing of one trial.
@@ -59,6 +61,7 @@ class Evaluator(Evaluate):
 
         Raises:
             NumericalError: the recovery diverged.
+            GivenError: the loss or a batch failed while it trained.
         """
         model = copy.deepcopy(self.subject.dense)
         with torch_threads(self.work_threads), _numeric():
@@ -95,8 +98,8 @@ class Evaluator(Evaluate):
                 if not self.timed:
                     return self.predicted(model, plan)
                 score, fast = self.scored(model, plan)
-        except NumericalError as error:
-            return Failure(str(error))
+        except (GivenError, NumericalError) as error:
+            return Failure(str(error), error.__cause__ or error)
         return self.measured(score, fast)
 
     def predicted(self, model: nn.Module, plan: Plan) -> Measurement:
@@ -119,9 +122,10 @@ class Evaluator(Evaluate):
         """On the validation split.
 
         Raises:
-            NumericalError: it is no finite number, or the numbers could not be scored.
+            NumericalError: it is no finite number.
+            GivenError: the evaluation raised something.
         """
-        with torch_threads(self.work_threads), _numeric(ValueError):  # what metrics raise when they are given NaN
+        with torch_threads(self.work_threads):
             return self.subject.task.evaluate(model)
 
     def time(self, fast: nn.Module, baseline: nn.Module | None = None) -> tuple[Latency, Latency]:
@@ -154,8 +158,8 @@ class Beside(Evaluate):
         try:
             with working():
                 score, fast = self.evaluator.scored(self.evaluator.masked_model(plan), plan)
-        except NumericalError as error:
-            return Failure(str(error))
+        except (GivenError, NumericalError) as error:
+            return Failure(str(error), error.__cause__ or error)
         with working():
             beside = self._packed
         reference, packed = self.evaluator.time(fast, beside)

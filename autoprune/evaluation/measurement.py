@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,18 @@ FAILED = "failed"  # key, in JSON, of why a plan has no measurement
 
 @dataclass(frozen=True)
 class Failure:
-    """A plan without a measurement: its training diverged, or its score is no number.
+    """A plan without a measurement: its training diverged, its score is no number, or what the user gave failed.
 
     Attributes:
         reason: in a sentence.
+        error: what was raised; None in another process than the one that evaluated the plan, or where nothing was.
     """
 
     reason: str
+    error: BaseException | None = field(default=None, compare=False, repr=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Failure, (self.reason,)  # a user's error may be no pickle
 
     def to_json(self) -> dict[str, Any]:
         return {FAILED: self.reason}
@@ -133,7 +138,12 @@ class CachedEvaluate(Evaluate):
     Args:
         evaluate: the evaluation.
         path: a file of JSON lines that remembers across processes; None remembers in memory alone.
+
+    Attributes:
+        error: the first that made a plan's evaluation fail, where that was in this process.
     """
+
+    error: BaseException | None = None
 
     def __init__(self, evaluate: Evaluate, path: Path | None = None) -> None:
         self._evaluate, self._path = evaluate, path
@@ -164,6 +174,8 @@ class CachedEvaluate(Evaluate):
             yield from ((index, measured) for index in waiting[key])
 
     def _remember(self, key: str, measured: Evaluated) -> None:
+        if isinstance(measured, Failure):  # its frames hold a model
+            self.error, measured = self.error or measured.error, Failure(measured.reason)
         self._known[key] = measured
         if self._path is not None:
             append_line(self._path, {"key": key, **measured.to_json()})

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from autoprune.errors import AutopruneError, ConfigError, NumericalError, StaleTable
+from autoprune.errors import AutopruneError, ConfigError, GivenError, NumericalError, StaleTable
 from autoprune.evaluation.evaluator import Evaluator
 from autoprune.evaluation.measurement import Evaluated, Failure
 from autoprune.evaluation.pool import Pool
@@ -77,7 +77,7 @@ class RayPool(Pool):
             cause: Exception = error
             while isinstance(cause, exceptions.RayTaskError):  # of the timing, of the scoring, what was raised there
                 cause = cause.cause
-            if isinstance(cause, NumericalError):
+            if isinstance(cause, (GivenError, NumericalError)):
                 return Failure(str(cause))
             if isinstance(cause, AutopruneError):
                 raise cause from error

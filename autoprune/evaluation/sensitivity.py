@@ -31,6 +31,7 @@ from autoprune.identity.fingerprint import fingerprint
 from autoprune.latency.quiet import working
 from autoprune.masks import masks_at
 from autoprune.model.arguments import Arguments, call_with
+from autoprune.model.given import called, check_loss
 from autoprune.model.inventory import watch_forward
 from autoprune.model.recurrent.names import layer_at
 from autoprune.plan import LayerPlan, LayerSpec, Plan
@@ -113,11 +114,13 @@ def _probe(
         probes[name].watch(args[0].detach(), output)
 
     with progress.bar("sensitivity", len(batches)) as bar, torch.enable_grad():
-        for inputs, target in batches:
-            with watch_forward(model, names, seen):
-                output = call_with(model, inputs)
-            # A mean over samples: each sample's own gradient is as many times larger.
-            loss = subject.task.loss(output, _drawn_targets(output, target, draws))
+        for number, (inputs, target) in enumerate(batches, 1):
+            with called(f"the sensitivity cannot be probed on batch {number} of the calibration data"):
+                with watch_forward(model, names, seen):
+                    output = call_with(model, inputs)
+                # A mean over samples: each sample's own gradient is as many times larger.
+                loss = subject.task.loss(output, _drawn_targets(output, target, draws))
+                check_loss(loss)
             torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
             for probe in probes.values():
                 probe.end_batch(len(target))

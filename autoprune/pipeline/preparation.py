@@ -15,7 +15,7 @@ from autoprune.criteria import CRITERIA
 from autoprune.envs.actions import ACTIONS, ActionComponent
 from autoprune.envs.actions.criterion import CriterionChoice
 from autoprune.envs.actions.group_size import GroupSize
-from autoprune.errors import AutopruneError, ConfigError
+from autoprune.errors import ConfigError
 from autoprune.evaluation.dense import check_reseedable, dense_model
 from autoprune.evaluation.pool import cores
 from autoprune.evaluation.profile import profile_record, profile_settings, profile_table, worth_pruning
@@ -154,12 +154,7 @@ class Preparation:
         Raises:
             AutopruneError: the evaluation fails, or gives no score: it would fail for every plan.
         """
-        try:
-            return self.task.evaluate(self.dense)
-        except AutopruneError:
-            raise
-        except Exception as error:  # it is the user's: it may raise anything
-            raise AutopruneError(f"the dense model cannot be evaluated: {type(error).__name__}: {error}") from error
+        return self.task.evaluate(self.dense)
 
     @cached_property
     def inventory(self) -> Inventory:

@@ -8,7 +8,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from torch import nn
+
 from autoprune.agents.base import Trial, succeeded
+from autoprune.errors import GivenError, NumericalError
 from autoprune.evaluation.measurement import FAILED
 from autoprune.files import write_tensors
 from autoprune.latency.engines import ENGINES, baselines
@@ -67,7 +70,7 @@ def results(run: Run, *, again: bool = False) -> tuple[ResultRow, ...]:
 
     dense_file = run.directory / "dense.safetensors"
     write_tensors(dense_file, run.dense.state_dict())
-    dense_score = run.task.test(run.dense)
+    dense_score = _tested(run, run.dense, EAGER)
     size, parameters = dense_file.stat().st_size, sum(p.numel() for p in run.dense.parameters())
     same_work = {EAGER, *(f"dense, {name}" for name in baselines())}
     best = min(same_work & set(times), key=lambda name: times[name].median_ms)
@@ -84,12 +87,22 @@ def results(run: Run, *, again: bool = False) -> tuple[ResultRow, ...]:
     rows += [ResultRow(name, left_out=why) for name, why in left_out.items()]
     kept = nonzero_parameters(masked)
     packed_size = (run.directory / "repacked.safetensors").stat().st_size
-    rows.append(row(MASKED, MASKED, run.task.test(masked), kept, size))
-    rows.append(row(REPACKED, REPACKED, run.task.test(repacked), kept, packed_size))
+    rows.append(row(MASKED, MASKED, _tested(run, masked, MASKED), kept, size))
+    rows.append(row(REPACKED, REPACKED, _tested(run, repacked, REPACKED), kept, packed_size))
     how = {"batch": latency.batch, "threads": latency.threads, "device": "cpu"}
     write_stored(path, Results(tuple(rows), {**how, "rounds, all rows in turns": latency.samples}, machine))
     record.clear()
     return tuple(rows)
+
+
+def _tested(run: Run, model: nn.Module, row: str) -> float:
+    try:
+        return run.task.test(model)
+    except (GivenError, NumericalError) as error:
+        raise type(error)(
+            f"the final table has no score for its row {row!r}: {error} All that was made is in the run's directory: "
+            "once that is mended, the same command goes on from here."
+        ) from error.__cause__ or error
 
 
 def _record_of_rounds(run: Run, rows: list[str], machine: Mapping[str, Any]) -> MeasurementRecord:

@@ -10,12 +10,13 @@ from dataclasses import replace
 from functools import cached_property, partial
 
 from autoprune.agents import AGENTS
-from autoprune.agents.base import Trial
+from autoprune.agents.base import Trial, succeeded
 from autoprune.agents.halving import FIDELITY, best_plans, halve, rungs
 from autoprune.agents.harness import SearchResult, TrialLog, search
 from autoprune.config import flat
 from autoprune.envs import Problem, PruneEnv
 from autoprune.envs.rewards import as_trial
+from autoprune.errors import NumericalError
 from autoprune.evaluation.evaluator import Beside, Evaluator
 from autoprune.evaluation.measurement import FAILED, ByTable, CachedEvaluate, Evaluate, Measurement
 from autoprune.evaluation.pool import Pool, ProcessPool
@@ -49,10 +50,13 @@ class Search(Preparation):
             path=self.directory / "sensitivity.json",
             progress=self.progress,
         )
-        evaluate: Evaluate = CachedEvaluate(self._pool, self.directory / "search" / "evaluations.jsonl")
-        if env.timing == "table":
-            evaluate = ByTable(evaluate, self.table)
-        return self._problem(sensitivity, evaluate)
+        evaluate = self._remembered
+        return self._problem(sensitivity, ByTable(evaluate, self.table) if env.timing == "table" else evaluate)
+
+    @cached_property
+    def _remembered(self) -> CachedEvaluate:
+        """The trials' evaluations."""
+        return CachedEvaluate(self._pool, self.directory / "search" / "evaluations.jsonl")
 
     @cached_property
     def _pool(self) -> Pool:
@@ -135,6 +139,10 @@ class Search(Preparation):
                     on_trial=monitor.trial,
                     on_resumed=monitor.resumed,
                 )
+        try:
+            succeeded(result.trials)
+        except NumericalError as error:
+            raise error from self._remembered.error
         if not (self.directory / "policy" / "policy.json").exists():
             agent.save_policy(self.directory / "policy", env)
         if config.search.halving:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -103,21 +104,8 @@ class RepackedModel(nn.Module):
         return self
 
 
-class ProgramModel(RepackedModel):
-    """A model as a whole program: one native call an inference. Several threads may call it.
-
-    Attributes:
-        program: what runs; it follows ``torch.set_num_threads`` unless it was made for a number of threads.
-        signature: how it is called.
-        classes: of the records it returns, in order; a program from a file has none, and returns `Record` itself.
-    """
-
-    def __init__(
-        self, program: Program, report: Sequence[LayerReport], signature: Signature, classes: Sequence[type] = ()
-    ) -> None:
-        super().__init__(report)
-        self.program, self.signature, self.classes = program, signature, tuple(classes)
-        self.eval()
+class Sealed(RepackedModel):
+    """A repacked model that can be called, no more: it has none of the original's modules and no state dict."""
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Raises AutopruneError: there is none."""
@@ -136,8 +124,34 @@ class ProgramModel(RepackedModel):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         # Not as a decorator: that would load torch's compiler, which takes longer than torch, with every import of
         # autoprune; and a call through it costs as much as a small model takes.
-        call = torch.compiler.disable(self._call) if torch.compiler.is_dynamo_compiling() else self._call
-        return call(*args, **kwargs)
+        if torch.compiler.is_dynamo_compiling():
+            return torch.compiler.disable(self._call)(*args, **kwargs)
+        if torch._C._is_tracing():  # what is computed by no operator of torch's would be taken for a constant
+            raise AutopruneError(
+                "a repacked program cannot be traced: trace the model it was made of, or repack with form='modules'."
+            )
+        return self._call(*args, **kwargs)
+
+    @abstractmethod
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model returns."""
+
+
+class ProgramModel(Sealed):
+    """A model as a whole program: one native call an inference. Several threads may call it.
+
+    Attributes:
+        program: what runs; it follows ``torch.set_num_threads`` unless it was made for a number of threads.
+        signature: how it is called.
+        classes: of the records it returns, in order; a program from a file has none, and returns `Record` itself.
+    """
+
+    def __init__(
+        self, program: Program, report: Sequence[LayerReport], signature: Signature, classes: Sequence[type] = ()
+    ) -> None:
+        super().__init__(report)
+        self.program, self.signature, self.classes = program, signature, tuple(classes)
+        self.eval()
 
     def bind(self, *args: Any, **kwargs: Any) -> Bound:
         """The program on tensors that stay the same, for models that are called very often with little to do.

@@ -15,6 +15,7 @@ from autoprune.errors import AutopruneError
 from autoprune.masks import Batches, Loss
 from autoprune.metric import ACCURACY, Metric
 from autoprune.model.arguments import call_with
+from autoprune.model.given import called, read
 from autoprune.model.inventory import as_tuple, eval_mode
 from autoprune.settings import TrainingSettings
 
@@ -40,7 +41,7 @@ def _mean(model: nn.Module, batches: Batches, worth: Callable[[Tensor, Tensor], 
     """The mean of what each target is worth, given its logits."""
     total, count = 0.0, 0
     with eval_mode(model), torch.inference_mode():
-        for inputs, target in batches:
+        for _, inputs, target in read(batches, "the data to evaluate on"):
             total += float(worth(call_with(model, inputs), target).sum(dtype=torch.float64))
             count += target.numel()
     if count == 0:
@@ -83,6 +84,7 @@ class Task:
 
         Raises:
             NumericalError: `score` gave none.
+            GivenError: it raised something.
         """
         return self._scored(model, self.validation)
 
@@ -92,7 +94,9 @@ class Task:
 
     def _scored(self, model: nn.Module, split: Batches) -> float:
         with eval_mode(model), torch.no_grad():
-            return self.metric.score(self.score(model, split))
+            with called("the model cannot be evaluated"):
+                given = self.score(model, split)
+            return self.metric.score(given)
 
     def example_inputs(self, batch: int = 1) -> tuple[Tensor, ...]:
         """The model's inputs for `batch` samples, repeated where there are too few."""

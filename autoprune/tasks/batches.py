@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Generic, TypeVar
@@ -15,6 +16,7 @@ from torch.nn import functional
 
 from autoprune.errors import AutopruneError
 from autoprune.masks import Batches
+from autoprune.model.given import read
 from autoprune.model.inventory import as_tuple
 
 EVALUATION_BATCH = 64  # feature maps stay in the cache: 2 to 3 times faster than 256 on a small CNN
@@ -64,18 +66,27 @@ class TensorBatches(Generic[Inputs]):
 def first_batches(batches: Batches, count: int) -> tuple[tuple[Any, Tensor], ...]:
     """The first batches, the same ones in every process and at every call, of a loader that shuffles and augments too.
 
-    What torch, numpy and Python draw begins at seed 0, and goes on afterwards as if nothing had been drawn. Of an
-    iterator, which can be read once only, there are none.
+    Of an iterator, which can be read once only, there are none.
+
+    Raises:
+        GivenError: one cannot be read, or is no pair.
     """
     if isinstance(batches, Iterator):
         return ()
+    with drawing_alike():
+        return tuple((inputs, target) for _, inputs, target in islice(read(batches, "the data"), count))
+
+
+@contextmanager
+def drawing_alike() -> Iterator[None]:
+    """What torch, numpy and Python draw begins at seed 0, and goes on afterwards as if nothing had been drawn."""
     before = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             random.seed(0)
             np.random.seed(0)
-            return tuple((inputs, target) for inputs, target in islice(batches, count))
+            yield
     finally:
         random.setstate(before[0])
         np.random.set_state(before[1])

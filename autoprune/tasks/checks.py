@@ -5,27 +5,24 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Sequence, Sized
+from functools import cache
+from itertools import islice
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from autoprune.errors import AutopruneError, ConfigError
 from autoprune.masks import Batches, Loss
 from autoprune.model.arguments import Arguments, call_with
+from autoprune.model.given import called, check_loss, kind, read
 from autoprune.model.inventory import weighted_layers
+from autoprune.tasks.batches import drawing_alike
 
-
-def kind(value: Any) -> str:
-    return f"a {type(value).__name__}"
-
-
-def told(error: Exception) -> str:
-    """An error in one line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
+LOOKED_AT = 8  # batches, of data that are not held in memory
+TRIED = 4  # of them
 
 
 def first_pair(what: str, batches: Any) -> tuple[Any, Any]:
@@ -40,16 +37,18 @@ def first_pair(what: str, batches: Any) -> tuple[Any, Any]:
             f"{what} must be iterable again and again, such as a DataLoader or a list, not {kind(batches)}."
         )
     with torch.random.fork_rng(devices=[]):
-        batch = next(iter(batches), None)
-    if batch is None:
-        raise AutopruneError(f"{what} is empty.")
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-        count = f" of {len(batch)}" if isinstance(batch, (tuple, list, dict)) else ""
-        raise AutopruneError(
-            f"{what} must give (inputs, target) pairs, not {kind(batch)}{count}: several inputs go into a tuple, "
-            "((x1, x2), target), and what is neither must be left out."
-        )
-    return batch[0], batch[1]
+        # A DataLoader with persistent workers begins anew with the iterator that it has.
+        if not isinstance(batches, DataLoader):
+            with called(f"{what} cannot be read"):
+                once, again = iter(batches), iter(batches)
+            if once is again:
+                raise ConfigError(
+                    f"{what} must be iterable again and again, but each iteration of this {type(batches).__name__} "
+                    "goes on with the same iterator: let its __iter__ begin anew."
+                )
+        for _, inputs, target in read(batches, what):
+            return inputs, target
+    raise AutopruneError(f"{what} is empty.")
 
 
 def check_model(model: nn.Module) -> None:
@@ -74,52 +73,66 @@ def unfreeze_(model: nn.Module) -> nn.Module:
 
 
 def check_training(what: str, model: nn.Module, batches: Any, loss: Loss) -> None:
-    """Computes one loss and its gradient, on a copy of the model in training mode.
+    """Computes a loss and its gradient, on a copy of the model in training mode, and looks through what is cheap.
+
+    That is the size of every batch where it is known, and else the first batches, of which some are tried.
 
     Raises:
-        AutopruneError: it fails, the loss is not one finite number with a gradient, or the last batch is too small.
+        AutopruneError: it fails, the loss is not one finite number with a gradient, or a batch is too small.
     """
-    inputs, target = first_pair(what, batches)
-    _backward(f"the first batch of {what}", model, inputs, target, loss)
-    last = _last_size(batches)
-    if last == 1 and Arguments.of(inputs).samples > 1 and not _trains_on_one(model, inputs):
-        raise AutopruneError(
-            f"the last batch of {what} holds one sample, which batch norm cannot be trained on: leave it out "
-            "(DataLoader(..., drop_last=True)), or take another batch size."
-        )
+    first, target = first_pair(what, batches)
+    trains_on_one = cache(lambda: Arguments.of(first).samples < 2 or _trains_on_one(model, first))
 
+    def check_size(batch: str, samples: int | None) -> None:
+        if samples == 0:
+            raise AutopruneError(f"{batch} of {what} holds no sample: leave it out.")
+        if samples == 1 and not trains_on_one():
+            raise AutopruneError(
+                f"{batch} of {what} holds one sample, which batch norm cannot be trained on: leave it out "
+                "(DataLoader(..., drop_last=True)), or take another batch size."
+            )
 
-def _backward(what: str, model: nn.Module, inputs: Any, target: Any, loss: Loss) -> None:
+    check_size("the first batch", _samples(first))  # one sample is as many as the first batch has
     trained = copy.deepcopy(model).train()
-    try:
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+    _try(f"the first batch of {what}", trained, first, target, loss, differentiated=True)
+    check_size("the last batch", _last_size(batches))
+    held = isinstance(batches, (list, tuple))
+    with drawing_alike():
+        for number, inputs, target in islice(read(batches, what), None if held else LOOKED_AT):
+            batch = f"batch {number}"
+            check_size(batch, _samples(inputs))
+            if 1 < number <= TRIED:
+                _try(f"{batch} of {what}", trained, inputs, target, loss)
+
+
+def _try(what: str, trained: nn.Module, inputs: Any, target: Any, loss: Loss, *, differentiated: bool = False) -> None:
+    with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(differentiated):
+        with called(f"{what} cannot be trained on, loss(model(*inputs), target) fails"):
             value = loss(call_with(trained, inputs), target)
-    except Exception as error:  # the model and the loss are the user's: they may raise anything
-        raise AutopruneError(
-            f"{what} cannot be trained on, loss(model(*inputs), target) fails: {told(error)}."
-        ) from error
-    if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
-        given = f"a tensor of shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else kind(value)
-        raise AutopruneError(f"the loss must be one number, a tensor such as a mean over the batch; it gave {given}.")
-    if not math.isfinite(value.item()):
-        raise AutopruneError(f"the loss of {what} is {value.item()}: look for NaN in the data, or for a log of 0.")
-    if not value.requires_grad:
-        raise AutopruneError(
-            "the loss has no gradient: compute it from the model's output, in torch, without detach()."
-        )
-    try:
-        value.backward()
-    except RuntimeError as error:
-        raise AutopruneError(f"{what} cannot be trained on, the loss has no gradient: {told(error)}.") from error
+        check_loss(value, differentiated=differentiated)
+        if not math.isfinite(value.item()):
+            raise AutopruneError(f"the loss of {what} is {value.item()}: look for NaN in the data, or for a log of 0.")
+        if differentiated:
+            with called(f"{what} cannot be trained on, the loss has no gradient"):
+                value.backward()
+
+
+def _samples(inputs: Any) -> int | None:
+    """Of a batch; None where it holds no tensor to count them by."""
+    given = Arguments.of(inputs)
+    return given.samples if any(x.dim() for x in given.tensors[:1]) else None
 
 
 def _last_size(batches: Batches) -> int | None:
     """Samples of the last batch, where it is known without reading all."""
     if isinstance(batches, DataLoader):
-        if batches.batch_size is None or batches.drop_last or isinstance(batches.dataset, IterableDataset):
+        sampler = batches.batch_sampler
+        if isinstance(batches.dataset, IterableDataset) or type(sampler) is not BatchSampler or sampler.drop_last:
             return None
-        return len(cast("Sized", batches.sampler)) % batches.batch_size or batches.batch_size
-    return Arguments.of(batches[-1][0]).samples if isinstance(batches, Sequence) else None
+        return len(cast("Sized", sampler.sampler)) % sampler.batch_size or sampler.batch_size
+    if isinstance(batches, Sequence) and isinstance(last := batches[-1], (tuple, list)) and len(last) == 2:
+        return _samples(last[0])
+    return None  # or it is no batch, which reading says better
 
 
 def _trains_on_one(model: nn.Module, inputs: Any) -> bool:

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from autoprune.errors import AutopruneError, ConfigError, did_you_mean
+from autoprune.model.given import kind, told
 from autoprune.model.inventory import as_tuple
 from autoprune.registry import Choice
 from autoprune.tasks.base import Task
 from autoprune.tasks.batches import first_batches
-from autoprune.tasks.checks import check_model, check_training, first_pair, kind, told, unfreeze_
+from autoprune.tasks.checks import check_model, check_training, first_pair, unfreeze_
 
 CALIBRATION_BATCHES = 4
 

@@ -18,6 +18,7 @@ from autoprune.errors import AutopruneError, NumericalError
 from autoprune.latency.quiet import working
 from autoprune.masks import Batches, Loss, Masks
 from autoprune.model.arguments import call_with
+from autoprune.model.given import called, check_loss, read
 from autoprune.progress import SILENT, Progress
 from autoprune.settings import TrainingSettings, learning_rate, make_optimizer
 from autoprune.training.base import Pruner, Signals, SparseTraining
@@ -85,6 +86,7 @@ def train_(
     Raises:
         AutopruneError: `batches` cannot be iterated again, or arguments do not go together.
         NumericalError: the loss diverged.
+        GivenError: a batch cannot be read or trained on, or the loss is none; the message has the batch's number.
         FileError: the checkpoint is corrupt or of another run.
     """
     _check_arguments(model, method, pruner)
@@ -114,17 +116,21 @@ def train_(
             model.train()
             first = step = (epoch - 1) * per_epoch
             epoch_loss = 0.0
-            for inputs, target in islice(batches, total_steps - first):
+            for number, inputs, target in islice(read(batches, "the training data"), total_steps - first):
                 step += 1
+                failed = f"batch {number} of epoch {epoch} cannot be trained on"
                 rate = learning_rate(settings, step, total_steps)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 with working():  # a timing of another run may come between two steps
-                    output = call_with(model, inputs)
-                    value = distillation(output, inputs, target) if distillation else loss(output, target)
+                    with called(failed):
+                        output = call_with(model, inputs)
+                        value = distillation(output, inputs, target) if distillation else loss(output, target)
+                        check_loss(value)
                     _check_finite(value, step, total_steps, rate)
                     optimizer.zero_grad()
-                    value.backward()
+                    with called(failed):
+                        value.backward()
                     if settings.clip_norm is not None:
                         nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
                     if method:
@@ -164,7 +170,7 @@ def count_batches(batches: Batches) -> int:
         count = len(batches)  # type: ignore[arg-type]
     except TypeError:
         with torch.random.fork_rng(devices=[]):  # a loader draws when it is iterated
-            count = sum(1 for _ in batches)
+            count = sum(1 for _ in read(batches, "the training data"))
     if count == 0:
         raise AutopruneError("there are no batches to train on: the data is empty, or smaller than one batch.")
     return count
@@ -197,9 +203,9 @@ def recalibrate_batch_norm_(model: nn.Module, batches: Batches) -> nn.Module:
     seen = 0
     try:
         with torch.no_grad():
-            for inputs, _ in batches:
-                call_with(model, inputs)
-                seen += 1
+            for seen, inputs, _ in read(batches, "the calibration data"):
+                with called(f"the model does not run on batch {seen} of the calibration data"):
+                    call_with(model, inputs)
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum

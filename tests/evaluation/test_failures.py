@@ -1,18 +1,20 @@
-"""Evaluations that diverge are failures with a reason; what is no matter of numbers is an error."""
+"""Evaluations that diverge, or in which a user's function fails, are failures with a reason."""
 
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from autoprune.errors import AutopruneError
 from autoprune.evaluation.evaluator import Beside, Evaluator
-from autoprune.evaluation.measurement import ByTable, Evaluated, Failure
+from autoprune.evaluation.measurement import ByTable, CachedEvaluate, Evaluated, Failure
 from autoprune.evaluation.recovery import Recovery, Subject
 from autoprune.evaluation.recovery.none import NoRecovery
 from autoprune.masks import Batches
@@ -60,6 +62,12 @@ def failed(outcome: Evaluated) -> str:
         (lambda model, split: torch.zeros(2), "shape (2,)"),
         (raising(ZeroDivisionError("division by zero")), "ZeroDivisionError: division by zero"),
         (raising(ValueError("Input contains NaN.")), "ValueError: Input contains NaN."),
+        (raising(AttributeError("no attribute fc")), "the model cannot be evaluated: AttributeError: no attribute fc."),
+        (raising(StopIteration()), "the model cannot be evaluated: StopIteration."),
+        (
+            raising(AutopruneError("it cannot.")),
+            "the model cannot be evaluated: it cannot.",
+        ),
     ],
 )
 def test_a_score_that_is_none_fails_its_trial(
@@ -80,9 +88,29 @@ def test_recoveries_that_diverge_fail_their_trial(evaluator: Evaluator, plans: l
     assert "evaluate returned nan" in failed(wild(plans[0]))  # the weights are finite, and what they give is not
 
 
-def test_other_errors_are_errors(evaluator: Evaluator, plans: list[Plan]) -> None:
-    with pytest.raises(AttributeError, match="fc"):
-        scoring(evaluator, raising(AttributeError("no attribute fc")))(plans[0])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError()], ids=repr)
+def test_what_is_no_fault_of_the_function_passes(evaluator: Evaluator, plans: list[Plan], error: Any) -> None:
+    with pytest.raises(type(error)):
+        scoring(evaluator, raising(error))(plans[0])
+
+
+def test_a_loss_that_fails_while_it_is_trained_with_fails_its_trial(evaluator: Evaluator, plans: list[Plan]) -> None:
+    def loss(output: Tensor, target: Tensor) -> Any:
+        return None
+
+    task = replace(evaluator.subject.task, loss=loss)
+    failing = replace(evaluator, subject=replace(evaluator.subject, task=task))
+    assert "the loss must be one number" in failed(failing(plans[0]))
+
+
+def test_a_failure_knows_what_was_raised_in_this_process_alone(evaluator: Evaluator, plans: list[Plan]) -> None:
+    error = KeyError("z")
+    remembered = CachedEvaluate(scoring(evaluator, raising(error)))
+    found = remembered(plans[0])
+    assert remembered.error is error
+    assert isinstance(found, Failure)
+    assert found.error is None
+    assert pickle.loads(pickle.dumps(Failure("so", error))) == Failure("so")  # noqa: S301 - our own
 
 
 def test_a_score_may_leave_the_model_in_any_mode(evaluator: Evaluator, plans: list[Plan]) -> None:

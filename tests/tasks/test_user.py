@@ -107,7 +107,7 @@ def test_a_project_that_cannot_be_used(args: dict[str, str], said: str) -> None:
         ("one_hot", "for targets of shape (2, 3) the model must give logits of that shape and one more dimension"),
         ("too_many_classes", "the validation split of data='my_project:too_many_classes': targets must be class"),
         ("not_a_number", "holds NaN or infinity in its first batch"),
-        ("not_pairs", "must give (inputs, target) pairs, not a Tensor"),
+        ("not_pairs", "must be an (inputs, target) pair, not a Tensor"),
         ("text_inputs", "inputs must be a tensor or a tuple of them, not a str"),
         ("empty", "the train split of data='my_project:empty' is empty"),
     ],
