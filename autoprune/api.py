@@ -15,8 +15,8 @@ from torch.nn import functional
 
 from autoprune.agents.policy import SHIPPED, Policy
 from autoprune.config import Config, parse_config
-from autoprune.errors import AutopruneError
-from autoprune.files import temporary_folder
+from autoprune.errors import AutopruneError, ConfigError
+from autoprune.files import as_path, temporary_folder
 from autoprune.masks import Batches, Loss
 from autoprune.metric import ACCURACY, Metric
 from autoprune.model.arguments import Arguments
@@ -92,7 +92,7 @@ def compress(
     with torch.inference_mode(False), torch.enable_grad():  # whatever the caller's script is run under
         run = _given_run(model, train, evaluate, example_inputs, target, loss, metric, config, progress)
         if directory is not None:
-            return _compressed(run(Path(directory)))
+            return _compressed(run(as_path(directory)))
         with temporary_folder() as folder:
             return _compressed(run(folder))
 
@@ -109,12 +109,16 @@ def _given_run(
     progress: Progress,
 ) -> Callable[[Path], Run]:
     """Checks what `compress` was given; returns the run of a directory."""
-    wanted = target if isinstance(target, Target) else Target(speedup=float(target))
+    wanted = target if isinstance(target, Target) else Target(speedup=_speedup(target))
+    if not isinstance(config or {}, Mapping) or not isinstance((config or {}).get("latency", {}), Mapping):
+        raise ConfigError(f"config is a dictionary of sections, which are dictionaries, not {config!r:.60}.")
     refused()  # torch must know before a model runs
     check_model(model)
     eager = dict(model.named_children()).get("_orig_mod", model)  # torch.compile would compile each copy anew
     dense = unfreeze_(copy_for_inference(eager).cpu())
     inputs = Arguments.of(example_inputs).positional(dense)
+    if not inputs[0].dim():
+        raise AutopruneError("the first example input must hold samples along its first axis: it is a single number.")
     chosen = {key: value for key, value in vars(wanted).items() if value is not None}
     sections = {"target": chosen, **(config or {}), "task": "given"}
     latency = {**sections.get("latency", {}), "batch": len(inputs[0])}
@@ -134,6 +138,13 @@ def _given_run(
         examples=inputs,
     )
     return lambda directory: Run(parsed, directory, task=task, progress=progress)
+
+
+def _speedup(target: Any) -> float:
+    try:
+        return float(target)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        raise ConfigError(f"target is a speed-up, above 1, or an autoprune.Target, not {target!r:.60}.") from None
 
 
 class _Lent(Sealed):

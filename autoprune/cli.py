@@ -69,7 +69,7 @@ ValueBits = Annotated[
 
 
 def _is_function(target: str) -> bool:
-    return ":" in target and not target.endswith(".toml")
+    return ":" in target and not target.endswith(".toml") and not Path(target).exists()
 
 
 def _only_for(what: str, options: dict[str, object]) -> None:
@@ -129,12 +129,13 @@ def run(
 
     Example: autoprune run configs/digits.toml --ray auto
     """
+    from autoprune.files import read_text
     from autoprune.pipeline.results import write_report
 
     job = _run(config, run_dir, overrides, workers=workers, ray=ray, finished=True)
     _ = job.task  # refused where the directory was made with another one
     if job.complete:
-        typer.echo((job.directory / "report.md").read_text(encoding="utf-8"))
+        typer.echo(read_text(job.directory / "report.md", "the report"))
         typer.echo(f"This run is complete: {job.directory}. Give another --run-dir, or delete it, to run again.")
         return
     typer.echo(write_report(job))

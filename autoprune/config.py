@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 
-from autoprune.documents import parse_toml
+from autoprune.documents import DEPTH, parse_toml
 from autoprune.errors import ConfigError, FileError, did_you_mean
 from autoprune.files import read_json, read_text
 from autoprune.registry import Choice
@@ -182,6 +182,10 @@ def load_generalist_config(path: Path, overrides: Sequence[str] = ()) -> General
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        run = (path / "config.json").exists()
+        taken = f" that it was made with, and --run-dir {path}" if run else ", a TOML file such as configs/digits.toml"
+        raise ConfigError(f"{path} is {'the directory of a run' if run else 'a folder'}: give the config{taken}.")
     text = read_text(path, "the config")
     try:
         return parse_toml(text)
@@ -207,7 +211,9 @@ def _validated(kind: type[Kind], data: Mapping[str, Any], where: str) -> Kind:
         return kind.model_validate_json(json.dumps(data))  # JSON mode: lists for tuples, and no other leniency
     except ValidationError as error:
         raise ConfigError(f"{where}: " + " ".join(_explain(kind, item) for item in error.errors()[:5])) from None
-    except TypeError as error:
+    except RecursionError:
+        raise ConfigError(f"{where}: it is nested more than {DEPTH} deep, and no key of a config is.") from None
+    except (TypeError, ValueError) as error:
         raise ConfigError(
             f"{where}: only numbers, strings, booleans, lists and tables can be used ({error})."
         ) from None
@@ -228,6 +234,8 @@ def _apply_override_(data: dict[str, Any], override: str) -> None:
     except FileError:
         value = text  # a bare word is a string
     *parents, last = key.strip().split(".")
+    if len(parents) >= DEPTH:
+        raise ConfigError(f"--set takes a key of at most {DEPTH} parts, not of {len(parents) + 1}: {key[:40]}...")
     table = data
     for parent in parents:
         inner = table.setdefault(parent, {})

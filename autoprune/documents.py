@@ -25,6 +25,9 @@ CHECKSUM = "checksum"  # the entry of a document
 LARGEST_TOML = 2**16  # characters: a config is a short list of differences
 DEPTH = 64
 DIGITS = 40  # of an integer: a random generator's state has 39
+_LEAST = 10**DIGITS  # that has too many
+_LONG_INTEGER = re.compile(rf"\d{{{DIGITS + 1}}}")
+_NUMBERS = (int, float)
 # A dotted key costs tomllib the square of its parts: 15 seconds where a file of 64 kB is one key.
 _LONG_KEY = re.compile(rf"""(?<![\w-])(?:(?:"[^"\n]*"|'[^'\n]*'|[\w-]+)[ \t]*\.[ \t]*){{{DEPTH}}}""")
 
@@ -32,7 +35,8 @@ _LONG_KEY = re.compile(rf"""(?<![\w-])(?:(?:"[^"\n]*"|'[^'\n]*'|[\w-]+)[ \t]*\.[
 def parse_json(text: str) -> Any:
     """JSON as plain data; raises FileError that says what is wrong, in a few words."""
     try:
-        data = json.loads(text, parse_int=_integer, object_pairs_hook=_object)
+        long = _integer if _LONG_INTEGER.search(text) else None  # which takes its time with millions of short ones
+        data = json.loads(text, parse_int=long, object_pairs_hook=_object)
         if "\\u" in text:
             json.dumps(data, ensure_ascii=False).encode()  # half a character is no text
     except RecursionError:
@@ -65,11 +69,13 @@ def check_plain(value: Any, depth: int = DEPTH) -> None:
         if depth == 0:
             raise FileError(f"it is nested more than {DEPTH} deep")
         for each in value.values() if isinstance(value, dict) else value:
-            check_plain(each, depth - 1)
+            kind = type(each)  # a call for each of millions of numbers would take seconds
+            if not (kind is str or kind in _NUMBERS and -_LEAST < each < _LEAST):
+                check_plain(each, depth - 1)
     elif isinstance(value, float):
         if not math.isfinite(value):
             raise FileError(f"it holds the number {value}")
-    elif isinstance(value, int) and abs(value) >= 10**DIGITS:  # TOML's; hexadecimal ones may be of any length
+    elif isinstance(value, int) and abs(value) >= _LEAST:  # TOML's; hexadecimal ones may be of any length
         raise FileError(f"it holds an integer of more than {DIGITS} digits")
 
 

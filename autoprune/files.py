@@ -71,10 +71,24 @@ def given_path(given: Path | str) -> Path:
     """The file that a user names; ``~`` is his home directory.
 
     Raises:
-        FileError: it names a folder, or is no UTF-8.
+        FileError: it names a folder, or can be no name.
     """
+    path = as_path(given)
     if str(given).endswith(("/", os.sep)):
         raise FileError(f"{given} names a folder: give the name of a file in it.")
+    return path
+
+
+def as_path(given: Path | str) -> Path:
+    """The file or the folder that a user names; likewise.
+
+    Raises:
+        FileError: it is no text, is no UTF-8, holds a NUL, or begins with the home directory of nobody.
+    """
+    if not isinstance(given, (str, Path)):
+        raise FileError(f"a file's name is a string or a pathlib.Path, not {given!r:.60}.")
+    if "\0" in str(given):
+        raise FileError(f"{str(given)!r} holds a NUL, which no file's name can: give another one.")
     try:
         os.fspath(given).encode()
         return Path(given).expanduser()
@@ -91,8 +105,9 @@ def on_disk(path: Path, done: str = "written") -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:  # the latter where safetensors cannot write
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        kept = " What was there before is whole, and the same command goes on once that is mended."
-        raise FileError(f"{path} cannot be {done}: {reason}.{kept if done == 'written' else ''}") from error
+        kept = "What was there before is whole, and the same command goes on once that is mended."
+        told = kept if done == "written" else "Mend that, or give another file."
+        raise FileError(f"{path} cannot be {done}: {reason}. {told}") from error
 
 
 @contextmanager
@@ -194,13 +209,26 @@ def _read(path: Path, what: str, most: int) -> bytes | None:
     """All of a file; None where there is none."""
     with on_disk(path, "read"):
         try:
-            with path.open("rb") as handle:  # a device has no size
-                raw = handle.read(most + 1)
+            with _opened(path, what) as handle:
+                size = os.fstat(handle.fileno()).st_size
+                raw = handle.read(most + 1) if size <= most else b""
         except FileNotFoundError:
             return None
-    if len(raw) > most:
+    if size > most or len(raw) > most:  # it may have grown
         raise FileError(f"{what} is too large: {path} has more than {most} bytes.")
     return raw
+
+
+def _opened(path: Path, what: str) -> IO[bytes]:
+    """A file to read; FileError for what is none, such as a pipe, whose other end may never be written."""
+    # without waiting, where the system knows that: for a pipe's other end already the opening waits
+    file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    mode = os.fstat(file).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(file)
+        kind = "a folder" if stat.S_ISDIR(mode) else "a device, a pipe or a socket"
+        raise FileError(f"{what} cannot be read: {path} is no file but {kind}. Give the name of a file.")
+    return os.fdopen(file, "rb")
 
 
 def read_json(path: Path, what: str, *, by_hand: bool = False) -> dict[str, Any]:
@@ -284,7 +312,7 @@ def read_lines(path: Path, what: str) -> list[dict[str, Any]]:
 
 def keep_lines(path: Path, count: int) -> None:
     """Drops the lines after the first `count`."""
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    lines = (_read(path, "the log", LARGEST_LOG) or b"").splitlines(keepends=True)
     if len(lines) > count:
         write_bytes(path, b"".join(lines[:count]))
 
@@ -307,9 +335,7 @@ def read_tensors(path: Path, what: str) -> tuple[dict[str, torch.Tensor], dict[s
     with on_disk(path, "read"):
         if not path.exists():
             raise FileError(f"{what} not found: {path}.")
-        if not path.is_file():
-            raise FileError(f"{what} cannot be read: {path} is no file.")
-        with path.open("rb") as start:
+        with _opened(path, what) as start:
             header = int.from_bytes(start.read(8), "little")
         try:
             if header > LARGEST_TEXT:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from autoprune.errors import ConfigError
-from autoprune.metric import Metric
+from autoprune.metric import Metric, number
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,9 @@ class Target:
     def __post_init__(self) -> None:
         if sum(value is not None for value in (self.speedup, self.accuracy_drop, self.sparsity)) != 1:
             raise ConfigError("a target is 'speedup', 'accuracy_drop' or 'sparsity': give exactly one of them.")
+        for name, value in vars(self).items():
+            if value is not None and number(value) is None:
+                raise ConfigError(f"target.{name} is a number, not {value!r:.60}.")
         if self.speedup is not None and not 1.0 < self.speedup < 1000.0:
             raise ConfigError(f"target.speedup must be above 1 (and below 1000), not {self.speedup}.")
         if self.accuracy_drop is not None and not 0.0 < self.accuracy_drop < 1.0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -270,3 +271,16 @@ def test_the_tables() -> None:
     assert rows[-1][:4] == ["all of these", "", "", "300.0"]
     assert rows[-1][8] == "110.0"
     assert models_table(found) in found.text()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="its names have no colon")
+@pytest.mark.parametrize(
+    "command", [["bench"], ["repack"], ["export", "--out", "model.onnx"]], ids=lambda each: each[0]
+)
+def test_a_directory_with_a_colon_in_its_name_is_no_function(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs:1").mkdir()
+    with pytest.raises(AutopruneError, match=r"the run's config not found|is a folder: give the config"):
+        CliRunner().invoke(app, [*command, "runs:1"], catch_exceptions=False)

@@ -189,7 +189,7 @@ def test_a_file_that_may_not_be_read_is_not_called_corrupt(tmp_path: Path) -> No
 def test_a_folder_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(FileError, match=r"the packed model cannot be read: .* is no file"):
         load(tmp_path)
-    with pytest.raises(FileError, match="Is a directory"):
+    with pytest.raises(FileError, match="is no file but a folder"):
         read_json(tmp_path, "the plan")
 
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import sys
+import tracemalloc
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,9 +16,23 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from autoprune.config import load_config, parse_config, parse_overrides
 from autoprune.documents import DEPTH, parse_json, parse_toml
 from autoprune.errors import ConfigError, FileError
-from autoprune.files import append_line, read_json, read_lines, read_tensors, write_json, write_tensors
+from autoprune.files import (
+    LARGEST_LOG,
+    LARGEST_TEXT,
+    append_line,
+    given_path,
+    keep_lines,
+    read_json,
+    read_lines,
+    read_tensors,
+    read_text,
+    write_json,
+    write_tensors,
+)
+from autoprune.repack import load
 
 DATA: dict[str, Any] = {"b": [1, 2.5, None, "grün"], "a": {"deep": {"x": -0.0}}, "big": 2**100, "yes": True}
 TENSORS = {
@@ -225,3 +243,63 @@ def test_random_data_survive(tmp_path: Path) -> None:
         data = {"data": draw(4)}
         write_json(tmp_path / f"{n}.json", data)
         assert read_json(tmp_path / f"{n}.json", "it") == data
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="its file systems have no named pipes")
+@pytest.mark.parametrize("name", ["pipe", "link", "folder"])
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    path = tmp_path / name
+    readers: list[Callable[[], object]] = [
+        lambda: read_text(path, "it"),
+        lambda: read_json(path, "it"),
+        lambda: read_lines(path, "it"),
+        lambda: read_tensors(path, "it"),
+        lambda: keep_lines(path, 1),
+    ]
+    for reading in readers:
+        with pytest.raises(FileError, match=r"cannot be read: .* is no file but a"):
+            reading()
+    with pytest.raises((ConfigError, FileError), match=r"is no file but|is a folder: give the config"):
+        load_config(path)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="its files have no holes")
+def test_a_log_beyond_the_limit_is_not_read(tmp_path: Path) -> None:
+    with (tmp_path / "log.jsonl").open("wb") as file:
+        file.truncate(LARGEST_LOG + 1)
+    tracemalloc.start()
+    try:
+        with pytest.raises(FileError, match="too large"):
+            read_lines(tmp_path / "log.jsonl", "the log")
+        assert tracemalloc.get_traced_memory()[1] < LARGEST_TEXT
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", [123, None, b"bytes.safetensors", "a\0b"], ids=repr)
+def test_what_is_no_name_of_a_file_is_refused(name: Any) -> None:
+    for naming in (given_path, load):
+        with pytest.raises(FileError, match=r"a string or a pathlib\.Path|NUL"):
+            naming(name)
+
+
+def test_an_entry_of_many_parts_is_no_recursion() -> None:
+    key = ".".join("a" * 2000)
+    with pytest.raises(ConfigError, match="at most 64 parts, not of 2000"):
+        parse_overrides([f"{key}=1"])
+    deep: dict[str, Any] = {}
+    for _ in range(5000):
+        deep = {"a": deep}
+    with pytest.raises(ConfigError, match="nested more than 64 deep"):
+        parse_config({"task": "digits", "env": deep}, "test")
+
+
+def test_the_directory_of_a_run_is_no_config(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is a folder: give the config"):
+        load_config(tmp_path)
+    write_json(tmp_path / "config.json", {})
+    with pytest.raises(ConfigError, match="is the directory of a run: give the config that it was made with"):
+        load_config(tmp_path)

@@ -18,7 +18,7 @@ from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, Tensor
 
 import autoprune
 from autoprune import PruningHooks
-from autoprune.errors import AutopruneError
+from autoprune.errors import AutopruneError, ConfigError
 from autoprune.model.copies import copy_for_inference
 from autoprune.model.inventory import take_inventory
 from autoprune.repack import ProgramModel
@@ -80,11 +80,16 @@ def refusal(**given: Any) -> tuple[str, int]:
     """What `compress` says, and after how many evaluations; the model is as it was."""
     seen, evaluate = counted(given.pop("evaluate", accuracy))
     model = given.pop("model", network())
-    told = not any(each.is_meta or is_lazy(each) for each in model.parameters())
+    told = isinstance(model, nn.Module) and not any(each.is_meta or is_lazy(each) for each in model.parameters())
     before = everything(model) if told else []
     with pytest.raises(AutopruneError) as refused:
         autoprune.compress(
-            model, given.pop("train", batches()), evaluate, given.pop("example", X[:1]), TARGET, config=QUICK, **given
+            model,
+            given.pop("train", batches()),
+            evaluate,
+            given.pop("example", X[:1]),
+            given.pop("target", TARGET),
+            **{"config": QUICK, **given},
         )
     assert (everything(model) if told else []) == before
     return str(refused.value), len(seen)
@@ -320,6 +325,8 @@ def test_a_loss_that_is_none_is_refused_unevaluated(loss: Any, said: str) -> Non
         (network().to("meta"), "0.weight is on the meta device"),
         (nn.Sequential(nn.Flatten(), nn.LazyLinear(4)), "1.weight has no shape yet"),
         (network().half(), "cannot be trained on"),
+        (nn.Linear, "the model is the class Linear: give a torch.nn.Module"),
+        (accuracy, "the model is a function"),
         (nn.Sequential(nn.Flatten(), nn.ReLU()), "no gradient"),
     ],
 )
@@ -327,6 +334,32 @@ def test_models_that_cannot_be_trained_are_refused_unevaluated(model: nn.Module,
     message, calls = refusal(model=model)
     assert said in message
     assert calls == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"example": {0: X[:1]}}, "names are strings, not 0"),
+        ({"example": torch.tensor(1.0)}, "must hold samples along its first axis"),
+        ({"example": X[:1].to_sparse()}, "must here be dense tensors"),
+        ({"target": None}, "target is a speed-up, above 1"),
+        ({"target": 10**400}, "target is a speed-up, above 1"),
+        ({"config": [("seed", 3)]}, "config is a dictionary of sections"),
+        ({"config": {"latency": 3}}, "config is a dictionary of sections"),
+        ({"directory": 123}, "a string or a pathlib.Path, not 123"),
+        ({"directory": "a\0b"}, "holds a NUL"),
+    ],
+    ids=repr,
+)
+def test_other_arguments_that_cannot_be_meant_are_refused(given: dict[str, Any], said: str) -> None:
+    message, calls = refusal(**given)
+    assert said in message
+    assert calls == 0
+
+
+def test_a_target_is_a_number() -> None:
+    with pytest.raises(ConfigError, match=r"target\.sparsity is a number, not 'much'"):
+        autoprune.Target(sparsity="much")  # type: ignore[arg-type]
 
 
 def test_what_is_pruned_is_trained_and_other_frozen_parts_stay_so() -> None:

@@ -85,6 +85,10 @@ def test_another_process_is_named_and_waited_for_when_it_was_killed(tmp_path: Pa
         run = Run(parse_config({"task": "digits", "target": {"speedup": 2}}, "test"), tmp_path)
         with pytest.raises(InUse, match=f"process {holder.pid} "):
             run.lock.take()
+        (tmp_path / "config.json").write_text('{"seed": 1}')
+        with pytest.raises(InUse, match=f"process {holder.pid} "):  # not that the config is another one
+            Run(parse_config({"task": "digits"}, "test"), tmp_path)
+        (tmp_path / "config.json").unlink()
         unfinished = tmp_path / f".plan.json.{holder.pid}-140000.part"
         unfinished.touch()
         holder.kill()

@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, nn, strided
 
 from autoprune.errors import AutopruneError
 
@@ -30,6 +30,10 @@ class Arguments:
         if isinstance(inputs, Arguments):
             return inputs
         if isinstance(inputs, Mapping):
+            if unnamed := [key for key in inputs if not isinstance(key, str)]:
+                raise AutopruneError(
+                    f"a mapping of inputs holds keyword arguments, whose names are strings, not {unnamed[0]!r}."
+                )
             return cls(**inputs)
         return cls(*inputs) if isinstance(inputs, (tuple, list)) else cls(inputs)
 
@@ -53,13 +57,15 @@ class Arguments:
         """The same call by place alone, for what times and compares engines.
 
         Raises:
-            AutopruneError: it cannot be, or there are arguments that are no tensors.
+            AutopruneError: it cannot be, or there are arguments that are no dense tensors.
         """
         ordered = self.ordered(model)
-        if ordered.kwargs or not ordered.args or not all(isinstance(value, Tensor) for value in ordered.args):
+        tensors = all(isinstance(value, Tensor) and value.layout is strided for value in ordered.args)
+        if ordered.kwargs or not ordered.args or not tensors:
             raise AutopruneError(
-                f"example inputs must here be tensors that the model takes by place, not {self!r}. Wrap the model in a "
-                "module whose forward takes the tensors and calls it; repack and export_onnx take any arguments."
+                f"example inputs must here be dense tensors that the model takes by place, not {self!r}. Wrap the "
+                "model in a module whose forward takes the tensors and calls it; repack and export_onnx take any "
+                "arguments."
             )
         return ordered.args
 

@@ -102,7 +102,8 @@ class Generalist:
         self._judging: dict[str, list[PruneEnv]] = {}
         self._runs: dict[str, Run] = {}
         self._lock = FolderLock(directory)
-        check_directory(directory, config.to_json())
+        with self._lock.or_in_use():
+            check_directory(directory, config.to_json())
 
     @cached_property
     def members(self) -> tuple[Member, ...]:

@@ -117,15 +117,17 @@ class Preparation:
         self._work_threads = torch.get_num_threads()
         if ray is not None and workers is not None and workers != 1:
             raise ConfigError("workers and ray exclude each other: a cluster's nodes say how many workers they have.")
-        check_directory(directory, config.to_json())
-        self._claim = Claim(directory)  # written when the task has proved to work: `inventory`
         self.lock = FolderLock(directory)
+        with self.lock.or_in_use():
+            check_directory(directory, config.to_json())
+        self._claim = Claim(directory)  # written when the task has proved to work: `inventory`
 
     @cached_property
     def task(self) -> Task:
         task = self._given_task or TASKS.create(self.config.task)
         parts = {**task_parts(task), "the config": {key: repr(v) for key, v in flat(self.config.to_json()).items()}}
-        self._claim.check(parts)
+        with self.lock.or_in_use():
+            self._claim.check(parts)
         self._parts = parts
         return task
 
@@ -144,7 +146,8 @@ class Preparation:
         with torch_threads(self._work_threads):
             dense = dense_model(self.task, self.config.task, settings, self.config.seed, self.progress)
         self._parts["the trained dense model"] = model_fingerprints(dense)["weights"]
-        self._claim.check(self._parts)
+        with self.lock.or_in_use():
+            self._claim.check(self._parts)
         return dense
 
     @cached_property

@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from autoprune.errors import InUse
+from autoprune.errors import AutopruneError, InUse
 from autoprune.files import on_disk, remove_unfinished
 
 if sys.platform == "win32":
@@ -73,6 +73,20 @@ class FolderLock:
                 _take_folder(self._folder, whole)
             self._give_back = weakref.finalize(self, _give_back, whole)
 
+    @contextmanager
+    def or_in_use(self) -> Iterator[None]:
+        """For a look at the folder: while another one works in it, what is found there says less than that.
+
+        Raises:
+            InUse: in place of an error of the block, where `take` would raise it; nothing is taken or changed.
+        """
+        try:
+            yield
+        except AutopruneError:
+            with _guard:
+                _check_free(self._folder, self._folder.resolve())
+            raise
+
     def close(self) -> None:
         """Gives the folder back; so does the end of the process."""
         if self._give_back is not None:
@@ -91,6 +105,23 @@ def _take_folder(folder: Path, whole: Path) -> None:
         _take(file, folder)
         _folders[whole] = _Held(file, os.getpid(), threading.current_thread(), 1)
         remove_unfinished(folder)
+
+
+def _check_free(folder: Path, whole: Path) -> None:
+    held = _folders.get(whole)
+    if held is not None and held.process == os.getpid():
+        if held.thread is not threading.current_thread() and held.thread.is_alive():
+            raise InUse(_refusal(folder, f"another thread of this process ({held.thread.name})"))
+        return
+    try:
+        file = os.open(folder / NAME, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    except OSError:  # nobody has ever taken it, or nobody can tell
+        return
+    try:
+        if not _locked(file) and _alive(holder := _holder(file)):
+            raise InUse(_refusal(folder, _said(holder)))
+    finally:
+        os.close(file)  # and with it the lock
 
 
 def _give_back(whole: Path) -> None:
@@ -155,7 +186,7 @@ def _writable(path: Path) -> int | None:
             try:
                 return os.open(path, os.O_RDWR | flags, 0o666)
             except PermissionError:  # another user's
-                return os.open(path, os.O_RDONLY)
+                return os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
         except OSError as error:
             if error.errno in _UNWRITABLE or isinstance(error, FileNotFoundError):
                 return None

@@ -51,8 +51,11 @@ def first_pair(what: str, batches: Any) -> tuple[Any, Any]:
     raise AutopruneError(f"{what} is empty.")
 
 
-def check_model(model: nn.Module) -> None:
-    """Raises AutopruneError for a model that has no weights yet."""
+def check_model(model: Any) -> None:
+    """Raises AutopruneError for what is no model, or has no weights yet."""
+    if not isinstance(model, nn.Module):
+        given = f"the class {model.__name__}" if isinstance(model, type) else kind(model)
+        raise AutopruneError(f"the model is {given}: give a torch.nn.Module, such as an instance of a class of models.")
     for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
         if is_lazy(parameter):
             raise AutopruneError(f"{name} has no shape yet: call the model once, so that its lazy modules are made.")
