@@ -70,7 +70,7 @@ def check_plain(value: Any, depth: int = DEPTH) -> None:
             raise FileError(f"it is nested more than {DEPTH} deep")
         for each in value.values() if isinstance(value, dict) else value:
             kind = type(each)  # a call for each of millions of numbers would take seconds
-            if not (kind is str or kind in _NUMBERS and -_LEAST < each < _LEAST):
+            if not (kind is str or (kind in _NUMBERS and -_LEAST < each < _LEAST)):
                 check_plain(each, depth - 1)
     elif isinstance(value, float):
         if not math.isfinite(value):
