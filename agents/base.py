@@ -7,18 +7,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count, islice
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from autoprune.envs.prune import PruneEnv
 from autoprune.envs.rewards import as_trial
+from autoprune.envs.trial import Trial
 from autoprune.errors import ConfigError, NumericalError
-from autoprune.evaluation.measurement import FAILED
+from autoprune.evaluation.measurement import Failure
 from autoprune.plan import Plan
 
-Trial = dict[str, Any]  # what the environment's last step reports: plan, measurement, reward and its terms
 OnTrial = Callable[[Trial], None]
 Actor = Callable[[NDArray[np.float32], int], NDArray[np.float32]]  # (observation, step) -> action
 BATCH = 64  # plans made before the first of them is measured: many times the workers of a machine
@@ -72,13 +72,13 @@ def succeeded(trials: Sequence[Trial]) -> list[Trial]:
     Raises:
         NumericalError: none has.
     """
-    found = [trial for trial in trials if FAILED not in trial]
-    if trials and not found:
+    reasons = [trial.evaluated.reason for trial in trials if isinstance(trial.evaluated, Failure)]
+    if trials and len(reasons) == len(trials):
         raise NumericalError(
-            f"all {len(trials)} trials failed, so that there is no plan to choose. The first: {trials[0][FAILED]} The "
+            f"all {len(trials)} trials failed, so that there is no plan to choose. The first: {reasons[0]} The "
             "others are in the trial log. Ask for a lower target, or recover otherwise before scoring (env.recovery)."
         )
-    return found
+    return [trial for trial in trials if not trial.failed]
 
 
 def run_episode(env: PruneEnv, act: Actor) -> Trial:

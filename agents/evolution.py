@@ -37,7 +37,7 @@ def evolve(env: PruneEnv, start: Numbers, spread: float, episodes: int, seed: in
         rewards = []
         for trial in run_episodes(env, [_acting(env, read, values) for values in asked]):
             on_trial(trial)
-            rewards.append(-float(trial["reward"]))
+            rewards.append(-trial.reward)
         if len(asked) == generation:
             search.tell(list(zip(asked, rewards, strict=True)))
 

@@ -107,5 +107,5 @@ class _Seen(BaseCallback):
 
 def advantage_of(act: Actor, env: PruneEnv) -> float:
     """What a policy's plan is worth more than the solver's, in units of what that one loses; see `envs.family`."""
-    baseline = float(env.tried(env.solved())["reward"])
-    return advantage(float(run_episode(env, act)["reward"]), baseline)
+    baseline = env.tried(env.solved()).reward
+    return advantage(run_episode(env, act).reward, baseline)

@@ -7,14 +7,13 @@ who is best in the end.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from autoprune.agents.base import Trial, succeeded
+from autoprune.agents.base import succeeded
+from autoprune.envs.trial import Trial
 from autoprune.errors import ConfigError
-from autoprune.evaluation.measurement import FAILED, Evaluate, Evaluated
+from autoprune.evaluation.measurement import Evaluate, Evaluated
 from autoprune.plan import Plan
-
-FIDELITY = "fidelity"  # key of a trial: training steps of its score beyond the search's own; absent: none
 
 
 @dataclass(frozen=True)
@@ -59,18 +58,18 @@ def halve(
         on_trial: takes each new trial.
         done: trials of an earlier, interrupted climb; they are not run again.
     """
-    known = {(trial[FIDELITY], Plan.from_json(trial["plan"]).key): trial for trial in done}
+    known = {(trial.fidelity, trial.plan.key): trial for trial in done}
     climbed: list[Trial] = []
     for rung in ladder:
         below = climbed if climbed else list(trials)
-        if all(FAILED in trial for trial in below):
+        if all(trial.failed for trial in below):
             break  # trained for longer, all of them diverged: the search's own trials stand
         plans, here = best_plans(below, rung.plans), []
         measured = evaluate_at(rung.steps).in_order([plan for plan in plans if (rung.steps, plan.key) not in known])
         for plan in plans:
             trial = known.get((rung.steps, plan.key))
             if trial is None:
-                trial = {**as_trial(plan, next(measured)), FIDELITY: rung.steps}
+                trial = replace(as_trial(plan, next(measured)), fidelity=rung.steps)
                 on_trial(trial)
             here.append(trial)
         climbed = [*climbed, *here]
@@ -84,11 +83,11 @@ def best_plans(trials: Sequence[Trial], count: int) -> list[Plan]:
         NumericalError: all trials failed.
     """
     top = of_highest_fidelity(succeeded(trials))
-    plans = [Plan.from_json(trial["plan"]) for trial in sorted(top, key=lambda trial: -float(trial["reward"]))]
+    plans = [trial.plan for trial in sorted(top, key=lambda trial: -trial.reward)]
     return list({plan.key: plan for plan in plans}.values())[:count]
 
 
 def of_highest_fidelity(trials: Sequence[Trial]) -> list[Trial]:
     """The trials whose rewards may be compared to find the best."""
-    most = max((int(trial.get(FIDELITY, 0)) for trial in trials), default=0)
-    return [trial for trial in trials if int(trial.get(FIDELITY, 0)) == most]
+    most = max((trial.fidelity for trial in trials), default=0)
+    return [trial for trial in trials if trial.fidelity == most]

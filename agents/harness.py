@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from autoprune.agents.base import Agent, Trial, succeeded
-from autoprune.agents.halving import FIDELITY, of_highest_fidelity
+from autoprune.agents.base import Agent, succeeded
+from autoprune.agents.halving import of_highest_fidelity
 from autoprune.envs.prune import PruneEnv
+from autoprune.envs.trial import Trial
 from autoprune.errors import FileError
-from autoprune.evaluation.measurement import evaluated
 from autoprune.files import append_line, keep_lines, read_lines
 from autoprune.plan import Plan
 
@@ -42,11 +42,11 @@ class SearchResult:
             NumericalError: all trials failed.
         """
         trials = self.finalists or of_highest_fidelity(succeeded([*self.trials, *self.halved]))
-        return max(trials, key=lambda trial: float(trial["reward"]))
+        return max(trials, key=lambda trial: trial.reward)
 
     @property
     def plan(self) -> Plan:
-        return Plan.from_json(self.best["plan"])
+        return self.best.plan
 
 
 class TrialLog:
@@ -56,20 +56,18 @@ class TrialLog:
         self.path = path
 
     def read(self) -> list[Trial]:
-        trials = read_lines(self.path, "the trial log")
+        lines = read_lines(self.path, "the trial log")
         try:
-            for trial in trials:
-                _ = (Plan.from_json(trial["plan"]), float(trial["reward"]), evaluated(trial))
+            return [Trial.from_json(line) for line in lines]
         except (KeyError, TypeError, ValueError) as error:
             raise FileError(f"the trial log is corrupt: {self.path} ({error}). Delete it to search again.") from None
-        return trials
 
     def keep_first(self, count: int) -> None:
         """Drops the trials after `count`: a resumed learner plays them again, from the cache."""
         keep_lines(self.path, count)
 
     def append(self, trial: Trial) -> None:
-        append_line(self.path, trial)
+        append_line(self.path, trial.to_json())
 
 
 def search(
@@ -94,7 +92,7 @@ def search(
         on_resumed: called once, before the first, with the trials of the interrupted search.
     """
     log = TrialLog(directory / "trials.jsonl") if directory is not None else None
-    trials = [trial for trial in log.read() if FIDELITY not in trial] if log is not None else []
+    trials = [trial for trial in log.read() if trial.fidelity == 0] if log is not None else []
     done = 0
     if log is not None and directory is not None:
         done = min(episodes, agent.resumable_episodes(directory, len(trials)))

@@ -14,6 +14,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvS
 
 from autoprune.envs.prune import PruneEnv
 from autoprune.envs.rewards import as_trial
+from autoprune.envs.trial import Trial
 from autoprune.plan import Plan
 
 
@@ -45,14 +46,14 @@ class Lockstep(VecEnv):
         infos: list[dict[str, Any]] = [{} for _ in steps]
         if plans:
             for index, trial in enumerate(self._trials(plans)):
-                rewards[index] = trial["reward"] + steps[index][1]
-                infos[index]["trial"] = trial
+                rewards[index] = trial.reward + steps[index][1]
+                infos[index]["trial"] = trial.to_json()
             for info, observation in zip(infos, observations, strict=True):
                 info["terminal_observation"] = observation
             observations = self.reset()
         return observations, rewards, np.full(len(steps), bool(plans)), infos
 
-    def _trials(self, plans: Sequence[Plan]) -> list[dict[str, Any]]:
+    def _trials(self, plans: Sequence[Plan]) -> list[Trial]:
         problem = self.envs[0].problem
         wanted = plans[: self.remaining]
         if self.remaining is not None:

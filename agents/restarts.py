@@ -10,7 +10,6 @@ import numpy as np
 from autoprune.agents.base import Agent, OnTrial, check_number
 from autoprune.envs.knapsack import weighed
 from autoprune.envs.prune import PruneEnv
-from autoprune.evaluation.measurement import FAILED
 
 
 class RestartsAgent(Agent):
@@ -46,6 +45,6 @@ class RestartsAgent(Agent):
                 count = max(1, round(self.changed_share * layers))
                 tried[draws.choice(layers, count, replace=False)] = 1.0 - draws.random(count)
             trial = env.tried(weighed(env.problem, tried))
-            if FAILED not in trial and float(trial["reward"]) > best_reward:
-                best, best_reward = tried, float(trial["reward"])
+            if not trial.failed and trial.reward > best_reward:
+                best, best_reward = tried, trial.reward
             on_trial(trial)

@@ -8,10 +8,11 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from autoprune.agents.base import Trial, run_episode
+from autoprune.agents.base import run_episode
 from autoprune.envs.prune import PruneEnv
 from autoprune.envs.rewards import terminal_reward
-from autoprune.evaluation.measurement import FAILED, Measurement
+from autoprune.envs.trial import Trial
+from autoprune.evaluation.measurement import Failure, Measurement
 from autoprune.target import Target
 
 CLOSE = 0.02  # measured speed-ups this near to each other count as the same
@@ -36,9 +37,9 @@ def uniform_at(env: PruneEnv, speedup: float) -> Trial | None:
         aim = speedup
         for _ in range(_CORRECTIONS):
             trial = _aimed(env, action, min(max(SLOWEST, aim), reachable))
-            if FAILED in trial:
+            if isinstance(trial.evaluated, Failure):
                 break
-            measured = float(trial["speedup"])
+            measured = trial.evaluated.speedup
             if measured >= speedup * (1 - CLOSE):
                 found.append(trial)
             if abs(measured / speedup - 1) <= CLOSE:
@@ -46,13 +47,12 @@ def uniform_at(env: PruneEnv, speedup: float) -> Trial | None:
             aim *= (speedup / measured) ** 0.7
     if not found:
         return None
-    best = max(found, key=lambda trial: float(trial["score"]))
-    return {**best, "reward": reward_at(env, best, speedup)}
+    best = max(found, key=lambda trial: trial.measurement.score)
+    return replace(best, reward=reward_at(env, best.measurement, speedup))
 
 
-def reward_at(env: PruneEnv, trial: Trial, speedup: float) -> float:
-    """A trial's reward had the target been `speedup`."""
-    measured = Measurement(float(trial["score"]), float(trial["latency_ms"]), float(trial["speedup"]))
+def reward_at(env: PruneEnv, measured: Measurement, speedup: float) -> float:
+    """The reward of a measured plan had the target been `speedup`."""
     return terminal_reward(replace(env.problem, target=Target(speedup=max(SLOWEST, speedup))), measured).total
 
 

@@ -17,6 +17,7 @@ from autoprune.agents.checkpoint import checkpoint_episodes, load_checkpoint_, s
 from autoprune.agents.episodes import Episodes
 from autoprune.agents.policy_file import save_policy
 from autoprune.envs.prune import PruneEnv
+from autoprune.envs.trial import Trial
 from autoprune.errors import ConfigError
 from autoprune.registry import Choice
 
@@ -111,5 +112,5 @@ class _Recorder(BaseCallback):
         for info in self.locals["infos"]:
             if "trial" in info:
                 self._done += 1
-                self._on_trial(info["trial"])
+                self._on_trial(Trial.from_json(info["trial"]))
         return self._done < self._episodes

@@ -50,5 +50,5 @@ class TPEAgent(Agent):
                 return np.array(units, np.float32)
 
             trial = run_episode(env, act)
-            study.tell(asked, float(trial["reward"]))
+            study.tell(asked, trial.reward)
             on_trial(trial)

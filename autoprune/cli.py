@@ -178,11 +178,11 @@ def train(
         _train_generalist(config, run_dir, overrides, workers, ray)
         return
     job = _run(config, run_dir, overrides, workers=workers, ray=ray)
-    best = job.found.best
+    best = job.found.best.measurement
     plan = job.plan
     typer.echo(
-        f"{len(job.found.trials)} trials; the best has a validation {job.task.metric.said(best['score'])} at "
-        f"{best['speedup']:.2f}x. {len(plan.layers)} layers planned: {job.directory / 'plan.json'}. "
+        f"{len(job.found.trials)} trials; the best has a validation {job.task.metric.said(best.score)} at "
+        f"{best.speedup:.2f}x. {len(plan.layers)} layers planned: {job.directory / 'plan.json'}. "
         f"Policy: {job.directory / 'policy'}"
     )
 

@@ -232,7 +232,7 @@ def _make_search(folder: Path) -> None:
     problem = fake_problem()
     cached = CachedEvaluate(problem.evaluate, folder / "evaluations.jsonl")
     for trial in found.trials:
-        cached(Plan.from_json(trial["plan"]))
+        cached(trial.plan)
 
 
 def _read_agent(folder: Path) -> Any:

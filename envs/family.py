@@ -14,8 +14,7 @@ from autoprune.envs.observation import LIMIT, length
 from autoprune.envs.problem import Problem
 from autoprune.envs.prune import Action, Observation, PruneEnv, Start
 from autoprune.errors import AutopruneError
-from autoprune.evaluation.measurement import FAILED, Evaluate, Measurement
-from autoprune.plan import Plan
+from autoprune.evaluation.measurement import Evaluate, Measurement
 from autoprune.registry import Choice
 from autoprune.target import Target
 
@@ -164,17 +163,22 @@ class FamilyEnv(gymnasium.Env[Observation, Action]):
         return self._env.reset()
 
     def step(self, action: Action) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        observation, reward, over, truncated, info = self._env.step(action)
+        observation, reward, plan = self._env.advance(action)
         scale = _scale(self._baseline)
-        if over:
-            reward -= self._baseline
-            info |= {"name": self._stake.name, "measured": not self._cheaply}
-            info["advantage"] = advantage(info["trial"]["reward"], self._baseline)
-            if not self._cheaply and FAILED not in info["trial"]:
-                predicted = self._cheap[self._stake.name](Plan.from_json(info["trial"]["plan"]))
-                if isinstance(predicted, Measurement):
-                    info["surrogate_error"] = abs(predicted.score - info["trial"]["score"])
-        return observation, reward / scale, over, truncated, info
+        if plan is None:
+            return observation, reward / scale, False, False, {}
+        trial = self._env.tried(plan)
+        info: dict[str, Any] = {
+            "trial": trial.to_json(),
+            "name": self._stake.name,
+            "measured": not self._cheaply,
+            "advantage": advantage(trial.reward, self._baseline),
+        }
+        if not self._cheaply and isinstance(trial.evaluated, Measurement):
+            predicted = self._cheap[self._stake.name](plan)
+            if isinstance(predicted, Measurement):
+                info["surrogate_error"] = abs(predicted.score - trial.evaluated.score)
+        return observation, (float(trial.reward + reward) - self._baseline) / scale, True, False, info
 
     def _environment(self, stake: Stake, cheaply: bool) -> tuple[PruneEnv, float]:
         """The environment of a stake, and the reward of the solver's plan in it."""
@@ -182,7 +186,7 @@ class FamilyEnv(gymnasium.Env[Observation, Action]):
         if key not in self._made:
             problem = replace(stake.problem, evaluate=self._cheap[stake.name]) if cheaply else stake.problem
             env = PruneEnv(problem, self.action_choices, *self._settings)
-            self._made[key] = env, float(env.tried(env.solved())["reward"])
+            self._made[key] = env, env.tried(env.solved()).reward
         if key not in self._envs:
             env, baseline = self._made[key]
             self._envs[key] = copy.copy(env), baseline  # an episode's state is its own; the rest never changes

@@ -33,6 +33,7 @@ from autoprune.envs.projection import (
     release_useless,
 )
 from autoprune.envs.rewards import as_trial, potential
+from autoprune.envs.trial import Trial
 from autoprune.errors import AutopruneError, ConfigError, did_you_mean
 from autoprune.metric import number
 from autoprune.plan import Plan
@@ -147,7 +148,7 @@ class PruneEnv(gymnasium.Env[Observation, Action]):
         if plan is None:
             return observation, reward, False, False, {}
         trial = self.tried(plan)
-        return observation, float(trial["reward"] + reward), True, False, {"trial": trial}
+        return observation, float(trial.reward + reward), True, False, {"trial": trial.to_json()}
 
     def advance(self, action: Action) -> tuple[Observation, float, Plan | None]:
         """A step without the evaluation, for those who evaluate many plans at once.
@@ -197,7 +198,7 @@ class PruneEnv(gymnasium.Env[Observation, Action]):
             raise ActionError(f"an action's numbers are from -1 to 1, not {units.tolist()}.")
         return np.clip(exact, -1.0, 1.0).astype(np.float32)
 
-    def tried(self, plan: Plan) -> dict[str, Any]:
+    def tried(self, plan: Plan) -> Trial:
         """The trial of a plan, wherever it comes from: evaluated, with its reward."""
         return as_trial(self.problem, plan, self.problem.evaluate(plan))
 

@@ -3,30 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
 
 from autoprune.envs.curves import Decided
 from autoprune.envs.knapsack import LOSS_PER_SCORE
 from autoprune.envs.problem import Problem
+from autoprune.envs.trial import Reward, Trial
 from autoprune.evaluation.measurement import Evaluated, Failure, Measurement, checked
 from autoprune.plan import Plan
 
 SCORE_WEIGHT = 10.0  # 0.01, a point of accuracy, is 0.1 of reward: the scale the agents' defaults are made for
 SHORTFALL_WEIGHT = 10.0  # 10% short of the speed-up costs as much as 0.1 of score
 TOLERANCE = 0.02  # a speed-up is met within the timer's noise
-
-
-@dataclass(frozen=True)
-class Reward:
-    """The terms of a terminal reward; their sum is what the agent gets."""
-
-    score: float
-    speed: float
-
-    @property
-    def total(self) -> float:
-        return self.score + self.speed
 
 
 def terminal_reward(problem: Problem, measured: Evaluated) -> Reward:
@@ -50,11 +37,11 @@ def terminal_reward(problem: Problem, measured: Evaluated) -> Reward:
     return Reward(10 * SCORE_WEIGHT * min(0.0, gained + allowed), math.log2(measured.speedup))
 
 
-def as_trial(problem: Problem, plan: Plan, measured: Evaluated) -> dict[str, Any]:
-    """A plan, what came of its evaluation, its reward and the reward's terms, as JSON."""
+def as_trial(problem: Problem, plan: Plan, measured: Evaluated) -> Trial:
+    """The trial of a plan that was evaluated, rewarded for the problem's target."""
     measured = checked(measured)
-    reward = terminal_reward(problem, measured)
-    return {"plan": plan.to_json(), **measured.to_json(), "reward": reward.total, "terms": asdict(reward)}
+    terms = terminal_reward(problem, measured)
+    return Trial(plan, measured, terms.total, terms)
 
 
 def potential(problem: Problem, decided: Decided) -> float:

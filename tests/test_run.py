@@ -15,10 +15,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from autoprune.agents.base import Trial
 from autoprune.agents.harness import TrialLog
 from autoprune.cli import app, main
 from autoprune.config import Config, parse_config
+from autoprune.envs.trial import Trial
 from autoprune.errors import AutopruneError, ConfigError, FileError, InfeasibleTarget, StaleTable
 from autoprune.files import append_line, read_json, read_lines, read_tensors, write_json, write_tensors
 from autoprune.latency.timer import Latency, Protocol
@@ -153,13 +153,13 @@ def test_the_plan_is_the_best_of_those_trained_for_longest(copied: Path) -> None
     log = copied / "search" / "trials.jsonl"
     trials = read_lines(log, "the trials")
     assert [trial.get("fidelity", 0) for trial in trials] == [0] * 4 + [1] * 2 + [2]
-    assert Run(config(), copied).found.best == trials[-1]
+    assert Run(config(), copied).found.best == Trial.from_json(trials[-1])
     assert Plan.load(copied / "plan.json") == Plan.from_json(trials[-1]["plan"])
     TrialLog(log).keep_first(5)  # killed in the first rung
     (copied / "search" / "evaluations-2.jsonl").unlink()
     again = Run(config(), copied).found
-    assert [trial["fidelity"] for trial in again.halved] == [1, 1, 2]
-    assert again.halved[0] == trials[4]
+    assert [trial.fidelity for trial in again.halved] == [1, 1, 2]
+    assert again.halved[0].to_json() == trials[4]
     assert Run(config(), copied).found.halved == again.halved
 
 
@@ -171,22 +171,24 @@ def test_a_lucky_timing_does_not_win_the_search(copied: Path) -> None:
     for name in ("plan.json", "uniform.json"):
         (copied / name).unlink()
     run = Run(alone, copied, clock=FakeClock(2.0**-10))
-    assert {trial["speedup"] for trial in run.found.finalists} == {1.0}  # every call takes as long by this clock
+    assert {trial.measurement.speedup for trial in run.found.finalists} == {
+        1.0
+    }  # every call takes as long by this clock
     log = copied / "search" / "trials.jsonl"
     trials = read_lines(log, "the trials")
     best = run.found.best
     lucky = min(trials, key=lambda trial: trial["score"])
-    assert lucky["score"] < best["score"]
+    assert lucky["score"] < best.measurement.score
     lucky["speedup"], lucky["reward"] = 100.0, 1000.0
     log.unlink()
     for trial in trials:
         append_line(log, trial)
     again = Run(alone, copied, clock=FakeClock(2.0**-10)).found
-    assert lucky["plan"] in [trial["plan"] for trial in again.finalists]
-    assert again.best["plan"] == best["plan"]
+    assert lucky["plan"] in [trial.plan.to_json() for trial in again.finalists]
+    assert again.best.plan == best.plan
     without = config(search={"agent": "random", "episodes": 4, "finalists": 1}, target={"accuracy_drop": 0.001})
     unclaim(copied)
-    assert Run(without, copied, clock=FakeClock(2.0**-10)).found.best == lucky
+    assert Run(without, copied, clock=FakeClock(2.0**-10)).found.best == Trial.from_json(lucky)
 
 
 def test_workers_change_no_trial_and_are_no_part_of_a_run(copied: Path) -> None:
@@ -371,7 +373,7 @@ def test_a_killed_run_resumes(finished: Path, tmp_path: Path) -> None:
 
     result = search(AGENTS.create(short.search.agent), run.env, 16, 0, directory=log.parent, on_resumed=trials.extend)
     assert len(trials) == 10, "the checkpoint every ten episodes is where a killed search goes on"
-    assert list(result.trials[:10]) == done
+    assert [trial.to_json() for trial in result.trials[:10]] == done
 
 
 def cli(*arguments: str) -> tuple[int, str]:

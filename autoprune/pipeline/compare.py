@@ -12,12 +12,10 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from autoprune.agents import AGENTS
-from autoprune.agents.base import Trial
 from autoprune.agents.harness import search
 from autoprune.agents.rival import CLOSE, uniform_at
 from autoprune.config import load_config
@@ -26,7 +24,7 @@ from autoprune.envs import Problem, PruneEnv
 from autoprune.envs.projection import meet, release_useless
 from autoprune.envs.rewards import terminal_reward
 from autoprune.errors import ConfigError, FileError
-from autoprune.evaluation.measurement import FAILED, CachedEvaluate, Evaluate, Failure, Measurement
+from autoprune.evaluation.measurement import CachedEvaluate, Evaluate, Failure, Measurement
 from autoprune.files import append_line, read_lines
 from autoprune.pipeline.run import Run
 from autoprune.plan import Plan
@@ -110,16 +108,14 @@ def compare(
     outcomes = []
     for budget in budgets:
         trials = found.trials[: max(1, budget)]
-        best = max(trials, key=lambda trial: (FAILED not in trial, float(trial["reward"])))
-        measured = at_speedup(env.problem, Plan.from_json(best["plan"]), measure)
-        if FAILED in best or measured is None:
+        best = max(trials, key=lambda trial: (not trial.failed, trial.reward))
+        measured = at_speedup(env.problem, best.plan, measure)
+        if best.failed or measured is None:
             continue
         reward = terminal_reward(env.problem, measured).total
         took = ticks[len(trials) - 1]
         outcomes.append(
-            Outcome(
-                name, str(agent), seed, budget, float(best["reward"]), measured.score, measured.speedup, reward, took
-            )
+            Outcome(name, str(agent), seed, budget, best.reward, measured.score, measured.speedup, reward, took)
         )
     return outcomes
 
@@ -240,13 +236,11 @@ def uniform_outcome(name: str, env: PruneEnv, measure: Evaluate) -> Outcome:
     """The uniform rule at the target, by the clock."""
     wanted = env.problem.target.speedup
     assert wanted is not None
-    trial: Trial | None = uniform_at(env.of(replace(env.problem, evaluate=measure)), wanted)
-    data: dict[str, Any] = trial or {}
-    if not data:
+    trial = uniform_at(env.of(replace(env.problem, evaluate=measure)), wanted)
+    if trial is None:
         raise ConfigError(f"{name}: no uniform plan was measured to be {wanted:g}x faster.")
-    return Outcome(
-        name, "uniform", 0, UNASKED, data["reward"], data["score"], data["speedup"], data["reward"], seconds=0.0
-    )
+    score, speedup = trial.measurement.score, trial.measurement.speedup
+    return Outcome(name, "uniform", 0, UNASKED, trial.reward, score, speedup, trial.reward, seconds=0.0)
 
 
 @dataclass(frozen=True)

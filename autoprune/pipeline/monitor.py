@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
-from autoprune.evaluation.measurement import FAILED
+from autoprune.envs.trial import Trial
+from autoprune.evaluation.measurement import Measurement
 from autoprune.metric import Metric
 from autoprune.progress import Bar
-from autoprune.report.data import MeasuredPoint
+from autoprune.report.data import MeasuredPoint, TrialRow
 from autoprune.report.plots import front_figure
 from autoprune.report.tensorboard import TrialWriter
 
 FRONT_EVERY = 25  # trials between two pictures of the front
 
 
-def point(trial: Mapping[str, Any]) -> MeasuredPoint:
-    """A trial in the plane of score and latency."""
-    return MeasuredPoint(float(trial["latency_ms"]), float(trial["score"]))
+def point(measured: Measurement) -> MeasuredPoint:
+    """A measured plan in the plane of score and latency."""
+    return MeasuredPoint(measured.latency_ms, measured.score)
+
+
+def trial_row(trial: Trial) -> TrialRow:
+    """A trial as TensorBoard shows it."""
+    sparsities = {name: layer.sparsity for name, layer in trial.plan.layers.items()}
+    row = TrialRow(trial.reward, asdict(trial.terms), sparsities)
+    return row if trial.failed else replace(row, **asdict(trial.measurement))
 
 
 class SearchMonitor:
@@ -29,21 +37,24 @@ class SearchMonitor:
 
     def __init__(self, directory: Path, config: str, metric: Metric, dense: MeasuredPoint, bar: Bar) -> None:
         self._directory, self._config, self._metric, self._dense, self._bar = directory, config, metric, dense, bar
-        self._trials: list[Mapping[str, Any]] = []
+        self._trials: list[Trial] = []  # that succeeded
         self._writer = TrialWriter(directory, config, metric=metric)
 
-    def resumed(self, trials: Sequence[Mapping[str, Any]]) -> None:
-        self._writer = TrialWriter(self._directory, self._config, trials, self._metric)
-        self._trials = [trial for trial in trials if FAILED not in trial]
+    def resumed(self, trials: Sequence[Trial]) -> None:
+        self._writer = TrialWriter(self._directory, self._config, list(map(trial_row, trials)), self._metric)
+        self._trials = [trial for trial in trials if not trial.failed]
         self._advance(len(trials))
 
-    def trial(self, index: int, trial: Mapping[str, Any]) -> None:
-        if FAILED not in trial:
+    def trial(self, index: int, trial: Trial) -> None:
+        if not trial.failed:
             self._trials.append(trial)
-        self._writer.trial(index, trial)
+        self._writer.trial(index, trial_row(trial))
         if index % FRONT_EVERY == FRONT_EVERY - 1 and self._trials:
             figure = front_figure(
-                [point(each) for each in self._trials], point(self._best), self._dense, metric=self._metric
+                [point(trial.measurement) for trial in self._trials],
+                point(self._best.measurement),
+                self._dense,
+                metric=self._metric,
             )
             self._writer.front(index, figure)
         self._advance(1)
@@ -52,10 +63,10 @@ class SearchMonitor:
         self._writer.close()
 
     @property
-    def _best(self) -> Mapping[str, Any]:
-        return max(self._trials, key=lambda trial: float(trial["reward"]))
+    def _best(self) -> Trial:
+        return max(self._trials, key=lambda trial: trial.reward)
 
     def _advance(self, steps: int) -> None:
-        best = self._best if self._trials else None
-        said = f"best {self._metric.text(best['score'])} at {best['speedup']:.2f}x" if best else ""
-        self._bar.advance(steps, said)
+        best = self._best.measurement if self._trials else None
+        message = f"best {self._metric.text(best.score)} at {best.speedup:.2f}x" if best else ""
+        self._bar.advance(steps, message)

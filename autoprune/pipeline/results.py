@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from autoprune.agents.base import Trial, succeeded
+from autoprune.agents.base import succeeded
+from autoprune.envs.trial import Trial
 from autoprune.errors import GivenError, NumericalError
-from autoprune.evaluation.measurement import FAILED
+from autoprune.evaluation.measurement import Failure
 from autoprune.files import write_tensors
 from autoprune.latency.engines import ENGINES, baselines
 from autoprune.latency.machine import differences, machine_identity
@@ -171,7 +172,7 @@ def _record(run: Run) -> Record:
         searches=_search_rows(run),
         sparsities=_shares(run),
         front=_front(run) if searched else None,
-        rewards={run.config.search.agent.name: tuple(float(trial["reward"]) for trial in succeeded(run.found.trials))}
+        rewards={run.config.search.agent.name: tuple(trial.reward for trial in succeeded(run.found.trials))}
         if searched
         else None,
     )
@@ -200,7 +201,9 @@ def _facts(run: Run) -> dict[str, Any]:
     }
     if _searched(run) and run.uniform["uniform"] is None:
         facts["uniform, same speed-up"] = "no uniform plan was measured to be as fast as the agent's"
-    if _searched(run) and (failed := [trial[FAILED] for trial in run.found.trials if FAILED in trial]):
+    if _searched(run) and (
+        failed := [trial.evaluated.reason for trial in run.found.trials if isinstance(trial.evaluated, Failure)]
+    ):
         facts["failed trials"] = f"{len(failed)} of {len(run.found.trials)}; the first: {failed[0]}"
     if run.task.testing is run.task.validation:
         facts["test split"] = "none was given: the figures are of the validation split that the search saw"
@@ -253,7 +256,7 @@ def _search_rows(run: Run) -> tuple[SearchRow, ...]:
         return ()
     compared = run.uniform
 
-    def row(agent: str, episodes: int, trial: Trial) -> SearchRow:
+    def row(agent: str, episodes: int, trial: Mapping[str, Any]) -> SearchRow:
         return SearchRow(agent, episodes, trial["reward"], trial["score"], trial["latency_ms"], trial["speedup"])
 
     rows = [row(str(run.config.search.agent.name), len(run.found.trials), compared["agent"])]
@@ -269,10 +272,10 @@ def _grid_sizes(run: Run) -> list[int]:
 def _front(run: Run) -> Front:
     uniform = run.uniform["uniform"]
     return Front(
-        trials=tuple(point(trial) for trial in succeeded(run.found.trials)),
-        best=point(run.found.best),
+        trials=tuple(point(trial.measurement) for trial in succeeded(run.found.trials)),
+        best=point(run.found.best.measurement),
         dense=MeasuredPoint(run.table.dense_ms, run.dense_score),
-        uniform=point(uniform) if uniform else None,
+        uniform=point(Trial.from_json(uniform).measurement) if uniform else None,
     )
 
 

@@ -61,8 +61,9 @@ class Run(Search):
         plan = self.found.plan
         plan.save(path)
         best = self.found.best
+        measured = best.measurement
         self.progress.say(
-            f"best plan: {self.task.metric.said(best['score'])}, {best['speedup']:.2f}x, reward {best['reward']:.3f}"
+            f"best plan: {self.task.metric.said(measured.score)}, {measured.speedup:.2f}x, reward {best.reward:.3f}"
         )
         return plan
 
@@ -96,7 +97,7 @@ class Run(Search):
                     f"{env_.reachable_speedup():.2f}x at best. Ask for less, allow a higher sparsity "
                     "(env.max_sparsity), or let more layers be pruned."
                 )
-            plan = Plan.from_json(found["plan"])
+            plan = found.plan
         plan.save(self.directory / "plan.json")
 
     def aim_again(self) -> None:
@@ -146,10 +147,11 @@ class Run(Search):
             again = problem.evaluate(plan)
             if isinstance(again, Failure):
                 self.progress.say(f"the best plan failed when it was measured again ({again.reason}): as in the search")
-            agent = {"plan": plan.to_json(), **again.to_json()} if isinstance(again, Measurement) else self.found.best
-            speedup = agent["speedup"]
-            rival = uniform_at(env, speedup)
-            write_json(path, {"agent": {**agent, "reward": reward_at(env, agent, speedup)}, "uniform": rival})
+            measured = again if isinstance(again, Measurement) else self.found.best.measurement
+            baseline = uniform_at(env, measured.speedup)
+            agent = {**measured.to_json(), "reward": reward_at(env, measured, measured.speedup)}
+            uniform = baseline.to_json() if baseline else None
+            write_json(path, {"agent": {"plan": plan.to_json(), **agent}, "uniform": uniform})
         data: dict[str, Any] = read_json(path, "the comparison with uniform")
         return data
 

@@ -10,15 +10,16 @@ from dataclasses import replace
 from functools import cached_property, partial
 
 from autoprune.agents import AGENTS
-from autoprune.agents.base import Trial, succeeded
-from autoprune.agents.halving import FIDELITY, best_plans, halve, rungs
+from autoprune.agents.base import succeeded
+from autoprune.agents.halving import best_plans, halve, rungs
 from autoprune.agents.harness import SearchResult, TrialLog, search
 from autoprune.config import flat
 from autoprune.envs import Problem, PruneEnv
 from autoprune.envs.rewards import as_trial
+from autoprune.envs.trial import Trial
 from autoprune.errors import NumericalError
 from autoprune.evaluation.evaluator import Beside, Evaluator
-from autoprune.evaluation.measurement import FAILED, ByTable, CachedEvaluate, Evaluate, Measurement
+from autoprune.evaluation.measurement import ByTable, CachedEvaluate, Evaluate, Evaluated, Failure, Measurement
 from autoprune.evaluation.pool import Pool, ProcessPool
 from autoprune.evaluation.ray_pool import RayPool
 from autoprune.evaluation.recovery import RECOVERIES
@@ -155,9 +156,9 @@ class Search(Preparation):
         plans = best_plans(trials, count)
         if count == 1 or config.target.sparsity is not None or config.env.timing != "measured":
             return ()
-        first = Plan.from_json(trials[0]["plan"])
-        if first not in plans and FAILED not in trials[0]:  # a refined policy's own plan: it must not end below that
-            plans.append(first)
+        first = trials[0]
+        if first.plan not in plans and not first.failed:  # a refined policy's own plan: it must not end below that
+            plans.append(first.plan)
         anew = ((plan, self.measured(plan)) for plan in plans)
         reference = next(((plan, each.speedup) for plan, each in anew if isinstance(each, Measurement)), None)
         if len(plans) == 1 or reference is None:
@@ -166,7 +167,7 @@ class Search(Preparation):
         with self.progress.bar("finalists", len(plans)) as bar:
             for each in self.beside(*reference).in_order(plans):
                 measured.append(each)
-                bar.advance(1, self._said(each.to_json()))
+                bar.advance(1, self._describe(each))
         return tuple(as_trial(self.problem, plan, each) for plan, each in zip(plans, measured, strict=True))
 
     def _halved(self, trials: Sequence[Trial]) -> tuple[Trial, ...]:
@@ -175,7 +176,7 @@ class Search(Preparation):
         assert halving is not None
         ladder = rungs(halving.plans, halving.steps, halving.factor)
         log = TrialLog(self.directory / "search" / "trials.jsonl")
-        done = [trial for trial in log.read() if FIDELITY in trial]
+        done = [trial for trial in log.read() if trial.fidelity > 0]
 
         pools = ExitStack()
 
@@ -189,14 +190,14 @@ class Search(Preparation):
 
             def shown(trial: Trial) -> None:
                 log.append(trial)
-                bar.advance(1, f"{trial[FIDELITY]} steps: {self._said(trial)}")
+                bar.advance(1, f"{trial.fidelity} steps: {self._describe(trial.evaluated)}")
 
             return tuple(halve(trials, ladder, evaluate_at, partial(as_trial, self.problem), shown, done))
 
-    def _said(self, trial: Trial) -> str:
-        if FAILED in trial:
-            return f"failed: {trial[FAILED]}"
-        return f"{self.task.metric.text(trial['score'])} at {trial['speedup']:.2f}x"
+    def _describe(self, evaluated: Evaluated) -> str:
+        if isinstance(evaluated, Failure):
+            return f"failed: {evaluated.reason}"
+        return f"{self.task.metric.text(evaluated.score)} at {evaluated.speedup:.2f}x"
 
     def _config_text(self) -> str:
         return "\n".join(f"{key} = {value}" for key, value in sorted(flat(self.config.to_json()).items()))

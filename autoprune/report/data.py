@@ -63,6 +63,24 @@ class SearchRow:
 
 
 @dataclass(frozen=True)
+class TrialRow:
+    """One trial of a search as TensorBoard shows it; score, latency and speed-up are None where it failed.
+
+    Attributes:
+        reward: what the agent got.
+        terms: of the reward, by name.
+        sparsities: of the plan, by layer.
+    """
+
+    reward: float
+    terms: Mapping[str, float]
+    sparsities: Mapping[str, float]
+    score: float | None = None
+    latency_ms: float | None = None
+    speedup: float | None = None
+
+
+@dataclass(frozen=True)
 class MeasuredPoint:
     """One plan (or model) in the plane of the front plot; the score is higher when better."""
 

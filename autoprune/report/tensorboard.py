@@ -13,9 +13,8 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard import summary as summaries
 
 from autoprune.metric import ACCURACY, Metric
+from autoprune.report.data import TrialRow
 from autoprune.report.plots import pixels, sparsity_figure
-
-FIGURES = ("latency_ms", "speedup", "reward")
 
 
 class TrialWriter:
@@ -35,7 +34,7 @@ class TrialWriter:
         self,
         directory: Path,
         config: str = "",
-        logged: Sequence[Mapping[str, Any]] = (),
+        logged: Sequence[TrialRow] = (),
         metric: Metric = ACCURACY,
     ) -> None:
         self._metric = metric
@@ -50,31 +49,34 @@ class TrialWriter:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def trial(self, index: int, trial: Mapping[str, Any]) -> None:
+    def trial(self, index: int, trial: TrialRow) -> None:
         """Writes one trial: ``reward``, its ``terms``, the metric, ``latency_ms``, ``speedup``, and its plan if best.
 
         One that failed has a reward alone.
 
         Args:
             index: of the trial in the search, counted from 0.
-            trial: what the environment reports at the end of an episode.
+            trial: its row.
         """
         writer = self._open(index)
         self._next = index + 1
-        figures = {name: float(trial[name]) for name in FIGURES if name in trial}
-        succeeded = "score" in trial
-        if succeeded:
-            figures[self._metric.tag] = self._metric.figure(float(trial["score"]))
+        score = None if trial.score is None else self._metric.figure(trial.score)
+        named = {
+            "latency_ms": trial.latency_ms,
+            "speedup": trial.speedup,
+            "reward": trial.reward,
+            self._metric.tag: score,
+        }
+        figures = {name: value for name, value in named.items() if value is not None}
         for name, value in figures.items():
             writer.add_scalar(f"trial/{name}", value, index)
-        for name, value in trial["terms"].items():
-            writer.add_scalar(f"reward/{name}", float(value), index)
-        if succeeded and float(trial["reward"]) > self._best:
-            self._best = float(trial["reward"])
+        for name, value in trial.terms.items():
+            writer.add_scalar(f"reward/{name}", value, index)
+        if score is not None and trial.reward > self._best:
+            self._best = trial.reward
             for name, value in figures.items():
                 writer.add_scalar(f"best/{name}", value, index)
-            layers = trial["plan"]["layers"]
-            self.plan(index, {name: float(layer["sparsity"]) for name, layer in layers.items()})
+            self.plan(index, trial.sparsities)
         if math.isfinite(self._best):
             writer.add_scalar("trial/best_reward", self._best, index)
         writer.flush()
@@ -120,7 +122,7 @@ class TrialWriter:
         if self._writer is None:
             self._writer = SummaryWriter(str(self._directory), purge_step=index)
             self._best = max(
-                (float(trial["reward"]) for trial in self._logged[:index] if "score" in trial), default=float("-inf")
+                (trial.reward for trial in self._logged[:index] if trial.score is not None), default=float("-inf")
             )
             if index == 0 and self._config:
                 self._writer.add_text("config", f"```\n{self._config}\n```", 0)

@@ -20,7 +20,6 @@ from autoprune.agents.sb3 import SB3Agent
 from autoprune.envs import PruneEnv
 from autoprune.errors import ConfigError, FileError, MissingExtra
 from autoprune.files import read_json, read_lines, write_json
-from autoprune.plan import Plan
 from autoprune.registry import Choice
 from autoprune.testing import fake_problem
 
@@ -36,7 +35,7 @@ def build(name: str) -> Agent:
 
 
 def rewards(result: SearchResult) -> list[float]:
-    return [float(trial["reward"]) for trial in result.trials]
+    return [trial.reward for trial in result.trials]
 
 
 class Killed(Exception):
@@ -48,7 +47,7 @@ def test_the_same_seed_gives_the_same_search(name: str) -> None:
     runs = [search(build(name), PruneEnv(fake_problem()), 7, seed=5) for _ in range(2)]
     assert runs[0].trials == runs[1].trials
     assert len(runs[0].trials) == (1 if name in ONE_PLAN else 7)
-    assert runs[0].best["reward"] == max(rewards(runs[0]))
+    assert runs[0].best.reward == max(rewards(runs[0]))
 
 
 @pytest.mark.parametrize("name", DRAWING)
@@ -70,7 +69,7 @@ def test_a_killed_search_resumes_as_if_it_had_never_stopped(name: str, tmp_path:
         search(build(name), PruneEnv(fake_problem()), 27, seed=2, directory=tmp_path, on_trial=kill)
     resumed = search(build(name), PruneEnv(fake_problem()), 27, seed=2, directory=tmp_path)
     assert resumed.trials == whole.trials
-    assert read_lines(tmp_path / "trials.jsonl", "the trials") == list(whole.trials)
+    assert read_lines(tmp_path / "trials.jsonl", "the trials") == [trial.to_json() for trial in whole.trials]
 
 
 def test_a_finished_search_is_not_run_again(tmp_path: Path) -> None:
@@ -230,16 +229,16 @@ def test_learning_beats_random_search_and_the_uniform_rule() -> None:
     problem = fake_problem()
     learned = search(AGENTS.create(Choice("ppo")), PruneEnv(problem), 150, seed=0)
     chance = search(build("random"), PruneEnv(problem), 150, seed=0)
-    uniform = uniform_at(PruneEnv(problem), float(learned.best["speedup"]))
+    uniform = uniform_at(PruneEnv(problem), learned.best.measurement.speedup)
     assert uniform is not None
-    assert learned.best["reward"] > max(chance.best["reward"], uniform["reward"])
+    assert learned.best.reward > max(chance.best.reward, uniform.reward)
 
 
 def test_the_uniform_rival_is_as_fast_as_the_agent() -> None:
     rival = uniform_at(PruneEnv(fake_problem()), 3.5)
     assert rival is not None
-    assert rival["speedup"] >= 3.5 * (1 - CLOSE)
-    pruned = {layer["sparsity"] for layer in Plan.from_json(rival["plan"]).to_json()["layers"].values()} - {0.0}
+    assert rival.measurement.speedup >= 3.5 * (1 - CLOSE)
+    pruned = {layer.sparsity for layer in rival.plan.layers.values()} - {0.0}
     assert len(pruned) == 1
 
 

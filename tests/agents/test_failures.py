@@ -61,12 +61,12 @@ def build(name: str) -> Agent:
 )
 def test_a_search_outlives_its_failed_trials(name: str, target: Target, tmp_path: Path) -> None:
     result = search(build(name), PruneEnv(failing_problem(target)), EPISODES, seed=1, directory=tmp_path)
-    failed = [trial for trial in result.trials if "failed" in trial]
+    failed = [trial for trial in result.trials if trial.failed]
     assert len(result.trials) == EPISODES
     assert 0 < len(failed) < EPISODES
-    assert all(trial["failed"] == REASON and "score" not in trial for trial in failed)
-    assert all(math.isfinite(trial["reward"]) for trial in result.trials)
-    assert result.best in [trial for trial in result.trials if "failed" not in trial]
+    assert all(trial.evaluated == Failure(REASON) for trial in failed)
+    assert all(math.isfinite(trial.reward) for trial in result.trials)
+    assert result.best in [trial for trial in result.trials if not trial.failed]
     assert not fails(result.plan)
     assert TrialLog(tmp_path / "trials.jsonl").read() == list(result.trials)
     again = search(build(name), PruneEnv(failing_problem(target)), EPISODES, seed=1, directory=tmp_path)
@@ -88,7 +88,7 @@ def test_a_failed_trial_is_not_the_best_even_of_worse_ones() -> None:
     plan = problem.uniform(0.5)
     slow = as_trial(problem, plan, Measurement(0.0, 100.0, 0.1))
     failed = as_trial(problem, plan, Failure(REASON))
-    assert failed["reward"] > slow["reward"]
+    assert failed.reward > slow.reward
     assert SearchResult((failed, slow)).best == slow
     assert best_plans([failed, slow], 5) == [plan]
 
@@ -130,10 +130,10 @@ def test_halving_goes_on_without_what_diverged() -> None:
         return SearchResult(tuple(trials), tuple(made))
 
     assert climbed({(10, plans[0].key)}).plan == plans[1]
-    assert climbed({(20, plans[0].key)}).best["fidelity"] == 10
+    assert climbed({(20, plans[0].key)}).best.fidelity == 10
     nothing = climbed({(10, plans[0].key), (10, plans[1].key)})
     assert len(nothing.halved) == 2
-    assert "fidelity" not in nothing.best
+    assert nothing.best.fidelity == 0
 
 
 def test_comparisons_go_on_without_what_failed() -> None:
@@ -146,7 +146,7 @@ def test_comparisons_go_on_without_what_failed() -> None:
     assert at_speedup(problem, problem.uniform(0.5), all_failed.problem.evaluate) is None
     assert uniform_at(all_failed, 2.0) is None
     found = uniform_at(env, 2.0)
-    assert found is None or "failed" not in found
+    assert found is None or not found.failed
 
 
 def test_a_family_learns_from_episodes_that_fail() -> None:

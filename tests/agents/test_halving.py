@@ -6,17 +6,17 @@ from collections.abc import Callable
 
 import pytest
 
-from autoprune.agents.base import Trial
-from autoprune.agents.halving import FIDELITY, Rung, halve, of_highest_fidelity, rungs
+from autoprune.agents.halving import Rung, halve, of_highest_fidelity, rungs
 from autoprune.agents.harness import SearchResult
+from autoprune.envs.trial import Reward, Trial
 from autoprune.errors import ConfigError
 from autoprune.evaluation.measurement import Evaluate, Measurement
 from autoprune.plan import Plan
 from autoprune.testing import fake_problem
 
 PLANS = [fake_problem().uniform(0.1 * (index + 1)) for index in range(6)]
-CHEAP: list[Trial] = [
-    {"plan": plan.to_json(), "reward": reward, "score": 0.5, "speedup": 2.0, "latency_ms": 1.0}
+CHEAP = [
+    Trial(plan, Measurement(0.5, 1.0, 2.0), reward, Reward(reward, 0.0))
     for plan, reward in zip(PLANS, (5.0, 9.0, 7.0, 8.0, 6.0, 4.0), strict=True)
 ]
 REAL = dict(zip((plan.key for plan in PLANS), (0.0, 0.1, 0.9, 0.5, 0.99, 1.0), strict=True))  # score once trained
@@ -35,7 +35,7 @@ def evaluations(asked: list[tuple[int, str]]) -> Callable[[int], Evaluate]:
 
 
 def as_trial(plan: Plan, measured: Measurement) -> Trial:
-    return {"plan": plan.to_json(), **measured.to_json(), "reward": measured.score}
+    return Trial(plan, measured, measured.score, Reward(measured.score, 0.0))
 
 
 def test_the_ladder_ends_with_one_plan() -> None:
@@ -61,9 +61,9 @@ def test_what_is_best_once_trained_wins_though_it_looked_worse() -> None:
     ]
     assert seen == climbed
     best = SearchResult(tuple(CHEAP), tuple(climbed)).best
-    assert Plan.from_json(best["plan"]) == PLANS[4]
-    assert best[FIDELITY] == 40
-    assert best["reward"] < max(float(trial["reward"]) for trial in CHEAP), "cheap rewards are of another kind"
+    assert best.plan == PLANS[4]
+    assert best.fidelity == 40
+    assert best.reward < max(trial.reward for trial in CHEAP), "cheap rewards are of another kind"
     assert len(of_highest_fidelity([*CHEAP, *climbed[:4]])) == 4
 
 

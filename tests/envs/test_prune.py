@@ -79,7 +79,7 @@ def test_shaping_changes_no_episodes_return(seed: int, weight: float) -> None:
 def test_the_zero_action_is_the_uniform_plan() -> None:
     env = PruneEnv(fake_problem(), (Choice("sparsity"),))
     trial = run_episode(env, lambda *_: np.zeros(1, np.float32))
-    pruned = {layer["sparsity"] for layer in trial["plan"]["layers"].values()} - {0.0}
+    pruned = {layer.sparsity for layer in trial.plan.layers.values()} - {0.0}
     assert len(pruned) == 1
 
 
@@ -172,9 +172,9 @@ def test_every_plan_has_the_sparsity_that_was_asked_for() -> None:
     shares = set()
     for _ in range(5):
         trial = run_episode(env, lambda *_: draws.uniform(-1, 1, 1).astype(np.float32))
-        plan = Plan.from_json(trial["plan"])
+        plan = trial.plan
         assert 0.8 <= zeros(problem, plan) < 0.83
-        assert trial["reward"] == pytest.approx(10 * (trial["score"] - problem.dense_score))
+        assert trial.reward == pytest.approx(10 * (trial.measurement.score - problem.dense_score))
         shares.add(tuple(layer.sparsity for layer in plan.layers.values()))
     assert len(shares) == 5
 

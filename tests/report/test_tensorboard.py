@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from autoprune.metric import BITS_PER_CHARACTER
-from autoprune.report.data import MeasuredPoint
+from autoprune.report.data import MeasuredPoint, TrialRow
 from autoprune.report.plots import front_figure
 from autoprune.report.tensorboard import TrialWriter
 
 
-def make_trial(reward: float) -> dict[str, Any]:
-    layers = {"conv1": {"sparsity": 0.5 + reward / 10}, "conv2": {"sparsity": 0.9}}
-    return {
-        "plan": {"layers": layers},
-        "score": 0.9 + reward / 100,
-        "latency_ms": 2.0 - reward,
-        "speedup": 2.0,
-        "reward": reward,
-        "terms": {"score": reward, "speed": 0.0},
-    }
+def make_trial(reward: float) -> TrialRow:
+    sparsities = {"conv1": 0.5 + reward / 10, "conv2": 0.9}
+    terms = {"score": reward, "speed": 0.0}
+    return TrialRow(reward, terms, sparsities, score=0.9 + reward / 100, latency_ms=2.0 - reward, speedup=2.0)
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +63,7 @@ def test_a_search_is_read_back(tmp_path: Path) -> None:
 
 def test_another_metric_has_its_own_tag(tmp_path: Path) -> None:
     with TrialWriter(tmp_path, metric=BITS_PER_CHARACTER) as writer:
-        writer.trial(0, {**TRIALS[0], "score": -2.5})
+        writer.trial(0, replace(TRIALS[0], score=-2.5))
     events = read(tmp_path)
     assert scalars(events, "trial/bits_per_character") == scalars(events, "best/bits_per_character") == [(0, 2.5)]
     assert "trial/accuracy" not in events.Tags()["scalars"]
