@@ -139,15 +139,15 @@ class Evaluator(Evaluate):
 
 
 @dataclass(frozen=True)
-class Beside(Evaluate):
-    """Measures plans in turns with a reference plan, both repacked, so that they can be compared with each other.
+class PairedEvaluator(Evaluate):
+    """Measures plans interleaved with a reference plan, both repacked, so that they can be compared with each other.
 
     Two programs of one kind feel a machine's moods alike, within 2% where either is off by 10% against torch eager.
 
     Attributes:
         evaluator: masks, recovers, repacks, scores and times.
-        reference: the plan that others are timed in turns with.
-        speedup: what the reference is said to have, over the dense model.
+        reference: the plan that others are timed interleaved with.
+        speedup: the reference's, over the dense model; the others' are relative to it.
     """
 
     evaluator: Evaluator
@@ -161,8 +161,8 @@ class Beside(Evaluate):
         except (GivenError, NumericalError) as error:
             return Failure(str(error), error.__cause__ or error)
         with working():
-            beside = self._packed
-        reference, packed = self.evaluator.time(fast, beside)
+            baseline = self._packed
+        reference, packed = self.evaluator.time(fast, baseline)
         ratio = 1.0 if plan.key == self.reference.key else speedup(reference, packed)
         return Measurement(score, packed.median_ms, self.speedup * ratio)
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from autoprune.agents import AGENTS
+from autoprune.agents.baseline import CLOSE, uniform_at
 from autoprune.agents.harness import search
-from autoprune.agents.rival import CLOSE, uniform_at
 from autoprune.config import load_config
 from autoprune.documents import parsed
 from autoprune.envs import Problem, PruneEnv
@@ -34,7 +34,7 @@ from autoprune.report.table import markdown_table
 
 _ACTIONS = '["mix", {name = "coefficient", reach = 1.0}]'  # the shipped policy's
 UNASKED = 0  # evaluations of a rule that makes its plan without any
-_CORRECTIONS = 8  # of the aim, for one measured plan
+_CORRECTIONS = 8  # of the predicted speed-up, for one measured plan
 _RESAMPLES = 2000
 ONE_SEED = ("uniform", "greedy", "knapsack")  # these draw nothing
 WITHOUT_EVALUATION = ("uniform", "greedy", "knapsack", "policy")  # their first plan is made before any is scored
@@ -121,29 +121,34 @@ def compare(
 
 
 def at_speedup(problem: Problem, plan: Plan, measure: Evaluate) -> Measurement | None:
-    """A plan moved to the target's speed-up as measured, within `CLOSE` below it or any amount above, and measured.
+    """Shifts all sparsities by one amount until the *measured* speed-up is at most `CLOSE` below the target's.
 
-    All its sparsities are shifted alike until the clock agrees; what was too slow and what was fast enough close in on
-    it from both sides. Of those fast enough the best-scored is taken; the fastest when none is; None when all failed.
+    The shift is found by bisection on the speed-up that the latency table predicts.
+
+    Returns:
+        The best-scoring measurement that is fast enough, else the fastest; None when all evaluations failed.
     """
-    wanted = problem.target.speedup
-    assert wanted is not None
-    table, aim = problem.table, problem.table.predict_speedup(plan)
-    low, high = 1.0, table.predict_speedup(problem.uniform(problem.max_sparsity))  # aims
-    tried, moved = [], plan
+    target = problem.target.speedup
+    assert target is not None
+    table, predicted = problem.table, problem.table.predict_speedup(plan)
+    low, high = 1.0, table.predict_speedup(problem.uniform(problem.max_sparsity))  # bounds of `predicted`
+    measurements: list[Measurement] = []
+    candidate = plan
     for _ in range(_CORRECTIONS):
-        measured = measure(moved)
+        measured = measure(candidate)
         if isinstance(measured, Failure):
             break
-        tried.append(measured)
-        if abs(measured.speedup / wanted - 1.0) <= CLOSE:
+        measurements.append(measured)
+        if abs(measured.speedup / target - 1.0) <= CLOSE:
             break
-        low, high = (low, min(high, aim)) if measured.speedup > wanted else (max(low, aim), high)
-        guess = aim * wanted / measured.speedup
-        aim = guess if low < guess < high else math.sqrt(low * high)
-        moved = release_useless(meet(plan, table, max(1.001, aim), problem.max_sparsity), table)
-    fast = [each for each in tried if each.speedup >= wanted * (1.0 - CLOSE)]
-    return max(fast, key=lambda each: each.score) if fast else max(tried, key=lambda each: each.speedup, default=None)
+        low, high = (low, min(high, predicted)) if measured.speedup > target else (max(low, predicted), high)
+        guess = predicted * target / measured.speedup
+        predicted = guess if low < guess < high else math.sqrt(low * high)
+        candidate = release_useless(meet(plan, table, max(1.001, predicted), problem.max_sparsity), table)
+    fast = [each for each in measurements if each.speedup >= target * (1.0 - CLOSE)]
+    if fast:
+        return max(fast, key=lambda each: each.score)
+    return max(measurements, key=lambda each: each.speedup, default=None)
 
 
 class OutcomeLog:
@@ -282,7 +287,7 @@ def compare_all(
 
 
 def beside_knapsack(run: Run, env: PruneEnv) -> CachedEvaluate:
-    """The clock of a comparison: in turns with the knapsack's plan, whose speed-up the table says."""
+    """The evaluation of a comparison: interleaved with the knapsack's plan, whose speed-up the table predicts."""
     reference = env.solved()
     return run.beside(reference, env.problem.table.predict_speedup(reference))
 

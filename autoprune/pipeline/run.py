@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from autoprune.agents.rival import CLOSE, reward_at, uniform_at
+from autoprune.agents.baseline import CLOSE, reward_at, uniform_at
 from autoprune.config import parse_config
 from autoprune.envs import PruneEnv
 from autoprune.envs.projection import check_movable, meet

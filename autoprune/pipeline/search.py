@@ -18,7 +18,7 @@ from autoprune.envs import Problem, PruneEnv
 from autoprune.envs.rewards import as_trial
 from autoprune.envs.trial import Trial
 from autoprune.errors import NumericalError
-from autoprune.evaluation.evaluator import Beside, Evaluator
+from autoprune.evaluation.evaluator import Evaluator, PairedEvaluator
 from autoprune.evaluation.measurement import ByTable, CachedEvaluate, Evaluate, Evaluated, Failure, Measurement
 from autoprune.evaluation.pool import Pool, ProcessPool
 from autoprune.evaluation.ray_pool import RayPool
@@ -108,7 +108,7 @@ class Search(Preparation):
     def beside(self, reference: Plan, speedup: float) -> CachedEvaluate:
         """Evaluates plans with the clock, in turns with a reference plan of that speed-up, and remembers them."""
         protocol = replace(self._protocol(self.config.latency.samples), lead=1)  # each with its own warm caches
-        evaluate = Beside(replace(self.evaluator, protocol=protocol, timed=True), reference, speedup)
+        evaluate = PairedEvaluator(replace(self.evaluator, protocol=protocol, timed=True), reference, speedup)
         digest = hashlib.sha256(f"{reference.key} {speedup:.6f}".encode()).hexdigest()[:8]
         return CachedEvaluate(evaluate, self.directory / "search" / f"beside-{digest}.jsonl")
 

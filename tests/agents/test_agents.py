@@ -13,9 +13,9 @@ import torch
 
 from autoprune.agents import AGENTS
 from autoprune.agents.base import Agent, run_episode
+from autoprune.agents.baseline import CLOSE, uniform_at
 from autoprune.agents.harness import SearchResult, search
 from autoprune.agents.policy import Policy
-from autoprune.agents.rival import CLOSE, uniform_at
 from autoprune.agents.sb3 import SB3Agent
 from autoprune.envs import PruneEnv
 from autoprune.errors import ConfigError, FileError, MissingExtra

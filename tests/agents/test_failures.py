@@ -11,9 +11,9 @@ import pytest
 
 from autoprune.agents import AGENTS
 from autoprune.agents.base import Agent
+from autoprune.agents.baseline import uniform_at
 from autoprune.agents.halving import Rung, best_plans, halve
 from autoprune.agents.harness import SearchResult, TrialLog, search
-from autoprune.agents.rival import uniform_at
 from autoprune.agents.sb3 import SB3Agent
 from autoprune.envs import Problem, PruneEnv
 from autoprune.envs.family import FamilyEnv, stakes_of

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.errors import AutopruneError
-from autoprune.evaluation.evaluator import Beside, Evaluator
+from autoprune.evaluation.evaluator import Evaluator, PairedEvaluator
 from autoprune.evaluation.measurement import ByTable, CachedEvaluate, Evaluated, Failure
 from autoprune.evaluation.recovery import Recovery, Subject
 from autoprune.evaluation.recovery.none import NoRecovery
@@ -76,7 +76,7 @@ def test_a_score_that_is_none_fails_its_trial(
     evaluate = replace(scoring(evaluator, score), timed=timed)
     assert reason in failed(evaluate(plans[0]))
     assert reason in failed(ByTable(evaluate, evaluator.table)(plans[0]))
-    assert reason in failed(Beside(evaluate, plans[1], 2.0)(plans[0]))
+    assert reason in failed(PairedEvaluator(evaluate, plans[1], 2.0)(plans[0]))
 
 
 def test_recoveries_that_diverge_fail_their_trial(evaluator: Evaluator, plans: list[Plan]) -> None:

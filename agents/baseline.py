@@ -1,4 +1,4 @@
-"""The uniform rule at exactly the speed-up an agent reached: the comparison every report carries."""
+"""The baseline of every report: the uniform rule at exactly the speed-up an agent reached."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from autoprune.target import Target
 
 CLOSE = 0.02  # measured speed-ups this near to each other count as the same
 SLOWEST = 1.01  # a target must be above 1
-_CORRECTIONS = 6  # a measurement is noisy: several aims bracket the figure
+_CORRECTIONS = 6  # of the predicted speed-up: a measurement is noisy, and several bracket the figure
 
 
 def uniform_at(env: PruneEnv, speedup: float) -> Trial | None:
     """The best uniform plan whose *measured* speed-up is `speedup`, within CLOSE below or any amount above.
 
-    Every combination of the actions' other choices is tried, each aimed again until its measurement meets the
+    Every combination of the actions' other choices is tried, each recalibrated until its measurement meets the
     figure. None when no uniform plan is that fast. The reward is scored against `speedup`.
     """
     env = env.alike()
@@ -31,23 +31,23 @@ def uniform_at(env: PruneEnv, speedup: float) -> Trial | None:
     if reachable <= SLOWEST:
         return None
     grid = list(itertools.product(*(component.anchors() for component in env.actions.components)))
-    found: list[Trial] = []
+    fast: list[Trial] = []
     for units in grid:
         action = np.array(units, dtype=np.float32)
-        aim = speedup
+        predicted = speedup
         for _ in range(_CORRECTIONS):
-            trial = _aimed(env, action, min(max(SLOWEST, aim), reachable))
+            trial = _trial_at(env, action, min(max(SLOWEST, predicted), reachable))
             if isinstance(trial.evaluated, Failure):
                 break
             measured = trial.evaluated.speedup
             if measured >= speedup * (1 - CLOSE):
-                found.append(trial)
+                fast.append(trial)
             if abs(measured / speedup - 1) <= CLOSE:
                 break
-            aim *= (speedup / measured) ** 0.7
-    if not found:
+            predicted *= (speedup / measured) ** 0.7
+    if not fast:
         return None
-    best = max(found, key=lambda trial: trial.measurement.score)
+    best = max(fast, key=lambda trial: trial.measurement.score)
     return replace(best, reward=reward_at(env, best.measurement, speedup))
 
 
@@ -56,5 +56,6 @@ def reward_at(env: PruneEnv, measured: Measurement, speedup: float) -> float:
     return terminal_reward(replace(env.problem, target=Target(speedup=max(SLOWEST, speedup))), measured).total
 
 
-def _aimed(env: PruneEnv, action: NDArray[np.float32], aim: float) -> Trial:
-    return run_episode(env.of(replace(env.problem, target=Target(speedup=aim))), lambda _, __: action)
+def _trial_at(env: PruneEnv, action: NDArray[np.float32], predicted: float) -> Trial:
+    """The trial of one action in every step, projected to a speed-up that the latency table predicts."""
+    return run_episode(env.of(replace(env.problem, target=Target(speedup=predicted))), lambda _, __: action)
