@@ -74,9 +74,8 @@ def run(variant: Variant, prepared: dict[str, Any] | None) -> dict[str, Any]:
     """Trains and judges one variant; `prepared` of another one serves all."""
     path = RESULTS / "generalist" / f"{variant.name}.json"
     config = of_variant(variant, load_generalist_config(CONFIG))
-    generalist = Generalist(config, cache_folder() / "benchmarks" / "generalist" / variant.name, progress=Console())
-    if prepared is not None:
-        generalist.__dict__["prepared"] = prepared
+    directory = cache_folder() / "benchmarks" / "generalist" / variant.name
+    generalist = Generalist(config, directory, progress=Console(), prepared=prepared)
     _ = generalist.prepared
     started = time.perf_counter()
     best = generalist.train()

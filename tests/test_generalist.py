@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from autoprune.envs.family import Stake
 from autoprune.envs.surrogate import fit_surrogate
 from autoprune.errors import AutopruneError, ConfigError
 from autoprune.pipeline import generalist as module
-from autoprune.pipeline.generalist import Generalist, Prepared, member_run, surrogate_plans
+from autoprune.pipeline.generalist import FamilyTask, Generalist, member_run, surrogate_plans
 from autoprune.registry import Choice
 from autoprune.settings import TrainingSettings
 from autoprune.target import Target
@@ -33,21 +32,16 @@ def config(**learning: object) -> GeneralistConfig:
     )
 
 
-class Fake(Generalist):
-    """Tasks that take no time."""
-
-    @cached_property
-    def prepared(self) -> dict[str, Prepared]:
-        found = {}
-        for member in (*self.members, *self.judges):
-            problem = fake_problem(Target(speedup=2.5))
-            plans = surrogate_plans(problem, 30, seed=0)
-            surrogate = fit_surrogate(problem, plans, [problem.evaluate(plan).score for plan in plans])
-            stakes = tuple(
-                Stake(member.name, replace(problem, target=Target(speedup=speedup))) for speedup in (2.0, 3.0)
-            )
-            found[member.name] = Prepared(member.name, problem, stakes, surrogate)
-        return found
+def fake(config: GeneralistConfig, directory: Path) -> Generalist:
+    """A training on tasks that take no time."""
+    family, tasks = config.family, {}
+    for member in (*draw_members(family.tasks, config.seed, family.data), *held_out_members(family.data)):
+        problem = fake_problem(Target(speedup=2.5))
+        plans = surrogate_plans(problem, 30, seed=0)
+        surrogate = fit_surrogate(problem, plans, [problem.evaluate(plan).score for plan in plans])
+        stakes = tuple(Stake(member.name, replace(problem, target=Target(speedup=speedup))) for speedup in (2.0, 3.0))
+        tasks[member.name] = FamilyTask(member.name, problem, stakes, surrogate)
+    return Generalist(config, directory, prepared=tasks)
 
 
 def test_a_family_is_drawn_alike_from_a_seed_and_never_holds_what_it_is_judged_by() -> None:
@@ -67,7 +61,7 @@ def test_a_family_is_drawn_alike_from_a_seed_and_never_holds_what_it_is_judged_b
 
 
 def test_all_kinds_of_models_choose(tmp_path: Path) -> None:
-    parted = Fake(config().model_copy(update={"family": FamilySection(tasks=25, data=("digits",))}), tmp_path).split()
+    parted = fake(config().model_copy(update={"family": FamilySection(tasks=25, data=("digits",))}), tmp_path).split()
     learned, choosing, held_out = ({each.name for each in part} for part in parted)
     assert len({name.split("-")[2] for name in choosing}) == len({name.split("-")[2] for name in learned}) == 5
     assert (len(learned), len(choosing)) == (20, 5)
@@ -76,7 +70,7 @@ def test_all_kinds_of_models_choose(tmp_path: Path) -> None:
 
 
 def test_training_keeps_the_policy_that_the_choosing_tasks_like_best(tmp_path: Path) -> None:
-    best = Fake(config(), tmp_path).train()
+    best = fake(config(), tmp_path).train()
     lines = [json.loads(line) for line in (tmp_path / "judgements.jsonl").read_text().splitlines()]
     assert [line["update"] for line in lines] == [2, 5]
     assert best.choosing == max(line["choosing"] for line in lines)
@@ -85,28 +79,26 @@ def test_training_keeps_the_policy_that_the_choosing_tasks_like_best(tmp_path: P
 
 
 def test_a_training_that_is_done_is_not_run_again_and_another_config_is_refused(tmp_path: Path) -> None:
-    first = Fake(config(), tmp_path)
+    first = fake(config(), tmp_path)
     best = first.train()
-    assert Fake(config(), tmp_path).train() == best
+    assert fake(config(), tmp_path).train() == best
     module.write_json(tmp_path / "config.json", config().to_json())
     with pytest.raises(ConfigError, match=r"learning\.updates"):
-        Fake(config(updates=7), tmp_path)
+        fake(config(updates=7), tmp_path)
 
 
 def test_what_a_killed_training_judged_after_its_checkpoint_is_not_kept_twice(tmp_path: Path) -> None:
-    best = Fake(config(), tmp_path).train()
+    best = fake(config(), tmp_path).train()
     lines = (tmp_path / "judgements.jsonl").read_bytes()
     for name in ("agent.json", "agent-6.safetensors"):  # killed before its checkpoint was there
         (tmp_path / name).unlink()
-    assert Fake(config(), tmp_path).train() == best
+    assert fake(config(), tmp_path).train() == best
     assert (tmp_path / "judgements.jsonl").read_bytes() == lines
 
 
 def test_a_family_with_nothing_at_stake_is_told(tmp_path: Path) -> None:
-    fake = Fake(config(), tmp_path)
-    fake.__dict__["prepared"] = {}
     with pytest.raises(AutopruneError, match=r"family\.tasks"):
-        fake.train()
+        Generalist(config(), tmp_path, prepared={}).train()
 
 
 def test_a_task_is_made_ready_once_for_any_actions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

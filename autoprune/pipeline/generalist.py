@@ -10,7 +10,7 @@ import ctypes
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
@@ -54,7 +54,7 @@ _ASKED = Target(speedup=2.0)  # of a task's run; its stakes have their own
 
 
 @dataclass(frozen=True, eq=False)
-class Prepared:
+class FamilyTask:
     """A task of the family, ready for episodes.
 
     Attributes:
@@ -92,12 +92,21 @@ class Generalist:
         config: what to do.
         directory: where everything is kept; that of another config is refused.
         workers: tasks made ready at a time, a process each; None: one a core.
+        prepared: all tasks with something at stake, by name, as another training of this family made them; None: they
+            are made, or loaded, here.
     """
 
     def __init__(
-        self, config: GeneralistConfig, directory: Path, *, progress: Progress = SILENT, workers: int | None = None
+        self,
+        config: GeneralistConfig,
+        directory: Path,
+        *,
+        progress: Progress = SILENT,
+        workers: int | None = None,
+        prepared: Mapping[str, FamilyTask] | None = None,
     ) -> None:
         self.config, self.directory, self.progress = config, directory, progress
+        self._given = prepared
         self._workers = cores() if workers is None else workers
         self._judging: dict[str, list[PruneEnv]] = {}
         self._runs: dict[str, Run] = {}
@@ -122,8 +131,12 @@ class Generalist:
         return self._runs[member.name]
 
     @cached_property
-    def prepared(self) -> dict[str, Prepared]:
-        """All tasks with something at stake, drawn and held out, by name; what is missing is made, a process each."""
+    def prepared(self) -> Mapping[str, FamilyTask]:
+        """All tasks with something at stake, drawn and held out, by name."""
+        return self._prepare_all() if self._given is None else self._given
+
+    def _prepare_all(self) -> dict[str, FamilyTask]:
+        """Loads the tasks; what is missing is made before, a process each."""
         self._lock.take()
         write_json(self.directory / "config.json", self.config.to_json())
         everyone = [*self.members, *self.judges]
@@ -149,7 +162,7 @@ class Generalist:
     def _done(self, member: Member) -> Path:
         return self.run_of(member).directory / "prepared.json"
 
-    def _load(self, member: Member) -> Prepared:
+    def _load(self, member: Member) -> FamilyTask:
         problem = self.run_of(member).problem
         plans = surrogate_plans(problem, self.config.family.plans, self.config.seed)
         tried = [(plan, problem.evaluate(plan)) for plan in plans]
@@ -160,18 +173,18 @@ class Generalist:
             f"{speedup_at(problem, 1.0):.2f}x, surrogate off by {100 * surrogate.error:.1f} points (rank "
             f"{surrogate.rank:.2f})"
         )
-        return Prepared(
+        return FamilyTask(
             member.name, problem, tuple(stakes_of(member.name, problem, drops=self.config.family.drops)), surrogate
         )
 
-    def split(self) -> tuple[list[Prepared], list[Prepared], list[Prepared]]:
+    def split(self) -> tuple[list[FamilyTask], list[FamilyTask], list[FamilyTask]]:
         """The tasks that are learned from, those that choose, and those held out.
 
         Raises:
             AutopruneError: a part is empty.
         """
-        learned: list[Prepared] = []
-        choosing: list[Prepared] = []
+        learned: list[FamilyTask] = []
+        choosing: list[FamilyTask] = []
         for index, member in enumerate(self.members):
             if member.name in self.prepared:
                 (choosing if _chooses(index) else learned).append(self.prepared[member.name])
@@ -184,7 +197,7 @@ class Generalist:
             )
         return learned, choosing, held_out
 
-    def learner(self, learned: Sequence[Prepared]) -> FamilyLearner:
+    def learner(self, learned: Sequence[FamilyTask]) -> FamilyLearner:
         config, env = self.config, self.config.env
         stakes = all_stakes(learned)
         cheap = {each.name: each.surrogate for each in learned}
@@ -244,7 +257,7 @@ class Generalist:
     def _judged(self) -> Path:
         return self.directory / "judgements.jsonl"
 
-    def _judge(self, act: Actor, tasks: Sequence[Prepared]) -> float:
+    def _judge(self, act: Actor, tasks: Sequence[FamilyTask]) -> float:
         """Mean advantage of a policy's plans over tasks, by their surrogates: each task counts alike."""
         means = []
         for each in tasks:
@@ -317,5 +330,5 @@ def _chooses(index: int) -> bool:
     return (index + index // CHOOSING) % CHOOSING == CHOOSING - 1
 
 
-def all_stakes(prepared: Sequence[Prepared]) -> list[Stake]:
+def all_stakes(prepared: Sequence[FamilyTask]) -> list[Stake]:
     return [stake for each in prepared for stake in each.stakes]
