@@ -21,7 +21,7 @@ from autoprune.masks import Batches, Loss
 from autoprune.metric import ACCURACY, Metric
 from autoprune.model.arguments import Arguments
 from autoprune.model.copies import copy_for_inference
-from autoprune.pipeline.results import results, write_report
+from autoprune.pipeline.results import report_of
 from autoprune.pipeline.run import Run
 from autoprune.plan import Plan
 from autoprune.progress import SILENT, Progress
@@ -29,6 +29,7 @@ from autoprune.repack import RepackedModel
 from autoprune.repack.kernels.compiler import refused
 from autoprune.repack.report import Sealed
 from autoprune.report.data import ResultRow
+from autoprune.report.run_report import write_report
 from autoprune.target import Target
 from autoprune.tasks.base import Task
 from autoprune.tasks.batches import first_batches
@@ -183,10 +184,10 @@ def _lent(model: nn.Module) -> nn.Module:
 def _compressed(run: Run) -> Compressed:
     with closing(run.lock):
         try:
-            report = write_report(run)
-            return Compressed(run.repacked, run.plan, results(run), report)
+            report = report_of(run)
+            return Compressed(run.repacked, run.plan, report.rows, write_report(report))
         finally:
-            run.settle()
+            run.preparation.mark_volatile_parts()
 
 
 def apply_config(

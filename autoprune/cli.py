@@ -130,7 +130,8 @@ def run(
     Example: autoprune run configs/digits.toml --ray auto
     """
     from autoprune.files import read_text
-    from autoprune.pipeline.results import write_report
+    from autoprune.pipeline.results import report_of
+    from autoprune.report.run_report import write_report
 
     job = _run(config, run_dir, overrides, workers=workers, ray=ray, finished=True)
     _ = job.task  # refused where the directory was made with another one
@@ -138,7 +139,7 @@ def run(
         typer.echo(read_text(job.directory / "report.md", "the report"))
         typer.echo(f"This run is complete: {job.directory}. Give another --run-dir, or delete it, to run again.")
         return
-    typer.echo(write_report(job))
+    typer.echo(write_report(report_of(job)))
     typer.echo(f"Written to {job.directory}. Watch the search: tensorboard --logdir {job.directory.parent}")
 
 
@@ -155,7 +156,7 @@ def profile(
     """
     from autoprune.pipeline.results import latency_text
 
-    typer.echo(latency_text(_run(config, run_dir, overrides, fresh_table=force).table))
+    typer.echo(latency_text(_run(config, run_dir, overrides, fresh_table=force).preparation.table))
 
 
 @app.command()
@@ -178,10 +179,10 @@ def train(
         _train_generalist(config, run_dir, overrides, workers, ray)
         return
     job = _run(config, run_dir, overrides, workers=workers, ray=ray)
-    best = job.found.best.measurement
+    best = job.searched.best.measurement
     plan = job.plan
     typer.echo(
-        f"{len(job.found.trials)} trials; the best has a validation {job.task.metric.said(best.score)} at "
+        f"{len(job.searched.trials)} trials; the best has a validation {job.task.metric.said(best.score)} at "
         f"{best.speedup:.2f}x. {len(plan.layers)} layers planned: {job.directory / 'plan.json'}. "
         f"Policy: {job.directory / 'policy'}"
     )
@@ -265,7 +266,7 @@ def prune(
         job.adopt(plan)
     metric, score = job.task.metric, job.task.evaluate(job.pruned)
     typer.echo(
-        f"pruned, not fine-tuned: validation {metric.said(score)} (dense {metric.text(job.dense_score)}). "
+        f"pruned, not fine-tuned: validation {metric.said(score)} (dense {metric.text(job.prepared.dense_score)}). "
         f"{job.directory / 'pruned.safetensors'}"
     )
 
@@ -280,7 +281,8 @@ def _prune_by(
     pattern: str | None,
 ) -> None:
     """The whole job without a search."""
-    from autoprune.pipeline.results import write_report
+    from autoprune.pipeline.results import report_of
+    from autoprune.report.run_report import write_report
 
     if sparsity is not None and speedup is not None:
         raise ConfigError("give --sparsity or --speedup, not both.")
@@ -289,9 +291,9 @@ def _prune_by(
     given += [f"target={{speedup = {speedup}}}"] if speedup is not None else []
     given += [f"env.pattern={pattern}"] if pattern is not None else []
     job = _run(config, run_dir or Path("runs") / f"{config.stem}-{method}", [*given, *overrides])
-    job.decide()
-    job.aim_again()
-    typer.echo(write_report(job))
+    job.plan_uniformly()
+    job.recalibrate()
+    typer.echo(write_report(report_of(job)))
     typer.echo(f"Written to {job.directory}. Watch the training: tensorboard --logdir {job.directory}")
 
 
@@ -506,14 +508,15 @@ def apply(
     """
     from autoprune.api import apply_config
     from autoprune.config import parse_overrides
-    from autoprune.pipeline.results import write_report
+    from autoprune.pipeline.results import report_of
     from autoprune.pipeline.run import Run
     from autoprune.report.console import Console
+    from autoprune.report.run_report import write_report
     from autoprune.target import Target
 
     target = Target(speedup=speedup, accuracy_drop=accuracy_drop)
     config = apply_config(policy, model, data, target, episodes, parse_overrides(overrides or []))
-    typer.echo(write_report(Run(config, out, progress=Console(), workers=workers, ray=ray)))
+    typer.echo(write_report(report_of(Run(config, out, progress=Console(), workers=workers, ray=ray))))
     typer.echo(f"Written to {out}.")
 
 

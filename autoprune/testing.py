@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from autoprune.envs.problem import Problem
 from autoprune.evaluation.measurement import Evaluate, Evaluated, Measurement
+from autoprune.evaluation.profile import profile_settings
 from autoprune.evaluation.sensitivity import Sensitivity
+from autoprune.latency.machine import machine_identity
 from autoprune.latency.table import LatencyTable, LayerTable, Point
 from autoprune.model.inventory import Inventory, take_inventory
+from autoprune.pipeline.run import Run
 from autoprune.plan import Plan
 from autoprune.registry import Choice
 from autoprune.target import Target
@@ -49,6 +52,22 @@ def fake_table(inventory: Inventory, patterns: tuple[Choice, ...], *, fixed_us: 
     }
     dense_ms = 0.005 + sum(layer.dense_us for layer in layers.values()) / 1e3
     return LatencyTable(layers, dense_ms=dense_ms, rest_ms=0.005, scale=1.0, settings={"batch": 1}, machine={})
+
+
+def save_fake_table(run: Run) -> LatencyTable:
+    """Writes `fake_table` to where a run keeps its latency table, so that the run measures none.
+
+    The run's task, dense model and calibration are made for that, if they are not yet.
+    """
+    context, subject = run.context, run.preparation.subject
+    latency, patterns = context.config.latency, context.choices.patterns
+    table = replace(
+        fake_table(subject.inventory, patterns),
+        settings=profile_settings(subject, patterns, latency.batch, latency.threads),
+        machine=machine_identity(),
+    )
+    table.save(run.directory / "latency.json")
+    return table
 
 
 @dataclass(frozen=True)

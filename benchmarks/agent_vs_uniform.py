@@ -14,10 +14,12 @@ import statistics
 from pathlib import Path
 
 from autoprune.config import load_config
+from autoprune.envs.trial import Trial
 from autoprune.files import write_text
 from autoprune.latency.machine import machine_text
 from autoprune.metric import Metric
 from autoprune.pipeline.run import Run
+from autoprune.pipeline.search import RatedPlan
 from autoprune.report.console import Console
 from autoprune.report.table import markdown_table
 
@@ -36,12 +38,12 @@ def main() -> None:
     for seed in range(given.seeds):
         config = load_config(given.config, [*given.overrides, f"seed={seed}"])
         run = Run(config, given.runs / f"{given.config.stem}-seed{seed}", progress=Console())
-        agent, uniform = run.uniform["agent"], run.uniform["uniform"]
+        agent, uniform = run.search.comparison.agent, run.search.comparison.uniform
         metric = run.task.metric
         cells = [str(seed), *_cells(agent, metric), *(_cells(uniform, metric) if uniform else ["-"] * 3)]
         rows.append(cells)
         if uniform:
-            gains.append(agent["reward"] - uniform["reward"])
+            gains.append(agent.reward - uniform.reward)
     header = (
         "seed",
         *(f"{who} {what}" for who in ("agent", "uniform") for what in ("reward", metric.name, "speed-up")),
@@ -67,8 +69,8 @@ def main() -> None:
     write_text(RESULTS / f"agent_vs_uniform_{given.config.stem}.md", text)
 
 
-def _cells(trial: dict[str, float], metric: Metric) -> list[str]:
-    return [f"{trial['reward']:.3f}", f"{metric.text(trial['score'])}", f"{trial['speedup']:.2f}x"]
+def _cells(plan: RatedPlan | Trial, metric: Metric) -> list[str]:
+    return [f"{plan.reward:.3f}", metric.text(plan.measurement.score), f"{plan.measurement.speedup:.2f}x"]
 
 
 if __name__ == "__main__":

@@ -87,7 +87,8 @@ def run_task(name: str, agents: Sequence[str], seeds: int, budgets: Sequence[int
     env = PruneEnv(stake.problem, config.env.actions, shaping=0.0)
     outcomes = compare_all(name, env, jobs(agents, seeds, budgets, most), beside_knapsack(run, env), log)
     base = next((each.score for each in outcomes if each.agent == "knapsack"), float("nan"))
-    return f"{name}: done, target {stake.problem.target.speedup:.2f}x, dense {run.dense_score:.4f}, knapsack {base:.4f}"
+    target, dense = stake.problem.target.speedup, run.prepared.dense_score
+    return f"{name}: done, target {target:.2f}x, dense {dense:.4f}, knapsack {base:.4f}"
 
 
 def wins(outcomes: list[Outcome]) -> str:

@@ -95,13 +95,13 @@ def _decoded(packed: PackedWeight, value_bits: int) -> float:
 def model(directory: Path) -> str:
     path = directory / "config.json"
     run = Run(parse_config(read_json(path, "the run's config"), str(path)), directory)
-    masked, names = run.masked, run.inventory.names
+    masked, names = run.masked, run.prepared.inventory.names
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         dense = Path(folder) / "dense.safetensors"
-        write_tensors(dense, run.dense.state_dict())
+        write_tensors(dense, run.prepared.dense.state_dict())
         whole = dense.stat().st_size
-        rows.append(("dense", f"{whole:,}", "1.0x", f"{100 * run.task.test(run.dense):.2f}%"))
+        rows.append(("dense", f"{whole:,}", "1.0x", f"{100 * run.task.test(run.prepared.dense):.2f}%"))
         for value_bits in VALUE_BITS:
             packed = Path(folder) / f"{value_bits}.safetensors"
             save(run.repacked, packed, value_bits=value_bits)

@@ -149,17 +149,17 @@ def run(name: str, who: str, seed: int) -> Outcome:
         epochs += round(trials / per_epoch)
         job = Run(parse_config(_config(setup, who, seed, epochs), name), directory)
     if not searched:
-        job.decide()
-    plan, model = job.plan, job.masked
-    zeros = [sparsity(weight_of(model, layer)) * job.inventory[layer].weights for layer in job.inventory.names]
+        job.plan_uniformly()
+    plan, model, inventory, dense = job.plan, job.masked, job.prepared.inventory, job.prepared.dense
+    zeros = [sparsity(weight_of(model, layer)) * inventory[layer].weights for layer in inventory.names]
     recipe = {**plan.training.args, **plan.settings}
     return Outcome(
         who,
         seed,
-        job.task.test(job.dense),
+        job.task.test(dense),
         job.task.evaluate(model),
         job.task.test(model),
-        sum(zeros) / sum(job.inventory[layer].weights for layer in job.inventory.names),
+        sum(zeros) / sum(inventory[layer].weights for layer in inventory.names),
         epochs * per_epoch + trials * searched,
         time.process_time() - start,
         f"{plan.training.name}: " + ", ".join(f"{key} {value}" for key, value in sorted(recipe.items(), key=str)),

@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -35,8 +34,8 @@ from autoprune.latency.timer import Latency
 from autoprune.model.channel_gates import Gating, gate_channels_
 from autoprune.model.recurrent.modules import cut_states_
 from autoprune.patterns import PATTERNS
+from autoprune.pipeline.application import MADE_FOR, load_model
 from autoprune.pipeline.compare import Outcome, OutcomeLog
-from autoprune.pipeline.run import _MADE_FOR, Run
 from autoprune.plan import Plan
 from autoprune.progress import SILENT
 from autoprune.registry import Choice
@@ -171,8 +170,7 @@ def _state(model: nn.Module) -> Any:
 
 
 def _read_masked(folder: Path) -> Any:
-    owner: Any = SimpleNamespace(task=SimpleNamespace(model=_tiny()), _made_for="it", progress=SILENT)
-    model = Run._load(owner, folder / "masked.safetensors", trained=False)
+    model = load_model(folder / "masked.safetensors", _tiny(), "it", SILENT)
     if model is None:
         raise FileError("it is of another run, and made anew")
     return _state(model)
@@ -290,7 +288,7 @@ def _make_documents(folder: Path) -> None:
     for layer in "abc":
         record(layer, lambda: {"us": [1.5, 2.25]})
     Claim(folder).write({"the model": {"weight": "a" * 16}, "the config": {"seed": "0"}})
-    write_tensors(folder / "masked.safetensors", _tiny().state_dict(), {_MADE_FOR: "it"})
+    write_tensors(folder / "masked.safetensors", _tiny().state_dict(), {MADE_FOR: "it"})
     _checkpoint(folder).save([0.5, 0.25])
     _make_tuning(folder)
 

@@ -59,7 +59,7 @@ def planned(directory: Path, policy: Policy) -> tuple[dict[str, float], Plan, Pr
 
     run = Run(parse_config(CONFIG, "planning"), directory, task=resnet50_task())
     stage("model and data")
-    _ = run.offered
+    _ = run.preparation.offered
     stage("inventory and table")
     problem = run.problem
     stage("sensitivity probe")
@@ -111,7 +111,7 @@ def steps_a_second(env: PruneEnv) -> float:
 def main() -> None:
     directory, policy = cache_folder() / "benchmarks" / "planning", Policy.load(SHIPPED)
     started = time.perf_counter()
-    _ = Run(parse_config(CONFIG, "planning"), directory, task=resnet50_task(), progress=Console()).table
+    _ = Run(parse_config(CONFIG, "planning"), directory, task=resnet50_task(), progress=Console()).preparation.table
     first = time.perf_counter() - started
     seconds, plan, env = planned(directory, policy)
     rows = [[name, f"{value:.2f}"] for name, value in seconds.items()]

@@ -56,6 +56,7 @@ Observation = NDArray[np.float32]
 Action = NDArray[np.float32]
 Start = Literal["uniform", "knapsack"]
 STARTS: tuple[Start, ...] = get_args(Start)
+DEFAULT_ACTIONS = (Choice("criterion"), Choice("sparsity"), Choice("group_size"))
 
 
 class PruneEnv(gymnasium.Env[Observation, Action]):
@@ -67,7 +68,7 @@ class PruneEnv(gymnasium.Env[Observation, Action]):
 
     Args:
         problem: what to prune and how to evaluate it. Picklable when its `evaluate` is.
-        actions: the components an agent may choose, by registry row.
+        actions: the components an agent may choose, by registry row, or created already.
         shaping: weight of the shaping, 0 or more; 0 leaves the terminal reward alone. The optimal policy is the same.
         gamma: the discount, in (0, 1], the agent is trained with; shaping needs the same one.
         start: the plan an episode starts with, on the target: every layer alike, or the solver's (`envs.knapsack`).
@@ -84,7 +85,7 @@ class PruneEnv(gymnasium.Env[Observation, Action]):
     def __init__(
         self,
         problem: Problem | None = None,
-        actions: Sequence[Choice | str] = (Choice("criterion"), Choice("sparsity"), Choice("group_size")),
+        actions: Sequence[Choice | str] | ActionSpace = DEFAULT_ACTIONS,
         shaping: float = 1.0,
         gamma: float = 1.0,
         start: Start = "uniform",
@@ -102,11 +103,9 @@ class PruneEnv(gymnasium.Env[Observation, Action]):
             raise ConfigError(f"gamma, a discount, is above 0 and at most 1, not {gamma!r}.")
         if start not in STARTS:
             raise ConfigError(f"an episode cannot start from {start!r}. {did_you_mean(str(start), STARTS)}")
-        if isinstance(actions, str) or not isinstance(actions, Sequence):
-            raise ConfigError(f"actions is a list of names or choices, not {actions!r}.")
         self.problem = problem
-        self.action_choices = tuple(map(Choice.of, actions))
-        self.actions = ActionSpace([(choice.name, ACTIONS.create(choice)) for choice in self.action_choices])
+        self.actions = actions if isinstance(actions, ActionSpace) else _created(actions)
+        self.action_choices = self.actions.choices
         self.shaping, self.gamma = weight, discount
         self.start: Start = "knapsack" if self.actions.solved else start
         self.curves = curves
@@ -121,7 +120,7 @@ class PruneEnv(gymnasium.Env[Observation, Action]):
 
     def of(self, problem: Problem) -> PruneEnv:
         """The same environment of another problem."""
-        return PruneEnv(problem, self.action_choices, self.shaping, self.gamma, self.start, self.curves)
+        return PruneEnv(problem, self.actions, self.shaping, self.gamma, self.start, self.curves)
 
     def alike(self) -> PruneEnv:
         """The same environment, but for layers' actions whose 0 treats every layer alike."""
@@ -243,3 +242,10 @@ class PruneEnv(gymnasium.Env[Observation, Action]):
 
     def _observe(self) -> Observation:
         return self._observer.observe(self._decided, min(self._step, self.steps_per_episode - 1), self._previous)
+
+
+def _created(actions: Sequence[Choice | str]) -> ActionSpace:
+    if isinstance(actions, str) or not isinstance(actions, Sequence):
+        raise ConfigError(f"actions is a list of names or choices, not {actions!r}.")
+    choices = [Choice.of(action) for action in actions]
+    return ActionSpace([(choice, ACTIONS.create(choice)) for choice in choices])

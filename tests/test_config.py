@@ -18,7 +18,7 @@ from autoprune.config import (
 )
 from autoprune.envs.actions import ACTIONS
 from autoprune.errors import ConfigError, FileError
-from autoprune.pipeline.preparation import check_names
+from autoprune.pipeline.preparation import create_choices
 from autoprune.registry import Choice
 
 SHIPPED = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
@@ -29,7 +29,7 @@ GENERALISTS = [path for path in SHIPPED if is_generalist(path)]
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_configs_are_valid_and_survive_json(path: Path) -> None:
     config = load_config(path)
-    check_names(config)
+    create_choices(config)
     assert parse_config(config.to_json(), "again") == config
 
 
@@ -90,7 +90,7 @@ def test_a_missing_task_is_said() -> None:
 )
 def test_names_are_checked_before_any_work(change: dict[str, object], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
-        check_names(parse_config({"task": "digits", **change}, "x.toml"))
+        create_choices(parse_config({"task": "digits", **change}, "x.toml"))
 
 
 def test_overrides(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from autoprune.files import read_json
 from autoprune.metric import BITS_PER_CHARACTER
 from autoprune.pipeline.compare import _ACTIONS
 from autoprune.pipeline.run import Run
+from autoprune.report.run_report import RunReport
 from autoprune.tasks.batches import first_batches
 
 
@@ -37,11 +38,11 @@ class Stopped(Exception):
 
 @pytest.fixture(autouse=True)
 def only_the_first_stages(monkeypatch: pytest.MonkeyPatch) -> None:
-    def write_report(run: Run) -> str:
-        _ = (run.inventory, run.dense_score)
+    def report_of(run: Run) -> RunReport:
+        _ = run.prepared
         raise Stopped
 
-    monkeypatch.setattr(api, "write_report", write_report)
+    monkeypatch.setattr(api, "report_of", report_of)
 
 
 class Net(nn.Module):
@@ -300,11 +301,11 @@ from autoprune.config import load_config
 class Stopped(Exception):
     pass
 
-def write_report(run):
-    _ = (run.inventory, run.dense_score)
+def report_of(run):
+    _ = run.prepared
     raise Stopped
 
-api.write_report = write_report
+api.report_of = report_of
 
 class Net(nn.Module):
     KINDS = {"relu", "gelu", "tanh", "none"}
@@ -472,7 +473,7 @@ def test_every_command_refuses_the_directory_of_another_model_or_other_data(
         config = api.apply_config(None, OWN[1], OWN[3], autoprune.Target(speedup=2.0), 1)
     else:
         config = load_config(Path("mine.toml"), overrides)
-    assert Run(config, Path("made")).inventory.layers
+    assert Run(config, Path("made")).prepared.inventory.layers
     Path("made/report.md").write_text("# of the model as it was\n")
     arguments = [*command, "--out" if overrides is None else "--run-dir", "made"]
     for changed, said in (

@@ -20,7 +20,7 @@ from autoprune.masks import sparsity, weight_of
 from autoprune.patterns import PATTERNS
 from autoprune.pipeline.run import Run
 from autoprune.plan import LayerPlan, Plan
-from autoprune.testing import fake_table
+from autoprune.testing import fake_table, save_fake_table
 
 TOML = """
 target = {speedup = 2.0}
@@ -66,7 +66,7 @@ def test_a_method_prunes_to_a_sparsity_and_the_table_says_what_it_brought(config
     plan = Plan.load(folder / "plan.json")
     assert str(plan.training) == "adaptive(look_ahead=0)"
     run = Run(parse_config(read_json(folder / "config.json", "the config"), "test"), folder)
-    weights = {name: run.inventory[name].weights for name in plan.layers}
+    weights = {name: run.prepared.inventory[name].weights for name in plan.layers}
     shares = {name: sparsity(weight_of(run.masked, name)) for name in plan.layers}
     assert len({round(share, 2) for share in shares.values()}) > 1, "the method found the layers' shares"
     cut = sum(shares[name] * weights[name] for name in weights) / sum(weights.values())
@@ -80,17 +80,17 @@ def test_a_method_prunes_to_a_speedup_that_is_measured(config: Path) -> None:
     assert "at least 1.05x faster" in result.output
 
 
-def test_a_method_that_misses_the_speedup_aims_again_once(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_method_that_misses_the_speedup_is_recalibrated_once(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(load_config(config, ["target={speedup = 1.5}", 'finetune.method="gradual"']), Path("again"))
-    first = Plan(dict.fromkeys(run.inventory.names, LayerPlan(0.5, run.config.env.pattern)), run.config.finetune.method)
+    layer = LayerPlan(0.5, run.config.env.pattern)
+    first = Plan(dict.fromkeys(run.prepared.inventory.names, layer), run.config.finetune.method)
     first.save(run.directory / "plan.json")
-    table = fake_table(run.inventory, (run.config.env.pattern,))
-    run.__dict__["table"] = table
+    table = save_fake_table(run)
     took = {"dense": 1.5, "repacked": 1.2}  # 1.25x of 1.5x
     times = tuple(Latency.from_samples([ms] * 3, 1) for ms in took.values())
     monkeypatch.setattr(Evaluator, "time", lambda *_: times)
     before = run.masked
-    run.aim_again()
+    run.recalibrate()
     assert table.predict_speedup(run.plan) >= table.predict_speedup(first) * 1.5 / 1.25 * (1 - 1e-9)
     assert Plan.load(run.directory / "plan.json") == run.plan != first
     assert run.masked is not before
@@ -100,7 +100,7 @@ def test_a_method_that_misses_the_speedup_aims_again_once(config: Path, monkeypa
         assert sparsity(weight) == pytest.approx(sparsity(alike)), "trained to the new plan"
     second = run.plan
     assert run.repacked.report
-    run.aim_again()
+    run.recalibrate()
     assert run.plan == second, "only once"
 
 
@@ -138,7 +138,7 @@ def test_a_search_may_aim_at_a_sparsity(config: Path) -> None:
     result = CliRunner().invoke(app, ["train", str(config), "--set", "target={sparsity = 0.5}"])
     assert result.exit_code == 0, result.output
     run = Run(parse_config(read_json(Path("runs/small/config.json"), "the config"), "test"), Path("runs/small"))
-    weights = {name: run.inventory[name].weights for name in run.plan.layers}
+    weights = {name: run.prepared.inventory[name].weights for name in run.plan.layers}
     zeros = sum(weights[name] * layer.sparsity for name, layer in run.plan.layers.items())
     assert 0.5 <= zeros / sum(weights.values()) < 0.53
 
@@ -148,16 +148,16 @@ def test_the_budget_counts_what_is_asked(config: Path) -> None:
     assert result.exit_code == 0, result.output
     folder = Path("runs/small-gradual")
     run = Run(parse_config(read_json(folder / "config.json", "the config"), "test"), folder)
-    subject, plan = run.subject, run.plan
+    subject, plan, inventory = run.preparation.subject, run.plan, run.prepared.inventory
     assert subject.budget == "weights"
-    assert budget_cost(subject, plan)(run.inventory)({}) == sum(layer.weights for layer in run.inventory.layers)
+    assert budget_cost(subject, plan)(inventory)({}) == sum(layer.weights for layer in inventory.layers)
     by_macs = Subject(**{**vars(subject), "budget": "macs"})
-    assert budget_cost(by_macs, plan)(run.inventory)({}) == sum(layer.macs for layer in run.inventory.layers)
+    assert budget_cost(by_macs, plan)(inventory)({}) == sum(layer.macs for layer in inventory.layers)
     timed = Subject(**{**vars(subject), "budget": "latency"})
     with pytest.raises(AutopruneError, match="needs the latency table"):
         budget_cost(timed, plan)
-    table = fake_table(run.inventory, (run.config.env.pattern,))
-    cost = budget_cost(Subject(**{**vars(timed), "table": table}), plan)(run.inventory)
+    table = fake_table(inventory, (run.config.env.pattern,))
+    cost = budget_cost(Subject(**{**vars(timed), "table": table}), plan)(inventory)
     assert isinstance(cost, LatencyCost)
     shares = {name: layer.sparsity for name, layer in plan.layers.items()}
     assert cost(shares) == pytest.approx(table.predict_ms(plan))

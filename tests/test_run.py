@@ -15,7 +15,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from autoprune.agents.harness import TrialLog
+from autoprune.agents.harness import TrialLog, search
 from autoprune.cli import app, main
 from autoprune.config import Config, parse_config
 from autoprune.envs.trial import Trial
@@ -24,9 +24,11 @@ from autoprune.files import append_line, read_json, read_lines, read_tensors, wr
 from autoprune.latency.timer import Latency, Protocol
 from autoprune.masks import sparsity, weight_of
 from autoprune.patterns import PATTERNS
-from autoprune.pipeline.results import results, write_report
+from autoprune.pipeline.results import report_of, results
 from autoprune.pipeline.run import Run
 from autoprune.plan import Plan
+from autoprune.registry import Choice, Registry
+from autoprune.report.run_report import write_report
 from autoprune.testing import FakeClock
 
 SMALL = {
@@ -71,7 +73,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole run, made once."""
     folder = tmp_path_factory.mktemp("run")
     os.environ["AUTOPRUNE_CACHE"] = str(folder / "cache")
-    write_report(Run(config(), folder / "digits"))
+    write_report(report_of(Run(config(), folder / "digits")))
     return folder / "digits"
 
 
@@ -118,11 +120,25 @@ def test_the_repacked_model_of_a_run_equals_its_masked_one(finished: Path) -> No
 def test_a_finished_run_does_no_work_again(finished: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")}
     run = Run(config(), finished)
-    assert len(run.found.trials) == 4
-    _ = (run.table, run.masked, run.repacked)
+    assert len(run.searched.trials) == 4
+    _ = (run.preparation.table, run.masked, run.repacked)
     assert {path: path.stat().st_mtime_ns for path in before if "agent" not in path.name} == {
         path: when for path, when in before.items() if "agent" not in path.name
     }
+
+
+def test_what_a_config_names_is_created_once(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    created: list[str] = []
+    create = Registry.create
+
+    def counted(registry: Registry[object], choice: Choice) -> object:
+        created.append(registry.kind)
+        return create(registry, choice)
+
+    monkeypatch.setattr(Registry, "create", counted)
+    run = Run(config(), finished)
+    _ = run.searched
+    assert [created.count(kind) for kind in ("agent", "recovery", "action")] == [1, 1, 1]
 
 
 def test_a_final_table_that_is_killed_goes_on(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,14 +169,14 @@ def test_the_plan_is_the_best_of_those_trained_for_longest(copied: Path) -> None
     log = copied / "search" / "trials.jsonl"
     trials = read_lines(log, "the trials")
     assert [trial.get("fidelity", 0) for trial in trials] == [0] * 4 + [1] * 2 + [2]
-    assert Run(config(), copied).found.best == Trial.from_json(trials[-1])
+    assert Run(config(), copied).searched.best == Trial.from_json(trials[-1])
     assert Plan.load(copied / "plan.json") == Plan.from_json(trials[-1]["plan"])
     TrialLog(log).keep_first(5)  # killed in the first rung
     (copied / "search" / "evaluations-2.jsonl").unlink()
-    again = Run(config(), copied).found
+    again = Run(config(), copied).searched
     assert [trial.fidelity for trial in again.halved] == [1, 1, 2]
     assert again.halved[0].to_json() == trials[4]
-    assert Run(config(), copied).found.halved == again.halved
+    assert Run(config(), copied).searched.halved == again.halved
 
 
 def test_a_lucky_timing_does_not_win_the_search(copied: Path) -> None:
@@ -171,24 +187,24 @@ def test_a_lucky_timing_does_not_win_the_search(copied: Path) -> None:
     for name in ("plan.json", "uniform.json"):
         (copied / name).unlink()
     run = Run(alone, copied, clock=FakeClock(2.0**-10))
-    assert {trial.measurement.speedup for trial in run.found.finalists} == {
+    assert {trial.measurement.speedup for trial in run.searched.finalists} == {
         1.0
     }  # every call takes as long by this clock
     log = copied / "search" / "trials.jsonl"
     trials = read_lines(log, "the trials")
-    best = run.found.best
+    best = run.searched.best
     lucky = min(trials, key=lambda trial: trial["score"])
     assert lucky["score"] < best.measurement.score
     lucky["speedup"], lucky["reward"] = 100.0, 1000.0
     log.unlink()
     for trial in trials:
         append_line(log, trial)
-    again = Run(alone, copied, clock=FakeClock(2.0**-10)).found
+    again = Run(alone, copied, clock=FakeClock(2.0**-10)).searched
     assert lucky["plan"] in [trial.plan.to_json() for trial in again.finalists]
     assert again.best.plan == best.plan
     without = config(search={"agent": "random", "episodes": 4, "finalists": 1}, target={"accuracy_drop": 0.001})
     unclaim(copied)
-    assert Run(without, copied, clock=FakeClock(2.0**-10)).found.best == Trial.from_json(lucky)
+    assert Run(without, copied, clock=FakeClock(2.0**-10)).searched.best == Trial.from_json(lucky)
 
 
 def test_workers_change_no_trial_and_are_no_part_of_a_run(copied: Path) -> None:
@@ -196,10 +212,10 @@ def test_workers_change_no_trial_and_are_no_part_of_a_run(copied: Path) -> None:
     for workers in (1, 2):
         shutil.rmtree(copied / "search")
         run = Run(config(), copied, clock=FakeClock(2.0**-10), workers=workers)  # exact sums, wherever it stands
-        found.append(run.found)
+        found.append(run.searched)
     assert found[0] == found[1]
     assert len(found[0].halved) == 3
-    assert Run(config(), copied, workers=3).found == found[0]
+    assert Run(config(), copied, workers=3).searched == found[0]
 
 
 def test_values_of_eight_bits_are_what_is_measured(finished: Path, tmp_path: Path) -> None:
@@ -268,7 +284,7 @@ def test_what_was_timed_on_another_machine_is_timed_again_or_refused(copied: Pat
     claim["parts"]["the machine"]["cpu"] = "another CPU"
     write_json(copied / "search" / "identity.json", claim)
     with pytest.raises(ConfigError, match=r"search was made with something else: the machine \(cpu\)"):
-        _ = Run(config(), copied).found
+        _ = Run(config(), copied).searched
 
 
 def test_an_engine_that_cannot_run_the_model_is_told_in_the_table(
@@ -279,7 +295,7 @@ def test_an_engine_that_cannot_run_the_model_is_told_in_the_table(
     measured = results(Run(config(), copied), again=True)
     assert [(row.name, row.left_out) for row in measured if row.left_out] == [("dense, openvino", why)]
     assert results(Run(config(), copied)) == measured, "read from the directory"
-    assert f"\ndense, openvino left out: {why}\n" in write_report(Run(config(), copied))
+    assert f"\ndense, openvino left out: {why}\n" in write_report(report_of(Run(config(), copied)))
 
 
 def test_a_directory_of_another_config_is_refused(finished: Path) -> None:
@@ -294,22 +310,22 @@ def test_a_stale_latency_table_is_refused(copied: Path) -> None:
     table["machine"]["cpu"] = "another CPU"
     write_json(copied / "latency.json", table)
     with pytest.raises(StaleTable, match="cpu was 'another CPU'"):
-        _ = Run(config(), copied).table
-    fresh = Run(config(), copied, fresh_table=True).table
+        _ = Run(config(), copied).preparation.table
+    fresh = Run(config(), copied, fresh_table=True).preparation.table
     assert fresh.machine["cpu"] != "another CPU"
 
 
 @pytest.mark.parametrize(
     ("name", "stage"),
     [
-        ("latency.json", "table"),
+        ("latency.json", "problem"),
         ("sensitivity.json", "problem"),
         ("plan.json", "plan"),
         ("masked.safetensors", "masked"),
         ("repacked.safetensors", "repacked"),
-        ("search/trials.jsonl", "found"),
+        ("search/trials.jsonl", "searched"),
         ("search/evaluations.jsonl", "problem"),
-        ("search/agent.json", "found"),
+        ("search/agent.json", "searched"),
     ],
 )
 def test_a_corrupt_file_is_a_file_error_that_names_it(copied: Path, name: str, stage: str) -> None:
@@ -324,7 +340,7 @@ def test_an_infeasible_target_is_refused_before_the_search(copied: Path) -> None
     (copied / "plan.json").unlink()
     run = Run(config(target={"speedup": 900.0}), copied)
     with pytest.raises(InfeasibleTarget, match="at best"):
-        _ = run.found
+        _ = run.searched
     assert not (copied / "search" / "trials.jsonl").exists()
 
 
@@ -349,7 +365,7 @@ def test_a_killed_run_resumes(finished: Path, tmp_path: Path) -> None:
     code = (
         "import json, sys; from pathlib import Path; from autoprune.config import parse_config; "
         "from autoprune.pipeline.run import Run; "
-        "Run(parse_config(json.loads(Path(sys.argv[1]).read_text()), 'x'), Path(sys.argv[2])).found"
+        "Run(parse_config(json.loads(Path(sys.argv[1]).read_text()), 'x'), Path(sys.argv[2])).searched"
     )
     others = shutil.ignore_patterns("search", "plan.json", "config.json", "identity.json")
     shutil.copytree(finished, tmp_path / "killed", ignore=others)
@@ -367,11 +383,8 @@ def test_a_killed_run_resumes(finished: Path, tmp_path: Path) -> None:
     short = parse_config(json.loads(path.read_text()), "x")
     trials: list[Trial] = []
     run = Run(short, tmp_path / "killed")
-    run.env.problem.evaluate  # noqa: B018 - the stages before the search load without work
-    from autoprune.agents import AGENTS
-    from autoprune.agents.harness import search
-
-    result = search(AGENTS.create(short.search.agent), run.env, 16, 0, directory=log.parent, on_resumed=trials.extend)
+    env = run.search.env  # the stages before the search load without work
+    result = search(run.context.choices.agent, env, 16, 0, directory=log.parent, on_resumed=trials.extend)
     assert len(trials) == 10, "the checkpoint every ten episodes is where a killed search goes on"
     assert [trial.to_json() for trial in result.trials[:10]] == done
 

@@ -289,7 +289,7 @@ def compare_all(
 def beside_knapsack(run: Run, env: PruneEnv) -> CachedEvaluate:
     """The evaluation of a comparison: interleaved with the knapsack's plan, whose speed-up the table predicts."""
     reference = env.solved()
-    return run.beside(reference, env.problem.table.predict_speedup(reference))
+    return run.search.paired(reference, env.problem.table.predict_speedup(reference))
 
 
 def compare_run(
@@ -318,7 +318,7 @@ def compare_run(
     loaded = load_config(config, [*overrides, "env.timing=table", f"env.actions={_ACTIONS}"])
     run = Run(loaded, run_dir or Path("runs") / f"{config.stem}-compare", progress=progress)
     progress.say(f"whatever the config says, trials are timed by the table, and the actions are {_ACTIONS}")
-    env, log = run.env, OutcomeLog(run.directory / "outcomes.jsonl")
+    env, log = run.search.env, OutcomeLog(run.directory / "outcomes.jsonl")
     measure = beside_knapsack(run, env)
     outcomes = compare_all(run.task.name, env, jobs_of(choices, seeds, budgets), measure, log, progress)
     return report(outcomes, max(budgets))

@@ -1,15 +1,17 @@
-"""What a run knows before it searches: the task, the dense model, its prunable layers, and their measured times."""
+"""The stages before the search: the task, the dense model, its prunable layers, their measured times, the evaluator.
+
+Every stage is a function from what it needs to a frozen result; `Preparation` does each once, when first asked for.
+"""
 
 from __future__ import annotations
 
-import time
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-import torch
 from torch import nn
 
-from autoprune.agents import AGENTS
+from autoprune.agents import AGENTS, Agent
 from autoprune.config import Config, check_directory, flat
 from autoprune.criteria import CRITERIA
 from autoprune.envs.actions import ACTIONS, ActionComponent
@@ -17,11 +19,11 @@ from autoprune.envs.actions.criterion import CriterionChoice
 from autoprune.envs.actions.group_size import GroupSize
 from autoprune.errors import ConfigError
 from autoprune.evaluation.dense import check_reseedable, dense_model
-from autoprune.evaluation.pool import cores
+from autoprune.evaluation.evaluator import Evaluator
 from autoprune.evaluation.profile import profile_record, profile_settings, profile_table, worth_pruning
-from autoprune.evaluation.recovery import RECOVERIES, Subject
+from autoprune.evaluation.recovery import RECOVERIES, Recovery, Subject
 from autoprune.files import write_json
-from autoprune.identity.claim import Claim, task_parts
+from autoprune.identity.claim import Claim, Parts, task_parts
 from autoprune.identity.fingerprint import model_fingerprints
 from autoprune.latency.engines import ENGINES
 from autoprune.latency.machine import machine_identity
@@ -32,32 +34,69 @@ from autoprune.masks import collect_statistics
 from autoprune.model.inventory import Inventory, take_inventory
 from autoprune.patterns import PATTERNS
 from autoprune.processes.locks import FolderLock
-from autoprune.progress import SILENT, Progress
+from autoprune.progress import Progress
 from autoprune.registry import Choice
-from autoprune.repack.kernels.compiler import refused
 from autoprune.tasks import TASKS, Task
 from autoprune.training import TRAINING
 
+# What a config chooses ------------------------------------------------------------------------------------------------
 
-def check_names(config: Config, task_given: bool = False) -> None:
-    """Raises ConfigError when the config names a row no registry has, or choices that do not go together."""
-    PATTERNS.create(config.env.pattern)
-    CRITERIA.create(config.env.criterion)
-    TRAINING.create(config.finetune.method)
-    recovery = RECOVERIES.create(config.env.recovery)
+
+@dataclass(frozen=True)
+class Choices:
+    """What a config's names stand for, created once, so that a wrong one is refused before any work.
+
+    Attributes:
+        actions: what the agent may choose, in the config's order.
+        recovery: between masking and scoring.
+        agent: searches for the plan; it may hold what it has learned.
+        patterns: every pattern a plan of the run can name; the config's own is among them.
+        statistics: what calibration must collect for the criteria that a plan can name.
+    """
+
+    actions: tuple[ActionComponent, ...]
+    recovery: Recovery
+    agent: Agent
+    patterns: tuple[Choice, ...]
+    statistics: frozenset[str]
+
+
+def create_choices(config: Config, task_given: bool = False) -> Choices:
+    """Creates what the config names.
+
+    Args:
+        config: of the run.
+        task_given: whether the task comes from the caller, so that the config's is not looked up.
+
+    Raises:
+        ConfigError: it names a row no registry has, or choices that do not go together.
+    """
+    env = config.env
+    PATTERNS.create(env.pattern)  # a plan names patterns and methods, and each is created where it is applied: methods
+    TRAINING.create(config.finetune.method)  # have a state. Here their arguments are checked.
+    criterion = CRITERIA.create(env.criterion)
+    recovery = RECOVERIES.create(env.recovery)
     for engine in config.latency.engines:
         ENGINES.get(engine)
-    for choice in config.env.actions:
-        component = ACTIONS.create(choice)
-        if component.needs_training and not recovery.trains:
+    actions = tuple(ACTIONS.create(choice) for choice in env.actions)
+    for choice, action in zip(env.actions, actions, strict=True):
+        if action.needs_training and not recovery.trains:
             raise ConfigError(
-                f"the action {choice.name!r} would never reach the reward: recovery {config.env.recovery.name!r} does "
+                f"the action {choice.name!r} would never reach the reward: recovery {env.recovery.name!r} does "
                 'not train. Set env.recovery = {name = "train", steps = 20}, or drop the action.'
             )
     if not task_given:
         TASKS.get(config.task.name)
     check_teachers(config, task_given)
-    AGENTS.create(config.search.agent)
+    sized = [pattern for action in actions if isinstance(action, GroupSize) for pattern in action.patterns]
+    chosen = [name for action in actions if isinstance(action, CriterionChoice) for name in action.names]
+    return Choices(
+        actions,
+        recovery,
+        AGENTS.create(config.search.agent),
+        patterns=tuple(dict.fromkeys([*sized, env.pattern])),
+        statistics=criterion.needs.union(*(CRITERIA.get(name).needs for name in chosen)),
+    )
 
 
 def check_teachers(config: Config, task_given: bool = False) -> None:
@@ -77,158 +116,226 @@ def check_teachers(config: Config, task_given: bool = False) -> None:
         )
 
 
-class Preparation:
-    """The stages up to the latency table. Each property does its stage, and those before it, once.
+# The stages -----------------------------------------------------------------------------------------------------------
 
-    Args:
-        config: what to do.
-        directory: where everything is written; a directory of another config, model, data or function is refused.
-        task: in place of the task the config names.
-        fresh_table: measure the latency table again even if there is one.
-        workers: processes that evaluate trials, which change no result; None: one a core.
-        ray: in their place, the address of a Ray cluster: see `evaluation.ray_pool`.
+
+@dataclass(frozen=True)
+class Context:
+    """What all stages of a run share.
 
     Attributes:
-        lock: of the directory; taken by the first stage that writes there, and held as long as the run lives.
-
-    Raises:
-        ConfigError: the config names what does not exist, the directory holds a run of another config, or workers are
-            asked for here and on a cluster. `task` and `dense` raise it where the directory was made with others.
-        InUse: in a stage: another process, or another thread, writes in the directory.
+        config: what to do.
+        choices: what it names.
+        directory: where everything is written.
+        claim: the directory's identity.
+        lock: of the directory; taken by the first stage that writes there.
+        progress: where long work is shown.
+        clock: seconds; of all timing.
+        work_threads: torch threads while training and scoring; timing has the config's.
+        workers: processes that evaluate trials.
+        ray: in their place, the address of a Ray cluster.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        directory: Path,
-        *,
-        task: Task | None = None,
-        progress: Progress = SILENT,
-        clock: Clock = time.perf_counter,
-        fresh_table: bool = False,
-        workers: int | None = 1,
-        ray: str | None = None,
-    ) -> None:
-        refused()  # torch must know before a model runs
-        check_names(config, task_given=task is not None)
-        self.config, self.directory, self.progress, self.clock = config, directory, progress, clock
-        self._given_task, self._fresh_table = task, fresh_table
-        self._workers, self._ray = cores() if workers is None else workers, ray
-        self._work_threads = torch.get_num_threads()
-        if ray is not None and workers is not None and workers != 1:
-            raise ConfigError("workers and ray exclude each other: a cluster's nodes say how many workers they have.")
-        self.lock = FolderLock(directory)
-        with self.lock.or_in_use():
-            check_directory(directory, config.to_json())
-        self._claim = Claim(directory)  # written when the task has proved to work: `inventory`
+    config: Config
+    choices: Choices
+    directory: Path
+    claim: Claim
+    lock: FolderLock
+    progress: Progress
+    clock: Clock
+    work_threads: int
+    workers: int
+    ray: str | None
 
-    @cached_property
-    def task(self) -> Task:
-        task = self._given_task or TASKS.create(self.config.task)
-        parts = {**task_parts(task), "the config": {key: repr(v) for key, v in flat(self.config.to_json()).items()}}
-        with self.lock.or_in_use():
-            self._claim.check(parts)
-        self._parts = parts
-        return task
+    def protocol(self, samples: int) -> Protocol:
+        """How latency is measured, in so many rounds."""
+        return Protocol(samples=samples, threads=self.config.latency.threads)
 
-    def settle(self) -> None:
+
+@dataclass(frozen=True)
+class LoadedTask:
+    """A task that the directory is not another one's.
+
+    Attributes:
+        task: the model and its data.
+        parts: fingerprints of the task and of the config.
+    """
+
+    task: Task
+    parts: Parts
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model that is ready to be pruned.
+
+    Attributes:
+        task: the model's.
+        dense: the trained dense model, in eval mode.
+        dense_score: its score on the validation split.
+        inventory: its prunable layers.
+    """
+
+    task: Task
+    dense: nn.Module
+    dense_score: float
+    inventory: Inventory
+
+
+def load_task(context: Context, given: Task | None) -> LoadedTask:
+    """Loads the task the config names, or takes the one that is given.
+
+    Raises:
+        ConfigError: the directory was made with another model, other data or functions.
+    """
+    config = context.config
+    task = given or TASKS.create(config.task)
+    parts = {**task_parts(task), "the config": {key: repr(v) for key, v in flat(config.to_json()).items()}}
+    with context.lock.or_in_use():
+        context.claim.check(parts)
+    return LoadedTask(task, parts)
+
+
+def prepare(context: Context, loaded: LoadedTask) -> Prepared:
+    """Trains the dense model, or loads it, lists its prunable layers, and claims the directory: the task works.
+
+    Raises:
+        AutopruneError: the dense model cannot be scored: no plan could.
+        ConfigError: the directory was made with another config or dense model.
+        InUse: another process, or another thread, writes in the directory.
+    """
+    config, task = context.config, loaded.task
+    with torch_threads(context.work_threads):
+        dense = dense_model(task, config.task, config.dense or task.dense_training, config.seed, context.progress)
+    parts = {**loaded.parts, "the trained dense model": model_fingerprints(dense)["weights"]}
+    with context.lock.or_in_use():
+        context.claim.check(parts)
+    inputs = task.example_inputs(config.latency.batch)
+    inventory = take_inventory(dense, inputs, keep_dense=config.env.keep_dense, min_weights=config.env.min_weights)
+    score = task.evaluate(dense)  # before anything that takes long
+    context.lock.take()
+    check_directory(context.directory, config.to_json())  # again: now nobody else can make it
+    context.claim.check(parts)
+    context.claim.write(parts)
+    write_json(context.directory / "config.json", config.to_json())
+    context.progress.say(f"{len(inventory.layers)} prunable layers:")
+    for layer in inventory.layers:
+        shape = "x".join(map(str, layer.weight_shape))
+        context.progress.say(f"  {layer.name:<32} {layer.kind:<8} {shape:<16} {layer.macs / 1e6:8.2f} M MACs")
+    for row in inventory.dense:
+        context.progress.say(f"  {row.name:<32} stays dense: {row.reason}")
+    return Prepared(task, dense, score, inventory)
+
+
+def calibrate(context: Context, prepared: Prepared) -> Subject:
+    """Collects what the criteria need to know of every layer, in one pass over the calibration batches."""
+    config, task = context.config, prepared.task
+    statistics = collect_statistics(
+        prepared.dense, prepared.inventory.names, task.calibration, task.loss, context.choices.statistics
+    )
+    budget = config.finetune.budget or ("latency" if config.target.speedup is not None else "weights")
+    settings = config.finetune.settings
+    return Subject(task, prepared.dense, prepared.inventory, statistics, settings, config.seed, budget)
+
+
+def profile(context: Context, subject: Subject, *, fresh: bool = False) -> LatencyTable:
+    """Measures the latency table, or reads it from the directory.
+
+    Args:
+        context: of the run.
+        subject: the model and its prunable layers.
+        fresh: measure it again even if there is one.
+
+    Raises:
+        StaleTable: the directory's table is of another machine, or of other settings.
+    """
+    path, latency, patterns = context.directory / "latency.json", context.config.latency, context.choices.patterns
+    settings = profile_settings(subject, patterns, latency.batch, latency.threads)
+    if path.exists() and not fresh:
+        return LatencyTable.load(path, settings=settings, machine=machine_identity())
+    protocol = context.protocol(latency.profile_samples)
+    record = profile_record(path, settings, protocol)
+    if fresh:
+        path.unlink(missing_ok=True)
+        record.clear()
+    with timing():
+        table = profile_table(subject, patterns, settings, protocol, context.clock, context.progress, record)
+    table.save(path)
+    record.clear()
+    context.progress.say(
+        f"latency table: dense {table.dense_ms:.3f} ms, of which prunable layers "
+        f"{sum(table.dense_us(name) for name in table.layers) / 1e3:.3f} ms ({path})"
+    )
+    return table
+
+
+def layers_worth_pruning(context: Context, inventory: Inventory, table: LatencyTable) -> Inventory:
+    """The layers a search decides: those whose pruning can save time that is worth having."""
+    env = context.config.env
+    offered = worth_pruning(inventory, table, env.max_sparsity, env.min_saving)
+    for row in offered.dense[len(inventory.dense) :]:
+        context.progress.say(f"  {row.name:<32} is left whole: {row.reason}")
+    return offered
+
+
+def build_evaluator(context: Context, subject: Subject, table: LatencyTable) -> Evaluator:
+    """The evaluation of a plan, as the search does it."""
+    latency = context.config.latency
+    return Evaluator(
+        subject=replace(subject, table=table),
+        table=table,
+        recovery=context.choices.recovery,
+        protocol=context.protocol(latency.search_samples),
+        batch=latency.batch,
+        work_threads=context.work_threads,
+        clock=context.clock,
+        timed=context.config.env.timing == "measured",
+    )
+
+
+class Preparation:
+    """The results of these stages, each made when it is first asked for, and once.
+
+    Args:
+        context: of the run.
+        task: in place of the task the config names.
+        fresh_table: measure the latency table again even if there is one.
+    """
+
+    def __init__(self, context: Context, task: Task | None = None, *, fresh_table: bool = False) -> None:
+        self._context, self._given, self._fresh_table = context, task, fresh_table
+        self._loaded: LoadedTask | None = None
+
+    @property
+    def loaded(self) -> LoadedTask:
+        if self._loaded is None:
+            self._loaded = load_task(self._context, self._given)
+        return self._loaded
+
+    def mark_volatile_parts(self) -> None:
         """Has the directory forget what the task's functions and data change of themselves, such as a count of calls.
 
-        The same program may go on with the directory in this very process.
+        The same program may go on with the directory in this very process. Does nothing before the task is loaded.
         """
-        if "task" in self.__dict__:
-            self._claim.loosen(self._parts, task_parts(self.task))
+        if self._loaded is not None:
+            self._context.claim.loosen(self._loaded.parts, task_parts(self._loaded.task))
 
     @cached_property
-    def dense(self) -> nn.Module:
-        """The trained dense model, in eval mode."""
-        settings = self.config.dense or self.task.dense_training
-        with torch_threads(self._work_threads):
-            dense = dense_model(self.task, self.config.task, settings, self.config.seed, self.progress)
-        self._parts["the trained dense model"] = model_fingerprints(dense)["weights"]
-        with self.lock.or_in_use():
-            self._claim.check(self._parts)
-        return dense
-
-    @cached_property
-    def dense_score(self) -> float:
-        """On the validation split.
-
-        Raises:
-            AutopruneError: the evaluation fails, or gives no score: it would fail for every plan.
-        """
-        return self.task.evaluate(self.dense)
-
-    @cached_property
-    def inventory(self) -> Inventory:
-        env = self.config.env
-        inputs = self.task.example_inputs(self.config.latency.batch)
-        inventory = take_inventory(self.dense, inputs, keep_dense=env.keep_dense, min_weights=env.min_weights)
-        _ = self.dense_score  # before anything that takes long
-        self.lock.take()
-        check_directory(self.directory, self.config.to_json())  # again: now nobody else can make it
-        self._claim.check(self._parts)
-        self._claim.write(self._parts)
-        write_json(self.directory / "config.json", self.config.to_json())
-        self.progress.say(f"{len(inventory.layers)} prunable layers:")
-        for layer in inventory.layers:
-            shape = "x".join(map(str, layer.weight_shape))
-            self.progress.say(f"  {layer.name:<32} {layer.kind:<8} {shape:<16} {layer.macs / 1e6:8.2f} M MACs")
-        for row in inventory.dense:
-            self.progress.say(f"  {row.name:<32} stays dense: {row.reason}")
-        return inventory
-
-    @cached_property
-    def _components(self) -> list[ActionComponent]:
-        return [ACTIONS.create(choice) for choice in self.config.env.actions]
-
-    @cached_property
-    def patterns(self) -> tuple[Choice, ...]:
-        """Every pattern a plan of this run can hold."""
-        sized = [pattern for c in self._components if isinstance(c, GroupSize) for pattern in c.patterns]
-        return tuple(dict.fromkeys([*sized, self.config.env.pattern]))
+    def prepared(self) -> Prepared:
+        return prepare(self._context, self.loaded)
 
     @cached_property
     def subject(self) -> Subject:
-        config = self.config
-        chosen = (c.names for c in self._components if isinstance(c, CriterionChoice))
-        criteria = {config.env.criterion.name}.union(*chosen)
-        needs = frozenset[str]().union(*(CRITERIA.get(name).needs for name in criteria))
-        statistics = collect_statistics(self.dense, self.inventory.names, self.task.calibration, self.task.loss, needs)
-        budget = config.finetune.budget or ("latency" if config.target.speedup is not None else "weights")
-        return Subject(self.task, self.dense, self.inventory, statistics, config.finetune.settings, config.seed, budget)
+        return calibrate(self._context, self.prepared)
 
     @cached_property
     def table(self) -> LatencyTable:
-        """The measured latency table, from the directory when it holds one for this machine."""
-        path = self.directory / "latency.json"
-        settings = profile_settings(self.subject, self.patterns, self.config.latency.batch, self.config.latency.threads)
-        if path.exists() and not self._fresh_table:
-            return LatencyTable.load(path, settings=settings, machine=machine_identity())
-        protocol = self._protocol(self.config.latency.profile_samples)
-        record = profile_record(path, settings, protocol)
-        if self._fresh_table:
-            path.unlink(missing_ok=True)
-            record.clear()
-            self._fresh_table = False
-        with timing():
-            table = profile_table(self.subject, self.patterns, settings, protocol, self.clock, self.progress, record)
-        table.save(path)
-        record.clear()
-        self.progress.say(
-            f"latency table: dense {table.dense_ms:.3f} ms, of which prunable layers "
-            f"{sum(table.dense_us(name) for name in table.layers) / 1e3:.3f} ms ({path})"
-        )
-        return table
+        return profile(self._context, self.subject, fresh=self._fresh_table)
 
     @cached_property
     def offered(self) -> Inventory:
-        """The layers a plan decides: those whose pruning can save time that is worth having."""
-        env = self.config.env
-        offered = worth_pruning(self.inventory, self.table, env.max_sparsity, env.min_saving)
-        for row in offered.dense[len(self.inventory.dense) :]:
-            self.progress.say(f"  {row.name:<32} is left whole: {row.reason}")
-        return offered
+        return layers_worth_pruning(self._context, self.prepared.inventory, self.table)
 
-    def _protocol(self, samples: int) -> Protocol:
-        return Protocol(samples=samples, threads=self.config.latency.threads)
+    @cached_property
+    def evaluator(self) -> Evaluator:
+        return build_evaluator(self._context, self.subject, self.table)

@@ -1,4 +1,4 @@
-"""The last stage of a run: dense engines, masked and repacked model timed in turns, the table, the report."""
+"""The last stages of a run: dense engines, masked and repacked model timed interleaved, and what the report says."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from typing import Any
 from torch import nn
 
 from autoprune.agents.base import succeeded
-from autoprune.envs.trial import Trial
 from autoprune.errors import GivenError, NumericalError
-from autoprune.evaluation.measurement import Failure
+from autoprune.evaluation.measurement import Failure, Measurement
 from autoprune.files import write_tensors
 from autoprune.latency.engines import ENGINES, baselines
 from autoprune.latency.machine import differences, machine_identity
@@ -22,57 +21,132 @@ from autoprune.latency.table import LatencyTable
 from autoprune.latency.timer import Latency, Protocol, measure_together, speedup
 from autoprune.masks import nonzero_parameters, sparsity, weight_of
 from autoprune.model.inventory import KeptDense
+from autoprune.pipeline.application import FineTuned, Repacked
 from autoprune.pipeline.monitor import point
+from autoprune.pipeline.preparation import Context, Prepared
 from autoprune.pipeline.run import Run
 from autoprune.repack.rivals import dense_calls
 from autoprune.report.data import MeasuredPoint, PlanRow, ResultRow, SearchRow
-from autoprune.report.stored import (
-    EAGER,
-    MASKED,
-    REPACKED,
-    Front,
-    Record,
-    Results,
-    read_stored,
-    row_of,
-    write_page,
-    write_stored,
-)
+from autoprune.report.run_report import RunReport
+from autoprune.report.stored import EAGER, MASKED, REPACKED, Front, Record, Results, read_stored, write_stored
 from autoprune.report.table import markdown_table
-from autoprune.report.tensorboard import TrialWriter
+from autoprune.tasks import Task
 
 ROUNDS = 10  # of the final table that are measured, and kept, together
+Call = Callable[[], object]
+
+# The final table ------------------------------------------------------------------------------------------------------
 
 
 def results(run: Run, *, again: bool = False) -> tuple[ResultRow, ...]:
     """Measures the final table, or reads it from the directory when it is of this machine and not wanted `again`."""
-    path, machine = run.directory / "results.json", machine_identity()
-    masked, repacked = run.masked, run.repacked  # what is made anew here takes the results of the old one away
+    fine_tuned, repacked = run.applied.fine_tuned, run.applied.repacked  # made anew, they remove the old one's results
+    path = run.directory / "results.json"
     if path.exists() and not again:
-        found = read_stored(Results, path, "the results")
-        if not (changed := differences(found.machine, machine)):
-            return found.rows
+        stored = read_stored(Results, path, "the results")
+        if not (changed := differences(stored.machine, machine_identity())):
+            return stored.rows
         run.progress.say(f"the results are measured again: {'; '.join(changed)}")
-    latency = run.config.latency
-    inputs = run.task.example_inputs(latency.batch)
-    calls: dict[str, Callable[[], object]] = {EAGER: ENGINES.get("eager")().prepare(run.dense, inputs, latency.threads)}
-    engines, left_out = _engine_calls(run, inputs)
+    measured = measure_results(run.context, run.prepared, fine_tuned, repacked, from_start=again)
+    return measured.rows
+
+
+def measure_results(
+    context: Context, prepared: Prepared, fine_tuned: FineTuned, repacked: Repacked, *, from_start: bool = False
+) -> Results:
+    """Measures the final table and saves it.
+
+    Args:
+        context: of the run.
+        prepared: the dense model.
+        fine_tuned: the masked one.
+        repacked: of that; its file is in the directory.
+        from_start: whether rounds that an interrupted measurement kept are measured again.
+    """
+    latency, machine = context.config.latency, machine_identity()
+    inputs = prepared.task.example_inputs(latency.batch)
+    calls: dict[str, Call] = {EAGER: ENGINES.get("eager")().prepare(prepared.dense, inputs, latency.threads)}
+    engines, left_out = _engine_calls(context, prepared, inputs)
     calls |= engines
-    calls[MASKED] = lambda: masked(*inputs)
-    calls[REPACKED] = lambda: repacked(*inputs)
-    run.progress.say(
+    calls[MASKED] = lambda: fine_tuned.model(*inputs)
+    calls[REPACKED] = lambda: repacked.model(*inputs)
+    context.progress.say(
         f"measuring: batch {latency.batch}, {latency.threads} thread(s), {latency.samples} rounds in turns"
     )
-    protocol = Protocol(samples=latency.samples, threads=latency.threads, lead=1)  # each row with its own warm caches
-    record = _record_of_rounds(run, list(calls), machine)
-    if again:
+    record = _record_of_rounds(context, list(calls), machine)
+    if from_start:
         record.clear()
-    times = _measured(calls, protocol, run, record)
+    protocol = replace(context.protocol(latency.samples), lead=1)  # each row with its own warm caches
+    times = _measured(calls, protocol, context, record)
+    rows = _result_rows(context, prepared, fine_tuned, repacked, times, left_out)
+    how = {"batch": latency.batch, "threads": latency.threads, "device": "cpu"}
+    measured = Results(rows, {**how, "rounds, all rows in turns": latency.samples}, machine)
+    write_stored(context.directory / "results.json", measured)
+    record.clear()
+    return measured
 
-    dense_file = run.directory / "dense.safetensors"
-    write_tensors(dense_file, run.dense.state_dict())
-    dense_score = _tested(run, run.dense, EAGER)
-    size, parameters = dense_file.stat().st_size, sum(p.numel() for p in run.dense.parameters())
+
+def _engine_calls(
+    context: Context, prepared: Prepared, inputs: tuple[Any, ...]
+) -> tuple[dict[str, Call], dict[str, str]]:
+    """The dense engines that were asked for and compute the model; the others, and why they are left out."""
+    latency = context.config.latency
+    names = [name for name in latency.engines or baselines() if name != "eager"]
+    calls, left_out = dense_calls(prepared.dense, inputs, latency.threads, names)
+    for name, why in left_out.items():
+        context.progress.say(f"dense engine {name} left out: {why}")
+    reasons = {f"dense, {name}": why for name, why in left_out.items()}
+    return {f"dense, {name}": call for name, call in calls.items()}, reasons
+
+
+def _tested(task: Task, model: nn.Module, row: str) -> float:
+    try:
+        return task.test(model)
+    except (GivenError, NumericalError) as error:
+        raise type(error)(
+            f"the final table has no score for its row {row!r}: {error} All that was made is in the run's directory: "
+            "once that is mended, the same command goes on from here."
+        ) from error.__cause__ or error
+
+
+def _record_of_rounds(context: Context, rows: list[str], machine: Mapping[str, Any]) -> MeasurementRecord:
+    """What was measured so far of the final table."""
+    with (context.directory / "repacked.safetensors").open("rb") as file:
+        repacked = hashlib.file_digest(file, "sha256").hexdigest()
+    latency = context.config.latency.model_dump(mode="json")
+    about = {"rows": rows, "repacked": repacked, "latency": latency, "machine": machine}
+    return MeasurementRecord(context.directory / "results.rounds.jsonl", about)
+
+
+def _measured(
+    calls: Mapping[str, Call], protocol: Protocol, context: Context, record: MeasurementRecord
+) -> dict[str, Latency]:
+    """Times all rows in turns, `ROUNDS` rounds at a time, which are kept: all of them take minutes of a large model."""
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for first in range(0, protocol.samples, ROUNDS):
+        part = replace(protocol, samples=min(ROUNDS, protocol.samples - first))
+
+        def measure(part: Protocol = part) -> dict[str, tuple[float, ...]]:
+            return {name: each.samples_ms for name, each in measure_together(calls, part, context.clock).items()}
+
+        for name, values in record(f"from round {first}", measure).items():
+            samples[name] += values
+    return {name: Latency.from_samples(values, protocol.threads) for name, values in samples.items()}
+
+
+def _result_rows(
+    context: Context,
+    prepared: Prepared,
+    fine_tuned: FineTuned,
+    repacked: Repacked,
+    times: Mapping[str, Latency],
+    left_out: Mapping[str, str],
+) -> tuple[ResultRow, ...]:
+    """The rows in this order: torch eager, other engines, those left out, masked, repacked."""
+    task, dense, dense_file = prepared.task, prepared.dense, context.directory / "dense.safetensors"
+    write_tensors(dense_file, dense.state_dict())
+    dense_score = _tested(task, dense, EAGER)
+    size, parameters = dense_file.stat().st_size, sum(p.numel() for p in dense.parameters())
     same_work = {EAGER, *(f"dense, {name}" for name in baselines())}
     best = min(same_work & set(times), key=lambda name: times[name].median_ms)
 
@@ -86,59 +160,11 @@ def results(run: Run, *, again: bool = False) -> tuple[ResultRow, ...]:
             label = f"{name}, best engine" if name == best else name
             rows.append(row(name, label, dense_score, parameters, size))
     rows += [ResultRow(name, left_out=why) for name, why in left_out.items()]
-    kept = nonzero_parameters(masked)
-    packed_size = (run.directory / "repacked.safetensors").stat().st_size
-    rows.append(row(MASKED, MASKED, _tested(run, masked, MASKED), kept, size))
-    rows.append(row(REPACKED, REPACKED, _tested(run, repacked, REPACKED), kept, packed_size))
-    how = {"batch": latency.batch, "threads": latency.threads, "device": "cpu"}
-    write_stored(path, Results(tuple(rows), {**how, "rounds, all rows in turns": latency.samples}, machine))
-    record.clear()
+    kept = nonzero_parameters(fine_tuned.model)
+    packed_size = (context.directory / "repacked.safetensors").stat().st_size
+    rows.append(row(MASKED, MASKED, _tested(task, fine_tuned.model, MASKED), kept, size))
+    rows.append(row(REPACKED, REPACKED, _tested(task, repacked.model, REPACKED), kept, packed_size))
     return tuple(rows)
-
-
-def _tested(run: Run, model: nn.Module, row: str) -> float:
-    try:
-        return run.task.test(model)
-    except (GivenError, NumericalError) as error:
-        raise type(error)(
-            f"the final table has no score for its row {row!r}: {error} All that was made is in the run's directory: "
-            "once that is mended, the same command goes on from here."
-        ) from error.__cause__ or error
-
-
-def _record_of_rounds(run: Run, rows: list[str], machine: Mapping[str, Any]) -> MeasurementRecord:
-    """What was measured so far of the final table."""
-    with (run.directory / "repacked.safetensors").open("rb") as file:
-        repacked = hashlib.file_digest(file, "sha256").hexdigest()
-    latency = run.config.latency.model_dump(mode="json")
-    about = {"rows": rows, "repacked": repacked, "latency": latency, "machine": machine}
-    return MeasurementRecord(run.directory / "results.rounds.jsonl", about)
-
-
-def _measured(
-    calls: Mapping[str, Callable[[], object]], protocol: Protocol, run: Run, record: MeasurementRecord
-) -> dict[str, Latency]:
-    """Times all rows in turns, `ROUNDS` rounds at a time, which are kept: all of them take minutes of a large model."""
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    for first in range(0, protocol.samples, ROUNDS):
-        part = replace(protocol, samples=min(ROUNDS, protocol.samples - first))
-
-        def measure(part: Protocol = part) -> dict[str, tuple[float, ...]]:
-            return {name: each.samples_ms for name, each in measure_together(calls, part, run.clock).items()}
-
-        for name, values in record(f"from round {first}", measure).items():
-            samples[name] += values
-    return {name: Latency.from_samples(values, protocol.threads) for name, values in samples.items()}
-
-
-def _engine_calls(run: Run, inputs: tuple[Any, ...]) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
-    """The dense engines that were asked for and compute the model; the others, and why they are left out."""
-    names = [name for name in run.config.latency.engines or baselines() if name != "eager"]
-    calls, left_out = dense_calls(run.dense, inputs, run.config.latency.threads, names)
-    for name, why in left_out.items():
-        run.progress.say(f"dense engine {name} left out: {why}")
-    told = {f"dense, {name}": why for name, why in left_out.items()}
-    return {f"dense, {name}": call for name, call in calls.items()}, told
 
 
 def latency_text(table: LatencyTable) -> str:
@@ -152,79 +178,87 @@ def latency_text(table: LatencyTable) -> str:
     return markdown_table(("layer", "pattern", "torch dense us", *sparsities), rows, left=2)
 
 
-def write_report(run: Run) -> str:
-    """Writes ``report.json``, and from it ``report.md`` and its figures, and returns the page."""
-    rows = results(run)
-    write_stored(run.directory / "report.json", _record(run))
-    _write_hparams(run, rows)
-    return write_page(run.directory)
+# What the report says -------------------------------------------------------------------------------------------------
 
 
-def _record(run: Run) -> Record:
-    searched = _searched(run)
-    return Record(
-        title=f"{run.task.name}: {run.config.target.text(run.task.metric)}",
+def report_of(run: Run) -> RunReport:
+    """Gathers what the report of a run is written from; runs the stages that are missing."""
+    rows, config, metric = results(run), run.config, run.task.metric
+    searched = run.search.exists
+    record = Record(
+        title=f"{run.task.name}: {config.target.text(metric)}",
         facts={key: str(value) for key, value in _facts(run).items()},
-        target=run.config.target,
-        metric=run.task.metric,
+        target=config.target,
+        metric=metric,
         plan=_plan_rows(run),
         kept_dense=_kept_dense(run),
-        searches=_search_rows(run),
-        sparsities=_shares(run),
+        searches=_search_rows(run) if searched else (),
+        sparsities=_sparsities(run),
         front=_front(run) if searched else None,
-        rewards={run.config.search.agent.name: tuple(trial.reward for trial in succeeded(run.found.trials))}
+        rewards={config.search.agent.name: tuple(trial.reward for trial in succeeded(run.searched.trials))}
         if searched
         else None,
     )
+    hparams = {
+        "agent": str(config.search.agent),
+        "episodes": config.search.episodes,
+        "target": config.target.text(metric),
+        "recovery": str(config.env.recovery),
+        "training": str(run.plan.training),
+        "learning_rate": config.finetune.settings.learning_rate,
+        "seed": config.seed,
+    }
+    return RunReport(run.directory, rows, record, hparams)
 
 
 def _facts(run: Run) -> dict[str, Any]:
-    config, halving = run.config, run.config.search.halving
+    config = run.config
     facts = {
         "task": config.task,
         "target": config.target.text(run.task.metric),
-        **(
-            {
-                "agent": config.search.agent,
-                "episodes": config.search.episodes,
-                "actions": ", ".join(map(str, config.env.actions)),
-                "recovery before scoring": config.env.recovery,
-                "successive halving": f"{halving.plans} plans from {halving.steps} steps on" if halving else "none",
-            }
-            if _searched(run)
-            else {"plan": "given, not searched for"}
-        ),
+        **(_search_facts(run) if run.search.exists else {"plan": "given, not searched for"}),
         "training": run.plan.training,
         "fine-tuning epochs": config.finetune.settings.epochs,
         "settings of the plan": dict(run.plan.settings) or "none",
         "seed": config.seed,
     }
-    if _searched(run) and run.uniform["uniform"] is None:
-        facts["uniform, same speed-up"] = "no uniform plan was measured to be as fast as the agent's"
-    if _searched(run) and (
-        failed := [trial.evaluated.reason for trial in run.found.trials if isinstance(trial.evaluated, Failure)]
-    ):
-        facts["failed trials"] = f"{len(failed)} of {len(run.found.trials)}; the first: {failed[0]}"
+    if run.search.exists:
+        facts |= _search_remarks(run)
     if run.task.testing is run.task.validation:
         facts["test split"] = "none was given: the figures are of the validation split that the search saw"
     return facts
 
 
-def _searched(run: Run) -> bool:
-    """Whether the plan was searched for here, and not given."""
-    return (run.directory / "search" / "trials.jsonl").exists()
+def _search_facts(run: Run) -> dict[str, Any]:
+    config, halving = run.config, run.config.search.halving
+    return {
+        "agent": config.search.agent,
+        "episodes": config.search.episodes,
+        "actions": ", ".join(map(str, config.env.actions)),
+        "recovery before scoring": config.env.recovery,
+        "successive halving": f"{halving.plans} plans from {halving.steps} steps on" if halving else "none",
+    }
+
+
+def _search_remarks(run: Run) -> dict[str, str]:
+    remarks, trials = {}, run.searched.trials
+    if run.search.comparison.uniform is None:
+        remarks["uniform, same speed-up"] = "no uniform plan was measured to be as fast as the agent's"
+    if reasons := [trial.evaluated.reason for trial in trials if isinstance(trial.evaluated, Failure)]:
+        remarks["failed trials"] = f"{len(reasons)} of {len(trials)}; the first: {reasons[0]}"
+    return remarks
 
 
 def _plan_rows(run: Run) -> tuple[PlanRow, ...]:
     rows = []
-    lowered, shares = {row.name: row for row in run.repacked.report}, _shares(run)
+    lowered, sparsities = {row.name: row for row in run.repacked.report}, _sparsities(run)
     for name, layer in run.plan.layers.items():
         made = lowered[name]
         rows.append(
             PlanRow(
                 layer=name,
-                weights=run.inventory[name].weights,
-                sparsity=shares[name],
+                weights=run.prepared.inventory[name].weights,
+                sparsity=sparsities[name],
                 pattern=str(layer.pattern),
                 criterion=str(layer.criterion),
                 backend=made.backend,
@@ -235,7 +269,7 @@ def _plan_rows(run: Run) -> tuple[PlanRow, ...]:
     return tuple(rows)
 
 
-def _shares(run: Run) -> dict[str, float]:
+def _sparsities(run: Run) -> dict[str, float]:
     """Zeros of each planned layer in the end: the plan's, or where the method found the layers' shares, its own."""
     return {name: sparsity(weight_of(run.masked, name)) for name in run.plan.layers}
 
@@ -247,48 +281,28 @@ def _kept_dense(run: Run) -> tuple[KeptDense, ...]:
         for row in run.repacked.report
         if row.backend == "dense" and row.name in run.plan.layers
     ]
-    offered = run.offered if _searched(run) or run.config.target.speedup is not None else run.inventory
+    timed = run.search.exists or run.config.target.speedup is not None
+    offered = run.preparation.offered if timed else run.prepared.inventory
     return (*offered.dense, *lost)
 
 
 def _search_rows(run: Run) -> tuple[SearchRow, ...]:
-    if not _searched(run):
-        return ()
-    compared = run.uniform
+    def row(agent: str, episodes: int, reward: float, measured: Measurement) -> SearchRow:
+        return SearchRow(agent, episodes, reward, measured.score, measured.latency_ms, measured.speedup)
 
-    def row(agent: str, episodes: int, trial: Mapping[str, Any]) -> SearchRow:
-        return SearchRow(agent, episodes, trial["reward"], trial["score"], trial["latency_ms"], trial["speedup"])
-
-    rows = [row(str(run.config.search.agent.name), len(run.found.trials), compared["agent"])]
-    if compared["uniform"] is not None:
-        rows.append(row("uniform, same speed-up", math.prod(_grid_sizes(run)), compared["uniform"]))
+    best, uniform = run.search.comparison.agent, run.search.comparison.uniform
+    rows = [row(str(run.config.search.agent.name), len(run.searched.trials), best.reward, best.measurement)]
+    if uniform is not None:
+        tried = math.prod(len(component.anchors()) for component in run.search.env.actions.components)
+        rows.append(row("uniform, same speed-up", tried, uniform.reward, uniform.measurement))
     return tuple(rows)
 
 
-def _grid_sizes(run: Run) -> list[int]:
-    return [len(component.anchors()) for component in run.env.actions.components]
-
-
 def _front(run: Run) -> Front:
-    uniform = run.uniform["uniform"]
+    uniform = run.search.comparison.uniform
     return Front(
-        trials=tuple(point(trial.measurement) for trial in succeeded(run.found.trials)),
-        best=point(run.found.best.measurement),
-        dense=MeasuredPoint(run.table.dense_ms, run.dense_score),
-        uniform=point(Trial.from_json(uniform).measurement) if uniform else None,
+        trials=tuple(point(trial.measurement) for trial in succeeded(run.searched.trials)),
+        best=point(run.searched.best.measurement),
+        dense=MeasuredPoint(run.preparation.table.dense_ms, run.prepared.dense_score),
+        uniform=point(uniform.measurement) if uniform else None,
     )
-
-
-def _write_hparams(run: Run, rows: tuple[ResultRow, ...]) -> None:
-    fast, metric = row_of(rows, REPACKED), run.task.metric
-    flat = {
-        "agent": str(run.config.search.agent),
-        "episodes": run.config.search.episodes,
-        "target": run.config.target.text(run.task.metric),
-        "recovery": str(run.config.env.recovery),
-        "training": str(run.plan.training),
-        "learning_rate": run.config.finetune.settings.learning_rate,
-        "seed": run.config.seed,
-    }
-    with TrialWriter(run.directory / "tensorboard" / "final") as writer:
-        writer.hparams(flat, {metric.tag: metric.figure(fast.score or 0.0), "speedup": fast.speedup or 0.0})

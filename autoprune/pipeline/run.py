@@ -6,260 +6,265 @@ goes on where it was, and every verb of the command line is "run the stages up t
 
 from __future__ import annotations
 
-import copy
-import shutil
-from dataclasses import replace
-from functools import cached_property
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
+import torch
 from torch import nn
 
-from autoprune.agents.baseline import CLOSE, reward_at, uniform_at
-from autoprune.config import parse_config
-from autoprune.envs import PruneEnv
+from autoprune.agents.baseline import CLOSE, uniform_at
+from autoprune.agents.harness import SearchResult
+from autoprune.config import Config, check_directory, parse_config
+from autoprune.envs import Problem, PruneEnv
 from autoprune.envs.projection import check_movable, meet
-from autoprune.errors import ConfigError, FileError, InfeasibleTarget
-from autoprune.evaluation.dense import other_dense_models
-from autoprune.evaluation.measurement import CachedEvaluate, Failure, Measurement
-from autoprune.evaluation.recovery.finetune import finetune_
+from autoprune.errors import ConfigError, InfeasibleTarget
+from autoprune.evaluation.evaluator import Evaluator
+from autoprune.evaluation.measurement import CachedEvaluate
+from autoprune.evaluation.pool import cores
 from autoprune.evaluation.recovery.none import NoRecovery
 from autoprune.evaluation.sensitivity import ANCHORS, Sensitivity
-from autoprune.files import read_json, read_tensors, write_json, write_tensors
-from autoprune.identity.fingerprint import digest
-from autoprune.latency.timer import speedup, torch_threads
-from autoprune.pipeline.search import Search
+from autoprune.files import read_json, write_json
+from autoprune.identity.claim import Claim
+from autoprune.latency.timer import Clock, speedup
+from autoprune.pipeline.application import AppliedPlan, Repacked, is_complete
+from autoprune.pipeline.preparation import Context, Preparation, Prepared, create_choices
+from autoprune.pipeline.search import PlanSearch, build_problem
 from autoprune.plan import LayerPlan, Plan
+from autoprune.processes.locks import FolderLock
 from autoprune.progress import SILENT, Progress
 from autoprune.registry import Choice
-from autoprune.repack import RepackedModel, load, repack, save
-from autoprune.report.tensorboard import TrialWriter
+from autoprune.repack import RepackedModel
+from autoprune.repack.kernels.compiler import refused
+from autoprune.tasks import Task
 from autoprune.tasks.user import functions_of
-from autoprune.training import TRAINING
-
-_MADE_FOR = "made_for"
-_OUTCOMES = (
-    "masked.safetensors",
-    "repacked.safetensors",
-    "results.json",
-    "report.json",
-    "report.md",
-)  # each of the last
 
 
-class Run(Search):
-    """All stages, from the task to the repacked model. Each does its work, and that of those before it, once."""
+def uniform_plan(context: Context, preparation: Preparation) -> Plan:
+    """A plan without a search: every layer alike, at the target's sparsity, or as fast as it asks.
 
-    @cached_property
-    def plan(self) -> Plan:
-        """The plan to apply: the directory's, or the best one found."""
-        path = self.directory / "plan.json"
-        if path.exists():
-            plan = Plan.load(path)
-            plan.check_layers(self.inventory.names)
-            return plan
-        plan = self.found.plan
-        plan.save(path)
-        best = self.found.best
-        measured = best.measurement
-        self.progress.say(
-            f"best plan: {self.task.metric.said(measured.score)}, {measured.speedup:.2f}x, reward {best.reward:.3f}"
+    The speed-up is measured, and corrected where the latency table was wrong. The methods that find the layers' shares
+    spend the cost of this plan.
+
+    Raises:
+        ConfigError: the target is an accuracy drop, or a speed-up of a pattern that allows one sparsity alone.
+        InfeasibleTarget: no uniform plan is that fast; the message has the best reachable figure.
+    """
+    config, target, pattern = context.config, context.config.target, context.config.env.pattern
+    if target.accuracy_drop is not None:
+        raise ConfigError("pruning without a search needs --sparsity or --speedup (or a target that is one).")
+    if target.speedup is None:
+        layer = LayerPlan(target.sparsity or 0.0, pattern, config.env.criterion)
+        return Plan(dict.fromkeys(preparation.prepared.inventory.names, layer), config.finetune.method)
+    check_movable(pattern)  # before the table, which takes a while
+    offered, evaluator = preparation.offered, preparation.evaluator
+    none = dict.fromkeys(offered.names, (0.0,) * len(ANCHORS))
+    problem = build_problem(
+        context,
+        preparation.prepared.dense_score,
+        offered,
+        evaluator.table,
+        Sensitivity(ANCHORS, none, none),  # of no use here
+        CachedEvaluate(replace(evaluator, recovery=NoRecovery())),
+    )
+    env = PruneEnv(problem, (Choice("sparsity"),))
+    trial = uniform_at(env, target.speedup)
+    if trial is None:
+        raise InfeasibleTarget(
+            f"no uniform plan was measured to be {target.speedup:g}x faster, though the latency table predicts "
+            f"{env.reachable_speedup():.2f}x at best. Ask for less, allow a higher sparsity "
+            "(env.max_sparsity), or let more layers be pruned."
         )
-        return plan
+    return trial.plan
 
-    def decide(self) -> None:
-        """Takes a plan without a search: every layer alike, at the target's sparsity, or as fast as it asks.
 
-        The speed-up is measured, and aimed at again where the latency table was wrong. The methods that find the
-        layers' shares spend the cost of this plan.
+@dataclass(frozen=True)
+class Recalibrated:
+    """A plan moved by what the clock and the latency table disagree on.
 
-        Raises:
-            ConfigError: the target is an accuracy drop, or a speed-up of a pattern that allows one sparsity alone.
-            InfeasibleTarget: no uniform plan is that fast; the message has the best reachable figure.
-        """
-        target, env = self.config.target, self.config.env
-        if (self.directory / "plan.json").exists():
-            return
-        if target.accuracy_drop is not None:
-            raise ConfigError("pruning without a search needs --sparsity or --speedup (or a target that is one).")
-        layer = LayerPlan(target.sparsity or 0.0, env.pattern, env.criterion)
-        plan = Plan(dict.fromkeys(self.inventory.names, layer), self.config.finetune.method)
-        if target.speedup is not None:
-            check_movable(env.pattern)  # before the table, which takes a while
-            none = dict.fromkeys(self.offered.names, (0.0,) * len(ANCHORS))
-            unknown = Sensitivity(ANCHORS, none, none)
-            untrained = replace(self.evaluator, recovery=NoRecovery())
-            env_ = PruneEnv(self._problem(unknown, CachedEvaluate(untrained)), (Choice("sparsity"),))
-            found = uniform_at(env_, target.speedup)
-            if found is None:
-                raise InfeasibleTarget(
-                    f"no uniform plan was measured to be {target.speedup:g}x faster, though the latency table predicts "
-                    f"{env_.reachable_speedup():.2f}x at best. Ask for less, allow a higher sparsity "
-                    "(env.max_sparsity), or let more layers be pruned."
-                )
-            plan = found.plan
-        plan.save(self.directory / "plan.json")
+    Attributes:
+        plan: whose speed-up in the table is `predicted`, as near as its patterns come.
+        measured: speed-up of the repacked model before.
+        predicted: the speed-up in the table that should be measured as the target's.
+    """
 
-    def aim_again(self) -> None:
-        """Trains once more, to a plan that is as much faster as the trained, repacked model fell short of the target.
+    plan: Plan
+    measured: float
+    predicted: float
 
-        Once a run, and only after a miss: methods that find the layers' shares spend the plan's milliseconds by the
-        latency table, which the clock may not agree with.
-        """
-        wanted, path = self.config.target.speedup, self.directory / "aim.json"
-        if wanted is None or path.exists():
-            return
-        evaluator = replace(self.evaluator, protocol=self._protocol(self.config.latency.samples))
-        measured = speedup(*evaluator.time(self.repacked))
-        if measured >= wanted * (1 - CLOSE):
-            return
-        aim = self.table.predict_speedup(self.plan) * wanted / measured
-        plan = meet(self.plan, self.table, aim, self.config.env.max_sparsity)
-        self.progress.say(f"measured {measured:.2f}x of {wanted:g}x: once more, with {aim:.2f}x in the latency table")
-        if plan != self.plan:
-            for name in ("repacked", "masked"):
-                self.__dict__.pop(name, None)
-            plan.save(self.directory / "plan.json")
-            self.plan = plan
-        write_json(path, {"measured": measured, "aim": aim})
 
-    def adopt(self, path: Path) -> None:
-        """Takes the plan of a file in place of a searched one; refused when the run has another already."""
-        plan = Plan.load(path)
-        plan.check_layers(self.inventory.names)
-        own = self.directory / "plan.json"
-        if own.exists() and Plan.load(own) != plan:
-            raise ConfigError(
-                f"{self.directory} has a plan already, and it differs from {path}. Use another --run-dir."
-            )
-        plan.save(own)
+def recalibrate(context: Context, evaluator: Evaluator, repacked: Repacked) -> Recalibrated | None:
+    """Moves a plan whose repacked model misses the target's speed-up; None where it is met, or no speed-up is asked."""
+    target = context.config.target.speedup
+    if target is None:
+        return None
+    evaluator = replace(evaluator, protocol=context.protocol(context.config.latency.samples))
+    measured = speedup(*evaluator.time(repacked.model))
+    if measured >= target * (1 - CLOSE):
+        return None
+    predicted = evaluator.table.predict_speedup(repacked.plan) * target / measured
+    plan = meet(repacked.plan, evaluator.table, predicted, context.config.env.max_sparsity)
+    context.progress.say(
+        f"measured {measured:.2f}x of {target:g}x: once more, with {predicted:.2f}x in the latency table"
+    )
+    return Recalibrated(plan, measured, predicted)
 
-    @cached_property
-    def uniform(self) -> dict[str, Any]:
-        """The best plan as ``agent`` and the ``uniform`` rule at its measured speed-up (None: not that fast).
 
-        Both are measured anew, in the same way: the best of many trials was also the luckiest with the clock.
-        """
-        path, plan = self.directory / "uniform.json", self.found.plan
-        if not path.exists() or read_json(path, "the comparison with uniform")["agent"]["plan"] != plan.to_json():
-            problem = replace(self.problem, evaluate=self.measured)
-            env = self.env.of(problem)
-            again = problem.evaluate(plan)
-            if isinstance(again, Failure):
-                self.progress.say(f"the best plan failed when it was measured again ({again.reason}): as in the search")
-            measured = again if isinstance(again, Measurement) else self.found.best.measurement
-            baseline = uniform_at(env, measured.speedup)
-            agent = {**measured.to_json(), "reward": reward_at(env, measured, measured.speedup)}
-            uniform = baseline.to_json() if baseline else None
-            write_json(path, {"agent": {"plan": plan.to_json(), **agent}, "uniform": uniform})
-        data: dict[str, Any] = read_json(path, "the comparison with uniform")
-        return data
+class Run:
+    """All stages, from the task to the repacked model. Each does its work, and that of those before it, once.
 
-    @cached_property
+    Args:
+        config: what to do.
+        directory: where everything is written; a directory of another config, model, data or function is refused.
+        task: in place of the task the config names.
+        progress: where long work is shown.
+        clock: seconds; of all timing.
+        fresh_table: measure the latency table again even if there is one.
+        workers: processes that evaluate trials, which change no result; None: one a core.
+        ray: in their place, the address of a Ray cluster: see `evaluation.ray_pool`.
+
+    Attributes:
+        context: what all stages share.
+        preparation: the stages before the search.
+        search: the search's.
+        lock: of the directory; taken by the first stage that writes there, and held as long as the run lives.
+
+    Raises:
+        ConfigError: the config names what does not exist, the directory holds a run of another config, or workers are
+            asked for here and on a cluster. Loading the task and the dense model raises it where the directory was
+            made with others.
+        InUse: in a stage: another process, or another thread, writes in the directory.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        directory: Path,
+        *,
+        task: Task | None = None,
+        progress: Progress = SILENT,
+        clock: Clock = time.perf_counter,
+        fresh_table: bool = False,
+        workers: int | None = 1,
+        ray: str | None = None,
+    ) -> None:
+        refused()  # torch must know before a model runs
+        choices = create_choices(config, task_given=task is not None)
+        if ray is not None and workers is not None and workers != 1:
+            raise ConfigError("workers and ray exclude each other: a cluster's nodes say how many workers they have.")
+        self.config, self.directory, self.progress = config, directory, progress
+        self.lock = FolderLock(directory)
+        with self.lock.or_in_use():
+            check_directory(directory, config.to_json())
+        self.context = Context(
+            config=config,
+            choices=choices,
+            directory=directory,
+            claim=Claim(directory),  # written when the task has proved to work
+            lock=self.lock,
+            progress=progress,
+            clock=clock,
+            work_threads=torch.get_num_threads(),
+            workers=cores() if workers is None else workers,
+            ray=ray,
+        )
+        self.preparation = Preparation(self.context, task, fresh_table=fresh_table)
+        self.search = PlanSearch(self.context, self.preparation)
+        self._applied: AppliedPlan | None = None
+
+    @property
+    def task(self) -> Task:
+        return self.preparation.loaded.task
+
+    @property
+    def prepared(self) -> Prepared:
+        return self.preparation.prepared
+
+    @property
+    def problem(self) -> Problem:
+        return self.search.posed.problem
+
+    @property
+    def searched(self) -> SearchResult:
+        """The search's trials; only those that are missing are run."""
+        return self.search.result
+
+    @property
+    def applied(self) -> AppliedPlan:
+        """The directory's plan, or the best one found, and its models."""
+        if self._applied is None:
+            self._applied = AppliedPlan(self.context, self.preparation, self._plan())
+        return self._applied
+
+    @property
+    def plan(self) -> Plan:
+        return self.applied.plan
+
+    @property
     def pruned(self) -> nn.Module:
-        """The dense model under the plan's masks, recovered as in the search, not fine-tuned."""
-        path = self.directory / "pruned.safetensors"
-        if (model := self._load(path, trained=self.evaluator.recovery.trains)) is None:
-            model = self.evaluator.masked_model(self.plan)
-            write_tensors(path, model.state_dict(), {_MADE_FOR: self._made_for})
-        return model
+        return self.applied.pruned.model
 
-    @cached_property
+    @property
     def masked(self) -> nn.Module:
-        """The masked model, fine-tuned by the plan's method."""
-        path = self.directory / "masked.safetensors"
-        if (model := self._load(path, trained=True)) is None:
-            model = self._finetuned()
-            self._drop_after(path)
-            write_tensors(path, model.state_dict(), {_MADE_FOR: self._made_for})
-            shutil.rmtree(self.directory / "finetune", ignore_errors=True)
-        return model
+        return self.applied.fine_tuned.model
 
-    @cached_property
+    @property
     def repacked(self) -> RepackedModel:
-        """The fast model, its backends chosen by measurement here."""
-        path, masked = self.directory / "repacked.safetensors", self.masked  # of the plan that is there: checked first
-        if path.exists():
-            return load(path, self._untrained())
-        latency = self.config.latency
-        with torch_threads(latency.threads):
-            model = repack(
-                masked,
-                self.task.example_inputs(latency.batch),
-                protocol=self._protocol(latency.search_samples),
-                clock=self.clock,
-            )
-        value_bits = self.config.repack.value_bits
-        self._drop_after(path)
-        save(model, path, value_bits=value_bits)
-        return model if value_bits == 32 else load(path, self._untrained())
-
-    def _finetuned(self) -> nn.Module:
-        model = copy.deepcopy(self.dense)
-        with torch_threads(self._work_threads), TrialWriter(self.directory / "tensorboard" / "finetune") as writer:
-            finetune_(
-                model,
-                self.plan,
-                self.evaluator.subject if self.subject.budget == "latency" else self.subject,  # the table takes a while
-                self.config.finetune.settings,
-                teachers=self._other_teachers(),
-                checkpoint=self.directory / "finetune",
-                progress=self.progress,
-                title="fine-tuning",
-                on_signals=lambda step, signals: writer.training(step, signals.scalars, signals.histograms),
-            )
-        return model.eval()
-
-    def _other_teachers(self) -> list[nn.Module]:
-        """The dense models of other seeds that fine-tuning distils from, beside the run's own."""
-        config = self.config
-        settings = config.finetune.settings.changed(self.plan.settings)
-        if config.finetune.teachers == 1 or settings.distillation_weight == 0:
-            return []
-        return other_dense_models(config.task, config.dense, config.seed, config.finetune.teachers - 1, self.progress)
-
-    def _untrained(self) -> nn.Module:
-        """The architecture that fine-tuning gives: the task's, or wider where the plan's method widens it."""
-        model = copy.deepcopy(self.task.model)
-        inputs = self.task.example_inputs(self.config.latency.batch)
-        TRAINING.create(self.plan.training).widen_(model, inputs, self.plan)
-        return model
+        return self.applied.repacked.model
 
     @property
     def complete(self) -> bool:
         """Whether the report is there, and of the plan that is there."""
-        report, masked = self.directory / "report.md", self.directory / "masked.safetensors"
-        if not (report.exists() and masked.exists() and (self.directory / "plan.json").exists()):
-            return False
-        return read_tensors(masked, "the saved model")[1].get(_MADE_FOR) == self._made_for
+        return is_complete(self.context, lambda: self.plan)
+
+    def _plan(self) -> Plan:
+        if self._plan_file.exists():
+            plan = Plan.load(self._plan_file)
+            plan.check_layers(self.prepared.inventory.names)
+            return plan
+        best = self.searched.best
+        best.plan.save(self._plan_file)
+        measured = best.measurement
+        self.progress.say(
+            f"best plan: {self.task.metric.said(measured.score)}, {measured.speedup:.2f}x, reward {best.reward:.3f}"
+        )
+        return best.plan
 
     @property
-    def _made_for(self) -> str:
-        """What tells a model of this run and its plan from any other: written into its file."""
-        plan = self.plan  # whoever has one has claimed the directory
-        return digest(self._claim.key, plan.key)
+    def _plan_file(self) -> Path:
+        return self.directory / "plan.json"
 
-    def _drop_after(self, path: Path) -> None:
-        """Takes away what was made from the file that is about to be made anew."""
-        for name in _OUTCOMES[_OUTCOMES.index(path.name) + 1 :]:
-            (self.directory / name).unlink(missing_ok=True)
+    def plan_uniformly(self) -> None:
+        """Takes a plan without a search, unless there is one: see `uniform_plan`."""
+        if not self._plan_file.exists():
+            uniform_plan(self.context, self.preparation).save(self._plan_file)
 
-    def _load(self, path: Path, *, trained: bool) -> nn.Module | None:
-        """The model of a file, None when there is none of this plan; `trained`: the plan's method trained it."""
-        if not path.exists():
-            return None
-        tensors, about = read_tensors(path, "the saved model")
-        if about.get(_MADE_FOR) != self._made_for:
-            self.progress.say(f"{path} is of another plan or run: it is made anew")
-            return None
-        model = self._untrained() if trained else copy.deepcopy(self.task.model)
-        try:
-            model.load_state_dict(tensors)
-        except RuntimeError as error:
-            raise FileError(
-                f"the saved model {path} does not fit the task ({error}). Delete it to redo its stage."
-            ) from None
-        return model.eval()
+    def adopt(self, path: Path) -> None:
+        """Takes the plan of a file in place of a searched one; refused when the run has another already."""
+        plan = Plan.load(path)
+        plan.check_layers(self.prepared.inventory.names)
+        if self._plan_file.exists() and Plan.load(self._plan_file) != plan:
+            raise ConfigError(
+                f"{self.directory} has a plan already, and it differs from {path}. Use another --run-dir."
+            )
+        plan.save(self._plan_file)
+
+    def recalibrate(self) -> None:
+        """Applies a plan that is as much faster as the trained, repacked model fell short of the target.
+
+        Once a run, and only after a miss: methods that find the layers' shares spend the plan's milliseconds by the
+        latency table, which the clock may not agree with.
+        """
+        path = self.directory / "aim.json"
+        if self.config.target.speedup is None or path.exists():
+            return
+        moved = recalibrate(self.context, self.preparation.evaluator, self.applied.repacked)
+        if moved is None:
+            return
+        if moved.plan != self.plan:
+            moved.plan.save(self._plan_file)
+            self._applied = AppliedPlan(self.context, self.preparation, moved.plan)
+        write_json(path, {"measured": moved.measured, "aim": moved.predicted})
 
 
 def run_in(directory: Path, *, run_code: bool, progress: Progress = SILENT) -> Run:

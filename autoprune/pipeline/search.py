@@ -1,4 +1,7 @@
-"""The search of a run: the problem as an environment, its evaluations and workers, the trials, and the best of them."""
+"""The search stages: the problem as an environment, the trials, the best of them, and the uniform rule beside it.
+
+As in `preparation`, each stage is a function to a frozen result; `PlanSearch` does each once.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,16 @@ import hashlib
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
-from autoprune.agents import AGENTS
 from autoprune.agents.base import succeeded
+from autoprune.agents.baseline import reward_at, uniform_at
 from autoprune.agents.halving import best_plans, halve, rungs
 from autoprune.agents.harness import SearchResult, TrialLog, search
 from autoprune.config import flat
 from autoprune.envs import Problem, PruneEnv
+from autoprune.envs.actions import ActionSpace
 from autoprune.envs.rewards import as_trial
 from autoprune.envs.trial import Trial
 from autoprune.errors import NumericalError
@@ -22,182 +26,312 @@ from autoprune.evaluation.evaluator import Evaluator, PairedEvaluator
 from autoprune.evaluation.measurement import ByTable, CachedEvaluate, Evaluate, Evaluated, Failure, Measurement
 from autoprune.evaluation.pool import Pool, ProcessPool
 from autoprune.evaluation.ray_pool import RayPool
-from autoprune.evaluation.recovery import RECOVERIES
 from autoprune.evaluation.recovery.train import Train
 from autoprune.evaluation.sensitivity import Sensitivity, probe_sensitivity
+from autoprune.files import read_json, write_json
 from autoprune.identity.claim import Claim
 from autoprune.latency.machine import machine_identity
+from autoprune.latency.table import LatencyTable
+from autoprune.metric import Metric
+from autoprune.model.inventory import Inventory
 from autoprune.pipeline.monitor import SearchMonitor
-from autoprune.pipeline.preparation import Preparation
+from autoprune.pipeline.preparation import Context, Preparation, Prepared
 from autoprune.plan import Plan
 from autoprune.report.data import MeasuredPoint
 
 
-class Search(Preparation):
-    """The stages from the latency table to the trials."""
+@dataclass(frozen=True)
+class SearchProblem:
+    """What is searched, and who evaluates.
+
+    Attributes:
+        problem: the layers, their curves and the target; its evaluation remembers what `workers` found.
+        evaluator: of a single plan, in this process.
+        workers: evaluate many plans at once; the search ends them.
+        evaluations: what they found, remembered.
+    """
+
+    problem: Problem
+    evaluator: Evaluator
+    workers: Pool
+    evaluations: CachedEvaluate
+
+    @property
+    def metric(self) -> Metric:
+        return self.evaluator.subject.task.metric
+
+
+@dataclass(frozen=True)
+class RatedPlan:
+    """A plan that was measured anew, rewarded as if its speed-up had been the target."""
+
+    plan: Plan
+    measurement: Measurement
+    reward: float
+
+
+@dataclass(frozen=True)
+class UniformComparison:
+    """The best plan of the search and the best uniform one at its measured speed-up; None: none is that fast."""
+
+    agent: RatedPlan
+    uniform: Trial | None
+
+
+def pose_problem(context: Context, prepared: Prepared, offered: Inventory, evaluator: Evaluator) -> SearchProblem:
+    """Makes the search's problem, and claims the directory of the search for this machine.
+
+    Args:
+        context: of the run.
+        prepared: the dense model.
+        offered: the layers a plan decides.
+        evaluator: of a plan.
+
+    Raises:
+        ConfigError: the trials that are there were made on another machine.
+    """
+    env, directory = context.config.env, context.directory
+    machine = {"the machine": {key: str(value) for key, value in machine_identity().items()}}
+    claim = Claim(directory / "search")  # a table measured anew makes no older trial as good
+    claim.check(machine)
+    claim.write(machine)
+    sensitivity = probe_sensitivity(
+        evaluator.subject,
+        offered.names,
+        env.pattern,
+        env.criterion,
+        path=directory / "sensitivity.json",
+        progress=context.progress,
+    )
+    workers = worker_pool(context, evaluator)
+    evaluations = CachedEvaluate(workers, directory / "search" / "evaluations.jsonl")
+    evaluate = ByTable(evaluations, evaluator.table) if env.timing == "table" else evaluations
+    problem = build_problem(context, prepared.dense_score, offered, evaluator.table, sensitivity, evaluate)
+    return SearchProblem(problem, evaluator, workers, evaluations)
+
+
+def build_problem(
+    context: Context,
+    dense_score: float,
+    offered: Inventory,
+    table: LatencyTable,
+    sensitivity: Sensitivity,
+    evaluate: Evaluate,
+) -> Problem:
+    """The config's target and choices for these layers; the other arguments are those of `Problem`."""
+    config, env = context.config, context.config.env
+    return Problem(
+        inventory=offered,
+        table=table,
+        sensitivity=sensitivity,
+        dense_score=dense_score,
+        evaluate=evaluate,
+        target=config.target,
+        pattern=env.pattern,
+        criterion=env.criterion,
+        training=config.finetune.method,
+        max_sparsity=env.max_sparsity,
+    )
+
+
+def build_env(context: Context, problem: Problem) -> PruneEnv:
+    """The problem as episodes.
+
+    Raises:
+        InfeasibleTarget: no plan can reach the target.
+    """
+    env = context.config.env
+    actions = ActionSpace(list(zip(env.actions, context.choices.actions, strict=True)))
+    return PruneEnv(problem, actions, env.shaping, env.gamma, env.start, env.curves)
+
+
+def worker_pool(context: Context, evaluator: Evaluator) -> Pool:
+    """Workers that evaluate as `evaluator` does, each with its share of the threads."""
+    if context.ray is not None:
+        return RayPool(replace(evaluator, work_threads=1), context.ray)
+    each = replace(evaluator, work_threads=max(1, context.work_threads // context.workers))
+    return ProcessPool(evaluator, context.workers, each)
+
+
+def measured_evaluate(context: Context, evaluator: Evaluator) -> CachedEvaluate:
+    """Evaluates plans with the clock, as long as the final table does, and remembers them."""
+    protocol = context.protocol(context.config.latency.samples)
+    return CachedEvaluate(
+        replace(evaluator, protocol=protocol, timed=True), context.directory / "search" / "measured.jsonl"
+    )
+
+
+def paired_evaluate(context: Context, evaluator: Evaluator, reference: Plan, speedup: float) -> CachedEvaluate:
+    """Evaluates plans with the clock, interleaved with a reference plan of that speed-up, and remembers them."""
+    protocol = replace(context.protocol(context.config.latency.samples), lead=1)  # each with its own warm caches
+    evaluate = PairedEvaluator(replace(evaluator, protocol=protocol, timed=True), reference, speedup)
+    digest = hashlib.sha256(f"{reference.key} {speedup:.6f}".encode()).hexdigest()[:8]
+    return CachedEvaluate(evaluate, context.directory / "search" / f"beside-{digest}.jsonl")
+
+
+def run_search(context: Context, posed: SearchProblem, env: PruneEnv, measured: Evaluate) -> SearchResult:
+    """Runs the trials that are missing, and saves the policy of an agent that learns one.
+
+    Args:
+        context: of the run.
+        posed: what is searched.
+        env: the same as episodes.
+        measured: `measured_evaluate`, for the finalists.
+    """
+    config, agent, problem = context.config, context.choices.agent, posed.problem
+    directory, policy = context.directory / "search", context.directory / "policy"
+    if not (directory / "trials.jsonl").exists():
+        shutil.rmtree(policy, ignore_errors=True)  # of a search that is there no more
+    context.progress.say(
+        f"search: {config.search.agent}, {config.search.episodes} episodes, {config.target.text(posed.metric)}"
+    )
+    with context.progress.bar("search", config.search.episodes) as bar:
+        dense = MeasuredPoint(problem.table.dense_ms, problem.dense_score)
+        text = "\n".join(f"{key} = {value}" for key, value in sorted(flat(config.to_json()).items()))
+        monitor = SearchMonitor(context.directory / "tensorboard", text, posed.metric, dense, bar)
+        with closing(monitor), posed.workers:
+            result = search(
+                agent,
+                env,
+                config.search.episodes,
+                config.seed,
+                directory=directory,
+                on_trial=monitor.trial,
+                on_resumed=monitor.resumed,
+            )
+    try:
+        succeeded(result.trials)
+    except NumericalError as error:
+        raise error from posed.evaluations.error
+    if not (policy / "policy.json").exists():
+        agent.save_policy(policy, env)
+    if config.search.halving:
+        return replace(result, halved=_halved(context, posed, result.trials))
+    return replace(result, finalists=_finalists(context, posed, result.trials, measured))
+
+
+def _finalists(
+    context: Context, posed: SearchProblem, trials: Sequence[Trial], measured: Evaluate
+) -> tuple[Trial, ...]:
+    """The best trials and the first, timed again; none where the clock decides nothing, or there is no choice."""
+    config = context.config
+    plans = best_plans(trials, config.search.finalists)
+    if config.search.finalists == 1 or config.target.sparsity is not None or config.env.timing != "measured":
+        return ()
+    first = trials[0]
+    if first.plan not in plans and not first.failed:  # a refined policy's own plan: it must not end below that
+        plans.append(first.plan)
+    again = ((plan, measured(plan)) for plan in plans)
+    reference = next(((plan, each.speedup) for plan, each in again if isinstance(each, Measurement)), None)
+    if len(plans) == 1 or reference is None:
+        return ()
+    finalists = []
+    with context.progress.bar("finalists", len(plans)) as bar:
+        paired = paired_evaluate(context, posed.evaluator, *reference)
+        for plan, evaluated in zip(plans, paired.in_order(plans), strict=True):
+            finalists.append(as_trial(posed.problem, plan, evaluated))
+            bar.advance(1, _describe(evaluated, posed.metric))
+    return tuple(finalists)
+
+
+def _halved(context: Context, posed: SearchProblem, trials: Sequence[Trial]) -> tuple[Trial, ...]:
+    """The best plans of the search, trained for real: see `agents.halving`."""
+    halving, directory = context.config.search.halving, context.directory / "search"
+    assert halving is not None
+    ladder = rungs(halving.plans, halving.steps, halving.factor)
+    log = TrialLog(directory / "trials.jsonl")
+    done = [trial for trial in log.read() if trial.fidelity > 0]
+    pools = ExitStack()
+
+    def evaluate_at(steps: int) -> Evaluate:
+        pools.close()  # the rung below is done
+        pool = pools.enter_context(worker_pool(context, replace(posed.evaluator, recovery=Train(steps))))
+        return CachedEvaluate(pool, directory / f"evaluations-{steps}.jsonl")
+
+    with pools, context.progress.bar("halving", sum(rung.plans for rung in ladder)) as bar:
+        bar.advance(len(done))
+
+        def record(trial: Trial) -> None:
+            log.append(trial)
+            bar.advance(1, f"{trial.fidelity} steps: {_describe(trial.evaluated, posed.metric)}")
+
+        return tuple(halve(trials, ladder, evaluate_at, partial(as_trial, posed.problem), record, done))
+
+
+def _describe(evaluated: Evaluated, metric: Metric) -> str:
+    if isinstance(evaluated, Failure):
+        return f"failed: {evaluated.reason}"
+    return f"{metric.text(evaluated.score)} at {evaluated.speedup:.2f}x"
+
+
+def compare_with_uniform(
+    context: Context, searched: SearchResult, env: PruneEnv, measured: Evaluate
+) -> UniformComparison:
+    """Measures the best plan and the uniform rule anew, in the same way: the best trial was also the luckiest.
+
+    Read from the directory where it holds the comparison of that plan.
+
+    Args:
+        context: of the run.
+        searched: whose best plan is compared.
+        env: the search's.
+        measured: `measured_evaluate`.
+    """
+    path, plan, what = context.directory / "uniform.json", searched.plan, "the comparison with uniform"
+    if not path.exists() or read_json(path, what)["agent"]["plan"] != plan.to_json():
+        env = env.of(replace(env.problem, evaluate=measured))
+        again = measured(plan)
+        if isinstance(again, Failure):
+            context.progress.say(f"the best plan failed when it was measured again ({again.reason}): as in the search")
+        best = again if isinstance(again, Measurement) else searched.best.measurement
+        uniform = uniform_at(env, best.speedup)
+        agent = {"plan": plan.to_json(), **best.to_json(), "reward": reward_at(env, best, best.speedup)}
+        write_json(path, {"agent": agent, "uniform": uniform.to_json() if uniform else None})
+    data = read_json(path, what)
+    agent, uniform = data["agent"], data["uniform"]
+    figures = Measurement(*(float(agent[name]) for name in ("score", "latency_ms", "speedup")))
+    rated = RatedPlan(plan, figures, float(agent["reward"]))
+    return UniformComparison(rated, Trial.from_json(uniform) if uniform else None)
+
+
+class PlanSearch:
+    """The results of these stages, each made when it is first asked for, and once.
+
+    Args:
+        context: of the run.
+        preparation: the stages before.
+    """
+
+    def __init__(self, context: Context, preparation: Preparation) -> None:
+        self._context, self._preparation = context, preparation
+
+    @property
+    def exists(self) -> bool:
+        """Whether the directory holds trials; a plan that was given needs none."""
+        return (self._context.directory / "search" / "trials.jsonl").exists()
 
     @cached_property
-    def problem(self) -> Problem:
-        env, timed = self.config.env, {"the machine": {key: str(value) for key, value in machine_identity().items()}}
-        _ = self.table  # says better what is wrong on another machine
-        claim = Claim(self.directory / "search")  # a table measured anew makes no older trial as good
-        claim.check(timed)
-        claim.write(timed)
-        sensitivity = probe_sensitivity(
-            self.subject,
-            self.offered.names,
-            env.pattern,
-            env.criterion,
-            path=self.directory / "sensitivity.json",
-            progress=self.progress,
-        )
-        evaluate = self._remembered
-        return self._problem(sensitivity, ByTable(evaluate, self.table) if env.timing == "table" else evaluate)
-
-    @cached_property
-    def _remembered(self) -> CachedEvaluate:
-        """The trials' evaluations."""
-        return CachedEvaluate(self._pool, self.directory / "search" / "evaluations.jsonl")
-
-    @cached_property
-    def _pool(self) -> Pool:
-        """The search's workers; `found` ends them."""
-        return self._pooled(self.evaluator)
-
-    def _pooled(self, evaluator: Evaluator) -> Pool:
-        if self._ray is not None:
-            return RayPool(replace(evaluator, work_threads=1), self._ray)
-        each = replace(evaluator, work_threads=max(1, self._work_threads // self._workers))
-        return ProcessPool(evaluator, self._workers, each)
-
-    def _problem(self, sensitivity: Sensitivity, evaluate: Evaluate) -> Problem:
-        env = self.config.env
-        return Problem(
-            inventory=self.offered,
-            table=self.table,
-            sensitivity=sensitivity,
-            dense_score=self.dense_score,
-            evaluate=evaluate,
-            target=self.config.target,
-            pattern=env.pattern,
-            criterion=env.criterion,
-            training=self.config.finetune.method,
-            max_sparsity=env.max_sparsity,
-        )
-
-    @cached_property
-    def evaluator(self) -> Evaluator:
-        latency = self.config.latency
-        return Evaluator(
-            subject=replace(self.subject, table=self.table),
-            table=self.table,
-            recovery=RECOVERIES.create(self.config.env.recovery),
-            protocol=self._protocol(latency.search_samples),
-            batch=latency.batch,
-            work_threads=self._work_threads,
-            clock=self.clock,
-            timed=self.config.env.timing == "measured",
-        )
-
-    @cached_property
-    def measured(self) -> CachedEvaluate:
-        """Evaluates plans with the clock, as long as the final table does, and remembers them."""
-        evaluate = replace(self.evaluator, protocol=self._protocol(self.config.latency.samples), timed=True)
-        return CachedEvaluate(evaluate, self.directory / "search" / "measured.jsonl")
-
-    def beside(self, reference: Plan, speedup: float) -> CachedEvaluate:
-        """Evaluates plans with the clock, in turns with a reference plan of that speed-up, and remembers them."""
-        protocol = replace(self._protocol(self.config.latency.samples), lead=1)  # each with its own warm caches
-        evaluate = PairedEvaluator(replace(self.evaluator, protocol=protocol, timed=True), reference, speedup)
-        digest = hashlib.sha256(f"{reference.key} {speedup:.6f}".encode()).hexdigest()[:8]
-        return CachedEvaluate(evaluate, self.directory / "search" / f"beside-{digest}.jsonl")
+    def posed(self) -> SearchProblem:
+        before = self._preparation
+        evaluator = before.evaluator  # a table of another machine is refused first
+        return pose_problem(self._context, before.prepared, before.offered, evaluator)
 
     @cached_property
     def env(self) -> PruneEnv:
-        env = self.config.env
-        return PruneEnv(self.problem, env.actions, env.shaping, env.gamma, env.start, env.curves)
+        return build_env(self._context, self.posed.problem)
 
     @cached_property
-    def found(self) -> SearchResult:
-        """The search's trials; only those that are missing are run."""
-        config, directory = self.config, self.directory / "search"
-        agent, env = AGENTS.create(config.search.agent), self.env
-        if not (directory / "trials.jsonl").exists():
-            shutil.rmtree(self.directory / "policy", ignore_errors=True)  # of a search that is there no more
-        self.progress.say(
-            f"search: {config.search.agent}, {config.search.episodes} episodes, {config.target.text(self.task.metric)}"
-        )
-        with self.progress.bar("search", config.search.episodes) as bar:
-            dense = MeasuredPoint(self.table.dense_ms, self.dense_score)
-            monitor = SearchMonitor(self.directory / "tensorboard", self._config_text(), self.task.metric, dense, bar)
-            with closing(monitor), self._pool:
-                result = search(
-                    agent,
-                    env,
-                    config.search.episodes,
-                    config.seed,
-                    directory=directory,
-                    on_trial=monitor.trial,
-                    on_resumed=monitor.resumed,
-                )
-        try:
-            succeeded(result.trials)
-        except NumericalError as error:
-            raise error from self._remembered.error
-        if not (self.directory / "policy" / "policy.json").exists():
-            agent.save_policy(self.directory / "policy", env)
-        if config.search.halving:
-            return replace(result, halved=self._halved(result.trials))
-        return replace(result, finalists=self._finalists(result.trials))
+    def measured(self) -> CachedEvaluate:
+        return measured_evaluate(self._context, self._preparation.evaluator)
 
-    def _finalists(self, trials: Sequence[Trial]) -> tuple[Trial, ...]:
-        """The best trials and the first, timed again; none where the clock decides nothing, or there is no choice."""
-        count, config = self.config.search.finalists, self.config
-        plans = best_plans(trials, count)
-        if count == 1 or config.target.sparsity is not None or config.env.timing != "measured":
-            return ()
-        first = trials[0]
-        if first.plan not in plans and not first.failed:  # a refined policy's own plan: it must not end below that
-            plans.append(first.plan)
-        anew = ((plan, self.measured(plan)) for plan in plans)
-        reference = next(((plan, each.speedup) for plan, each in anew if isinstance(each, Measurement)), None)
-        if len(plans) == 1 or reference is None:
-            return ()
-        measured = []
-        with self.progress.bar("finalists", len(plans)) as bar:
-            for each in self.beside(*reference).in_order(plans):
-                measured.append(each)
-                bar.advance(1, self._describe(each))
-        return tuple(as_trial(self.problem, plan, each) for plan, each in zip(plans, measured, strict=True))
+    @cached_property
+    def result(self) -> SearchResult:
+        return run_search(self._context, self.posed, self.env, self.measured)
 
-    def _halved(self, trials: Sequence[Trial]) -> tuple[Trial, ...]:
-        """The best plans of the search, trained for real: see `agents.halving`."""
-        halving = self.config.search.halving
-        assert halving is not None
-        ladder = rungs(halving.plans, halving.steps, halving.factor)
-        log = TrialLog(self.directory / "search" / "trials.jsonl")
-        done = [trial for trial in log.read() if trial.fidelity > 0]
+    @cached_property
+    def comparison(self) -> UniformComparison:
+        return compare_with_uniform(self._context, self.result, self.env, self.measured)
 
-        pools = ExitStack()
-
-        def evaluate_at(steps: int) -> Evaluate:
-            pools.close()  # the rung below is done
-            pool = pools.enter_context(self._pooled(replace(self.evaluator, recovery=Train(steps))))
-            return CachedEvaluate(pool, self.directory / "search" / f"evaluations-{steps}.jsonl")
-
-        with pools, self.progress.bar("halving", sum(rung.plans for rung in ladder)) as bar:
-            bar.advance(len(done))
-
-            def shown(trial: Trial) -> None:
-                log.append(trial)
-                bar.advance(1, f"{trial.fidelity} steps: {self._describe(trial.evaluated)}")
-
-            return tuple(halve(trials, ladder, evaluate_at, partial(as_trial, self.problem), shown, done))
-
-    def _describe(self, evaluated: Evaluated) -> str:
-        if isinstance(evaluated, Failure):
-            return f"failed: {evaluated.reason}"
-        return f"{self.task.metric.text(evaluated.score)} at {evaluated.speedup:.2f}x"
-
-    def _config_text(self) -> str:
-        return "\n".join(f"{key} = {value}" for key, value in sorted(flat(self.config.to_json()).items()))
+    def paired(self, reference: Plan, speedup: float) -> CachedEvaluate:
+        """See `paired_evaluate`."""
+        return paired_evaluate(self._context, self._preparation.evaluator, reference, speedup)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from autoprune.envs.draft import Draft
 from autoprune.envs.problem import Problem
 from autoprune.errors import ConfigError
+from autoprune.registry import Choice
 
 Scope = Literal["run", "layer"]
 Option = TypeVar("Option")
@@ -61,17 +62,25 @@ def between(low: float, high: float, unit: float, log: bool = False) -> float:
 
 
 class ActionSpace:
-    """The concatenation of components: which entries of an action are whose."""
+    """The concatenation of components: which entries of an action are whose.
 
-    def __init__(self, components: Sequence[tuple[str, ActionComponent]]) -> None:
-        names = [name for name, _ in components]
+    Args:
+        components: each with the registry row it was created from.
+
+    Raises:
+        ConfigError: there is none, one is listed twice, or before one that it builds on.
+    """
+
+    def __init__(self, components: Sequence[tuple[Choice, ActionComponent]]) -> None:
+        names = [choice.name for choice, _ in components]
         if len(set(names)) != len(names):
             raise ConfigError(f"an action component is listed twice: {', '.join(names)}.")
         if not components:
             raise ConfigError("the environment needs an action such as 'sparsity': nothing to learn otherwise.")
-        for place, (name, component) in enumerate(components):
+        for place, (choice, component) in enumerate(components):
             if late := [other for other in component.after if other in names[place:]]:
-                raise ConfigError(f"the action {name!r} builds on {late[0]!r}: list {late[0]!r} before it.")
+                raise ConfigError(f"the action {choice.name!r} builds on {late[0]!r}: list {late[0]!r} before it.")
+        self.choices = tuple(choice for choice, _ in components)
         self.names = tuple(names)
         self.components = tuple(component for _, component in components)
 

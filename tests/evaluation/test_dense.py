@@ -14,7 +14,7 @@ from torch import nn
 from autoprune.config import Config, parse_config
 from autoprune.errors import ConfigError
 from autoprune.evaluation.dense import dense_model, other_dense_models
-from autoprune.pipeline.preparation import check_names
+from autoprune.pipeline.preparation import create_choices
 from autoprune.pipeline.run import Run
 from autoprune.plan import LayerPlan, Plan
 from autoprune.progress import SILENT
@@ -78,7 +78,7 @@ def test_fine_tuning_hears_them(cache: Path, tmp_path: Path) -> None:
     for teachers in (1, 2):
         run = Run(config(teachers), tmp_path / str(teachers))
         layer = LayerPlan(0.5, Choice("unstructured"))
-        Plan(dict.fromkeys(run.inventory.names, layer)).save(run.directory / "plan.json")
+        Plan(dict.fromkeys(run.prepared.inventory.names, layer)).save(run.directory / "plan.json")
         ends.append(run.masked)
         assert len(list(cache.glob("dense-digits-*.safetensors"))) == teachers
     assert not same(*ends)
@@ -89,10 +89,10 @@ def test_teachers_that_cannot_be_had() -> None:
     settings = {"distillation_weight": 0.5}
     given = parse_config({"task": user, "finetune": {"teachers": 2, "settings": settings}}, "x")
     with pytest.raises(ConfigError, match=r"'user' comes with the one model it has.*digits, fashion_mnist"):
-        check_names(given)
+        create_choices(given)
     with pytest.raises(ConfigError, match="must be 1 for a task that is given"):
-        check_names(config(2), task_given=True)
+        create_choices(config(2), task_given=True)
     with pytest.raises(ConfigError, match="teachers is 3, but nothing is distilled from them"):
-        check_names(config(3, distillation_weight=0.0))
+        create_choices(config(3, distillation_weight=0.0))
     with pytest.raises(ConfigError, match=r"finetune.teachers: .*less than or equal to 5"):
         config(6)
