@@ -25,7 +25,10 @@ from autoprune.cli import app
 from autoprune.config import load_config
 from autoprune.errors import ConfigError
 from autoprune.files import read_json
+from autoprune.latency.machine import machine_identity
+from autoprune.latency.table import LatencyTable
 from autoprune.metric import BITS_PER_CHARACTER
+from autoprune.pipeline import preparation
 from autoprune.pipeline.compare import _ACTIONS
 from autoprune.pipeline.run import Run
 from autoprune.report.run_report import RunReport
@@ -140,11 +143,11 @@ def with_a_hook() -> nn.Module:
     [
         ({"model": retrained()}, r"the model's weights \(conv.weight\)"),
         ({"model": with_a_buffer(0.5)}, r"the model's buffers \(norm.running_mean\)"),
-        ({"model": net(functional.gelu)}, r"the model's architecture \(as a whole\)"),
-        ({"model": net(scale=2.0)}, r"the model's architecture \(as a whole\)"),
+        ({"model": net(functional.gelu)}, r"the model's architecture \(activation.code\)"),
+        ({"model": net(scale=2.0)}, r"the model's architecture \(scale\)"),
         ({"model": net(stride=2)}, r"the model's architecture \(conv\)"),
         ({"model": net(kind=Doubled)}, r"the model's architecture \(as a whole\)"),
-        ({"model": with_a_hook()}, r"the model's architecture \(norm\)"),
+        ({"model": with_a_hook()}, r"the model's architecture \(norm.hook 1.code\)"),
         (
             {"model": with_a_frozen_norm()},
             r"the model's weights \(norm.bias, norm.weight\)",
@@ -226,6 +229,77 @@ def test_what_a_function_counts_or_remembers_is_no_part_of_it(tmp_path: Path) ->
     x += 1.0
     with pytest.raises(ConfigError, match=r"evaluate \(evaluate.x\)"):
         autoprune.compress(**arguments(evaluate=evaluate), directory=tmp_path / "run")
+
+
+class Scored:
+    """An evaluation that counts its calls, and keeps what it was asked for last."""
+
+    def __init__(self, value: float) -> None:
+        self.value, self.calls, self.options = value, 0, {"scale": 1.0, "calls": 0}
+        self.started = id(self)  # noted down, read by no method
+
+    def __call__(self, model: nn.Module, seen: list[int] = []) -> float:  # noqa: B006 - people do
+        self.calls += 1
+        self.options["calls"] += 1
+        seen.append(self.calls)
+        setattr(self, f"call_{self.calls}", model)
+        return self.value * self.options["scale"]
+
+    def method(self, model: nn.Module) -> float:
+        return self(model)
+
+
+class AlsoScored(Scored):
+    def __call__(self, model: nn.Module) -> float:  # type: ignore[override]
+        return super().__call__(model)
+
+
+@pytest.mark.parametrize("taken", [lambda scored: scored, lambda scored: scored.method, lambda scored: [scored][0]])
+def test_an_object_that_counts_its_calls_is_compared_all_the_same(taken: Any, tmp_path: Path) -> None:
+    own = Scored(0.5)
+    for each in (own, own, Scored(0.5), own):
+        compress(tmp_path / "run", **arguments(evaluate=taken(each)))
+    scaled = Scored(0.5)
+    scaled.options["scale"] = 0.5
+    for other, said in ((Scored(0.25), "value"), (scaled, "options.scale"), (AlsoScored(0.5), "code")):
+        with pytest.raises(ConfigError, match=rf"evaluate \(.*evaluate\.{said}"):
+            autoprune.compress(**arguments(evaluate=taken(other)), directory=tmp_path / "run")
+
+
+def test_a_hook_that_counts_leaves_the_rest_of_its_module_and_the_table_as_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def profile_table(subject: Any, patterns: Any, settings: Any, *_: Any) -> LatencyTable:
+        return LatencyTable({}, 1.0, 0.0, 1.0, settings, machine_identity())
+
+    def write_report(run: Run) -> str:
+        _ = (run.inventory, run.dense_score, run.table)
+        raise Stopped
+
+    monkeypatch.setattr(preparation, "profile_table", profile_table)
+    monkeypatch.setattr(api, "write_report", write_report)
+    seen: list[int] = []
+
+    def hooked(**changed: Any) -> nn.Module:
+        model = net(**changed)
+        model.conv.register_forward_hook(lambda *_: seen.append(1))  # type: ignore[union-attr, operator]
+        return model
+
+    own = hooked()
+    for model in (own, own, hooked()):
+        compress(tmp_path / "run", **arguments(model=model))
+    assert seen
+    with pytest.raises(ConfigError, match=r"architecture \(conv\)"):
+        autoprune.compress(**arguments(model=hooked(stride=2)), directory=tmp_path / "run")
+
+
+def test_the_rest_of_a_loaders_order_is_compared(tmp_path: Path) -> None:
+    def loader(last: int) -> DataLoader[Any]:
+        return DataLoader(TensorDataset(*images(0)), 1, sampler=[0, 1, 2, 3, 4, last])
+
+    compress(tmp_path / "run", **arguments(train=loader(5)))
+    with pytest.raises(ConfigError, match=r"the training data \(.*content.sampler"):
+        autoprune.compress(**arguments(train=loader(6)), directory=tmp_path / "run")
 
 
 class Counted(IterableDataset[Any]):

@@ -251,6 +251,7 @@ def profile(context: Context, subject: Subject, *, fresh: bool = False) -> Laten
     """
     path, latency, patterns = context.directory / "latency.json", context.config.latency, context.choices.patterns
     settings = profile_settings(subject, patterns, latency.batch, latency.threads)
+    settings["architecture"] = context.claim.first("architecture", settings["architecture"])
     if path.exists() and not fresh:
         return LatencyTable.load(path, settings=settings, machine=machine_identity())
     protocol = context.protocol(latency.profile_samples)
