@@ -31,7 +31,7 @@ from autoprune.repack.kernels.ir import (
     store_vector,
     vector,
 )
-from autoprune.repack.kernels.offset_gemm import Extra, block_at, clear_borders, cover, tile, tiles
+from autoprune.repack.kernels.register_tile import Extra, block_at, clear_borders, cover, tile, tiles
 
 
 class Field(IntEnum):

@@ -41,7 +41,7 @@ from autoprune.repack.kernels.ir import (
     vector,
 )
 from autoprune.repack.kernels.math import ACTIVATIONS
-from autoprune.repack.kernels.offset_gemm import cover
+from autoprune.repack.kernels.register_tile import cover
 
 
 class Mode(Enum):

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoprune.errors import AutopruneError
-from autoprune.repack.kernels import offset_gemm, rows_gemm
+from autoprune.repack.kernels import offset_gemm, register_tile, rows_gemm
 from autoprune.repack.kernels.compiler import Target
 from autoprune.repack.kernels.lru import lru
 from autoprune.repack.lowering.layout import FLOAT_BYTES
@@ -246,10 +246,10 @@ class _Convolution(_Work):
 
     def __init__(self, op: NativeOp, rows: int, target: Target, slots: Longs, sample: bool) -> None:
         self.op, self.rows, self.slots, self.sample = op, rows, slots, sample
-        self.lanes, self.heights = target.lanes, offset_gemm.tiles(rows, target)
+        self.lanes, self.heights = target.lanes, register_tile.tiles(rows, target)
         self.widest, f = max(self.heights), op.fields
         gated = len(f) > max(_F) + 1  # then no position is taken singly
-        self.singles = None if gated else offset_gemm.singles(rows, target)
+        self.singles = None if gated else register_tile.singles(rows, target)
         self.pointer, self.offsets = _array(op, f[_F.GROUP_POINTER]), _array(op, f[_F.OFFSETS]).astype(np.int64)
         self.y_channel = _array(op, f[_F.Y_CHANNEL]).astype(np.int64)
         self.residual_channel = _array(op, f[_F.RESIDUAL_CHANNEL]).astype(np.int64)
@@ -280,14 +280,14 @@ class _Convolution(_Work):
         for group in groups:
             for panel in range(max(1, self.panels)):
                 list_ = group * max(1, self.panels) + panel
-                carry = (offset_gemm.CARRY_IN if panel else 0) | (
-                    offset_gemm.CARRY_OUT if panel < self.panels - 1 else 0
+                carry = (register_tile.CARRY_IN if panel else 0) | (
+                    register_tile.CARRY_OUT if panel < self.panels - 1 else 0
                 )
                 for count, positions, alone in self._cover(length):
                     yield self._compute(group, list_, x, count, ends, scratch, carry, alone).at(positions)
 
     def _cover(self, length: int) -> Iterator[tuple[int, Longs, int]]:
-        """Tiles as `offset_gemm` lays them: vectors, where they begin, and how far their single position lies; or 0."""
+        """As `register_tile.cover`: vectors of a tile, where such tiles begin, how far the single position is, or 0."""
         vectors, lanes, widest, begin = -(-length // self.lanes), self.lanes, self.widest, 0
         few, single = length % lanes, self.singles
         if single and 0 < few <= single.most and few * single.count <= length // lanes:
@@ -313,7 +313,7 @@ class _Convolution(_Work):
         self, group: int, list_: int, x: int, count: int, ends: tuple[int, int, int], scratch: int, carry: int,
         alone: int,
     ) -> Touches:  # fmt: skip
-        """A group's sums over one list of kept positions, for one tile: see `offset_gemm`.
+        """A group's sums over one list of kept positions, for one tile: see `register_tile.tile`.
 
         Of a single position, its input and its output are looked at: the rest lies in lines that are met anyway.
         """
@@ -329,10 +329,10 @@ class _Convolution(_Work):
         for row in reversed(range(0, rows, height)):
             sums = _touches(scratch + row * span, height * span, What.OUTPUT, rows * moving)
             bias = _touches(int(f[_F.BIAS]) + FLOAT_BYTES * (group * rows + row), FLOAT_BYTES * height, What.WEIGHT)
-            parts.append(_in_turn(sums if carry & offset_gemm.CARRY_IN else bias))
+            parts.append(_in_turn(sums if carry & register_tile.CARRY_IN else bias))
             values = int(f[_F.VALUES]) + FLOAT_BYTES * (kept * rows + row)
             parts.append(_in_turn(index, *inputs, _touches(values, FLOAT_BYTES * height, What.WEIGHT)))
-            if carry & offset_gemm.CARRY_OUT:
+            if carry & register_tile.CARRY_OUT:
                 parts.append(_in_turn(sums))
                 continue
             each = group * rows + row + np.arange(height)

@@ -1,0 +1,299 @@
+"""The register tile of convolutions, some filters of a group by vectors of positions, and how tiles cover positions.
+
+The sums of a tile stay in registers while it walks the group's kept positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Flag, auto
+
+import llvmlite.ir as ir
+
+from autoprune.repack.kernels.compiler import Target
+from autoprune.repack.kernels.ir import (
+    F32,
+    FLOATS,
+    I32,
+    I64,
+    INTS,
+    LONGS,
+    at,
+    clamp,
+    clear,
+    const,
+    fma,
+    fold,
+    gathered,
+    inner_function,
+    kept_by,
+    load_mask,
+    load_vector,
+    long_at,
+    loop,
+    masked,
+    prefetch,
+    prefetch_ahead,
+    splat,
+    store_vector,
+)
+from autoprune.repack.kernels.math import ACTIVATIONS
+
+CARRY_IN, CARRY_OUT = 1, 2  # bits: sums go on from a panel before; to a panel after
+
+
+def tiles(rows: int, target: Target) -> dict[int, int]:
+    """Vectors of positions -> rows of the register tile that computes them, for groups of `rows` filters."""
+    _, widest = target.tile(rows)
+
+    def height(count: int) -> int:
+        fitting = [each for each in (1, 2, 4, 8, 16) if each * count + count + 1 <= target.registers]
+        return min(rows, fitting[-1] if fitting else 1)
+
+    return {count: height(count) for count in range(1, widest + 1)}
+
+
+@dataclass(frozen=True)
+class Singles:
+    """How positions are taken singly.
+
+    Attributes:
+        most: so many are cheaper than one more vector.
+        count: vectors of the tile that walks one along.
+    """
+
+    most: int
+    count: int
+
+
+def singles(rows: int, target: Target) -> Singles | None:
+    """For groups of `rows` filters; None where it is never cheaper."""
+    heights = tiles(rows, target)
+    fitting = [
+        count for count, height in heights.items()
+        if height >= 4 and (height + 1) * count + 3 <= target.registers
+    ]  # fmt: skip
+    return Singles(heights[fitting[-1]] // 2, fitting[-1]) if fitting else None
+
+
+class Extra(Flag):
+    """What a tile does beside its positions."""
+
+    NOTHING = 0
+    SINGLE = auto()
+    COLUMNS = auto()
+    GATED = auto()
+
+
+_ARGUMENTS = {
+    Extra.SINGLE: [I64, FLOATS],
+    Extra.COLUMNS: [I64, INTS, I64, INTS, I64],
+    Extra.GATED: [LONGS, FLOATS],
+}
+
+
+def tile(
+    module: ir.Module, rows: int, vectors: int, lanes: int, activation: str, extra: Extra = Extra.NOTHING
+) -> ir.Function:
+    """`rows` filters by `vectors` x `lanes` positions: sums, residual, clamp, mask, store.
+
+    Sums start from the bias, or where `carry` says so from what the panel before left in `partial`; they end in the
+    output, or there. More arguments follow, in this order, for
+
+    - SINGLE: how far from the first position the single one lies, and its own partial sums;
+    - COLUMNS: runs, their ends, columns, what lies inside by column, and how far it is from a column's to the next;
+    - GATED: the `kept` positions to walk, each its offset and, 32 bits up, where its weights lie; a factor a row, which
+      its sum is multiplied by.
+    """
+    kinds = [FLOATS, INTS, I64, FLOATS, I64, FLOATS, FLOATS, INTS, FLOATS, INTS, I64, INTS, F32, F32, FLOATS, I64]
+    for each in extra:
+        kinds += _ARGUMENTS[each]
+    name = "_".join([f"tile_{rows}x{vectors}", *(each.name or "" for each in extra)])
+    function = inner_function(module, name, kinds)
+    (x, offsets, kept, w, pitch, bias, y, y_channel, residual, residual_channel, has_residual, mask, low, high,
+     partial, carry, *more) = function.args  # fmt: skip
+    alone, partial_alone = _taken(more, Extra.SINGLE, extra) or (None, None)
+    runs = _taken(more, Extra.COLUMNS, extra)
+    gate = _taken(more, Extra.GATED, extra)
+    entry, body, add, finish = (function.append_basic_block(name) for name in ("entry", "body", "add", "finish"))
+    b = ir.IRBuilder(entry)
+    for row in range(rows):  # written long after: no store has to wait for its cache line
+        line = at(b, y, long_at(b, y_channel, const(row)))
+        for v in range(0, vectors * lanes, 16):
+            prefetch(b, module, at(b, line, const(v)), write=True)
+    fresh, carried = (function.append_basic_block(name) for name in ("fresh", "carried"))
+    b.cbranch(b.icmp_signed("==", b.and_(carry, const(CARRY_IN)), const(0)), fresh, carried)
+    b.position_at_end(fresh)
+    biases = [splat(b, b.load(at(b, bias, const(row))), lanes) for row in range(rows)]
+    start = [each for each in biases for _ in range(vectors)]
+    start += [load_vector(b, bias, rows)] if alone is not None else []
+    b.branch(body)
+    b.position_at_end(carried)
+
+    def places() -> list[tuple[ir.Value, int]]:
+        """Where the sums are kept between panels, and how wide they are."""
+        own = [(at(b, partial, const(part * lanes)), lanes) for part in range(rows * vectors)]
+        return own if alone is None else [*own, (partial_alone, rows)]
+
+    before = [load_vector(b, place, width) for place, width in places()]
+    b.branch(body)
+    b.position_at_end(body)
+    sums = [b.phi(value.type) for value in start]
+    for phi, value, left in zip(sums, start, before, strict=True):
+        phi.add_incoming(value, fresh)
+        phi.add_incoming(left, carried)
+
+    def walk(sums: list[ir.Value], first: ir.Value, last: ir.Value, inside: ir.Value | None) -> list[ir.Value]:
+        """The sums and what the kept positions from `first` to `last` add to them."""
+        bits = [None] * vectors if inside is None else [
+            load_mask(b, at(b, inside, const(v * lanes)), lanes) for v in range(vectors)
+        ]  # fmt: skip
+        bit = None if inside is None or alone is None else load_mask(b, at(b, inside, alone), 1)
+
+        def turn(k: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+            entry_ = b.load(at(b, gate[0], k)) if gate else None
+            source = at(b, x, long_at(b, offsets, k) if entry_ is None else b.sext(b.trunc(entry_, I32), I64))
+            inputs = [kept_by(b, load_vector(b, at(b, source, const(lanes * v)), lanes), bits[v])
+                      for v in range(vectors)]  # fmt: skip
+            weights = at(b, w, b.mul(k, pitch) if entry_ is None else b.ashr(entry_, const(32)))
+            if not gate:
+                prefetch_ahead(b, module, weights)
+            made = []
+            for row in range(rows):
+                weight = splat(b, b.load(at(b, weights, const(row))), lanes)
+                for v in range(vectors):
+                    made.append(b.call(fma(module, lanes), [inputs[v], weight, sums[row * vectors + v]]))
+            if alone is not None:
+                given = splat(b, kept_by(b, b.load(at(b, source, alone)), bit), rows)
+                made.append(b.call(fma(module, rows), [given, load_vector(b, weights, rows), sums[-1]]))
+            return made
+
+        return fold(b, first, last, sums, turn)
+
+    if runs is None:
+        sums = walk(sums, const(0), kept, None)
+    else:
+        count, ends, columns, inside, length = runs
+
+        def run(number: ir.Value, held: list[ir.Value]) -> list[ir.Value]:
+            end, column = long_at(b, ends, number), b.srem(number, columns)
+            return [end, *walk(held[1:], held[0], end, at(b, inside, b.mul(column, length)))]
+
+        _, *sums = fold(b, const(0), count, [const(0), *sums], run)
+    keep, give = (function.append_basic_block(name) for name in ("keep", "give"))
+    b.cbranch(b.icmp_signed("==", b.and_(carry, const(CARRY_OUT)), const(0)), give, keep)
+    b.position_at_end(keep)
+    for each, (place, width) in zip(sums, places(), strict=True):
+        store_vector(b, each, place, width)
+    b.ret_void()
+    b.position_at_end(give)
+    if gate:
+        factors = [splat(b, b.load(at(b, gate[1], const(row))), lanes) for row in range(rows)]
+        sums = [b.fmul(each, factors[part // vectors]) for part, each in enumerate(sums)]
+    b.cbranch(b.icmp_signed("!=", has_residual, const(0)), add, finish)
+    b.position_at_end(add)
+    lines = [at(b, residual, long_at(b, residual_channel, const(row))) for row in range(rows)]
+    addends = [load_vector(b, at(b, line, const(lanes * v)), lanes) for line in lines for v in range(vectors)]
+    addends += [gathered(b, [at(b, line, alone) for line in lines])] if alone is not None else []
+    added = [b.fadd(each, addend) for each, addend in zip(sums, addends, strict=True)]
+    b.branch(finish)
+    b.position_at_end(finish)
+    results = [b.phi(value.type) for value in sums]
+    for phi, value, other in zip(results, sums, added, strict=True):
+        phi.add_incoming(value, give)
+        phi.add_incoming(other, add)
+
+    def finished(value: ir.Value, width: int) -> ir.Value:
+        value = clamp(b, value, splat(b, low, width), splat(b, high, width))
+        return ACTIVATIONS[activation](b, module, value, width) if activation else value
+
+    ready = finished(results[-1], rows) if alone is not None else None
+    # Rows that stand in for a missing filter repeat the first row's channel: the first row is stored last.
+    for row in reversed(range(rows)):
+        line = at(b, y, long_at(b, y_channel, const(row)))
+        for v in range(vectors):
+            value = finished(results[row * vectors + v], lanes)
+            value = masked(b, value, at(b, mask, const(lanes * v)), lanes)
+            store_vector(b, value, at(b, line, const(lanes * v)), lanes)
+        if alone is not None:
+            value = b.extract_element(ready, ir.Constant(I32, row))
+            b.store(masked(b, value, at(b, mask, alone), 1), at(b, line, alone))
+    b.ret_void()
+    return function
+
+
+def _taken(more: list[ir.Value], wanted: Extra, extra: Extra) -> list[ir.Value] | None:
+    """The next arguments, where they are those of `wanted`."""
+    if wanted not in extra:
+        return None
+    taken = more[: len(_ARGUMENTS[wanted])]
+    del more[: len(taken)]
+    return taken
+
+
+def clear_borders(
+    b: ir.IRBuilder, item: ir.Value, block: ir.Value, y: ir.Value, channels: ir.Value,
+    rows: tuple[ir.Value, ir.Value], border: tuple[ir.Value, ir.Value, ir.Value],
+) -> None:  # fmt: skip
+    """Clears the border of some rows' channels, once a map: other maps lay in this memory before.
+
+    `border` is where it begins, counted from a channel's first position, how long it is there, and before the first
+    channel.
+    """
+    begin, behind, before = border
+    with b.if_then(b.icmp_signed("==", block, const(0))), loop(b, *rows) as row:
+        clear(b, at(b, y, b.add(long_at(b, channels, row), begin)), behind)
+    with b.if_then(b.icmp_signed("==", item, const(0))):
+        clear(b, at(b, y, b.neg(before)), before)
+
+
+def block_at(
+    b: ir.IRBuilder, block: ir.Value, size: ir.Value, blocks: ir.Value, positions: ir.Value
+) -> tuple[ir.Value, ir.Value]:
+    """Where a block of positions begins, and how long it is; the last one takes what is left."""
+    start = b.mul(block, size)
+    last = b.icmp_signed("==", block, b.sub(blocks, const(1)))
+    return start, b.select(last, b.sub(positions, start), size)
+
+
+def cover(
+    b: ir.IRBuilder, length: ir.Value, lanes: int, widest: int, compute: Callable[..., None],
+    single: Singles | None = None,
+) -> None:  # fmt: skip
+    """Tiles for `length` positions: as many of the widest as leave no single vector over, then narrower ones.
+
+    Positions that fill no vector are one more vector, or are walked along by the first tiles, one each.
+    """
+    vectors, begin = b.sdiv(b.add(length, const(lanes - 1)), const(lanes)), const(0)
+    if single is not None:
+        whole, rest = b.sdiv(length, const(lanes)), b.srem(length, const(lanes))
+        carried = b.mul(rest, const(single.count))
+        few = b.and_(b.icmp_signed("<=", rest, const(single.most)), b.icmp_signed("<=", carried, whole))
+        with loop(b, const(0), b.select(few, rest, const(0))) as number:
+            alone = b.add(b.mul(whole, const(lanes)), number)
+            compute(single.count, b.mul(number, const(single.count * lanes)), alone)
+        begin = b.select(few, b.mul(carried, const(lanes)), const(0))
+        vectors = b.select(few, b.sub(whole, carried), vectors)
+    rest = b.srem(vectors, const(widest))
+    wide = b.sub(vectors, rest)
+    if widest > 2:  # one vector over: taken with a wide tile's as two narrower ones, both busy
+        spare = b.and_(b.icmp_signed("==", rest, const(1)), b.icmp_signed(">", vectors, const(1)))
+        wide = b.select(spare, b.sub(wide, const(widest)), wide)
+    with loop(b, const(0), wide, widest) as v:
+        compute(widest, b.add(begin, b.mul(v, const(lanes))))
+    left = b.sub(vectors, wide)
+    end = b.append_basic_block("covered")
+    counts = [*range(1, widest), widest + 1]
+    cases = {count: b.append_basic_block(f"left_{count}") for count in counts}
+    switch = b.switch(left, end)
+    for count, case in cases.items():
+        switch.add_case(const(count), case)
+        b.position_at_end(case)
+        at_position = b.add(begin, b.mul(wide, const(lanes)))
+        parts = [count] if count < widest else [-(-count // 2), count // 2]
+        for part in parts:
+            compute(part, at_position)
+            at_position = b.add(at_position, const(part * lanes))
+        b.branch(end)
+    b.position_at_end(end)
