@@ -29,7 +29,7 @@ from autoprune.progress import Progress
 from autoprune.repack.graph.ir import Graph, Input, Op
 from autoprune.repack.kernels.compiler import Target, object_code
 from autoprune.repack.kernels.offset_gemm import offset_gemm_module
-from autoprune.repack.lowering.nodes import Tiling
+from autoprune.repack.lowering.geometry import Tiling
 from autoprune.repack.lowering.steps import NativeStep
 from autoprune.repack.lowering.weights import Weights
 from autoprune.repack.native.op import NativeOp

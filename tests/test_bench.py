@@ -19,7 +19,7 @@ from autoprune.cli import app
 from autoprune.errors import AutopruneError, ConfigError
 from autoprune.latency.engines.base import Call, DenseEngine
 from autoprune.latency.timer import Latency
-from autoprune.repack.lowering.nodes import Tiling
+from autoprune.repack.lowering.geometry import Tiling
 from autoprune.repack.rivals import dense_calls
 from autoprune.repack.tuning.layer_times import LayerTime
 from autoprune.report.bench_tables import Bench, layers_table, models_table

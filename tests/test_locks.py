@@ -19,7 +19,7 @@ from autoprune.errors import InUse
 from autoprune.pipeline.run import Run
 from autoprune.processes import locks
 from autoprune.processes.locks import FolderLock, turn
-from autoprune.repack.lowering.nodes import Tiling
+from autoprune.repack.lowering.geometry import Tiling
 from autoprune.repack.tuning.tuning import TuningCache
 
 ROOT = Path(__file__).resolve().parents[1]

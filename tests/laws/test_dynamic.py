@@ -14,7 +14,7 @@ from autoprune.model.channel_gates import Gating, gate_channels_, gates, live_sh
 from autoprune.patterns import PATTERNS
 from autoprune.registry import Choice
 from autoprune.repack import load, repack, save
-from autoprune.repack.lowering.nodes import Tiling
+from autoprune.repack.lowering.geometry import Tiling
 from autoprune.repack.tuning.tuning import TuningCache
 
 ACTIVATIONS = (nn.Identity, nn.ReLU, nn.ReLU, nn.SiLU, nn.Sigmoid)  # the last does not keep a zero

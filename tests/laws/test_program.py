@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from autoprune.patterns import PATTERNS
 from autoprune.registry import Choice
 from autoprune.repack import Graph, ProgramModel, capture, load, repack, save
-from autoprune.repack.lowering.nodes import Tiling
+from autoprune.repack.lowering.geometry import Tiling
 from autoprune.repack.tuning.tuning import TuningCache
 
 Shape = tuple[int, int, int]  # channels, height, width

@@ -21,7 +21,7 @@ from autoprune.repack.graph.capture import capture
 from autoprune.repack.graph.passes import simplify
 from autoprune.repack.graph.reference import reference
 from autoprune.repack.kernels.compiler import narrowed
-from autoprune.repack.lowering.nodes import Tiling
+from autoprune.repack.lowering.geometry import Tiling
 from autoprune.repack.model import packable
 from autoprune.repack.modules.sequences import PackedRecurrent
 from autoprune.repack.runtime.program import Program

@@ -20,7 +20,7 @@ from autoprune.repack.graph.ir import Graph, Input, Op
 from autoprune.repack.kernels.compiler import Target, host, narrowed
 from autoprune.repack.kernels.rows_gemm import tokens_together
 from autoprune.repack.lowering.convolutions import serpentine
-from autoprune.repack.lowering.nodes import Tiling
+from autoprune.repack.lowering.geometry import Tiling
 from autoprune.repack.lowering.steps import NativeStep
 from autoprune.repack.lowering.weights import Weights
 from autoprune.repack.runtime.program import Program

@@ -30,8 +30,8 @@ from autoprune.repack.kernels.compiler import Target, host, narrowed
 from autoprune.repack.kernels.rows_gemm import Twin
 from autoprune.repack.lowering import buffers
 from autoprune.repack.lowering.conv_rules import is_depthwise
+from autoprune.repack.lowering.geometry import Tiling
 from autoprune.repack.lowering.layout import ALIGN
-from autoprune.repack.lowering.nodes import Tiling
 from autoprune.repack.lowering.weights import Weights
 from autoprune.repack.modules.layers import PackedConv2d, PackedLayer, PackedLinear
 from autoprune.repack.runtime.program import Program

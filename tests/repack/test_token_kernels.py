@@ -17,7 +17,7 @@ from autoprune.repack.graph.schema import validate
 from autoprune.repack.kernels import math
 from autoprune.repack.kernels.compiler import Target, compile_function, host, narrowed
 from autoprune.repack.kernels.ir import FLOATS, I64, at, const, load_vector, loop, store_vector
-from autoprune.repack.lowering.nodes import Tiling
+from autoprune.repack.lowering.geometry import Tiling
 from autoprune.repack.lowering.weights import Weights
 from autoprune.repack.runtime.program import Program
 

@@ -24,8 +24,9 @@ from autoprune.repack.graph.ir import FOLD_LIMIT, Graph, Op
 from autoprune.repack.graph.reference import residual_of
 from autoprune.repack.kernels.compiler import Target
 from autoprune.repack.kernels.strided import AXES
-from autoprune.repack.lowering import nodes
+from autoprune.repack.lowering import map_nodes, strided_nodes, token_nodes
 from autoprune.repack.lowering.buffers import Buffer
+from autoprune.repack.lowering.geometry import Place
 from autoprune.repack.lowering.layout import FLOAT_BYTES
 from autoprune.repack.lowering.steps import (
     ARENA,
@@ -113,7 +114,7 @@ class Lowering:
 
             def build(*_: Any) -> NativeOp:
                 y = (buffer.slot, buffer.offset, contiguous_strides(source.shape))
-                return nodes.copied(name, batch, place_of(source), y, (channels, height, width), None, self.target)
+                return map_nodes.copied(name, batch, place_of(source), y, (channels, height, width), None, self.target)
 
             self.steps.append(NativeStep(name, [source.buffer], buffer, build))
         return View(self.buffers[key], meta.storage_offset(), tuple(meta.shape), tuple(meta.stride()))
@@ -158,7 +159,7 @@ class Lowering:
         def build(*_: Any) -> NativeOp:
             slot, offset, strides = place_of(made)
             y = slot, offset + made.layout.channel(first) * FLOAT_BYTES, strides
-            return nodes.copied(name, batch, place_of(read), y, (channels, height, width), made.layout, self.target)
+            return map_nodes.copied(name, batch, place_of(read), y, (channels, height, width), made.layout, self.target)
 
         self.steps.append(NativeStep(name, [source.buffer], made.buffer, build))
 
@@ -227,7 +228,7 @@ def turned(lowering: Lowering, name: str, tokens: int) -> Map:
 
         def build(*_: Any) -> NativeOp:
             x = (view.buffer.slot, view.start * FLOAT_BYTES, view.shape[-1])
-            return nodes.into_planes(name, tokens, x, made.at, lowering.target)
+            return token_nodes.into_planes(name, tokens, x, made.at, lowering.target)
 
         lowering.steps.append(NativeStep(name, [view.buffer], made.buffer, build))
     return lowering.planes[name]
@@ -244,7 +245,7 @@ def turn_back(
     def build(*_: Any) -> NativeOp:
         y = (buffer.slot, buffer.offset, features)
         other = None if residual is None else (residual.buffer.slot, residual.start * FLOAT_BYTES, features)
-        return nodes.out_of_planes(name, tokens, given.at, y, other, activation, lowering.target)
+        return token_nodes.out_of_planes(name, tokens, given.at, y, other, activation, lowering.target)
 
     reads = [given.buffer, *([residual.buffer] if residual is not None else [])]
     lowering.steps.append(NativeStep(name, reads, buffer, build))
@@ -271,7 +272,7 @@ class Operand:
     source: Map | View | NDArray[np.float32]
     shape: tuple[int, ...]
 
-    def place(self, shape: tuple[int, ...]) -> nodes.Place:
+    def place(self, shape: tuple[int, ...]) -> Place:
         """Where it lies, repeated to `shape`."""
         if isinstance(self.source, np.ndarray):
             return 0, self.source.ctypes.data, (0,) * len(shape)
@@ -298,7 +299,7 @@ def fitting(shape: tuple[int, ...], operands: Sequence[Operand]) -> bool:
     if any(isinstance(each.source, Map) for each in operands):  # its strides are not known yet
         return False
     strides = [*(each.place(shape)[2] for each in operands), contiguous_strides(shape)]
-    return len(nodes.merged_axes(shape, strides)[0]) <= AXES
+    return len(strided_nodes.merged_axes(shape, strides)[0]) <= AXES
 
 
 def write(
@@ -310,7 +311,9 @@ def write(
     def build(*_: Any) -> NativeOp:
         places = [each.place(shape) for each in operands]
         other = places[1] if len(places) > 1 else None
-        made = nodes.pointwise(name, shape, places[0], other, place_of(y), operation, activation, lowering.target)
+        made = strided_nodes.pointwise(
+            name, shape, places[0], other, place_of(y), operation, activation, lowering.target
+        )
         arrays = tuple(each.source for each in operands if isinstance(each.source, np.ndarray))
         return NativeOp(made.name, made.kernel, made.fields, made.items, (*made.keep, *arrays))
 

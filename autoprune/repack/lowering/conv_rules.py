@@ -16,9 +16,10 @@ from autoprune.repack.kernels.gate import scratch as gate_scratch
 from autoprune.repack.kernels.gated_gemm import Dead
 from autoprune.repack.kernels.gated_gemm import scratch as gated_scratch
 from autoprune.repack.kernels.window import Mode
-from autoprune.repack.lowering import convolutions, nodes
+from autoprune.repack.lowering import convolutions, map_nodes
 from autoprune.repack.lowering.buffers import Buffer
 from autoprune.repack.lowering.context import Lowering
+from autoprune.repack.lowering.geometry import Tiling, Window
 from autoprune.repack.lowering.layout import ALIGN, FLOAT_BYTES, aligned
 from autoprune.repack.lowering.pool_rules import WIDEST_STRIDE, slide
 from autoprune.repack.lowering.steps import (
@@ -46,7 +47,7 @@ def conv2d(lowering: Lowering, op: Op) -> bool:
     weight, x = lowering.constants[op.tensors["weight"]], op.inputs[0]
     batch, channels, height, width = lowering.values[x].shape
     stride, padding, dilation = ((a[key][0], a[key][1]) for key in ("stride", "padding", "dilation"))
-    window = nodes.Window((weight.shape[2], weight.shape[3]), stride, padding, dilation)
+    window = Window((weight.shape[2], weight.shape[3]), stride, padding, dilation)
     shape = (batch, weight.shape[0], *window.outputs(height, width))
     if channels != weight.shape[1] * a["groups"] or min(shape[1:]) < 1:
         raise AutopruneError(
@@ -79,7 +80,7 @@ def conv2d(lowering: Lowering, op: Op) -> bool:
         if residual is not given and shape[1] // a["groups"] % max(GROUP_SIZES) == 0:
             made.over = residual
 
-    def build(weights: Weights | None, tiling: nodes.Tiling) -> NativeOp:
+    def build(weights: Weights | None, tiling: Tiling) -> NativeOp:
         assert weights is not None
         other = None if residual is None else residual.at
         return convolutions.convolution(
@@ -93,7 +94,7 @@ def conv2d(lowering: Lowering, op: Op) -> bool:
     return True
 
 
-def crowded(lowering: Lowering, window: nodes.Window, shape: tuple[int, ...]) -> bool:
+def crowded(lowering: Lowering, window: Window, shape: tuple[int, ...]) -> bool:
     """Whether a map is so small that its border's columns are too much to compute."""
     (height, width), lanes = shape[2:], lowering.target.lanes
     vectors = -(-((height - 1) * (width + window.padding[1]) + width) // lanes)
@@ -158,7 +159,7 @@ def gate(lowering: Lowering, op: Op) -> bool:
     return True
 
 
-def skips(lowering: Lowering, x: str, window: nodes.Window) -> bool:
+def skips(lowering: Lowering, x: str, window: Window) -> bool:
     """Whether a convolution reads some positions alone, which no other needs in phase planes."""
     points = window.kernel == (1, 1) and window.padding == (0, 0) and window.stride != (1, 1)
     return points and window.stride[1] <= WIDEST_STRIDE and (x, window.stride, 0.0) not in lowering.maps
@@ -168,20 +169,20 @@ def subsampled(lowering: Lowering, x: str, stride: tuple[int, int]) -> Map:
     """Every `stride`-th position of the value, as a map of its own."""
     name = f"{x} by {stride[0]} {stride[1]}"
     if name not in lowering.values:
-        given, window = lowering.map(x), nodes.Window((1, 1), stride, (0, 0), (1, 1))
+        given, window = lowering.map(x), Window((1, 1), stride, (0, 0), (1, 1))
         batch, channels, height, width = given.shape
         shape = (batch, channels, *window.outputs(height, width))
         lowering.define(name, shape)
         made = lowering.maps[name, (1, 1), 0.0] = Map(shape, (1, 1), 0.0)
 
         def build(*_: Any) -> NativeOp:
-            return nodes.sliding(name, Mode.MAX, window, batch, given.at, made.at, lowering.target)
+            return map_nodes.sliding(name, Mode.MAX, window, batch, given.at, made.at, lowering.target)
 
         lowering.steps.append(NativeStep(name, [given.buffer], made.buffer, build))
     return lowering.map(name)
 
 
-def depthwise(lowering: Lowering, op: Op, window: nodes.Window, shape: tuple[int, ...]) -> None:
+def depthwise(lowering: Lowering, op: Op, window: Window, shape: tuple[int, ...]) -> None:
     weight = lowering.graph.constants[op.tensors["weight"]]
     if not is_depthwise(op, weight) or weight.is_meta or weight.dtype != torch.float32:
         raise AutopruneError(f"the convolution {op.output!r} is neither packed nor depthwise in float32.")
@@ -190,6 +191,6 @@ def depthwise(lowering: Lowering, op: Op, window: nodes.Window, shape: tuple[int
                bias=bias.contiguous().numpy(), activation=op.activation)  # fmt: skip
 
 
-def _reach(window: nodes.Window) -> int:
+def _reach(window: Window) -> int:
     """How many columns beside a position a window looks at, at most."""
     return max(abs(dx) for _, dx in window.taps())

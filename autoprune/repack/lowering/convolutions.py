@@ -15,8 +15,8 @@ from autoprune.repack.kernels import gate as gates
 from autoprune.repack.kernels import gated_gemm, offset_gemm
 from autoprune.repack.kernels.compiler import Target
 from autoprune.repack.lowering.buffers import Buffer, float_bits
+from autoprune.repack.lowering.geometry import MapAt, Tiling, Window, clamped, op_of
 from autoprune.repack.lowering.layout import ALIGN, MapLayout, aligned
-from autoprune.repack.lowering.nodes import MapAt, Tiling, Window, clamped, op_of
 from autoprune.repack.lowering.weights import Weights
 from autoprune.repack.native.op import NativeOp
 from autoprune.repack.weights.packed import PackedWeight

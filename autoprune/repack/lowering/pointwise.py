@@ -14,7 +14,7 @@ from torch import Tensor
 
 from autoprune.repack.graph.ir import Op
 from autoprune.repack.graph.reference import evaluate_op
-from autoprune.repack.lowering import nodes
+from autoprune.repack.lowering import map_nodes, strided_nodes
 from autoprune.repack.lowering.buffers import Buffer
 from autoprune.repack.lowering.context import fitting, operand, write
 from autoprune.repack.lowering.layout import FLOAT_BYTES, LONG_FLOATS
@@ -124,7 +124,7 @@ def _looked_up(lowering: Lowering, op: Op) -> bool:
     def build(*_: Any) -> NativeOp:
         (table_slot, table_at, _), (slot, at, _), y_at = (place_of(each) for each in (*places, y))
         x_at, index_at = (table_slot, table_at, (0, features)), (slot, at, (0, 1))
-        return nodes.taken(op.output, x_at, index_at, y_at, (1, count, features), None, lowering.target)
+        return strided_nodes.taken(op.output, x_at, index_at, y_at, (1, count, features), None, lowering.target)
 
     lowering.steps.append(NativeStep(op.output, [each.buffer for each in places], buffer, build))
     return True
@@ -160,7 +160,7 @@ def _taken(lowering: Lowering, op: Op) -> bool:
         x_at = (given.buffer.slot, given.start * FLOAT_BYTES, at_x)
         index_at = (told.buffer.slot, told.offset * LONG_FLOATS * FLOAT_BYTES, at_index)  # which lies in no arena
         y_at, checked = (buffer.slot, buffer.offset, ()), (wrong.slot, wrong.offset, limit)
-        return nodes.taken(op.output, x_at, index_at, y_at, (batch, rows, features), checked, lowering.target)
+        return strided_nodes.taken(op.output, x_at, index_at, y_at, (batch, rows, features), checked, lowering.target)
 
     lowering.steps.append(NativeStep(op.output, [given.buffer, told.buffer, wrong], buffer, build))
     return True
@@ -181,7 +181,7 @@ def elementwise(lowering: Lowering, op: Op) -> bool:
 
     def build(*_: Any) -> NativeOp:
         other = given[1].at if len(given) > 1 else None
-        return nodes.combine(op.output, shape[0], given[0].at, other, made.at, activation, lowering.target)
+        return map_nodes.combine(op.output, shape[0], given[0].at, other, made.at, activation, lowering.target)
 
     lowering.steps.append(NativeStep(op.output, [each.buffer for each in given], made.buffer, build))
     return True

@@ -8,9 +8,10 @@ from typing import Any
 from autoprune.errors import AutopruneError
 from autoprune.repack.graph.ir import Op
 from autoprune.repack.kernels.window import Mode
-from autoprune.repack.lowering import nodes
+from autoprune.repack.lowering import map_nodes
 from autoprune.repack.lowering.buffers import Buffer
 from autoprune.repack.lowering.context import Lowering
+from autoprune.repack.lowering.geometry import Window
 from autoprune.repack.lowering.steps import (
     NativeStep,
     storage_of,
@@ -24,7 +25,7 @@ WIDEST_POOL = 32  # columns from a pooling's first to its last: code for them gr
 def slide(
     lowering: Lowering,
     op: Op,
-    window: nodes.Window,
+    window: Window,
     shape: tuple[int, ...],
     mode: Mode,
     border: float = 0.0,
@@ -38,7 +39,7 @@ def slide(
         made.pitch.join(given.pitch)
 
     def build(*_: Any) -> NativeOp:
-        return nodes.sliding(op.output, mode, window, shape[0], given.at, made.at, lowering.target, **rest)
+        return map_nodes.sliding(op.output, mode, window, shape[0], given.at, made.at, lowering.target, **rest)
 
     lowering.steps.append(NativeStep(op.output, [given.buffer], made.buffer, build))
 
@@ -48,7 +49,7 @@ def pool(lowering: Lowering, op: Op) -> bool:
     x = lowering.values[op.inputs[0]]
     dilation = a.get("dilation", [1, 1])
     kernel, stride, padding = ((a[key][0], a[key][1]) for key in ("kernel", "stride", "padding"))
-    window = nodes.Window(kernel, stride, padding, (dilation[0], dilation[1]))
+    window = Window(kernel, stride, padding, (dilation[0], dilation[1]))
     wide = window.stride[1] > WIDEST_STRIDE or dilation[1] * (kernel[1] - 1) > WIDEST_POOL
     if x.dim() != 4 or wide:
         return False
@@ -85,7 +86,7 @@ def global_avg_pool(lowering: Lowering, op: Op) -> bool:
     buffer = lowering.buffers[storage_of(meta)] = Buffer(meta.numel())
 
     def build(*_: Any) -> NativeOp:
-        return nodes.mean(op.output, batch, given.at, buffer, lowering.target)
+        return map_nodes.mean(op.output, batch, given.at, buffer, lowering.target)
 
     lowering.steps.append(NativeStep(op.output, [given.buffer], buffer, build))
     return True

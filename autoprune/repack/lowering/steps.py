@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from autoprune.repack.graph.ir import Op
-from autoprune.repack.lowering import nodes
 from autoprune.repack.lowering.buffers import Arena, Buffer
+from autoprune.repack.lowering.geometry import MapAt, Place, Tiling
 from autoprune.repack.lowering.layout import FLOAT_BYTES, MapLayout
 from autoprune.repack.lowering.weights import Weights
 from autoprune.repack.native.op import NativeOp
@@ -70,8 +70,8 @@ class Map:
         return MapLayout(channels, height, width, pitch, *self.pad, *self.stride, self.border, self.reach)
 
     @property
-    def at(self) -> nodes.MapAt:
-        return nodes.MapAt(self.buffer, self.layout)
+    def at(self) -> MapAt:
+        return MapAt(self.buffer, self.layout)
 
 
 @dataclass(eq=False)
@@ -89,7 +89,7 @@ class NativeStep:
     name: str
     reads: list[Buffer]
     writes: Buffer
-    build: Callable[[Weights | None, nodes.Tiling], NativeOp]
+    build: Callable[[Weights | None, Tiling], NativeOp]
     layer: Op | None = None
     size: tuple[int, int] = (0, 0)
     op: Op | None = None
@@ -199,7 +199,7 @@ def is_float(value: object) -> bool:
     return isinstance(value, Tensor) and value.dtype == torch.float32
 
 
-def place_of(source: Map | View) -> nodes.Place:
+def place_of(source: Map | View) -> Place:
     """Where a value lies: slot, bytes and strides. Known when every layout stands."""
     if isinstance(source, View):
         return source.buffer.slot, source.start * FLOAT_BYTES, source.stride

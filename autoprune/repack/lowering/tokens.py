@@ -9,9 +9,10 @@ import torch
 from autoprune.errors import AutopruneError
 from autoprune.repack.graph.ir import Op
 from autoprune.repack.kernels.attention import scratch as scratch_size
-from autoprune.repack.lowering import convolutions, nodes
+from autoprune.repack.lowering import convolutions, token_nodes
 from autoprune.repack.lowering.buffers import Buffer
 from autoprune.repack.lowering.context import turn_back, turned
+from autoprune.repack.lowering.geometry import Tiling, Window
 from autoprune.repack.lowering.layout import FLOAT_BYTES
 from autoprune.repack.lowering.steps import Map, NativeStep, is_float, place_of, storage_of
 from autoprune.repack.lowering.weights import Weights
@@ -37,7 +38,9 @@ def layer_norm(lowering: Lowering, op: Op) -> bool:
     def build(*_: Any) -> NativeOp:
         given, made = (x.buffer.slot, x.start * FLOAT_BYTES), (buffer.slot, buffer.offset)
         tokens = meta.numel() // features
-        return nodes.layer_norm(op.output, given, made, tokens, weight, bias, op.attributes["eps"], lowering.target)
+        return token_nodes.layer_norm(
+            op.output, given, made, tokens, weight, bias, op.attributes["eps"], lowering.target
+        )
 
     lowering.steps.append(NativeStep(op.output, [x.buffer], buffer, build))
     return True
@@ -63,7 +66,7 @@ def attention(lowering: Lowering, op: Op) -> bool:
         q_at, k_at, v_at = (place_of(view) for view in views)
         y_at = (buffer.slot, buffer.offset, (meta.stride(0), meta.stride(1), meta.stride(2)))
         size = (batch, heads, queries, keys, width)
-        return nodes.attend(op.output, q_at, k_at, v_at, y_at, scratch, size, scale, lowering.target)
+        return token_nodes.attend(op.output, q_at, k_at, v_at, y_at, scratch, size, scale, lowering.target)
 
     lowering.steps.append(NativeStep(op.output, [*(each.buffer for each in views), scratch], buffer, build))
     return True
@@ -83,7 +86,7 @@ def recurrent(lowering: Lowering, op: Op) -> bool:
     for view in before:
         if view.shape != (batch, hidden):
             raise AutopruneError(f"a recurrent layer begins with a state {(batch, hidden)}, not {view.shape}.")
-    size = nodes.Sequences(
+    size = token_nodes.Sequences(
         a["cell"], steps, batch, hidden, None if units is None else tuple(units), a["time_first"], a["reverse"],
         a["threshold"], a["keep"],
     )  # fmt: skip
@@ -92,11 +95,13 @@ def recurrent(lowering: Lowering, op: Op) -> bool:
     scratch = Buffer(batch * size.scratch, scratch=True)
     lowering.scratches.append(scratch)
 
-    def build(weights: Weights | None, tiling: nodes.Tiling) -> NativeOp:
+    def build(weights: Weights | None, tiling: Tiling) -> NativeOp:
         assert weights is not None
         given, *starts = ((view.buffer.slot, view.start * FLOAT_BYTES) for view in (x, *before))
         made = (buffer.slot, buffer.offset)
-        return nodes.sequence(op.output, weights, tiling, size, given, made, tuple(starts), scratch, lowering.target)
+        return token_nodes.sequence(
+            op.output, weights, tiling, size, given, made, tuple(starts), scratch, lowering.target
+        )
 
     reads = [x.buffer, scratch, *(view.buffer for view in before)]
     lowering.steps.append(NativeStep(op.output, reads, buffer, build, op, (steps, batch)))
@@ -121,12 +126,14 @@ def linear(lowering: Lowering, op: Op) -> bool:
     residual = lowering.rows(op.inputs[1]) if len(op.inputs) > 1 else None
     buffer = lowering.buffers[storage_of(meta)] = Buffer(meta.numel())
 
-    def build(weights: Weights | None, tiling: nodes.Tiling) -> NativeOp:
+    def build(weights: Weights | None, tiling: Tiling) -> NativeOp:
         assert weights is not None
         places = [(v.buffer.slot, v.start * FLOAT_BYTES, v.shape[-1]) for v in (x, residual) if v is not None]
         y = (buffer.slot, buffer.offset, weight.shape[0])
         other = places[1] if residual is not None else None
-        return nodes.linear(op.output, weights, op.activation, tiling, tokens, places[0], y, other, lowering.target)
+        return token_nodes.linear(
+            op.output, weights, op.activation, tiling, tokens, places[0], y, other, lowering.target
+        )
 
     reads = [x.buffer, *([residual.buffer] if residual is not None else [])]
     lowering.steps.append(NativeStep(op.output, reads, buffer, build, op, (tokens, 1)))
@@ -140,11 +147,11 @@ def _by_position(lowering: Lowering, op: Op, tokens: int) -> None:
     made = Map((1, out, 1, tokens), (1, 1), 0.0).padded((0, 0))
     made.pitch.join(given.pitch)
     scratch = lowering.scratch(convolutions.panel_scratch(max(GROUP_SIZES)))  # whatever the tuning tries
-    window = nodes.Window((1, 1), (1, 1), (0, 0), (1, 1))
+    window = Window((1, 1), (1, 1), (0, 0), (1, 1))
     added = op.inputs[1] if len(op.inputs) > 1 else None
     activation = op.activation if added is None else None
 
-    def build(weights: Weights | None, tiling: nodes.Tiling) -> NativeOp:
+    def build(weights: Weights | None, tiling: Tiling) -> NativeOp:
         assert weights is not None
         return convolutions.convolution(
             op.output, weights, window, activation, tiling, 1, given.at, made.at, None, scratch, lowering.target

@@ -21,7 +21,7 @@ from autoprune.model.recurrent.modules import run_whole, state_cut
 from autoprune.model.recurrent.names import GATES, by_unit, cell_of, layers_of
 from autoprune.repack.graph.ir import Graph, Input, Op
 from autoprune.repack.graph.passes import simplify
-from autoprune.repack.lowering.nodes import Tiling
+from autoprune.repack.lowering.geometry import Tiling
 from autoprune.repack.lowering.weights import Weights
 from autoprune.repack.modules.layers import check_input
 from autoprune.repack.runtime.program import Program

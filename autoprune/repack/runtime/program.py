@@ -23,9 +23,9 @@ from autoprune.repack.graph.ir import Graph, build_outputs
 from autoprune.repack.graph.reference import evaluate_op
 from autoprune.repack.kernels.compiler import Target, host, unavailable
 from autoprune.repack.lowering.context import FAILURES
+from autoprune.repack.lowering.geometry import Tiling
 from autoprune.repack.lowering.layout import FLOAT_BYTES
 from autoprune.repack.lowering.lower import lower
-from autoprune.repack.lowering.nodes import Tiling
 from autoprune.repack.lowering.per_sample import can_split, split
 from autoprune.repack.lowering.steps import ARENA, Lowered, NativeStep, TorchStep, View, settled
 from autoprune.repack.lowering.weights import Weights

@@ -145,7 +145,7 @@ def fetched(
     """Lines a packed layer fetches in an inference that follows another one, on one thread.
 
     Args:
-        op: of `program.convolutions.convolution` or `program.nodes.linear`.
+        op: of `lowering.convolutions.convolution` or `lowering.token_nodes.linear`.
         kind: ``conv2d``, ``gated_conv2d`` (as if every channel lived) or ``linear``.
         rows: filters in a group.
         target: what its kernel was compiled for.

@@ -22,8 +22,8 @@ from autoprune.model.recurrent.names import layer_at
 from autoprune.repack.analysis.macs import positions
 from autoprune.repack.graph.ir import Op
 from autoprune.repack.graph.reference import PACKED
+from autoprune.repack.lowering.geometry import Tiling
 from autoprune.repack.lowering.layout import FLOAT_BYTES
-from autoprune.repack.lowering.nodes import Tiling
 from autoprune.repack.lowering.steps import NativeStep
 from autoprune.repack.lowering.weights import Weights
 from autoprune.repack.native.sequence import NativeSequence

@@ -29,7 +29,7 @@ from autoprune.latency.timer import Clock
 from autoprune.processes.locks import turn
 from autoprune.repack.graph.ir import Op
 from autoprune.repack.kernels.compiler import Target
-from autoprune.repack.lowering.nodes import Tiling
+from autoprune.repack.lowering.geometry import Tiling
 from autoprune.repack.lowering.steps import NativeStep
 from autoprune.repack.lowering.weights import Weights
 from autoprune.repack.native.op import NativeOp

@@ -1,0 +1,126 @@
+"""Builds the ops on feature maps that hold no packed weight: sliding windows, sums, means, copies."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoprune.repack.kernels import (
+    copy,
+    maps,
+    window,
+)
+from autoprune.repack.kernels.compiler import Target
+from autoprune.repack.lowering.buffers import Buffer, float_bits
+from autoprune.repack.lowering.geometry import CHUNK_FLOATS, MapAt, Place, Window, clamped, op_of
+from autoprune.repack.lowering.layout import MapLayout
+from autoprune.repack.native.op import NativeOp
+
+
+def sliding(
+    name: str, mode: window.Mode, window_: Window, batch: int, x: MapAt, y: MapAt, target: Target, *,
+    activation: str | None = None, weights: NDArray[np.float32] | None = None, bias: NDArray[np.float32] | None = None,
+    count_padding: bool = True,
+) -> NativeOp:  # fmt: skip
+    """Depthwise convolution (weights (channels, taps), bias (channels,)) or pooling; x is padded."""
+    f = window.Field
+    (sh, sw), layout, out = window_.stride, x.layout, y.layout
+    flat = (sh, sw) == (1, 1)  # then input and output have one pitch
+    low, high, other = clamped(activation)
+    chunk = max(1, min(out.channels, CHUNK_FLOATS // max(1, out.positions)))
+    chunks = -(-out.channels // chunk)
+    taps, columns = window_.taps(), tuple[int, ...]()
+    if mode is not window.Mode.DEPTHWISE:
+        columns = tuple(number * window_.dilation[1] for number in range(window_.kernel[1]))
+        taps = taps[:: window_.kernel[1]]  # the first of each row
+    offsets = np.array([layout.tap(dy, dx) for dy, dx in taps], np.int32)
+    scale = _shares(window_, layout, out, count_padding) if mode is window.Mode.AVERAGE else np.zeros(1, np.float32)
+    given: dict[IntEnum, Any] = {
+        f.X_SLOT: x.buffer.slot, f.X_OFFSET: x.offset, f.Y_SLOT: y.buffer.slot, f.Y_OFFSET: y.offset,
+        f.X_IMAGE: layout.image, f.Y_IMAGE: out.image, f.X_CHANNEL: layout.channel(1), f.Y_CHANNEL: out.channel(1),
+        f.X_ROW: sh * layout.pitch, f.Y_ROW: out.pitch, f.ROWS: 1 if flat else out.height,
+        f.COLUMNS: out.positions if flat else out.pitch, f.CHANNELS: out.channels, f.CHUNK: chunk, f.CHUNKS: chunks,
+        f.TAPS: len(offsets), f.OFFSETS: offsets, f.SCALE: scale, f.MASK: out.mask(), f.LOW: low, f.HIGH: high,
+        f.POSITIONS: out.positions, f.BORDER: out.behind, f.BORDER_FIRST: out.before,
+    }  # fmt: skip
+    if weights is not None and bias is not None:
+        given |= {f.WEIGHTS: weights, f.BIAS: bias}
+    return op_of(name, window.window(mode, sw, target, other, columns), f, given, batch * chunks)
+
+
+def _shares(window_: Window, layout: MapLayout, out: MapLayout, count_padding: bool) -> NDArray[np.float32]:
+    """One over the number of floats averaged, for every flat position of the output."""
+    inside = np.zeros((out.height, out.width), np.float32)
+    (sh, sw), (kh, kw) = window_.stride, window_.kernel
+    y, x = np.arange(out.height)[:, None] * sh, np.arange(out.width)[None] * sw
+    for dy, dx in window_.taps():
+        inside += (y + dy >= 0) & (y + dy < layout.height) & (x + dx >= 0) & (x + dx < layout.width)
+    shares = np.full_like(inside, 1 / (kh * kw)) if count_padding else 1 / inside
+    padded = np.zeros((out.height, out.pitch), np.float32)
+    padded[:, : out.width] = shares
+    flat = np.zeros(len(out.mask()), np.float32)
+    flat[: padded.size] = padded.ravel()[: len(flat)]
+    return flat
+
+
+def combine(
+    name: str, batch: int, x: MapAt, other: MapAt | None, y: MapAt, activation: str | None, target: Target
+) -> NativeOp:
+    """The sum of two maps of one pitch, or one alone, through an activation."""
+    f = maps.Field
+    low, high, function = clamped(activation)
+    given = _channelwise(x, y.layout.positions) | {
+        f.Y_SLOT: y.buffer.slot, f.Y_OFFSET: y.offset, f.Y_IMAGE: y.layout.image, f.Y_CHANNEL: y.layout.channel(1),
+        f.MASK: y.layout.mask(), f.LOW: low, f.HIGH: high, f.BORDER: y.layout.behind, f.BORDER_FIRST: y.layout.before,
+    }  # fmt: skip
+    if other is not None:
+        given |= {
+            f.OTHER_SLOT: other.buffer.slot, f.OTHER_OFFSET: other.offset, f.OTHER_IMAGE: other.layout.image,
+            f.OTHER_CHANNEL: other.layout.channel(1),
+        }  # fmt: skip
+    how = maps.Combine.NONE if other is None else maps.Combine.ADD
+    return op_of(name, maps.elementwise(how, target, function), f, given, batch * given[f.CHUNKS])
+
+
+def _channelwise(x: MapAt, positions: int) -> dict[IntEnum, Any]:
+    f = maps.Field
+    channels = x.layout.channels
+    chunk = max(1, min(channels, CHUNK_FLOATS // max(1, positions)))
+    return {
+        f.X_SLOT: x.buffer.slot, f.X_OFFSET: x.offset, f.X_IMAGE: x.layout.image, f.X_CHANNEL: x.layout.channel(1),
+        f.POSITIONS: positions, f.CHANNELS: channels, f.CHUNK: chunk, f.CHUNKS: -(-channels // chunk),
+    }  # fmt: skip
+
+
+def mean(name: str, batch: int, x: MapAt, y: Buffer, target: Target) -> NativeOp:
+    """The mean of each channel, to (N, C)."""
+    f = maps.Field
+    layout = x.layout
+    given = _channelwise(x, layout.positions) | {
+        f.Y_SLOT: y.slot, f.Y_OFFSET: y.offset, f.Y_IMAGE: layout.channels, f.Y_CHANNEL: 1, f.MASK: layout.mask(),
+        f.SCALE: float_bits(1 / (layout.height * layout.width)),
+    }  # fmt: skip
+    return op_of(name, maps.channel_mean(target), f, given, batch * given[f.CHUNKS])
+
+
+def copied(
+    name: str, batch: int, x: Place, y: Place, size: tuple[int, int, int], layout: MapLayout | None,
+    target: Target,
+) -> NativeOp:  # fmt: skip
+    """Another layout of a map of `size` (channels, height, width); `layout` is y's where y is a map."""
+    f = copy.Field
+    given: dict[IntEnum, Any] = dict(zip(f, (x[0], x[1], y[0], y[1], *size, *x[2][:3], *y[2][:3]), strict=False))
+    if layout is None or layout.border != 0:
+        return op_of(name, copy.copy_map(target), f, given, batch * size[0])
+    given |= {f.STRIDE_H: layout.stride_h, f.Y_PLANE: layout.plane}
+    if layout.phases > 1:
+        given |= {f.PAD_H: layout.pad_h, f.PAD_W: layout.pad_w, f.ROWS: layout.rows}
+    else:
+        given |= {
+            f.ROWS: layout.height, f.POSITIONS: layout.positions, f.BORDER: layout.behind,
+            f.BORDER_FIRST: layout.before,
+        }  # fmt: skip
+    return op_of(name, copy.planes(layout.stride_w, target), f, given, batch * size[0])
