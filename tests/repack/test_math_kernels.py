@@ -14,6 +14,7 @@ from torch import Tensor
 from autoprune.repack.graph.reference import ACTIVATIONS
 from autoprune.repack.kernels import attention, math, rows
 from autoprune.repack.kernels.compiler import Target, call_op, compile_function, host, narrowed
+from autoprune.repack.kernels.fields import Given
 from autoprune.repack.kernels.ir import FLOATS, I64, at, const, load_vector, loop, store_vector
 
 LANES = (4, 8, 16)
@@ -90,18 +91,6 @@ def test_tanh_keeps_the_digits_of_small_numbers(lanes: int) -> None:
     assert ((got - wanted).abs() <= 4e-7 * wanted.abs()).all()
 
 
-def described(fields: type[attention.Field] | type[rows.Field], given: dict[str, int]) -> np.ndarray:
-    """An op's fields by name; all others are 0."""
-    array = np.zeros(len(fields), np.int64)
-    for name, value in given.items():
-        array[fields[name]] = value
-    return array
-
-
-def bits(value: float) -> int:
-    return int(np.float32(value).view(np.int32))
-
-
 WALL = 64  # floats of NaN on either side
 
 
@@ -118,13 +107,16 @@ def attended(q: Tensor, k: Tensor, v: Tensor, scale: float, target: Target, thre
     out, y = walled(q.numel())
     work, scratch = walled(size * 3)
     result = y.view(batch, queries, heads, width).transpose(1, 2)
-    given = {"HEADS": heads, "QUERIES": queries, "KEYS": k.shape[2], "WIDTH": width, "SCALE": bits(scale)}
+    f = attention.Field
+    given: dict[attention.Field, Given] = {
+        f.HEADS: heads, f.QUERIES: queries, f.KEYS: k.shape[2], f.WIDTH: width, f.SCALE: float(scale),
+        f.SCRATCH_SLOT: 1, f.SCRATCH_OFFSET: 0, f.SCRATCH: size,
+    }  # fmt: skip
     slots = np.array([0, scratch.data_ptr()], np.int64)
-    given |= {"SCRATCH_SLOT": 1, "SCRATCH": size}
     for name, view in (("Q", q), ("K", k), ("V", v), ("Y", result)):
-        given |= {f"{name}_OFFSET": view.data_ptr()}
-        given |= dict(zip((f"{name}_IMAGE", f"{name}_HEAD", f"{name}_TOKEN"), view.stride()[:3], strict=True))
-    fields = described(attention.Field, given)
+        given |= {f[f"{name}_SLOT"]: 0, f[f"{name}_OFFSET"]: view.data_ptr()}
+        given |= {f[f"{name}_{axis}"]: view.stride(at) for at, axis in enumerate(("IMAGE", "HEAD", "TOKEN"))}
+    fields = f.array(given)
     for item in range(batch * heads):
         call_op(attention.attention(target), fields.ctypes.data, slots.ctypes.data, item, thread)
     for whole, count in ((out, q.numel()), (work, 3 * size)):
@@ -198,9 +190,11 @@ def normed(x: Tensor, weight: Tensor, bias: Tensor, block: int, target: Target) 
     """Runs the op on rows; asserts that it wrote to its output alone, and each item to its rows."""
     count, features = x.shape
     out, y = walled(x.numel())
-    fields = described(rows.Field, {
-        "X_OFFSET": x.data_ptr(), "Y_OFFSET": y.data_ptr(), "ROWS": count, "FEATURES": features, "BLOCK": block,
-        "WEIGHT": weight.data_ptr(), "BIAS": bias.data_ptr(), "EPSILON": bits(1e-5), "SHARE": bits(1 / features),
+    f = rows.Field
+    fields = f.array({
+        f.X_SLOT: 0, f.X_OFFSET: x.data_ptr(), f.Y_SLOT: 0, f.Y_OFFSET: y.data_ptr(), f.ROWS: count,
+        f.FEATURES: features, f.BLOCK: block, f.WEIGHT: weight.numpy(), f.BIAS: bias.numpy(), f.EPSILON: 1e-5,
+        f.SHARE: 1 / features,
     })  # fmt: skip
     slots = np.zeros(1, np.int64)
     for item in reversed(range(-(-count // block))):

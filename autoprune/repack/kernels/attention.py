@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 
 import llvmlite.ir as ir
 
 from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
+from autoprune.repack.kernels.fields import FLOAT, NUMBER, OFFSET, SLOT, Fields
 from autoprune.repack.kernels.ir import (
     F32,
     FLOATS,
@@ -41,37 +41,37 @@ TILES = 2  # of queries that meet a panel while it is near
 _LINE = 16  # floats in a cache line
 
 
-class Field(IntEnum):
+class Field(Fields):
     """Entries of the int64 array that describes one op; sizes in floats."""
 
-    Q_SLOT = 0
-    Q_OFFSET = 1  # bytes
-    Q_IMAGE = 2  # from an image to the next; then from a head, and from a token
-    Q_HEAD = 3
-    Q_TOKEN = 4
-    K_SLOT = 5
-    K_OFFSET = 6
-    K_IMAGE = 7
-    K_HEAD = 8
-    K_TOKEN = 9
-    V_SLOT = 10
-    V_OFFSET = 11
-    V_IMAGE = 12
-    V_HEAD = 13
-    V_TOKEN = 14
-    Y_SLOT = 15
-    Y_OFFSET = 16
-    Y_IMAGE = 17
-    Y_HEAD = 18
-    Y_TOKEN = 19
-    SCRATCH_SLOT = 20
-    SCRATCH_OFFSET = 21
-    SCRATCH = 22  # from a thread's scratch to the next: see `scratch`
-    HEADS = 23
-    QUERIES = 24
-    KEYS = 25
-    WIDTH = 26  # of a head
-    SCALE = 27  # float bits
+    Q_SLOT = SLOT
+    Q_OFFSET = OFFSET
+    Q_IMAGE = NUMBER  # from an image to the next; then from a head, and from a token
+    Q_HEAD = NUMBER
+    Q_TOKEN = NUMBER
+    K_SLOT = SLOT
+    K_OFFSET = OFFSET
+    K_IMAGE = NUMBER
+    K_HEAD = NUMBER
+    K_TOKEN = NUMBER
+    V_SLOT = SLOT
+    V_OFFSET = OFFSET
+    V_IMAGE = NUMBER
+    V_HEAD = NUMBER
+    V_TOKEN = NUMBER
+    Y_SLOT = SLOT
+    Y_OFFSET = OFFSET
+    Y_IMAGE = NUMBER
+    Y_HEAD = NUMBER
+    Y_TOKEN = NUMBER
+    SCRATCH_SLOT = SLOT
+    SCRATCH_OFFSET = OFFSET
+    SCRATCH = NUMBER  # from a thread's scratch to the next: see `scratch`
+    HEADS = NUMBER
+    QUERIES = NUMBER
+    KEYS = NUMBER
+    WIDTH = NUMBER  # of a head
+    SCALE = FLOAT
 
 
 def tile(target: Target) -> tuple[int, int]:
@@ -108,14 +108,15 @@ def attention(target: Target) -> int:
     module, lanes = ir.Module(), target.lanes
     most, vectors = tile(target)
     b, fields, slots, item, thread = op_function(module)
-    get = {field: b.load(at(b, fields, const(field))) for field in Field}
+    get = Field.load(b, fields)
     head, image = b.srem(item, get[Field.HEADS]), b.sdiv(item, get[Field.HEADS])
 
-    def base(first: Field) -> ir.Value:
-        start = address(b, slots, get[first], get[Field(first + 1)])
-        return at(b, start, b.add(b.mul(image, get[Field(first + 2)]), b.mul(head, get[Field(first + 3)])))
+    def base(name: str) -> ir.Value:
+        slot, offset, image_, head_ = (get[Field[f"{name}_{what}"]] for what in ("SLOT", "OFFSET", "IMAGE", "HEAD"))
+        start = address(b, slots, slot, offset)
+        return at(b, start, b.add(b.mul(image, image_), b.mul(head, head_)))
 
-    q, k, v, y = (base(first) for first in (Field.Q_SLOT, Field.K_SLOT, Field.V_SLOT, Field.Y_SLOT))
+    q, k, v, y = (base(name) for name in "QKVY")
     place = _place(b, get, slots, thread, target)
     _pack_keys(b, get, k, place, vectors, lanes)
     _pack_values(b, get, v, place, vectors * lanes)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from enum import IntEnum
-
 import llvmlite.ir as ir
 
 from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
+from autoprune.repack.kernels.fields import NUMBER, OFFSET, SLOT, Fields
 from autoprune.repack.kernels.ir import (
     I32,
     address,
@@ -24,30 +23,30 @@ from autoprune.repack.kernels.ir import (
 MOST_PHASES = 32  # that are dealt out a vector at a time: code for them grows with their square
 
 
-class Field(IntEnum):
+class Field(Fields):
     """Entries of the int64 array that describes one op; sizes in floats."""
 
-    X_SLOT = 0
-    X_OFFSET = 1  # bytes, of position (0, 0)
-    Y_SLOT = 2
-    Y_OFFSET = 3  # bytes, of position (0, 0), or of the first phase plane
-    CHANNELS = 4
-    HEIGHT = 5
-    WIDTH = 6
-    X_IMAGE = 7
-    X_CHANNEL = 8
-    X_ROW = 9
-    Y_IMAGE = 10
-    Y_CHANNEL = 11
-    Y_ROW = 12
-    STRIDE_H = 13  # row phases; from here on: into planes
-    PAD_H = 14
-    PAD_W = 15
-    ROWS = 16  # of a plane
-    Y_PLANE = 17  # from a phase plane to the next
-    POSITIONS = 18  # of a channel, where there is one plane
-    BORDER = 19  # floats of border behind them, which are cleared
-    BORDER_FIRST = 20  # and before the first channel
+    X_SLOT = SLOT
+    X_OFFSET = OFFSET  # of position (0, 0)
+    Y_SLOT = SLOT
+    Y_OFFSET = OFFSET  # of position (0, 0), or of the first phase plane
+    CHANNELS = NUMBER
+    HEIGHT = NUMBER
+    WIDTH = NUMBER
+    X_IMAGE = NUMBER
+    X_CHANNEL = NUMBER
+    X_ROW = NUMBER
+    Y_IMAGE = NUMBER
+    Y_CHANNEL = NUMBER
+    Y_ROW = NUMBER
+    STRIDE_H = NUMBER.of("planes")  # row phases
+    PAD_H = NUMBER.of("planes")  # border rows and columns that are written with the map; 0 where there is one plane
+    PAD_W = NUMBER.of("planes")
+    ROWS = NUMBER.of("planes")  # of a plane
+    Y_PLANE = NUMBER.of("planes")  # from a phase plane to the next
+    POSITIONS = NUMBER.of("planes")  # of a channel; this and the next two: 0 where there are several planes
+    BORDER = NUMBER.of("planes")  # floats of border behind them, which are cleared
+    BORDER_FIRST = NUMBER.of("planes")  # and before the first channel
 
 
 @once_a_process
@@ -124,7 +123,7 @@ def _deal_singly(
 def _start(module: ir.Module) -> tuple[ir.IRBuilder, dict[Field, ir.Value], ir.Value, ir.Value, ir.Value]:
     """Builder, fields, item, and where its channel lies."""
     b, fields, slots, item, _ = op_function(module)
-    get = {field: b.load(at(b, fields, const(field))) for field in Field}
+    get = Field.load(b, fields)
     channel, image = b.srem(item, get[Field.CHANNELS]), b.sdiv(item, get[Field.CHANNELS])
     x = address(b, slots, get[Field.X_SLOT], get[Field.X_OFFSET])
     x = at(b, x, b.add(b.mul(image, get[Field.X_IMAGE]), b.mul(channel, get[Field.X_CHANNEL])))

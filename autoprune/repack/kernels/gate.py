@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from enum import IntEnum
-
 import llvmlite.ir as ir
 
 from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
+from autoprune.repack.kernels.fields import FLOAT, FLOAT32_ARRAY, INT32_ARRAY, NUMBER, OFFSET, SLOT, Fields
 from autoprune.repack.kernels.ir import (
     F32,
     FLOATS,
@@ -29,28 +28,28 @@ from autoprune.repack.kernels.ir import (
 TOGETHER = 4  # channels whose sums are in flight at once
 
 
-class Field(IntEnum):
+class Field(Fields):
     """Entries of the int64 array that describes one op; sizes in floats."""
 
-    X_SLOT = 0
-    X_OFFSET = 1  # bytes, of position (0, 0) in channel 0
-    X_IMAGE = 2
-    X_CHANNEL = 3
-    Y_SLOT = 4
-    Y_OFFSET = 5
-    SCRATCH_SLOT = 6
-    SCRATCH_OFFSET = 7
-    SCRATCH = 8  # from a thread's scratch to the next: see `scratch`
-    POSITIONS = 9
-    CHANNELS = 10
-    MASK = 11  # address of int32 a position: -1 inside the map, 0 on its border
-    WEIGHT = 12  # address of (groups, CHANNELS up to whole vectors), zeros behind the last channel
-    COLUMNS = 13  # of it
-    BIAS = 14
-    SCALE = 15  # float bits: of a channel's sum
-    GROUPS = 16
-    THRESHOLD = 17  # float bits: the least that wins
-    KEEP = 18  # so many of the largest win; GROUPS: all
+    X_SLOT = SLOT
+    X_OFFSET = OFFSET  # of position (0, 0) in channel 0
+    X_IMAGE = NUMBER
+    X_CHANNEL = NUMBER
+    Y_SLOT = SLOT
+    Y_OFFSET = OFFSET
+    SCRATCH_SLOT = SLOT
+    SCRATCH_OFFSET = OFFSET
+    SCRATCH = NUMBER  # from a thread's scratch to the next: see `scratch`
+    POSITIONS = NUMBER
+    CHANNELS = NUMBER
+    MASK = INT32_ARRAY  # per position: -1 inside the map, 0 on its border
+    WEIGHT = FLOAT32_ARRAY  # (groups, CHANNELS up to whole vectors), zeros behind the last channel
+    COLUMNS = NUMBER  # of it
+    BIAS = FLOAT32_ARRAY
+    SCALE = FLOAT  # of a channel's sum
+    GROUPS = NUMBER
+    THRESHOLD = FLOAT  # the least that wins
+    KEEP = NUMBER  # so many of the largest win; GROUPS: all
 
 
 def columns(channels: int, target: Target) -> int:
@@ -69,7 +68,7 @@ def gate(target: Target) -> int:
     """The op; an item is an image."""
     module, lanes = ir.Module(), target.lanes
     b, fields, slots, image, thread = op_function(module)
-    get = {field: b.load(at(b, fields, const(field))) for field in Field}
+    get = Field.load(b, fields)
     x = at(b, address(b, slots, get[Field.X_SLOT], get[Field.X_OFFSET]), b.mul(image, get[Field.X_IMAGE]))
     y = at(b, address(b, slots, get[Field.Y_SLOT], get[Field.Y_OFFSET]), b.mul(image, get[Field.GROUPS]))
     means = address(b, slots, get[Field.SCRATCH_SLOT], get[Field.SCRATCH_OFFSET])

@@ -13,6 +13,17 @@ from enum import IntEnum
 import llvmlite.ir as ir
 
 from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
+from autoprune.repack.kernels.fields import (
+    FLOAT,
+    FLOAT32_ARRAY,
+    INT32_ARRAY,
+    INT64_ARRAY,
+    NUMBER,
+    OFFSET,
+    PRESENCE,
+    SLOT,
+    Fields,
+)
 from autoprune.repack.kernels.ir import (
     FLOATS,
     I32,
@@ -34,57 +45,57 @@ from autoprune.repack.kernels.ir import (
 from autoprune.repack.kernels.register_tile import Extra, block_at, clear_borders, cover, tile, tiles
 
 
-class Field(IntEnum):
+class Field(Fields):
     """Entries of the int64 array that describes one op; those that offset_gemm has mean the same."""
 
-    X_SLOT = 0
-    X_OFFSET = 1
-    Y_SLOT = 2
-    Y_OFFSET = 3
-    RESIDUAL_SLOT = 4
-    RESIDUAL_OFFSET = 5
-    RESIDUAL = 6
-    X_IMAGE = 7
-    Y_IMAGE = 8
-    RESIDUAL_IMAGE = 9
-    MASK = 10
-    GROUP_POINTER = 11
-    OFFSETS = 12
-    VALUES = 13
-    BIAS = 14
-    Y_CHANNEL = 15
-    RESIDUAL_CHANNEL = 16
-    LOW = 17
-    HIGH = 18
-    GROUPS = 19
-    POSITIONS = 20
-    CHUNK = 21
-    BLOCK = 22
-    CHUNKS = 23
-    BLOCKS = 24
-    BATCH = 25
-    CHUNK_STRIDE = 26
-    BLOCK_STRIDE = 27
-    IMAGE_STRIDE = 28
-    SCRATCH_SLOT = 29
-    SCRATCH_OFFSET = 30
-    SCRATCH = 31  # floats from a thread's scratch to the next: see `scratch`
-    PANELS = 32  # not used: a list is walked at once
+    X_SLOT = SLOT
+    X_OFFSET = OFFSET
+    Y_SLOT = SLOT
+    Y_OFFSET = OFFSET
+    RESIDUAL_SLOT = SLOT.of("residual")
+    RESIDUAL_OFFSET = OFFSET.of("residual")
+    RESIDUAL = PRESENCE.of("residual")
+    X_IMAGE = NUMBER
+    Y_IMAGE = NUMBER
+    RESIDUAL_IMAGE = NUMBER.of("residual")
+    MASK = INT32_ARRAY
+    GROUP_POINTER = INT32_ARRAY
+    OFFSETS = INT32_ARRAY
+    VALUES = FLOAT32_ARRAY
+    BIAS = FLOAT32_ARRAY
+    Y_CHANNEL = INT32_ARRAY
+    RESIDUAL_CHANNEL = INT32_ARRAY
+    LOW = FLOAT
+    HIGH = FLOAT
+    GROUPS = NUMBER
+    POSITIONS = NUMBER
+    CHUNK = NUMBER
+    BLOCK = NUMBER
+    CHUNKS = NUMBER
+    BLOCKS = NUMBER
+    BATCH = NUMBER
+    CHUNK_STRIDE = NUMBER
+    BLOCK_STRIDE = NUMBER
+    IMAGE_STRIDE = NUMBER
+    SCRATCH_SLOT = SLOT
+    SCRATCH_OFFSET = OFFSET
+    SCRATCH = NUMBER  # floats from a thread's scratch to the next: see `scratch`
+    PANELS = NUMBER  # 1: a list is walked at once
     # 33 to 37: of columns that are masked, which a gated convolution has none of
-    BORDER = 38
-    BORDER_FIRST = 39
-    GATE_SLOT = 40  # factors of the output channels
-    GATE_OFFSET = 41
-    GATE_IMAGE = 42  # floats from an image's to the next's
-    GATE_OF = 43  # address of int32 a row: the factor it is multiplied by
-    LIVE = 44  # 1 when input channels are gated
-    LIVE_SLOT = 45  # factors of the input channels
-    LIVE_OFFSET = 46
-    LIVE_IMAGE = 47  # so many are an image's
-    RUNS = 48  # address of int32 a group and factor of the input: the first entry of those channels; and the end
-    ENTRIES = 49  # address of int64 a kept position: its offset, and 32 bits up where in its group its weights lie
-    SHARED = 50  # 1 when all groups keep the same positions
-    DEAD = 51  # what becomes of groups that do not live: see `Dead`
+    BORDER = NUMBER.at(38)
+    BORDER_FIRST = NUMBER
+    GATE_SLOT = SLOT  # factors of the output channels
+    GATE_OFFSET = OFFSET
+    GATE_IMAGE = NUMBER  # floats from an image's to the next's
+    GATE_OF = INT32_ARRAY  # per row: the factor it is multiplied by
+    LIVE = PRESENCE.of("live")  # given where input channels are gated
+    LIVE_SLOT = SLOT.of("live")  # factors of the input channels
+    LIVE_OFFSET = OFFSET.of("live")
+    LIVE_IMAGE = NUMBER.of("live")  # so many are an image's
+    LIVE_RUNS = INT32_ARRAY.of("live")  # per group and factor of the input: its channels' first entry; then the end
+    ENTRIES = INT64_ARRAY  # per kept position: its offset, and 32 bits up where in its group its weights lie
+    SHARED = NUMBER  # 1 when all groups keep the same positions
+    DEAD = NUMBER  # what becomes of groups that do not live: see `Dead`
 
 
 class Dead(IntEnum):
@@ -123,7 +134,7 @@ def gated_gemm(rows: int, target: Target, activation: str = "") -> int:
 def _op(module: ir.Module, rows: int, built: dict[int, ir.Function], heights: dict[int, int], lanes: int) -> None:
     select_live = _select_live(module, lanes)
     b, fields, slots, item, thread = op_function(module)
-    get = {field: b.load(at(b, fields, const(field))) for field in Field}
+    get = Field.load(b, fields)
 
     def index(stride: Field, count: Field) -> ir.Value:
         return b.srem(b.sdiv(item, get[stride]), get[count])
@@ -143,7 +154,7 @@ def _op(module: ir.Module, rows: int, built: dict[int, ir.Function], heights: di
     mask = at(b, pointer_field(b, get[Field.MASK], INTS), start)
     low, high = float_field(b, get[Field.LOW]), float_field(b, get[Field.HIGH])
     pointer = pointer_field(b, get[Field.GROUP_POINTER], INTS)
-    runs = pointer_field(b, get[Field.RUNS], INTS)
+    runs = pointer_field(b, get[Field.LIVE_RUNS], INTS)
     factors = at(
         b, address(b, slots, get[Field.SCRATCH_SLOT], get[Field.SCRATCH_OFFSET]), b.mul(thread, get[Field.SCRATCH])
     )

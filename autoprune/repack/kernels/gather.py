@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
-from enum import IntEnum
-
 import llvmlite.ir as ir
 
 from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
+from autoprune.repack.kernels.fields import NUMBER, OFFSET, SLOT, Fields
 from autoprune.repack.kernels.ir import LONGS, address, at, const, load_vector, loop, op_function, smaller, store_vector
 from autoprune.repack.kernels.rows import each
 
 
-class Field(IntEnum):
+class Field(Fields):
     """Entries of the int64 array that describes one op; sizes and strides in entries of the array they belong to."""
 
-    X_SLOT = 0
-    X_OFFSET = 1  # bytes
-    X_BATCH = 2  # from a batch entry's rows to the next one's
-    X_ROW = 3
-    INDEX_SLOT = 4  # int64
-    INDEX_OFFSET = 5
-    INDEX_BATCH = 6
-    INDEX_ROW = 7
-    Y_SLOT = 8  # row after row
-    Y_OFFSET = 9
-    WRONG_SLOT = 10  # int64, where numbers are checked: becomes 1 where one is no row's; row 0 is taken then
-    WRONG_OFFSET = 11
-    LIMIT = 12  # rows of x a batch entry, where numbers are checked
-    BATCH = 13
-    ROWS = 14  # taken of each batch entry
-    FEATURES = 15
-    BLOCK = 16  # rows an item
+    X_SLOT = SLOT
+    X_OFFSET = OFFSET
+    X_BATCH = NUMBER  # from a batch entry's rows to the next one's
+    X_ROW = NUMBER
+    INDEX_SLOT = SLOT  # int64
+    INDEX_OFFSET = OFFSET
+    INDEX_BATCH = NUMBER
+    INDEX_ROW = NUMBER
+    Y_SLOT = SLOT  # row after row
+    Y_OFFSET = OFFSET
+    WRONG_SLOT = SLOT.of("checked")  # int64: becomes 1 where a number is no row's; row 0 is taken then
+    WRONG_OFFSET = OFFSET.of("checked")
+    LIMIT = NUMBER.of("checked")  # rows of x a batch entry
+    BATCH = NUMBER
+    ROWS = NUMBER  # taken of each batch entry
+    FEATURES = NUMBER
+    BLOCK = NUMBER  # rows an item
 
 
 @once_a_process
@@ -43,12 +42,11 @@ def gather(checked: bool, target: Target) -> int:
     """
     module = ir.Module()
     b, fields, slots, item, _ = op_function(module)
-    get = {field: b.load(at(b, fields, const(field))) for field in Field}
+    get = Field.load(b, fields)
 
-    def place(slot: Field) -> ir.Value:
-        return address(b, slots, get[slot], get[Field(slot + 1)])
-
-    x, y, index = place(Field.X_SLOT), place(Field.Y_SLOT), b.bitcast(place(Field.INDEX_SLOT), LONGS)
+    x = address(b, slots, get[Field.X_SLOT], get[Field.X_OFFSET])
+    y = address(b, slots, get[Field.Y_SLOT], get[Field.Y_OFFSET])
+    index = b.bitcast(address(b, slots, get[Field.INDEX_SLOT], get[Field.INDEX_OFFSET]), LONGS)
     first = b.mul(item, get[Field.BLOCK])
     rows = b.mul(get[Field.BATCH], get[Field.ROWS])
     with loop(b, first, smaller(b, b.add(first, get[Field.BLOCK]), rows)) as row:
@@ -58,7 +56,8 @@ def gather(checked: bool, target: Target) -> int:
         if checked:
             there = b.icmp_unsigned("<", number, get[Field.LIMIT])  # a negative one is a huge one
             with b.if_then(b.not_(there)):
-                b.store(const(1), b.bitcast(place(Field.WRONG_SLOT), LONGS))
+                wrong = address(b, slots, get[Field.WRONG_SLOT], get[Field.WRONG_OFFSET])
+                b.store(const(1), b.bitcast(wrong, LONGS))
             number = b.select(there, number, const(0))
         source = at(b, x, b.add(b.mul(entry, get[Field.X_BATCH]), b.mul(number, get[Field.X_ROW])))
         into = at(b, y, b.mul(row, get[Field.FEATURES]))

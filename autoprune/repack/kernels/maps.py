@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from enum import Enum, IntEnum
+from enum import Enum
 
 import llvmlite.ir as ir
 
 from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
+from autoprune.repack.kernels.fields import FLOAT, INT32_ARRAY, NUMBER, OFFSET, SLOT, Fields
 from autoprune.repack.kernels.ir import (
     F32,
     INTS,
@@ -37,31 +38,31 @@ class Combine(Enum):
     ADD = "add"
 
 
-class Field(IntEnum):
+class Field(Fields):
     """Entries of the int64 array that describes one op; sizes in floats."""
 
-    X_SLOT = 0
-    X_OFFSET = 1  # bytes, of position (0, 0) in channel 0
-    OTHER_SLOT = 2
-    OTHER_OFFSET = 3
-    Y_SLOT = 4
-    Y_OFFSET = 5
-    X_IMAGE = 6
-    OTHER_IMAGE = 7
-    Y_IMAGE = 8
-    X_CHANNEL = 9
-    OTHER_CHANNEL = 10
-    Y_CHANNEL = 11
-    POSITIONS = 12
-    CHANNELS = 13
-    CHUNK = 14  # channels an item
-    CHUNKS = 15
-    MASK = 16  # address of int32 a position: -1 inside the map, 0 on its border
-    LOW = 17  # float bits: results are clamped
-    HIGH = 18
-    SCALE = 19  # float bits: of a channel's sum
-    BORDER = 20  # floats of border behind a channel's positions, which are cleared
-    BORDER_FIRST = 21  # and before the first channel
+    X_SLOT = SLOT
+    X_OFFSET = OFFSET  # of position (0, 0) in channel 0
+    OTHER_SLOT = SLOT.of("other")
+    OTHER_OFFSET = OFFSET.of("other")
+    Y_SLOT = SLOT
+    Y_OFFSET = OFFSET
+    X_IMAGE = NUMBER
+    OTHER_IMAGE = NUMBER.of("other")
+    Y_IMAGE = NUMBER
+    X_CHANNEL = NUMBER
+    OTHER_CHANNEL = NUMBER.of("other")
+    Y_CHANNEL = NUMBER
+    POSITIONS = NUMBER
+    CHANNELS = NUMBER
+    CHUNK = NUMBER  # channels an item
+    CHUNKS = NUMBER
+    MASK = INT32_ARRAY  # per position: -1 inside the map, 0 on its border
+    LOW = FLOAT.of("elementwise")  # results are clamped
+    HIGH = FLOAT.of("elementwise")
+    SCALE = FLOAT.of("mean")  # of a channel's sum
+    BORDER = NUMBER.of("elementwise")  # floats of border behind a channel's positions, which are cleared
+    BORDER_FIRST = NUMBER.of("elementwise")  # and before the first channel
 
 
 def _start(
@@ -69,7 +70,7 @@ def _start(
 ) -> tuple[ir.IRBuilder, dict[Field, ir.Value], ir.Value, ir.Value, tuple[ir.Value, ir.Value]]:
     """Builder, fields, slots, image, and the channels of the item."""
     b, fields, slots, item, _ = op_function(module)
-    get = {field: b.load(at(b, fields, const(field))) for field in Field}
+    get = Field.load(b, fields)
     chunk, image = b.srem(item, get[Field.CHUNKS]), b.sdiv(item, get[Field.CHUNKS])
     first = b.mul(chunk, get[Field.CHUNK])
     return b, get, slots, image, (first, smaller(b, b.add(first, get[Field.CHUNK]), get[Field.CHANNELS]))

@@ -146,3 +146,9 @@ _CLAMPS: Mapping[str, tuple[float, float]] = {
 def clamp_bounds(name: str) -> tuple[float, float] | None:
     """The bounds of an activation that is a clamp, ``""`` for none at all; None for the others."""
     return _CLAMPS.get(name)
+
+
+def clamped(activation: str | None) -> tuple[float, float, str]:
+    """An activation as bounds to clamp to, infinite where it is no clamp, and its row of ACTIVATIONS, else ``""``."""
+    bounds = clamp_bounds(activation or "")
+    return (-math.inf, math.inf, activation or "") if bounds is None else (*bounds, "")

@@ -20,11 +20,10 @@ panel and the next.
 
 from __future__ import annotations
 
-from enum import IntEnum
-
 import llvmlite.ir as ir
 
 from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
+from autoprune.repack.kernels.fields import FLOAT, FLOAT32_ARRAY, INT32_ARRAY, NUMBER, OFFSET, PRESENCE, SLOT, Fields
 from autoprune.repack.kernels.ir import (
     FLOATS,
     INTS,
@@ -52,49 +51,49 @@ from autoprune.repack.kernels.register_tile import (
 )
 
 
-class Field(IntEnum):
+class Field(Fields):
     """Entries of the int64 array that describes one op."""
 
-    X_SLOT = 0
-    X_OFFSET = 1  # bytes, of the first image's position (0, 0) in channel 0
-    Y_SLOT = 2
-    Y_OFFSET = 3
-    RESIDUAL_SLOT = 4
-    RESIDUAL_OFFSET = 5
-    RESIDUAL = 6  # 1 when there is one
-    X_IMAGE = 7  # floats from an image to the next
-    Y_IMAGE = 8
-    RESIDUAL_IMAGE = 9
-    MASK = 10  # address of int32 a position: -1 inside the map, 0 on its border
-    GROUP_POINTER = 11  # address of int32 a group: its first kept position; with panels, a group and panel
-    OFFSETS = 12  # address of int32 a kept position: floats from an output position to what it reads
-    VALUES = 13
-    BIAS = 14
-    Y_CHANNEL = 15  # address of int32 a row: floats from Y to the row's channel
-    RESIDUAL_CHANNEL = 16
-    LOW = 17  # float bits: results are clamped
-    HIGH = 18
-    GROUPS = 19
-    POSITIONS = 20
-    CHUNK = 21  # groups an item
-    BLOCK = 22  # positions an item
-    CHUNKS = 23
-    BLOCKS = 24
-    BATCH = 25
-    CHUNK_STRIDE = 26  # items from a chunk to the next
-    BLOCK_STRIDE = 27
-    IMAGE_STRIDE = 28
-    SCRATCH_SLOT = 29  # where there are several panels
-    SCRATCH_OFFSET = 30
-    SCRATCH = 31  # floats from a thread's scratch to the next: see `scratch`
-    PANELS = 32  # that a group's inputs are cut into
-    RUNS = 33  # of a list of kept positions; this and the next four: where columns are masked
-    ENDS = 34  # address of int32 a list and run: its end, in kept positions from the list's begin
-    COLUMNS = 35  # masks; run r reads through mask r mod COLUMNS
-    INSIDE = 36  # address of int32 a column and position: -1 where what it reads lies inside the map, else 0
-    INSIDE_LENGTH = 37  # from a column's to the next
-    BORDER = 38  # floats of border behind a channel's positions, which are cleared
-    BORDER_FIRST = 39  # and before the first channel
+    X_SLOT = SLOT
+    X_OFFSET = OFFSET  # of the first image's position (0, 0) in channel 0
+    Y_SLOT = SLOT
+    Y_OFFSET = OFFSET
+    RESIDUAL_SLOT = SLOT.of("residual")
+    RESIDUAL_OFFSET = OFFSET.of("residual")
+    RESIDUAL = PRESENCE.of("residual")
+    X_IMAGE = NUMBER  # floats from an image to the next
+    Y_IMAGE = NUMBER
+    RESIDUAL_IMAGE = NUMBER.of("residual")
+    MASK = INT32_ARRAY  # per position: -1 inside the map, 0 on its border
+    GROUP_POINTER = INT32_ARRAY  # per group: its first kept position; with panels, a group and panel
+    OFFSETS = INT32_ARRAY  # per kept position: floats from an output position to what it reads
+    VALUES = FLOAT32_ARRAY
+    BIAS = FLOAT32_ARRAY
+    Y_CHANNEL = INT32_ARRAY  # per row: floats from Y to the row's channel
+    RESIDUAL_CHANNEL = INT32_ARRAY
+    LOW = FLOAT  # results are clamped
+    HIGH = FLOAT
+    GROUPS = NUMBER
+    POSITIONS = NUMBER
+    CHUNK = NUMBER  # groups an item
+    BLOCK = NUMBER  # positions an item
+    CHUNKS = NUMBER
+    BLOCKS = NUMBER
+    BATCH = NUMBER
+    CHUNK_STRIDE = NUMBER  # items from a chunk to the next
+    BLOCK_STRIDE = NUMBER
+    IMAGE_STRIDE = NUMBER
+    SCRATCH_SLOT = SLOT.of("panels")  # where there are several panels
+    SCRATCH_OFFSET = OFFSET.of("panels")
+    SCRATCH = NUMBER.of("panels")  # floats from a thread's scratch to the next: see `scratch`
+    PANELS = NUMBER  # that a group's inputs are cut into
+    RUNS = NUMBER.of("columns")  # of a list of kept positions; this and the next four: where columns are masked
+    ENDS = INT32_ARRAY.of("columns")  # per list and run: its end, in kept positions from the list's begin
+    COLUMNS = NUMBER.of("columns")  # masks; run r reads through mask r mod COLUMNS
+    INSIDE = INT32_ARRAY.of("columns")  # per column and position: -1 where what it reads lies inside the map, else 0
+    INSIDE_LENGTH = NUMBER.of("columns")  # from a column's to the next
+    BORDER = NUMBER  # floats of border behind a channel's positions, which are cleared
+    BORDER_FIRST = NUMBER  # and before the first channel
 
 
 @once_a_process
@@ -126,7 +125,7 @@ def _op(
     single: tuple[Singles, ir.Function] | None, lanes: int, columns: bool,
 ) -> None:  # fmt: skip
     b, fields, slots, item, thread = op_function(module)
-    get = {field: b.load(at(b, fields, const(field))) for field in Field}
+    get = Field.load(b, fields)
 
     def index(stride: Field, count: Field) -> ir.Value:
         return b.srem(b.sdiv(item, get[stride]), get[count])

@@ -11,12 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from enum import IntEnum
 
 import llvmlite.ir as ir
 
 from autoprune.model.recurrent.names import GATES
 from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
+from autoprune.repack.kernels.fields import FLOAT, FLOAT32_ARRAY, INT32_ARRAY, NUMBER, OFFSET, SLOT, Fields
 from autoprune.repack.kernels.ir import (
     F32,
     FLOATS,
@@ -45,44 +45,44 @@ from autoprune.repack.kernels.rows_gemm import PackedArrays, group_product
 TOGETHER = 4  # vectors of units whose cells are computed side by side: each is a long chain
 
 
-class Field(IntEnum):
+class Field(Fields):
     """Entries of the int64 array that describes one op; sizes in floats."""
 
-    X_SLOT = 0  # input projections, (units * gates) an entry and step
-    X_OFFSET = 1  # bytes
-    X_STEP = 2  # from a step to the next
-    X_ENTRY = 3  # from an entry of the batch to the next
-    Y_SLOT = 4  # states, (hidden,) an entry and step
-    Y_OFFSET = 5
-    Y_STEP = 6
-    Y_ENTRY = 7
-    Y_CELL = 8  # from a state to its cell's, where there is one
-    H_SLOT = 9  # the state before the first step
-    H_OFFSET = 10
-    H_ENTRY = 11
-    C_SLOT = 12  # the cell's before the first step
-    C_OFFSET = 13
-    C_ENTRY = 14
-    SCRATCH_SLOT = 15
-    SCRATCH_OFFSET = 16
-    SCRATCH = 17  # of one entry, see `scratch`
-    STEPS = 18
-    BATCH = 19
-    BLOCK = 20  # entries an item
-    REVERSE = 21  # 1: from the last step to the first
-    HIDDEN = 22
-    UNITS = 23  # that are computed; the others' states are 0
-    UNIT_INDEX = 24  # address of int32 a unit: its place in the state
-    GROUP_POINTER = 25  # by group, or by column
-    INDEX = 26  # address of int32 a kept position: its column, or its group's first row
-    VALUES = 27
-    BIAS = 28  # by row of the groups, or by row
-    OUT_INDEX = 29  # address of int32 a row: its place, -1 for none
-    FIRST = 30  # address of int32 a group: its first row when its rows are neighbours, else -1
-    TWIN = 31  # address of int32 a group, see `rows_gemm.Twin`; only where twins are computed as one
-    GROUPS = 32
-    THRESHOLD = 33  # float bits: smaller states are 0
-    KEEP = 34  # the largest states of a step that are kept
+    X_SLOT = SLOT  # input projections, (units * gates) an entry and step
+    X_OFFSET = OFFSET
+    X_STEP = NUMBER  # from a step to the next
+    X_ENTRY = NUMBER  # from an entry of the batch to the next
+    Y_SLOT = SLOT  # states, (hidden,) an entry and step
+    Y_OFFSET = OFFSET
+    Y_STEP = NUMBER
+    Y_ENTRY = NUMBER
+    Y_CELL = NUMBER  # from a state to its cell's, where there is one
+    H_SLOT = SLOT  # the state before the first step
+    H_OFFSET = OFFSET
+    H_ENTRY = NUMBER
+    C_SLOT = SLOT  # the cell's before the first step
+    C_OFFSET = OFFSET
+    C_ENTRY = NUMBER
+    SCRATCH_SLOT = SLOT
+    SCRATCH_OFFSET = OFFSET
+    SCRATCH = NUMBER  # of one entry, see `scratch`
+    STEPS = NUMBER
+    BATCH = NUMBER
+    BLOCK = NUMBER  # entries an item
+    REVERSE = NUMBER  # 1: from the last step to the first
+    HIDDEN = NUMBER
+    UNITS = NUMBER  # that are computed; the others' states are 0
+    UNIT_INDEX = INT32_ARRAY  # per unit: its place in the state
+    GROUP_POINTER = INT32_ARRAY  # by group, or by column
+    INDEX = INT32_ARRAY  # per kept position: its column, or its group's first row
+    VALUES = FLOAT32_ARRAY
+    BIAS = FLOAT32_ARRAY  # by row of the groups, or by row
+    OUT_INDEX = INT32_ARRAY  # per row: its place, -1 for none
+    FIRST = INT32_ARRAY  # per group: its first row when its rows are neighbours, else -1
+    TWIN = INT32_ARRAY.of("twins")  # per group, see `rows_gemm.Twin`; only where twins are computed as one
+    GROUPS = NUMBER
+    THRESHOLD = FLOAT  # smaller states are 0
+    KEEP = NUMBER  # the largest states of a step that are kept
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def recurrent(form: Form, target: Target) -> int:
     module, lanes = ir.Module(), target.lanes
     product = _by_column(module, form, target) if form.columns else _by_group(module, form, target)
     b, fields, slots, item, _ = op_function(module)
-    get = {field: b.load(at(b, fields, const(field))) for field in Field}
+    get = Field.load(b, fields)
     x0 = address(b, slots, get[Field.X_SLOT], get[Field.X_OFFSET])
     y0 = address(b, slots, get[Field.Y_SLOT], get[Field.Y_OFFSET])
     h0 = address(b, slots, get[Field.H_SLOT], get[Field.H_OFFSET])

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import IntEnum
 
 import llvmlite.ir as ir
 
 from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
+from autoprune.repack.kernels.fields import FLOAT, FLOAT32_ARRAY, NUMBER, OFFSET, SLOT, Fields
 from autoprune.repack.kernels.ir import (
     F32,
     FLOATS,
@@ -32,20 +32,20 @@ from autoprune.repack.kernels.math import splat_float
 CHAINS = 4  # vectors summed side by side, since each sum waits for the one before
 
 
-class Field(IntEnum):
+class Field(Fields):
     """Entries of the int64 array that describes one op; sizes in floats."""
 
-    X_SLOT = 0
-    X_OFFSET = 1  # bytes
-    Y_SLOT = 2
-    Y_OFFSET = 3
-    ROWS = 4
-    FEATURES = 5
-    BLOCK = 6  # rows an item
-    WEIGHT = 7  # address of floats, (features,)
-    BIAS = 8
-    EPSILON = 9  # float bits
-    SHARE = 10  # float bits: one over the number of features
+    X_SLOT = SLOT
+    X_OFFSET = OFFSET
+    Y_SLOT = SLOT
+    Y_OFFSET = OFFSET
+    ROWS = NUMBER
+    FEATURES = NUMBER
+    BLOCK = NUMBER  # rows an item
+    WEIGHT = FLOAT32_ARRAY  # (features,)
+    BIAS = FLOAT32_ARRAY
+    EPSILON = FLOAT
+    SHARE = FLOAT  # one over the number of features
 
 
 def united(b: ir.IRBuilder, value: ir.Value, lanes: int, join: Callable[[ir.Value, ir.Value], ir.Value]) -> ir.Value:
@@ -89,7 +89,7 @@ def layer_norm(target: Target) -> int:
     """Y = (x - mean) / sqrt(variance + epsilon) * weight + bias, a row at a time; an item is some rows."""
     module, lanes = ir.Module(), target.lanes
     b, fields, slots, item, _ = op_function(module)
-    get = {field: b.load(at(b, fields, const(field))) for field in Field}
+    get = Field.load(b, fields)
     first = b.mul(item, get[Field.BLOCK])
     x0 = address(b, slots, get[Field.X_SLOT], get[Field.X_OFFSET])
     y0 = address(b, slots, get[Field.Y_SLOT], get[Field.Y_OFFSET])

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import llvmlite.ir as ir
 
 from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
+from autoprune.repack.kernels.fields import FLOAT, FLOAT32_ARRAY, INT32_ARRAY, NUMBER, OFFSET, PRESENCE, SLOT, Fields
 from autoprune.repack.kernels.ir import (
     F32,
     FLOATS,
@@ -44,33 +45,33 @@ from autoprune.repack.kernels.ir import (
 from autoprune.repack.kernels.math import ACTIVATIONS
 
 
-class Field(IntEnum):
+class Field(Fields):
     """Entries of the int64 array that describes one op; sizes in floats."""
 
-    X_SLOT = 0
-    X_OFFSET = 1  # bytes
-    Y_SLOT = 2
-    Y_OFFSET = 3
-    RESIDUAL_SLOT = 4
-    RESIDUAL_OFFSET = 5
-    RESIDUAL = 6  # 1 when there is one
-    TOKENS = 7
-    X_TOKEN = 8  # from a token to the next
-    Y_TOKEN = 9
-    RESIDUAL_TOKEN = 10
-    GROUP_POINTER = 11
-    INDEX = 12  # address of int32 a kept position: the feature
-    VALUES = 13
-    BIAS = 14
-    OUT_INDEX = 15  # address of int32 a row: the filter, -1 for none
-    FIRST = 16  # address of int32 a group: its first filter when its filters are neighbours, else -1
-    TWIN = 17  # address of int32 a group, see `Twin`; only where twins are computed as one
-    LOW = 18  # float bits: results are clamped
-    HIGH = 19
-    GROUPS = 20
-    CHUNK = 21  # groups an item
-    CHUNKS = 22
-    BLOCK = 23  # tokens an item
+    X_SLOT = SLOT
+    X_OFFSET = OFFSET
+    Y_SLOT = SLOT
+    Y_OFFSET = OFFSET
+    RESIDUAL_SLOT = SLOT.of("residual")
+    RESIDUAL_OFFSET = OFFSET.of("residual")
+    RESIDUAL = PRESENCE.of("residual")
+    TOKENS = NUMBER
+    X_TOKEN = NUMBER  # from a token to the next
+    Y_TOKEN = NUMBER
+    RESIDUAL_TOKEN = NUMBER.of("residual")
+    GROUP_POINTER = INT32_ARRAY
+    INDEX = INT32_ARRAY  # per kept position: the feature
+    VALUES = FLOAT32_ARRAY
+    BIAS = FLOAT32_ARRAY
+    OUT_INDEX = INT32_ARRAY  # per row: the filter, -1 for none
+    FIRST = INT32_ARRAY  # per group: its first filter when its filters are neighbours, else -1
+    TWIN = INT32_ARRAY.of("twins")  # per group, see `Twin`; only where twins are computed as one
+    LOW = FLOAT  # results are clamped
+    HIGH = FLOAT
+    GROUPS = NUMBER
+    CHUNK = NUMBER  # groups an item
+    CHUNKS = NUMBER
+    BLOCK = NUMBER  # tokens an item
 
 
 class Twin(IntEnum):
@@ -104,7 +105,7 @@ def rows_gemm(rows: int, target: Target, activation: str = "", twins: bool = Fal
     module = ir.Module()
     compute = group_product(module, rows, target, activation, twins)
     b, fields, slots, item, _ = op_function(module)
-    get = {field: b.load(at(b, fields, const(field))) for field in Field}
+    get = Field.load(b, fields)
     chunk, block = b.srem(item, get[Field.CHUNKS]), b.sdiv(item, get[Field.CHUNKS])
     first_token = b.mul(block, get[Field.BLOCK])
     last_token = smaller(b, b.add(first_token, get[Field.BLOCK]), get[Field.TOKENS])

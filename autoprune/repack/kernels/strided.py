@@ -6,11 +6,12 @@ It copies, transposes, concatenates, and adds or scales by what is repeated alon
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from enum import Enum, IntEnum
+from enum import Enum
 
 import llvmlite.ir as ir
 
 from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
+from autoprune.repack.kernels.fields import FLOAT, NUMBER, OFFSET, SLOT, Fields
 from autoprune.repack.kernels.ir import (
     address,
     at,
@@ -39,34 +40,39 @@ class Along(Enum):
     APART = "apart"
 
 
-class Field(IntEnum):
+class Field(Fields):
     """Entries of the int64 array that describes one op; sizes and strides in floats."""
 
-    X_SLOT = 0
-    X_OFFSET = 1  # bytes
-    X_STRIDE = 2  # of the first axis, and so on
-    X_STRIDE_1 = 3
-    X_STRIDE_2 = 4
-    X_STRIDE_3 = 5
-    OTHER_SLOT = 6
-    OTHER_OFFSET = 7
-    OTHER_STRIDE = 8
-    OTHER_STRIDE_1 = 9
-    OTHER_STRIDE_2 = 10
-    OTHER_STRIDE_3 = 11
-    Y_SLOT = 12
-    Y_OFFSET = 13
-    Y_STRIDE = 14
-    Y_STRIDE_1 = 15
-    Y_STRIDE_2 = 16
-    Y_STRIDE_3 = 17  # 1
-    SIZE = 18  # of the first axis, and so on
-    SIZE_1 = 19
-    SIZE_2 = 20
-    SIZE_3 = 21
-    BLOCK = 22  # rows along the last axis an item
-    LOW = 23  # float bits: results are clamped
-    HIGH = 24
+    X_SLOT = SLOT
+    X_OFFSET = OFFSET
+    X_STRIDE_0 = NUMBER  # by axis
+    X_STRIDE_1 = NUMBER
+    X_STRIDE_2 = NUMBER
+    X_STRIDE_3 = NUMBER
+    OTHER_SLOT = SLOT.of("other")
+    OTHER_OFFSET = OFFSET.of("other")
+    OTHER_STRIDE_0 = NUMBER.of("other")
+    OTHER_STRIDE_1 = NUMBER.of("other")
+    OTHER_STRIDE_2 = NUMBER.of("other")
+    OTHER_STRIDE_3 = NUMBER.of("other")
+    Y_SLOT = SLOT
+    Y_OFFSET = OFFSET
+    Y_STRIDE_0 = NUMBER
+    Y_STRIDE_1 = NUMBER
+    Y_STRIDE_2 = NUMBER
+    Y_STRIDE_3 = NUMBER  # 1
+    SIZE_0 = NUMBER
+    SIZE_1 = NUMBER
+    SIZE_2 = NUMBER
+    SIZE_3 = NUMBER
+    BLOCK = NUMBER  # rows along the last axis an item
+    LOW = FLOAT  # results are clamped
+    HIGH = FLOAT
+
+
+def per_axis(name: str) -> list[Field]:
+    """The fields that say something of each axis, such as ``X_STRIDE``, in the axes' order."""
+    return [Field[f"{name}_{axis}"] for axis in range(AXES)]
 
 
 Operation = Callable[[ir.IRBuilder, ir.Value, ir.Value], ir.Value]
@@ -93,15 +99,15 @@ def strided(x: Along, other: Along | None, operation: str, activation: str, targ
     module, lanes = ir.Module(), target.lanes
     b, fields, slots, item, _ = op_function(module)
 
-    def get(field: Field, axis: int = 0) -> ir.Value:
-        return b.load(at(b, fields, const(field + axis)))
+    def get(field: Field) -> ir.Value:
+        return b.load(at(b, fields, const(field)))
 
-    sizes = [get(Field.SIZE, axis) for axis in range(AXES)]
+    sizes = [get(field) for field in per_axis("SIZE")]
     low, high = (float_field(b, get(field)) for field in (Field.LOW, Field.HIGH))
-    operands = [(Field.X_SLOT, x)] if other is None else [(Field.X_SLOT, x), (Field.OTHER_SLOT, other)]
-    places = [*(slot for slot, _ in operands), Field.Y_SLOT]
-    bases = [address(b, slots, get(slot), get(Field(slot + 1))) for slot in places]
-    strides = [[get(Field(slot + 2), axis) for axis in range(AXES)] for slot in places]
+    operands = [("X", x)] if other is None else [("X", x), ("OTHER", other)]
+    names = [*(name for name, _ in operands), "Y"]
+    bases = [address(b, slots, get(Field[f"{name}_SLOT"]), get(Field[f"{name}_OFFSET"])) for name in names]
+    strides = [[get(field) for field in per_axis(f"{name}_STRIDE")] for name in names]
     rows = b.mul(b.mul(sizes[0], sizes[1]), sizes[2])
     first = b.mul(item, get(Field.BLOCK))
     with loop(b, first, smaller(b, b.add(first, get(Field.BLOCK)), rows)) as row:

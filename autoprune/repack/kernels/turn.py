@@ -6,11 +6,10 @@ lanes by lanes are turned in registers (Eklundh 1972): in step s, vectors s apar
 
 from __future__ import annotations
 
-from enum import IntEnum
-
 import llvmlite.ir as ir
 
 from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
+from autoprune.repack.kernels.fields import FLOAT, NUMBER, OFFSET, PRESENCE, SLOT, Fields
 from autoprune.repack.kernels.ir import (
     I32,
     address,
@@ -28,23 +27,23 @@ from autoprune.repack.kernels.ir import (
 from autoprune.repack.kernels.math import ACTIVATIONS
 
 
-class Field(IntEnum):
+class Field(Fields):
     """Entries of the int64 array that describes one op; sizes in floats."""
 
-    ROWS_SLOT = 0
-    ROWS_OFFSET = 1  # bytes
-    ROWS_TOKEN = 2  # from a token to the next
-    PLANES_SLOT = 3
-    PLANES_OFFSET = 4
-    PLANES_FEATURE = 5  # from a feature's plane to the next
-    TOKENS = 6
-    FEATURES = 7
-    RESIDUAL = 8  # 1 when there is one; from here on: out of planes alone
-    RESIDUAL_SLOT = 9
-    RESIDUAL_OFFSET = 10
-    RESIDUAL_TOKEN = 11
-    LOW = 12  # float bits: results are clamped
-    HIGH = 13
+    ROWS_SLOT = SLOT
+    ROWS_OFFSET = OFFSET
+    ROWS_TOKEN = NUMBER  # from a token to the next
+    PLANES_SLOT = SLOT
+    PLANES_OFFSET = OFFSET
+    PLANES_FEATURE = NUMBER  # from a feature's plane to the next
+    TOKENS = NUMBER
+    FEATURES = NUMBER
+    RESIDUAL = PRESENCE.of("residual")
+    RESIDUAL_SLOT = SLOT.of("residual")
+    RESIDUAL_OFFSET = OFFSET.of("residual")
+    RESIDUAL_TOKEN = NUMBER.of("residual")
+    LOW = FLOAT.of("out of planes")  # results are clamped
+    HIGH = FLOAT.of("out of planes")
 
 
 @once_a_process
@@ -52,7 +51,7 @@ def into_planes(target: Target) -> int:
     """The op; an item is as many tokens as a vector has lanes. A plane is filled to whole vectors."""
     module, lanes = ir.Module(), target.lanes
     b, fields, slots, item, _ = op_function(module)
-    get = {field: b.load(at(b, fields, const(field))) for field in Field}
+    get = Field.load(b, fields)
     rows = address(b, slots, get[Field.ROWS_SLOT], get[Field.ROWS_OFFSET])
     planes = address(b, slots, get[Field.PLANES_SLOT], get[Field.PLANES_OFFSET])
     first, tokens, features = b.mul(item, const(lanes)), get[Field.TOKENS], get[Field.FEATURES]
@@ -84,7 +83,7 @@ def out_of_planes(target: Target, activation: str = "") -> int:
     """
     module, lanes = ir.Module(), target.lanes
     b, fields, slots, item, _ = op_function(module)
-    get = {field: b.load(at(b, fields, const(field))) for field in Field}
+    get = Field.load(b, fields)
     rows = address(b, slots, get[Field.ROWS_SLOT], get[Field.ROWS_OFFSET])
     planes = address(b, slots, get[Field.PLANES_SLOT], get[Field.PLANES_OFFSET])
     residual = address(b, slots, get[Field.RESIDUAL_SLOT], get[Field.RESIDUAL_OFFSET])

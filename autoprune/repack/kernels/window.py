@@ -7,12 +7,13 @@ Pooling combines the rows of a window first, then its columns, which need no fur
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from enum import Enum, IntEnum
+from enum import Enum
 from functools import partial, reduce
 
 import llvmlite.ir as ir
 
 from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
+from autoprune.repack.kernels.fields import FLOAT, FLOAT32_ARRAY, INT32_ARRAY, NUMBER, OFFSET, SLOT, Fields
 from autoprune.repack.kernels.ir import (
     F32,
     FLOATS,
@@ -52,35 +53,35 @@ class Mode(Enum):
     DEPTHWISE = "depthwise"
 
 
-class Field(IntEnum):
+class Field(Fields):
     """Entries of the int64 array that describes one op; sizes in floats."""
 
-    X_SLOT = 0
-    X_OFFSET = 1  # bytes, of position (0, 0) in channel 0
-    Y_SLOT = 2
-    Y_OFFSET = 3
-    X_IMAGE = 4
-    Y_IMAGE = 5
-    X_CHANNEL = 6
-    Y_CHANNEL = 7
-    X_ROW = 8  # from the input of an output row to that of the next
-    Y_ROW = 9
-    ROWS = 10  # of the output; a map of stride 1 is one long row
-    COLUMNS = 11
-    CHANNELS = 12
-    CHUNK = 13  # channels an item
-    CHUNKS = 14
-    TAPS = 15  # of a depthwise kernel; rows of a pooling's window
-    OFFSETS = 16  # address of int32 a tap, or a row: floats from an output's input to where it is read, or begins
-    WEIGHTS = 17  # address of floats, (channels, taps); depthwise
-    BIAS = 18  # address of floats, (channels,); depthwise
-    SCALE = 19  # address of floats, (rows, columns) with the output's pitch; average
-    MASK = 20  # address of int32 a position: -1 inside the map, 0 on its border
-    LOW = 21  # float bits: results are clamped
-    HIGH = 22
-    POSITIONS = 23  # of a channel of the output, those on the border between rows counted
-    BORDER = 24  # floats of border behind them, which are cleared
-    BORDER_FIRST = 25  # and before the first channel
+    X_SLOT = SLOT
+    X_OFFSET = OFFSET  # of position (0, 0) in channel 0
+    Y_SLOT = SLOT
+    Y_OFFSET = OFFSET
+    X_IMAGE = NUMBER
+    Y_IMAGE = NUMBER
+    X_CHANNEL = NUMBER
+    Y_CHANNEL = NUMBER
+    X_ROW = NUMBER  # from the input of an output row to that of the next
+    Y_ROW = NUMBER
+    ROWS = NUMBER  # of the output; a map of stride 1 is one long row
+    COLUMNS = NUMBER
+    CHANNELS = NUMBER
+    CHUNK = NUMBER  # channels an item
+    CHUNKS = NUMBER
+    TAPS = NUMBER  # of a depthwise kernel; rows of a pooling's window
+    OFFSETS = INT32_ARRAY  # per tap, or a row: floats from an output's input to where it is read, or begins
+    WEIGHTS = FLOAT32_ARRAY.of("depthwise")  # (channels, taps); depthwise
+    BIAS = FLOAT32_ARRAY.of("depthwise")  # (channels,); depthwise
+    SCALE = FLOAT32_ARRAY  # (rows, columns) with the output's pitch; average
+    MASK = INT32_ARRAY  # per position: -1 inside the map, 0 on its border
+    LOW = FLOAT  # results are clamped
+    HIGH = FLOAT
+    POSITIONS = NUMBER  # of a channel of the output, those on the border between rows counted
+    BORDER = NUMBER  # floats of border behind them, which are cleared
+    BORDER_FIRST = NUMBER  # and before the first channel
 
 
 @once_a_process
@@ -98,7 +99,7 @@ def window(mode: Mode, stride: int, target: Target, activation: str = "", column
     widest = 6 if stride == 1 else 4  # vectors at once, so that none waits for the one before it
     built = {count: _run(module, mode, stride, count, lanes, activation, columns) for count in range(1, widest + 1)}
     b, fields, slots, item, _ = op_function(module)
-    get = {field: b.load(at(b, fields, const(field))) for field in Field}
+    get = Field.load(b, fields)
     chunk, image = b.srem(item, get[Field.CHUNKS]), b.sdiv(item, get[Field.CHUNKS])
     x = at(b, address(b, slots, get[Field.X_SLOT], get[Field.X_OFFSET]), b.mul(image, get[Field.X_IMAGE]))
     y = at(b, address(b, slots, get[Field.Y_SLOT], get[Field.Y_OFFSET]), b.mul(image, get[Field.Y_IMAGE]))

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from autoprune.repack.lowering.layout import ALIGN, FLOAT_BYTES, MapLayout, aligned
@@ -46,6 +47,45 @@ class Buffer:
     def used(self, step: int) -> None:
         self.first = step if self.first < 0 else self.first
         self.last = max(self.last, step)
+
+    def ref(self, *strides: int) -> StridedRef:
+        """A value that begins where it does; once its place is known."""
+        return StridedRef(self.slot, self.offset, strides)
+
+
+@dataclass(frozen=True, eq=False)
+class StridedRef:
+    """Where a value lies, as an op's fields tell a kernel.
+
+    Attributes:
+        slot: index into the call's base addresses.
+        offset_bytes: from the slot's base to the first entry; or with slot 0 an array that is read in its place.
+        strides: entries from one to the next along each axis; those of the last axes may be left out where an op's
+            kernel takes them as given.
+    """
+
+    slot: int
+    offset_bytes: int | NDArray[np.float32]
+    strides: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class MapAt:
+    """A feature map in its buffer."""
+
+    buffer: Buffer
+    layout: MapLayout
+
+    @property
+    def offset(self) -> int:
+        """Bytes from the slot's base to position (0, 0) of the first channel."""
+        return self.buffer.offset + self.layout.origin * FLOAT_BYTES
+
+    def ref(self, channel: int = 0) -> StridedRef:
+        """The map as (N, C, H, W), its channels from `channel` on."""
+        layout = self.layout
+        offset = self.offset + layout.channel(channel) * FLOAT_BYTES
+        return StridedRef(self.buffer.slot, offset, (layout.image, layout.channel(1), layout.pitch, 1))
 
 
 @dataclass
@@ -112,8 +152,3 @@ def place(buffers: list[Buffer], slot: int) -> Arena:
             borders.append((start, block.size, layout.border))
         start += block.size
     return Arena(max(start, ALIGN), tuple(borders))
-
-
-def float_bits(value: float) -> int:
-    """A float as the int64 field that holds its bits."""
-    return int(np.float32(value).view(np.int32))

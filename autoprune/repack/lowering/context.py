@@ -10,7 +10,7 @@ they form a class, whose pitch is what its widest member needs.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,9 +25,7 @@ from autoprune.repack.graph.reference import residual_of
 from autoprune.repack.kernels.compiler import Target
 from autoprune.repack.kernels.strided import AXES
 from autoprune.repack.lowering import map_nodes, strided_nodes, token_nodes
-from autoprune.repack.lowering.buffers import Buffer
-from autoprune.repack.lowering.geometry import Place
-from autoprune.repack.lowering.layout import FLOAT_BYTES
+from autoprune.repack.lowering.buffers import Buffer, StridedRef
 from autoprune.repack.lowering.steps import (
     ARENA,
     Map,
@@ -36,7 +34,6 @@ from autoprune.repack.lowering.steps import (
     View,
     contiguous_strides,
     is_float,
-    place_of,
     settled,
     storage_of,
 )
@@ -110,11 +107,10 @@ class Lowering:
         if key not in self.buffers:
             source = self.maps[name, (1, 1), 0.0]
             buffer = self.buffers[key] = Buffer(meta.numel())
-            batch, channels, height, width = source.shape
 
             def build(*_: Any) -> NativeOp:
-                y = (buffer.slot, buffer.offset, contiguous_strides(source.shape))
-                return map_nodes.copied(name, batch, place_of(source), y, (channels, height, width), None, self.target)
+                y = buffer.ref(*contiguous_strides(source.shape))
+                return map_nodes.copied(name, source.shape, source.ref(), y, None, self.target)
 
             self.steps.append(NativeStep(name, [source.buffer], buffer, build))
         return View(self.buffers[key], meta.storage_offset(), tuple(meta.shape), tuple(meta.stride()))
@@ -154,12 +150,11 @@ class Lowering:
         if source is None:
             source = self.plain(name)
             source = source if source.stride[3] == 1 else self.rows(name)
-        read, (batch, channels, height, width) = source, tuple(self.values[name].shape)
+        read, (batch, channels, height, width) = source, self.values[name].shape
+        shape = (batch, channels, height, width)
 
         def build(*_: Any) -> NativeOp:
-            slot, offset, strides = place_of(made)
-            y = slot, offset + made.layout.channel(first) * FLOAT_BYTES, strides
-            return map_nodes.copied(name, batch, place_of(read), y, (channels, height, width), made.layout, self.target)
+            return map_nodes.copied(name, shape, read.ref(), made.at.ref(first), made.layout, self.target)
 
         self.steps.append(NativeStep(name, [source.buffer], made.buffer, build))
 
@@ -227,8 +222,7 @@ def turned(lowering: Lowering, name: str, tokens: int) -> Map:
         made = lowering.planes[name] = Map((1, view.shape[-1], 1, tokens), (1, 1), 0.0).padded((0, 0))
 
         def build(*_: Any) -> NativeOp:
-            x = (view.buffer.slot, view.start * FLOAT_BYTES, view.shape[-1])
-            return token_nodes.into_planes(name, tokens, x, made.at, lowering.target)
+            return token_nodes.into_planes(name, tokens, view.rows(), made.at, lowering.target)
 
         lowering.steps.append(NativeStep(name, [view.buffer], made.buffer, build))
     return lowering.planes[name]
@@ -243,8 +237,7 @@ def turn_back(
     _, features, _, tokens = given.shape
 
     def build(*_: Any) -> NativeOp:
-        y = (buffer.slot, buffer.offset, features)
-        other = None if residual is None else (residual.buffer.slot, residual.start * FLOAT_BYTES, features)
+        y, other = buffer.ref(features, 1), None if residual is None else residual.rows()
         return token_nodes.out_of_planes(name, tokens, given.at, y, other, activation, lowering.target)
 
     reads = [given.buffer, *([residual.buffer] if residual is not None else [])]
@@ -272,13 +265,13 @@ class Operand:
     source: Map | View | NDArray[np.float32]
     shape: tuple[int, ...]
 
-    def place(self, shape: tuple[int, ...]) -> Place:
+    def ref(self, shape: tuple[int, ...]) -> StridedRef:
         """Where it lies, repeated to `shape`."""
         if isinstance(self.source, np.ndarray):
-            return 0, self.source.ctypes.data, (0,) * len(shape)
-        slot, offset, strides = place_of(self.source)
-        own = [0 if size == 1 else step for size, step in zip(self.shape, strides, strict=True)]
-        return slot, offset, (0,) * (len(shape) - len(own)) + tuple(own)
+            return StridedRef(0, self.source, (0,) * len(shape))
+        whole = self.source.ref()
+        own = [0 if size == 1 else step for size, step in zip(self.shape, whole.strides, strict=True)]
+        return replace(whole, strides=(0,) * (len(shape) - len(own)) + tuple(own))
 
 
 def operand(lowering: Lowering, given: Any) -> Operand | None:
@@ -298,7 +291,7 @@ def fitting(shape: tuple[int, ...], operands: Sequence[Operand]) -> bool:
         return True
     if any(isinstance(each.source, Map) for each in operands):  # its strides are not known yet
         return False
-    strides = [*(each.place(shape)[2] for each in operands), contiguous_strides(shape)]
+    strides = [*(each.ref(shape).strides for each in operands), contiguous_strides(shape)]
     return len(strided_nodes.merged_axes(shape, strides)[0]) <= AXES
 
 
@@ -309,13 +302,9 @@ def write(
     """The step that computes `shape` of `y`."""
 
     def build(*_: Any) -> NativeOp:
-        places = [each.place(shape) for each in operands]
-        other = places[1] if len(places) > 1 else None
-        made = strided_nodes.pointwise(
-            name, shape, places[0], other, place_of(y), operation, activation, lowering.target
-        )
-        arrays = tuple(each.source for each in operands if isinstance(each.source, np.ndarray))
-        return NativeOp(made.name, made.kernel, made.fields, made.items, (*made.keep, *arrays))
+        x, *others = (each.ref(shape) for each in operands)
+        other = others[0] if others else None
+        return strided_nodes.pointwise(name, shape, x, other, y.ref(), operation, activation, lowering.target)
 
     reads = [each.source.buffer for each in operands if not isinstance(each.source, np.ndarray)]
     lowering.steps.append(NativeStep(name, reads, y.buffer, build))

@@ -151,9 +151,8 @@ def gate(lowering: Lowering, op: Op) -> bool:
     arrays = [each.numpy() for each in (weight, bias, threshold)]
 
     def build(*_: Any) -> NativeOp:
-        return convolutions.gate(
-            op.output, x.shape[0], given.at, buffer, scratch, arrays, op.attributes["keep"], lowering.target
-        )
+        y, keep = buffer.ref(len(weight), 1), op.attributes["keep"]
+        return convolutions.gate(op.output, x.shape[0], given.at, y, scratch, arrays, keep, lowering.target)
 
     lowering.steps.append(NativeStep(op.output, [given.buffer, scratch], buffer, build))
     return True

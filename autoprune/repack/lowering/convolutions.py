@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from enum import IntEnum
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,11 +12,13 @@ from autoprune.errors import AutopruneError
 from autoprune.repack.kernels import gate as gates
 from autoprune.repack.kernels import gated_gemm, offset_gemm
 from autoprune.repack.kernels.compiler import Target
-from autoprune.repack.lowering.buffers import Buffer, float_bits
-from autoprune.repack.lowering.geometry import MapAt, Tiling, Window, clamped, op_of
+from autoprune.repack.kernels.fields import Given
+from autoprune.repack.kernels.math import clamped
+from autoprune.repack.lowering.buffers import Buffer, MapAt, StridedRef
+from autoprune.repack.lowering.geometry import Tiling, Window
 from autoprune.repack.lowering.layout import ALIGN, MapLayout, aligned
 from autoprune.repack.lowering.weights import Weights
-from autoprune.repack.native.op import NativeOp
+from autoprune.repack.native.op import NativeOp, op_of
 from autoprune.repack.weights.packed import PackedWeight
 
 PANEL_BLOCK = 384  # the most positions an item has with panels: their sums must stay in the nearest cache
@@ -61,7 +61,22 @@ def convolution(
     name: str, weights: Weights, window_: Window, activation: str | None, tiling: Tiling, batch: int,
     x: MapAt, y: MapAt, residual: MapAt | None, scratch: Buffer, target: Target, gated: Gated | None = None,
 ) -> NativeOp:  # fmt: skip
-    """A packed convolution; x is padded, or in phase planes for a stride."""
+    """A packed convolution.
+
+    Args:
+        name: of what is computed.
+        weights: of the layer.
+        window_: how it slides.
+        activation: a name, see `kernels.math`.
+        tiling: how the work is cut.
+        batch: images.
+        x: with a border of the window's padding, or in phase planes for its stride.
+        y: of x's pitch.
+        residual: added before the activation, of y's shape and pitch; None for none.
+        scratch: `panel_scratch` floats for each thread, or `gated.room` where it is gated.
+        target: what to compile for.
+        gated: where channels are gated.
+    """
     f = offset_gemm.Field
     if gated is not None:
         tiling = replace(tiling, panel=0)  # a list of live positions is walked at once
@@ -78,13 +93,13 @@ def convolution(
     chunk = min(tiling.chunk or packed.groups, packed.groups)
     # a last block of less than a vector is part of the one before: its positions may be taken singly
     blocks, chunks = max(1, (positions - lanes) // block + 1), -(-packed.groups // chunk)
-    mask = y.layout.mask()
-    given: dict[IntEnum, Any] = {
+    mask, y_channel = y.layout.mask(), _channels(weights, y.layout)
+    given: dict[offset_gemm.Field, Given] = {
         f.X_SLOT: x.buffer.slot, f.X_OFFSET: x.offset, f.Y_SLOT: y.buffer.slot, f.Y_OFFSET: y.offset,
         f.X_IMAGE: x.layout.image, f.Y_IMAGE: y.layout.image, f.MASK: mask, f.BIAS: weights.bias_rows,
-        f.Y_CHANNEL: _channels(weights, y.layout), f.LOW: low, f.HIGH: high,
-        f.GROUPS: packed.groups, f.POSITIONS: positions, f.CHUNK: chunk, f.BLOCK: block, f.CHUNKS: chunks,
-        f.BLOCKS: blocks, f.BATCH: batch, f.BORDER: y.layout.behind, f.BORDER_FIRST: y.layout.before,
+        f.Y_CHANNEL: y_channel, f.RESIDUAL_CHANNEL: y_channel, f.LOW: low, f.HIGH: high, f.GROUPS: packed.groups,
+        f.POSITIONS: positions, f.CHUNK: chunk, f.BLOCK: block, f.CHUNKS: chunks, f.BLOCKS: blocks, f.BATCH: batch,
+        f.BORDER: y.layout.behind, f.BORDER_FIRST: y.layout.before,
     }  # fmt: skip
     if tiling.inputs_first:
         given |= {f.CHUNK_STRIDE: 1, f.BLOCK_STRIDE: chunks, f.IMAGE_STRIDE: chunks * blocks}
@@ -92,16 +107,15 @@ def convolution(
         given |= {f.BLOCK_STRIDE: 1, f.IMAGE_STRIDE: blocks, f.CHUNK_STRIDE: blocks * batch}
     masks = _columns(window_, x.layout, y.layout.width, len(mask))
     given |= _lists(weights, packed, offsets, tiling, masks, scratch)
-    given[f.RESIDUAL_CHANNEL] = given[f.Y_CHANNEL]
     if residual is not None:
         given |= {
-            f.RESIDUAL: 1, f.RESIDUAL_SLOT: residual.buffer.slot, f.RESIDUAL_OFFSET: residual.offset,
+            f.RESIDUAL_SLOT: residual.buffer.slot, f.RESIDUAL_OFFSET: residual.offset,
             f.RESIDUAL_IMAGE: residual.layout.image, f.RESIDUAL_CHANNEL: _channels(weights, residual.layout),
         }  # fmt: skip
     if gated is not None:
-        given |= _gated(weights, packed, offsets, gated, scratch)
+        fields = gated_gemm.Field.shared(given) | _gated(weights, packed, offsets, gated, scratch)
         kernel = gated_gemm.gated_gemm(packed.group_size, target, other)
-        return op_of(name, kernel, gated_gemm.Field, given, batch * blocks * chunks)
+        return op_of(name, kernel, gated_gemm.Field, fields, batch * blocks * chunks)
     kernel = offset_gemm.offset_gemm(packed.group_size, target, other, masks is not None)
     return op_of(name, kernel, f, given, batch * blocks * chunks)
 
@@ -132,14 +146,14 @@ def _columns(window_: Window, layout: MapLayout, width: int, count: int) -> _Col
 def _lists(
     weights: Weights, packed: PackedWeight, offsets: NDArray[np.int32], tiling: Tiling, masks: _Columns | None,
     scratch: Buffer,
-) -> dict[IntEnum, Any]:  # fmt: skip
+) -> dict[offset_gemm.Field, Given]:  # fmt: skip
     """The kept positions: a list for each group, or group and panel; in runs of one mask where there are masks."""
     f = offset_gemm.Field
     if not tiling.panel and masks is None:
         return {f.GROUP_POINTER: packed.group_pointer, f.OFFSETS: offsets, f.VALUES: packed.values, f.PANELS: 1}
     key = (tiling.panel, tiling.serpentine, None if masks is None else tuple(masks.of_tap.tolist()))
     order, alike = weights.ordered(key, lambda: _ordered(packed, tiling, masks))
-    given = {**alike, f.OFFSETS: np.ascontiguousarray(offsets[order])}
+    given: dict[offset_gemm.Field, Given] = {**alike, f.OFFSETS: np.ascontiguousarray(offsets[order])}
     if masks is not None:
         given |= {f.INSIDE: np.ascontiguousarray(masks.inside), f.INSIDE_LENGTH: masks.inside.shape[1]}
     if tiling.panel:
@@ -151,7 +165,7 @@ def _lists(
 
 def _ordered(
     packed: PackedWeight, tiling: Tiling, masks: _Columns | None
-) -> tuple[NDArray[np.int64], dict[IntEnum, Any]]:
+) -> tuple[NDArray[np.int64], dict[offset_gemm.Field, Given]]:
     """The order of the kept positions in such lists, and the fields that are alike for inputs of every shape."""
     f = offset_gemm.Field
     group = np.repeat(np.arange(packed.groups), np.diff(packed.group_pointer))
@@ -162,7 +176,7 @@ def _ordered(
     backwards = (group % 2 == 1) & tiling.serpentine
     lists = group * panels + np.where(backwards, panels - 1 - panel, panel)
     runs, run = 1, np.zeros_like(number)
-    given: dict[IntEnum, Any] = {f.PANELS: panels}
+    given: dict[offset_gemm.Field, Given] = {f.PANELS: panels}
     if masks is not None:
         columns = len(masks.inside)
         parts = max(1, round(len(packed.index) / (packed.groups * panels * columns * RUN)))
@@ -184,7 +198,7 @@ def _ordered(
 
 def _gated(
     weights: Weights, packed: PackedWeight, offsets: NDArray[np.int32], gated: Gated, scratch: Buffer
-) -> dict[IntEnum, Any]:
+) -> dict[gated_gemm.Field, Given]:
     """Which factor belongs to each row and to each kept position, and where the factors lie."""
     f = gated_gemm.Field
     kept = np.diff(packed.group_pointer)
@@ -194,7 +208,7 @@ def _gated(
     alike = packed.index.reshape(packed.groups, -1) if len(set(kept.tolist())) == 1 else None
     within = np.arange(len(packed.index)) - np.repeat(packed.group_pointer[:-1].astype(np.int64), kept)
     entries = (within * packed.group_size << 32) + (offsets.astype(np.int64) & 0xFFFFFFFF)
-    given: dict[IntEnum, Any] = {
+    given: dict[gated_gemm.Field, Given] = {
         f.SCRATCH_SLOT: scratch.slot, f.SCRATCH_OFFSET: scratch.offset, f.SCRATCH: gated.room,
         f.DEAD: gated.dead,
         f.SHARED: int(alike is not None and bool((alike == alike[:1]).all())),
@@ -206,14 +220,17 @@ def _gated(
             f.GATE_OF: of,
         }  # fmt: skip
     else:
-        given |= {f.GATE_OFFSET: np.ones(1, np.float32), f.GATE_OF: np.zeros(len(weights.rows), np.int32)}
+        given |= {
+            f.GATE_SLOT: 0, f.GATE_OFFSET: np.ones(1, np.float32), f.GATE_IMAGE: 0,
+            f.GATE_OF: np.zeros(len(weights.rows), np.int32),
+        }  # fmt: skip
     if (live := gated.live) is not None:
         runs = np.repeat(np.arange(packed.groups) * live.groups, kept) + packed.index // packed.taps // live.channels
         order = np.argsort(runs, kind="stable")
         ends = np.cumsum(np.bincount(runs, minlength=packed.groups * live.groups))
         given |= {
-            f.LIVE: 1, f.LIVE_SLOT: live.buffer.slot, f.LIVE_OFFSET: live.buffer.offset + live.offset,
-            f.LIVE_IMAGE: live.groups, f.RUNS: np.concatenate([[0], ends]).astype(np.int32),
+            f.LIVE_SLOT: live.buffer.slot, f.LIVE_OFFSET: live.buffer.offset + live.offset,
+            f.LIVE_IMAGE: live.groups, f.LIVE_RUNS: np.concatenate([[0], ends]).astype(np.int32),
         }  # fmt: skip
         entries = entries[order]
     given[f.ENTRIES] = np.concatenate([entries, np.zeros(gated_gemm.SLACK, np.int64)])
@@ -221,22 +238,33 @@ def _gated(
 
 
 def gate(
-    name: str, batch: int, x: MapAt, y: Buffer, scratch: Buffer, arrays: Sequence[NDArray[np.float32]], keep: int,
+    name: str, batch: int, x: MapAt, y: StridedRef, scratch: Buffer, arrays: Sequence[NDArray[np.float32]], keep: int,
     target: Target,
 ) -> NativeOp:  # fmt: skip
-    """The gate of a convolution; `arrays` are its weight, bias and threshold, `y` is (batch, groups)."""
+    """The gate of a convolution.
+
+    Args:
+        name: of what is computed.
+        batch: images.
+        x: the convolution's input.
+        y: ``(batch, groups)``, contiguous: one factor a group of neighbouring channels of the output.
+        scratch: `gates.scratch` floats for each thread.
+        arrays: weight ``(groups, channels)``, bias ``(groups,)``, threshold ``(1,)``.
+        keep: how many of the largest factors stay; 0: all.
+        target: what to compile for.
+    """
     f, (weight, bias, threshold) = gates.Field, arrays
     groups, channels = weight.shape
     padded = np.zeros((groups, gates.columns(channels, target)), np.float32)
     padded[:, :channels] = weight
     layout = x.layout
-    given: dict[IntEnum, Any] = {
+    given: dict[gates.Field, Given] = {
         f.X_SLOT: x.buffer.slot, f.X_OFFSET: x.offset, f.X_IMAGE: layout.image, f.X_CHANNEL: layout.channel(1),
-        f.Y_SLOT: y.slot, f.Y_OFFSET: y.offset, f.SCRATCH_SLOT: scratch.slot, f.SCRATCH_OFFSET: scratch.offset,
+        f.Y_SLOT: y.slot, f.Y_OFFSET: y.offset_bytes, f.SCRATCH_SLOT: scratch.slot, f.SCRATCH_OFFSET: scratch.offset,
         f.SCRATCH: gates.scratch(channels, groups, target), f.POSITIONS: layout.positions, f.CHANNELS: channels,
         f.MASK: layout.mask(), f.WEIGHT: padded, f.COLUMNS: padded.shape[1], f.BIAS: np.ascontiguousarray(bias),
-        f.SCALE: float_bits(1 / (layout.height * layout.width)), f.GROUPS: groups,
-        f.THRESHOLD: float_bits(float(threshold[0])), f.KEEP: keep or groups,
+        f.SCALE: 1 / (layout.height * layout.width), f.GROUPS: groups,
+        f.THRESHOLD: float(threshold[0]), f.KEEP: keep or groups,
     }  # fmt: skip
     return op_of(name, gates.gate(target), f, given, batch)
 

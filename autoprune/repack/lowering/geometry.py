@@ -1,19 +1,8 @@
-"""What builders of native ops have in common: windows, tilings, places in memory, an op's fields."""
+"""How ops slide over a map and how their work is cut."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import IntEnum
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
-
-from autoprune.repack.kernels.math import clamp_bounds
-from autoprune.repack.lowering.buffers import Buffer, float_bits
-from autoprune.repack.lowering.layout import FLOAT_BYTES, MapLayout
-from autoprune.repack.native.op import NativeOp
 
 CHUNK_FLOATS = 16384  # of a map that an item of an element-wise op works on
 
@@ -61,40 +50,3 @@ class Tiling:
     panel: int = 0
     serpentine: bool = False
     columns: bool = False
-
-
-@dataclass(frozen=True)
-class MapAt:
-    """A feature map in its buffer."""
-
-    buffer: Buffer
-    layout: MapLayout
-
-    @property
-    def offset(self) -> int:
-        """Bytes from the slot's base to position (0, 0) of the first channel."""
-        return self.buffer.offset + self.layout.origin * FLOAT_BYTES
-
-
-Place = tuple[int, int, tuple[int, ...]]
-"""Slot, bytes, and floats from an entry to the next along each axis."""
-
-
-def _fields(kinds: type[IntEnum], given: Mapping[IntEnum, Any]) -> NDArray[np.int64]:
-    """The array a kernel reads; arrays become their addresses."""
-    values = np.zeros(max(kinds) + 1, np.int64)
-    for field, value in given.items():
-        values[field] = value.ctypes.data if isinstance(value, np.ndarray) else value
-    return values
-
-
-def op_of(name: str, kernel: int, kinds: type[IntEnum], given: Mapping[IntEnum, Any], items: int) -> NativeOp:
-    arrays = tuple(value for value in given.values() if isinstance(value, np.ndarray))
-    return NativeOp(name, kernel, _fields(kinds, given), items, arrays)
-
-
-def clamped(activation: str | None) -> tuple[int, int, str]:
-    """Bounds as float bits, and the activation that is no clamp."""
-    bounds = clamp_bounds(activation or "")
-    low, high = bounds if bounds is not None else (-np.inf, np.inf)
-    return float_bits(low), float_bits(high), "" if bounds is not None else activation or ""

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from enum import IntEnum
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
-from autoprune.repack.kernels import (
-    copy,
-    maps,
-    window,
-)
+from autoprune.repack.kernels import copy, maps, window
 from autoprune.repack.kernels.compiler import Target
-from autoprune.repack.lowering.buffers import Buffer, float_bits
-from autoprune.repack.lowering.geometry import CHUNK_FLOATS, MapAt, Place, Window, clamped, op_of
+from autoprune.repack.kernels.fields import Given
+from autoprune.repack.kernels.math import clamped
+from autoprune.repack.lowering.buffers import MapAt, StridedRef
+from autoprune.repack.lowering.geometry import CHUNK_FLOATS, Window
 from autoprune.repack.lowering.layout import MapLayout
-from autoprune.repack.native.op import NativeOp
+from autoprune.repack.native.op import NativeOp, op_of
 
 
 def sliding(
@@ -25,20 +20,33 @@ def sliding(
     activation: str | None = None, weights: NDArray[np.float32] | None = None, bias: NDArray[np.float32] | None = None,
     count_padding: bool = True,
 ) -> NativeOp:  # fmt: skip
-    """Depthwise convolution (weights (channels, taps), bias (channels,)) or pooling; x is padded."""
+    """Depthwise convolution or pooling of a map.
+
+    Args:
+        name: of what is computed.
+        mode: which of them.
+        window_: how it slides.
+        batch: images.
+        x: with a border of the window's padding.
+        y: of x's channels.
+        target: what to compile for.
+        activation: a name, see `kernels.math`.
+        weights: ``(channels, taps)``; depthwise alone.
+        bias: ``(channels,)``; depthwise alone.
+        count_padding: whether an average is over the window's size, else over what of it lies inside x.
+    """
     f = window.Field
     (sh, sw), layout, out = window_.stride, x.layout, y.layout
     flat = (sh, sw) == (1, 1)  # then input and output have one pitch
     low, high, other = clamped(activation)
-    chunk = max(1, min(out.channels, CHUNK_FLOATS // max(1, out.positions)))
-    chunks = -(-out.channels // chunk)
+    chunk, chunks = _chunks(out.channels, out.positions)
     taps, columns = window_.taps(), tuple[int, ...]()
     if mode is not window.Mode.DEPTHWISE:
         columns = tuple(number * window_.dilation[1] for number in range(window_.kernel[1]))
         taps = taps[:: window_.kernel[1]]  # the first of each row
     offsets = np.array([layout.tap(dy, dx) for dy, dx in taps], np.int32)
     scale = _shares(window_, layout, out, count_padding) if mode is window.Mode.AVERAGE else np.zeros(1, np.float32)
-    given: dict[IntEnum, Any] = {
+    given: dict[window.Field, Given] = {
         f.X_SLOT: x.buffer.slot, f.X_OFFSET: x.offset, f.Y_SLOT: y.buffer.slot, f.Y_OFFSET: y.offset,
         f.X_IMAGE: layout.image, f.Y_IMAGE: out.image, f.X_CHANNEL: layout.channel(1), f.Y_CHANNEL: out.channel(1),
         f.X_ROW: sh * layout.pitch, f.Y_ROW: out.pitch, f.ROWS: 1 if flat else out.height,
@@ -69,11 +77,14 @@ def _shares(window_: Window, layout: MapLayout, out: MapLayout, count_padding: b
 def combine(
     name: str, batch: int, x: MapAt, other: MapAt | None, y: MapAt, activation: str | None, target: Target
 ) -> NativeOp:
-    """The sum of two maps of one pitch, or one alone, through an activation."""
+    """The sum of two maps of `batch` images and one pitch, or one map alone, through an activation."""
     f = maps.Field
     low, high, function = clamped(activation)
-    given = _channelwise(x, y.layout.positions) | {
+    chunk, chunks = _chunks(x.layout.channels, y.layout.positions)
+    given: dict[maps.Field, Given] = {
+        f.X_SLOT: x.buffer.slot, f.X_OFFSET: x.offset, f.X_IMAGE: x.layout.image, f.X_CHANNEL: x.layout.channel(1),
         f.Y_SLOT: y.buffer.slot, f.Y_OFFSET: y.offset, f.Y_IMAGE: y.layout.image, f.Y_CHANNEL: y.layout.channel(1),
+        f.POSITIONS: y.layout.positions, f.CHANNELS: x.layout.channels, f.CHUNK: chunk, f.CHUNKS: chunks,
         f.MASK: y.layout.mask(), f.LOW: low, f.HIGH: high, f.BORDER: y.layout.behind, f.BORDER_FIRST: y.layout.before,
     }  # fmt: skip
     if other is not None:
@@ -82,45 +93,61 @@ def combine(
             f.OTHER_CHANNEL: other.layout.channel(1),
         }  # fmt: skip
     how = maps.Combine.NONE if other is None else maps.Combine.ADD
-    return op_of(name, maps.elementwise(how, target, function), f, given, batch * given[f.CHUNKS])
+    return op_of(name, maps.elementwise(how, target, function), f, given, batch * chunks)
 
 
-def _channelwise(x: MapAt, positions: int) -> dict[IntEnum, Any]:
-    f = maps.Field
-    channels = x.layout.channels
-    chunk = max(1, min(channels, CHUNK_FLOATS // max(1, positions)))
-    return {
-        f.X_SLOT: x.buffer.slot, f.X_OFFSET: x.offset, f.X_IMAGE: x.layout.image, f.X_CHANNEL: x.layout.channel(1),
-        f.POSITIONS: positions, f.CHANNELS: channels, f.CHUNK: chunk, f.CHUNKS: -(-channels // chunk),
-    }  # fmt: skip
-
-
-def mean(name: str, batch: int, x: MapAt, y: Buffer, target: Target) -> NativeOp:
-    """The mean of each channel, to (N, C)."""
+def mean(name: str, batch: int, x: MapAt, y: StridedRef, target: Target) -> NativeOp:
+    """The mean of each channel of `batch` images; y is (batch, channels)."""
     f = maps.Field
     layout = x.layout
-    given = _channelwise(x, layout.positions) | {
-        f.Y_SLOT: y.slot, f.Y_OFFSET: y.offset, f.Y_IMAGE: layout.channels, f.Y_CHANNEL: 1, f.MASK: layout.mask(),
-        f.SCALE: float_bits(1 / (layout.height * layout.width)),
+    chunk, chunks = _chunks(layout.channels, layout.positions)
+    given: dict[maps.Field, Given] = {
+        f.X_SLOT: x.buffer.slot, f.X_OFFSET: x.offset, f.X_IMAGE: layout.image, f.X_CHANNEL: layout.channel(1),
+        f.Y_SLOT: y.slot, f.Y_OFFSET: y.offset_bytes, f.Y_IMAGE: y.strides[0], f.Y_CHANNEL: y.strides[1],
+        f.POSITIONS: layout.positions, f.CHANNELS: layout.channels, f.CHUNK: chunk, f.CHUNKS: chunks,
+        f.MASK: layout.mask(), f.SCALE: 1 / (layout.height * layout.width),
     }  # fmt: skip
-    return op_of(name, maps.channel_mean(target), f, given, batch * given[f.CHUNKS])
+    return op_of(name, maps.channel_mean(target), f, given, batch * chunks)
+
+
+def _chunks(channels: int, positions: int) -> tuple[int, int]:
+    """Channels an item of an element-wise op, and how many such chunks an image has."""
+    chunk = max(1, min(channels, CHUNK_FLOATS // max(1, positions)))
+    return chunk, -(-channels // chunk)
 
 
 def copied(
-    name: str, batch: int, x: Place, y: Place, size: tuple[int, int, int], layout: MapLayout | None,
-    target: Target,
-) -> NativeOp:  # fmt: skip
-    """Another layout of a map of `size` (channels, height, width); `layout` is y's where y is a map."""
+    name: str, shape: tuple[int, int, int, int], x: StridedRef, y: StridedRef, layout: MapLayout | None, target: Target
+) -> NativeOp:
+    """A value in another layout.
+
+    Args:
+        name: of the value.
+        shape: ``(N, C, H, W)``.
+        x: strided as `shape`; the floats of a row are neighbours.
+        y: likewise; of phase planes, the first one's.
+        layout: of y; None where it is no map.
+        target: what to compile for.
+    """
     f = copy.Field
-    given: dict[IntEnum, Any] = dict(zip(f, (x[0], x[1], y[0], y[1], *size, *x[2][:3], *y[2][:3]), strict=False))
+    batch, channels, height, width = shape
+    (x_image, x_channel, x_row), (y_image, y_channel, y_row) = x.strides[:3], y.strides[:3]
+    given: dict[copy.Field, Given] = {
+        f.X_SLOT: x.slot, f.X_OFFSET: x.offset_bytes, f.Y_SLOT: y.slot, f.Y_OFFSET: y.offset_bytes,
+        f.CHANNELS: channels, f.HEIGHT: height, f.WIDTH: width, f.X_IMAGE: x_image, f.X_CHANNEL: x_channel,
+        f.X_ROW: x_row, f.Y_IMAGE: y_image, f.Y_CHANNEL: y_channel, f.Y_ROW: y_row,
+    }  # fmt: skip
     if layout is None or layout.border != 0:
-        return op_of(name, copy.copy_map(target), f, given, batch * size[0])
+        return op_of(name, copy.copy_map(target), f, given, batch * channels)
     given |= {f.STRIDE_H: layout.stride_h, f.Y_PLANE: layout.plane}
-    if layout.phases > 1:
-        given |= {f.PAD_H: layout.pad_h, f.PAD_W: layout.pad_w, f.ROWS: layout.rows}
+    if layout.phases > 1:  # the rows and columns of the border are part of the planes
+        given |= {
+            f.PAD_H: layout.pad_h, f.PAD_W: layout.pad_w, f.ROWS: layout.rows, f.POSITIONS: 0, f.BORDER: 0,
+            f.BORDER_FIRST: 0,
+        }  # fmt: skip
     else:
         given |= {
-            f.ROWS: layout.height, f.POSITIONS: layout.positions, f.BORDER: layout.behind,
+            f.PAD_H: 0, f.PAD_W: 0, f.ROWS: layout.height, f.POSITIONS: layout.positions, f.BORDER: layout.behind,
             f.BORDER_FIRST: layout.before,
         }  # fmt: skip
-    return op_of(name, copy.planes(layout.stride_w, target), f, given, batch * size[0])
+    return op_of(name, copy.planes(layout.stride_w, target), f, given, batch * channels)

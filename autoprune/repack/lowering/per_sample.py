@@ -9,32 +9,32 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from enum import IntEnum
 from typing import Any
 
 import llvmlite.ir as ir
 import numpy as np
 
 from autoprune.repack.kernels.compiler import compile_op, host, once_a_process
+from autoprune.repack.kernels.fields import INT64_ARRAY, NUMBER, Fields, Given
 from autoprune.repack.kernels.ir import LONGS, at, const, loop, op_function, pointer_field
 from autoprune.repack.lowering.buffers import Arena, Buffer
 from autoprune.repack.lowering.layout import ALIGN, FLOAT_BYTES, LONG_FLOATS, aligned
 from autoprune.repack.lowering.steps import ARENA, Lowered, NativeStep, View, contiguous_strides
-from autoprune.repack.native.op import NativeOp
+from autoprune.repack.native.op import NativeOp, op_of
 from autoprune.repack.native.sequence import RUN, NativeSequence, give_way, runner_address
 
 NAME = "samples"
 
 
-class Field(IntEnum):
+class Field(Fields):
     """Entries of the int64 array that describes the op."""
 
-    TABLE = 0  # of a sample's ops
-    OPS = 1
-    SLOTS = 2  # how many a sample's ops have
-    PER_ITEM = 3  # address of int64 a slot: bytes from a sample's to the next one's
-    PER_THREAD = 4  # likewise from a thread's to the next one's
-    OWN = 5  # bytes from a thread's arena to where its slots lie
+    TABLE = NUMBER  # address of the table of a sample's ops
+    OPS = NUMBER
+    SLOTS = NUMBER  # how many a sample's ops have
+    PER_ITEM = INT64_ARRAY  # per slot: bytes from a sample's to the next one's
+    PER_THREAD = INT64_ARRAY  # likewise from a thread's to the next one's
+    OWN = NUMBER  # bytes from a thread's arena to where its slots lie
 
 
 def can_split(one: Lowered) -> bool:
@@ -69,14 +69,12 @@ def split(one: Lowered, sequence: NativeSequence, sample: Sequence[int], batch: 
     whole = Buffer(threads * arena, slot=ARENA)
 
     def build(*_: Any) -> NativeOp:
-        fields = np.zeros(len(Field), np.int64)
-        for field, value in {
+        given: dict[Field, Given] = {
             Field.TABLE: sequence.address, Field.OPS: len(sequence.ops), Field.SLOTS: one.slots,
-            Field.PER_ITEM: per_item.ctypes.data, Field.PER_THREAD: per_thread.ctypes.data,
-            Field.OWN: own * FLOAT_BYTES,
-        }.items():  # fmt: skip
-            fields[field] = value
-        return NativeOp(NAME, _kernel(), fields, batch, (sequence, per_item, per_thread))
+            Field.PER_ITEM: per_item, Field.PER_THREAD: per_thread, Field.OWN: own * FLOAT_BYTES,
+        }  # fmt: skip
+        op = op_of(NAME, _kernel(), Field, given, batch)
+        return replace(op, keep=(sequence, *op.keep))
 
     returned = {
         name: View(view.buffer, 0, outputs[view.buffer.slot], contiguous_strides(outputs[view.buffer.slot]))
@@ -93,7 +91,7 @@ def _kernel() -> int:
     """The op: an item is a sample."""
     module = ir.Module()
     b, fields, slots, item, thread = op_function(module)
-    get = {field: b.load(at(b, fields, const(field))) for field in Field}
+    get = Field.load(b, fields)
     per_item, per_thread = (pointer_field(b, get[field], LONGS) for field in (Field.PER_ITEM, Field.PER_THREAD))
 
     def moved(slot: ir.Value) -> ir.Value:

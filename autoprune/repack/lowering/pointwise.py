@@ -15,10 +15,10 @@ from torch import Tensor
 from autoprune.repack.graph.ir import Op
 from autoprune.repack.graph.reference import evaluate_op
 from autoprune.repack.lowering import map_nodes, strided_nodes
-from autoprune.repack.lowering.buffers import Buffer
+from autoprune.repack.lowering.buffers import Buffer, StridedRef
 from autoprune.repack.lowering.context import fitting, operand, write
 from autoprune.repack.lowering.layout import FLOAT_BYTES, LONG_FLOATS
-from autoprune.repack.lowering.steps import NativeStep, View, contiguous_strides, is_float, place_of, storage_of
+from autoprune.repack.lowering.steps import NativeStep, View, contiguous_strides, is_float, storage_of
 from autoprune.repack.native.op import NativeOp
 
 if TYPE_CHECKING:
@@ -116,17 +116,18 @@ def _looked_up(lowering: Lowering, op: Op) -> bool:
     rows, features = values[table].shape
     meta = lowering.define(op.output, (*values[index].shape, features))
     buffer = lowering.buffers[storage_of(meta)] = Buffer(meta.numel())
-    places = [lowering.plain(table), lowering.plain(index)]
-    y, count = View(buffer, 0, tuple(meta.shape), tuple(meta.stride())), values[index].numel()
+    given, told, count = lowering.plain(table), lowering.plain(index), values[index].numel()
     slot = lowering.input_slots[index]
     lowering.limits[slot] = min(rows, lowering.limits.get(slot, rows))
 
     def build(*_: Any) -> NativeOp:
-        (table_slot, table_at, _), (slot, at, _), y_at = (place_of(each) for each in (*places, y))
-        x_at, index_at = (table_slot, table_at, (0, features)), (slot, at, (0, 1))
-        return strided_nodes.taken(op.output, x_at, index_at, y_at, (1, count, features), None, lowering.target)
+        x_at = StridedRef(given.buffer.slot, given.start * FLOAT_BYTES, (0, features))
+        index_at = StridedRef(told.buffer.slot, told.offset * LONG_FLOATS * FLOAT_BYTES, (0, 1))
+        return strided_nodes.taken(
+            op.output, (1, count, features), x_at, index_at, buffer.ref(), None, lowering.target
+        )  # fmt: skip
 
-    lowering.steps.append(NativeStep(op.output, [each.buffer for each in places], buffer, build))
+    lowering.steps.append(NativeStep(op.output, [given.buffer, told.buffer], buffer, build))
     return True
 
 
@@ -157,10 +158,12 @@ def _taken(lowering: Lowering, op: Op) -> bool:
     limit = x.shape[-2]
 
     def build(*_: Any) -> NativeOp:
-        x_at = (given.buffer.slot, given.start * FLOAT_BYTES, at_x)
-        index_at = (told.buffer.slot, told.offset * LONG_FLOATS * FLOAT_BYTES, at_index)  # which lies in no arena
-        y_at, checked = (buffer.slot, buffer.offset, ()), (wrong.slot, wrong.offset, limit)
-        return strided_nodes.taken(op.output, x_at, index_at, y_at, (batch, rows, features), checked, lowering.target)
+        x_at = StridedRef(given.buffer.slot, given.start * FLOAT_BYTES, at_x)
+        index_at = StridedRef(told.buffer.slot, told.offset * LONG_FLOATS * FLOAT_BYTES, at_index)  # in no arena
+        check = strided_nodes.IndexCheck(wrong.ref(), limit)
+        return strided_nodes.taken(
+            op.output, (batch, rows, features), x_at, index_at, buffer.ref(), check, lowering.target
+        )  # fmt: skip
 
     lowering.steps.append(NativeStep(op.output, [given.buffer, told.buffer, wrong], buffer, build))
     return True

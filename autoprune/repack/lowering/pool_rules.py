@@ -86,7 +86,7 @@ def global_avg_pool(lowering: Lowering, op: Op) -> bool:
     buffer = lowering.buffers[storage_of(meta)] = Buffer(meta.numel())
 
     def build(*_: Any) -> NativeOp:
-        return map_nodes.mean(op.output, batch, given.at, buffer, lowering.target)
+        return map_nodes.mean(op.output, batch, given.at, buffer.ref(channels, 1), lowering.target)
 
     lowering.steps.append(NativeStep(op.output, [given.buffer], buffer, build))
     return True

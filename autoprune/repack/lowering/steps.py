@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from autoprune.repack.graph.ir import Op
-from autoprune.repack.lowering.buffers import Arena, Buffer
-from autoprune.repack.lowering.geometry import MapAt, Place, Tiling
+from autoprune.repack.lowering.buffers import Arena, Buffer, MapAt, StridedRef
+from autoprune.repack.lowering.geometry import Tiling
 from autoprune.repack.lowering.layout import FLOAT_BYTES, MapLayout
 from autoprune.repack.lowering.weights import Weights
 from autoprune.repack.native.op import NativeOp
@@ -73,6 +73,10 @@ class Map:
     def at(self) -> MapAt:
         return MapAt(self.buffer, self.layout)
 
+    def ref(self) -> StridedRef:
+        """Where it lies, (N, C, H, W); once every layout stands."""
+        return self.at.ref()
+
 
 @dataclass(eq=False)
 class NativeStep:
@@ -127,6 +131,14 @@ class View:
     def start(self) -> int:
         """Elements from the slot's base."""
         return self.buffer.offset // FLOAT_BYTES + self.offset
+
+    def ref(self) -> StridedRef:
+        """Where it lies; once its buffer's place is known."""
+        return StridedRef(self.buffer.slot, self.start * FLOAT_BYTES, self.stride)
+
+    def rows(self) -> StridedRef:
+        """A contiguous value as (rows, features), whatever axes it has before the last."""
+        return StridedRef(self.buffer.slot, self.start * FLOAT_BYTES, (self.shape[-1], 1))
 
 
 @dataclass(frozen=True)
@@ -197,14 +209,6 @@ def settled(x: Tensor) -> Tensor:
 
 def is_float(value: object) -> bool:
     return isinstance(value, Tensor) and value.dtype == torch.float32
-
-
-def place_of(source: Map | View) -> Place:
-    """Where a value lies: slot, bytes and strides. Known when every layout stands."""
-    if isinstance(source, View):
-        return source.buffer.slot, source.start * FLOAT_BYTES, source.stride
-    layout = source.layout
-    return source.buffer.slot, source.at.offset, (layout.image, layout.channel(1), layout.pitch, 1)
 
 
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -4,76 +4,105 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from enum import IntEnum
-from typing import Any
+from typing import NamedTuple
 
 from autoprune.errors import AutopruneError
-from autoprune.repack.kernels import (
-    gather,
-    strided,
-)
+from autoprune.repack.kernels import gather, strided
 from autoprune.repack.kernels.compiler import Target
-from autoprune.repack.lowering.geometry import CHUNK_FLOATS, Place, clamped, op_of
-from autoprune.repack.native.op import NativeOp
+from autoprune.repack.kernels.fields import Given
+from autoprune.repack.kernels.math import clamped
+from autoprune.repack.lowering.buffers import StridedRef
+from autoprune.repack.lowering.geometry import CHUNK_FLOATS
+from autoprune.repack.native.op import NativeOp, op_of
 
 
 def pointwise(
-    name: str, shape: tuple[int, ...], x: Place, other: Place | None, y: Place, operation: str, activation: str | None,
-    target: Target,
+    name: str, shape: tuple[int, ...], x: StridedRef, other: StridedRef | None, y: StridedRef, operation: str,
+    activation: str | None, target: Target,
 ) -> NativeOp:  # fmt: skip
-    """One value, or two combined, written in rows; strides of 0 repeat a value."""
+    """One value, or two combined.
+
+    Args:
+        name: of what is computed.
+        shape: of y.
+        x: strided as `shape`; strides of 0 repeat a value.
+        other: likewise; None where there is one value.
+        y: likewise; its last axis of more than one entry has stride 1.
+        operation: a row of `strided.OPERATIONS`; empty where there is one value.
+        activation: a name, see `kernels.math`.
+        target: what to compile for.
+
+    Raises:
+        AutopruneError: more axes than the kernel has.
+    """
     f = strided.Field
-    places = [place for place in (x, other, y) if place is not None]
-    sizes, strides = merged_axes(shape, [place[2] for place in places])
+    refs = {"X": x, "Y": y} if other is None else {"X": x, "OTHER": other, "Y": y}
+    sizes, strides = merged_axes(shape, [ref.strides for ref in refs.values()])
     if len(sizes) > strided.AXES:
         raise AutopruneError(f"{name!r} of shape {shape} has more than {strided.AXES} axes that lie apart.")
-    slots = (f.X_SLOT, f.OTHER_SLOT, f.Y_SLOT) if other else (f.X_SLOT, f.Y_SLOT)
-    given: dict[IntEnum, Any] = {f(f.SIZE + axis): size for axis, size in enumerate(sizes)}
-    for slot, place, steps in zip(slots, places, strides, strict=True):
-        given |= {f(slot + index): number for index, number in enumerate((*place[:2], *steps))}
     rows = math.prod(sizes[:-1])
     block = max(1, min(rows, CHUNK_FLOATS // (4 * max(1, sizes[-1]))))
     low, high, function = clamped(activation)
-    given |= {f.BLOCK: block, f.LOW: low, f.HIGH: high}
+    given: dict[strided.Field, Given] = {
+        **dict(zip(strided.per_axis("SIZE"), sizes, strict=True)), f.BLOCK: block, f.LOW: low, f.HIGH: high,
+    }  # fmt: skip
+    for (operand, ref), steps in zip(refs.items(), strides, strict=True):
+        given |= {f[f"{operand}_SLOT"]: ref.slot, f[f"{operand}_OFFSET"]: ref.offset_bytes}
+        given |= dict(zip(strided.per_axis(f"{operand}_STRIDE"), steps, strict=True))
     lie = [strided.Along.RUN if steps[-1] == 1 else strided.Along.APART if steps[-1] else strided.Along.SAME
            for steps in strides[:-1]]  # fmt: skip
-    kernel = strided.strided(lie[0], lie[1] if other else None, operation, function, target)
+    kernel = strided.strided(lie[0], None if other is None else lie[1], operation, function, target)
     return op_of(name, kernel, f, given, -(-rows // block) if sizes[-1] else 0)
 
 
+class IndexCheck(NamedTuple):
+    """How numbers of rows are checked in a call.
+
+    Attributes:
+        flag: an int64 that becomes 1 where a number is no row's.
+        limit: rows that x has for each batch entry.
+    """
+
+    flag: StridedRef
+    limit: int
+
+
 def taken(
-    name: str, x: Place, index: Place, y: Place, size: tuple[int, int, int], checked: tuple[int, int, int] | None,
+    name: str, size: tuple[int, int, int], x: StridedRef, index: StridedRef, y: StridedRef, check: IndexCheck | None,
     target: Target,
 ) -> NativeOp:  # fmt: skip
     """Rows by their int64 numbers, batch entry by batch entry.
 
     Args:
         name: of what is computed.
-        x: strides are from a batch entry to the next and from a row to the next.
-        index: likewise.
-        y: contiguous.
         size: batch entries, rows taken of each, features.
-        checked: slot and bytes of the int64 that tells of a number which is no row's, and how many rows x has for each
-            batch entry; None where the numbers are known to be right.
+        x: strides are from a batch entry to the next and from a row to the next.
+        index: likewise, in int64.
+        y: contiguous, of shape `size`.
+        check: None where the numbers are known to be right.
         target: what to compile for.
     """
     f = gather.Field
     batch, rows, features = size
     block = max(1, min(batch * rows, CHUNK_FLOATS // (4 * max(1, features))))
-    given: dict[IntEnum, Any] = {
-        f.X_SLOT: x[0], f.X_OFFSET: x[1], f.X_BATCH: x[2][0], f.X_ROW: x[2][1], f.INDEX_SLOT: index[0],
-        f.INDEX_OFFSET: index[1], f.INDEX_BATCH: index[2][0], f.INDEX_ROW: index[2][1], f.Y_SLOT: y[0],
-        f.Y_OFFSET: y[1], f.BATCH: batch, f.ROWS: rows, f.FEATURES: features, f.BLOCK: block,
+    given: dict[gather.Field, Given] = {
+        f.X_SLOT: x.slot, f.X_OFFSET: x.offset_bytes, f.X_BATCH: x.strides[0], f.X_ROW: x.strides[1],
+        f.INDEX_SLOT: index.slot, f.INDEX_OFFSET: index.offset_bytes, f.INDEX_BATCH: index.strides[0],
+        f.INDEX_ROW: index.strides[1], f.Y_SLOT: y.slot, f.Y_OFFSET: y.offset_bytes, f.BATCH: batch, f.ROWS: rows,
+        f.FEATURES: features, f.BLOCK: block,
     }  # fmt: skip
-    if checked is not None:
-        given |= dict(zip((f.WRONG_SLOT, f.WRONG_OFFSET, f.LIMIT), checked, strict=True))
-    return op_of(name, gather.gather(checked is not None, target), f, given, -(-batch * rows // block))
+    if check is not None:
+        given |= {f.WRONG_SLOT: check.flag.slot, f.WRONG_OFFSET: check.flag.offset_bytes, f.LIMIT: check.limit}
+    return op_of(name, gather.gather(check is not None, target), f, given, -(-batch * rows // block))
 
 
 def merged_axes(
     shape: tuple[int, ...], strides: Sequence[tuple[int, ...]]
 ) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
-    """The same entries in as few axes as can be, at least `strided.AXES`, the last of stride 1 in the last operand."""
+    """Sizes and strides of the same entries in as few axes as can be, at least `strided.AXES`.
+
+    The last axis has stride 1 in the last operand.
+    """
     sizes, steps = list[int](), [list[int]() for _ in strides]
     for size, *apart in zip(shape, *strides, strict=True):
         if size == 1:

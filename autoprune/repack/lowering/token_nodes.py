@@ -3,32 +3,39 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import IntEnum
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from autoprune.model.recurrent.names import GATES
-from autoprune.repack.kernels import (
-    attention,
-    recurrent,
-    rows,
-    rows_gemm,
-    turn,
-)
+from autoprune.repack.kernels import attention, recurrent, rows, rows_gemm, turn
 from autoprune.repack.kernels.compiler import Target
-from autoprune.repack.lowering.buffers import Buffer, float_bits
-from autoprune.repack.lowering.geometry import CHUNK_FLOATS, MapAt, Place, Tiling, clamped, op_of
+from autoprune.repack.kernels.fields import Given
+from autoprune.repack.kernels.math import clamped
+from autoprune.repack.lowering.buffers import Buffer, MapAt, StridedRef
+from autoprune.repack.lowering.geometry import CHUNK_FLOATS, Tiling
 from autoprune.repack.lowering.weights import Weights
-from autoprune.repack.native.op import NativeOp
+from autoprune.repack.native.op import NativeOp, op_of
 
 
 def linear(
-    name: str, weights: Weights, activation: str | None, tiling: Tiling, tokens: int,
-    x: tuple[int, int, int], y: tuple[int, int, int], residual: tuple[int, int, int] | None, target: Target,
+    name: str, weights: Weights, activation: str | None, tiling: Tiling, tokens: int, x: StridedRef, y: StridedRef,
+    residual: StridedRef | None, target: Target,
 ) -> NativeOp:  # fmt: skip
-    """A packed Linear; x, y and residual are (slot, bytes, floats from a token to the next)."""
+    """A packed Linear.
+
+    Args:
+        name: of what is computed.
+        weights: of the layer.
+        activation: a name, see `kernels.math`.
+        tiling: how the work is cut.
+        tokens: rows of x, y and the residual.
+        x: ``(tokens, in)``; the features of a token are neighbours, as in y and the residual.
+        y: ``(tokens, out)``.
+        residual: ``(tokens, out)``, added before the activation; None for none.
+        target: what to compile for.
+    """
     f = rows_gemm.Field
     packed = weights.packed
     low, high, other = clamped(activation)
@@ -36,8 +43,9 @@ def linear(
     block = min(-(-tiling.block // together) * together, max(1, tokens))
     chunk = min(tiling.chunk or packed.groups, packed.groups)
     chunks = -(-packed.groups // chunk)
-    given: dict[IntEnum, Any] = {
-        f.X_SLOT: x[0], f.X_OFFSET: x[1], f.X_TOKEN: x[2], f.Y_SLOT: y[0], f.Y_OFFSET: y[1], f.Y_TOKEN: y[2],
+    given: dict[rows_gemm.Field, Given] = {
+        f.X_SLOT: x.slot, f.X_OFFSET: x.offset_bytes, f.X_TOKEN: x.strides[0],
+        f.Y_SLOT: y.slot, f.Y_OFFSET: y.offset_bytes, f.Y_TOKEN: y.strides[0],
         f.TOKENS: tokens, f.GROUP_POINTER: packed.group_pointer, f.INDEX: packed.index, f.VALUES: packed.values,
         f.BIAS: weights.bias_rows, f.OUT_INDEX: np.ascontiguousarray(packed.out_index), f.FIRST: weights.first,
         f.LOW: low, f.HIGH: high, f.GROUPS: packed.groups, f.CHUNK: chunk, f.CHUNKS: chunks, f.BLOCK: block,
@@ -46,7 +54,8 @@ def linear(
         given[f.TWIN] = weights.twin
     if residual is not None:
         given |= {
-            f.RESIDUAL: 1, f.RESIDUAL_SLOT: residual[0], f.RESIDUAL_OFFSET: residual[1], f.RESIDUAL_TOKEN: residual[2],
+            f.RESIDUAL_SLOT: residual.slot, f.RESIDUAL_OFFSET: residual.offset_bytes,
+            f.RESIDUAL_TOKEN: residual.strides[0],
         }  # fmt: skip
     kernel = rows_gemm.rows_gemm(packed.group_size, target, other, twins)
     return op_of(name, kernel, f, given, -(-tokens // block) * chunks)
@@ -99,28 +108,40 @@ class Sequences:
 
 
 def sequence(
-    name: str, weights: Weights, tiling: Tiling, size: Sequences, x: tuple[int, int], y: tuple[int, int],
-    before: tuple[tuple[int, int], ...], scratch: Buffer, target: Target,
+    name: str, weights: Weights, tiling: Tiling, size: Sequences, x: StridedRef, y: StridedRef,
+    before: tuple[StridedRef, ...], scratch: Buffer, target: Target,
 ) -> NativeOp:  # fmt: skip
-    """One direction of a recurrent layer; x, y and the states before it, where there are any, are (slot, bytes)."""
+    """One direction of a recurrent layer.
+
+    Args:
+        name: of what is computed.
+        weights: of the recurrent product.
+        tiling: how the work is cut.
+        size: of all values, which are contiguous; steps and batch in the order that `size.time_first` says.
+        x: input projections, ``(steps, batch, gates * computed units)``.
+        y: states and an LSTM's cells, ``(1 or 2, steps, batch, hidden)``.
+        before: state and cell before the first step, ``(batch, hidden)``; zeros where left out.
+        scratch: `size.scratch` floats for each entry of the batch.
+        target: what to compile for.
+    """
     f, packed = recurrent.Field, weights.packed
-    rows = GATES[size.cell] * size.computed
+    gates = GATES[size.cell] * size.computed
     of_entry = (1, size.batch) if size.time_first else (size.steps, 1)  # from an entry, and a step, to the next
-    begin: list[tuple[int, Any, int]] = [(slot, offset, size.hidden) for slot, offset in before]
-    nothing = np.zeros(size.hidden, np.float32)
-    begin += [(0, nothing, 0)] * (2 - len(begin))
+    zeros = StridedRef(0, np.zeros(size.hidden, np.float32), (0,))
+    state, cell = (*before, zeros, zeros)[:2]
     units = np.arange(size.hidden) if size.units is None else np.array(size.units)
     block = max(1, -(-size.batch // max(1, min(size.batch, tiling.chunk))))
-    given: dict[IntEnum, Any] = {
-        f.X_SLOT: x[0], f.X_OFFSET: x[1], f.X_ENTRY: of_entry[0] * rows, f.X_STEP: of_entry[1] * rows,
-        f.Y_SLOT: y[0], f.Y_OFFSET: y[1], f.Y_ENTRY: of_entry[0] * size.hidden, f.Y_STEP: of_entry[1] * size.hidden,
-        f.Y_CELL: size.steps * size.batch * size.hidden, f.H_SLOT: begin[0][0], f.H_OFFSET: begin[0][1],
-        f.H_ENTRY: begin[0][2], f.C_SLOT: begin[1][0], f.C_OFFSET: begin[1][1], f.C_ENTRY: begin[1][2],
+    given: dict[recurrent.Field, Given] = {
+        f.X_SLOT: x.slot, f.X_OFFSET: x.offset_bytes, f.X_ENTRY: of_entry[0] * gates, f.X_STEP: of_entry[1] * gates,
+        f.Y_SLOT: y.slot, f.Y_OFFSET: y.offset_bytes, f.Y_ENTRY: of_entry[0] * size.hidden,
+        f.Y_STEP: of_entry[1] * size.hidden, f.Y_CELL: size.steps * size.batch * size.hidden,
+        f.H_SLOT: state.slot, f.H_OFFSET: state.offset_bytes, f.H_ENTRY: state.strides[0],
+        f.C_SLOT: cell.slot, f.C_OFFSET: cell.offset_bytes, f.C_ENTRY: cell.strides[0],
         f.SCRATCH_SLOT: scratch.slot, f.SCRATCH_OFFSET: scratch.offset, f.SCRATCH: size.scratch, f.STEPS: size.steps,
         f.BATCH: size.batch, f.BLOCK: block, f.REVERSE: int(size.reverse), f.HIDDEN: size.hidden,
         f.UNITS: size.computed, f.UNIT_INDEX: units.astype(np.int32),
         f.OUT_INDEX: np.ascontiguousarray(packed.out_index), f.FIRST: weights.first, f.GROUPS: packed.groups,
-        f.THRESHOLD: float_bits(size.threshold), f.KEEP: size.keep,
+        f.THRESHOLD: float(size.threshold), f.KEEP: size.keep,
     }  # fmt: skip
     columns = weights.by_column if tiling.columns else None
     pointer, index, values = columns or (packed.group_pointer, packed.index, packed.values)
@@ -132,63 +153,100 @@ def sequence(
     return op_of(name, recurrent.recurrent(form, target), f, given, -(-size.batch // block))
 
 
-def into_planes(name: str, tokens: int, x: tuple[int, int, int], y: MapAt, target: Target) -> NativeOp:
-    """Rows of tokens as a map with a channel a feature; x is (slot, bytes, floats from a token to the next)."""
+def into_planes(name: str, tokens: int, x: StridedRef, y: MapAt, target: Target) -> NativeOp:
+    """Rows (tokens, features) as a map of a channel a feature; the features of a token are neighbours in x."""
     f, features = turn.Field, y.layout.channels
-    given: dict[IntEnum, Any] = {
-        f.ROWS_SLOT: x[0], f.ROWS_OFFSET: x[1], f.ROWS_TOKEN: x[2], f.PLANES_SLOT: y.buffer.slot,
+    given: dict[turn.Field, Given] = {
+        f.ROWS_SLOT: x.slot, f.ROWS_OFFSET: x.offset_bytes, f.ROWS_TOKEN: x.strides[0], f.PLANES_SLOT: y.buffer.slot,
         f.PLANES_OFFSET: y.offset, f.PLANES_FEATURE: y.layout.channel(1), f.TOKENS: tokens, f.FEATURES: features,
     }  # fmt: skip
     return op_of(name, turn.into_planes(target), f, given, -(-tokens // target.lanes))
 
 
 def out_of_planes(
-    name: str, tokens: int, x: MapAt, y: tuple[int, int, int], residual: tuple[int, int, int] | None,
-    activation: str | None, target: Target,
+    name: str, tokens: int, x: MapAt, y: StridedRef, residual: StridedRef | None, activation: str | None,
+    target: Target,
 ) -> NativeOp:  # fmt: skip
-    """A map with a channel a feature as rows of tokens; y and residual are (slot, bytes, floats to the next token)."""
+    """A map of a channel a feature as rows; y and the residual that is added are (tokens, features).
+
+    The features of a token are neighbours in both. The activation follows the sum.
+    """
     f = turn.Field
     low, high, other = clamped(activation)
-    given: dict[IntEnum, Any] = {
-        f.ROWS_SLOT: y[0], f.ROWS_OFFSET: y[1], f.ROWS_TOKEN: y[2], f.PLANES_SLOT: x.buffer.slot,
+    given: dict[turn.Field, Given] = {
+        f.ROWS_SLOT: y.slot, f.ROWS_OFFSET: y.offset_bytes, f.ROWS_TOKEN: y.strides[0], f.PLANES_SLOT: x.buffer.slot,
         f.PLANES_OFFSET: x.offset, f.PLANES_FEATURE: x.layout.channel(1), f.TOKENS: tokens,
         f.FEATURES: x.layout.channels, f.LOW: low, f.HIGH: high,
     }  # fmt: skip
     if residual is not None:
         given |= {
-            f.RESIDUAL: 1, f.RESIDUAL_SLOT: residual[0], f.RESIDUAL_OFFSET: residual[1], f.RESIDUAL_TOKEN: residual[2],
+            f.RESIDUAL_SLOT: residual.slot, f.RESIDUAL_OFFSET: residual.offset_bytes,
+            f.RESIDUAL_TOKEN: residual.strides[0],
         }  # fmt: skip
     return op_of(name, turn.out_of_planes(target, other), f, given, -(-tokens // target.lanes))
 
 
 def layer_norm(
-    name: str, x: tuple[int, int], y: tuple[int, int], tokens: int, weight: NDArray[np.float32],
-    bias: NDArray[np.float32], epsilon: float, target: Target,
+    name: str, tokens: int, x: StridedRef, y: StridedRef, weight: NDArray[np.float32], bias: NDArray[np.float32],
+    epsilon: float, target: Target,
 ) -> NativeOp:  # fmt: skip
-    """Each row of (tokens, features) normalised; x and y are (slot, bytes)."""
+    """Each row normalised; x and y are (tokens, features), contiguous, weight and bias (features,)."""
     f = rows.Field
     features = len(weight)
     block = max(1, min(tokens, CHUNK_FLOATS // (4 * features)))
-    given: dict[IntEnum, Any] = {
-        f.X_SLOT: x[0], f.X_OFFSET: x[1], f.Y_SLOT: y[0], f.Y_OFFSET: y[1], f.ROWS: tokens, f.FEATURES: features,
-        f.BLOCK: block, f.WEIGHT: weight, f.BIAS: bias, f.EPSILON: float_bits(epsilon),
-        f.SHARE: float_bits(1 / features),
+    given: dict[rows.Field, Given] = {
+        f.X_SLOT: x.slot, f.X_OFFSET: x.offset_bytes, f.Y_SLOT: y.slot, f.Y_OFFSET: y.offset_bytes, f.ROWS: tokens,
+        f.FEATURES: features, f.BLOCK: block, f.WEIGHT: weight, f.BIAS: bias, f.EPSILON: float(epsilon),
+        f.SHARE: 1 / features,
     }  # fmt: skip
     return op_of(name, rows.layer_norm(target), f, given, -(-tokens // block))
 
 
+class Heads(NamedTuple):
+    """Sizes of an attention.
+
+    Attributes:
+        batch: images, or sequences.
+        heads: of each.
+        queries: of a head.
+        keys: of a head, and values.
+        width: features of a query, a key and a value.
+    """
+
+    batch: int
+    heads: int
+    queries: int
+    keys: int
+    width: int
+
+
 def attend(
-    name: str, q: Place, k: Place, v: Place, y: Place, scratch: Buffer, size: tuple[int, int, int, int, int],
-    scale: float, target: Target,
+    name: str, size: Heads, q: StridedRef, k: StridedRef, v: StridedRef, y: StridedRef, scratch: Buffer, scale: float,
+    target: Target,
 ) -> NativeOp:  # fmt: skip
-    """Attention; `size` is batch, heads, queries, keys and the width of a head."""
+    """Scaled dot-product attention.
+
+    Args:
+        name: of what is computed.
+        size: of the values.
+        q: ``(batch, heads, queries, width)``; the features of a head are neighbours, as in k, v and y.
+        k: ``(batch, heads, keys, width)``.
+        v: as k.
+        y: as q.
+        scratch: `attention.scratch` floats for each thread.
+        scale: of the products of queries and keys.
+        target: what to compile for.
+    """
     f = attention.Field
-    batch, heads, queries, keys, width = size
-    places = [number for slot, offset, strides in (q, k, v, y) for number in (slot, offset, *strides[:3])]
-    given: dict[IntEnum, Any] = dict(zip(f, places, strict=False))
-    given |= {
+    given: dict[attention.Field, Given] = {
+        f.Q_SLOT: q.slot, f.Q_OFFSET: q.offset_bytes, f.K_SLOT: k.slot, f.K_OFFSET: k.offset_bytes,
+        f.V_SLOT: v.slot, f.V_OFFSET: v.offset_bytes, f.Y_SLOT: y.slot, f.Y_OFFSET: y.offset_bytes,
+        f.Q_IMAGE: q.strides[0], f.Q_HEAD: q.strides[1], f.Q_TOKEN: q.strides[2],
+        f.K_IMAGE: k.strides[0], f.K_HEAD: k.strides[1], f.K_TOKEN: k.strides[2],
+        f.V_IMAGE: v.strides[0], f.V_HEAD: v.strides[1], f.V_TOKEN: v.strides[2],
+        f.Y_IMAGE: y.strides[0], f.Y_HEAD: y.strides[1], f.Y_TOKEN: y.strides[2],
         f.SCRATCH_SLOT: scratch.slot, f.SCRATCH_OFFSET: scratch.offset,
-        f.SCRATCH: attention.scratch(keys, width, target), f.HEADS: heads, f.QUERIES: queries, f.KEYS: keys,
-        f.WIDTH: width, f.SCALE: float_bits(scale),
+        f.SCRATCH: attention.scratch(size.keys, size.width, target), f.HEADS: size.heads, f.QUERIES: size.queries,
+        f.KEYS: size.keys, f.WIDTH: size.width, f.SCALE: float(scale),
     }  # fmt: skip
-    return op_of(name, attention.attention(target), f, given, batch * heads)
+    return op_of(name, attention.attention(target), f, given, size.batch * size.heads)

@@ -13,8 +13,7 @@ from autoprune.repack.lowering import convolutions, token_nodes
 from autoprune.repack.lowering.buffers import Buffer
 from autoprune.repack.lowering.context import turn_back, turned
 from autoprune.repack.lowering.geometry import Tiling, Window
-from autoprune.repack.lowering.layout import FLOAT_BYTES
-from autoprune.repack.lowering.steps import Map, NativeStep, is_float, place_of, storage_of
+from autoprune.repack.lowering.steps import Map, NativeStep, is_float, storage_of
 from autoprune.repack.lowering.weights import Weights
 from autoprune.repack.native.op import NativeOp
 from autoprune.repack.weights.grouping import GROUP_SIZES
@@ -36,10 +35,9 @@ def layer_norm(lowering: Lowering, op: Op) -> bool:
     buffer = lowering.buffers[storage_of(meta)] = Buffer(meta.numel())
 
     def build(*_: Any) -> NativeOp:
-        given, made = (x.buffer.slot, x.start * FLOAT_BYTES), (buffer.slot, buffer.offset)
-        tokens = meta.numel() // features
+        tokens, y = meta.numel() // features, buffer.ref(features, 1)
         return token_nodes.layer_norm(
-            op.output, given, made, tokens, weight, bias, op.attributes["eps"], lowering.target
+            op.output, tokens, x.rows(), y, weight, bias, op.attributes["eps"], lowering.target
         )
 
     lowering.steps.append(NativeStep(op.output, [x.buffer], buffer, build))
@@ -63,10 +61,8 @@ def attention(lowering: Lowering, op: Op) -> bool:
     scale = width**-0.5 if scale is None else scale
 
     def build(*_: Any) -> NativeOp:
-        q_at, k_at, v_at = (place_of(view) for view in views)
-        y_at = (buffer.slot, buffer.offset, (meta.stride(0), meta.stride(1), meta.stride(2)))
-        size = (batch, heads, queries, keys, width)
-        return token_nodes.attend(op.output, q_at, k_at, v_at, y_at, scratch, size, scale, lowering.target)
+        size, y = token_nodes.Heads(batch, heads, queries, keys, width), buffer.ref(*meta.stride())
+        return token_nodes.attend(op.output, size, q.ref(), k.ref(), v.ref(), y, scratch, scale, lowering.target)
 
     lowering.steps.append(NativeStep(op.output, [*(each.buffer for each in views), scratch], buffer, build))
     return True
@@ -97,11 +93,10 @@ def recurrent(lowering: Lowering, op: Op) -> bool:
 
     def build(weights: Weights | None, tiling: Tiling) -> NativeOp:
         assert weights is not None
-        given, *starts = ((view.buffer.slot, view.start * FLOAT_BYTES) for view in (x, *before))
-        made = (buffer.slot, buffer.offset)
+        starts = tuple(view.rows() for view in before)
         return token_nodes.sequence(
-            op.output, weights, tiling, size, given, made, tuple(starts), scratch, lowering.target
-        )
+            op.output, weights, tiling, size, x.ref(), buffer.ref(), starts, scratch, lowering.target
+        )  # fmt: skip
 
     reads = [x.buffer, scratch, *(view.buffer for view in before)]
     lowering.steps.append(NativeStep(op.output, reads, buffer, build, op, (steps, batch)))
@@ -128,11 +123,9 @@ def linear(lowering: Lowering, op: Op) -> bool:
 
     def build(weights: Weights | None, tiling: Tiling) -> NativeOp:
         assert weights is not None
-        places = [(v.buffer.slot, v.start * FLOAT_BYTES, v.shape[-1]) for v in (x, residual) if v is not None]
-        y = (buffer.slot, buffer.offset, weight.shape[0])
-        other = places[1] if residual is not None else None
+        y, other = buffer.ref(weight.shape[0], 1), None if residual is None else residual.rows()
         return token_nodes.linear(
-            op.output, weights, op.activation, tiling, tokens, places[0], y, other, lowering.target
+            op.output, weights, op.activation, tiling, tokens, x.rows(), y, other, lowering.target
         )
 
     reads = [x.buffer, *([residual.buffer] if residual is not None else [])]
