@@ -18,6 +18,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -763,6 +764,22 @@ def test_a_sum_lies_where_what_it_adds_lay_only_if_nobody_reads_that_again(chann
     model = pruned(Residual(channels))
     x = torch.randn(2, channels, side, side)
     fast = program_of(model, x, threads=2)
+    assert same_output(fast(x), model(x))
+
+
+@pytest.mark.parametrize("size", [1, 4, 16])
+@pytest.mark.parametrize("dead", [0, 3, 16])
+def test_a_sum_whose_filters_fill_no_groups_lies_elsewhere(dead: int, size: int) -> None:
+    """A row that stands in for a missing filter is computed twice: what it adds must still be there."""
+    torch.manual_seed(0)
+    model = Residual(32).eval().requires_grad_(False)
+    for layer in (model.one, model.two, model.three):
+        layer.weight[5 : 5 + dead] = 0.0
+        layer.bias.normal_()  # type: ignore[union-attr]  # all that a dead filter adds
+    x = torch.randn(2, 32, 14, 6)
+    made = program_of(model, x, threads=1).program
+    tilings = {name: replace(tiling, group_size=size) for name, tiling in made.tilings.items()}
+    fast = Program(made.graph, made.weights, tilings, 1, made.target)
     assert same_output(fast(x), model(x))
 
 

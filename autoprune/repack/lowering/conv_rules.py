@@ -76,8 +76,8 @@ def conv2d(lowering: Lowering, op: Op) -> bool:
     made.pitch.join(given.pitch)
     if residual is not None:
         made.pitch.join(residual.pitch)
-        # A convolution looks around what it reads; and a row that stands in for a missing filter is written twice.
-        if residual is not given and shape[1] // a["groups"] % max(GROUP_SIZES) == 0:
+        # A convolution looks around what it reads; and a row that stands in for a missing filter is computed twice.
+        if residual is not given and lowering.weights[op.output].fills_groups:
             made.over = residual
 
     def build(weights: Weights | None, tiling: Tiling) -> NativeOp:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from autoprune.errors import FileError
 from autoprune.repack.kernels.rows_gemm import Twin
+from autoprune.repack.weights.grouping import GROUP_SIZES
 from autoprune.repack.weights.packed import PackedWeight
 
 Ints = NDArray[np.int32]
@@ -52,6 +53,17 @@ class Weights:
                 self._orders.pop(old, None)
             self._orders[key] = made
         return made
+
+    @cached_property
+    def fills_groups(self) -> bool:
+        """Whether each row of each group has a filter, in groups of any size; live and dead ones are grouped apart."""
+        packed, largest = self.packed, max(GROUP_SIZES)
+        group = np.repeat(np.arange(packed.groups), np.diff(packed.group_pointer))
+        live_rows = np.zeros(packed.out_index.shape, np.bool_)
+        np.logical_or.at(live_rows, group, packed.values != 0)
+        own = packed.shape[0] // packed.conv_groups
+        live = np.bincount(packed.out_index[live_rows] // own, minlength=packed.conv_groups)
+        return own % largest == 0 and not (live % largest).any() and not (packed.out_index < 0).any()
 
     @cached_property
     def rows(self) -> Ints:
