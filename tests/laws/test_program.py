@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -43,6 +43,18 @@ class Residual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.after(x + self.branch(x) if self.swapped else self.branch(x) + x)
         return y
+
+
+class Parted(nn.Module):
+    """Scales and shifts channels by a weight that it takes apart."""
+
+    def __init__(self, channels: int, how: Callable[[Tensor], Iterable[Tensor]]) -> None:
+        super().__init__()
+        self.weight, self.how = nn.Parameter(torch.randn(2 * channels, 1, 1)), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale, shift = self.how(self.weight)
+        return x * scale + shift
 
 
 class OnTokens(nn.Module):
@@ -111,8 +123,13 @@ def functions(draw: st.DrawFn, shape: Shape) -> tuple[nn.Module, Shape]:
         (lambda x: x[:, : (channels + 1) // 2, :, ::2], ((channels + 1) // 2, high, (wide + 1) // 2)),
         (lambda x: x.softmax(1), shape),
     ]
-    function, after = draw(st.sampled_from(choices))
-    return Does(function), after
+    parts: list[Callable[[Tensor], Iterable[Tensor]]] = [
+        lambda weight: weight.chunk(2),
+        lambda weight: weight.split(channels),
+        lambda weight: weight.unflatten(0, (2, channels)).unbind(0),
+    ]
+    function, after = draw(st.sampled_from([*choices, (None, shape)]))
+    return (Parted(channels, draw(st.sampled_from(parts))) if function is None else Does(function)), after
 
 
 @st.composite

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from autoprune.errors import FileError
 from autoprune.files import read_tensors, write_tensors
@@ -122,6 +122,34 @@ def test_high_resolution_and_few_weights_are_no_reason(tmp_path: Path) -> None:
     save(repack(model.eval(), x, form="program", threads=1), tmp_path / "fast.safetensors", value_bits=8)
     with torch.inference_mode():
         torch.testing.assert_close(load(tmp_path / "fast.safetensors", threads=1)(x), model(x), rtol=0.02, atol=0.02)
+
+
+class Parted(nn.Module):
+    """Takes its weight apart."""
+
+    def __init__(self, how: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.weight, self.how = nn.Parameter(torch.randn(8, 6)), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.how(self.weight)
+        return nn.functional.linear(x, first) * nn.functional.linear(x, second)
+
+
+PARTS_OF_A_WEIGHT: dict[str, Callable[[Tensor], Any]] = {
+    "chunk": lambda w: w.chunk(2),
+    "split": lambda w: w.split(4),
+    "unbind": lambda w: w.view(2, 4, 6).unbind(0),
+    "meshgrid": lambda w: [each[:4].contiguous() for each in torch.meshgrid(w[:, 0], w[0], indexing="ij")],
+}
+
+
+@pytest.mark.parametrize("name", PARTS_OF_A_WEIGHT)
+def test_a_weight_taken_apart_is_loaded(name: str, tmp_path: Path) -> None:
+    model, x = Parted(PARTS_OF_A_WEIGHT[name]).eval(), torch.randn(2, 6)
+    save(repack(model, x, form="program", threads=1), tmp_path / "fast.safetensors")
+    with torch.inference_mode():
+        torch.testing.assert_close(load(tmp_path / "fast.safetensors", threads=1)(x), model(x))
 
 
 @pytest.mark.parametrize("kind", ["max_pool2d", "avg_pool2d"])

@@ -9,6 +9,7 @@ of which meet every weight of a file that is 90% zeros and stored in 8 bits, are
 from __future__ import annotations
 
 import math
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -73,17 +74,18 @@ def _demand(graph: Graph, inputs: Mapping[str, Tensor], kept: Mapping[str, int])
         "": torch.empty(0, device="meta"),
         **inputs,
     }  # a graph without inputs is one of shapes too
+    known = ChainMap(values, constants)  # an operation reads either
     last = {name: at for at, op in enumerate(graph.ops) for name in op.reads}
     last |= dict.fromkeys(graph.output_names(), len(graph.ops))
     living = dict.fromkeys(inputs, 0)  # the caller's
     for at, op in enumerate(graph.ops):
-        _check_parts(op, values)
+        _check_parts(op, known)
         made = values[op.output] = evaluate_op(op, values, constants)
         if not isinstance(made, Tensor):
             if isinstance(made, int) and abs(made) >= LARGEST:
                 raise FileError(f"the operation {op.output!r} computes an integer of {made.bit_length()} bits")
             continue
-        read = [values[name] for name in op.inputs if isinstance(values.get(name), Tensor)]
+        read = [known[name] for name in op.inputs if isinstance(known[name], Tensor)]
         living[op.output] = _bytes(made)
         asked.memory = max(asked.memory, sum(living.values()) + _laid_out(op, read))
         asked.work += _work(op, read, [constants[name] for name in op.tensors.values()], made, kept.get(op.output))
