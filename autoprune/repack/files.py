@@ -22,12 +22,12 @@ from autoprune.files import given_path, read_tensors, write_tensors
 from autoprune.model.copies import copy_for_inference
 from autoprune.model.recurrent.names import cell_of, layers_of
 from autoprune.repack.graph import schema
+from autoprune.repack.graph.aten import FAILURES
 from autoprune.repack.graph.batching import apart
 from autoprune.repack.graph.calls import Signature
 from autoprune.repack.graph.demand import check_demand
 from autoprune.repack.graph.reference import PACKED
 from autoprune.repack.kernels.compiler import unavailable
-from autoprune.repack.lowering.context import FAILURES
 from autoprune.repack.lowering.weights import Weights
 from autoprune.repack.modules.backends import BACKENDS, LayerForm
 from autoprune.repack.modules.replacement import with_submodule

@@ -147,7 +147,10 @@ def _check(original: nn.Module, arguments: Arguments, made: ProgramModel, wanted
 
     def right(chosen: Mapping[int, int]) -> bool:
         shapes = with_extents(program.graph.inputs, chosen)
-        own = copy.deepcopy(made) if chosen else made  # whose plans for these shapes nobody needs again
+        own = made
+        if chosen:  # whose plans for these shapes nobody needs again, and beyond what torch asks of them
+            own = copy.deepcopy(made)
+            own.program.graph = replace(program.graph, conditions=())
         found = agrees(arguments.by_place(original), own.by_place, inputs, shapes)
         if found is False and (forms := without_cuts(own)) is not None:
             found = agrees(*forms, inputs, shapes)

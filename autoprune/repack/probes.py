@@ -95,14 +95,16 @@ def _repeated(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """The entries of `x`, along every axis from the beginning again where it ends."""
     for axis, extent in enumerate(shape):
         if extent != x.shape[axis]:
-            x = x.index_select(axis, torch.arange(extent) % max(1, x.shape[axis]))
+            if not x.shape[axis]:
+                return x.new_zeros(shape)
+            x = x.index_select(axis, torch.arange(extent) % x.shape[axis])
     return x.clone()
 
 
 def _drawn(x: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Entries of `x` by chance: such values the model takes. Where all are one value, others near it."""
     if not x.numel():
-        return x.new_zeros(shape)
+        return _near(x.new_zeros(shape), generator) if x.is_floating_point() else x.new_zeros(shape)
     flat = x.reshape(-1)
     made = flat[torch.randint(len(flat), shape, generator=generator)]
     if bool((flat == flat[0]).all()) and bool(flat[0].isfinite()):

@@ -82,6 +82,56 @@ class Tagger(nn.Module):
         return cast("Tensor", self.out(self.cell(self.words(ids), (h, c))[0]))
 
 
+class Cross(nn.Module):
+    """Attention of one sequence to another; x and y (batch, steps, 8), or time first."""
+
+    def __init__(self, batch_first: bool = True) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=batch_first)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return cast("Tensor", self.attention(x, y, y, need_weights=False)[0])
+
+
+class Decoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.TransformerDecoder(nn.TransformerDecoderLayer(8, 2, 12, batch_first=True), 1)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return cast("Tensor", self.layers(x, y))
+
+
+class Flattened(nn.Module):
+    """Tokens in one long row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast("Tensor", self.out(x.view(-1, 8)).view(x.shape[0], x.shape[1], 6))
+
+
+class Folded(Flattened):
+    """Heads in the batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, steps, _ = x.shape
+        return cast("Tensor", self.out(x).view(batch * 3, steps, 2).softmax(-1).view(batch, steps, 6))
+
+
+class Causal(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, steps = self.q(x), x.shape[1]
+        hidden = ~torch.ones(steps, steps, dtype=torch.bool).tril()
+        return cast("Tensor", (q @ q.transpose(1, 2)).masked_fill(hidden, float("-inf")).softmax(-1) @ q)
+
+
 def ids(*shape: int) -> Tensor:
     return torch.arange(shape[0] * shape[1]).reshape(shape) % 9
 
@@ -96,6 +146,18 @@ def images(*shapes: tuple[int, int, int]) -> list[Inputs]:
 
 def masked(*sizes: tuple[int, int]) -> list[Inputs]:
     return [(torch.randn(batch, steps, 6), torch.randn(steps, steps)) for batch, steps in sizes]
+
+
+def sequences(*shapes: tuple[int, int]) -> list[Inputs]:
+    return [(torch.randn(*shape, 8),) for shape in shapes]
+
+
+def pairs(*sizes: tuple[int, int, int], axis: int = 0) -> list[Inputs]:
+    """Of (batch, steps, steps), the batch on an axis."""
+    return [
+        tuple(torch.randn(batch, n, 8) if axis == 0 else torch.randn(n, batch, 8) for n in steps)
+        for batch, *steps in sizes
+    ]
 
 
 CASES: dict[str, tuple[Callable[[], nn.Module], list[Inputs]]] = {  # the first is the example
@@ -113,7 +175,20 @@ CASES: dict[str, tuple[Callable[[], nn.Module], list[Inputs]]] = {  # the first 
         images((2, 4, 4), (1, 4, 4), (1, 8, 12), (2, 9, 7)),
     ),
     "interpolation to a size": (lambda: UNet(False), images((2, 16, 16), (1, 12, 20), (1, 13, 9))),
-    "interpolation by a factor": (lambda: UNet(True), images((2, 16, 16), (1, 12, 20))),
+    "interpolation by a factor": (lambda: UNet(True), images((2, 16, 16), (1, 12, 20), (0, 16, 16))),
+    "attention to another": (Cross, pairs((2, 5, 7), (1, 5, 7), (4, 3, 3), (3, 1, 9))),
+    "attention to another, one sample": (Cross, pairs((1, 5, 7), (4, 5, 7), (2, 9, 1))),
+    "attention to another, as long": (Cross, pairs((5, 5, 5), (2, 5, 5), (3, 4, 7))),
+    "attention to another, time first": (lambda: Cross(False), pairs((2, 5, 7), (1, 4, 4), axis=1)),
+    "decoder": (Decoder, pairs((2, 5, 7), (1, 4, 9), (3, 1, 1))),
+    "decoder, one step of one": (Decoder, pairs((1, 1, 7), (3, 1, 7), (2, 5, 3))),
+    "flattened": (Flattened, sequences((2, 6), (2, 1), (1, 1), (0, 6), (3, 7))),
+    "folded": (Folded, sequences((2, 6), (5, 12), (2, 1), (3, 3), (0, 6))),
+    "causal, one step": (Causal, sequences((2, 1), (2, 5), (1, 1), (3, 9))),
+    "causal, one step of one": (Causal, sequences((1, 1), (2, 5))),
+    "no sample": (Causal, sequences((0, 6), (2, 6), (1, 3))),
+    "no step": (Flattened, sequences((2, 0), (2, 6), (1, 1))),
+    "no image": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), images((0, 8, 8), (2, 8, 8))),
     "any length": (Encoder, [(ids(2, 7),), (ids(3, 9),), (ids(1, 12),), (ids(1, 1),)]),
     "recurrent, time first": (Tagger, [tagged(6, 3), tagged(2, 5), tagged(1, 1)]),
     "recurrent, one step of one": (Tagger, [tagged(1, 1), tagged(4, 3)]),
@@ -173,6 +248,51 @@ def test_an_extent_of_one_that_the_model_takes_otherwise_is_refused() -> None:
         fast(torch.zeros(1, 6))
 
 
+class Queries(nn.Module):
+    """Learned queries for each sample; ``len`` is a number, which torch fixes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries, self.attention = nn.Parameter(torch.randn(1, 2, 8)), nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast("Tensor", self.attention(self.queries.expand(len(x), -1, -1), x, x, need_weights=False)[0])
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_an_extent_that_torch_fixes_is_the_example_s(batch: int) -> None:
+    model, x = Queries().eval(), torch.randn(batch, 5, 8)
+    fast = repack(model, x, form="program")
+    assert isinstance(fast, ProgramModel)
+    for given in (x, torch.randn(batch, 7, 8)):
+        with torch.no_grad():
+            assert same_output(fast(given), model(given))
+    with pytest.raises(AutopruneError, match="made for an input"):
+        fast(torch.randn(3, 5, 8))
+
+
+class Lonely(nn.Module):
+    """One step, or one sample, takes another way."""
+
+    def __init__(self, axis: int) -> None:
+        super().__init__()
+        self.out, self.axis = nn.Linear(8, 6), axis
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.out(x)
+        return -y if x.shape[self.axis] == 1 else y
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_an_example_of_one_on_a_branch_of_its_own_is_fixed(axis: int) -> None:
+    model, x = Lonely(axis).eval(), torch.randn(1, 1, 8)
+    fast = repack(model, x, form="program")
+    with torch.no_grad():
+        assert same_output(fast(x), model(x))
+    with pytest.raises(AutopruneError, match="made for an input"):
+        fast(torch.randn(3, 1, 8) if axis == 0 else torch.randn(1, 3, 8))
+
+
 def test_what_the_model_asks_of_its_extents_is_said() -> None:
     encoder = repack(Encoder().eval(), ids(2, 7), form="program")
     with pytest.raises(AutopruneError, match=r"axis 1 of 'ids' <= 12"):
@@ -221,6 +341,15 @@ def test_conditions_of_fixed_extents_are_gone() -> None:
     found = proven(replace_condition(whole), lambda chosen: True)
     assert [each.free for each in found.inputs] == [(0,)]
     assert found.conditions == (["lt", {"extent": 0}, 5],)
+
+
+def test_what_torch_alone_asks_is_gone() -> None:
+    """Memory that lies in another way at some extents is no reason; an empty input may be one."""
+    asked: Any = (["ne", {"extent": 1}, 1], ["ne", ["mul", {"extent": 0}, {"extent": 1}], 0], ["ne", {"extent": 0}, 4])
+    whole = graph((0, 1), conditions=asked)
+    assert proven(whole, lambda chosen: True).conditions == ()
+    found = proven(whole, lambda chosen: chosen.get(0) != 4 and 0 not in chosen.values())
+    assert found.conditions == (asked[2], ["le", 1, {"extent": 0}], ["le", 1, {"extent": 1}])
 
 
 def replace_condition(whole: Graph) -> Graph:

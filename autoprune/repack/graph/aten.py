@@ -18,6 +18,9 @@ from torch import Tensor
 
 from autoprune.errors import FileError
 
+# What torch and unpacking raise for values that do not fit an operation; a graph from a file may hold any.
+FAILURES = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
+
 # Operators that torch.export leaves whole and that are not tagged core.
 _NAMES = """
     _log_softmax.default _softmax.default adaptive_avg_pool1d.default adaptive_avg_pool2d.default
@@ -202,5 +205,9 @@ def call(name: str, args: Any, kwargs: Mapping[str, Any], values: Mapping[str, A
     if any(argument.name == "device" for argument in operator._schema.arguments):  # real or meta, like the rest
         devices = (value.device for value in values.values() if isinstance(value, Tensor))
         given["device"] = next(devices, None)
-    result = operator(*decode(args, values), **given)
+    places = decode(args, values)
+    if "upsample" in name and places[0].is_meta and not places[0].numel():  # torch's shapes for it fail on nothing
+        result = operator(torch.empty(places[0].shape, dtype=places[0].dtype), *places[1:], **given).to("meta")
+    else:
+        result = operator(*places, **given)
     return result if item is None else result[item]

@@ -93,6 +93,10 @@ def restored(value: Any, classes: Iterator[type]) -> Any:
     )
 
 
+Place = tuple[int, int]
+"""An input's number, and an axis of it."""
+
+
 @dataclass
 class Returned:
     """The structure of what a model returned."""
@@ -112,6 +116,7 @@ class ByPlace(nn.Module):
 
     Attributes:
         returned: holds, after a call, the structure of the model's output, whose names are numbers of tensors.
+        tied: groups of axes that have one extent, which torch.export takes for one where it is told.
     """
 
     def __init__(self, model: nn.Module, arguments: Arguments) -> None:
@@ -119,6 +124,7 @@ class ByPlace(nn.Module):
         for name, (kind, why) in out_of_reach(model).items():
             raise CaptureError(f"the model holds {name!r} ({kind}), which cannot be captured: {why}.")
         self.model, self.arguments = model, arguments
+        self.tied: Sequence[Sequence[Place]] = ()
         self.returned = Returned()  # torch.export takes back what is set on a module itself
 
     def forward(self, *tensors: Tensor) -> list[Any]:
@@ -128,6 +134,9 @@ class ByPlace(nn.Module):
             leaves.append(value)
             return str(len(leaves) - 1)
 
+        for (first, axis), *others in self.tied:
+            for number, other in others:
+                torch._check(tensors[first].shape[axis] == tensors[number].shape[other])
         output = self.arguments.with_tensors(tensors).call(self.model)
         self.returned.structure = structure(output, leaf, "returns")
         return leaves

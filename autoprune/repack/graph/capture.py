@@ -18,16 +18,19 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from autoprune.model.arguments import Arguments
 from autoprune.model.channel_gates import gates
-from autoprune.model.copies import copy_for_inference, has_memory
+from autoprune.model.copies import copy_for_inference, has_memory, own_copy
 from autoprune.model.recurrent.modules import WholeSequences, recurrent_modules
 from autoprune.repack.graph import aten, importer, torch_export
-from autoprune.repack.graph.calls import ByPlace, in_model, input_names
+from autoprune.repack.graph.aten import FAILURES
+from autoprune.repack.graph.calls import ByPlace, Place, in_model, input_names
+from autoprune.repack.graph.editor import infer_shapes
 from autoprune.repack.graph.freedom import Extents
 from autoprune.repack.graph.importer import Alias, Lifted, Site
 from autoprune.repack.graph.ir import FOLD_LIMIT, Graph, Op, renamed
-from autoprune.repack.graph.reference import SCALARS, evaluate_op
+from autoprune.repack.graph.reference import SCALARS, evaluate_op, reference
 from autoprune.repack.graph.schema import validate
 from autoprune.repack.graph.torch_export import Axes, CaptureError
+from autoprune.repack.outputs import same_output
 from autoprune.tracing import tracing, unloadable
 
 __all__ = ["CaptureError", "capture"]
@@ -38,6 +41,7 @@ _SCALARS: Mapping[Any, str] = {
     operator.sub: "sub",
     operator.floordiv: "floordiv",
 }
+_PRIMES = (5, 7, 11, 13, 17, 19, 23, 29)
 _PLACES = ("device", "layout", "pin_memory", "memory_format")  # arguments that say where, not what
 _WEIGHTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
@@ -65,15 +69,21 @@ def capture(model: nn.Module, inputs: Any) -> Graph:
     recurrent = [module for _, module in recurrent_modules(copied)]
     names = input_names(copied, arguments)
     by_place = ByPlace(_whole_operators(copied), arguments)
-    grown = _grown(tensors, recurrent)
     with tracing():  # all of it: symbolic extents also ask what other threads trace
         for free in _freedoms(tensors, bool(recurrent)):
-            try:
-                return _captured(by_place, names, tensors, free, grown)
-            except CaptureError:  # it is made for some extents
-                if not any(free):
-                    raise
+            for grown in _growths(tensors, recurrent, free):
+                try:
+                    return _captured(by_place, names, tensors, free, grown)
+                except _OtherThanGrown:
+                    continue
+                except CaptureError:  # it is made for some extents
+                    if not any(free):
+                        raise
     raise AssertionError("the last freedom is none")
+
+
+class _OtherThanGrown(CaptureError):
+    """A graph that was captured at larger extents than the examples', at which it computes something else."""
 
 
 def _freedoms(inputs: Sequence[Tensor], recurrent: bool) -> Iterator[list[Axes]]:
@@ -88,8 +98,22 @@ def _freedoms(inputs: Sequence[Tensor], recurrent: bool) -> Iterator[list[Axes]]
     yield [()] * len(inputs)
 
 
-def _grown(inputs: Sequence[Tensor], recurrent: Sequence[nn.LSTM | nn.GRU]) -> list[Axes]:
-    """The axes of each input that are a batch's or a sequence's, so that an extent of 1 is no reason to fix it."""
+def _growths(
+    inputs: Sequence[Tensor], recurrent: Sequence[nn.LSTM | nn.GRU], free: Sequence[Axes]
+) -> Iterator[dict[Place, int]]:
+    """Which free axes of extent 1 or 0 are captured at 2, so that they are not fixed: from most to none."""
+    tried = []
+    for wide in (True, False, None):
+        axes = () if wide is None else _grown(inputs, recurrent, wide)
+        grown = {(x, axis): 2 for x, each in enumerate(axes) for axis in each}
+        grown = {place: 2 for place in grown if place[1] in free[place[0]] and inputs[place[0]].shape[place[1]] < 2}
+        if grown not in tried:
+            tried.append(grown)
+            yield grown
+
+
+def _grown(inputs: Sequence[Tensor], recurrent: Sequence[nn.LSTM | nn.GRU], wide: bool) -> list[Axes]:
+    """The axes of each input that are a batch's or a sequence's; `wide`: also where there only may be steps."""
     states = {(m.num_layers * (1 + m.bidirectional), m.hidden_size) for m in recurrent}
 
     def of(x: Tensor) -> Axes:
@@ -97,7 +121,7 @@ def _grown(inputs: Sequence[Tensor], recurrent: Sequence[nn.LSTM | nn.GRU]) -> l
         if x is not inputs[0] and x.ndim == 3 and (x.shape[0], x.shape[2]) in states:
             return [1]
         features = x.is_floating_point() and x.ndim > 1  # lie on the last axis
-        axes = range(min(1 + bool(recurrent), x.ndim - features))
+        axes = range(min(1 + (bool(recurrent) or (wide and x.ndim < 4)), x.ndim - features))
         return [axis for axis in axes if x.shape[axis : axis + 1] == inputs[0].shape[axis : axis + 1]]
 
     return [of(x) for x in inputs]
@@ -119,22 +143,97 @@ def _describe(x: Any) -> str:
 
 
 def _captured(
-    model: ByPlace, names: Sequence[str], inputs: Sequence[Tensor], free: Sequence[Axes], grown: Sequence[Axes]
-) -> Graph:
-    larger = [[axis for axis in axes if axis in each] for axes, each in zip(free, grown, strict=True)]
-    program = torch_export.export(model, inputs, free, larger)
+    model: ByPlace, names: Sequence[str], inputs: Sequence[Tensor], free: Sequence[Axes], grown: Mapping[Place, int],
+    tied: Sequence[Sequence[Place]] = (),
+) -> Graph:  # fmt: skip
+    """The graph with those of the axes `free` that torch leaves free.
+
+    Axes are captured at the extents that `grown` has for them, the examples' else; each group of those `tied` is one.
+    """
+    model.tied = tied
+    grown = {(x, axis): extent for (x, axis), extent in grown.items() if axis in free[x]}
+    program = torch_export.export(model, inputs, free, grown)
     known = Extents(torch_export.user_inputs(program))
-    if fixed := known.pinned():
-        axes = zip(free, known.axes, strict=True)
-        left = [[a for a in each if own.get(a) not in fixed] for each, own in axes]
-        return _captured(model, names, inputs, left, grown)
-    returned = model.returned.structure
+    pinned = known.pinned()
+    fixed = [(x, axis) for x, own in enumerate(free) for axis in own if known.axes[x].get(axis) in {None, *pinned}]
+    if tied and all(place in fixed for group in tied for place in group):
+        raise CaptureError("the model fixes these extents, alone and together.")
+    others: list[tuple[Mapping[Place, int], Sequence[Sequence[Place]]]] = []
+    others += [(grown, groups) for groups in _ties(inputs, fixed)] if not tied else []
+    if all(extent == 2 for extent in grown.values()):  # else tried
+        numbers = {place: known.axes[place[0]].get(place[1]) for place in _steps(inputs, fixed)}
+        unlike = _unlike_extents(inputs, {place: n for place, n in numbers.items() if n is not None})
+        others += [({**grown, **unlike}, tied)] if unlike else []
+    for extents, groups in others:
+        try:
+            return _captured(model, names, inputs, free, extents, groups)
+        except CaptureError:  # no freer so
+            continue
+    if pinned or any(place in grown for place in fixed):  # the program holds another extent in their place
+        left = [[axis for axis in own if (x, axis) not in fixed] for x, own in enumerate(free)]
+        return _captured(model, names, inputs, left, grown, tied)
+    graph = _translated(program, names, inputs, model.returned.structure)
+    try:
+        infer_shapes(graph)
+    except FAILURES as error:
+        raise CaptureError(f"the captured graph does not run at other extents: {error}.") from error
+    if grown and not _computes(graph, model, inputs):
+        raise _OtherThanGrown("the model takes another way for larger inputs than for the examples.")
+    return graph
+
+
+def _steps(inputs: Sequence[Tensor], places: Sequence[Place]) -> list[Place]:
+    """Those that are a batch's axis, or a sequence's."""
+    found = []
+    for number, axis in places:
+        features = inputs[number].is_floating_point() and inputs[number].ndim > 1
+        if axis < min(2 if inputs[number].ndim < 4 else 1, inputs[number].ndim - features):
+            found.append((number, axis))
+    return found
+
+
+def _ties(inputs: Sequence[Tensor], fixed: Sequence[Place]) -> Iterator[list[list[Place]]]:
+    """Axes of batches and sequences that torch fixes and that may have one extent: those of one place, or all."""
+    found = []
+    for same_place in (True, False):
+        groups: dict[Any, list[Place]] = {}
+        for number, axis in _steps(inputs, fixed):
+            groups.setdefault((inputs[number].shape[axis], axis if same_place else 0), []).append((number, axis))
+        several = [group for group in groups.values() if len({number for number, _ in group}) > 1]
+        if several and several not in found:
+            found.append(several)
+            yield several
+
+
+def _unlike_extents(inputs: Sequence[Tensor], numbers: Mapping[Place, int]) -> dict[Place, int]:
+    """An extent for each number that divides nothing: torch may have fixed the example's for what it divides."""
+    taken = {extent for x in inputs for extent in x.shape}
+    primes = (each for each in _PRIMES if each not in taken)
+    extents = dict(zip(sorted(set(numbers.values())), primes, strict=False))
+    return {place: extents[number] for place, number in numbers.items() if number in extents}
+
+
+def _translated(program: ExportedProgram, names: Sequence[str], inputs: Sequence[Tensor], returned: Any) -> Graph:
     if torch_export.is_functional(program.graph):
         try:
             return validate(_Translation(program, names, inputs, returned).graph())
         except CaptureError:  # an operator that is one of several simpler ones
             pass
     return validate(_Translation(torch_export.functional(program), names, inputs, returned).graph())
+
+
+def _computes(graph: Graph, model: ByPlace, inputs: Sequence[Tensor]) -> bool:
+    """Whether the graph gives on the examples what the model does; not asked where states are cut at a threshold."""
+    if any(op.attributes["threshold"] or op.attributes["keep"] for op in graph.ops if op.kind == "recurrent"):
+        return True
+    flat = replace(graph, outputs={"list": graph.output_names()})
+    try:
+        with torch.inference_mode():
+            pairs = model(*map(own_copy, inputs)), reference(flat, tuple(map(own_copy, inputs)))
+    except FAILURES:
+        return False
+    wanted, got = ([x for x in each if isinstance(x, Tensor)] for each in pairs)
+    return same_output(got, wanted)
 
 
 def _unlike(names: Sequence[str], taken: set[str]) -> list[str]:

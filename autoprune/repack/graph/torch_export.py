@@ -50,7 +50,7 @@ class CaptureError(AutopruneError):
 
 
 def export(
-    model: nn.Module, inputs: Sequence[Tensor], free: Sequence[Axes], grown: Sequence[Axes] | None = None
+    model: nn.Module, inputs: Sequence[Tensor], free: Sequence[Axes], grown: Mapping[tuple[int, int], int]
 ) -> ExportedProgram:
     """Asks for a form of the model in which extents are as free as the model leaves them.
 
@@ -58,23 +58,27 @@ def export(
         model: in eval mode.
         inputs: examples.
         free: of each input, the axes whose extents may become free; which do, and which are one, torch finds out.
-        grown: those of them that are doubled where their extent is 1, which torch takes for a constant; all when None.
+        grown: input and axis -> the extent that it is captured at, where the example's is one that torch takes for a
+            constant, as it does 0 and 1.
     """
     # Torch takes tensors that are one object for one input, and so would what it exports.
-    examples = tuple(_larger(own_copy(x), axes) for x, axes in zip(inputs, grown or free, strict=True))
+    examples = [own_copy(x) for x in inputs]
+    for (number, axis), extent in grown.items():
+        examples[number] = _of_extent(examples[number], axis, extent)
     try:
         shapes = dynamic_shapes(model, free, Dim.AUTO)
         with tracing(), _plain_attention(), torch.no_grad():
-            exported: ExportedProgram = torch.export.export(model, examples, dynamic_shapes=shapes, strict=False)
+            exported: ExportedProgram = torch.export.export(model, tuple(examples), dynamic_shapes=shapes, strict=False)
             return exported
     except Exception as error:  # the model is the user's, and export raises whatever it likes
         raise _failed(error) from error
 
 
-def _larger(x: Tensor, axes: Axes) -> Tensor:
-    for axis in axes:
-        x = torch.cat([x, x], dim=axis) if x.shape[axis] == 1 else x
-    return x
+def _of_extent(x: Tensor, axis: int, extent: int) -> Tensor:
+    """What lies along an axis, again from the beginning where it ends; zeros where there is nothing."""
+    if not x.shape[axis]:
+        return x.new_zeros((*x.shape[:axis], extent, *x.shape[axis + 1 :]))
+    return x.index_select(axis, torch.arange(extent, device=x.device) % x.shape[axis])
 
 
 def user_inputs(program: ExportedProgram) -> list[fx.Node]:

@@ -40,8 +40,6 @@ from autoprune.repack.lowering.steps import (
 from autoprune.repack.lowering.weights import Weights
 from autoprune.repack.native.op import NativeOp
 
-# What torch and unpacking raise for values that do not fit an operation; a graph from a file may hold any.
-FAILURES = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
 NOT_NEGATIVE = ("relu", "relu6", "sigmoid", "hardsigmoid")
 
 

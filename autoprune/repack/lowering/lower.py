@@ -9,12 +9,13 @@ from torch import Tensor
 
 from autoprune.errors import AutopruneError
 from autoprune.repack.debug import dump, verifying
+from autoprune.repack.graph.aten import FAILURES
 from autoprune.repack.graph.ir import Graph, Op
 from autoprune.repack.graph.reference import evaluate_op
 from autoprune.repack.kernels.compiler import Target
 from autoprune.repack.lowering import conv_rules, pointwise, pool_rules, tokens
 from autoprune.repack.lowering.buffers import Buffer, place
-from autoprune.repack.lowering.context import FAILURES, Lowering, copied
+from autoprune.repack.lowering.context import Lowering, copied
 from autoprune.repack.lowering.steps import (
     ARENA,
     Lowered,

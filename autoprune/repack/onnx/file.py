@@ -71,7 +71,8 @@ def _exported(
     module: nn.Module, inputs: tuple[Tensor, ...], batched: Sequence[bool], names: Sequence[str] | None = None
 ) -> torch.onnx.ONNXProgram:
     free = [(0,) if each else () for each in batched]
-    program = exporting.export(module, inputs, free)
+    one = {(number, 0): 2 for number, x in enumerate(inputs) if batched[number] and x.shape[0] < 2}
+    program = exporting.export(module, inputs, free, one)
     shapes = exporting.dynamic_shapes(module, free, Dim("batch"))  # gives the extents their name
     try:
         with tracing():

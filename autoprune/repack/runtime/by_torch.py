@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from autoprune.errors import AutopruneError
+from autoprune.repack.graph.aten import FAILURES
 from autoprune.repack.graph.ir import Graph
 from autoprune.repack.graph.reference import reference
-from autoprune.repack.lowering.context import FAILURES
 from autoprune.repack.lowering.weights import Weights
 
 

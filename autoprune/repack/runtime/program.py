@@ -18,11 +18,11 @@ from torch import Tensor
 from autoprune.errors import AutopruneError
 from autoprune.model.copies import has_memory
 from autoprune.repack.graph import aten
+from autoprune.repack.graph.aten import FAILURES
 from autoprune.repack.graph.extents import check_shapes
 from autoprune.repack.graph.ir import Graph, build_outputs
 from autoprune.repack.graph.reference import evaluate_op
 from autoprune.repack.kernels.compiler import Target, host, unavailable
-from autoprune.repack.lowering.context import FAILURES
 from autoprune.repack.lowering.geometry import Tiling
 from autoprune.repack.lowering.layout import FLOAT_BYTES
 from autoprune.repack.lowering.lower import lower

@@ -255,7 +255,9 @@ def streams_little(program: Program, inputs: tuple[Tensor, ...]) -> bool:
 
 
 def _tunable(plan: Plan, layers: Mapping[str, Layer]) -> list[NativeStep]:
-    return [step for step in plan.lowered.steps if isinstance(step, NativeStep) and step.name in layers and step.layer]
+    """The packed layers that have something to do: of an empty example there is nothing to time."""
+    native = (step for step in plan.lowered.steps if isinstance(step, NativeStep))
+    return [step for step in native if step.name in layers and step.layer and math.prod(step.size)]
 
 
 def key_of(step: NativeStep, layer: Layer, plan: Plan) -> str:
