@@ -20,7 +20,7 @@ from autoprune.files import as_path, temporary_folder
 from autoprune.masks import Batches, Loss
 from autoprune.metric import ACCURACY, Metric
 from autoprune.model.arguments import Arguments
-from autoprune.model.copies import copy_for_inference
+from autoprune.model.copies import copy_for_inference, uncompiled_
 from autoprune.pipeline.results import report_of
 from autoprune.pipeline.run import Run
 from autoprune.plan import Plan
@@ -115,8 +115,7 @@ def _given_run(
         raise ConfigError(f"config is a dictionary of sections, which are dictionaries, not {config!r:.60}.")
     refused()  # torch must know before a model runs
     check_model(model)
-    eager = dict(model.named_children()).get("_orig_mod", model)  # torch.compile would compile each copy anew
-    dense = unfreeze_(copy_for_inference(eager).cpu())
+    dense = unfreeze_(uncompiled_(copy_for_inference(model)).cpu())  # torch.compile would compile each copy anew
     inputs = Arguments.of(example_inputs).positional(dense)
     if not inputs[0].dim():
         raise AutopruneError("the first example input must hold samples along its first axis: it is a single number.")

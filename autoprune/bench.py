@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from autoprune.errors import AutopruneError, ConfigError, MissingExtra, did_you_mean
 from autoprune.latency.engines import ENGINES
 from autoprune.latency.timer import Clock, Protocol, measure_together
-from autoprune.model.copies import copy_for_inference
+from autoprune.model.copies import copy_for_inference, uncompiled_
 from autoprune.model.inventory import weighted_layers
 from autoprune.progress import SILENT, Progress
 from autoprune.repack import ProgramModel, RepackedModel, repack
@@ -72,9 +72,10 @@ def repack_shown(model: nn.Module, inputs: tuple[Tensor, ...], threads: int, pro
     Raises:
         AutopruneError: the model does not run on these inputs, or cannot be reproduced.
     """
+    copied = uncompiled_(copy_for_inference(model))
     try:
         with torch.inference_mode():
-            copy_for_inference(model)(*fresh(inputs))
+            copied(*fresh(inputs))
     except Exception as error:  # the model is the user's: it may raise anything
         shapes = " and ".join(f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in inputs)
         lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -123,7 +124,7 @@ def bench_model(
     for name in engines or ():
         if command := ENGINES.get(name)().available():
             raise MissingExtra(f"the engine {name} is not installed here. Install it with: {command}")
-    model = copy_for_inference(model)
+    model = uncompiled_(copy_for_inference(model))
     fast = repack_shown(model, inputs, threads, progress)
     names = [name for name in dict.fromkeys(ENGINES if engines is None else engines) if name != EAGER]
     with progress.bar("preparing engines", len(names)) as bar:

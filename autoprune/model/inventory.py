@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from autoprune.errors import AutopruneError
 from autoprune.model.arguments import Arguments, call_with
-from autoprune.model.copies import copy_for_inference, out_of_reach
+from autoprune.model.copies import copy_for_inference, not_running, out_of_reach
 from autoprune.model.recurrent.modules import run_stepwise
 from autoprune.model.recurrent.names import GATES, cell_of, layer_at, layers_of, split_name
 from autoprune.plan import LayerSpec
@@ -197,6 +197,8 @@ def take_inventory(
         # inference tensors have no version, whatever mode the caller is in
         with watch_forward(probe, [*candidates, *norms], seen), torch.inference_mode(False), torch.no_grad():
             call_with(probe, example_inputs)
+    except AttributeError as error:
+        raise not_running(error) from error
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         shapes = ", ".join(str(tuple(x.shape)) for x in Arguments.of(example_inputs).tensors)
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from autoprune.errors import AutopruneError, FileError
 from autoprune.files import given_path, read_tensors, write_tensors
-from autoprune.model.copies import copy_for_inference
+from autoprune.model.copies import copy_for_inference, uncompiled_
 from autoprune.model.recurrent.names import cell_of, layers_of
 from autoprune.repack.graph import schema
 from autoprune.repack.graph.aten import FAILURES
@@ -95,7 +95,7 @@ def load(path: Path | str, model: nn.Module | None = None, *, threads: int | Non
         if about["form"] != _MODULES:
             raise FileError(f"its form is {about['form']!r}")
         if model is not None:
-            return _read_modules(tensors, about, copy_for_inference(model), report)
+            return _read_modules(tensors, about, uncompiled_(copy_for_inference(model)), report)
     except FileError as error:
         raise FileError(f"the packed model is corrupt: {path} ({error})") from None
     except (OSError, AssertionError) as error:

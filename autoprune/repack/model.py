@@ -19,7 +19,7 @@ from autoprune.errors import AutopruneError
 from autoprune.latency.timer import Clock, Protocol
 from autoprune.masks import Masks, apply_masks_
 from autoprune.model.arguments import Arguments
-from autoprune.model.copies import copy_for_inference
+from autoprune.model.copies import check_inputs, copy_for_inference, not_running, uncompiled_
 from autoprune.model.inventory import kind_of, weighted_layers
 from autoprune.model.recurrent.modules import cut_states_
 from autoprune.repack.graph.batching import apart
@@ -83,9 +83,11 @@ def repack(
     check_threads(threads)
     refused()  # before the model runs
     original = copy_for_inference(model)
-    arguments = Arguments.of(example_inputs).ordered(original)
     if masks:
         apply_masks_(original, masks)
+    original = uncompiled_(original)
+    arguments = Arguments.of(example_inputs).ordered(original)
+    check_inputs(arguments.tensors)
     only_modules = form == "modules" or (form is None and (backends is not None or choose is not None))
     told = ""
     if not only_modules:
@@ -115,7 +117,7 @@ def _as_program(
         with torch.inference_mode():
             wanted = by_place(*fresh(inputs))
     except Exception as error:  # the model is the user's: it may raise anything
-        raise AutopruneError(f"the model does not run on its example inputs: {error}") from error
+        raise not_running(error) from error
     progress("capturing the model")
     known = graph.rebound(original) if graph is not None else None
     graph = simplify(known if known is not None else capture(original, arguments))

@@ -28,8 +28,14 @@ def same_output(got: Any, wanted: Any, tolerance: float = TOLERANCE) -> bool:
 
 
 def _same_tensor(got: Tensor, wanted: Tensor, tolerance: float) -> bool:
+    if got.layout != wanted.layout or got.is_nested != wanted.is_nested:
+        return False
+    if wanted.is_nested:
+        return same_output(list(got.unbind()), list(wanted.unbind()), tolerance)
     if got.shape != wanted.shape or got.dtype != wanted.dtype:
         return False
+    if wanted.layout is not torch.strided:
+        return _same_tensor(got.to_dense(), wanted.to_dense(), tolerance)
     if wanted.is_complex():
         return _same_tensor(torch.view_as_real(got), torch.view_as_real(wanted), tolerance)
     if not wanted.is_floating_point() or wanted.numel() == 0:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from autoprune.errors import AutopruneError
+from autoprune.model.copies import has_memory
 from autoprune.repack.outputs import same_output
 
 Shapes = Sequence[tuple[int, ...]]
@@ -59,7 +60,7 @@ def probes(inputs: tuple[Any, ...], shapes: Shapes | None = None, seed: int = 0)
     The first tell most; a model that indexes, sorts or divides by what it is given may take the later ones alone.
     What is no dense tensor stays as it is.
     """
-    wanted = shapes or [tuple(x.shape) if isinstance(x, Tensor) else () for x in inputs]
+    wanted = shapes or [tuple(x.shape) if has_memory(x) else () for x in inputs]
     generator = torch.Generator().manual_seed(seed)
 
     def plain(x: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -73,7 +74,7 @@ def probes(inputs: tuple[Any, ...], shapes: Shapes | None = None, seed: int = 0)
 
     for make in (drawn, turned, plain):
         yield tuple(
-            make(x.detach(), shape) if isinstance(x, Tensor) and x.layout is torch.strided else copy.deepcopy(x)
+            make(x.detach(), shape) if has_memory(x) else fresh((x,))[0]
             for x, shape in zip(inputs, wanted, strict=True)
         )
 

@@ -143,11 +143,15 @@ class ProgramModel(Sealed):
     Attributes:
         program: what runs; it follows ``torch.set_num_threads`` unless it was made for a number of threads.
         signature: how it is called.
-        classes: of the records it returns, in order; a program from a file has none, and returns `Record` itself.
+        classes: of the records and dictionaries it returns, in order; a program from a file has none, and returns `Record` itself.
     """
 
     def __init__(
-        self, program: Program, report: Sequence[LayerReport], signature: Signature, classes: Sequence[type] = ()
+        self,
+        program: Program,
+        report: Sequence[LayerReport],
+        signature: Signature,
+        classes: Sequence[Callable[..., Any]] = (),
     ) -> None:
         super().__init__(report)
         self.program, self.signature, self.classes = program, signature, tuple(classes)

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from autoprune.errors import AutopruneError
 from autoprune.latency.engines import ENGINES
 from autoprune.latency.engines.base import Call
-from autoprune.model.copies import copy_for_inference
+from autoprune.model.copies import copy_for_inference, not_running
 from autoprune.repack.outputs import difference, same_output
 from autoprune.repack.probes import fresh
 
@@ -44,7 +44,7 @@ def dense_calls(
         with torch.inference_mode():
             wanted = model(*fresh(inputs))
     except Exception as error:  # the model is the user's: it may raise anything
-        raise AutopruneError(f"the model does not run on its example inputs: {error}") from error
+        raise not_running(error) from error
     calls: dict[str, Call] = {}
     left_out: dict[str, str] = {}
     for name in engines:

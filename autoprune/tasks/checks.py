@@ -11,12 +11,12 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from autoprune.errors import AutopruneError, ConfigError
 from autoprune.masks import Batches, Loss
 from autoprune.model.arguments import Arguments, call_with
+from autoprune.model.copies import check_weights
 from autoprune.model.given import called, check_loss, kind, read
 from autoprune.model.inventory import weighted_layers
 from autoprune.tasks.batches import drawing_alike
@@ -56,11 +56,7 @@ def check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         given = f"the class {model.__name__}" if isinstance(model, type) else kind(model)
         raise AutopruneError(f"the model is {given}: give a torch.nn.Module, such as an instance of a class of models.")
-    for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
-        if is_lazy(parameter):
-            raise AutopruneError(f"{name} has no shape yet: call the model once, so that its lazy modules are made.")
-        if parameter.is_meta:
-            raise AutopruneError(f"{name} is on the meta device and has no values: load the model's weights first.")
+    check_weights(model)
 
 
 def unfreeze_(model: nn.Module) -> nn.Module:

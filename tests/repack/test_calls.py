@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import json
 import pickle
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -135,6 +136,11 @@ CALLS: dict[str, tuple[type[Base], Any, list[Arguments]]] = {
         [Arguments(ids=x(), mask=x()), Arguments(mask=x(3), mode="mean", ids=x(3), as_dict=True)],
     ),
     "plain values": (Keywords, {"ids": x(), "as_dict": False}, [Arguments(ids=x(), as_dict=False, mask=None)]),
+    "a number of numpy's": (
+        Keywords,
+        {"ids": x(), "as_dict": np.bool_(False)},
+        [Arguments(ids=x(), as_dict=False, mask=None), Arguments(ids=x(), as_dict=np.bool_(False))],
+    ),
     "containers": (
         Nested,
         ({"x": x()}, (x(), x(2, 3)), Pair("text", x())),
@@ -195,6 +201,8 @@ RETURNED: dict[str, Any] = {
     "model output": lambda m, x, y, z: ModelOutput(logits=y),
     "records inside": lambda m, x, y, z: {"a": Pair(Frozen(y), Answer(z)), "b": [Frozen(z)]},
     "ordered": lambda m, x, y, z: OrderedDict(b=y, a=(z, 2.5, "text", True)),
+    "a size": lambda m, x, y, z: (y, y.shape),
+    "a default": lambda m, x, y, z: defaultdict(list, a=y, b=OrderedDict(c=z, d=Frozen(y))),
     "numbered": lambda m, x, y, z: {0: y, 1: z},
     "torch's own": lambda m, x, y, z: y.max(1),
     "inputs and constants": lambda m, x, y, z: (x, m.numbers, y, x.shape[0], x),
@@ -218,6 +226,8 @@ def plain(value: Any) -> Any:
     """Records, whatever their class, as dictionaries."""
     if isinstance(value, Record):
         return {name: plain(value[name]) for name in value.keys()}  # noqa: SIM118 - a tuple
+    if isinstance(value, torch.Size):
+        return {str(axis): extent for axis, extent in enumerate(value)}
     if isinstance(value, (Pair, torch.return_types.max)):
         names = getattr(value, "_fields", ("values", "indices"))
         return {name: plain(each) for name, each in zip(names, value, strict=True)}

@@ -316,6 +316,16 @@ def test_updating_statistics_is_refused() -> None:
         capture(Stubborn(3), (torch.randn(2, 3, 4, 4),))
 
 
+def test_a_mask_by_where_is_part_of_the_weight() -> None:
+    def masked(m: Any, x: Tensor) -> Tensor:
+        kept = (torch.arange(m.c.weight.numel()) % 2 == 0).view_as(m.c.weight)
+        return nn.functional.conv2d(x, torch.where(kept, m.c.weight, 0.0))
+
+    graph = capture(Call(masked, c=conv()).eval(), (torch.randn(1, 3, 6, 6),))
+    (op,) = graph.ops
+    assert int((graph.constants[op.tensors["weight"]] == 0).sum()) >= graph.constants[op.tensors["weight"]].numel() // 2
+
+
 @pytest.mark.parametrize(
     "given", [torch.eye(2).to_sparse(), torch.ones(2, device="meta"), {"x": [torch.eye(2).to_sparse()]}]
 )

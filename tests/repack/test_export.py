@@ -27,6 +27,7 @@ from autoprune.repack.graph.torch_export import CaptureError
 from autoprune.repack.onnx import export, form_choice
 from autoprune.repack.onnx import file as onnx_file
 from autoprune.repack.onnx.forms import FORMS, shares
+from autoprune.repack.outputs import same_output
 from autoprune.report.bench_tables import export_text
 from autoprune.testing import FakeClock
 
@@ -245,6 +246,28 @@ def test_a_model_that_takes_one_batch_size_is_exported_for_that(tmp_path: Path) 
 
     report = export_onnx(Fixed(), torch.randn(2, 12), tmp_path / "m.onnx")
     assert not report.dynamic
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections:UserWarning")
+@pytest.mark.parametrize("projected", [0, 3])
+def test_steps_before_the_batch_are_no_batch(tmp_path: Path, projected: int) -> None:
+    """An LSTM with the states it begins with: torch.export fixes its steps."""
+
+    class Sequence(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = nn.LSTM(6, 8, 2, bidirectional=True, proj_size=projected)
+
+        def forward(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            y, (h, c) = self.cell(x, (h, c))
+            return y, h, c
+
+    inputs = torch.randn(5, 2, 6), torch.randn(4, 2, projected or 8), torch.randn(4, 2, 8)
+    model = Sequence().eval()
+    report = export_onnx(model, inputs, tmp_path / "m.onnx")
+    assert not report.dynamic
+    with torch.inference_mode():
+        assert same_output(run(tmp_path / "m.onnx", *inputs), list(model(*inputs)))
 
 
 def test_what_cannot_be_captured_is_exported_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

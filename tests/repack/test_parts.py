@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import autoprune
+from autoprune import PruningHooks
+from autoprune.bench import bench_model
 from autoprune.errors import AutopruneError
 from autoprune.model.inventory import take_inventory
-from autoprune.repack import CaptureError
+from autoprune.repack import CaptureError, ProgramModel, SwappedModel, export_onnx, repack
+from autoprune.repack.outputs import same_output
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of TorchScript and torch's quantisation
 
@@ -74,3 +79,106 @@ def test_a_model_that_cannot_be_copied_is_refused() -> None:
     model[0].weight = nn.Parameter(model[0].weight.detach().to_sparse(), requires_grad=False)  # type: ignore[union-attr]
     with pytest.raises(AutopruneError, match=r"cannot be copied.*dense tensors"):
         autoprune.repack(model, torch.randn(2, 16))
+
+
+# Models that are not ready, inputs that are not dense ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        (lambda: nn.Sequential(nn.LazyLinear(8)), "0.weight has no shape yet: call the model once"),
+        (lambda: nn.Sequential(nn.LazyConv2d(8, 3)), "0.weight has no shape yet: call the model once"),
+        (lambda: nn.Sequential(nn.Linear(6, 8, device="meta")), "0.weight is on the meta device and has no values"),
+    ],
+)
+def test_a_model_without_weights_is_refused(model: Any, told: str, tmp_path: Path) -> None:
+    x = torch.randn(2, 6)
+    calls: list[Callable[[nn.Module], Any]] = [
+        lambda given: repack(given, x),
+        lambda given: repack(given, x, form="modules"),
+        lambda given: export_onnx(given, x, tmp_path / "model.onnx"),
+        lambda given: bench_model(given, (x,)),
+        lambda given: PruningHooks(given, x, sparsity=0.5),
+    ]
+    for call in calls:
+        with pytest.raises(AutopruneError, match=told):
+            call(model().eval())
+
+
+def test_what_torch_compiles_is_looked_through(tmp_path: Path) -> None:
+    inner = nn.Sequential(nn.Linear(6, 8), nn.ReLU())
+    x = torch.randn(2, 6)
+    for model in (torch.compile(inner), nn.Sequential(torch.compile(inner), nn.Linear(8, 4))):  # type: ignore[list-item]
+        fast = repack(model.eval(), x)  # type: ignore[attr-defined]
+        assert isinstance(fast, ProgramModel)
+        assert not any("_orig_mod" in row.name for row in fast.report)
+
+
+class ReadsParts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.utils.parametrizations.weight_norm(nn.Linear(6, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast("Tensor", self.a(x) * self.a.parametrizations.weight.original0.sum())
+
+
+def test_a_forward_that_reads_parts_of_a_weight_is_told() -> None:
+    for form in (None, "modules"):
+        with pytest.raises(AutopruneError, match=r"there is the weight alone: read that, e\.g\. self\.layer\.weight"):
+            repack(ReadsParts().eval(), torch.randn(2, 6), form=form)  # type: ignore[arg-type]
+
+
+class Padded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.l = nn.Linear(6, 8)
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        x = self.l(x if y is None else x @ y)
+        return x.to_padded_tensor(0.0) if x.is_nested else x
+
+
+def nested(layout: torch.layout) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.nested.nested_tensor([torch.randn(3, 6), torch.randn(5, 6)], layout=layout)
+
+
+def csr() -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.eye(6).to_sparse_csr()
+
+
+@pytest.mark.parametrize("make", [lambda: (nested(torch.strided),), lambda: (csr(), torch.randn(6, 6))])
+def test_inputs_that_are_not_dense_run_layer_by_layer(make: Any, tmp_path: Path) -> None:
+    model, given = Padded().eval(), make()
+    fast = repack(model, given)
+    assert isinstance(fast, SwappedModel)
+    with torch.inference_mode():
+        assert same_output(fast(*given), model(*given))
+    with pytest.raises(AutopruneError, match="give a dense one"):
+        export_onnx(model, given, tmp_path / "model.onnx")
+
+
+def test_a_jagged_input_is_refused() -> None:
+    with pytest.raises(AutopruneError, match=r"an input is a nested tensor .* give a dense one"):
+        repack(Padded().eval(), nested(torch.jagged))
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections:UserWarning")
+@pytest.mark.parametrize(
+    ("model", "inputs"),
+    [
+        (lambda: nn.LSTM(6, 8, proj_size=3), (torch.randn(5, 2, 6),)),
+        (lambda: nn.RNN(6, 8), (torch.randn(5, 2, 6),)),
+        (lambda: nn.LSTMCell(6, 8), (torch.randn(2, 6),)),
+        (lambda: nn.Bilinear(6, 6, 4), (torch.randn(2, 6), torch.randn(2, 6))),
+    ],
+)
+def test_a_layer_of_a_kind_without_packed_form_has_a_row(model: Any, inputs: Any) -> None:
+    (row,) = repack(model().eval(), inputs, form="modules").report
+    assert (row.backend, row.sparsity) == ("dense", 0.0)
+    assert row.why in ("it has projections (proj_size)", "no packed form is of this kind")

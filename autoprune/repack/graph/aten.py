@@ -41,7 +41,7 @@ _NAMES = """
     stack.default std.correction std.dim sum.default t.default take_along_dim.default tile.default to.dtype
     to.dtype_layout transpose.int tril.default triu.default type_as.default unbind.int unflatten.int
     unfold.default upsample_bicubic2d.vec upsample_bilinear2d.vec upsample_nearest2d.vec var.default
-    zeros.default zeros_like.default
+    where.Scalar where.ScalarOther where.ScalarSelf zeros.default zeros_like.default
 """
 WHOLE = frozenset(_NAMES.split())
 _ATTENTION = "scaled_dot_product_attention.default"  # tagged as random for the sake of its dropout

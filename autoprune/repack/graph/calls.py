@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -44,6 +45,8 @@ def structure(value: Any, leaf: Callable[[Any], str], does: str) -> Any:
     """
     if isinstance(value, (Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)):
         return leaf(value)
+    if isinstance(value, np.generic) and does == "takes":
+        value = value.item()
     if isinstance(value, str):
         return {"text": value}
     if value is None or type(value) in (bool, int) or (type(value) is float and math.isfinite(value)):
@@ -58,7 +61,9 @@ def structure(value: Any, leaf: Callable[[Any], str], does: str) -> Any:
 
 
 def _fields(value: Any) -> dict[str, Any] | None:
-    """Of a named tuple or a dataclass (as models' own output classes are); None for anything else."""
+    """Of a named tuple, a dataclass (as models' own output classes are) or another class of its own; else None."""
+    if isinstance(value, torch.Size):
+        return {str(axis): extent for axis, extent in enumerate(value)}
     if isinstance(value, tuple):
         names = getattr(value, "_fields", None) or getattr(type(value), "__match_args__", None)
         return dict(zip(names, value, strict=False)) if names else None
@@ -67,17 +72,22 @@ def _fields(value: Any) -> dict[str, Any] | None:
     return dict(value) if isinstance(value, Mapping) else inside(value)
 
 
-def record_classes(value: Any) -> tuple[type, ...]:
-    """The classes of the records in a value, outer ones first."""
-    own = () if _fields(value) is None else (type(value),)
+def record_classes(value: Any) -> tuple[Callable[..., Any], ...]:
+    """What makes the records and dictionaries in a value, outer ones first: their classes."""
+    own: tuple[Callable[..., Any], ...] = ()
+    if isinstance(value, defaultdict):
+        own = (partial(defaultdict, value.default_factory),)
+    elif _fields(value) is not None or isinstance(value, Mapping):
+        own = (type(value),)
     return own + tuple(kind for each in (inside(value) or {}).values() for kind in record_classes(each))
 
 
-def restored(value: Any, classes: Iterator[type]) -> Any:
+def restored(value: Any, classes: Iterator[Callable[..., Any]]) -> Any:
     """A result with the user's own classes in the places of its records."""
     if isinstance(value, Record):
         kind = next(classes)
         fields = {name: restored(each, classes) for name, each in vars(value).items()}
+        assert isinstance(kind, type)
         if issubclass(kind, tuple):
             return kind(*fields.values()) if hasattr(kind, "_fields") else kind(fields.values())
         if issubclass(kind, Mapping):
@@ -86,11 +96,10 @@ def restored(value: Any, classes: Iterator[type]) -> Any:
         for name, each in fields.items():
             object.__setattr__(made, name, each)
         return made
-    if isinstance(value, (tuple, list)):
-        return type(value)(restored(each, classes) for each in value)
-    return (
-        type(value)((key, restored(each, classes)) for key, each in value.items()) if isinstance(value, dict) else value
-    )
+    if isinstance(value, dict):
+        kind = next(classes)
+        return kind([(key, restored(each, classes)) for key, each in value.items()])
+    return type(value)(restored(each, classes) for each in value) if isinstance(value, (tuple, list)) else value
 
 
 Place = tuple[int, int]
@@ -291,7 +300,7 @@ def _match(held: Any, value: Any, name: str, found: list[Tensor]) -> None:
         fits = isinstance(value, (tuple, list)) and len(value) == len(content)
         pairs = list(zip(content, value, strict=True)) if fits else []
     else:
-        inner = _fields(value) if tag == "record" else inside(value)
+        inner = (_fields(value) if tag == "record" else None) or inside(value)
         fits = inner is not None and inner.keys() == {key for key, _ in content}
         pairs = [(each, inner[key]) for key, each in content] if inner is not None and fits else []
     if not fits:

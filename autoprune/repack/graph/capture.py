@@ -139,7 +139,9 @@ def _whole_operators(model: nn.Module) -> nn.Module:
 
 
 def _describe(x: Any) -> str:
-    return f"a tensor on {x.device} with layout {x.layout}" if isinstance(x, Tensor) else type(x).__name__
+    if not isinstance(x, Tensor):
+        return type(x).__name__
+    return "a nested tensor" if x.is_nested else f"a tensor on {x.device} with layout {x.layout}"
 
 
 def _captured(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from autoprune.errors import AutopruneError
 from autoprune.latency.timer import Clock, Protocol, measure_together
 from autoprune.model.arguments import Arguments
-from autoprune.model.copies import copy_for_inference, out_of_reach
+from autoprune.model.copies import copy_for_inference, has_memory, not_running, out_of_reach
 from autoprune.model.inventory import watch_forward
 from autoprune.model.recurrent.names import cell_of
 from autoprune.repack.modules.backends import BACKENDS, LayerForm
@@ -102,7 +102,7 @@ def _watch(model: nn.Module, arguments: Arguments) -> _Seen:
             fusions = find_fusions(model, arguments.with_tensors(fresh(inputs)))
         zeros = sparsities(model, lambda: by_place(*fresh(inputs)))
     except Exception as error:  # the model is the user's: it may raise anything
-        raise AutopruneError(f"the model does not run on its example inputs: {error}") from error
+        raise not_running(error) from error
     return _Seen(output, first, fusions, zeros)
 
 
@@ -187,6 +187,7 @@ class _Job:
             if row.backend != DENSE:
                 model = with_submodule(model, name, lowered)
                 relus[name] = relu
+        rows += _without_form(self.original, rows)
         rows += [unreached(name, kind, why) for name, (kind, why) in out_of_reach(model).items()]
         return SwappedModel(model, rows, relus, removed)
 
@@ -233,6 +234,19 @@ class _Job:
         return replace(row, dense_us=dense_us, packed_us=packed_us), lowered[best]
 
 
+def _without_form(model: nn.Module, rows: Sequence[LayerReport]) -> list[LayerReport]:
+    """Rows of the layers of kinds that no backend has a form for."""
+    known, found = {row.name for row in rows}, []
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.RNNBase, nn.RNNCellBase, nn.Bilinear)) and name not in known:
+            weights = [x.detach() for x in module.parameters() if x.dim() > 1]
+            zeros = 1 - sum(int(x.count_nonzero()) for x in weights) / max(1, sum(x.numel() for x in weights))
+            why = "it has projections (proj_size)" if isinstance(module, nn.LSTM) else "no packed form is of this kind"
+            kind = type(module).__name__.lower()
+            found.append(LayerReport(name, kind, zeros, 1, DENSE, None, None, "", why))
+    return found
+
+
 def _row(name: str, form: LayerForm, backend: str, why: str) -> LayerReport:
     size = 1 if backend == DENSE else form.group_size
     return LayerReport(name, form.kind, form.sparsity, size, backend, None, None, "", why)
@@ -254,6 +268,8 @@ def _unfit(form: LayerForm, x: Tensor | None) -> str | None:
     """Why no backend can take the layer, whatever its zeros."""
     if x is None:
         return "its forward never ran"
+    if isinstance(x, Tensor) and not has_memory(x):
+        return "its input is not a dense tensor"
     if form.weight.dtype != torch.float32 or x.data.dtype != torch.float32:  # a PackedSequence has data too
         return f"it runs in {x.data.dtype}"
     return form.odd_padding

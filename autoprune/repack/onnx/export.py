@@ -25,7 +25,7 @@ from autoprune.latency.engines.export import OnnxEngine
 from autoprune.latency.timer import Clock, Protocol, measure_together, speedup
 from autoprune.masks import Masks, apply_masks_
 from autoprune.model.arguments import Arguments
-from autoprune.model.copies import copy_for_inference
+from autoprune.model.copies import check_inputs, copy_for_inference, not_running, uncompiled_
 from autoprune.model.inventory import kind_of, weighted_layers
 from autoprune.repack.graph.calls import ByPlace, input_names
 from autoprune.repack.graph.capture import CaptureError, capture
@@ -176,13 +176,15 @@ def export_onnx(
     original = copy_for_inference(model)
     if masks:
         apply_masks_(original, masks)
+    original = uncompiled_(original)
     arguments = Arguments.of(example_inputs).ordered(original)
+    check_inputs(arguments.tensors, dense=True)
     by_place = ByPlace(original, arguments).eval()
     try:
         with torch.inference_mode():
             arguments.by_place(original)(*fresh(arguments.tensors))
     except Exception as error:  # the model is the user's: it may raise anything
-        raise AutopruneError(f"the model does not run on its example inputs: {error}") from error
+        raise not_running(error) from error
     try:
         tried = _attempts(by_place, timing, choose)
     except CaptureError as error:

@@ -19,6 +19,7 @@ from autoprune.latency.engines.export import OnnxEngine
 from autoprune.latency.timer import Clock, Protocol, measure_together
 from autoprune.repack.graph import torch_export as exporting
 from autoprune.repack.graph.capture import CaptureError
+from autoprune.repack.graph.freedom import Extents
 from autoprune.repack.modules.backends.portable import by_group
 from autoprune.repack.onnx.rewrites import rewritten
 from autoprune.repack.weights.packed import pack
@@ -73,6 +74,10 @@ def _exported(
     free = [(0,) if each else () for each in batched]
     one = {(number, 0): 2 for number, x in enumerate(inputs) if batched[number] and x.shape[0] < 2}
     program = exporting.export(module, inputs, free, one)
+    known = Extents(exporting.user_inputs(program))
+    pinned = {None, *known.pinned()}
+    if any(each and own.get(0) in pinned for each, own in zip(batched, known.axes, strict=True)):
+        raise CaptureError("torch.export fixes the first extent of an input.")
     shapes = exporting.dynamic_shapes(module, free, Dim("batch"))  # gives the extents their name
     try:
         with tracing():

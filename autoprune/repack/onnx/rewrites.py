@@ -167,13 +167,13 @@ def _lstm(
     """An LSTM with projections, which ONNX does not have, as one without.
 
     Its state before the projection, m, is that of a plain LSTM with the recurrent weight ``W_hh W_hr``; what it returns
-    is ``W_hr m``. The state it begins with is no such product: it joins the first step's input.
+    is ``W_hr m``. The state it begins with is no such product: units are added that hold it before the first step and
+    are 0 ever after. Nothing tells how many steps there are.
     """
     ways, each = 1 + bidirectional, 3 + 2 * has_biases
     if len(weights) != layers * ways * each:
         return NotImplemented
     time = int(batch_first)
-    steps = x.shape[time] - 1
     last_h, last_c = [], []
     for layer in range(layers):
         outputs = []
@@ -181,22 +181,25 @@ def _lstm(
             at = layer * ways + way
             w_ih, w_hh, *biases, w_hr = weights[at * each : (at + 1) * each]
             h, c = states[0][at], states[1][at]
-            given = x.flip(time) if way else x
-            begin = h.unsqueeze(time)
-            later = torch.zeros_like(begin).expand(*(-1 if axis != time else steps for axis in range(3)))
-            begin = torch.cat([begin, later], time)
+            units, more = c.shape[-1], h.shape[-1]
             raw, _, cell = _aten.lstm.input(
-                torch.cat([given, begin], -1),
-                [torch.zeros_like(c)[None], c[None]],
-                [torch.cat([w_ih, w_hh], 1), w_hh @ w_hr, *biases],
+                x.flip(time) if way else x,
+                [torch.cat([torch.zeros_like(c), h], -1)[None], torch.cat([c, torch.zeros_like(h)], -1)[None]],
+                [_with_units(w, more) for w in (w_ih, torch.cat([w_hh @ w_hr, w_hh], 1), *biases)],
                 has_biases, 1, 0.0, False, False, batch_first,
             )  # fmt: skip
-            output = raw @ w_hr.t()
+            output = raw[..., :units] @ w_hr.t()
             last_h.append(output.select(time, -1))
-            last_c.append(cell[0])
+            last_c.append(cell[0, :, :units])
             outputs.append(output.flip(time) if way else output)
         x = torch.cat(outputs, -1)
     return x, torch.stack(last_h), torch.stack(last_c)
+
+
+def _with_units(weight: Tensor, more: int) -> Tensor:
+    """A weight or bias of an LSTM with `more` units in each gate, all zeros: their state is 0 after a step from 0."""
+    gates = weight.reshape(4, -1, *weight.shape[1:])
+    return torch.cat([gates, gates.new_zeros(4, more, *weight.shape[1:])], 1).flatten(0, 1)
 
 
 REWRITES: Mapping[torch._ops.OpOverload, Callable[..., Any]] = {
