@@ -143,7 +143,8 @@ class ProgramModel(Sealed):
     Attributes:
         program: what runs; it follows ``torch.set_num_threads`` unless it was made for a number of threads.
         signature: how it is called.
-        classes: of the records and dictionaries it returns, in order; a program from a file has none, and returns `Record` itself.
+        classes: of the records and dictionaries it returns, in order; a program from a file has none, and returns
+            `Record` and plain dictionaries.
     """
 
     def __init__(
