@@ -18,7 +18,6 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +29,10 @@ from torch import Tensor, nn
 from autoprune.errors import AutopruneError
 from autoprune.files import read_json, write_json
 from autoprune.repack import Graph, ProgramModel, capture, load, repack, save
+from autoprune.repack.graph.passes import simplify
 from autoprune.repack.lowering.buffers import Buffer, place
 from autoprune.repack.lowering.steps import ARENA, NativeStep, TorchStep
+from autoprune.repack.lowering.weights import Weights
 from autoprune.repack.native.op import NativeOp
 from autoprune.repack.native.sequence import NativeSequence, give_way, runner
 from autoprune.repack.outputs import same_output
@@ -40,6 +41,7 @@ from autoprune.repack.runtime.program import Program
 from autoprune.repack.runtime.recent import Recent
 from autoprune.repack.runtime.thread_pool import Job, Team
 from autoprune.repack.tuning.tuning import TuningCache
+from autoprune.repack.weights.packed import pack
 from autoprune.testing import FakeClock
 
 
@@ -777,9 +779,12 @@ def test_a_sum_whose_filters_fill_no_groups_lies_elsewhere(dead: int, size: int)
         layer.weight[5 : 5 + dead] = 0.0
         layer.bias.normal_()  # type: ignore[union-attr]  # all that a dead filter adds
     x = torch.randn(2, 32, 14, 6)
-    made = program_of(model, x, threads=1).program
-    tilings = {name: replace(tiling, group_size=size) for name, tiling in made.tilings.items()}
-    fast = Program(made.graph, made.weights, tilings, 1, made.target)
+    graph = simplify(capture(model, (x,)))
+    layers = {
+        op.output: [graph.constants[op.tensors[role]] for role in ("weight", "bias")] for op in graph.ops if op.tensors
+    }
+    weights = {name: Weights.of(pack(weight, size=size), bias) for name, (weight, bias) in layers.items()}
+    fast = Program(graph, weights, {}, 1)
     assert same_output(fast(x), model(x))
 
 
