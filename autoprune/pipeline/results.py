@@ -47,26 +47,24 @@ def results(run: Run, *, again: bool = False) -> tuple[ResultRow, ...]:
         if not (changed := differences(stored.machine, machine_identity())):
             return stored.rows
         run.progress.say(f"the results are measured again: {'; '.join(changed)}")
-    measured = measure_results(run.context, run.prepared, fine_tuned, repacked, from_start=again)
+    measured = measure_results(run, fine_tuned, repacked, from_start=again)
     return measured.rows
 
 
-def measure_results(
-    context: Context, prepared: Prepared, fine_tuned: FineTuned, repacked: Repacked, *, from_start: bool = False
-) -> Results:
+def measure_results(run: Run, fine_tuned: FineTuned, repacked: Repacked, *, from_start: bool = False) -> Results:
     """Measures the final table and saves it.
 
     Args:
-        context: of the run.
-        prepared: the dense model.
+        run: whose dense model and dense engines are measured, too.
         fine_tuned: the masked one.
         repacked: of that; its file is in the directory.
         from_start: whether rounds that an interrupted measurement kept are measured again.
     """
+    context, prepared = run.context, run.prepared
     latency, machine = context.config.latency, machine_identity()
     inputs = prepared.task.example_inputs(latency.batch)
     calls: dict[str, Call] = {EAGER: ENGINES.get("eager")().prepare(prepared.dense, inputs, latency.threads)}
-    engines, left_out = _engine_calls(context, prepared, inputs)
+    engines, left_out = _engine_calls(run, inputs)
     calls |= engines
     calls[MASKED] = lambda: fine_tuned.model(*inputs)
     calls[REPACKED] = lambda: repacked.model(*inputs)
@@ -86,15 +84,13 @@ def measure_results(
     return measured
 
 
-def _engine_calls(
-    context: Context, prepared: Prepared, inputs: tuple[Any, ...]
-) -> tuple[dict[str, Call], dict[str, str]]:
+def _engine_calls(run: Run, inputs: tuple[Any, ...]) -> tuple[dict[str, Call], dict[str, str]]:
     """The dense engines that were asked for and compute the model; the others, and why they are left out."""
-    latency = context.config.latency
+    latency = run.config.latency
     names = [name for name in latency.engines or baselines() if name != "eager"]
-    calls, left_out = dense_calls(prepared.dense, inputs, latency.threads, names)
+    calls, left_out = dense_calls(run.dense, inputs, latency.threads, names)
     for name, why in left_out.items():
-        context.progress.say(f"dense engine {name} left out: {why}")
+        run.progress.say(f"dense engine {name} left out: {why}")
     reasons = {f"dense, {name}": why for name, why in left_out.items()}
     return {f"dense, {name}": call for name, call in calls.items()}, reasons
 

@@ -181,6 +181,11 @@ class Run:
         return self.preparation.prepared
 
     @property
+    def dense(self) -> nn.Module:
+        """The trained dense model, in eval mode."""
+        return self.prepared.dense
+
+    @property
     def problem(self) -> Problem:
         return self.search.posed.problem
 
