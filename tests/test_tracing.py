@@ -18,7 +18,7 @@ import torch.fx._symbolic_trace as symbolic
 from torch import Tensor, nn
 
 from autoprune.repack import export_onnx, repack
-from autoprune.repack.graph import torch_export as exporting
+from autoprune.repack.graph import torch_export
 from autoprune.tracing import ByThread, quiet, tracing, unloadable
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -57,7 +57,7 @@ class Asking(nn.Module):
 
 def during_export(work: Callable[[], object]) -> object:
     model = Asking(work).eval()
-    exporting.export(model, (torch.randn(3, 4),), [(0,)])
+    torch_export.export(model, (torch.randn(3, 4),), [(0,)], {})
     (found,) = model.found
     return found
 
@@ -118,7 +118,7 @@ def test_the_thread_that_traces_takes_itself_for_exporting() -> None:
             fine = torch.compiler.is_exporting() and torch.compiler.is_compiling()
             return x + 1 if fine and not torch.backends.mha.get_fastpath_enabled() else x
 
-    (op,) = exporting.export(Flags(), (torch.randn(3, 4),), [()]).graph.find_nodes(
+    (op,) = torch_export.export(Flags(), (torch.randn(3, 4),), [()], {}).graph.find_nodes(
         op="call_function", target=torch.ops.aten.add.Tensor
     )
     assert op.args[1] == 1
@@ -162,8 +162,8 @@ def test_what_torch_says_of_a_tracing_is_not(capfd: pytest.CaptureFixture[str]) 
             return x if x.sum() > 0 else -x
 
     with heard("torch.onnx") as logged:
-        with pytest.raises(exporting.CaptureError, match="data-dependent"):
-            exporting.export(ByData(), (torch.randn(2, 4),), [()])
+        with pytest.raises(torch_export.CaptureError, match="data-dependent"):
+            torch_export.export(ByData(), (torch.randn(2, 4),), [()], {})
         assert logged.getvalue() == ""
         assert capfd.readouterr().err == ""
         LOG.error("afterwards")
