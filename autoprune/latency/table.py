@@ -119,7 +119,7 @@ class LatencyTable:
 
     def predict_ms(self, plan: Plan) -> float:
         """Predicted time of the repacked model, milliseconds."""
-        total_us = sum(
+        total_us = math.fsum(  # exact, so that a table read from a file, its layers in another order, says the same
             self.layer_us(name, str(plan.layers[name].pattern), plan.layers[name].sparsity)
             if name in plan.layers
             else self.whole_us(name)
