@@ -18,7 +18,7 @@ from autoprune.agents.policy_file import POLICY_VERSION, MeanAction
 from autoprune.agents.sb3 import SB3Agent
 from autoprune.envs.observation import OBSERVATION_VERSION
 from autoprune.envs.prune import STARTS, Start
-from autoprune.errors import ConfigError, FileError
+from autoprune.errors import ConfigError, FileError, first_line
 from autoprune.files import read_json, read_tensors
 from autoprune.registry import Choice
 
@@ -70,8 +70,7 @@ class Policy:
         try:
             model.policy.load_state_dict(tensors)
         except RuntimeError as error:
-            first = str(error).splitlines()[0]
-            raise FileError(f"the policy is corrupt: {folder / 'policy.safetensors'} ({first}).") from None
+            raise FileError(f"the policy is corrupt: {folder / 'policy.safetensors'} ({first_line(error)}).") from None
         return cls(model, actions, start, curves)
 
 

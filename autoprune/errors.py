@@ -42,6 +42,11 @@ class MissingExtra(AutopruneError):
     """An optional dependency that is not installed; the message carries the command."""
 
 
+def first_line(error: BaseException) -> str:
+    """An error's first line; "" where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), "")
+
+
 def did_you_mean(given: str, allowed: Iterable[str]) -> str:
     """Returns a hint such as ``Did you mean 'group'? Allowed: channel, group.``."""
     names = sorted(allowed)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from autoprune.errors import AutopruneError, GivenError, NumericalError
+from autoprune.errors import AutopruneError, GivenError, NumericalError, first_line
 
 _END = object()
 
@@ -23,8 +23,8 @@ def told(error: BaseException) -> str:
     """An error in one line, without a full stop."""
     if isinstance(error, AutopruneError):
         return str(error).rstrip(".")
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
+    line = first_line(error)
+    return f"{type(error).__name__}: {line.rstrip('.')}" if line else type(error).__name__
 
 
 @contextmanager

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from autoprune.errors import AutopruneError
+from autoprune.errors import AutopruneError, first_line
 from autoprune.model.arguments import Arguments, call_with
 from autoprune.model.copies import copy_for_inference, not_running, out_of_reach
 from autoprune.model.recurrent.modules import run_stepwise
@@ -201,10 +201,9 @@ def take_inventory(
         raise not_running(error) from error
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         shapes = ", ".join(str(tuple(x.shape)) for x in Arguments.of(example_inputs).tensors)
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise AutopruneError(
-            f"the model does not run on its example inputs of shape {shapes}: {first_line}. "
-            "Give inputs shaped as the model is called, batch included."
+            f"the model does not run on its example inputs of shape {shapes}: "
+            f"{first_line(error) or type(error).__name__}. Give inputs shaped as the model is called, batch included."
         ) from error
 
     owners = _weight_owners(probe)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autoprune.errors import AutopruneError, FileError
+from autoprune.errors import AutopruneError, FileError, first_line
 from autoprune.files import given_path, read_tensors, write_tensors
 from autoprune.model.copies import copy_for_inference, uncompiled_
 from autoprune.model.recurrent.names import cell_of, layers_of
@@ -106,10 +106,9 @@ def load(path: Path | str, model: nn.Module | None = None, *, threads: int | Non
         ) from error
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError, RecursionError,
             AutopruneError) as error:  # fmt: skip
-        told = str(error).splitlines()[0] if str(error) else ""
         raise FileError(
-            f"the packed model {path} is corrupt, or was made of another model ({type(error).__name__}: {told}). "
-            "Repack again, or give the model it was made of."
+            f"the packed model {path} is corrupt, or was made of another model ({type(error).__name__}: "
+            f"{first_line(error)}). Repack again, or give the model it was made of."
         ) from None
     raise FileError(f"{path} holds weights alone: give load the model they belong to, as load(path, model).")
 

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 
-from autoprune.errors import AutopruneError
+from autoprune.errors import AutopruneError, first_line
 from autoprune.model.copies import own_copy
 from autoprune.tracing import ByThread, tracing
 
@@ -97,8 +97,7 @@ def dynamic_shapes(model: nn.Module, free: Sequence[Axes], extent: Any) -> tuple
 
 
 def _failed(error: Exception) -> CaptureError:
-    told = str(error).strip().splitlines()[0] if str(error).strip() else ""
-    return CaptureError(f"torch.export cannot capture the model ({type(error).__name__}: {told[:300]}).")
+    return CaptureError(f"torch.export cannot capture the model ({type(error).__name__}: {first_line(error)[:300]}).")
 
 
 def functional(program: ExportedProgram) -> ExportedProgram:
