@@ -1,7 +1,7 @@
 """Capturing a model: torch.export -> our graph.
 
 The exported program is functional (nothing is written in place) and keeps convolutions, norms and attention whole.
-What `lifting` has no kind for stays a torch operator; what no file could hold is a CaptureError.
+What `importer` has no kind for stays a torch operator; what no file could hold is a CaptureError.
 """
 
 from __future__ import annotations

@@ -73,8 +73,7 @@ def _placed(lowering: Lowering) -> Lowered:
         lowering.wrong.used(0)
         lowering.wrong.used(len(lowering.steps))
     for index, step in enumerate(lowering.steps):
-        reads = step.reads if isinstance(step, NativeStep) else [view.buffer for view in step.reads.values()]
-        for buffer in [*reads, *([step.writes] if isinstance(step, NativeStep) else [])]:
+        for buffer in step.touched:
             buffer.used(index)
     for view in returned.values():
         view.buffer.used(len(lowering.steps))

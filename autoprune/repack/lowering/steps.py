@@ -100,6 +100,16 @@ class NativeStep:
     by_position: bool = False
 
     @property
+    def sources(self) -> list[Buffer]:
+        """The buffers it reads, its scratch among them."""
+        return self.reads
+
+    @property
+    def touched(self) -> list[Buffer]:
+        """The buffers it reads or writes."""
+        return [*self.reads, self.writes]
+
+    @property
     def form(self) -> str:
         """The kind of layer that its kernel is made for."""
         assert self.layer is not None
@@ -116,6 +126,16 @@ class TorchStep:
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
+
+    @property
+    def sources(self) -> list[Buffer]:
+        """The buffers it reads."""
+        return [view.buffer for view in self.reads.values()]
+
+    @property
+    def touched(self) -> list[Buffer]:
+        """The buffers it reads or writes: its result has a slot of its own, and no buffer."""
+        return self.sources
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,7 @@ def verify(lowered: Lowered) -> Lowered:
     written: set[int] = set()  # ids of buffers in the arena
     filled = {0, *lowered.inputs, *lowered.constants}  # slots
     for step in lowered.steps:
-        reads = step.reads if isinstance(step, NativeStep) else [view.buffer for view in step.reads.values()]
-        for buffer in reads:
+        for buffer in step.sources:
             fine = buffer.scratch or (id(buffer) in written if buffer.slot == ARENA else buffer.slot in filled)
             assert fine, f"{_name(step)} reads slot {buffer.slot}, byte {buffer.offset} before anything writes there"
         if not isinstance(step, NativeStep):
@@ -39,8 +38,7 @@ def _in_arena(lowered: Lowered) -> Iterator[Buffer]:
     """Each buffer of the arena that a step uses, once."""
     seen: set[int] = set()
     for step in lowered.steps:
-        reads = step.reads if isinstance(step, NativeStep) else [view.buffer for view in step.reads.values()]
-        for buffer in [*reads, *([step.writes] if isinstance(step, NativeStep) else [])]:
+        for buffer in step.touched:
             if buffer.slot == ARENA and id(buffer) not in seen:
                 seen.add(id(buffer))
                 yield buffer

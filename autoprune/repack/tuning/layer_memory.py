@@ -33,7 +33,7 @@ class LayerMemory:
         shared: likewise.
         position_bits: encoding -> bits a nonzero weight, told once a filter and once a group; missing where the
             encoding cannot tell them.
-        fetched: of one inference, by the model of `fetch`; None for a kind it does not know.
+        fetched: of one inference, by `cache_model`; None for a kind it does not know.
     """
 
     name: str
