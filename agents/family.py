@@ -15,11 +15,11 @@ from stable_baselines3.common.utils import set_random_seed
 from autoprune.agents.base import Actor, run_episode
 from autoprune.agents.checkpoint import checkpoint_episodes, load_checkpoint_, save_checkpoint
 from autoprune.agents.episodes import FamilyEnvs
-from autoprune.agents.harness import own_randomness
 from autoprune.agents.policy_file import MeanAction, save_policy
 from autoprune.agents.sb3 import SB3Agent
 from autoprune.envs.family import FamilyEnv, advantage
 from autoprune.envs.prune import PruneEnv
+from autoprune.randomness import own_randomness
 from autoprune.registry import Choice
 
 CHECKPOINT_EVERY = 10  # updates

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
-import torch
 
 from autoprune.agents.base import Agent, succeeded
 from autoprune.agents.halving import of_highest_fidelity
@@ -17,7 +12,9 @@ from autoprune.envs.prune import PruneEnv
 from autoprune.envs.trial import Trial
 from autoprune.errors import FileError
 from autoprune.files import append_line, keep_lines, read_lines
+from autoprune.latency.timer import torch_threads
 from autoprune.plan import Plan
+from autoprune.randomness import own_randomness
 
 
 @dataclass(frozen=True)
@@ -109,29 +106,7 @@ def search(
         if on_trial is not None:
             on_trial(len(trials) - 1, trial)
 
-    with own_randomness(), _one_thread():
+    # stable-baselines3 seeds the global generators; and networks this small run slower on two threads than on one.
+    with own_randomness(), torch_threads(1):
         agent.search(env, episodes, seed, record, directory, done)
     return SearchResult(tuple(trials))
-
-
-@contextmanager
-def own_randomness() -> Iterator[None]:
-    """stable-baselines3 seeds the global generators: the caller gets theirs back."""
-    before = (random.getstate(), np.random.get_state(), torch.get_rng_state())
-    try:
-        yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
-        torch.set_rng_state(before[2])
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Networks this small run slower on two threads than on one; evaluation sets its own count."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

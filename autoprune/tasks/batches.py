@@ -18,6 +18,7 @@ from autoprune.errors import AutopruneError
 from autoprune.masks import Batches
 from autoprune.model.given import read
 from autoprune.model.inventory import as_tuple
+from autoprune.randomness import own_randomness
 
 EVALUATION_BATCH = 64  # feature maps stay in the cache: 2 to 3 times faster than 256 on a small CNN
 Inputs = TypeVar("Inputs", Tensor, tuple[Tensor, ...])
@@ -80,16 +81,11 @@ def first_batches(batches: Batches, count: int) -> tuple[tuple[Any, Tensor], ...
 @contextmanager
 def drawing_alike() -> Iterator[None]:
     """What torch, numpy and Python draw begins at seed 0, and goes on afterwards as if nothing had been drawn."""
-    before = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            random.seed(0)
-            np.random.seed(0)
-            yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
+    with own_randomness():
+        torch.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)
+        yield
 
 
 def _at(x: Inputs, indices: Tensor) -> Inputs:

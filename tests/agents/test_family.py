@@ -11,13 +11,13 @@ import torch
 
 from autoprune.agents import AGENTS
 from autoprune.agents.family import FamilyLearner, Update, advantage_of
-from autoprune.agents.harness import own_randomness
 from autoprune.agents.policy import Policy
 from autoprune.agents.sb3 import SB3Agent
 from autoprune.envs import PruneEnv
 from autoprune.envs.family import FamilyEnv, Stake
 from autoprune.evaluation.measurement import Measurement
 from autoprune.plan import Plan
+from autoprune.randomness import own_randomness
 from autoprune.registry import Choice
 from autoprune.target import Target
 from autoprune.testing import EvaluateBy, fake_problem
