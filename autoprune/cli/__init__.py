@@ -1,0 +1,61 @@
+"""The command line: parse, call the API, print. No logic.
+
+Commands import what they need when they run: ``--help`` waits neither for torch nor for the agents.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from autoprune.cli.models import bench, export, repack
+from autoprune.cli.plans import finetune, prune
+from autoprune.cli.runs import profile, report, run
+from autoprune.cli.searches import apply, compare, train
+from autoprune.errors import AutopruneError
+from autoprune.processes.workers import end_forks_with_this
+from autoprune.version import __version__
+
+INTERRUPTED = 130  # the status typer exits with after Ctrl-C
+COMMANDS = (run, profile, train, compare, prune, finetune, repack, bench, export, report, apply)  # as --help lists them
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Learns where a PyTorch model can be pruned, prunes it, and repacks it so that it is really faster.\n\n"
+    "Example: autoprune run configs/digits.toml",
+)
+for command in COMMANDS:
+    app.command()(command)
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"autoprune {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point: one paragraph and a non-zero status for what a user can mend, Ctrl-C without a traceback."""
+    end_forks_with_this()
+    try:
+        app()
+    except AutopruneError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except OSError as error:
+        what = error.filename or type(error).__name__
+        reason = f"{what}: {error.strerror or error}. Once that is mended, the same command goes on."
+        typer.echo(f"error: {reason}", err=True)
+        sys.exit(2)
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:
+            typer.echo("stopped; give the same command again to go on from here.", err=True)
+        raise

@@ -1,0 +1,183 @@
+"""Commands about fast inference, of a run or of any model: repack, bench, export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from autoprune.cli.options import (
+    ConfigOrFunction,
+    Dtypes,
+    Overrides,
+    RunDir,
+    Save,
+    Shapes,
+    Threads,
+    ValueBits,
+    console,
+    is_function,
+    model_of,
+    only_for,
+    open_run,
+)
+from autoprune.errors import ConfigError
+
+
+def repack(
+    target: ConfigOrFunction,
+    run_dir: RunDir = None,
+    overrides: Overrides = None,
+    shapes: Shapes = None,
+    dtypes: Dtypes = None,
+    threads: Threads = None,
+    save: Save = None,
+    value_bits: ValueBits = None,
+) -> None:
+    """Repack the masked model of a run, or any model with zeros in its weights, into smaller dense work.
+
+    Example: autoprune repack configs/digits.toml
+
+    Example: autoprune repack my.models:build --input 1,3,224,224 --save fast.safetensors --value-bits 8
+    """
+    from autoprune.bench import example_inputs, repack_shown
+    from autoprune.repack import save as write
+    from autoprune.repack.weights.serialized import check_value_bits
+    from autoprune.report.bench_tables import repack_text
+
+    if is_function(target):
+        only_for("a config", {"--run-dir": run_dir, "--set": overrides})
+        if save is None:
+            raise ConfigError("say where the repacked model goes: --save fast.safetensors.")
+        check_value_bits(value_bits or 32)
+        inputs = example_inputs(shapes or (), dtypes or ())
+        fast = repack_shown(model_of(target), inputs, threads or 1, console())
+        write(fast, save, value_bits=value_bits or 32)
+        typer.echo(repack_text(fast))
+        typer.echo(f"Written: {save}")
+        return
+    of_functions = {"--input": shapes, "--dtype": dtypes, "--threads": threads}
+    only_for("a function", {**of_functions, "--save": save, "--value-bits": value_bits})
+    job = open_run(Path(target), run_dir, overrides)
+    typer.echo(repack_text(job.repacked))
+    typer.echo(f"Written: {job.directory / 'repacked.safetensors'}")
+
+
+def bench(
+    target: ConfigOrFunction,
+    run_dir: RunDir = None,
+    overrides: Overrides = None,
+    shapes: Shapes = None,
+    dtypes: Dtypes = None,
+    threads: Threads = None,
+    engines: Annotated[
+        str | None,
+        typer.Option(help="Dense engines to compare with, e.g. channels_last,onnxruntime. [default: all there are]"),
+    ] = None,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Instead: what packed layers take in a file and fetch in an inference.")
+    ] = False,
+    rounds: Annotated[
+        int | None, typer.Option(help="How often every form of a function's model is timed. [default: 20]", min=1)
+    ] = None,
+    save: Save = None,
+) -> None:
+    """Measure: the final table of a run again, or any model as it stands against every dense engine, layer by layer.
+
+    Example: autoprune bench configs/digits.toml
+
+    Example: autoprune bench my.models:build --input 1,3,224,224 --engines channels_last,onnxruntime --threads 2
+
+    Example: autoprune bench my.models:encoder --input 1,128 --dtype int64 --save fast.safetensors
+
+    Example: autoprune bench my.models:build --input 1,3,224,224 --memory
+    """
+    if memory:
+        only_for("bench without --memory", {"--engines": engines, "--rounds": rounds, "--save": save})
+        _bench_memory(target, run_dir, overrides, shapes, dtypes, threads)
+        return
+    if is_function(target):
+        from autoprune.bench import ROUNDS, bench_model, example_inputs
+        from autoprune.repack import save as write
+
+        only_for("a config", {"--run-dir": run_dir, "--set": overrides})
+        inputs = example_inputs(shapes or (), dtypes or ())
+        named = None if engines is None else [name.strip() for name in engines.split(",")]
+        found = bench_model(
+            model_of(target), inputs, threads=threads or 1, engines=named, rounds=rounds or ROUNDS, progress=console()
+        )
+        typer.echo(found.text())
+        if save is not None:
+            write(found.fast, save)
+            typer.echo(f"Written: {save}")
+        return
+    of_functions = {"--input": shapes, "--dtype": dtypes, "--threads": threads, "--engines": engines}
+    only_for("a function", {**of_functions, "--rounds": rounds, "--save": save})
+    from autoprune.pipeline.results import results
+    from autoprune.report.table import result_table
+
+    typer.echo(result_table(results(open_run(Path(target), run_dir, overrides), again=True)))
+
+
+def _bench_memory(
+    target: str,
+    run_dir: Path | None,
+    overrides: list[str] | None,
+    shapes: list[str] | None,
+    dtypes: list[str] | None,
+    threads: int | None,
+) -> None:
+    from autoprune.bench import example_inputs, repack_shown
+    from autoprune.repack.tuning.layer_memory import layer_memory
+    from autoprune.report.bench_tables import memory_table
+
+    if is_function(target):
+        only_for("a config", {"--run-dir": run_dir, "--set": overrides})
+        inputs = example_inputs(shapes or (), dtypes or ())
+        fast = repack_shown(model_of(target), inputs, threads or 1, console())
+    else:
+        only_for("a function", {"--input": shapes, "--dtype": dtypes, "--threads": threads})
+        job = open_run(Path(target), run_dir, overrides)
+        fast, inputs = job.repacked, job.task.example_inputs(job.config.latency.batch)
+    typer.echo(memory_table(layer_memory(fast, inputs)))
+
+
+def export(
+    target: Annotated[
+        str,
+        typer.Argument(help="A run directory, or package.module:function returning an nn.Module.", show_default=False),
+    ],
+    out: Annotated[Path, typer.Option(help="The ONNX file to write.", show_default=False)],
+    shapes: Shapes = None,
+    dtypes: Dtypes = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(help="onnxruntime or openvino: layers are timed in it, and the file is never slower than dense."),
+    ] = None,
+    threads: Annotated[int, typer.Option(help="Threads of one inference in the engine.", min=1)] = 1,
+    run_code: Annotated[
+        bool | None,
+        typer.Option("--run-code", help="Of a run directory: call the functions of yours that its config.json names."),
+    ] = None,
+) -> None:
+    """Write the masked model of a run, or any model with zeros in its weights, as an ONNX file.
+
+    Example: autoprune export runs/digits --out digits.onnx
+
+    Example: autoprune export my.models:build --input 1,3,224,224 --out model.onnx --engine onnxruntime
+    """
+    from autoprune.bench import example_inputs
+    from autoprune.pipeline.run import run_in
+    from autoprune.repack import export_onnx
+    from autoprune.report.bench_tables import export_text
+
+    if is_function(target):
+        only_for("a run directory", {"--run-code": run_code})
+        model, inputs = model_of(target), example_inputs(shapes or (), dtypes or ())
+    else:
+        only_for("a function", {"--input": shapes, "--dtype": dtypes})
+        job = run_in(Path(target), run_code=run_code is True, progress=console())
+        model, inputs = job.masked, job.task.example_inputs(job.config.latency.batch)
+    typer.echo(export_text(export_onnx(model, inputs, out, engine=engine, threads=threads)))
+    typer.echo(f"Written: {out}")

@@ -1,0 +1,119 @@
+"""Commands that search or use what a search learned: train, compare, apply."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from autoprune.cli.options import ConfigPath, Overrides, Ray, RunDir, Workers, console, open_run
+from autoprune.errors import ConfigError
+
+
+def train(
+    config: ConfigPath,
+    run_dir: RunDir = None,
+    overrides: Overrides = None,
+    workers: Workers = None,
+    ray: Ray = None,
+) -> None:
+    """Train the agent: search for a plan and save the policy; of a family of tasks, a policy for any model.
+
+    Example: autoprune train configs/digits.toml --set search.agent=sac
+
+    Example: autoprune train configs/generalist.toml --set family.tasks=40
+    """
+    from autoprune.config import is_generalist
+
+    if is_generalist(config):
+        _train_generalist(config, run_dir, overrides, workers, ray)
+        return
+    job = open_run(config, run_dir, overrides, workers=workers, ray=ray)
+    best = job.searched.best.measurement
+    plan = job.plan
+    typer.echo(
+        f"{len(job.searched.trials)} trials; the best has a validation {job.task.metric.said(best.score)} at "
+        f"{best.speedup:.2f}x. {len(plan.layers)} layers planned: {job.directory / 'plan.json'}. "
+        f"Policy: {job.directory / 'policy'}"
+    )
+
+
+def _train_generalist(
+    config: Path, run_dir: Path | None, overrides: list[str] | None, workers: int | None, ray: str | None
+) -> None:
+    from autoprune.config import load_generalist_config
+    from autoprune.pipeline.generalist import Generalist
+
+    if ray is not None:
+        raise ConfigError("a generalist's tasks are made in processes of this machine: give --workers, not --ray.")
+    loaded = load_generalist_config(config, overrides or [])
+    directory = run_dir or Path("runs") / config.stem
+    best = Generalist(loaded, directory, progress=console(), workers=workers).train()
+    typer.echo(
+        f"The policy of update {best.update + 1} is kept: its plans are {100 * best.learned:+.1f}% of the knapsack's "
+        f"loss better on tasks it learned from, {100 * best.choosing:+.1f}% on those that chose it, "
+        f"{100 * best.held_out:+.1f}% on tasks of other builds, by their surrogates. {directory / 'policy'}\n"
+        f"Watch: tensorboard --logdir {directory}. Apply: autoprune apply --policy {directory / 'policy'} ..."
+    )
+
+
+def compare(
+    config: ConfigPath,
+    run_dir: RunDir = None,
+    overrides: Overrides = None,
+    agents: Annotated[
+        str, typer.Option(help="Rows of the registry, e.g. knapsack,tpe,policy.")
+    ] = "uniform,greedy,knapsack,restarts,random,tpe,cma_es,policy",
+    evaluations: Annotated[str, typer.Option(help="Checkpoints, e.g. 0,1,10,50.")] = "0,1,10,50",
+    seeds: Annotated[int, typer.Option(help="Searches of each agent, of seeds 0, 1, ...", min=1)] = 3,
+) -> None:
+    """Compare agents at the same number of evaluations and the same measured speed-up, on the task of a config.
+
+    A stopped comparison goes on where it was when the same command is given again.
+
+    Example: autoprune compare configs/digits.toml --set target={speedup=9} --agents knapsack,tpe,policy --seeds 3
+    """
+    from autoprune.pipeline.compare import compare_run
+
+    typer.echo(
+        compare_run(config, run_dir, overrides or [], agents.split(","), evaluations.split(","), seeds, console())
+    )
+
+
+def apply(
+    model: Annotated[str, typer.Option(help="package.module:function returning the trained nn.Module.")],
+    data: Annotated[str, typer.Option(help="package.module:function returning (train_loader, validation_loader).")],
+    policy: Annotated[
+        Path | None,
+        typer.Option(help="A policy's folder, e.g. runs/digits/policy. [default: the one that comes along]"),
+    ] = None,
+    speedup: Annotated[float | None, typer.Option(help="At least this speed-up over dense torch eager.")] = None,
+    accuracy_drop: Annotated[float | None, typer.Option(help="At most this drop: 0.01 is a point of accuracy.")] = None,
+    out: Annotated[Path, typer.Option(help="Where the pruned, repacked model and the report go.")] = Path(
+        "runs/applied"
+    ),
+    episodes: Annotated[
+        int, typer.Option(help="1 takes the policy's plan; more refine it, and never end below it.", min=1)
+    ] = 1,
+    overrides: Overrides = None,
+    workers: Workers = None,
+    ray: Ray = None,
+) -> None:
+    """Apply a learned policy to your own model: plan, prune, fine-tune, repack, measure.
+
+    Example: autoprune apply --model my.models:build --data my.data:loaders --speedup 3
+
+    Example: autoprune apply --model my.models:build --data my.data:loaders --speedup 3 --episodes 50 --policy runs/mine
+    """
+    from autoprune.api import apply_config
+    from autoprune.config import parse_overrides
+    from autoprune.pipeline.results import report_of
+    from autoprune.pipeline.run import Run
+    from autoprune.report.run_report import write_report
+    from autoprune.target import Target
+
+    target = Target(speedup=speedup, accuracy_drop=accuracy_drop)
+    config = apply_config(policy, model, data, target, episodes, parse_overrides(overrides or []))
+    typer.echo(write_report(report_of(Run(config, out, progress=console(), workers=workers, ray=ray))))
+    typer.echo(f"Written to {out}.")
