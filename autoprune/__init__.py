@@ -1,29 +1,44 @@
-"""autoprune: reinforcement-learning auto-pruning for PyTorch, run by repacked inference."""
+"""autoprune: reinforcement-learning auto-pruning for PyTorch, run by repacked inference.
+
+Names are imported when they are first asked for: ``autoprune --help`` does not wait for torch, and whoever only repacks
+does not wait for the agents.
+"""
 
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from autoprune import registration
 from autoprune.errors import AutopruneError
 from autoprune.extras import needs
-from autoprune.metric import Metric
-from autoprune.model.arguments import Arguments
-from autoprune.model.recurrent.modules import cut_states_
-from autoprune.plan import Plan
-
-# Not lazily: the name must be bound after the package of the same name, or that would shadow the function.
-from autoprune.repack import ExportReport, RepackedModel, export_onnx, load, repack, save
-from autoprune.target import Target
 from autoprune.version import __version__
 
 if TYPE_CHECKING:
     from autoprune.api import Compressed, compress
     from autoprune.hooks import PruningHooks
+    from autoprune.metric import Metric
+    from autoprune.model.arguments import Arguments
+    from autoprune.model.recurrent.modules import cut_states_
+    from autoprune.plan import Plan
+    from autoprune.repack import ExportReport, RepackedModel, export_onnx, load, repack, save
+    from autoprune.target import Target
 
-# Imported when first asked for: whoever only repacks should not wait for the agents.
-_LAZY = {"Compressed": "autoprune.api", "PruningHooks": "autoprune.hooks", "compress": "autoprune.api"}
+_CORE = {
+    "Arguments": "autoprune.model.arguments",
+    "ExportReport": "autoprune.repack",
+    "Metric": "autoprune.metric",
+    "Plan": "autoprune.plan",
+    "RepackedModel": "autoprune.repack",
+    "Target": "autoprune.target",
+    "cut_states_": "autoprune.model.recurrent.modules",
+    "export_onnx": "autoprune.repack",
+    "load": "autoprune.repack",
+    "save": "autoprune.repack",
+}
+_SEARCH = {"Compressed": "autoprune.api", "PruningHooks": "autoprune.hooks", "compress": "autoprune.api"}
 
 __all__ = [
     "Arguments",
@@ -49,11 +64,28 @@ registration.register()
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module 'autoprune' has no attribute {name!r}")
-    with needs("search", f"autoprune.{name}"):
-        return getattr(importlib.import_module(_LAZY[name]), name)
+    if name in _CORE:
+        return getattr(importlib.import_module(_CORE[name]), name)
+    if name in _SEARCH:
+        with needs("search", f"autoprune.{name}"):
+            return getattr(importlib.import_module(_SEARCH[name]), name)
+    raise AttributeError(f"module 'autoprune' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
     return __all__
+
+
+class _Face(ModuleType):
+    """``autoprune.repack`` is the function, although importing the package of that name would bind the package."""
+
+    @property
+    def repack(self) -> Any:
+        return importlib.import_module("autoprune.repack").repack
+
+    @repack.setter
+    def repack(self, package: ModuleType) -> None:
+        """What Python does when the package has been imported."""
+
+
+sys.modules[__name__].__class__ = _Face

@@ -32,11 +32,47 @@ def loaded_by(code: str) -> set[str]:
     return set(done.stdout.split())
 
 
-def test_import_loads_nothing_heavy() -> None:
-    loaded = loaded_by("import autoprune")
+def test_repacking_loads_nothing_heavy() -> None:
+    loaded = loaded_by("from autoprune import load, repack, save")
     assert "torch" in loaded
     assert "autoprune.repack" in loaded
     assert not loaded & HEAVY
+
+
+def test_import_alone_does_not_load_torch() -> None:
+    loaded = loaded_by("import autoprune")
+    assert "autoprune.errors" in loaded
+    assert not loaded & {"torch", "numpy", "llvmlite", "autoprune.repack", *HEAVY}
+
+
+@pytest.mark.parametrize("command", ["--help", "run --help", "prune --help"])
+def test_help_waits_neither_for_torch_nor_for_the_agents(command: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "autoprune", *command.split()],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert {"typer", "autoprune.cli"} <= loaded
+    assert not loaded & (
+        {"torch", "numpy", "llvmlite", "autoprune.repack", *HEAVY} - {"typer", "rich", "pydantic"}
+    )  # its own
+
+
+def test_repack_is_the_function_in_whatever_order_things_are_imported() -> None:
+    """The package of the same name is bound to it by Python when it is imported."""
+    for code in ("import autoprune", "import autoprune.repack.files, autoprune", "import autoprune.repack"):
+        assert "True" in loaded_by(
+            f"{code}; print(callable(autoprune.repack) and autoprune.repack.__name__ == 'repack')"
+        )
+
+
+def test_all_public_names_are_there() -> None:
+    for name in autoprune.__all__:
+        assert getattr(autoprune, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = autoprune.nothing
 
 
 def test_what_is_heavy_is_named_as_python_names_it() -> None:

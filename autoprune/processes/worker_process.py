@@ -1,7 +1,7 @@
 """A worker process, from its first instruction on: it ends with its parent, and whatever it started ends with it.
 
-Run as a script, by its path: as a module of the package it would first import torch, for seconds in which a parent that
-was killed would leave it behind. `autoprune.processes.workers` is the other side of the pipe.
+Run as a script, by its path: as a module of the package it would first import the package, and a parent that was killed
+meanwhile would leave it behind. `autoprune.processes.workers` is the other side of the pipe.
 """
 
 from __future__ import annotations
