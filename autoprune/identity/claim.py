@@ -12,8 +12,8 @@ from typing import Any
 
 from autoprune.errors import ConfigError, FileError
 from autoprune.files import read_json, write_json
+from autoprune.identity.digest import digest
 from autoprune.identity.fingerprint import (
-    digest,
     fingerprint,
     function_fingerprints,
     model_fingerprints,

@@ -21,7 +21,7 @@ from autoprune.evaluation.evaluator import Evaluator
 from autoprune.evaluation.recovery import Subject
 from autoprune.evaluation.recovery.finetune import finetune_
 from autoprune.files import read_tensors, write_tensors
-from autoprune.identity.fingerprint import digest
+from autoprune.identity.digest import digest
 from autoprune.latency.timer import torch_threads
 from autoprune.pipeline.preparation import Context, Preparation, Prepared
 from autoprune.plan import Plan
