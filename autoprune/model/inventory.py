@@ -134,15 +134,22 @@ def watch_forward(model: nn.Module, names: Iterable[str], seen: Any) -> Iterator
 
 
 @contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode, and afterwards in its own again."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+def own_modes(*models: nn.Module) -> Iterator[None]:
+    """Every module may be put in train or eval mode; afterwards it is in its own again."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
     try:
         yield
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode, and afterwards in its own again."""
+    with own_modes(model):
+        model.eval()
+        yield
 
 
 def record_inputs(model: nn.Module, example_inputs: Any, names: Sequence[str]) -> dict[str, Tensor]:
@@ -175,6 +182,37 @@ def take_inventory(
     probe = copy_for_inference(model)
     candidates = weighted_layers(probe)
     norms = {name: module for name, module in probe.named_modules() if isinstance(module, _BatchNorm)}
+    calls, of_layers = _watch_calls(probe, example_inputs, candidates, norms)
+    owners = _weight_owners(probe)
+    layers, dense = [], []
+    order = list(calls) + [name for name in candidates if name not in calls]
+    for name in order:
+        module = candidates[name]
+        kind = kind_of(probe, name, module)
+        reason = _reason_to_keep(name, module, calls.get(name), owners, keep_dense, min_weights)
+        if reason:
+            dense.append(KeptDense(name, kind, reason))
+        else:
+            norm = of_layers.get(name)
+            whole = norm is not None and _normalises_filters(norms[norm], module, calls[name])
+            layers.append(_spec(name, kind, module, calls[name], norm if whole else None))
+    dense += [KeptDense(name, kind, why) for name, (kind, why) in out_of_reach(probe).items()]
+    if not layers:
+        why = (
+            "; ".join(f"{row.name}: {row.reason}" for row in dense[:5]) or "it has no Conv2d, Linear, LSTM or GRU layer"
+        )
+        raise AutopruneError(f"no layer of this model can be pruned ({why}).")
+    return Inventory(tuple(layers), tuple(dense))
+
+
+def _watch_calls(
+    probe: nn.Module, example_inputs: Any, candidates: Mapping[str, nn.Module], norms: Mapping[str, nn.Module]
+) -> tuple[dict[str, _Call], Mapping[str, str]]:
+    """Runs `probe` once: how each layer was called, in the order of the first calls, and layer -> batch norm behind it.
+
+    Raises:
+        AutopruneError: it does not run on the inputs.
+    """
     calls: dict[str, _Call] = {}
     readings = _Readings()
 
@@ -205,28 +243,7 @@ def take_inventory(
             f"the model does not run on its example inputs of shape {shapes}: "
             f"{first_line(error) or type(error).__name__}. Give inputs shaped as the model is called, batch included."
         ) from error
-
-    owners = _weight_owners(probe)
-    of_layers = readings.norms()
-    layers, dense = [], []
-    order = list(calls) + [name for name in candidates if name not in calls]
-    for name in order:
-        module = candidates[name]
-        kind = kind_of(probe, name, module)
-        reason = _reason_to_keep(name, module, calls.get(name), owners, keep_dense, min_weights)
-        if reason:
-            dense.append(KeptDense(name, kind, reason))
-        else:
-            norm = of_layers.get(name)
-            whole = norm is not None and _normalises_filters(norms[norm], module, calls[name])
-            layers.append(_spec(name, kind, module, calls[name], norm if whole else None))
-    dense += [KeptDense(name, kind, why) for name, (kind, why) in out_of_reach(probe).items()]
-    if not layers:
-        why = (
-            "; ".join(f"{row.name}: {row.reason}" for row in dense[:5]) or "it has no Conv2d, Linear, LSTM or GRU layer"
-        )
-        raise AutopruneError(f"no layer of this model can be pruned ({why}).")
-    return Inventory(tuple(layers), tuple(dense))
+    return calls, readings.norms()
 
 
 class _Readings:

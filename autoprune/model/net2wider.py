@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from autoprune.errors import AutopruneError
 from autoprune.model.arguments import call_with
-from autoprune.model.inventory import as_tuple
+from autoprune.model.inventory import as_tuple, eval_mode
 
 FAINT = 0.1  # share of a copy, over that of what it copies
 UNEVEN = 0.2  # shares are drawn within this of those, relatively
@@ -187,13 +187,8 @@ def _may_change(model: nn.Module, chain: _Chain, only: Collection[str]) -> bool:
 
 def _run(model: nn.Module, inputs: Any) -> list[Tensor]:
     """The tensors the model returns, in eval mode; its modes are left as they were."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        with torch.no_grad():
-            output = call_with(model.eval(), inputs)
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with eval_mode(model), torch.no_grad():
+        output = call_with(model, inputs)
     values = output.values() if isinstance(output, Mapping) else as_tuple(output)
     return [value for value in values if isinstance(value, Tensor)]
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from autoprune.errors import AutopruneError, ConfigError, did_you_mean
 from autoprune.model.given import kind, told
-from autoprune.model.inventory import as_tuple
+from autoprune.model.inventory import as_tuple, eval_mode
 from autoprune.registry import Choice
 from autoprune.tasks.base import Task
 from autoprune.tasks.batches import first_batches
@@ -134,15 +134,11 @@ def _check_split(what: str, loader: Any, model: nn.Module) -> None:
 
 
 def _run(what: str, model: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
-    modes = [(module, module.training) for module in model.modules()]
     try:
-        with torch.inference_mode():
-            return model.eval()(*inputs)
+        with eval_mode(model), torch.inference_mode():
+            return model(*inputs)
     except Exception as error:
         shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
         raise AutopruneError(
             f"{what} does not run through the model: inputs of shape {shapes}: {told(error)}."
         ) from error
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -129,3 +129,13 @@ def test_without_calibration_it_is_an_error() -> None:
 def test_refuses_no_damping() -> None:
     with pytest.raises(ConfigError, match="damping must be a number > 0, not 0"):
         RECOVERIES.create(Choice("reconstruct", {"damping": 0}))
+
+
+def test_every_module_is_in_its_own_mode_afterwards() -> None:
+    """A batch norm that is kept in eval mode while the rest is trained stays so."""
+    model, dense = network().train(), network().train()
+    model[1].eval()
+    dense[1].eval()
+    reconstruct_(model, dense, "3", masks(Choice("unstructured"))["3"], batches())
+    assert [module.training for module in (model, model[1], model[3])] == [True, False, True]
+    assert [module.training for module in (dense, dense[1], dense[3])] == [True, False, True]

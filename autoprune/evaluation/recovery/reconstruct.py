@@ -13,7 +13,7 @@ from autoprune.evaluation.recovery.base import Recovery, Subject
 from autoprune.masks import Batches, apply_masks_, weight_of
 from autoprune.model.arguments import call_with
 from autoprune.model.columns import input_columns, joined, output_rows
-from autoprune.model.inventory import watch_forward
+from autoprune.model.inventory import eval_mode, watch_forward
 from autoprune.model.recurrent.names import layer_at
 from autoprune.plan import Plan
 from autoprune.training.loop import recalibrate_batch_norm_
@@ -104,11 +104,6 @@ def _calls(model: nn.Module, name: str, inputs: Any) -> list[tuple[Tensor, Tenso
     def seen(_: str, args: tuple[Any, ...], output: Tensor) -> None:
         calls.append((args[0].clone(), output.clone()))  # what follows may work in place
 
-    was_training = model.training
-    model.eval()
-    try:
-        with watch_forward(model, [name], seen), torch.no_grad():
-            call_with(model, inputs)
-    finally:
-        model.train(was_training)
+    with eval_mode(model), watch_forward(model, [name], seen), torch.no_grad():
+        call_with(model, inputs)
     return calls
