@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +20,15 @@ from autoprune.latency.quiet import working
 from autoprune.masks import Batches, Loss, Masks
 from autoprune.model.arguments import call_with
 from autoprune.model.given import called, check_loss, read
-from autoprune.progress import SILENT, Progress
+from autoprune.model.inventory import eval_mode, own_modes
+from autoprune.progress import SILENT, Bar, Progress
 from autoprune.settings import TrainingSettings, learning_rate, make_optimizer
 from autoprune.training.base import Pruner, Signals, SparseTraining
 from autoprune.training.checkpoint import Checkpoint
 from autoprune.training.distillation import Distillation, check_teachers
 
 OnSignals = Callable[[int, Signals], None]
+OnEpoch = Callable[[int, dict[str, float]], None]
 SIGNALS = 100  # a run
 
 
@@ -59,7 +62,7 @@ def train_(
     checkpoint: Path | None = None,
     progress: Progress = SILENT,
     title: str = "training",
-    on_epoch: Callable[[int, dict[str, float]], None] | None = None,
+    on_epoch: OnEpoch | None = None,
     on_signals: OnSignals | None = None,
 ) -> TrainingResult:
     """Trains `model` in place; the global random state and the model's mode are left as they were.
@@ -91,68 +94,132 @@ def train_(
     """
     _check_arguments(model, method, pruner)
     check_teachers(model, settings, teachers)
-    per_epoch = count_batches(batches)
-    all_steps = settings.epochs * per_epoch
-    total_steps = min(all_steps, settings.max_steps or all_steps)
-    epochs = math.ceil(total_steps / per_epoch)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = make_optimizer(parameters, settings)
-    run = {"seed": seed, "settings": settings.to_json(), "batches": per_epoch}
-    run |= {"teachers": len(teachers) if settings.distillation_weight > 0 else 0}
-    run |= {"method": type(method).__name__, "plan": pruner.plan.key if method and pruner else None}
-
-    with _kept_as_it_was(model, *teachers), progress.bar(title, total_steps) as bar:
+    lengths = _Lengths.of(settings, count_batches(batches))
+    trainer = _Trainer(model, loss, settings, lengths.steps, method, on_signals)
+    with _kept_as_it_was(model, *teachers), progress.bar(title, lengths.steps) as bar:
         torch.manual_seed(epoch_seed(seed, 0))
-        if method and pruner:
-            method.start(pruner, total_steps)
-        distillation = Distillation(model, loss, settings, teachers) if settings.distillation_weight > 0 else None
-        average = distillation.average if distillation else None
-        saved = Checkpoint(checkpoint, run, model, optimizer, method, average) if checkpoint else None
-        losses = saved.load_() if saved else []
-        bar.advance(min(len(losses) * per_epoch, total_steps))
+        trainer.start(pruner, teachers)
+        saved = trainer.checkpoint(checkpoint, seed, lengths, pruner, teachers)
+        losses = _train_epochs_(trainer, batches, lengths, seed, saved, bar, on_epoch)
+        return TrainingResult(tuple(losses), method.finish() if method else None, lengths.epochs, lengths.steps)
 
-        for epoch in range(len(losses) + 1, epochs + 1):
-            torch.manual_seed(epoch_seed(seed, epoch))
-            model.train()
-            first = step = (epoch - 1) * per_epoch
-            epoch_loss = 0.0
-            for number, inputs, target in islice(read(batches, "the training data"), total_steps - first):
-                step += 1
-                failed = f"batch {number} of epoch {epoch} cannot be trained on"
-                rate = learning_rate(settings, step, total_steps)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                with working():  # a timing of another run may come between two steps
-                    with called(failed):
-                        output = call_with(model, inputs)
-                        value = distillation(output, inputs, target) if distillation else loss(output, target)
-                        check_loss(value)
-                    _check_finite(value, step, total_steps, rate)
-                    optimizer.zero_grad()
-                    with called(failed):
-                        value.backward()
-                    if settings.clip_norm is not None:
-                        nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
-                    if method:
-                        method.before_step(step)
-                    optimizer.step()
-                    if method:
-                        method.after_step(step)
-                        if on_signals and (step % max(1, total_steps // SIGNALS) == 0 or step == total_steps):
-                            on_signals(step, method.signals())
-                    if distillation:
-                        distillation.after_step(step)
-                epoch_loss += value.item()
-                bar.advance(1, f"loss {value.item():.3f}")
-            _check_count(step - first, min(per_epoch, total_steps - first), epoch)
-            losses.append(epoch_loss / (step - first))
-            if saved:
-                saved.save(losses)
-            if on_epoch:
-                on_epoch(epoch, {"loss": losses[-1], "learning_rate": rate})
-        optimizer.zero_grad()
-        _check_weights(parameters, total_steps)
-        return TrainingResult(tuple(losses), method.finish() if method else None, epochs, total_steps)
+
+@dataclass(frozen=True)
+class _Lengths:
+    """How long a run is: steps of a whole epoch, epochs (the last perhaps cut short) and optimizer steps in all."""
+
+    epoch: int
+    epochs: int
+    steps: int
+
+    @classmethod
+    def of(cls, settings: TrainingSettings, per_epoch: int) -> _Lengths:
+        """Of a run on `per_epoch` batches."""
+        whole = settings.epochs * per_epoch
+        steps = min(whole, settings.max_steps or whole)
+        return cls(per_epoch, math.ceil(steps / per_epoch), steps)
+
+
+class _Trainer:
+    """Takes optimizer steps."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        settings: TrainingSettings,
+        total_steps: int,
+        method: SparseTraining | None,
+        on_signals: OnSignals | None,
+    ) -> None:
+        self.model, self.loss, self.settings, self.total_steps = model, loss, settings, total_steps
+        self.method, self.on_signals = method, on_signals
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = make_optimizer(self.parameters, settings)
+        self.distillation: Distillation | None = None
+
+    def start(self, pruner: Pruner | None, teachers: Sequence[nn.Module]) -> None:
+        """Before the first step; the method may cut already."""
+        if self.method and pruner:
+            self.method.start(pruner, self.total_steps)
+        if self.settings.distillation_weight > 0:
+            self.distillation = Distillation(self.model, self.loss, self.settings, teachers)
+
+    def checkpoint(
+        self, folder: Path | None, seed: int, lengths: _Lengths, pruner: Pruner | None, teachers: Sequence[nn.Module]
+    ) -> Checkpoint | None:
+        """What keeps this run in `folder`; after `start`."""
+        run = {"seed": seed, "settings": self.settings.to_json(), "batches": lengths.epoch}
+        run |= {"teachers": len(teachers) if self.distillation else 0}
+        run |= {"method": type(self.method).__name__, "plan": pruner.plan.key if self.method and pruner else None}
+        average = self.distillation.average if self.distillation else None
+        return Checkpoint(folder, run, self.model, self.optimizer, self.method, average) if folder else None
+
+    def take(self, step: int, inputs: Any, target: Any, failed: str) -> float:
+        """Takes `step`, counted from 1, and returns its loss; `failed` begins the message of a GivenError."""
+        rate = learning_rate(self.settings, step, self.total_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        with working():  # a timing of another run may come between two steps
+            with called(failed):
+                output = call_with(self.model, inputs)
+                value = self.distillation(output, inputs, target) if self.distillation else self.loss(output, target)
+                check_loss(value)
+            _check_finite(value, step, self.total_steps, rate)
+            self.optimizer.zero_grad()
+            with called(failed):
+                value.backward()
+            if self.settings.clip_norm is not None:
+                nn.utils.clip_grad_norm_(self.parameters, self.settings.clip_norm)
+            self._update_(step)
+        return value.item()
+
+    def _update_(self, step: int) -> None:
+        """The optimizer's step, and what follows it."""
+        if self.method:
+            self.method.before_step(step)
+        self.optimizer.step()
+        if self.method:
+            self.method.after_step(step)
+            if self.on_signals and (step % max(1, self.total_steps // SIGNALS) == 0 or step == self.total_steps):
+                self.on_signals(step, self.method.signals())
+        if self.distillation:
+            self.distillation.after_step(step)
+
+
+def _train_epochs_(
+    trainer: _Trainer,
+    batches: Batches,
+    lengths: _Lengths,
+    seed: int,
+    saved: Checkpoint | None,
+    bar: Bar,
+    on_epoch: OnEpoch | None,
+) -> list[float]:
+    """All epochs that are not done yet; returns the mean loss of each, those before a resume included."""
+    losses = saved.load_() if saved else []
+    bar.advance(min(len(losses) * lengths.epoch, lengths.steps))
+    for epoch in range(len(losses) + 1, lengths.epochs + 1):
+        torch.manual_seed(epoch_seed(seed, epoch))
+        trainer.model.train()
+        before = (epoch - 1) * lengths.epoch
+        expected, counted, epoch_loss = min(lengths.epoch, lengths.steps - before), 0, 0.0
+        for number, inputs, target in islice(read(batches, "the training data"), lengths.steps - before):
+            counted += 1
+            failed = f"batch {number} of epoch {epoch} cannot be trained on"
+            value = trainer.take(before + counted, inputs, target, failed)
+            epoch_loss += value
+            bar.advance(1, f"loss {value:.3f}")
+        _check_count(counted, expected, epoch)
+        losses.append(epoch_loss / counted)
+        if saved:
+            saved.save(losses)
+        if on_epoch:
+            rate = learning_rate(trainer.settings, before + counted, lengths.steps)
+            on_epoch(epoch, {"loss": losses[-1], "learning_rate": rate})
+    trainer.optimizer.zero_grad()
+    _check_weights(trainer.parameters, lengths.steps)
+    return losses
 
 
 def count_batches(batches: Batches) -> int:
@@ -193,24 +260,20 @@ def recalibrate_batch_norm_(model: nn.Module, batches: Batches) -> nn.Module:
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
     if not norms:
         return model
-    training = {module: module.training for module in model.modules()}
     momenta = [norm.momentum for norm in norms]
-    model.eval()  # dropout must not disturb what the norms see
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a cumulative average
-        norm.train()
     seen = 0
     try:
-        with torch.no_grad():
+        with eval_mode(model), torch.no_grad():  # dropout must not disturb what the norms see
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # a cumulative average
+                norm.train()
             for seen, inputs, _ in read(batches, "the calibration data"):
                 with called(f"the model does not run on batch {seen} of the calibration data"):
                     call_with(model, inputs)
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
-        for module, mode in training.items():
-            module.training = mode
     if seen == 0:
         raise AutopruneError("batch norm cannot be recalibrated on no batches; give at least one.")
     return model
@@ -218,16 +281,10 @@ def recalibrate_batch_norm_(model: nn.Module, batches: Batches) -> nn.Module:
 
 @contextmanager
 def _kept_as_it_was(model: nn.Module, *teachers: nn.Module) -> Iterator[None]:
-    modules = [module for whole in (model, *teachers) for module in whole.modules()]
-    modes = [module.training for module in modules]
-    for teacher in teachers:
-        teacher.eval()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        for module, mode in zip(modules, modes, strict=True):
-            module.training = mode
+    with own_modes(model, *teachers), torch.random.fork_rng(devices=[]):
+        for teacher in teachers:
+            teacher.eval()
+        yield
 
 
 def _check_arguments(model: nn.Module, method: SparseTraining | None, pruner: Pruner | None) -> None:
