@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -45,6 +45,54 @@ class Round:
     decided: int
     done: int
     fraction: float
+
+
+@dataclass(frozen=True)
+class CutSchedule:
+    """When a run looks at its weights and when it cuts.
+
+    Attributes:
+        rounds: by the step they are decided after; of several at one step, the last.
+        looks: step -> looks after it.
+    """
+
+    rounds: Mapping[int, Round]
+    looks: Counter[int]
+
+    @classmethod
+    def between(
+        cls, first: int, last: int, count: int, fade: float, draws: int, fraction: Callable[[float], float]
+    ) -> CutSchedule:
+        """`count` rounds from step `first` to `last`, with `draws` looks before each.
+
+        Args:
+            first: step after which the first cut is decided.
+            last: step after which the last one is done.
+            count: rounds, >= 1.
+            fade: share of a round over which what it cuts fades out, in [0, 1].
+            draws: looks, spread over the steps since the round before was done.
+            fraction: of the plan's sparsities, at a progress in (0, 1] through the rounds.
+        """
+        bounds = [first + math.ceil((last - first) * i / count) for i in range(count + 1)]
+        rounds: dict[int, Round] = {}
+        for index, (decided, until) in enumerate(pairwise(bounds), start=1):
+            done = decided + math.floor((until - decided) * fade)
+            rounds[decided] = Round(decided, done, fraction(index / count))
+        looks: Counter[int] = Counter()
+        rested = max(0, first - (bounds[1] - first))
+        for decided, cut in rounds.items():
+            span = decided - rested
+            looks.update(rested + math.ceil(span * i / draws) for i in range(1, draws + 1))
+            rested = cut.done
+        return cls(rounds, looks)
+
+    def coming(self, step: int) -> Round:
+        """The first round that is decided at `step` or later."""
+        return min((cut for at, cut in self.rounds.items() if at >= step), key=lambda cut: cut.decided)
+
+    def fading(self, step: int) -> list[Round]:
+        """The rounds whose cut fades out in `step`."""
+        return [cut for cut in self.rounds.values() if cut.decided < step <= cut.done]
 
 
 class Bayesian(SparseTraining):
@@ -101,7 +149,8 @@ class Bayesian(SparseTraining):
 
     def start(self, pruner: Pruner, total_steps: int) -> None:
         self.pruner, self.masks = pruner, {}
-        self._plan_rounds(total_steps)
+        first, last = cutting_steps(self.begin, self.end, total_steps)
+        self._schedule = CutSchedule.between(first, last, self.rounds, self.fade, self.draws, self._fraction)
         zeros = {name: torch.zeros_like(pruner.weight(name)).detach() for name in pruner.layers}
         self.trials = torch.zeros(())
         self.redundant = zeros  # layer -> trials in which the weight ranked below the cut
@@ -121,20 +170,6 @@ class Bayesian(SparseTraining):
         self._fade_(step)
         self._advance(step)
 
-    def _plan_rounds(self, total_steps: int) -> None:
-        first, last = cutting_steps(self.begin, self.end, total_steps)
-        bounds = [first + math.ceil((last - first) * i / self.rounds) for i in range(self.rounds + 1)]
-        self._rounds: dict[int, Round] = {}  # by the step they are decided at; of several, the last
-        for index, (decided, until) in enumerate(pairwise(bounds), start=1):
-            done = decided + math.floor((until - decided) * self.fade)
-            self._rounds[decided] = Round(decided, done, self._fraction(index / self.rounds))
-        self._looks: Counter[int] = Counter()  # looks after each step
-        rested = max(0, first - (bounds[1] - first))
-        for decided, cut in self._rounds.items():
-            span = decided - rested
-            self._looks.update(rested + math.ceil(span * i / self.draws) for i in range(1, self.draws + 1))
-            rested = cut.done
-
     def _fraction(self, progress: float) -> float:
         """Of the plan's sparsities, at `progress` in (0, 1] through the rounds."""
         if self.schedule == "cubic":
@@ -146,12 +181,10 @@ class Bayesian(SparseTraining):
 
     def _advance(self, step: int) -> None:
         """Looks and cuts, as far as this step has any."""
-        if self._looks[step]:
-            coming = min((cut for at, cut in self._rounds.items() if at >= step), key=lambda cut: cut.decided)
-            for _ in range(self._looks[step]):
-                self._look(coming.fraction)
-        if step in self._rounds:
-            self._decide_(self._rounds[step])
+        for _ in range(self._schedule.looks[step]):
+            self._look(self._schedule.coming(step).fraction)
+        if step in self._schedule.rounds:
+            self._decide_(self._schedule.rounds[step])
 
     def _look(self, fraction: float) -> None:
         """One trial of every weight, on batches drawn with replacement."""
@@ -170,7 +203,7 @@ class Bayesian(SparseTraining):
     @property
     def decisions(self) -> list[int]:
         """The steps after which the rounds' cuts are decided, in order; 0 is before the first step."""
-        return sorted(self._rounds)
+        return sorted(self._schedule.rounds)
 
     def probability(self, name: str) -> Tensor:
         """The predictive probability that each weight's cell is redundant, in (0, 1), in the weight's shape."""
@@ -205,15 +238,14 @@ class Bayesian(SparseTraining):
 
     def _fade_(self, step: int) -> None:
         """Moves the scale of the weights on by one step of the round in progress, if one is."""
-        for cut in self._rounds.values():
-            if cut.decided < step <= cut.done:
-                span = cut.done - cut.decided
-                now, before = (step - cut.decided) / span, (step - 1 - cut.decided) / span
-                with torch.no_grad():
-                    for name in self.gates:
-                        self.pruner.weight(name).mul_(self._scale(name, now) / self._scale(name, before))
-                if step == cut.done:
-                    self._settle_()
+        for cut in self._schedule.fading(step):
+            span = cut.done - cut.decided
+            now, before = (step - cut.decided) / span, (step - 1 - cut.decided) / span
+            with torch.no_grad():
+                for name in self.gates:
+                    self.pruner.weight(name).mul_(self._scale(name, now) / self._scale(name, before))
+            if step == cut.done:
+                self._settle_()
 
     def _scale(self, name: str, progress: float) -> Tensor:
         """What the weights are scaled by, at `progress` in [0, 1] through the fading: 1, expected gate, 0 or 1."""
