@@ -7,7 +7,7 @@ scores, by the task's loss through the gates and by the gap to the budget.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from autoprune.allocation import make_allocation
+from autoprune.allocation import Cost, make_allocation
 from autoprune.allocation.threshold import Global
 from autoprune.errors import ConfigError
 from autoprune.masks import sparsity
@@ -63,6 +63,16 @@ class ThresholdNetwork(nn.Module):
         """``(layers, STATISTICS)`` -> ``(layers,)``."""
         offsets: Tensor = self.out(torch.tanh(self.hidden(statistics)))[:, 0]
         return offsets
+
+
+def cost_slopes(cost: Cost, names: Iterable[str], sparsities: Mapping[str, float]) -> Tensor:
+    """The change of the cost with the sparsity of each named layer, near `sparsities`: ``(layers,)``."""
+    slopes = []
+    for name in names:
+        low = min(max(0.0, sparsities.get(name, 0.0) - STEP / 2), 1.0 - 2 * STEP)
+        ends = (cost({**sparsities, name: low}), cost({**sparsities, name: low + STEP}))
+        slopes.append((ends[1] - ends[0]) / STEP)
+    return torch.tensor(slopes)
 
 
 class Joint(GatedTraining):
@@ -173,21 +183,13 @@ class Joint(GatedTraining):
             torch.stack(spreads),
         )
         self.budget = self.cost(self.planned.planned(fraction))
-        self.slopes = self._slopes({name: sparsity(mask) for name, mask in self.masks.items()})
+        shares = {name: sparsity(mask) for name, mask in self.masks.items()}
+        self.slopes = cost_slopes(self.cost, self.tables, shares)
 
     def _shares(self, fraction: float) -> dict[str, float]:
         """Layer -> sparsity at `fraction` of the plan, shared by the allocation; by the weights' magnitude now."""
         sizes = {name: latent.abs() for name, latent in self.latent.items()}
         return self.allocation.sparsities(replace(self.planned, saliency=sizes), fraction)
-
-    def _slopes(self, shares: Mapping[str, float]) -> Tensor:
-        """The change of the cost with each layer's sparsity, near `shares`, ``(layers,)``."""
-        slopes = []
-        for name in self.tables:
-            low = min(max(0.0, shares.get(name, 0.0) - STEP / 2), 1.0 - 2 * STEP)
-            ends = (self.cost({**shares, name: low}), self.cost({**shares, name: low + STEP}))
-            slopes.append((ends[1] - ends[0]) / STEP)
-        return torch.tensor(slopes)
 
     def _look(self, step: int) -> None:
         """Sets the gates' logits, with the graph that leads to the parameters, and the masks they harden to."""
