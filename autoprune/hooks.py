@@ -23,8 +23,9 @@ from autoprune.pipeline.retarget import latency_table, plan_at
 from autoprune.plan import LayerPlan, Plan
 from autoprune.registry import Choice
 from autoprune.target import Target
-from autoprune.training import TRAINING, Signals
+from autoprune.training import TRAINING, Pruner, Signals
 from autoprune.training.distributed import Alike
+from autoprune.training.lifecycle import Event, Lifecycle
 from autoprune.training.widening import make_pruner_
 
 
@@ -96,6 +97,7 @@ class PruningHooks:
         if plan is None:
             Target(speedup=speedup, sparsity=sparsity)  # checks the range, before anything that takes a while
         self._name, self._method = Choice.of(method), TRAINING.create(Choice.of(method))
+        self._lifecycle = Lifecycle()
         inventory = take_inventory(model, example_inputs, keep_dense=tuple(keep_dense))
         counted: Callable[[Inventory], Cost] = WeightCost
         if plan is None:
@@ -113,9 +115,6 @@ class PruningHooks:
         self._pruner = make_pruner_(
             self._method, model, inventory, plan, example_inputs, batches, loss, cost or counted
         )
-        self._step = self._total_steps = 0
-        self._hook: Any = None
-        self._ready = False  # the method has seen this step's gradients
 
     @property
     def plan(self) -> Plan:
@@ -128,21 +127,15 @@ class PruningHooks:
         Raises:
             AutopruneError: called twice, `total_steps` below 1, or an optimizer of other parameters.
         """
-        if self._hook is not None:
-            raise AutopruneError("start was called already: make new hooks for another training.")
+        self._lifecycle.check(Event.START)
         if not isinstance(total_steps, int) or isinstance(total_steps, bool) or total_steps < 1:
             raise AutopruneError(f"total_steps must be an integer >= 1, not {total_steps!r}.")
-        trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        if missing := [name for name in self._pruner.layers if id(self._pruner.weight(name)) not in trained]:
-            raise AutopruneError(
-                f"the optimizer does not train {', '.join(missing[:3])}: make the hooks first (a method may widen the "
-                "model), then the optimizer from model.parameters()."
-            )
-        self._total_steps = total_steps
+        _check_trains(optimizer, self._pruner)
         self._alike = Alike(self._pruner.model, reads_data=bool(self._pruner.batches))
         with self._alike(0):
             self._method.start(self._pruner, total_steps)
         self._hook = optimizer.register_step_pre_hook(self._before_step)
+        self._lifecycle.start(type(optimizer).__name__, total_steps)
 
     def after_step(self) -> None:
         """Follows every ``optimizer.step()``, those that a gradient scaler skipped included.
@@ -150,15 +143,9 @@ class PruningHooks:
         Raises:
             AutopruneError: more steps were taken than `start` was told, so that the masks are final already.
         """
-        self._check_started()
-        if self._step >= self._total_steps:
-            raise AutopruneError(
-                f"all {self._total_steps} steps were taken: start with the number of optimizer steps you will take."
-            )
-        self._step += 1
-        self._ready = False
-        with self._alike(2 * self._step):
-            self._method.after_step(self._step)
+        step = self._lifecycle.count()
+        with self._alike(2 * step):
+            self._method.after_step(step)
 
     def finish(self) -> Masks:
         """The final masks, True keeps; the model's weights are zero where they cut. The hook is removed.
@@ -166,24 +153,19 @@ class PruningHooks:
         Raises:
             AutopruneError: fewer steps were taken than `start` was told, so the budget is not met yet.
         """
-        self._check_started()
-        if self._step < self._total_steps:
-            raise AutopruneError(
-                f"{self._step} of {self._total_steps} steps were taken: the model is not as sparse as asked yet. Train "
-                "on, or start with the number of optimizer steps that you will take."
-            )
+        self._lifecycle.check(Event.FINISH)
         self._hook.remove()
         return self._method.finish()
 
     def signals(self) -> Signals:
         """Figures and histograms of the present state, for your own logger."""
-        self._check_started()
+        self._lifecycle.check(Event.READ)
         return self._method.signals()
 
     def state_dict(self) -> dict[str, Tensor]:
         """What to keep, besides the model and the optimizer, to go on later; tensors only."""
-        self._check_started()
-        own = {"hooks.step": torch.tensor(self._step), "hooks.made": torch.tensor(self._made)}
+        self._lifecycle.check(Event.READ)
+        own = {"hooks.step": torch.tensor(self._lifecycle.step), "hooks.made": torch.tensor(self._made)}
         return {**self._method.state(), **own}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -192,7 +174,7 @@ class PruningHooks:
         Raises:
             AutopruneError: the state is damaged, or of hooks made with other arguments.
         """
-        self._check_started()
+        self._lifecycle.check(Event.READ)
         inner = dict(state)
         if missing := {"hooks.step", "hooks.made"} - inner.keys():
             raise AutopruneError(f"this is not a state of pruning hooks: it has no {min(missing)!r}.")
@@ -206,13 +188,13 @@ class PruningHooks:
             self._method.load_state(inner)
         except (KeyError, RuntimeError) as error:
             raise AutopruneError(f"the state is damaged: {error}.") from None
-        self._step = step
+        self._lifecycle.go_to(step)
 
     @property
     def _made(self) -> int:
         """A number that tells hooks apart whose states do not fit each other."""
         shapes = [layer.weight_shape for layer in self._pruner.inventory.layers]
-        text = f"{self._name}/{self.plan.key}/{shapes}/{self._total_steps}"
+        text = f"{self._name}/{self.plan.key}/{shapes}/{self._lifecycle.total}"
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) >> 1
 
     def _before_step(
@@ -225,29 +207,24 @@ class PruningHooks:
             )
         loss = next(iter([*args[1:], *kwargs.values()]), None)  # args[0] is the optimizer
         if loss is None:
-            with self._alike(2 * self._step + 1):
-                self._method.before_step(self._step + 1)
+            self._see_gradients()
             return None
 
         def closure() -> Any:
             """The gradients come into being here, inside the step."""
-            if self._ready:
-                raise AutopruneError(
-                    f"{type(optimizer).__name__} computes the loss several times a step, which pruning methods do not "
-                    "support: use an optimizer such as SGD or AdamW."
-                )
+            self._lifecycle.check(Event.GRADIENTS)
             with torch.enable_grad():
                 value = loss()
-            with self._alike(2 * self._step + 1):
-                self._method.before_step(self._step + 1)
-            self._ready = True
+            self._see_gradients()
+            self._lifecycle.take(Event.GRADIENTS)
             return value
 
         return (optimizer, closure), {}
 
-    def _check_started(self) -> None:
-        if self._hook is None:
-            raise AutopruneError("call start(optimizer, total_steps) first.")
+    def _see_gradients(self) -> None:
+        step = self._lifecycle.step
+        with self._alike(2 * step + 1):
+            self._method.before_step(step + 1)
 
 
 def _check_trainable(model: nn.Module, names: Sequence[str]) -> None:
@@ -264,4 +241,14 @@ def _check_trainable(model: nn.Module, names: Sequence[str]) -> None:
         raise AutopruneError(
             f"{', '.join(frozen[:3])} would be pruned and never trained: requires_grad is False. Let it be trained, or "
             "leave the layer whole (keep_dense)."
+        )
+
+
+def _check_trains(optimizer: torch.optim.Optimizer, pruner: Pruner) -> None:
+    """Raises AutopruneError where the optimizer leaves a pruned layer as it is."""
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if missing := [name for name in pruner.layers if id(pruner.weight(name)) not in trained]:
+        raise AutopruneError(
+            f"the optimizer does not train {', '.join(missing[:3])}: make the hooks first (a method may widen the "
+            "model), then the optimizer from model.parameters()."
         )
