@@ -65,7 +65,7 @@ class Metric:
         if score is None:
             raise NumericalError(
                 f"evaluate must return one number, higher when better, or a dictionary with one at {self.name!r}; it "
-                f"returned {_told(given)}."
+                f"returned {_describe(given)}."
             )
         if not math.isfinite(score):
             raise NumericalError(f"evaluate returned {score}, which is no score: it must be a finite number.")
@@ -85,7 +85,7 @@ class Metric:
         """The figure with its unit, e.g. ``98.12%``."""
         return f"{self.figure(score):.{self.digits}f}{self.unit}"
 
-    def said(self, score: float) -> str:
+    def describe(self, score: float) -> str:
         """The figure in a sentence, e.g. ``accuracy 98.12%``."""
         return f"{self.name} {self.text(score)}"
 
@@ -116,7 +116,7 @@ def number(value: Any) -> float | None:
         return math.nan
 
 
-def _told(given: Any) -> str:
+def _describe(given: Any) -> str:
     """What was returned, for a message."""
     if given is None:
         return "None (is there a return missing?)"

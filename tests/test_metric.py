@@ -38,8 +38,8 @@ def test_fewer_bits_are_better_and_more_accuracy_is(score: float, drop: float) -
 
 
 def test_figures_read_as_themselves() -> None:
-    assert ACCURACY.said(0.98123) == "accuracy 98.12%"
-    assert BITS_PER_CHARACTER.said(-2.0625) == "bits per character 2.0625"
+    assert ACCURACY.describe(0.98123) == "accuracy 98.12%"
+    assert BITS_PER_CHARACTER.describe(-2.0625) == "bits per character 2.0625"
     assert [metric.label for metric in METRICS] == ["accuracy (%)", "bits per character"]
     assert BITS_PER_CHARACTER.tag == "bits_per_character"
     assert ACCURACY.change(-0.003) == "0.30 points of accuracy better"

@@ -44,7 +44,7 @@ def prune(
         job.adopt(plan)
     metric, score = job.task.metric, job.task.evaluate(job.pruned)
     typer.echo(
-        f"pruned, not fine-tuned: validation {metric.said(score)} (dense {metric.text(job.prepared.dense_score)}). "
+        f"pruned, not fine-tuned: validation {metric.describe(score)} (dense {metric.text(job.prepared.dense_score)}). "
         f"{job.directory / 'pruned.safetensors'}"
     )
 
@@ -81,5 +81,5 @@ def finetune(config: ConfigPath, run_dir: RunDir = None, overrides: Overrides = 
     Example: autoprune finetune configs/digits.toml
     """
     job = open_run(config, run_dir, overrides)
-    said = job.task.metric.said(job.task.evaluate(job.masked))
-    typer.echo(f"fine-tuned: validation {said}. {job.directory / 'masked.safetensors'}")
+    score = job.task.metric.describe(job.task.evaluate(job.masked))
+    typer.echo(f"fine-tuned: validation {score}. {job.directory / 'masked.safetensors'}")

@@ -33,7 +33,7 @@ def train(
     best = job.searched.best.measurement
     plan = job.plan
     typer.echo(
-        f"{len(job.searched.trials)} trials; the best has a validation {job.task.metric.said(best.score)} at "
+        f"{len(job.searched.trials)} trials; the best has a validation {job.task.metric.describe(best.score)} at "
         f"{best.speedup:.2f}x. {len(plan.layers)} layers planned: {job.directory / 'plan.json'}. "
         f"Policy: {job.directory / 'policy'}"
     )

@@ -19,7 +19,7 @@ def kind(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
-def told(error: BaseException) -> str:
+def described(error: BaseException) -> str:
     """An error in one line, without a full stop."""
     if isinstance(error, AutopruneError):
         return str(error).rstrip(".")
@@ -38,7 +38,7 @@ def called(failed: str) -> Iterator[None]:
     except (MemoryError, GivenError, NumericalError):
         raise
     except Exception as error:
-        raise GivenError(f"{failed}: {told(error)}.") from error
+        raise GivenError(f"{failed}: {described(error)}.") from error
 
 
 def read(batches: Iterable[Any], what: str) -> Iterator[tuple[int, Any, Any]]:

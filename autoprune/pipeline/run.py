@@ -231,7 +231,7 @@ class Run:
         best.plan.save(self._plan_file)
         measured = best.measurement
         self.progress.say(
-            f"best plan: {self.task.metric.said(measured.score)}, {measured.speedup:.2f}x, reward {best.reward:.3f}"
+            f"best plan: {self.task.metric.describe(measured.score)}, {measured.speedup:.2f}x, reward {best.reward:.3f}"
         )
         return best.plan
 

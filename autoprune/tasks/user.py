@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from autoprune.errors import AutopruneError, ConfigError, did_you_mean
-from autoprune.model.given import kind, told
+from autoprune.model.given import described, kind
 from autoprune.model.inventory import as_tuple, eval_mode
 from autoprune.registry import Choice
 from autoprune.tasks.base import Task
@@ -94,7 +94,7 @@ def _call(argument: str, path: str) -> Any:
             f"{argument}={path!r} cannot be imported: {error}. Run from the folder that holds it, or install it."
         ) from error
     except Exception as error:
-        raise ConfigError(f"{argument}={path!r}: importing {module_name} failed: {told(error)}.") from error
+        raise ConfigError(f"{argument}={path!r}: importing {module_name} failed: {described(error)}.") from error
     function = getattr(module, function_name, None)
     if not callable(function):
         names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
@@ -103,7 +103,7 @@ def _call(argument: str, path: str) -> Any:
     try:
         return function()
     except Exception as error:
-        raise ConfigError(f"{argument}={path!r} failed when called without arguments: {told(error)}.") from error
+        raise ConfigError(f"{argument}={path!r} failed when called without arguments: {described(error)}.") from error
 
 
 def _check_split(what: str, loader: Any, model: nn.Module) -> None:
@@ -140,5 +140,5 @@ def _run(what: str, model: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
     except Exception as error:
         shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
         raise AutopruneError(
-            f"{what} does not run through the model: inputs of shape {shapes}: {told(error)}."
+            f"{what} does not run through the model: inputs of shape {shapes}: {described(error)}."
         ) from error
