@@ -16,7 +16,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from autoprune.envs.curves import GRID, SPARSITIES, Array, place
-from autoprune.envs.draft import Draft
+from autoprune.envs.partial_plan import PartialPlan
 from autoprune.envs.problem import Problem
 from autoprune.plan import Plan
 
@@ -27,32 +27,32 @@ _TIE = 1e-9  # a sparsity that costs nothing is still more than none
 Indices = NDArray[np.int64]
 
 
-def solve(problem: Problem, draft: Draft, greedily: bool = False) -> Plan:
-    """The draft's plan with the sparsities that lose least on the problem's target, weighed by its coefficients.
+def solve(problem: Problem, partial: PartialPlan, greedily: bool = False) -> Plan:
+    """The plan of `partial` with the sparsities that lose least on the problem's target, weighed by its coefficients.
 
     A target out of reach gives the plan that comes nearest. `greedily`: by always pruning further where the least loss
     buys a unit of the budget.
     """
-    cost, weight, budget = _terms(problem, draft)
+    cost, weight, budget = _terms(problem, partial)
     columns = columns_up_to(problem.max_sparsity)
     choose = greedy if greedily else knapsack
     chosen = columns[choose(cost[:, columns], weight[:, columns], budget)]
     sparsities = {name: float(SPARSITIES[i]) for name, i in zip(problem.inventory.names, chosen, strict=True)}
-    return draft.plan.with_sparsities(sparsities)
+    return partial.plan.with_sparsities(sparsities)
 
 
 def weighed(problem: Problem, coefficients: Iterable[float]) -> Plan:
     """The solver's plan under a coefficient for every layer, in the inventory's order."""
     named = dict(zip(problem.inventory.names, map(float, coefficients), strict=True))
-    return solve(problem, replace(Draft.of(problem.uniform(0.0)), coefficients=named))
+    return solve(problem, replace(PartialPlan.of(problem.uniform(0.0)), coefficients=named))
 
 
-def _terms(problem: Problem, draft: Draft) -> tuple[Array, Array, float]:
+def _terms(problem: Problem, partial: PartialPlan) -> tuple[Array, Array, float]:
     """What is made least, what has a budget, each (layers, GRID), and the budget."""
     curves, target = problem.curves, problem.target
-    coefficients = np.array([draft.coefficients.get(name, 1.0) for name in problem.inventory.names])
-    loss = curves.mixed(draft.mix) * coefficients[:, None] + _TIE * np.arange(GRID)
-    ms = curves.plan_ms(draft)
+    coefficients = np.array([partial.coefficients.get(name, 1.0) for name in problem.inventory.names])
+    loss = curves.mixed(partial.mix) * coefficients[:, None] + _TIE * np.arange(GRID)
+    ms = curves.plan_ms(partial)
     if target.accuracy_drop is not None:
         return ms, loss, target.accuracy_drop * LOSS_PER_SCORE
     if target.sparsity is not None:

@@ -9,7 +9,7 @@ from autoprune.plan import Plan
 
 
 @dataclass(frozen=True)
-class Draft(Plan):
+class PartialPlan(Plan):
     """A plan, and what the solver is to weigh each layer's sensitivity by when it makes the plan that is measured.
 
     Attributes:
@@ -21,7 +21,7 @@ class Draft(Plan):
     mix: float = 0.0
 
     @classmethod
-    def of(cls, plan: Plan) -> Draft:
+    def of(cls, plan: Plan) -> PartialPlan:
         return cls(plan.layers, plan.training, plan.settings)
 
     @property

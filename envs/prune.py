@@ -19,9 +19,9 @@ from torch import Tensor
 from autoprune.envs.actions import ACTIONS, ActionSpace
 from autoprune.envs.actions.group_size import GroupSize
 from autoprune.envs.curves import Decided
-from autoprune.envs.draft import Draft
 from autoprune.envs.knapsack import solve
 from autoprune.envs.observation import LIMIT, Observer, length
+from autoprune.envs.partial_plan import PartialPlan
 from autoprune.envs.problem import Problem
 from autoprune.envs.projection import (
     check_feasible,
@@ -112,7 +112,7 @@ class PruneEnv(gymnasium.Env[Observation, Action]):
         self.action_space: spaces.Box = self.actions.box  # type: ignore[assignment]  # narrower than Gymnasium's
         size = length(len(self.actions.components))
         self.observation_space = spaces.Box(-LIMIT, LIMIT, (size,), np.float32)
-        self._start = Draft.of(self._starting_plan())
+        self._start = PartialPlan.of(self._starting_plan())
         self._observer = Observer(problem, self._start, curves)
         self._names = problem.inventory.names
         self._plan, self._step, self._decided, self._potential = self._start, self.steps_per_episode, Decided(), 0.0
@@ -201,21 +201,21 @@ class PruneEnv(gymnasium.Env[Observation, Action]):
         """The trial of a plan, wherever it comes from: evaluated, with its reward."""
         return as_trial(self.problem, plan, self.problem.evaluate(plan))
 
-    def finished(self, draft: Draft) -> Plan:
+    def finished(self, partial: PartialPlan) -> Plan:
         """The plan that is measured: on the budget when there is one, useless sparsity given back."""
         problem, target = self.problem, self.problem.target
         if self.actions.solved:
-            solved = solve(problem, draft)
+            solved = solve(problem, partial)
             return solved if target.sparsity is not None else release_useless(solved, problem.table)
         if target.sparsity is not None:
-            return meet_sparsity(draft.plan, problem.inventory, target.sparsity, problem.max_sparsity)
+            return meet_sparsity(partial.plan, problem.inventory, target.sparsity, problem.max_sparsity)
         if target.speedup is None:
-            return release_useless(draft.plan, problem.table)
-        return project(draft.plan, problem.table, target.speedup, problem.max_sparsity)
+            return release_useless(partial.plan, problem.table)
+        return project(partial.plan, problem.table, target.speedup, problem.max_sparsity)
 
     def solved(self, greedily: bool = False) -> Plan:
         """What the solver makes of the sensitivity curves as they are."""
-        return solve(self.problem, Draft.of(self.problem.uniform(START_SPARSITY)), greedily)
+        return solve(self.problem, PartialPlan.of(self.problem.uniform(START_SPARSITY)), greedily)
 
     def reachable_speedup(self) -> float:
         """The best speed-up the latency table predicts for any pattern the actions can set."""

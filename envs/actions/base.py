@@ -11,7 +11,7 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from autoprune.envs.draft import Draft
+from autoprune.envs.partial_plan import PartialPlan
 from autoprune.envs.problem import Problem
 from autoprune.errors import ConfigError
 from autoprune.registry import Choice
@@ -36,8 +36,8 @@ class ActionComponent(ABC):
     after: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
-    def decode(self, unit: float, problem: Problem, draft: Draft, layer: str | None) -> Draft:
-        """Returns `draft` with this component's choice made, for `layer`, or for the run when it is None."""
+    def decode(self, unit: float, problem: Problem, partial: PartialPlan, layer: str | None) -> PartialPlan:
+        """Returns `partial` with this component's choice made, for `layer`, or for the run when it is None."""
 
     @abstractmethod
     def anchors(self) -> tuple[float, ...]:
@@ -99,10 +99,10 @@ class ActionSpace:
         return spaces.Box(-1.0, 1.0, (len(self.components),), np.float32)
 
     def decode(
-        self, action: NDArray[np.float32], scope: Scope, problem: Problem, draft: Draft, layer: str | None
-    ) -> Draft:
+        self, action: NDArray[np.float32], scope: Scope, problem: Problem, partial: PartialPlan, layer: str | None
+    ) -> PartialPlan:
         """Applies the entries of `action`, in [-1, 1], that belong to `scope`; the others are not read in this step."""
         for unit, component in zip(action, self.components, strict=True):
             if component.scope == scope:
-                draft = component.decode(float(unit), problem, draft, layer)
-        return draft
+                partial = component.decode(float(unit), problem, partial, layer)
+        return partial

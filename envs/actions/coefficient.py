@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import ClassVar
 
 from autoprune.envs.actions.base import ActionComponent, Scope
-from autoprune.envs.draft import Draft
+from autoprune.envs.partial_plan import PartialPlan
 from autoprune.envs.problem import Problem
 from autoprune.errors import ConfigError
 
@@ -27,9 +27,9 @@ class Coefficient(ActionComponent):
             raise ConfigError(f"action 'coefficient': reach must be in (0, 10], not {reach}.")
         self.reach = reach
 
-    def decode(self, unit: float, problem: Problem, draft: Draft, layer: str | None) -> Draft:
+    def decode(self, unit: float, problem: Problem, partial: PartialPlan, layer: str | None) -> PartialPlan:
         assert layer is not None
-        return replace(draft, coefficients={**draft.coefficients, layer: math.exp(self.reach * unit)})
+        return replace(partial, coefficients={**partial.coefficients, layer: math.exp(self.reach * unit)})
 
     def anchors(self) -> tuple[float, ...]:
         return (0.0,)

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from autoprune.criteria import CRITERIA
 from autoprune.envs.actions.base import ActionComponent, Scope, centres, pick
-from autoprune.envs.draft import Draft
+from autoprune.envs.partial_plan import PartialPlan
 from autoprune.envs.problem import Problem
 from autoprune.errors import ConfigError
 from autoprune.registry import Choice
@@ -26,9 +26,9 @@ class CriterionChoice(ActionComponent):
             CRITERIA.get(name)
         self.names = tuple(names)
 
-    def decode(self, unit: float, problem: Problem, draft: Draft, layer: str | None) -> Draft:
+    def decode(self, unit: float, problem: Problem, partial: PartialPlan, layer: str | None) -> PartialPlan:
         chosen = Choice(pick(self.names, unit))
-        return replace(draft, layers={name: replace(each, criterion=chosen) for name, each in draft.layers.items()})
+        return replace(partial, layers={name: replace(each, criterion=chosen) for name, each in partial.layers.items()})
 
     def anchors(self) -> tuple[float, ...]:
         return centres(len(self.names))

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import ClassVar
 
 from autoprune.envs.actions.base import ActionComponent, Scope
-from autoprune.envs.draft import Draft
+from autoprune.envs.partial_plan import PartialPlan
 from autoprune.envs.problem import Problem
 
 
@@ -16,8 +16,8 @@ class Distillation(ActionComponent):
     scope: ClassVar[Scope] = "run"
     needs_training: ClassVar[bool] = True
 
-    def decode(self, unit: float, problem: Problem, draft: Draft, layer: str | None) -> Draft:
-        return replace(draft, settings={**draft.settings, "distillation_weight": round((unit + 1.0) * 5) / 10})
+    def decode(self, unit: float, problem: Problem, partial: PartialPlan, layer: str | None) -> PartialPlan:
+        return replace(partial, settings={**partial.settings, "distillation_weight": round((unit + 1.0) * 5) / 10})
 
     def anchors(self) -> tuple[float, ...]:
         return (0.0,)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import ClassVar
 
 from autoprune.envs.actions.base import ActionComponent, Scope
-from autoprune.envs.draft import Draft
+from autoprune.envs.partial_plan import PartialPlan
 from autoprune.envs.problem import Problem
 from autoprune.errors import ConfigError
 
@@ -22,9 +22,9 @@ class Epochs(ActionComponent):
             raise ConfigError(f"action 'epochs' needs whole numbers 1 <= low < high, not low={low!r}, high={high!r}.")
         self.low, self.high = low, high
 
-    def decode(self, unit: float, problem: Problem, draft: Draft, layer: str | None) -> Draft:
+    def decode(self, unit: float, problem: Problem, partial: PartialPlan, layer: str | None) -> PartialPlan:
         epochs = self.low + round((unit + 1.0) / 2.0 * (self.high - self.low))
-        return replace(draft, settings={**draft.settings, "epochs": epochs})
+        return replace(partial, settings={**partial.settings, "epochs": epochs})
 
     def anchors(self) -> tuple[float, ...]:
         return (0.0,)

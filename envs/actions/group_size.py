@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import ClassVar
 
 from autoprune.envs.actions.base import ActionComponent, Scope, centres, pick
-from autoprune.envs.draft import Draft
+from autoprune.envs.partial_plan import PartialPlan
 from autoprune.envs.problem import Problem
 from autoprune.errors import ConfigError
 from autoprune.registry import Choice
@@ -28,9 +28,9 @@ class GroupSize(ActionComponent):
         """Every pattern this action can set: the latency table must have their curves."""
         return tuple(Choice("group", {"size": size}) for size in self.sizes)
 
-    def decode(self, unit: float, problem: Problem, draft: Draft, layer: str | None) -> Draft:
+    def decode(self, unit: float, problem: Problem, partial: PartialPlan, layer: str | None) -> PartialPlan:
         assert layer is not None
-        return draft.with_layer(layer, replace(draft.layers[layer], pattern=pick(self.patterns, unit)))
+        return partial.with_layer(layer, replace(partial.layers[layer], pattern=pick(self.patterns, unit)))
 
     def anchors(self) -> tuple[float, ...]:
         return centres(len(self.sizes))

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import ClassVar
 
 from autoprune.envs.actions.base import ActionComponent, Scope, between
-from autoprune.envs.draft import Draft
+from autoprune.envs.partial_plan import PartialPlan
 from autoprune.envs.problem import Problem
 from autoprune.errors import ConfigError
 
@@ -22,9 +22,9 @@ class LearningRate(ActionComponent):
             raise ConfigError(f"action 'learning_rate': needs 0 < low < high, not low={low}, high={high}.")
         self.low, self.high = low, high
 
-    def decode(self, unit: float, problem: Problem, draft: Draft, layer: str | None) -> Draft:
+    def decode(self, unit: float, problem: Problem, partial: PartialPlan, layer: str | None) -> PartialPlan:
         rate = between(self.low, self.high, unit, log=True)
-        return replace(draft, settings={**draft.settings, "learning_rate": rate})
+        return replace(partial, settings={**partial.settings, "learning_rate": rate})
 
     def anchors(self) -> tuple[float, ...]:
         return (0.0,)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from autoprune.envs.actions.base import ActionComponent, Scope, between, centres, pick
-from autoprune.envs.draft import Draft
+from autoprune.envs.partial_plan import PartialPlan
 from autoprune.envs.problem import Problem
 from autoprune.errors import ConfigError
 from autoprune.registry import Choice
@@ -28,13 +28,13 @@ class MethodArgument(ActionComponent):
     after: ClassVar[tuple[str, ...]] = ("training_method",)
     arguments: ClassVar[tuple[str, ...]]
 
-    def decode(self, unit: float, problem: Problem, draft: Draft, layer: str | None) -> Draft:
-        has = inspect.signature(TRAINING.get(draft.training.name)).parameters
+    def decode(self, unit: float, problem: Problem, partial: PartialPlan, layer: str | None) -> PartialPlan:
+        has = inspect.signature(TRAINING.get(partial.training.name)).parameters
         name = next((name for name in self.arguments if name in has), None)
         if name is None:
-            return draft
-        args = {**draft.training.args, name: self.value(unit)}
-        return replace(draft, training=Choice(draft.training.name, args))
+            return partial
+        args = {**partial.training.args, name: self.value(unit)}
+        return replace(partial, training=Choice(partial.training.name, args))
 
     @abstractmethod
     def value(self, unit: float) -> Any:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import ClassVar
 
 from autoprune.envs.actions.base import ActionComponent, Scope, between
-from autoprune.envs.draft import Draft
+from autoprune.envs.partial_plan import PartialPlan
 from autoprune.envs.problem import Problem
 from autoprune.registry import Choice
 from autoprune.training import TRAINING
@@ -21,14 +21,14 @@ class MethodStrength(ActionComponent):
     needs_training: ClassVar[bool] = True
     after: ClassVar[tuple[str, ...]] = ("training_method",)
 
-    def decode(self, unit: float, problem: Problem, draft: Draft, layer: str | None) -> Draft:
-        strength = TRAINING.get(draft.training.name).strength_range
+    def decode(self, unit: float, problem: Problem, partial: PartialPlan, layer: str | None) -> PartialPlan:
+        strength = TRAINING.get(partial.training.name).strength_range
         if strength is None:
-            return draft
+            return partial
         name, low, high = strength
         value = between(low, high, unit, log=low > 0.0 and high >= LOG_FACTOR * low)
-        args = {**draft.training.args, name: value}
-        return replace(draft, training=Choice(draft.training.name, args))
+        args = {**partial.training.args, name: value}
+        return replace(partial, training=Choice(partial.training.name, args))
 
     def anchors(self) -> tuple[float, ...]:
         return (0.0,)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import ClassVar
 
 from autoprune.envs.actions.base import ActionComponent, Scope
-from autoprune.envs.draft import Draft
+from autoprune.envs.partial_plan import PartialPlan
 from autoprune.envs.problem import Problem
 
 
@@ -20,8 +20,8 @@ class Mix(ActionComponent):
     scope: ClassVar[Scope] = "run"
     solved: ClassVar[bool] = True
 
-    def decode(self, unit: float, problem: Problem, draft: Draft, layer: str | None) -> Draft:
-        return replace(draft, mix=unit)
+    def decode(self, unit: float, problem: Problem, partial: PartialPlan, layer: str | None) -> PartialPlan:
+        return replace(partial, mix=unit)
 
     def anchors(self) -> tuple[float, ...]:
         return (0.0,)

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from autoprune.envs.actions.base import ActionComponent, Scope
 from autoprune.envs.curves import GRID
-from autoprune.envs.draft import Draft
+from autoprune.envs.partial_plan import PartialPlan
 from autoprune.envs.problem import Problem
 from autoprune.envs.projection import logit, sigmoid
 from autoprune.errors import ConfigError
@@ -26,11 +26,11 @@ class Sparsity(ActionComponent):
             raise ConfigError(f"action 'sparsity': reach must be in (0, 10] logits, not {reach}.")
         self.reach = reach
 
-    def decode(self, unit: float, problem: Problem, draft: Draft, layer: str | None) -> Draft:
+    def decode(self, unit: float, problem: Problem, partial: PartialPlan, layer: str | None) -> PartialPlan:
         assert layer is not None
-        start = draft.layers[layer]
+        start = partial.layers[layer]
         moved = sigmoid(logit(start.sparsity) + self.reach * unit)
-        return draft.with_layer(layer, replace(start, sparsity=min(problem.max_sparsity, round(moved * GRID) / GRID)))
+        return partial.with_layer(layer, replace(start, sparsity=min(problem.max_sparsity, round(moved * GRID) / GRID)))
 
     def anchors(self) -> tuple[float, ...]:
         return (0.0,)

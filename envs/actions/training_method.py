@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from autoprune.envs.actions.base import ActionComponent, Scope, centres, pick
-from autoprune.envs.draft import Draft
+from autoprune.envs.partial_plan import PartialPlan
 from autoprune.envs.problem import Problem
 from autoprune.errors import ConfigError
 from autoprune.registry import Choice
@@ -29,8 +29,8 @@ class TrainingMethod(ActionComponent):
             raise ConfigError("action 'training_method': names must list at least one method.")
         self.methods = tuple(_method(given) for given in names)
 
-    def decode(self, unit: float, problem: Problem, draft: Draft, layer: str | None) -> Draft:
-        return replace(draft, training=pick(self.methods, unit))
+    def decode(self, unit: float, problem: Problem, partial: PartialPlan, layer: str | None) -> PartialPlan:
+        return replace(partial, training=pick(self.methods, unit))
 
     def anchors(self) -> tuple[float, ...]:
         return centres(len(self.methods))

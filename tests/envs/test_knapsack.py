@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoprune.envs import PruneEnv
-from autoprune.envs.draft import Draft
 from autoprune.envs.knapsack import greedy, knapsack, solve
+from autoprune.envs.partial_plan import PartialPlan
 from autoprune.registry import Choice
 from autoprune.target import Target
 from autoprune.testing import fake_problem
@@ -77,10 +77,10 @@ def test_the_solver_s_plan_is_on_the_target_and_loses_no_more_than_uniform(targe
 def test_a_layer_that_counts_more_is_pruned_less() -> None:
     problem = fake_problem(Target(speedup=3.0))
     name = problem.inventory.names[2]
-    draft = Draft.of(problem.uniform(0.5))
-    plain = solve(problem, draft)
-    careful = solve(problem, replace(draft, coefficients={name: 50.0}))
-    careless = solve(problem, replace(draft, coefficients={name: 0.02}))
+    partial = PartialPlan.of(problem.uniform(0.5))
+    plain = solve(problem, partial)
+    careful = solve(problem, replace(partial, coefficients={name: 50.0}))
+    careless = solve(problem, replace(partial, coefficients={name: 0.02}))
     assert careful.layers[name].sparsity < plain.layers[name].sparsity < careless.layers[name].sparsity
 
 

@@ -17,8 +17,8 @@ from autoprune.agents.base import run_episode
 from autoprune.envs import ENV_ID, Problem, PruneEnv
 from autoprune.envs.actions import ACTIONS
 from autoprune.envs.actions.method_argument import MethodArgument
-from autoprune.envs.draft import Draft
 from autoprune.envs.observation import NAMES
+from autoprune.envs.partial_plan import PartialPlan
 from autoprune.errors import ConfigError, InfeasibleTarget
 from autoprune.plan import Plan
 from autoprune.registry import Choice
@@ -101,7 +101,7 @@ def test_every_action_decodes_to_a_valid_plan(name: str, unit: float) -> None:
     problem = fake_problem()
     component = ACTIONS.create(Choice(name))
     layer = problem.inventory.names[0] if component.scope == "layer" else None
-    plan = component.decode(unit, problem, Draft.of(problem.uniform(0.5)), layer).plan
+    plan = component.decode(unit, problem, PartialPlan.of(problem.uniform(0.5)), layer).plan
     assert Plan.from_json(plan.to_json()) == plan
     assert all(-1.0 <= anchor <= 1.0 for anchor in component.anchors())
 
