@@ -29,7 +29,7 @@ import torch
 
 from autoprune.config import load_generalist_config
 from autoprune.envs import Problem, PruneEnv
-from autoprune.envs.family import Stake, stakes_of
+from autoprune.envs.family import TaskTarget, task_targets_of
 from autoprune.files import write_text
 from autoprune.latency.machine import machine_text
 from autoprune.pipeline.compare import (
@@ -66,14 +66,14 @@ def jobs(agents: Sequence[str], seeds: int, budgets: Sequence[int], most: int) -
     return listed + [Job(Choice(name), 0, (most,)) for name in REFERENCE if name in agents and most > max(budgets)]
 
 
-def stake_of(name: str, problem: Problem) -> Stake | None:
+def task_target_of(name: str, problem: Problem) -> TaskTarget | None:
     """Of the targets with something at stake, the one at which the knapsack's plan costs nearest to `ASKED_DROP`."""
 
-    def off(stake: Stake) -> float:
-        plan = PruneEnv(stake.problem, COEFFICIENT).solved()
+    def off(task_target: TaskTarget) -> float:
+        plan = PruneEnv(task_target.problem, COEFFICIENT).solved()
         return abs(problem.dense_score - problem.evaluate(plan).score - ASKED_DROP)
 
-    return min(stakes_of(name, problem), key=off, default=None)
+    return min(task_targets_of(name, problem), key=off, default=None)
 
 
 def run_task(name: str, agents: Sequence[str], seeds: int, budgets: Sequence[int], most: int) -> str:
@@ -81,13 +81,13 @@ def run_task(name: str, agents: Sequence[str], seeds: int, budgets: Sequence[int
     config = load_generalist_config(CONFIG)
     run = member_run(config, next(each for each in held_out_members(config.family.data) if each.name == name))
     log = OutcomeLog(RESULTS / "agents" / f"{name}.jsonl")
-    stake = stake_of(name, run.problem)
-    if stake is None:
+    task_target = task_target_of(name, run.problem)
+    if task_target is None:
         return f"{name}: nothing at stake"
-    env = PruneEnv(stake.problem, config.env.actions, shaping=0.0)
+    env = PruneEnv(task_target.problem, config.env.actions, shaping=0.0)
     outcomes = compare_all(name, env, jobs(agents, seeds, budgets, most), beside_knapsack(run, env), log)
     base = next((each.score for each in outcomes if each.agent == "knapsack"), float("nan"))
-    target, dense = stake.problem.target.speedup, run.prepared.dense_score
+    target, dense = task_target.problem.target.speedup, run.prepared.dense_score
     return f"{name}: done, target {target:.2f}x, dense {dense:.4f}, knapsack {base:.4f}"
 
 

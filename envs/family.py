@@ -27,7 +27,7 @@ Evaluations = Mapping[str, Evaluate]
 
 
 @dataclass(frozen=True, eq=False)
-class Stake:
+class TaskTarget:
     """A problem on a target at which it matters what is pruned.
 
     Attributes:
@@ -47,9 +47,9 @@ def speedup_at(problem: Problem, fraction: float) -> float:
     return max(1.01, slowest + fraction * (fastest - slowest))
 
 
-def stakes_of(
+def task_targets_of(
     name: str, problem: Problem, fractions: Sequence[float] = FRACTIONS, drops: Sequence[float] = ()
-) -> list[Stake]:
+) -> list[TaskTarget]:
     """The targets of a problem whose solver's plan, really evaluated, loses something but not all.
 
     Args:
@@ -62,13 +62,13 @@ def stakes_of(
         return []
     targets = [(Target(speedup=speedup_at(problem, fraction)), fraction) for fraction in fractions]
     targets += [(Target(accuracy_drop=drop), 0.0) for drop in drops]
-    found: list[Stake] = []
+    found: list[TaskTarget] = []
     for target, fraction in targets:
         aimed = replace(problem, target=target)
         plan = PruneEnv(aimed, (Choice("coefficient"),)).solved()
         measured = problem.evaluate(plan)
         if isinstance(measured, Measurement) and LEAST <= problem.dense_score - measured.score <= MOST:
-            found.append(Stake(name, aimed, fraction))
+            found.append(TaskTarget(name, aimed, fraction))
     return found
 
 
@@ -82,13 +82,13 @@ def _scale(baseline: float) -> float:
 
 
 class FamilyEnv(gymnasium.Env[Observation, Action]):
-    """Episodes of `PruneEnv` over many stakes.
+    """Episodes of `PruneEnv` over many task targets.
 
-    The reward is an advantage: what the plan is worth more than the solver's on the same stake, in units of what that
-    one loses. So tasks count alike, whatever their scores, and 0 is the best rule known.
+    The reward is an advantage: what the plan is worth more than the solver's on the same task target, in units of what
+    that one loses. So tasks count alike, whatever their scores, and 0 is the best rule known.
 
     Args:
-        stakes: drawn from alike by problem, then by target.
+        task_targets: drawn from alike by problem, then by target.
         actions: as of `PruneEnv`.
         cheap: problem's name -> a surrogate of its evaluation.
         measured_share: of the episodes that are evaluated for real.
@@ -97,14 +97,14 @@ class FamilyEnv(gymnasium.Env[Observation, Action]):
         start: as of `PruneEnv`; likewise `shaping` and `gamma`.
 
     Raises:
-        AutopruneError: there are no stakes.
+        AutopruneError: there are no task targets.
     """
 
     metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 - Gymnasium declares it so
 
     def __init__(
         self,
-        stakes: Sequence[Stake],
+        task_targets: Sequence[TaskTarget],
         actions: Sequence[Choice],
         cheap: Evaluations,
         *,
@@ -115,28 +115,35 @@ class FamilyEnv(gymnasium.Env[Observation, Action]):
         shaping: float = 0.0,
         gamma: float = 1.0,
     ) -> None:
-        if not stakes:
+        if not task_targets:
             raise AutopruneError(
                 "no task of the family has a target at which pruning costs between "
                 f"{100 * LEAST:g} and {100 * MOST:g} points: draw more tasks, or allow a higher env.max_sparsity."
             )
-        self._by_name: dict[str, list[Stake]] = {}
-        for stake in stakes:
-            self._by_name.setdefault(stake.name, []).append(stake)
+        self._by_name: dict[str, list[TaskTarget]] = {}
+        for task_target in task_targets:
+            self._by_name.setdefault(task_target.name, []).append(task_target)
         self.action_choices = tuple(actions)
         self._cheap, self._share = cheap, measured_share
         self._settings: tuple[Any, ...] = (shaping, gamma, start, curves)
         self.gamma, self.shaping, self.start, self.curves = gamma, shaping, start, curves
         self._made: dict[tuple[int, bool], tuple[PruneEnv, float]] = {}  # shared by copies
         self._envs: dict[tuple[int, bool], tuple[PruneEnv, float]] = {}  # own
-        first = self._environment(stakes[0], cheaply=True)[0]
+        first = self._environment(task_targets[0], cheaply=True)[0]
         self.action_space: gymnasium.spaces.Box = first.action_space  # type: ignore[assignment]  # as PruneEnv's
         self.observation_space = gymnasium.spaces.Box(-LIMIT, LIMIT, (length(len(actions)),), np.float32)
         self.steps_per_episode = round(
-            float(np.mean([1 + len(stake.problem.inventory.layers) * first.actions.of_layers for stake in stakes]))
+            float(
+                np.mean(
+                    [
+                        1 + len(task_target.problem.inventory.layers) * first.actions.of_layers
+                        for task_target in task_targets
+                    ]
+                )
+            )
         )
         self._draws = np.random.default_rng(seed)
-        self._env, self._baseline, self._stake, self._cheaply = first, 0.0, stakes[0], True
+        self._env, self._baseline, self._task_target, self._cheaply = first, 0.0, task_targets[0], True
 
     def twin(self, seed: int) -> FamilyEnv:
         """Another environment of the same family, with draws of its own; what takes long to make is made once."""
@@ -157,9 +164,9 @@ class FamilyEnv(gymnasium.Env[Observation, Action]):
             self.reseed((seed,))
         names = list(self._by_name)
         targets = self._by_name[names[self._draws.integers(len(names))]]
-        self._stake = targets[self._draws.integers(len(targets))]
+        self._task_target = targets[self._draws.integers(len(targets))]
         self._cheaply = self._draws.random() >= self._share
-        self._env, self._baseline = self._environment(self._stake, self._cheaply)
+        self._env, self._baseline = self._environment(self._task_target, self._cheaply)
         return self._env.reset()
 
     def step(self, action: Action) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
@@ -170,21 +177,23 @@ class FamilyEnv(gymnasium.Env[Observation, Action]):
         trial = self._env.tried(plan)
         info: dict[str, Any] = {
             "trial": trial.to_json(),
-            "name": self._stake.name,
+            "name": self._task_target.name,
             "measured": not self._cheaply,
             "advantage": advantage(trial.reward, self._baseline),
         }
         if not self._cheaply and isinstance(trial.evaluated, Measurement):
-            predicted = self._cheap[self._stake.name](plan)
+            predicted = self._cheap[self._task_target.name](plan)
             if isinstance(predicted, Measurement):
                 info["surrogate_error"] = abs(predicted.score - trial.evaluated.score)
         return observation, (float(trial.reward + reward) - self._baseline) / scale, True, False, info
 
-    def _environment(self, stake: Stake, cheaply: bool) -> tuple[PruneEnv, float]:
-        """The environment of a stake, and the reward of the solver's plan in it."""
-        key = (id(stake), cheaply)
+    def _environment(self, task_target: TaskTarget, cheaply: bool) -> tuple[PruneEnv, float]:
+        """The environment of a task target, and the reward of the solver's plan in it."""
+        key = (id(task_target), cheaply)
         if key not in self._made:
-            problem = replace(stake.problem, evaluate=self._cheap[stake.name]) if cheaply else stake.problem
+            problem = (
+                replace(task_target.problem, evaluate=self._cheap[task_target.name]) if cheaply else task_target.problem
+            )
             env = PruneEnv(problem, self.action_choices, *self._settings)
             self._made[key] = env, env.tried(env.solved()).reward
         if key not in self._envs:

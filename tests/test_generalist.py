@@ -10,7 +10,7 @@ import pytest
 
 from autoprune.agents.policy import SHIPPED, Policy
 from autoprune.config import FamilySection, GeneralistConfig, LearningSection
-from autoprune.envs.family import Stake
+from autoprune.envs.family import TaskTarget
 from autoprune.envs.surrogate import fit_surrogate
 from autoprune.errors import AutopruneError, ConfigError
 from autoprune.pipeline import generalist as module
@@ -39,8 +39,10 @@ def fake(config: GeneralistConfig, directory: Path) -> Generalist:
         problem = fake_problem(Target(speedup=2.5))
         plans = surrogate_plans(problem, 30, seed=0)
         surrogate = fit_surrogate(problem, plans, [problem.evaluate(plan).score for plan in plans])
-        stakes = tuple(Stake(member.name, replace(problem, target=Target(speedup=speedup))) for speedup in (2.0, 3.0))
-        tasks[member.name] = FamilyTask(member.name, problem, stakes, surrogate)
+        task_targets = tuple(
+            TaskTarget(member.name, replace(problem, target=Target(speedup=speedup))) for speedup in (2.0, 3.0)
+        )
+        tasks[member.name] = FamilyTask(member.name, problem, task_targets, surrogate)
     return Generalist(config, directory, prepared=tasks)
 
 

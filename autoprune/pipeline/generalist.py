@@ -27,7 +27,7 @@ from autoprune.agents.sb3 import SB3Agent
 from autoprune.config import GeneralistConfig, check_directory, parse_config
 from autoprune.documents import parsed
 from autoprune.envs import Problem, PruneEnv
-from autoprune.envs.family import FamilyEnv, Stake, speedup_at, stakes_of
+from autoprune.envs.family import FamilyEnv, TaskTarget, speedup_at, task_targets_of
 from autoprune.envs.knapsack import weighed
 from autoprune.envs.surrogate import Surrogate, fit_surrogate
 from autoprune.errors import AutopruneError, ConfigError
@@ -50,7 +50,7 @@ _OF_TASKS = frozenset(
     {"pattern", "criterion", "max_sparsity", "keep_dense", "min_weights", "min_saving", "recovery", "timing"}
 )  # of the environment's settings, those that a task's making depends on
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # glibc's malloc.h
-_ASKED = Target(speedup=2.0)  # of a task's run; its stakes have their own
+_ASKED = Target(speedup=2.0)  # of a task's run; its task targets have their own
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,13 +58,13 @@ class FamilyTask:
     """A task of the family, ready for episodes.
 
     Attributes:
-        stakes: its targets; none when pruning it decides nothing.
+        task_targets: its targets; none when pruning it decides nothing.
         surrogate: of its evaluation.
     """
 
     name: str
     problem: Problem
-    stakes: tuple[Stake, ...]
+    task_targets: tuple[TaskTarget, ...]
     surrogate: Surrogate
 
 
@@ -155,9 +155,9 @@ class Generalist:
                         bar.advance(1, missing[index].name)
         found = {member.name: self._load(member) for member in everyone}
         for name, each in found.items():
-            if not each.stakes:
+            if not each.task_targets:
                 self.progress.say(f"  {name:<28} is left out: pruning it decides too little, or breaks it at once")
-        return {name: each for name, each in found.items() if each.stakes}
+        return {name: each for name, each in found.items() if each.task_targets}
 
     def _done(self, member: Member) -> Path:
         return self.run_of(member).directory / "prepared.json"
@@ -174,7 +174,10 @@ class Generalist:
             f"{surrogate.rank:.2f})"
         )
         return FamilyTask(
-            member.name, problem, tuple(stakes_of(member.name, problem, drops=self.config.family.drops)), surrogate
+            member.name,
+            problem,
+            tuple(task_targets_of(member.name, problem, drops=self.config.family.drops)),
+            surrogate,
         )
 
     def split(self) -> tuple[list[FamilyTask], list[FamilyTask], list[FamilyTask]]:
@@ -199,11 +202,11 @@ class Generalist:
 
     def learner(self, learned: Sequence[FamilyTask]) -> FamilyLearner:
         config, env = self.config, self.config.env
-        stakes = all_stakes(learned)
+        task_targets = all_task_targets(learned)
         cheap = {each.name: each.surrogate for each in learned}
 
         family = FamilyEnv(
-            stakes,
+            task_targets,
             env.actions,
             cheap,
             measured_share=config.learning.measured_share,
@@ -262,13 +265,15 @@ class Generalist:
         means = []
         for each in tasks:
             if each.name not in self._judging:
-                self._judging[each.name] = [self._environment(stake, each.surrogate) for stake in each.stakes]
+                self._judging[each.name] = [
+                    self._environment(task_target, each.surrogate) for task_target in each.task_targets
+                ]
             means.append(float(np.mean([advantage_of(act, env) for env in self._judging[each.name]])))
         return float(np.mean(means))
 
-    def _environment(self, stake: Stake, evaluate: Evaluate) -> PruneEnv:
+    def _environment(self, task_target: TaskTarget, evaluate: Evaluate) -> PruneEnv:
         env = self.config.env
-        problem = replace(stake.problem, evaluate=evaluate)
+        problem = replace(task_target.problem, evaluate=evaluate)
         return PruneEnv(problem, env.actions, env.shaping, env.gamma, env.start, env.curves)
 
 
@@ -302,8 +307,10 @@ def _prepare(config: GeneralistConfig, member: Member) -> None:
     with closing(run.lock):
         problem = run.problem
         problem.evaluate.all(surrogate_plans(problem, config.family.plans, config.seed))
-        stakes = stakes_of(member.name, problem, drops=config.family.drops)
-        write_json(run.directory / "prepared.json", {"stakes": [stake.fraction for stake in stakes]})
+        task_targets = task_targets_of(member.name, problem, drops=config.family.drops)
+        write_json(
+            run.directory / "prepared.json", {"task_targets": [task_target.fraction for task_target in task_targets]}
+        )
 
 
 def _keep_memory() -> None:
@@ -330,5 +337,5 @@ def _chooses(index: int) -> bool:
     return (index + index // CHOOSING) % CHOOSING == CHOOSING - 1
 
 
-def all_stakes(prepared: Sequence[FamilyTask]) -> list[Stake]:
-    return [stake for each in prepared for stake in each.stakes]
+def all_task_targets(prepared: Sequence[FamilyTask]) -> list[TaskTarget]:
+    return [task_target for each in prepared for task_target in each.task_targets]

@@ -16,7 +16,7 @@ from autoprune.agents.halving import Rung, best_plans, halve
 from autoprune.agents.harness import SearchResult, TrialLog, search
 from autoprune.agents.sb3 import SB3Agent
 from autoprune.envs import Problem, PruneEnv
-from autoprune.envs.family import FamilyEnv, stakes_of
+from autoprune.envs.family import FamilyEnv, task_targets_of
 from autoprune.envs.rewards import as_trial, terminal_reward
 from autoprune.errors import NumericalError
 from autoprune.evaluation.measurement import CachedEvaluate, Evaluated, Failure, Measurement
@@ -151,11 +151,12 @@ def test_comparisons_go_on_without_what_failed() -> None:
 
 def test_a_family_learns_from_episodes_that_fail() -> None:
     good, bad = fake_problem(), failing_problem(always=True)
-    assert stakes_of("bad", bad) == []
-    stakes = [
-        replace(stake, problem=replace(stake.problem, evaluate=bad.evaluate)) for stake in stakes_of("good", good)
+    assert task_targets_of("bad", bad) == []
+    task_targets = [
+        replace(task_target, problem=replace(task_target.problem, evaluate=bad.evaluate))
+        for task_target in task_targets_of("good", good)
     ]
-    env = FamilyEnv(stakes, (Choice("coefficient"),), {"good": good.evaluate}, measured_share=1.0, seed=3)
+    env = FamilyEnv(task_targets, (Choice("coefficient"),), {"good": good.evaluate}, measured_share=1.0, seed=3)
     env.reset(seed=3)
     over, rewards, info = False, [], {}
     while not over:

@@ -14,7 +14,7 @@ from autoprune.agents.family import FamilyLearner, Update, advantage_of
 from autoprune.agents.policy import Policy
 from autoprune.agents.sb3 import SB3Agent
 from autoprune.envs import PruneEnv
-from autoprune.envs.family import FamilyEnv, Stake
+from autoprune.envs.family import FamilyEnv, TaskTarget
 from autoprune.evaluation.measurement import Measurement
 from autoprune.plan import Plan
 from autoprune.randomness import own_randomness
@@ -25,8 +25,8 @@ from autoprune.testing import EvaluateBy, fake_problem
 ACTIONS = (Choice("coefficient"),)
 
 
-def misjudged() -> list[Stake]:
-    """Stakes of a problem whose curves say too little of its first layers: what a policy can learn to mend."""
+def misjudged() -> list[TaskTarget]:
+    """Targets of a problem whose curves say too little of its first layers: what a policy can learn to mend."""
     problem = fake_problem()
     names = problem.inventory.names
 
@@ -36,16 +36,16 @@ def misjudged() -> list[Stake]:
         return replace(right, score=right.score - more)
 
     own = replace(problem, evaluate=EvaluateBy(evaluate))
-    return [Stake("one", replace(own, target=Target(speedup=speedup))) for speedup in (2.0, 2.5, 3.0)]
+    return [TaskTarget("one", replace(own, target=Target(speedup=speedup))) for speedup in (2.0, 2.5, 3.0)]
 
 
 def learner(name: str, seed: int = 0) -> FamilyLearner:
     args = {"net": [16]} | ({"episodes_per_update": 2, "minibatches": 2} if name == "ppo" else {})
     agent = AGENTS.create(Choice(name, args))
     assert isinstance(agent, SB3Agent)
-    stakes = misjudged()
-    cheap = {"one": stakes[0].problem.evaluate}
-    return FamilyLearner(agent, FamilyEnv(stakes, ACTIONS, cheap), envs=4, seed=seed)
+    task_targets = misjudged()
+    cheap = {"one": task_targets[0].problem.evaluate}
+    return FamilyLearner(agent, FamilyEnv(task_targets, ACTIONS, cheap), envs=4, seed=seed)
 
 
 def advantages(name: str, updates: int, directory: Path, stop_at: int | None = None) -> list[Update]:
@@ -83,7 +83,7 @@ def test_a_killed_training_goes_on_as_if_it_had_never_stopped(name: str, tmp_pat
 
 def test_learning_pays_and_the_policy_is_saved_without_its_training(tmp_path: Path) -> None:
     learns = learner("ppo")
-    envs = [PruneEnv(stake.problem, ACTIONS) for stake in misjudged()]
+    envs = [PruneEnv(task_target.problem, ACTIONS) for task_target in misjudged()]
     learns.learn(120, tmp_path, lambda _: None)
     after = [advantage_of(learns.act, env) for env in envs]
     assert np.mean(after) > 0.05  # 0 is the solver's plan, which learning starts from

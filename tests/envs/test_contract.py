@@ -20,7 +20,7 @@ from gymnasium.vector import SyncVectorEnv
 
 from autoprune.agents.lockstep import Lockstep
 from autoprune.envs import ENV_ID, PruneEnv
-from autoprune.envs.family import FamilyEnv, stakes_of
+from autoprune.envs.family import FamilyEnv, task_targets_of
 from autoprune.errors import AutopruneError, ConfigError
 from autoprune.evaluation.measurement import CachedEvaluate, Failure, Measurement
 from autoprune.registry import Choice
@@ -123,7 +123,9 @@ def test_a_step_needs_an_episode() -> None:
     assert isinstance(refused.value, AutopruneError)
     env.reset()
     env.step(action)
-    family = FamilyEnv(stakes_of("one", fake_problem()), (Choice("coefficient"),), {"one": fake_problem().evaluate})
+    family = FamilyEnv(
+        task_targets_of("one", fake_problem()), (Choice("coefficient"),), {"one": fake_problem().evaluate}
+    )
     with pytest.raises(ResetNeeded):
         family.step(np.zeros(1, np.float32))
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-from autoprune.envs.family import FRACTIONS, FamilyEnv, Stake, speedup_at, stakes_of
+from autoprune.envs.family import FRACTIONS, FamilyEnv, TaskTarget, speedup_at, task_targets_of
 from autoprune.envs.problem import Problem
 from autoprune.envs.surrogate import FEWEST, fit_surrogate
 from autoprune.errors import AutopruneError
@@ -25,8 +25,10 @@ ACTIONS = (Choice("coefficient"),)
 
 def family(measured_share: float = 0.0, seed: int = 0) -> FamilyEnv:
     problem = fake_problem()
-    stakes = [Stake("one", replace(problem, target=Target(speedup=each))) for each in (1.5, 2.0, 2.5, 3.0, 4.0)]
-    return FamilyEnv(stakes, ACTIONS, {"one": problem.evaluate}, measured_share=measured_share, seed=seed)
+    task_targets = [
+        TaskTarget("one", replace(problem, target=Target(speedup=each))) for each in (1.5, 2.0, 2.5, 3.0, 4.0)
+    ]
+    return FamilyEnv(task_targets, ACTIONS, {"one": problem.evaluate}, measured_share=measured_share, seed=seed)
 
 
 def played(env: gymnasium.Env[np.ndarray, np.ndarray], unit: float) -> dict[str, object]:
@@ -52,7 +54,7 @@ def test_the_zero_action_has_no_advantage_and_the_return_is_the_advantage() -> N
     assert total == pytest.approx(info["advantage"])
 
 
-def test_a_seed_draws_the_same_stakes_and_reseeding_starts_again() -> None:
+def test_a_seed_draws_the_same_task_targets_and_reseeding_starts_again() -> None:
     def speedups(env: FamilyEnv) -> list[object]:
         return [played(env, 0.3)["trial"]["plan"] for _ in range(6)]  # type: ignore[index]
 
@@ -70,30 +72,32 @@ def test_measured_episodes_say_how_far_off_the_surrogate_is() -> None:
         right = problem.evaluate(plan)
         return replace(right, score=right.score - 0.125)
 
-    env = FamilyEnv(stakes_of("one", problem), ACTIONS, {"one": EvaluateBy(wrong)}, measured_share=1.0)
+    env = FamilyEnv(task_targets_of("one", problem), ACTIONS, {"one": EvaluateBy(wrong)}, measured_share=1.0)
     info = played(env, 0.5)
     assert info["measured"]
     assert info["surrogate_error"] == pytest.approx(0.125)
 
 
-def test_stakes_lose_something_but_not_all() -> None:
+def test_task_targets_lose_something_but_not_all() -> None:
     problem = fake_problem()
-    stakes = stakes_of("one", problem)
-    assert stakes
-    assert {stake.fraction for stake in stakes} < set(FRACTIONS)
-    assert all(stake.problem.target.speedup == speedup_at(problem, stake.fraction) for stake in stakes)
+    task_targets = task_targets_of("one", problem)
+    assert task_targets
+    assert {task_target.fraction for task_target in task_targets} < set(FRACTIONS)
+    assert all(
+        task_target.problem.target.speedup == speedup_at(problem, task_target.fraction) for task_target in task_targets
+    )
     unhurt = EvaluateBy(lambda plan: replace(problem.evaluate(plan), score=problem.dense_score))
     sturdy = replace(problem, evaluate=unhurt)
-    assert stakes_of("sturdy", sturdy) == []
+    assert task_targets_of("sturdy", sturdy) == []
     with pytest.raises(AutopruneError, match="family"):
         FamilyEnv([], ACTIONS, {})
 
 
 def test_a_drop_of_the_score_is_a_target_too() -> None:
     problem = fake_problem()
-    stakes = stakes_of("one", problem, fractions=(), drops=(1e-6, 0.05, 0.1))
-    assert [stake.problem.target.accuracy_drop for stake in stakes] == [0.05, 0.1]
-    env = FamilyEnv(stakes, ACTIONS, {"one": problem.evaluate})
+    task_targets = task_targets_of("one", problem, fractions=(), drops=(1e-6, 0.05, 0.1))
+    assert [task_target.problem.target.accuracy_drop for task_target in task_targets] == [0.05, 0.1]
+    env = FamilyEnv(task_targets, ACTIONS, {"one": problem.evaluate})
     assert played(env, 0.0)["advantage"] == pytest.approx(0.0)
     assert played(env, 0.5)["trial"]["speedup"] > 1.0
 
@@ -111,10 +115,10 @@ def test_a_surrogate_tells_plans_apart_that_it_has_not_seen() -> None:
         fit_surrogate(problem, plans[:3], [0.0] * 3)
 
 
-def test_stakes_share_the_problem_s_curves() -> None:
+def test_task_targets_share_the_problem_s_curves() -> None:
     problem = fake_problem()
-    stakes: list[Stake] = stakes_of("one", problem)
-    assert all(stake.problem.curves is problem.curves for stake in stakes)
+    task_targets: list[TaskTarget] = task_targets_of("one", problem)
+    assert all(task_target.problem.curves is problem.curves for task_target in task_targets)
 
 
 def test_twins_share_what_never_changes_and_not_their_episodes() -> None:
