@@ -262,8 +262,8 @@ def filter_rows(model: nn.Module, layer: LayerSpec) -> dict[str, Tensor]:
 
 
 def sparsity(mask: Tensor) -> float:
-    """Fraction of zeros of a mask (or of a weight), in [0, 1]."""
-    return 1.0 - int(torch.count_nonzero(mask)) / mask.numel()
+    """Fraction of zeros of a mask (or of a weight), in [0, 1]; 1 where it has no entry."""
+    return 1.0 - int(torch.count_nonzero(mask)) / max(1, mask.numel())
 
 
 def nonzero_parameters(model: nn.Module) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from autoprune.masks import sparsity
 from autoprune.model.inventory import watch_forward, weighted_layers
 
 
@@ -24,14 +25,14 @@ def sparsities(model: nn.Module, run: Callable[[], Any]) -> dict[str, float]:
     """
     every = weighted_layers(model).items()
     layers = {name: layer for name, layer in every if isinstance(getattr(layer, "weight", None), Tensor)}
-    found = {name: _sparsity(layer.weight) for name, layer in layers.items()}  # type: ignore[arg-type]
+    found = {name: sparsity(layer.weight) for name, layer in layers.items()}  # type: ignore[arg-type]
     modules = [name for name, _ in model.named_modules() if name in layers]  # not the weights of an LSTM or GRU
     with torch.inference_mode(), _Weights() as given:
 
         def seen(name: str, args: tuple[Any, ...], output: Any) -> None:
             weight, given.last = given.last, None
             if weight is not None and weight.shape == layers[name].weight.shape:
-                found[name] = _sparsity(weight)
+                found[name] = sparsity(weight)
 
         with watch_forward(model, modules, seen):
             run()
@@ -51,7 +52,3 @@ class _Weights(TorchFunctionMode):
             weight = given["weight"] if "weight" in given else args[1]
             self.last = weight if isinstance(weight, Tensor) else None
         return func(*args, **given)
-
-
-def _sparsity(weight: Tensor) -> float:
-    return 1.0 - int(torch.count_nonzero(weight)) / max(1, weight.numel())

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from autoprune.allocation import make_allocation
+from autoprune.masks import sparsity
 from autoprune.training.base import Signals
 from autoprune.training.gated import CellTable, GatedTraining
 from autoprune.training.schedule import check_numbers, check_span, rise
@@ -82,8 +83,7 @@ class Thresholds(GatedTraining):
     def __init__(
         self, begin: float = 0.05, end: float = 0.6, freeze: float = 0.7, speed: float = 10.0, least: float = 0.01
     ) -> None:
-        check_span("thresholds", begin, end)
-        check_numbers("thresholds", {"freeze": freeze}, end, 1.0)
+        check_span("thresholds", begin, end, freeze)
         check_numbers("thresholds", {"speed": speed}, 0.0)
         check_numbers("thresholds", {"least": least}, 0.0, 0.5)
         self.begin, self.end, self.freeze, self.speed, self.least = begin, end, freeze, speed, least
@@ -137,7 +137,7 @@ class Thresholds(GatedTraining):
 
     def _control(self, step: int) -> None:
         """Raises alpha where too much is left, lowers it where too little is."""
-        shares = {name: 1.0 - float(mask.count_nonzero()) / mask.numel() for name, mask in self.masks.items()}
+        shares = {name: sparsity(mask) for name, mask in self.masks.items()}
         fraction = rise((step / self.total_steps - self.begin) / (self.end - self.begin))
         wanted = self.planned.planned(fraction)
         gap = (self.cost(shares) - self.cost(wanted)) / self.cost({})

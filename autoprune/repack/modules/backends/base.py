@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from autoprune.masks import sparsity
 from autoprune.model.inventory import conv_padding
 from autoprune.model.recurrent.names import GATES, by_unit, cell_of, layers_of
 from autoprune.repack.weights.packed import PackedWeight, find_group_size, pack
@@ -48,7 +49,7 @@ class LayerForm:
 
     @property
     def sparsity(self) -> float:
-        return 1.0 - int(torch.count_nonzero(self.weight)) / self.weight.numel()
+        return sparsity(self.weight)
 
     @cached_property
     def packed(self) -> PackedWeight:
