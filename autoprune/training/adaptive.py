@@ -54,8 +54,7 @@ class Adaptive(LatentTraining):
         memory: float = 0.95,
         allocation: str | Mapping[str, Any] = "lamp",
     ) -> None:
-        check_span("adaptive", begin, end)
-        check_numbers("adaptive", {"freeze": freeze}, end, 1.0)
+        check_span("adaptive", begin, end, freeze)
         check_counts("adaptive", {"updates": updates})
         check_numbers("adaptive", {"exponent": exponent}, 0.1, 10.0)
         check_numbers("adaptive", {"through": through}, 0.0, 1.0)

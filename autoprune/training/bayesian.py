@@ -24,7 +24,7 @@ from autoprune.errors import ConfigError, did_you_mean
 from autoprune.masks import Masks, criteria_needs
 from autoprune.registry import Choice
 from autoprune.training.base import Pruner, Signals, SparseTraining
-from autoprune.training.schedule import check_counts, check_numbers, check_span, cutting_steps, rise
+from autoprune.training.schedule import check_counts, check_flags, check_numbers, check_span, cutting_steps, rise
 
 PRIOR = 0.5  # both counts of Jeffreys' prior
 TIE = 1e-3  # probabilities that differ by less are as good as equal
@@ -136,8 +136,7 @@ class Bayesian(SparseTraining):
         check_numbers("bayesian", {"forget": forget, "fade": fade}, 0.0, 1.0)
         if schedule not in SCHEDULES:
             raise ConfigError(f"training method 'bayesian': unknown schedule. {did_you_mean(str(schedule), SCHEDULES)}")
-        if not isinstance(memory, bool):
-            raise ConfigError(f"training method 'bayesian': memory must be true or false, not {memory!r}.")
+        check_flags("bayesian", {"memory": memory})
         self.rounds, self.begin, self.end, self.schedule = rounds, begin, end, schedule
         self.draws, self.batches = draws, batches
         self.forget, self.fade = (forget, fade) if memory else (0.0, 0.0)

@@ -20,7 +20,7 @@ from autoprune.errors import ConfigError, did_you_mean
 from autoprune.patterns.base import cell_means
 from autoprune.training.base import Signals
 from autoprune.training.latent import LatentTraining
-from autoprune.training.schedule import CUBIC, check_counts, check_numbers, check_span, cuts
+from autoprune.training.schedule import CUBIC, check_counts, check_flags, check_numbers, check_span, cuts
 
 
 def half(size: Tensor, threshold: float) -> Tensor:
@@ -85,8 +85,7 @@ class Proximal(LatentTraining):
         check_counts("proximal", {"updates": updates})
         check_numbers("proximal", {"exponent": exponent}, 0.1, 10.0)
         check_numbers("proximal", {"relaxation": relaxation}, 0.0, 1.0)
-        if not isinstance(splice, bool):
-            raise ConfigError(f"training method 'proximal': splice must be true or false, not {splice!r}.")
+        check_flags("proximal", {"splice": splice})
         self.operator, self.begin, self.end, self.updates = PENALTIES[penalty], begin, end, updates
         self.exponent = exponent
         self.relaxation, self.splice = relaxation, splice

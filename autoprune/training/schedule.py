@@ -39,10 +39,18 @@ def cuts(begin: float, end: float, updates: int, total_steps: int, exponent: flo
     return {step: rise((step - first) / (last - first), exponent) for step in sorted(steps)}
 
 
-def check_span(method: str, begin: float, end: float) -> None:
-    """Raises ConfigError unless 0 <= begin < end <= 1."""
+def check_span(method: str, begin: float, end: float, freeze: float = 1.0) -> None:
+    """Raises ConfigError unless 0 <= begin < end <= freeze <= 1."""
     if not 0.0 <= begin < end <= 1.0:
         raise ConfigError(f"training method {method!r} needs 0 <= begin < end <= 1, not begin={begin}, end={end}.")
+    check_numbers(method, {"freeze": freeze}, end, 1.0)
+
+
+def check_flags(method: str, flags: Mapping[str, bool]) -> None:
+    """Raises ConfigError on what is neither true nor false."""
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise ConfigError(f"training method {method!r}: {name} must be true or false, not {flag!r}.")
 
 
 def check_counts(method: str, counts: Mapping[str, int]) -> None:
