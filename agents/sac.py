@@ -10,10 +10,10 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 
 from autoprune.agents.base import check_number
 from autoprune.agents.episodes import Episodes
-from autoprune.agents.sb3 import SB3Agent, check_arguments
+from autoprune.agents.sb3 import OffPolicyAgent
 
 
-class SACAgent(SB3Agent):
+class SACAgent(OffPolicyAgent):
     """Squashed Gaussian policy with a learned temperature.
 
     Args:
@@ -31,12 +31,9 @@ class SACAgent(SB3Agent):
         updates_per_step: int = 1,
         temperature: float = 0.05,
     ) -> None:
-        super().__init__()
-        counts = {"batch_size": batch_size, "updates_per_step": updates_per_step}
-        check_arguments(self.name, net, learning_rate, counts)
+        super().__init__(learning_rate, net, batch_size, updates_per_step)
         check_number(self.name, "temperature", temperature, 1e-6, 100.0)
-        self.learning_rate, self.net, self.batch_size = learning_rate, tuple(net), batch_size
-        self.updates_per_step, self.temperature = updates_per_step, temperature
+        self.temperature = temperature
 
     def algorithm(self) -> type[SAC]:
         """The class that is built."""
@@ -46,24 +43,10 @@ class SACAgent(SB3Agent):
         return self.algorithm()(
             "MlpPolicy",
             env,
-            learning_rate=self.learning_rate,
-            buffer_size=100_000,
-            learning_starts=0,
-            batch_size=self.batch_size,
-            gamma=env.gamma,
-            train_freq=(1, "episode"),
-            gradient_steps=self.updates_per_step * env.steps_per_episode,
             ent_coef=f"auto_{self.temperature}",
             policy_kwargs={"net_arch": list(self.net), "log_std_init": -1.0},
-            seed=seed,
-            device="cpu",
+            **self.settings(env, seed),
         )
 
     def arguments(self) -> dict[str, Any]:
-        return {
-            "learning_rate": self.learning_rate,
-            "net": list(self.net),
-            "batch_size": self.batch_size,
-            "updates_per_step": self.updates_per_step,
-            "temperature": self.temperature,
-        }
+        return {**super().arguments(), "temperature": self.temperature}

@@ -93,6 +93,46 @@ class SB3Agent(Agent):
         return True
 
 
+class OffPolicyAgent(SB3Agent):
+    """Learns from a buffer of all steps, after every episode.
+
+    Args:
+        learning_rate: of actor and critics, in [1e-9, 1].
+        net: widths of their hidden layers.
+        batch_size: steps drawn for a gradient step.
+        updates_per_step: gradient steps for each step of the environment.
+    """
+
+    def __init__(self, learning_rate: float, net: Sequence[int], batch_size: int, updates_per_step: int) -> None:
+        super().__init__()
+        counts = {"batch_size": batch_size, "updates_per_step": updates_per_step}
+        check_arguments(self.name, net, learning_rate, counts)
+        self.learning_rate, self.net = learning_rate, tuple(net)
+        self.batch_size, self.updates_per_step = batch_size, updates_per_step
+
+    def settings(self, env: Episodes, seed: int) -> dict[str, Any]:
+        """What every such algorithm of stable-baselines3 is built with."""
+        return {
+            "learning_rate": self.learning_rate,
+            "buffer_size": 100_000,
+            "learning_starts": 0,
+            "batch_size": self.batch_size,
+            "gamma": env.gamma,
+            "train_freq": (1, "episode"),
+            "gradient_steps": self.updates_per_step * env.steps_per_episode,
+            "seed": seed,
+            "device": "cpu",
+        }
+
+    def arguments(self) -> dict[str, Any]:
+        return {
+            "learning_rate": self.learning_rate,
+            "net": list(self.net),
+            "batch_size": self.batch_size,
+            "updates_per_step": self.updates_per_step,
+        }
+
+
 class _Recorder(BaseCallback):
     """Hands trials on, keeps checkpoints between episodes, stops at the budget."""
 
