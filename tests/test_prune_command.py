@@ -162,3 +162,9 @@ def test_the_budget_counts_what_is_asked(config: Path) -> None:
     shares = {name: layer.sparsity for name, layer in plan.layers.items()}
     assert cost(shares) == pytest.approx(table.predict_ms(plan))
     assert cost({}) > cost(shares)
+
+
+def test_a_method_is_read_as_it_was_given(config: Path) -> None:
+    result = prune(config, "--method", 'a"b', "--sparsity", "0.5")
+    assert isinstance(result.exception, AutopruneError)
+    assert """'a"b'""" in str(result.exception)

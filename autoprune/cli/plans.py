@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -64,7 +65,7 @@ def _prune_by(
 
     if sparsity is not None and speedup is not None:
         raise ConfigError("give --sparsity or --speedup, not both.")
-    given = [f'finetune.method="{method}"']
+    given = [f"finetune.method={json.dumps(method)}"]  # as TOML quotes it too
     given += [f"target={{sparsity = {sparsity}}}"] if sparsity is not None else []
     given += [f"target={{speedup = {speedup}}}"] if speedup is not None else []
     given += [f"env.pattern={pattern}"] if pattern is not None else []
