@@ -89,21 +89,23 @@ def repack(
     arguments = Arguments.of(example_inputs).ordered(original)
     check_inputs(arguments.tensors)
     only_modules = form == "modules" or (form is None and (backends is not None or choose is not None))
-    told = ""
+    reason = ""
     if not only_modules:
         try:
             return _as_program(original, arguments, graph, threads, clock, cache, progress)
         except CaptureError as error:
             if form == "program":
                 raise
-            told = str(error).rstrip(".")
+            reason = str(error).rstrip(".")
     swapped = swap_layers(original, arguments, backends=backends, choose=choose, protocol=protocol, clock=clock)
-    if told:
-        swapped.report = tuple(
-            row if told in row.why else replace(row, why=f"{row.why}; layer by layer, since {told}")
-            for row in swapped.report
-        )
+    if reason:
+        swapped.report = tuple(_since(row, reason) for row in swapped.report)
     return swapped
+
+
+def _since(row: LayerReport, reason: str) -> LayerReport:
+    """The row of a layer that is packed by itself, since the whole model is no program for `reason`."""
+    return row if reason in row.why else replace(row, why=f"{row.why}; layer by layer, since {reason}")
 
 
 def _as_program(
