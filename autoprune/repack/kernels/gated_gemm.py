@@ -42,7 +42,7 @@ from autoprune.repack.kernels.ir import (
     store_vector,
     vector,
 )
-from autoprune.repack.kernels.register_tile import Extra, block_at, clear_borders, cover, tile, tiles
+from autoprune.repack.kernels.register_tile import Extra, clear_borders, cover, place_of, tile, tiles
 
 
 class Field(Fields):
@@ -131,17 +131,12 @@ def gated_gemm(rows: int, target: Target, activation: str = "") -> int:
     return compile_op(module, "op", target)
 
 
+# long: one function of LLVM IR in the order in which it runs; its parts share nearly all of its values.
 def _op(module: ir.Module, rows: int, built: dict[int, ir.Function], heights: dict[int, int], lanes: int) -> None:
     select_live = _select_live(module, lanes)
     b, fields, slots, item, thread = op_function(module)
     get = Field.load(b, fields)
-
-    def index(stride: Field, count: Field) -> ir.Value:
-        return b.srem(b.sdiv(item, get[stride]), get[count])
-
-    chunk, block = index(Field.CHUNK_STRIDE, Field.CHUNKS), index(Field.BLOCK_STRIDE, Field.BLOCKS)
-    image = index(Field.IMAGE_STRIDE, Field.BATCH)
-    start, length = block_at(b, block, get[Field.BLOCK], get[Field.BLOCKS], get[Field.POSITIONS])
+    chunk, block, image, start, length = place_of(b, item, Field, get)
 
     def base(slot: Field, offset: Field, stride: Field) -> ir.Value:
         return at(b, address(b, slots, get[slot], get[offset]), b.mul(image, get[stride]))
@@ -178,9 +173,7 @@ def _op(module: ir.Module, rows: int, built: dict[int, ir.Function], heights: di
                 b.store(kept, found)
 
     channels = pointer_field(b, get[Field.Y_CHANNEL], INTS)
-    span = (b.mul(first, const(rows)), b.mul(last, const(rows)))
-    border = (get[Field.POSITIONS], get[Field.BORDER], get[Field.BORDER_FIRST])
-    clear_borders(b, item, block, y, channels, span, border)
+    clear_borders(b, item, block, y, channels, (b.mul(first, const(rows)), b.mul(last, const(rows))), Field, get)
     with b.if_then(shared):
         find(first)
     with loop(b, first, last) as group:

@@ -20,6 +20,8 @@ panel and the next.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import llvmlite.ir as ir
 
 from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
@@ -42,9 +44,9 @@ from autoprune.repack.kernels.register_tile import (
     CARRY_OUT,
     Extra,
     Singles,
-    block_at,
     clear_borders,
     cover,
+    place_of,
     singles,
     tile,
     tiles,
@@ -126,13 +128,7 @@ def _op(
 ) -> None:  # fmt: skip
     b, fields, slots, item, thread = op_function(module)
     get = Field.load(b, fields)
-
-    def index(stride: Field, count: Field) -> ir.Value:
-        return b.srem(b.sdiv(item, get[stride]), get[count])
-
-    chunk, block = index(Field.CHUNK_STRIDE, Field.CHUNKS), index(Field.BLOCK_STRIDE, Field.BLOCKS)
-    image = index(Field.IMAGE_STRIDE, Field.BATCH)
-    start, length = block_at(b, block, get[Field.BLOCK], get[Field.BLOCKS], get[Field.POSITIONS])
+    chunk, block, image, start, length = place_of(b, item, Field, get)
 
     def base(slot: Field, offset: Field, stride: Field) -> ir.Value:
         return at(b, address(b, slots, get[slot], get[offset]), b.add(b.mul(image, get[stride]), start))
@@ -145,11 +141,8 @@ def _op(
     pointer = pointer_field(b, get[Field.GROUP_POINTER], INTS)
     first = b.mul(chunk, get[Field.CHUNK])
     last = smaller(b, b.add(first, get[Field.CHUNK]), get[Field.GROUPS])
-
     channels = pointer_field(b, get[Field.Y_CHANNEL], INTS)
-    span = (b.mul(first, const(rows)), b.mul(last, const(rows)))
-    border = (get[Field.POSITIONS], get[Field.BORDER], get[Field.BORDER_FIRST])
-    clear_borders(b, item, block, y, channels, span, border)
+    clear_borders(b, item, block, y, channels, (b.mul(first, const(rows)), b.mul(last, const(rows))), Field, get)
 
     def work(group: ir.Value, list_: ir.Value, partials: ir.Value, carry: ir.Value) -> None:
         """A group's sums over one list of kept positions, at all positions of the item."""
@@ -187,9 +180,17 @@ def _op(
 
     partials = address(b, slots, get[Field.SCRATCH_SLOT], get[Field.SCRATCH_OFFSET])
     partials = at(b, partials, b.mul(thread, get[Field.SCRATCH]))
-    final = b.sub(get[Field.PANELS], const(1))
-    with loop(b, first, last) as group, loop(b, const(0), get[Field.PANELS]) as panel:
+    _by_panel(b, (first, last), get[Field.PANELS], partials, work)
+    b.ret_void()
+
+
+def _by_panel(
+    b: ir.IRBuilder, groups: tuple[ir.Value, ir.Value], panels: ir.Value, partials: ir.Value,
+    work: Callable[[ir.Value, ir.Value, ir.Value, ir.Value], None],
+) -> None:  # fmt: skip
+    """Calls `work` for each panel of each group; sums are carried in `partials` between the panels of one."""
+    final = b.sub(panels, const(1))
+    with loop(b, *groups) as group, loop(b, const(0), panels) as panel:
         came = b.select(b.icmp_signed(">", panel, const(0)), const(CARRY_IN), const(0))
         goes = b.select(b.icmp_signed("<", panel, final), const(CARRY_OUT), const(0))
-        work(group, b.add(b.mul(group, get[Field.PANELS]), panel), partials, b.or_(came, goes))
-    b.ret_void()
+        work(group, b.add(b.mul(group, panels), panel), partials, b.or_(came, goes))

@@ -122,7 +122,7 @@ def recurrent(form: Form, target: Target) -> int:
     c0 = address(b, slots, get[Field.C_SLOT], get[Field.C_OFFSET])
     work0 = address(b, slots, get[Field.SCRATCH_SLOT], get[Field.SCRATCH_OFFSET])
     unit_index = pointer_field(b, get[Field.UNIT_INDEX], INTS)
-    units, hidden = get[Field.UNITS], get[Field.HIDDEN]
+    units, hidden, gates = get[Field.UNITS], get[Field.HIDDEN], GATES[form.cell]
     first = b.mul(item, get[Field.BLOCK])
     last = smaller(b, b.add(first, get[Field.BLOCK]), get[Field.BATCH])
     backwards = b.icmp_signed("!=", get[Field.REVERSE], const(0))
@@ -130,7 +130,7 @@ def recurrent(form: Form, target: Target) -> int:
 
     def entry_work(entry: ir.Value) -> _Work:
         projected = at(b, work0, b.mul(entry, get[Field.SCRATCH]))
-        cell = at(b, projected, b.mul(units, const(GATES[form.cell])))
+        cell = at(b, projected, b.mul(units, const(gates)))
         state = at(b, cell, units)
         return _Work(projected, cell, state, b.bitcast(at(b, state, units), INTS))
 
@@ -155,7 +155,6 @@ def recurrent(form: Form, target: Target) -> int:
             y = at(b, y0, b.add(b.mul(step, get[Field.Y_STEP]), b.mul(entry, get[Field.Y_ENTRY])))
 
             def compute(unit: ir.Value, wide: int, own: _Work = own, x: ir.Value = x) -> None:
-                gates = GATES[form.cell]
                 given = _gates(b, at(b, x, b.mul(unit, const(gates))), gates, wide)
                 learned = _gates(b, at(b, own.projected, b.mul(unit, const(gates))), gates, wide)
                 cell = load_vector(b, at(b, own.cell, unit), wide)

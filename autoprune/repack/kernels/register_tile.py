@@ -5,13 +5,15 @@ The sums of a tile stay in registers while it walks the group's kept positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Flag, auto
+from typing import Any
 
 import llvmlite.ir as ir
 
 from autoprune.repack.kernels.compiler import Target
+from autoprune.repack.kernels.fields import Fields
 from autoprune.repack.kernels.ir import (
     F32,
     FLOATS,
@@ -93,6 +95,7 @@ _ARGUMENTS = {
 }
 
 
+# long: one function of LLVM IR, emitted block after block; cut apart, its values would be passed around by the dozen.
 def tile(
     module: ir.Module, rows: int, vectors: int, lanes: int, activation: str, extra: Extra = Extra.NOTHING
 ) -> ir.Function:
@@ -234,27 +237,36 @@ def _taken(more: list[ir.Value], wanted: Extra, extra: Extra) -> list[ir.Value] 
 
 def clear_borders(
     b: ir.IRBuilder, item: ir.Value, block: ir.Value, y: ir.Value, channels: ir.Value,
-    rows: tuple[ir.Value, ir.Value], border: tuple[ir.Value, ir.Value, ir.Value],
+    rows: tuple[ir.Value, ir.Value], field: type[Fields], get: Mapping[Any, ir.Value],
 ) -> None:  # fmt: skip
     """Clears the border of some rows' channels, once a map: other maps lay in this memory before.
 
-    `border` is where it begins, counted from a channel's first position, how long it is there, and before the first
-    channel.
+    `field` has the names that `offset_gemm.Field` has.
     """
-    begin, behind, before = border
+    begin, behind, before = (get[field[name]] for name in ("POSITIONS", "BORDER", "BORDER_FIRST"))
     with b.if_then(b.icmp_signed("==", block, const(0))), loop(b, *rows) as row:
         clear(b, at(b, y, b.add(long_at(b, channels, row), begin)), behind)
     with b.if_then(b.icmp_signed("==", item, const(0))):
         clear(b, at(b, y, b.neg(before)), before)
 
 
-def block_at(
-    b: ir.IRBuilder, block: ir.Value, size: ir.Value, blocks: ir.Value, positions: ir.Value
-) -> tuple[ir.Value, ir.Value]:
-    """Where a block of positions begins, and how long it is; the last one takes what is left."""
+def place_of(
+    b: ir.IRBuilder, item: ir.Value, field: type[Fields], get: Mapping[Any, ir.Value]
+) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value, ir.Value]:
+    """An item's chunk of groups, block of positions and image; then where the block begins, and how long it is.
+
+    `field` has the names that `offset_gemm.Field` has; the last block takes what is left.
+    """
+
+    def index(stride: str, count: str) -> ir.Value:
+        return b.srem(b.sdiv(item, get[field[stride]]), get[field[count]])
+
+    chunk, block = index("CHUNK_STRIDE", "CHUNKS"), index("BLOCK_STRIDE", "BLOCKS")
+    image = index("IMAGE_STRIDE", "BATCH")
+    size, positions = get[field["BLOCK"]], get[field["POSITIONS"]]
     start = b.mul(block, size)
-    last = b.icmp_signed("==", block, b.sub(blocks, const(1)))
-    return start, b.select(last, b.sub(positions, start), size)
+    last = b.icmp_signed("==", block, b.sub(get[field["BLOCKS"]], const(1)))
+    return chunk, block, image, start, b.select(last, b.sub(positions, start), size)
 
 
 def cover(
