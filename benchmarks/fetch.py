@@ -26,7 +26,8 @@ from autoprune.files import write_text
 from autoprune.latency.machine import machine_text
 from autoprune.patterns.group import Group
 from autoprune.progress import Progress
-from autoprune.repack.graph.ir import Graph, Input, Op
+from autoprune.repack.graph.ir import Graph, Input
+from autoprune.repack.graph.ops import Conv2d, op_from_json
 from autoprune.repack.kernels.compiler import Target, object_code
 from autoprune.repack.kernels.offset_gemm import offset_gemm_module
 from autoprune.repack.lowering.geometry import Tiling
@@ -78,7 +79,7 @@ class Built:
         weight *= Group(SIZE).mask(weight.abs(), layer.sparsity)
         self.tiling, self.weights = tiling, Weights.of(pack(weight, size=SIZE), None)
         attributes = {"stride": [1, 1], "padding": [1, 1], "dilation": [1, 1], "groups": 1, "activation": "relu"}
-        op = Op("conv2d", "y", ("x",), attributes, {"weight": "w"})
+        op = op_from_json("conv2d", "y", ("x",), attributes, {"weight": "w"})
         shape = (1, layer.channels, layer.extent, layer.extent)
         graph = Graph((Input("x", shape, "float32"),), (op,), "y", {"w": weight})
         self.program = Program(graph, {"y": self.weights}, {"y": tiling}, threads=1)
@@ -90,7 +91,7 @@ class Built:
         self.op: NativeOp = step.build(self.weights, tiling)
 
     def modelled(self, cache: Cache, target: Target) -> Fetched:
-        return fetched(self.op, "conv2d", SIZE, target, self.frame.slots, cache)
+        return fetched(self.op, Conv2d, SIZE, target, self.frame.slots, cache)
 
     def blob(self) -> bytes:
         """What the driver needs: the op's arrays and buffers, each at an address that is ours modulo PAGE."""

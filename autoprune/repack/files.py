@@ -26,7 +26,7 @@ from autoprune.repack.graph.aten import FAILURES
 from autoprune.repack.graph.batching import apart
 from autoprune.repack.graph.calls import Signature
 from autoprune.repack.graph.demand import check_demand
-from autoprune.repack.graph.reference import PACKED
+from autoprune.repack.graph.ops import LayerOp
 from autoprune.repack.kernels.compiler import unavailable
 from autoprune.repack.lowering.weights import Weights
 from autoprune.repack.modules.backends import BACKENDS, LayerForm
@@ -171,8 +171,8 @@ def _read_program(tensors: Mapping[str, Tensor], about: Any, threads: int | None
     weights = {}
     for op in graph.ops:
         if op.output in packed:
-            dense, groups = constants[op.tensors["weight"]], op.attributes.get("groups", 1)
-            if op.kind not in PACKED or (dense.shape, groups) != _described(packed[op.output]):
+            shape = constants[op.tensors["weight"]].shape
+            if not isinstance(op, LayerOp) or (shape, op.conv_groups) != _described(packed[op.output]):
                 raise FileError(f"{op.output!r} is not the layer that was packed")
             bias = constants[op.tensors["bias"]] if "bias" in op.tensors else None
             weights[op.output] = Weights.of(packed[op.output], bias)

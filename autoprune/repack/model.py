@@ -26,10 +26,10 @@ from autoprune.repack.graph.batching import apart
 from autoprune.repack.graph.calls import Signature, record_classes
 from autoprune.repack.graph.capture import CaptureError, capture
 from autoprune.repack.graph.extents import with_extents
-from autoprune.repack.graph.ir import Graph, Op
+from autoprune.repack.graph.ir import Graph
+from autoprune.repack.graph.ops import Conv2d, Gate, GatedConv2d, LayerOp, Recurrent
 from autoprune.repack.graph.passes import simplify
 from autoprune.repack.graph.proofs import proven
-from autoprune.repack.graph.reference import PACKED, residual_of
 from autoprune.repack.kernels.compiler import refused, unavailable
 from autoprune.repack.lowering.conv_rules import is_depthwise
 from autoprune.repack.modules.replacement import Choose, swap_layers
@@ -177,7 +177,7 @@ def _same(original: Callable[..., Any], made: Callable[..., Any], inputs: tuple[
 def _without_cuts(original: nn.Module, made: ProgramModel) -> tuple[nn.Module, ProgramModel] | None:
     """Both with whole states, for of one on the threshold either may be right; None where the model cuts none."""
     program = made.program
-    ops = tuple(op.with_attributes(threshold=0.0, keep=0) if op.kind == "recurrent" else op for op in program.graph.ops)
+    ops = tuple(replace(op, threshold=0.0, keep=0) if isinstance(op, Recurrent) else op for op in program.graph.ops)
     if ops == program.graph.ops:
         return None
     whole = Program(replace(program.graph, ops=ops), program.weights, program.tilings, program.threads, program.target)
@@ -188,21 +188,21 @@ def packable(graph: Graph) -> dict[str, Layer]:
     """The convolutions and Linears that are packed, by their output's name; depthwise ones have their own kernel."""
     layers = {}
     for op in graph.ops:
-        if op.kind in PACKED and op.tensors["weight"] in graph.constants:
+        if isinstance(op, LayerOp) and op.tensors["weight"] in graph.constants:
             weight = graph.constants[op.tensors["weight"]]
             if weight.dtype == torch.float32 and not is_depthwise(op, weight):
                 bias = graph.constants[op.tensors["bias"]] if "bias" in op.tensors else None
-                layers[op.output] = Layer(weight, bias, op.attributes.get("groups", 1), gated_together(graph, op))
+                layers[op.output] = Layer(weight, bias, op.conv_groups, gated_together(graph, op))
     return layers
 
 
-def gated_together(graph: Graph, op: Op) -> int:
+def gated_together(graph: Graph, op: LayerOp) -> int:
     """Neighbouring filters of a layer that a gate silences together; 0 without one."""
-    if not op.attributes.get("gate"):
+    if not isinstance(op, GatedConv2d) or op.filter_factors is None:
         return 0
-    source = graph.producers().get(op.inputs[1])
+    source = graph.producers().get(op.filter_factors)
     weight = graph.constants[op.tensors["weight"]]
-    return len(weight) // len(graph.constants[source.tensors["weight"]]) if source and source.kind == "gate" else 1
+    return len(weight) // len(graph.constants[source.tensors["weight"]]) if isinstance(source, Gate) else 1
 
 
 def build_program(
@@ -236,7 +236,7 @@ def build_program(
 def _report(
     original: nn.Module, zeros: Mapping[str, float], graph: Graph, layers: dict[str, Layer], tuned: Tuned
 ) -> list[LayerReport]:
-    by_layer = {op.attributes["layer"]: op for op in graph.ops if op.attributes.get("layer") is not None}
+    by_layer = {op.layer: op for op in graph.ops if isinstance(op, LayerOp)}
     rows = []
     for name, module in weighted_layers(original).items():
         if not isinstance(module.weight, Tensor):
@@ -251,7 +251,7 @@ def _report(
         elif op.output in layers:
             size, time_us = tuned.weights[op.output].packed.group_size, tuned.times_us.get(op.output)
             rows.append(LayerReport(name, kind, sparsity, size, "jit", None, time_us, _fused(op), "packed"))
-        elif op.kind == "conv2d":
+        elif isinstance(op, Conv2d):
             rows.append(LayerReport(name, kind, sparsity, 1, "jit", None, None, _fused(op), "depthwise: not packed"))
         else:
             why = "its weight is not a float32 constant"
@@ -259,6 +259,7 @@ def _report(
     return rows
 
 
-def _fused(op: Op) -> str:
-    gated = [key for key in ("gate", "live") if op.attributes.get(key)]
-    return " + ".join([*gated, *(["sum"] if residual_of(op) else []), *([op.activation] if op.activation else [])])
+def _fused(op: LayerOp) -> str:
+    given = {"gate": op.gate, "live": op.live} if isinstance(op, GatedConv2d) else {}
+    given |= {"sum": op.residual is not None, op.last_activation or "": op.last_activation is not None}
+    return " + ".join(name for name, there in given.items() if there)

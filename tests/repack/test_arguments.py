@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from autoprune.errors import FileError
-from autoprune.repack.graph.ir import Op
-from autoprune.repack.graph.schema import check_op
+from autoprune.repack.graph.ops import Op, op_from_json
 
 X, N, FLOAT32 = {"ref": "x"}, {"ref": "n"}, {"dtype": "float32"}
 
@@ -16,7 +16,7 @@ X, N, FLOAT32 = {"ref": "x"}, {"ref": "n"}, {"dtype": "float32"}
 def torch_op(name: str, args: list[Any], kwargs: dict[str, Any] | None = None) -> Op:
     given = kwargs or {}
     reads = [each["ref"] for each in [*args, *given.values()] if isinstance(each, dict) and "ref" in each]
-    return Op("torch", "y", tuple(dict.fromkeys(reads)), {"op": name, "args": args, "kwargs": given})
+    return op_from_json("torch", "y", tuple(dict.fromkeys(reads)), {"op": name, "args": args, "kwargs": given})
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def torch_op(name: str, args: list[Any], kwargs: dict[str, Any] | None = None) -
 )
 def test_element_types_are_taken_by_name(op: Op) -> None:
     reads = ("n", *op.inputs) if op.attributes["op"] == "aten.full.default" else op.inputs
-    check_op(Op(op.kind, op.output, reads, op.attributes), {})
+    replace(op, inputs=reads).check({})
 
 
 @pytest.mark.parametrize(
@@ -49,4 +49,4 @@ def test_element_types_are_taken_by_name(op: Op) -> None:
 )
 def test_numbers_and_values_are_refused(op: Op, argument: str) -> None:
     with pytest.raises(FileError, match=f"for '{argument}'"):
-        check_op(op, {})
+        op.check({})

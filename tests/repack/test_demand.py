@@ -15,7 +15,8 @@ from autoprune.errors import FileError
 from autoprune.files import read_tensors, write_tensors
 from autoprune.repack import load, repack, save
 from autoprune.repack.graph.demand import LARGEST, MEMORY, PARTS, WORK
-from autoprune.repack.graph.ir import Graph, Input, Op
+from autoprune.repack.graph.ir import Graph, Input
+from autoprune.repack.graph.ops import op_from_json
 from autoprune.repack.graph.reference import reference
 from autoprune.repack.graph.schema import validate
 from autoprune.repack.kernels.copy import MOST_PHASES
@@ -159,7 +160,9 @@ def test_a_pooling_of_any_width_is_right(kind: str, window: tuple[int, int, int]
     rows, dilation, columns = window if kind == "max_pool2d" else (window[0], 1, window[2])
     more: dict[str, Any] = {"dilation": [1, dilation]} if kind == "max_pool2d" else {"count_include_pad": False}
     attributes = {"stride": [1, 2], "padding": [0, 1], "kernel": [rows, columns], **more}
-    graph = validate(Graph((Input("x", (2, 3, 5, 1600), "float32"),), (Op(kind, "y", ("x",), attributes),), "y", {}))
+    graph = validate(
+        Graph((Input("x", (2, 3, 5, 1600), "float32"),), (op_from_json(kind, "y", ("x",), attributes),), "y", {})
+    )
     x = torch.randn(2, 3, 5, 1600, generator=torch.Generator().manual_seed(0))
     program = Program(graph, {}, {}, 1)
     torch.testing.assert_close(program(x), reference(graph, (x,)), rtol=1e-4, atol=1e-5)
@@ -173,7 +176,10 @@ def test_a_convolution_of_any_stride_is_right(stride: tuple[int, int]) -> None:
     attributes = {"stride": list(stride), "padding": [1, 20], "dilation": [1, 1], "groups": 1, "activation": None}
     shape = (2, 3, 40, 1300)
     graph = Graph(
-        (Input("x", shape, "float32"),), (Op("conv2d", "y", ("x",), attributes, {"weight": "w"}),), "y", {"w": weight}
+        (Input("x", shape, "float32"),),
+        (op_from_json("conv2d", "y", ("x",), attributes, {"weight": "w"}),),
+        "y",
+        {"w": weight},
     )
     validate(graph)
     x = torch.randn(shape)

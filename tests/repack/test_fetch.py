@@ -16,7 +16,8 @@ import autoprune
 from autoprune.errors import AutopruneError
 from autoprune.patterns.group import Group
 from autoprune.repack import ProgramModel
-from autoprune.repack.graph.ir import Graph, Input, Op
+from autoprune.repack.graph.ir import Graph, Input
+from autoprune.repack.graph.ops import Conv2d, op_from_json
 from autoprune.repack.kernels.compiler import Target, host, narrowed
 from autoprune.repack.kernels.rows_gemm import tokens_together
 from autoprune.repack.lowering.convolutions import serpentine
@@ -71,14 +72,14 @@ def by_convolution(
     weight *= Group(size).mask(weight.abs(), sparsity)
     weights = Weights.of(pack(weight, size=size), None)
     attributes = {"stride": [1, 1], "padding": [1, 1], "dilation": [1, 1], "groups": 1, "activation": None}
-    op = Op("conv2d", "y", ("x",), attributes, {"weight": "w"})
+    op = op_from_json("conv2d", "y", ("x",), attributes, {"weight": "w"})
     graph = Graph((Input("x", (1, 16, 20, 20), "float32"),), (op,), "y", {"w": weight})
     program = Program(graph, {"y": weights}, {"y": tiling}, threads=1, target=target)
     plan = program.plan(((1, 16, 20, 20),))
     frame = plan.frame()
     step = next(step for step in plan.lowered.steps if isinstance(step, NativeStep) and step.layer)
     native = step.build(weights, tiling)
-    found = fetched(native, "conv2d", size, program.target, frame.slots, cache)
+    found = fetched(native, Conv2d, size, program.target, frame.slots, cache)
     plan.release(frame)
     return found
 

@@ -28,8 +28,8 @@ from autoprune.model.recurrent.names import layers_of
 from autoprune.patterns import PATTERNS
 from autoprune.registry import Choice
 from autoprune.repack import ProgramModel, RepackedModel, load, repack, save
-from autoprune.repack.graph.reference import ACTIVATIONS
-from autoprune.repack.graph.schema import SCHEMAS
+from autoprune.repack.graph.activations import ACTIVATIONS
+from autoprune.repack.graph.ops import OPS
 
 X = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 BACKENDS_IN_TURN = {"0": "jit", "3": "torch", "6": "dense", "10": "jit"}
@@ -239,7 +239,7 @@ def test_the_programs_hold_every_kind_of_operation() -> None:
         model = repacked(form)
         assert isinstance(model, ProgramModel)
         kinds |= {op.kind for op in model.program.graph.ops}
-    assert kinds == set(SCHEMAS)
+    assert kinds == set(OPS)
 
 
 def test_a_program_needs_no_model_and_takes_threads(path: Path) -> None:
@@ -419,7 +419,7 @@ def rewired(graph: Any, rng: random.Random) -> Any:
     elif action == "twice":
         ops.insert(other, {**ops[at], "output": rng.choice(["new", ops[at]["output"]])})
     elif action == "kind":
-        ops[at]["kind"] = rng.choice(list(SCHEMAS))
+        ops[at]["kind"] = rng.choice(list(OPS))
         if rng.random() < 0.5:
             ops[at] = {**ops[other], "output": ops[at]["output"]}
     elif action == "read" and ops[at]["inputs"]:

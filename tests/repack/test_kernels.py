@@ -23,8 +23,9 @@ from autoprune.errors import AutopruneError, FileError
 from autoprune.patterns import PATTERNS
 from autoprune.registry import Choice
 from autoprune.repack import pack
-from autoprune.repack.graph.ir import Graph, Input, Op
-from autoprune.repack.graph.reference import PACKED, reference
+from autoprune.repack.graph.ir import Graph, Input
+from autoprune.repack.graph.ops import LayerOp, Op, op_from_json
+from autoprune.repack.graph.reference import reference
 from autoprune.repack.graph.schema import validate
 from autoprune.repack.kernels.compiler import Target, host, narrowed
 from autoprune.repack.kernels.rows_gemm import Twin
@@ -204,8 +205,8 @@ def program_of(
     weights = {}
     for op in ops:
         weight = constants[op.tensors["weight"]] if "weight" in op.tensors else None
-        if weight is not None and op.kind in PACKED and not is_depthwise(op, weight):
-            packed = pack(weight, op.attributes.get("groups", 1), size)
+        if weight is not None and isinstance(op, LayerOp) and not is_depthwise(op, weight):
+            packed = pack(weight, op.conv_groups, size)
             weights[op.output] = Weights.of(packed, constants.get(op.tensors.get("bias", "")))
     return Program(graph, weights, dict.fromkeys(weights, tiling), threads=1, target=target_of(lanes))
 
@@ -247,10 +248,11 @@ def assert_stays_inside(program: Program, inputs: list[Tensor]) -> None:
 
 
 def window_op(kind: str, output: str, inputs: tuple[str, ...], window: dict[str, Any], **more: Any) -> Op:
-    pairs = {"stride": 1, "padding": 0, "dilation": 1, **window}
+    dilated = {} if kind == "avg_pool2d" else {"dilation": 1}
+    pairs = {"stride": 1, "padding": 0, **dilated, **window}
     attributes = {key: list(value) if isinstance(value, tuple) else [value, value] for key, value in pairs.items()}
-    return Op(kind, output, inputs, attributes | {key: value for key, value in more.items() if key != "tensors"},
-              more.get("tensors", {}))  # fmt: skip
+    tensors = more.pop("tensors", {})
+    return op_from_json(kind, output, inputs, attributes | more, tensors)
 
 
 BLOCKS = [
@@ -340,7 +342,7 @@ def test_a_gate_stays_inside_its_buffers(lanes: int) -> None:
             "w": torch.randn(groups, channels, generator=generator), "b": torch.ones(groups),
             "t": torch.tensor([threshold]),
         }  # fmt: skip
-        op = Op("gate", "y", ("x0",), {"keep": keep}, {"weight": "w", "bias": "b", "threshold": "t"})
+        op = op_from_json("gate", "y", ("x0",), {"keep": keep}, {"weight": "w", "bias": "b", "threshold": "t"})
         x = torch.randn(2, channels, *extent, generator=generator)
         assert_stays_inside(program_of([op], constants, [x], 1, lanes), [x])
 
@@ -376,7 +378,6 @@ def test_a_sliding_window_stays_inside_its_buffers(lanes: int) -> None:
             op = window_op(kind, "y", ("x0",), {**window, "kernel": kernel})
         else:
             op = window_op(kind, "y", ("x0",), {**window, "kernel": kernel}, count_include_pad=bool(turn % 2))
-            op = replace(op, attributes={key: each for key, each in op.attributes.items() if key != "dilation"})
         assert_stays_inside(program_of([op], constants, [x], 1, lanes), [x])
 
 
@@ -388,11 +389,11 @@ def test_what_combines_maps_stays_inside_its_buffers(lanes: int) -> None:
         ops = [
             window_op("conv2d", "a", ("x0",), {"padding": 1}, **layer),
             window_op("conv2d", "b", ("x0",), {"padding": 1}, **layer),
-            Op("activation", "c", ("b",), {"name": "relu6"}),
-            Op("add", "d", ("a", "c"), {"activation": None}),
+            op_from_json("activation", "c", ("b",), {"name": "relu6"}),
+            op_from_json("add", "d", ("a", "c"), {"activation": None}),
             window_op("max_pool2d", "e", ("d",), {"padding": 1, "kernel": 3}),  # its border is -inf
-            Op("add", "f", ("e", "d"), {"activation": "relu"}),
-            Op("global_avg_pool", "g", ("f",), {"keepdim": False}),
+            op_from_json("add", "f", ("e", "d"), {"activation": "relu"}),
+            op_from_json("global_avg_pool", "g", ("f",), {"keepdim": False}),
         ]
         x = torch.randn(2, 6, *extent)
         for last in range(4, len(ops) + 1):
@@ -409,7 +410,9 @@ def test_a_linear_stays_inside_its_buffers(lanes: int, size: int) -> None:
         inputs = [torch.randn(tokens, 33)]
         if turn >= 3:
             inputs.append(torch.randn(tokens, linear.out_features))
-        op = Op("linear", "y", ("x0", "x1")[: len(inputs)], {"activation": "relu" if turn % 2 else None}, tensors)
+        op = op_from_json(
+            "linear", "y", ("x0", "x1")[: len(inputs)], {"activation": "relu" if turn % 2 else None}, tensors
+        )
         for tiling in (Tiling(), BLOCKS[turn % 3]):
             assert_stays_inside(program_of([op], constants, inputs, size, lanes, tiling), inputs)
 
@@ -421,7 +424,7 @@ def test_taking_rows_stays_inside_its_buffers(lanes: int) -> None:
         numbers[0, 0], numbers[-1, -1] = 0, rows - 1
         whole = {"op": "aten.expand.default", "args": [{"ref": "x1"}, [batch, taken, features]], "kwargs": {}}
         attributes = {"op": "aten.gather.default", "args": [{"ref": "x0"}, 1, {"ref": "n"}], "kwargs": {}}
-        ops = [Op("torch", "n", ("x1",), whole), Op("torch", "y", ("x0", "n"), attributes)]
+        ops = [op_from_json("torch", "n", ("x1",), whole), op_from_json("torch", "y", ("x0", "n"), attributes)]
         program = program_of(ops, {}, [x, numbers], 1, lanes)
         assert_stays_inside(program, [x, numbers])
         numbers[-1, -1] = rows
@@ -442,7 +445,7 @@ def test_groups_that_keep_the_same_are_computed_together(lanes: int) -> None:
     none, one, two = Twin
     found = Weights.of(pack(weight, size=lanes), None).twin
     assert found.tolist() == [one, two, none, none, one, two, none, none, none]
-    op = Op("linear", "y", ("x0", "x1"), {"activation": None}, {"weight": "w", "bias": "b"})
+    op = op_from_json("linear", "y", ("x0", "x1"), {"activation": None}, {"weight": "w", "bias": "b"})
     constants = {"w": weight, "b": torch.randn(out)}
     for tokens, tiling in itertools.product((1, 2, 3, 7, 8, 15), (Tiling(), *BLOCKS)):
         inputs = [torch.randn(tokens, 33), torch.randn(tokens, out)]
@@ -453,13 +456,13 @@ def test_groups_that_keep_the_same_are_computed_together(lanes: int) -> None:
 def test_what_works_on_tokens_stays_inside_its_buffers(lanes: int) -> None:
     for features in (1, 7, 16, 50):
         attributes = {"size": features, "eps": 1e-5}
-        norm = Op("layer_norm", "y", ("x0",), attributes, {"weight": "w", "bias": "b"})
+        norm = op_from_json("layer_norm", "y", ("x0",), attributes, {"weight": "w", "bias": "b"})
         constants = {"w": torch.randn(features), "b": torch.randn(features)}
         x = torch.randn(3, 5, features)
         assert_stays_inside(program_of([norm], constants, [x], 1, lanes), [x])
     for queries, keys, width in ((1, 1, 1), (5, 5, 8), (13, 7, 17), (6, 40, 33), (25, 3, 4)):
         heads = [torch.randn(2, 3, tokens, width) for tokens in (queries, keys, keys)]
-        op = Op("attention", "y", ("x0", "x1", "x2"), {"scale": width**-0.5})
+        op = op_from_json("attention", "y", ("x0", "x1", "x2"), {"scale": width**-0.5})
         assert_stays_inside(program_of([op], {}, heads, 1, lanes), heads)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from autoprune.repack.graph.reference import ACTIVATIONS
+from autoprune.repack.graph.activations import ACTIVATIONS
 from autoprune.repack.kernels import attention, math, rows
 from autoprune.repack.kernels.compiler import Target, call_op, compile_function, host, narrowed
 from autoprune.repack.kernels.fields import Given

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from autoprune.repack import Graph, ProgramModel, capture, load, repack, save
 from autoprune.repack.graph.batching import apart
-from autoprune.repack.graph.ir import Input, Op
+from autoprune.repack.graph.ir import Input
+from autoprune.repack.graph.ops import Op, op_from_json
 from autoprune.repack.graph.passes import simplify
 from autoprune.repack.graph.schema import validate
 from autoprune.repack.lowering.per_sample import NAME
@@ -115,12 +116,12 @@ def test_constants_that_are_repeated(again: str, alone: bool) -> None:
     rest = [0, 1] if alone else [[size, 4]]
 
     def torch_op(name: str, output: str, reads: tuple[str, ...], args: list[Any]) -> Op:
-        return Op("torch", output, reads, {"op": name, "args": args, "kwargs": {}})
+        return op_from_json("torch", output, reads, {"op": name, "args": args, "kwargs": {}})
 
     graph = Graph(
         (Input("x", (2, 4), "float32", (0, None)),),
         (
-            Op("scalar", "size", ("x",), {"fn": "size", "args": ["x", 0]}),
+            op_from_json("scalar", "size", ("x",), {"fn": "size", "args": ["x", 0]}),
             torch_op("aten.expand.default", "wide", ("column", "size"), [{"ref": "column"}, [4, size]]),
             torch_op(again, "rows", ("wide",) if alone else ("wide", "size"), [wide, *rest]),
             torch_op("aten.mul.Tensor", "y", ("x", "rows"), [x, {"ref": "rows"}]),

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from autoprune.repack import pack
-from autoprune.repack.graph.ir import Graph, Input, Op
-from autoprune.repack.graph.reference import ACTIVATIONS
+from autoprune.repack.graph.activations import ACTIVATIONS
+from autoprune.repack.graph.ir import Graph, Input
+from autoprune.repack.graph.ops import Op, op_from_json
 from autoprune.repack.graph.reference import reference as evaluated
 from autoprune.repack.graph.schema import validate
 from autoprune.repack.kernels import math
@@ -81,7 +82,7 @@ def test_layer_norm_is_torchs(lanes: int, features: int, affine: bool) -> None:
     x = torch.randn(2, 5, features) * 3 + 1
     constants = {"w": torch.randn(features), "b": torch.randn(features)} if affine else {}
     tensors = {"weight": "w", "bias": "b"} if affine else {}
-    op = Op("layer_norm", "y", ("x",), {"size": features, "eps": 1e-5}, tensors)
+    op = op_from_json("layer_norm", "y", ("x",), {"size": features, "eps": 1e-5}, tensors)
     got, wanted = run(op, constants, (x,), target_of(lanes))
     assert torch.allclose(got, wanted, atol=2e-6)
 
@@ -92,7 +93,7 @@ def test_attention_is_torchs(lanes: int, queries: int, keys: int, width: int) ->
     torch.manual_seed(keys)
     q = torch.randn(2, 3, queries, width)
     k, v = torch.randn(2, 2, 3, keys, width).unbind(0)
-    op = Op("attention", "y", ("q", "k", "v"), {"scale": None})
+    op = op_from_json("attention", "y", ("q", "k", "v"), {"scale": width**-0.5})
     got, wanted = run(op, {}, (q, k, v), target_of(lanes))
     assert torch.allclose(got, wanted, atol=2e-6)
 
@@ -102,15 +103,17 @@ def test_attention_reads_and_writes_through_views() -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 11, 3 * 4 * 5)
     ops = (
-        Op("reshape", "r", ("x",), {"shape": [2, 11, 3, 4, 5]}),
-        Op("torch", "p", ("r",), {"op": "aten.permute.default", "args": [{"ref": "r"}, [2, 0, 3, 1, 4]], "kwargs": {}}),
+        op_from_json("reshape", "r", ("x",), {"shape": [2, 11, 3, 4, 5]}),
+        op_from_json(
+            "torch", "p", ("r",), {"op": "aten.permute.default", "args": [{"ref": "r"}, [2, 0, 3, 1, 4]], "kwargs": {}}
+        ),
         *(
-            Op("torch", name, ("p",), {"op": "aten.select.int", "args": [{"ref": "p"}, 0, i], "kwargs": {}})
+            op_from_json("torch", name, ("p",), {"op": "aten.select.int", "args": [{"ref": "p"}, 0, i], "kwargs": {}})
             for i, name in enumerate("qkv")
         ),
-        Op("attention", "a", ("q", "k", "v"), {"scale": 0.5}),
-        Op("torch", "t", ("a",), {"op": "aten.transpose.int", "args": [{"ref": "a"}, 1, 2], "kwargs": {}}),
-        Op("reshape", "y", ("t",), {"shape": [2, 11, 20]}),
+        op_from_json("attention", "a", ("q", "k", "v"), {"scale": 0.5}),
+        op_from_json("torch", "t", ("a",), {"op": "aten.transpose.int", "args": [{"ref": "a"}, 1, 2], "kwargs": {}}),
+        op_from_json("reshape", "y", ("t",), {"shape": [2, 11, 20]}),
     )
     graph = validate(Graph((Input("x", (2, 11, 60), "float32"),), ops, "y", {}))
     program = Program(graph, {}, threads=1)
@@ -128,7 +131,7 @@ def test_a_linear_with_a_residual(lanes: int, size: int, activation: str | None)
         x, other = torch.randn(tokens, features), torch.randn(tokens, out)
         for rows in ([*range(out)], torch.randperm(out).tolist()):  # in order, and scattered
             w, b = weight[rows], bias[rows]
-            op = Op("linear", "y", ("x", "r"), {"activation": activation}, {"weight": "w", "bias": "b"})
+            op = op_from_json("linear", "y", ("x", "r"), {"activation": activation}, {"weight": "w", "bias": "b"})
             inputs = (Input("x", tuple(x.shape), "float32"), Input("r", tuple(other.shape), "float32"))
             graph = Graph(inputs, (op,), "y", {"w": w, "b": b})
             program = Program(graph, {"y": Weights.of(pack(w, 1, size), b)}, threads=1, target=target_of(lanes))
@@ -144,7 +147,7 @@ def test_panels_change_nothing(lanes: int, size: int, stride: int, panel: int) -
     weight = torch.randn(21, 7, 3, 3) * (torch.rand(21, 7, 3, 3) < 0.5)
     x = torch.randn(2, 7, 13, 11)
     attributes = {"stride": [stride] * 2, "padding": [1, 1], "dilation": [1, 1], "groups": 1, "activation": "silu"}
-    op = Op("conv2d", "y", ("x",), attributes, {"weight": "w"})
+    op = op_from_json("conv2d", "y", ("x",), attributes, {"weight": "w"})
     graph = Graph((Input("x", tuple(x.shape), "float32"),), (op,), "y", {"w": weight})
     weights = {"y": Weights.of(pack(weight, 1, size), None)}
     tiling = {"y": Tiling(size, 40, 2, True, panel, serpentine=stride == 1)}

@@ -21,6 +21,7 @@ from autoprune.model.inventory import take_inventory
 from autoprune.repack.graph.capture import capture
 from autoprune.repack.graph.editor import Editor
 from autoprune.repack.graph.ir import Graph
+from autoprune.repack.graph.ops import LayerOp
 from autoprune.repack.graph.passes import bypass_branch, simplify
 
 
@@ -50,7 +51,7 @@ def find_branches(model: nn.Module, inputs: Any) -> tuple[Branch, ...]:
     found = []
     for op in graph.ops:
         shorter = Editor(graph)
-        if op.attributes.get("layer") is None or not bypass_branch(shorter, shorter.ops[op.output]):
+        if not isinstance(op, LayerOp) or op.layer is None or not bypass_branch(shorter, shorter.ops[op.output]):
             continue
         left = _layers(shorter.graph())
         found.append(Branch(tuple(name for name in _layers(graph) if name not in left)))
@@ -133,4 +134,4 @@ def _mean_loss(model: nn.Module, batches: Batches, loss: Loss) -> float:
 
 
 def _layers(graph: Graph) -> list[str]:
-    return list(dict.fromkeys(str(op.attributes["layer"]) for op in graph.ops if op.attributes.get("layer")))
+    return list(dict.fromkeys(op.layer for op in graph.ops if isinstance(op, LayerOp) and op.layer))

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
-from math import prod
 from typing import Any
 
 import torch
@@ -14,9 +13,9 @@ from torch import nn
 from autoprune.repack.graph.capture import capture
 from autoprune.repack.graph.channels import sole_readers
 from autoprune.repack.graph.editor import Editor, infer_shapes
-from autoprune.repack.graph.ir import Graph, Op
+from autoprune.repack.graph.ir import Graph
+from autoprune.repack.graph.ops import LayerOp
 from autoprune.repack.graph.passes import simplify
-from autoprune.repack.graph.reference import PACKED
 
 
 def remaining_macs(model: nn.Module, inputs: Any) -> int:
@@ -36,17 +35,9 @@ def remaining_macs(model: nn.Module, inputs: Any) -> int:
     shapes = infer_shapes(replace(graph, inputs=tuple(replace(each, free=()) for each in graph.inputs)))
     total = 0
     for _, op in _layers(graph):
-        shape = shapes[op.output]
         weight = graph.constants[op.tensors["weight"]]
-        total += int(torch.count_nonzero(weight)) * positions(op, shape)
+        total += int(torch.count_nonzero(weight)) * op.positions(shapes[op.output])
     return total
-
-
-def positions(op: Op, shape: Sequence[int]) -> int:
-    """How often a packed operation with an output of `shape` meets its weight."""
-    if op.kind == "recurrent":
-        return prod(shape[1:3])
-    return prod(shape) // (shape[1] if op.kind.endswith("conv2d") else shape[-1])
 
 
 def find_readers(model: nn.Module, inputs: Any) -> dict[str, str]:
@@ -72,9 +63,8 @@ def find_readers(model: nn.Module, inputs: Any) -> dict[str, str]:
     }
 
 
-def _layers(graph: Graph) -> Iterator[tuple[str, Op]]:
+def _layers(graph: Graph) -> Iterator[tuple[str, LayerOp]]:
     """The model's own layers, by name: not what a pass made of its norms."""
     for op in graph.ops:
-        name = op.attributes.get("layer")
-        if op.kind in PACKED and isinstance(name, str) and op.tensors["weight"] in graph.constants:
-            yield name, op
+        if isinstance(op, LayerOp) and op.layer is not None and op.tensors["weight"] in graph.constants:
+            yield op.layer, op

@@ -169,6 +169,13 @@ def references(value: Any) -> list[str]:
     return []
 
 
+def renamed(value: Any, old: str, new: str) -> Any:
+    """An encoded argument that refers to `new` where it referred to `old`."""
+    if isinstance(value, (list, tuple)):
+        return [renamed(each, old, new) for each in value]
+    return {"ref": new} if value == {"ref": old} else value
+
+
 def bind(
     name: str, args: Any, kwargs: Mapping[str, Any], item: int | None, fixed: Mapping[str, Any]
 ) -> Callable[[Mapping[str, Any]], Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import ChainMap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,30 @@ from torch import Tensor
 
 from autoprune.errors import FileError
 from autoprune.repack.graph import aten
-from autoprune.repack.graph.ir import Graph, Op
+from autoprune.repack.graph.ir import Graph
+from autoprune.repack.graph.ops import (
+    Activation,
+    AdaptiveAvgPool2d,
+    Add,
+    Attention,
+    AvgPool2d,
+    Conv2d,
+    ConvolutionOp,
+    Gate,
+    GatedConv2d,
+    GlobalAvgPool,
+    LayerNorm,
+    LayerOp,
+    Linear,
+    MaxPool2d,
+    Op,
+    Recurrent,
+    Reshape,
+    Scalar,
+    Scale,
+    TorchOp,
+    WindowPoolOp,
+)  # fmt: skip
 from autoprune.repack.graph.reference import evaluate_op
 
 MEMORY, MEMORY_A_BYTE = 2**28, 2**8  # bytes in use at a time: in any case, and more for each byte of file and inputs
@@ -30,7 +53,7 @@ PARTS = 2**12  # tensors that one operation may give
 LARGEST = 2**63  # of an integer that is computed
 ELEMENT = 32  # multiply-adds that an element of an operation's result costs in other ways
 LINE = 64  # bytes; a plane of a strided feature map takes at least two
-_PRODUCTS = ("mm", "mv", "matmul", "linear", "einsum", "outer", "attention", "cdist", "pdist")
+_PRODUCTS = ("mm", "mv", "matmul", "linear", "einsum", "outer", "attention", "cdist", "pdist")  # in operators' names
 
 
 @dataclass
@@ -88,7 +111,8 @@ def _demand(graph: Graph, inputs: Mapping[str, Tensor], kept: Mapping[str, int])
         read = [known[name] for name in op.inputs if isinstance(known[name], Tensor)]
         living[op.output] = _bytes(made)
         asked.memory = max(asked.memory, sum(living.values()) + _laid_out(op, read))
-        asked.work += _work(op, read, [constants[name] for name in op.tensors.values()], made, kept.get(op.output))
+        weights = [constants[name] for name in op.tensors.values()]
+        asked.work += _work(op, _Shapes(read, weights, made, kept.get(op.output)))
         living = {name: size for name, size in living.items() if last.get(name, 0) > at}
     return asked
 
@@ -99,10 +123,10 @@ def _bytes(value: Tensor) -> int:
 
 def _check_parts(op: Op, values: Mapping[str, Any]) -> None:
     """Raises FileError where a tensor would be taken apart into too many, which even their shapes would take long."""
-    name = op.attributes["op"] if op.kind == "torch" else ""
-    if not name.startswith(("aten.unbind.", "aten.split.", "aten.chunk.", "aten.meshgrid.")):
+    parting = ("aten.unbind.", "aten.split.", "aten.chunk.", "aten.meshgrid.")
+    if not isinstance(op, TorchOp) or not op.op.startswith(parting):
         return
-    args = aten.decode(op.attributes["args"], values)
+    args, name = aten.decode(op.args, values), op.op
     extent = max((n for x in args if isinstance(x, Tensor) for n in x.shape), default=0)
     sizes = [n for n in args[1:2] if type(n) is int and not name.startswith("aten.unbind.")] or [1]
     parts = sizes[0] if name.startswith("aten.chunk.") else extent // max(1, sizes[0])
@@ -112,36 +136,71 @@ def _check_parts(op: Op, values: Mapping[str, Any]) -> None:
 
 def _laid_out(op: Op, read: Sequence[Tensor]) -> int:
     """Bytes of the feature map that an operation reads, its border around it, in planes where it has strides."""
-    a = op.attributes
-    if "padding" not in a or not read or read[0].dim() != 4:
+    if not isinstance(op, (ConvolutionOp, WindowPoolOp)) or not read or read[0].dim() != 4:
         return 0
     batch, channels, *extents = read[0].shape
-    planes, plane = math.prod(a["stride"]), 4
-    for extent, padding, stride in zip(extents, a["padding"], a["stride"], strict=True):
+    planes, plane = math.prod(op.stride), 4
+    for extent, padding, stride in zip(extents, op.padding, op.stride, strict=True):
         plane *= -(-(extent + 2 * padding) // stride)
     return int(batch * channels * planes * (plane + 2 * LINE))
 
 
-def _work(op: Op, read: Sequence[Tensor], weights: Sequence[Tensor], made: Tensor, kept: int | None) -> int:
+@dataclass(frozen=True)
+class _Shapes:
+    """What an operation reads and makes, on the meta device; `kept` values of its weight are stored, None for all."""
+
+    read: Sequence[Tensor]
+    weights: Sequence[Tensor]
+    made: Tensor
+    kept: int | None
+
+
+def _work(op: Op, shapes: _Shapes) -> int:
     """Multiply-adds, about."""
-    elements, name = made.numel(), op.kind
-    work = ELEMENT * (elements + sum(each.numel() for each in read))
-    if op.kind == "torch":
-        name = op.attributes["op"].split(".")[1]
-        weights = [each for each in read[1:2] if "conv" in name]
-    if op.kind == "recurrent":
-        return work + math.prod(made.shape[1:3]) * (weights[0].numel() if kept is None else kept)
-    if weights and ("conv" in name or op.kind == "linear"):
-        across = max(1, read[0].shape[1] if "transpose" in name else weights[0].shape[0])
-        positions = (read[0].numel() if "transpose" in name else elements) // across
-        return work + positions * (weights[0].numel() if kept is None else kept)
-    if "pool" in name and "adaptive" not in name and "global" not in name:
-        kernel = op.attributes["kernel"] if op.kind != "torch" else op.attributes["args"][1:2]
-        return work + ELEMENT * elements * math.prod(n for n in _integers(kernel))
-    if any(part in name for part in _PRODUCTS) and read:
-        extents = {n for each in read for n in each.shape}
-        return work + elements * max(extents - set(made.shape) or extents, default=1)
-    return work
+    work = ELEMENT * (shapes.made.numel() + sum(each.numel() for each in shapes.read))
+    rule = PRODUCTS[type(op)]
+    return work if rule is None else work + rule(op, shapes)
+
+
+def _layer_work(op: LayerOp, shapes: _Shapes) -> int:
+    return op.positions(shapes.made.shape) * (shapes.weights[0].numel() if shapes.kept is None else shapes.kept)
+
+
+def _pool_work(op: WindowPoolOp, shapes: _Shapes) -> int:
+    return ELEMENT * shapes.made.numel() * math.prod(op.kernel)
+
+
+def _product_work(op: Op, shapes: _Shapes) -> int:
+    """Products over the extents that the result does not have."""
+    extents = {n for each in shapes.read for n in each.shape}
+    return shapes.made.numel() * max(extents - set(shapes.made.shape) or extents, default=1)
+
+
+def _torch_work(op: TorchOp, shapes: _Shapes) -> int:
+    """Told from the operator's name."""
+    read, elements, name = shapes.read, shapes.made.numel(), op.op.split(".")[1]
+    if "conv" in name and len(read) > 1:
+        across = max(1, read[0].shape[1] if "transpose" in name else read[1].shape[0])
+        return (read[0].numel() if "transpose" in name else elements) // across * read[1].numel()
+    if "pool" in name and "adaptive" not in name:
+        return ELEMENT * elements * math.prod(_integers(op.args[1:2]))
+    return _product_work(op, shapes) if read and any(part in name for part in _PRODUCTS) else 0
+
+
+PRODUCTS: Mapping[type[Op], Callable[[Any, _Shapes], int] | None] = {
+    Conv2d: _layer_work,
+    GatedConv2d: _layer_work,
+    Linear: _layer_work,
+    Recurrent: _layer_work,
+    MaxPool2d: _pool_work,
+    AvgPool2d: _pool_work,
+    Attention: _product_work,
+    TorchOp: _torch_work,
+    **dict.fromkeys(
+        (Gate, Scale, AdaptiveAvgPool2d, GlobalAvgPool, Activation, Add, LayerNorm, Reshape, Scalar), None
+    ),
+}  # fmt: skip
+"""What each class of operations multiplies and adds beside `ELEMENT` for each element; None: no more than that."""
 
 
 def _integers(value: Any) -> list[int]:

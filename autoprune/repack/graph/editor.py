@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from autoprune.repack.graph import extents
 from autoprune.repack.graph.aten import decode_dtype
-from autoprune.repack.graph.ir import Graph, Op
+from autoprune.repack.graph.ir import Graph
+from autoprune.repack.graph.ops import Op
 from autoprune.repack.graph.reference import evaluate_op
+
+AnyOp = TypeVar("AnyOp", bound=Op)
 
 # Hardly any model's own extents, so that equal ones are equal at every call; they have many divisors.
 FREE = (5040, 3360, 2016, 6720, 4032, 10080, 8064, 7560, 9240, 12096, 15120, 20160, 25200, 27720)
@@ -65,7 +68,7 @@ class Editor:
     def weights(self, op: Op) -> dict[str, Tensor]:
         return {role: self.constants[name] for role, name in op.tensors.items()}
 
-    def with_weights(self, op: Op, **weights: Tensor) -> Op:
+    def with_weights(self, op: AnyOp, **weights: Tensor) -> AnyOp:
         """The operation with weights of its own; those it shared stay as they are for the others."""
         named = {role: self._constant(f"{op.output}.{role}", value) for role, value in weights.items()}
         return replace(op, tensors={**op.tensors, **named})
@@ -94,33 +97,10 @@ class Editor:
         if op.output in self.returned:
             return False
         for name in self.readers.get(op.output, ()):
-            self.ops[name] = _renamed(self.ops[name], op.output, source)
+            self.ops[name] = self.ops[name].with_input(op.output, source)
         del self.ops[op.output]
         self.prune()
         return True
-
-
-def _renamed(op: Op, old: str, new: str) -> Op:
-    inputs = tuple(new if name == old else name for name in op.inputs)
-    if op.kind in _BY_REFERENCE:
-        inputs = tuple(dict.fromkeys(inputs))
-    attributes = {key: _rename_in(value, old, new) for key, value in op.attributes.items()}
-    if op.kind == "scalar":
-        attributes["args"] = [new if arg == old else arg for arg in op.attributes["args"]]
-    return replace(op, inputs=inputs, attributes=attributes)
-
-
-_BY_REFERENCE = ("torch", "scalar")  # kinds whose inputs are what their arguments refer to
-
-
-def _rename_in(value: Any, old: str, new: str) -> Any:
-    if isinstance(value, list):
-        return [_rename_in(each, old, new) for each in value]
-    if isinstance(value, dict):
-        return (
-            {"ref": new} if value == {"ref": old} else {key: _rename_in(each, old, new) for key, each in value.items()}
-        )
-    return value
 
 
 def unusual(graph: Graph) -> dict[int, int]:

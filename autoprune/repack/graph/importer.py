@@ -1,4 +1,4 @@
-"""Lifting: an operator of torch.export -> the kind of operation it is, where it is one exactly.
+"""Lifting: an operator of torch.export -> the operation it is, where it is one exactly.
 
 A lifting that returns None leaves the operator to torch.
 """
@@ -7,120 +7,39 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
-from autoprune.repack.graph import aten
-from autoprune.repack.graph.calls import in_model
-
-Node = fx.Node
-
-
-@dataclass(frozen=True)
-class Lifted:
-    """An operation without its name; the fields are those of `Op`."""
-
-    kind: str
-    inputs: tuple[str, ...]
-    attributes: Mapping[str, Any] = field(default_factory=dict)
-    tensors: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Alias:
-    """An operator that does nothing: its result is the value called `name`."""
-
-    name: str
+from autoprune.repack.graph.ops import (
+    Activation,
+    AdaptiveAvgPool2d,
+    Add,
+    Attention,
+    AvgPool2d,
+    Conv2d,
+    Gate,
+    GlobalAvgPool,
+    LayerNorm,
+    Linear,
+    MaxPool2d,
+    Recurrent,
+    Reshape,
+    Scale,
+    TorchOp,
+)  # fmt: skip
+from autoprune.repack.graph.site import Alias, Result, Site, extents
 
 
-class Context(Protocol):
-    """What a lifting needs of the translation it is part of."""
-
-    names: dict[Node, str]
-    constants: dict[str, Tensor]
-    program: torch.export.ExportedProgram
-
-    def constant(self, name: str, value: Tensor) -> str: ...
-
-    def size(self, node: Node, axis: int) -> str: ...
-
-    def extent(self, extent: torch.SymInt) -> str: ...
-
-
-@dataclass(frozen=True)
-class Site:
-    """One call of an operator: the node, and its arguments by name."""
-
-    context: Context
-    node: Node
-    args: Mapping[str, Any]
-
-    def name(self, argument: str) -> str:
-        return self.context.names[self.args[argument]]
-
-    def is_value(self, argument: str, axes: int | None = None) -> bool:
-        """Whether an argument is a float32 tensor that is computed, of so many axes."""
-        node: Any = self.args.get(argument)
-        return self.is_float(node, axes) and self.context.names[node] not in self.context.constants
-
-    def is_weight(self, argument: str, axes: int) -> bool:
-        """Whether an argument is a float32 constant of so many axes."""
-        node: Any = self.args.get(argument)
-        return self.is_float(node, axes) and self.context.names[node] in self.context.constants
-
-    def is_float(self, node: Any, axes: int | None) -> bool:
-        value = node.meta.get("val") if isinstance(node, fx.Node) else None
-        return isinstance(value, Tensor) and value.dtype == torch.float32 and axes in (None, value.ndim)
-
-    def shape(self, argument: str) -> tuple[int | str, ...]:
-        """Extents; those that depend on the batch as text, so that equal ones compare equal."""
-        return extents(self.args[argument])
-
-    def weights(self, **arguments: str) -> dict[str, str] | None:
-        """Role -> constant for the arguments that are given; None when one is computed."""
-        found = {}
-        for role, argument in arguments.items():
-            if self.args[argument] is None:
-                continue
-            if not self.is_weight(argument, len(self.shape(argument))):
-                return None
-            found[role] = self.name(argument)
-        return found
-
-    def layer(self, argument: str = "weight") -> str:
-        """The qualified name of the module that this is the forward of."""
-        stack = list((self.node.meta.get("nn_module_stack") or {}).values())
-        path = str(stack[-1][0]) if stack else ""
-        held = self.context.program.state_dict
-        if f"{path}.weight" in held:
-            return in_model(path)
-        name = self.name(argument)
-        start = f"{path}.weight_"  # weight_v, weight_orig: what the weight is computed from
-        if f"model.{name}" not in held and any(key.startswith(start) for key in held):
-            return in_model(path)
-        return "" if name == "weight" else name.removesuffix(".weight")
-
-
-Result = Lifted | Alias | None
-
-
-def extents(node: Node) -> tuple[int | str, ...]:
-    """A node's shape, symbolic extents as text."""
-    shape = (getattr(getattr(extent, "node", None), "expr", extent) for extent in node.meta["val"].shape)
-    return tuple(
-        extent if isinstance(extent, int) else int(extent) if extent.is_Integer else str(extent) for extent in shape
-    )
-
-
-def _pair(value: Any, default: Any = None) -> list[int] | None:
+def _pair(value: Any, default: Any = None) -> tuple[int, int] | None:
     """``[3]``, ``[3, 3]`` and (with a default) ``[]`` as two integers; None for anything that is not known now."""
     values = [value] if isinstance(value, int) else list(value or default or [])
     if len(values) == 1:
         values = values * 2
-    return values if len(values) == 2 and all(type(each) is int for each in values) else None
+    if len(values) != 2 or not all(type(each) is int for each in values):
+        return None
+    return values[0], values[1]
 
 
 def _conv2d(site: Site) -> Result:
@@ -133,25 +52,27 @@ def _conv2d(site: Site) -> Result:
     padding = _padding(site, dilation)
     if padding is None:
         return None
-    attributes = {"stride": stride, "padding": padding, "dilation": dilation, "groups": site.args["groups"]}
-    return Lifted("conv2d", (site.name("input"),), attributes | {"activation": None, "layer": site.layer()}, tensors)
+    return Conv2d(
+        site.output, (site.name("input"),), tensors, stride=stride, padding=padding, dilation=dilation,
+        groups=site.args["groups"], activation=None, layer=site.layer(),
+    )  # fmt: skip
 
 
-def _padding(site: Site, dilation: list[int]) -> list[int] | None:
+def _padding(site: Site, dilation: tuple[int, int]) -> tuple[int, int] | None:
     given = site.args["padding"]
     if given == "valid":
-        return [0, 0]
+        return 0, 0
     if given != "same":
         return _pair(given)
     spans = [step * (int(extent) - 1) for step, extent in zip(dilation, site.shape("weight")[2:], strict=True)]
-    return None if any(span % 2 for span in spans) else [span // 2 for span in spans]
+    return None if any(span % 2 for span in spans) else (spans[0] // 2, spans[1] // 2)
 
 
 def _linear(site: Site) -> Result:
     tensors = site.weights(weight="weight", bias="bias")
     if tensors is None or not site.is_value("input") or len(site.shape("input")) < 2 or not site.is_weight("weight", 2):
         return None
-    return Lifted("linear", (site.name("input"),), {"activation": None, "layer": site.layer()}, tensors)
+    return Linear(site.output, (site.name("input"),), tensors, activation=None, layer=site.layer())
 
 
 def _product(site: Site, x: str, weight: str, bias: str | None) -> Result:
@@ -166,7 +87,7 @@ def _product(site: Site, x: str, weight: str, bias: str | None) -> Result:
         tensors["bias"] = site.name(bias)
     name = site.name(weight)
     tensors["weight"] = site.context.constant(f"{name}.turned", site.context.constants[name].t())
-    return Lifted("linear", (site.name(x),), {"activation": None, "layer": layer}, tensors)
+    return Linear(site.output, (site.name(x),), tensors, activation=None, layer=layer)
 
 
 def _addmm(site: Site) -> Result:
@@ -179,13 +100,13 @@ def _gate(site: Site) -> Result:
     tensors = site.weights(weight="weight", bias="bias", threshold="threshold")
     if tensors is None or not site.is_value("x", 4):
         return None
-    return Lifted("gate", (site.name("x"),), {"keep": site.args["keep"]}, tensors)
+    return Gate(site.output, (site.name("x"),), tensors, keep=site.args["keep"])
 
 
 def _scale(site: Site) -> Result:
     if not site.is_value("y", 4) or not site.is_value("factors", 2):
         return None
-    return Lifted("scale", (site.name("y"), site.name("factors")))
+    return Scale(site.output, (site.name("y"), site.name("factors")))
 
 
 def _norm(site: Site) -> Result:
@@ -196,13 +117,12 @@ def _norm(site: Site) -> Result:
     names = ("input", "weight", "bias", "running_mean", "running_var")
     args: list[Any] = [None if a[name] is None else {"ref": site.name(name)} for name in names]
     args += [False, a["momentum"], a["eps"], False]
-    read = tuple(dict.fromkeys(aten.references(args)))
-    return Lifted("torch", read, {"op": "aten.batch_norm.default", "args": args, "kwargs": {}})
+    return TorchOp.of(site.output, "aten.batch_norm.default", tuple(args))
 
 
 def _activation(name: str) -> Callable[[Site], Result]:
     def lifted(site: Site) -> Result:
-        return Lifted("activation", (site.name("self"),), {"name": name}) if site.is_value("self") else None
+        return Activation(site.output, (site.name("self"),), name=name) if site.is_value("self") else None
 
     return lifted
 
@@ -226,10 +146,12 @@ def _max_pool2d(site: Site) -> Result:
     a = site.args
     kernel = _pair(a["kernel_size"])
     stride, padding, dilation = _pair(a["stride"], a["kernel_size"]), _pair(a["padding"]), _pair(a["dilation"])
-    attributes = {"kernel": kernel, "stride": stride, "padding": padding, "dilation": dilation}
-    if a["ceil_mode"] or not site.is_value("self", 4) or None in attributes.values():
+    if a["ceil_mode"] or not site.is_value("self", 4):
         return None
-    return Lifted("max_pool2d", (site.name("self"),), attributes)
+    if kernel is None or stride is None or padding is None or dilation is None:
+        return None
+    given = (site.name("self"),)
+    return MaxPool2d(site.output, given, kernel=kernel, stride=stride, padding=padding, dilation=dilation)
 
 
 def _avg_pool2d(site: Site) -> Result:
@@ -237,28 +159,31 @@ def _avg_pool2d(site: Site) -> Result:
     kernel, stride, padding = _pair(a["kernel_size"]), _pair(a["stride"], a["kernel_size"]), _pair(a["padding"])
     if a["ceil_mode"] or a["divisor_override"] is not None or not site.is_value("self", 4):
         return None
-    attributes = {"kernel": kernel, "stride": stride, "padding": padding, "count_include_pad": a["count_include_pad"]}
-    if None in attributes.values():
+    if kernel is None or stride is None or padding is None:
         return None
-    return Lifted("avg_pool2d", (site.name("self"),), attributes)
+    return AvgPool2d(
+        site.output, (site.name("self"),), kernel=kernel, stride=stride, padding=padding,
+        count_include_pad=a["count_include_pad"],
+    )  # fmt: skip
 
 
 def _adaptive_avg_pool2d(site: Site) -> Result:
     output = _pair(site.args["output_size"])
     if output is None or not site.is_value("self", 4):
         return None
-    if output == [1, 1]:
-        return Lifted("global_avg_pool", (site.name("self"),), {"keepdim": True})
+    if output == (1, 1):
+        return GlobalAvgPool(site.output, (site.name("self"),), keepdim=True)
     extent = site.shape("self")[2:]
     if not all(isinstance(size, int) for size in extent):
-        return Lifted("adaptive_avg_pool2d", (site.name("self"),), {"output": output})
+        return AdaptiveAvgPool2d(site.output, (site.name("self"),), size=output)
     if any(int(size) % parts for size, parts in zip(extent, output, strict=True)):
         return None
-    kernel = [int(size) // parts for size, parts in zip(extent, output, strict=True)]
-    if kernel == [1, 1]:
+    kernel = (int(extent[0]) // output[0], int(extent[1]) // output[1])
+    if kernel == (1, 1):
         return Alias(site.name("self"))
-    attributes = {"kernel": kernel, "stride": kernel, "padding": [0, 0], "count_include_pad": True}
-    return Lifted("avg_pool2d", (site.name("self"),), attributes)
+    return AvgPool2d(
+        site.output, (site.name("self"),), kernel=kernel, stride=kernel, padding=(0, 0), count_include_pad=True
+    )
 
 
 def _mean(site: Site) -> Result:
@@ -269,7 +194,7 @@ def _mean(site: Site) -> Result:
         or sorted(axis % 4 for axis in axes or ()) != [2, 3]
     ):
         return None
-    return Lifted("global_avg_pool", (site.name("self"),), {"keepdim": site.args["keepdim"]})
+    return GlobalAvgPool(site.output, (site.name("self"),), keepdim=site.args["keepdim"])
 
 
 def _add(site: Site) -> Result:
@@ -277,7 +202,7 @@ def _add(site: Site) -> Result:
         return None
     if site.shape("self") != site.shape("other"):
         return None
-    return Lifted("add", (site.name("self"), site.name("other")), {"activation": None})
+    return Add(site.output, (site.name("self"), site.name("other")), activation=None)
 
 
 def _layer_norm(site: Site) -> Result:
@@ -285,7 +210,7 @@ def _layer_norm(site: Site) -> Result:
     tensors = site.weights(weight="weight", bias="bias")
     if len(size) != 1 or type(size[0]) is not int or tensors is None or not site.is_value("input"):
         return None
-    return Lifted("layer_norm", (site.name("input"),), {"size": size[0], "eps": site.args["eps"]}, tensors)
+    return LayerNorm(site.output, (site.name("input"),), tensors, size=size[0], eps=site.args["eps"])
 
 
 def _attention(site: Site) -> Result:
@@ -298,7 +223,7 @@ def _attention(site: Site) -> Result:
     if query[:2] != key[:2] or key != value or query[3] != key[3] or not isinstance(query[3], int):
         return None
     scale = a["scale"] if a["scale"] is not None else 1 / math.sqrt(query[3])
-    return Lifted("attention", tuple(site.name(name) for name in ("query", "key", "value")), {"scale": scale})
+    return Attention(site.output, tuple(site.name(name) for name in ("query", "key", "value")), scale=scale)
 
 
 def _recurrent(site: Site) -> Result:
@@ -307,9 +232,11 @@ def _recurrent(site: Site) -> Result:
     given = [name for name in ("gates", "h", "c") if a[name] is not None]
     if tensors is None or not all(site.is_value(name) or site.is_float(a[name], 2) for name in given):
         return None
-    attributes = {name: a[name] for name in ("cell", "time_first", "reverse", "threshold", "keep")}
-    attributes |= {"units": None, "interleaved": False, "layer": site.layer()}
-    return Lifted("recurrent", tuple(site.name(name) for name in given), attributes, tensors)
+    return Recurrent(
+        site.output, tuple(site.name(name) for name in given), tensors, cell=a["cell"], time_first=a["time_first"],
+        reverse=a["reverse"], threshold=a["threshold"], keep=a["keep"], units=None, interleaved=False,
+        layer=site.layer(),
+    )  # fmt: skip
 
 
 def _reshape(site: Site) -> Result:
@@ -322,11 +249,9 @@ def _reshape(site: Site) -> Result:
         return Alias(site.name("self"))
     shape = _shape(site, before, after)
     if site.is_value("self") and source.meta["val"].is_contiguous():
-        return Lifted("reshape", (site.name("self"),), {"shape": shape})
+        return Reshape(site.output, (site.name("self"),), shape=tuple(shape))
     # torch would copy here, or not: that hangs on strides, which are the executor's own business
-    args = [{"ref": site.name("self")}, shape]
-    read = tuple(dict.fromkeys(aten.references(args)))
-    return Lifted("torch", read, {"op": "aten.reshape.default", "args": args, "kwargs": {}})
+    return TorchOp.of(site.output, "aten.reshape.default", ({"ref": site.name("self")}, shape))
 
 
 def _shape(site: Site, before: tuple[int | str, ...], after: tuple[int | str, ...]) -> list[Any]:
@@ -340,11 +265,12 @@ def _shape(site: Site, before: tuple[int | str, ...], after: tuple[int | str, ..
         elif isinstance(asked, fx.Node):
             shape.append({"ref": site.context.names[asked]})
         elif extent in before:
-            shape.append({"ref": site.context.size(site.args["self"], before.index(extent))})
+            axis, source = before.index(extent), site.args["self"]
+            shape.append({"ref": site.context.integers.size(source.meta["val"].shape[axis], site.name("self"), axis)})
         elif alone:
             shape.append(-1)
         else:
-            shape.append({"ref": site.context.extent(site.node.meta["val"].shape[len(shape)])})
+            shape.append({"ref": site.context.integers.extent(site.node.meta["val"].shape[len(shape)])})
     return shape
 
 

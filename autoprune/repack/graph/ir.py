@@ -1,4 +1,4 @@
-"""A model as a small graph: named values, a dozen kinds of operations, weights beside it. It is what our files hold.
+"""A model as a small graph: named values, the operations of `ops`, weights beside it. It is what our files hold.
 
 Everything in it but the weights is plain JSON, so a graph that comes from a file is data that `schema.validate` checks,
 never code.
@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from autoprune.repack.graph import aten
+from autoprune.repack.graph.ops import Op, Values
 from autoprune.repack.graph.record import Record
-
-Values = Mapping[str, Any]
 
 FOLD_LIMIT = 1 << 16  # elements that a constant may have which is computed from smaller ones
 
@@ -47,38 +45,6 @@ class Input:
     def free_axes(self) -> dict[int, int]:
         """Free axis -> number of its extent."""
         return {axis: number for axis, number in enumerate(self.free) if number is not None}
-
-
-@dataclass(frozen=True)
-class Op:
-    """One operation.
-
-    Attributes:
-        kind: a key of `reference.KINDS`.
-        output: the value it defines: one tensor, or an integer where the kind is ``scalar``.
-        inputs: the values it works on; see `reference.KINDS`.
-        attributes: plain JSON (lists, not tuples).
-        tensors: its weights: role -> name of a constant.
-    """
-
-    kind: str
-    output: str
-    inputs: tuple[str, ...]
-    attributes: Mapping[str, Any] = field(default_factory=dict)
-    tensors: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        """Every name it depends on but its weights: its inputs, and the integers in the shape of a reshape."""
-        return tuple(dict.fromkeys([*self.inputs, *aten.references(self.attributes.get("shape"))]))
-
-    @property
-    def activation(self) -> str | None:
-        name: str | None = self.attributes.get("activation")
-        return name
-
-    def with_attributes(self, **changed: Any) -> Op:
-        return replace(self, attributes={**self.attributes, **changed})
 
 
 @dataclass(frozen=True, eq=False)

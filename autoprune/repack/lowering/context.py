@@ -19,9 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from autoprune.errors import AutopruneError
-from autoprune.repack.graph import aten
-from autoprune.repack.graph.ir import FOLD_LIMIT, Graph, Op
-from autoprune.repack.graph.reference import residual_of
+from autoprune.repack.graph.ir import FOLD_LIMIT, Graph
+from autoprune.repack.graph.ops import Op, TorchOp
 from autoprune.repack.kernels.compiler import Target
 from autoprune.repack.kernels.strided import AXES
 from autoprune.repack.lowering import map_nodes, strided_nodes, token_nodes
@@ -120,8 +119,7 @@ class Lowering:
         if name not in self.copies:
             meta = self.values[name].contiguous()
             view = copied(self, name, meta)
-            attributes = {"op": "aten.contiguous.default", "args": [{"ref": name}], "kwargs": {}}
-            op = Op("torch", f"{name} contiguous", (name,), attributes)
+            op = TorchOp.of(f"{name} contiguous", "aten.contiguous.default", ({"ref": name},))
             self.copies[name] = (meta, view or self.torch_step(op, meta))
         return self.copies[name][1]
 
@@ -161,8 +159,7 @@ class Lowering:
         self.define(op.output, shape)
         batch, channels, height, width = shape
         made = self.maps[op.output, (1, 1), 0.0] = Map((batch, channels, height, width), (1, 1), 0.0)
-        name = op.attributes.get("name") if op.kind == "activation" else op.activation
-        if name in NOT_NEGATIVE:
+        if op.last_activation in NOT_NEGATIVE:
             self.positive.add(op.output)
         return made.padded((0, 0))
 
@@ -170,20 +167,20 @@ class Lowering:
 
     def torch_step(self, op: Op, meta: Any) -> View:
         if not isinstance(meta, Tensor):
-            raise AutopruneError(f"{op.kind} {op.attributes.get('op', '')} returns several tensors")
+            raise AutopruneError(f"{op.kind} {op.label} returns several tensors")
         reads = {}
         for name in op.reads:
             if isinstance(self.values[name], Tensor) and name not in self.constants:
                 reads[name] = self.plain(name)
         buffer = self.buffers[storage_of(meta)] = self.in_slot()
-        if op.kind == "torch" and self.is_known(op, meta):
+        if isinstance(op, TorchOp) and self.is_known(op, meta):
             result = self.known[op.output] = self.computed(op)  # it depends on constants and shapes alone
             self.fixed[buffer.slot] = result
             return View(buffer, 0, tuple(meta.shape), tuple(meta.stride()))
         self.steps.append(TorchStep(op, reads, buffer.slot, tuple(meta.shape), tuple(meta.stride()), meta.dtype))
         return View(buffer, 0, tuple(meta.shape), tuple(meta.stride()))
 
-    def is_known(self, op: Op, meta: Tensor) -> bool:
+    def is_known(self, op: TorchOp, meta: Tensor) -> bool:
         """Whether a torch operation reads nothing that a call gives, and its result is not too large to be kept."""
         read = [name for name in op.reads if isinstance(self.values[name], Tensor)]
         given = [self.known.get(name, self.graph.constants.get(name)) for name in read]
@@ -191,12 +188,11 @@ class Lowering:
             return False
         return meta.numel() <= max(FOLD_LIMIT, *(value.numel() for value in given if value is not None), 0) or not read
 
-    def computed(self, op: Op) -> Tensor:
+    def computed(self, op: TorchOp) -> Tensor:
         """What such an operation gives."""
-        a = op.attributes
         values = {**self.graph.constants, **self.known}
         known = {name: values.get(name, self.values[name]) for name in op.reads}
-        result: Tensor = aten.bind(a["op"], a["args"], a["kwargs"], a.get("item"), known)({})
+        result: Tensor = op.bound(known)({})
         return settled(result)
 
     def scratch(self, floats: int) -> Buffer:
@@ -204,12 +200,11 @@ class Lowering:
         self.scratches.append(Buffer(self.threads * floats, scratch=True))
         return self.scratches[-1]
 
-    def same_shape(self, op: Op, shape: tuple[int, ...]) -> None:
-        """Raises AutopruneError unless what is added, where there is something, has `shape`."""
-        name = op.inputs[1] if op.kind == "add" else residual_of(op)
-        if name is not None and tuple(self.values[name].shape) != shape:
+    def same_shape(self, op: Op, added: str | None, shape: tuple[int, ...]) -> None:
+        """Raises AutopruneError unless the value `added` to the result of `op`, where there is one, has `shape`."""
+        if added is not None and tuple(self.values[added].shape) != shape:
             raise AutopruneError(
-                f"{op.output!r} adds a value of shape {tuple(self.values[name].shape)} to one of {shape}."
+                f"{op.output!r} adds a value of shape {tuple(self.values[added].shape)} to one of {shape}."
             )
 
 

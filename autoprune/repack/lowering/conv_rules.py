@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from autoprune.errors import AutopruneError
-from autoprune.repack.graph.ir import Op
-from autoprune.repack.graph.reference import KEEPS_ZERO, residual_of
+from autoprune.repack.graph.activations import KEEPS_ZERO
+from autoprune.repack.graph.ops import ConvolutionOp, Gate, GatedConv2d, LayerOp
 from autoprune.repack.kernels.gate import scratch as gate_scratch
 from autoprune.repack.kernels.gated_gemm import Dead
 from autoprune.repack.kernels.gated_gemm import scratch as gated_scratch
@@ -35,44 +35,38 @@ WIDEST_REACH = 4 * ALIGN  # columns beyond a row's ends: what lies there must be
 CROWDED = 0.95  # share of a convolution's vectors that must be left for a map to have no border columns
 
 
-def is_depthwise(op: Op, weight: Tensor) -> bool:
+def is_depthwise(op: LayerOp, weight: Tensor) -> bool:
     """Whether each channel is convolved alone, in a way that has a kernel of its own."""
-    groups = op.attributes.get("groups", 1)
-    narrow = op.attributes.get("stride", [1, 1])[1] <= WIDEST_STRIDE
-    return groups > 1 and tuple(weight.shape[:2]) == (groups, 1) and len(op.inputs) == 1 and narrow
+    if not isinstance(op, ConvolutionOp) or op.groups == 1:
+        return False
+    return tuple(weight.shape[:2]) == (op.groups, 1) and len(op.inputs) == 1 and op.stride[1] <= WIDEST_STRIDE
 
 
-def conv2d(lowering: Lowering, op: Op) -> bool:
-    a = op.attributes
+def conv2d(lowering: Lowering, op: ConvolutionOp) -> bool:
     weight, x = lowering.constants[op.tensors["weight"]], op.inputs[0]
     batch, channels, height, width = lowering.values[x].shape
-    stride, padding, dilation = ((a[key][0], a[key][1]) for key in ("stride", "padding", "dilation"))
-    window = Window((weight.shape[2], weight.shape[3]), stride, padding, dilation)
+    window = Window((weight.shape[2], weight.shape[3]), op.stride, op.padding, op.dilation)
     shape = (batch, weight.shape[0], *window.outputs(height, width))
-    if channels != weight.shape[1] * a["groups"] or min(shape[1:]) < 1:
+    if channels != weight.shape[1] * op.groups or min(shape[1:]) < 1:
         raise AutopruneError(
-            f"a convolution of {weight.shape[1] * a['groups']} channels by a {window.kernel} kernel takes no input "
+            f"a convolution of {weight.shape[1] * op.groups} channels by a {window.kernel} kernel takes no input "
             f"of shape {tuple(lowering.values[x].shape)}: its channels differ or it is smaller than the kernel."
         )
-    lowering.same_shape(op, shape)
+    lowering.same_shape(op, op.residual, shape)
     if op.output not in lowering.weights:
         depthwise(lowering, op, window, shape)
         return True
     if skips(lowering, x, window):
         given, window = subsampled(lowering, x, window.stride), replace(window, stride=(1, 1))
-    elif op.kind == "conv2d" and crowded(lowering, window, shape):
+    elif not isinstance(op, GatedConv2d) and crowded(lowering, window, shape):
         given = lowering.map(x, (window.padding[0], 0), window.stride, reach=_reach(window))
     else:
         given = lowering.map(x, window.padding, window.stride)
-    added = residual_of(op)
-    residual = None if added is None else lowering.map(added)
-    gate = factors(lowering, op, "gate", shape[1])
-    live = factors(lowering, op, "live", channels)
+    residual = None if op.residual is None else lowering.map(op.residual)
+    gated = gating(lowering, op, shape[1], channels) if isinstance(op, GatedConv2d) else None
     made = lowering.new_map(op, shape)
-    gated = op.kind == "gated_conv2d"
-    room, dead = (gated_room(lowering, op), silenced(lowering, op)) if gated else (0, Dead.FINISHED)
     # as much as anything that tuning tries needs
-    scratch = lowering.scratch(room if gated else convolutions.panel_scratch(max(GROUP_SIZES)))
+    scratch = lowering.scratch(convolutions.panel_scratch(max(GROUP_SIZES)) if gated is None else gated.room)
     made.pitch.join(given.pitch)
     if residual is not None:
         made.pitch.join(residual.pitch)
@@ -85,10 +79,11 @@ def conv2d(lowering: Lowering, op: Op) -> bool:
         other = None if residual is None else residual.at
         return convolutions.convolution(
             op.output, weights, window, op.activation, tiling, batch, given.at, made.at, other, scratch,
-            lowering.target, convolutions.Gated(gate, live, dead, room) if gated else None,
+            lowering.target, gated,
         )  # fmt: skip
 
-    reads = [given.buffer, scratch, *(each.buffer for each in (residual, gate, live) if each is not None)]
+    also = (residual, *(() if gated is None else (gated.gate, gated.live)))
+    reads = [given.buffer, scratch, *(each.buffer for each in also if each is not None)]
     positions = (shape[2] - 1) * (shape[3] + window.padding[1]) + shape[3]  # about: the pitch is not known yet
     lowering.steps.append(NativeStep(op.output, reads, made.buffer, build, op, (positions, batch)))
     return True
@@ -102,40 +97,47 @@ def crowded(lowering: Lowering, window: Window, shape: tuple[int, ...]) -> bool:
     return whole + min(1.0, rest / lanes) <= CROWDED * vectors and _reach(window) <= WIDEST_REACH
 
 
-def factors(lowering: Lowering, op: Op, role: str, channels: int) -> convolutions.Factors | None:
-    """Where the factors of a gated convolution's output or input channels lie."""
-    if not op.attributes.get(role):
+def gating(lowering: Lowering, op: GatedConv2d, filters: int, channels: int) -> convolutions.Gated:
+    """What a gated convolution knows of its channels."""
+    gate = factors(lowering, op, op.filter_factors, filters)
+    live = factors(lowering, op, op.channel_factors, channels)
+    return convolutions.Gated(gate, live, silenced(lowering, op), gated_room(lowering, op))
+
+
+def factors(lowering: Lowering, op: GatedConv2d, name: str | None, channels: int) -> convolutions.Factors | None:
+    """Where the factors `name` of a gated convolution's output or input channels lie; None where there are none."""
+    if name is None:
         return None
-    view = lowering.rows(op.inputs[1] if role == "gate" else op.inputs[1 + op.attributes["gate"]])
+    view = lowering.rows(name)
     batch = lowering.values[op.inputs[0]].shape[0]
     if len(view.shape) != 2 or view.shape[0] != batch or view.shape[1] < 1 or channels % view.shape[1]:
         raise AutopruneError(f"{op.output!r} has factors of shape {view.shape} for {channels} channels of {batch}.")
     return convolutions.Factors(view.buffer, view.offset * FLOAT_BYTES, view.shape[1], channels // view.shape[1])
 
 
-def gated_room(lowering: Lowering, op: Op) -> int:
+def gated_room(lowering: Lowering, op: GatedConv2d) -> int:
     """Floats of scratch a thread needs for a gated convolution, however its weight is packed."""
     columns = lowering.constants[op.tensors["weight"]][0].numel()
     longest = np.diff(lowering.weights[op.output].packed.group_pointer).max(initial=0)
     return aligned(gated_scratch(max(columns, int(longest))))
 
 
-def silenced(lowering: Lowering, op: Op) -> Dead:
+def silenced(lowering: Lowering, op: GatedConv2d) -> Dead:
     """What becomes of the channels that a gated convolution silences."""
-    finished = residual_of(op) is not None or op.activation not in (None, *KEEPS_ZERO)
-    if finished or not op.attributes["gate"]:
+    finished = op.residual is not None or op.activation not in (None, *KEEPS_ZERO)
+    if finished or not op.gate:
         return Dead.FINISHED
     looking = [each for each in lowering.graph.ops if op.output in each.reads]
     skipping = [
         each for each in looking
-        if each.attributes.get("live") and each.inputs.count(op.output) == 1 and each.inputs[0] == op.output
-        and each.inputs[1 + each.attributes["gate"]] == op.inputs[1]
+        if isinstance(each, GatedConv2d) and each.inputs.count(op.output) == 1 and each.inputs[0] == op.output
+        and each.channel_factors == op.filter_factors
     ]  # fmt: skip
     unread = len(skipping) == len(looking) and op.output not in lowering.graph.output_names()
     return Dead.UNREAD if unread else Dead.ZEROS
 
 
-def gate(lowering: Lowering, op: Op) -> bool:
+def gate(lowering: Lowering, op: Gate) -> bool:
     weight, bias, threshold = (
         lowering.graph.constants[op.tensors[role]] for role in ("weight", "bias", "threshold")
     )  # fmt: skip
@@ -151,8 +153,8 @@ def gate(lowering: Lowering, op: Op) -> bool:
     arrays = [each.numpy() for each in (weight, bias, threshold)]
 
     def build(*_: Any) -> NativeOp:
-        y, keep = buffer.ref(len(weight), 1), op.attributes["keep"]
-        return convolutions.gate(op.output, x.shape[0], given.at, y, scratch, arrays, keep, lowering.target)
+        y = buffer.ref(len(weight), 1)
+        return convolutions.gate(op.output, x.shape[0], given.at, y, scratch, arrays, op.keep, lowering.target)
 
     lowering.steps.append(NativeStep(op.output, [given.buffer, scratch], buffer, build))
     return True
@@ -181,7 +183,7 @@ def subsampled(lowering: Lowering, x: str, stride: tuple[int, int]) -> Map:
     return lowering.map(name)
 
 
-def depthwise(lowering: Lowering, op: Op, window: Window, shape: tuple[int, ...]) -> None:
+def depthwise(lowering: Lowering, op: ConvolutionOp, window: Window, shape: tuple[int, ...]) -> None:
     weight = lowering.graph.constants[op.tensors["weight"]]
     if not is_depthwise(op, weight) or weight.is_meta or weight.dtype != torch.float32:
         raise AutopruneError(f"the convolution {op.output!r} is neither packed nor depthwise in float32.")

@@ -1,8 +1,9 @@
-"""Lowers a graph: every op by the rule of its kind, in order."""
+"""Lowers a graph: every op by the rule of its class, in order."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,27 @@ from torch import Tensor
 from autoprune.errors import AutopruneError
 from autoprune.repack.debug import dump, verifying
 from autoprune.repack.graph.aten import FAILURES
-from autoprune.repack.graph.ir import Graph, Op
+from autoprune.repack.graph.ir import Graph
+from autoprune.repack.graph.ops import (
+    Activation,
+    AdaptiveAvgPool2d,
+    Add,
+    Attention,
+    AvgPool2d,
+    Conv2d,
+    Gate,
+    GatedConv2d,
+    GlobalAvgPool,
+    LayerNorm,
+    Linear,
+    MaxPool2d,
+    Op,
+    Recurrent,
+    Reshape,
+    Scalar,
+    Scale,
+    TorchOp,
+)  # fmt: skip
 from autoprune.repack.graph.reference import evaluate_op
 from autoprune.repack.kernels.compiler import Target
 from autoprune.repack.lowering import conv_rules, pointwise, pool_rules, tokens
@@ -56,9 +77,7 @@ def lower(
         try:
             lower_op(lowering, op)
         except FAILURES as error:
-            raise AutopruneError(
-                f"the operation {op.output!r} ({op.kind}) does not take what it is given: {error}"
-            ) from error
+            raise AutopruneError(f"{op} does not take what it is given: {error}") from error
     lowered = _placed(lowering)
     dump("lowered", lowered)
     return verify(lowered) if verifying() else lowered
@@ -125,16 +144,16 @@ def output_view(lowering: Lowering, name: str, outputs: dict[int, tuple[int, ...
 
 
 def lower_op(lowering: Lowering, op: Op) -> None:
-    if op.kind == "scalar":
+    if isinstance(op, Scalar):
         lowering.values[op.output] = evaluate_op(op, lowering.values, lowering.constants)
         return
-    if op.kind == "adaptive_avg_pool2d":
+    if isinstance(op, AdaptiveAvgPool2d):
         found = pool_rules.pooling(lowering, op)
         if found is None:
             return
         op = found
-    rule, before = _RULES.get(op.kind), len(lowering.steps)
-    fitting = op.kind == "torch" or all(is_float(lowering.values[name]) for name in op.inputs)
+    rule, before = RULES[type(op)], len(lowering.steps)
+    fitting = isinstance(op, TorchOp) or all(is_float(lowering.values[name]) for name in op.inputs)
     if rule is not None and fitting and rule(lowering, op):
         # steps before it bring its inputs into the layouts it reads, one behind a layer its output into rows
         own = next((step for step in lowering.steps[before:] if getattr(step, "layer", None) is op), lowering.steps[-1])
@@ -174,19 +193,23 @@ def _sharing(returned: Mapping[str, View], fixed: Collection[int]) -> frozenset[
     return frozenset(copied)
 
 
-_RULES: Mapping[str, Callable[[Lowering, Op], bool]] = {
-    "conv2d": conv_rules.conv2d,
-    "gated_conv2d": conv_rules.conv2d,
-    "gate": conv_rules.gate,
-    "linear": tokens.linear,
-    "recurrent": tokens.recurrent,
-    "max_pool2d": pool_rules.pool,
-    "avg_pool2d": pool_rules.pool,
-    "layer_norm": tokens.layer_norm,
-    "attention": tokens.attention,
-    "global_avg_pool": pool_rules.global_avg_pool,
-    "activation": pointwise.elementwise,
-    "add": pointwise.elementwise,
-    "torch": pointwise.torch_operator,
+RULES: Mapping[type[Op], Callable[[Lowering, Any], bool] | None] = {
+    Conv2d: conv_rules.conv2d,
+    GatedConv2d: conv_rules.conv2d,
+    Gate: conv_rules.gate,
+    Scale: None,
+    Linear: tokens.linear,
+    Recurrent: tokens.recurrent,
+    MaxPool2d: pool_rules.pool,
+    AvgPool2d: pool_rules.pool,
+    AdaptiveAvgPool2d: None,  # by torch where its windows differ; else it is one of the others
+    GlobalAvgPool: pool_rules.global_avg_pool,
+    LayerNorm: tokens.layer_norm,
+    Attention: tokens.attention,
+    Activation: pointwise.elementwise,
+    Add: pointwise.elementwise,
+    Reshape: None,
+    Scalar: None,  # computed while the graph is lowered
+    TorchOp: pointwise.torch_operator,
 }
-"""Kind -> the rule that lowers it to native ops; False when torch has to run it."""
+"""Class -> the rule that lowers it to native ops; False, or no rule, when torch has to run it."""

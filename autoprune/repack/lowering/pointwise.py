@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from autoprune.repack.graph.ir import Op
+from autoprune.repack.graph.ops import Activation, Add, Op, Reshape, TorchOp
 from autoprune.repack.graph.reference import evaluate_op
 from autoprune.repack.lowering import map_nodes, strided_nodes
 from autoprune.repack.lowering.buffers import Buffer, StridedRef
@@ -29,32 +29,29 @@ _OPERATIONS: Mapping[str, str] = {f"aten.{name}.Tensor": name for name in ("add"
 _COPIES = ("aten.reshape.default", "aten.clone.default", "aten.contiguous.default")
 
 
-def in_rows(lowering: Lowering, op: Op) -> bool:
+def in_rows(lowering: Lowering, op: Activation | Add) -> bool:
     """An activation, or the sum of two values; False when torch has to run it."""
-    if op.kind == "activation":
-        return _computed(lowering, op, op.inputs, "", op.attributes["name"])
-    return _computed(lowering, op, op.inputs, "add", op.activation)
+    return _computed(lowering, op, op.inputs, "add" if isinstance(op, Add) else "", op.last_activation)
 
 
-def torch_operator(lowering: Lowering, op: Op) -> bool:
+def torch_operator(lowering: Lowering, op: TorchOp) -> bool:
     """One of torch's operators; False when torch has to run it itself."""
-    a = op.attributes
-    if a["op"] == "aten.cat.default":
+    if op.op == "aten.cat.default":
         return _concatenated(lowering, op)
-    if a["op"] == "aten.embedding.default":
+    if op.op == "aten.embedding.default":
         return _looked_up(lowering, op)
-    if a["op"] == "aten.gather.default":
+    if op.op == "aten.gather.default":
         return _taken(lowering, op)
-    operation = _OPERATIONS.get(a["op"])
-    if operation is None or a["kwargs"] or len(a["args"]) != 2:
+    operation = _OPERATIONS.get(op.op)
+    if operation is None or op.kwargs or len(op.args) != 2:
         return False
-    given = [each["ref"] if isinstance(each, dict) and "ref" in each else each for each in a["args"]]
+    given = [each["ref"] if isinstance(each, dict) and "ref" in each else each for each in op.args]
     return _computed(lowering, op, given, operation, None)
 
 
 def is_copy(op: Op) -> bool:
     """Whether it gives its input's entries in their order."""
-    return op.kind == "reshape" or op.attributes.get("op") in _COPIES
+    return isinstance(op, Reshape) or (isinstance(op, TorchOp) and op.op in _COPIES)
 
 
 def _computed(lowering: Lowering, op: Op, given: Sequence[Any], operation: str, activation: str | None) -> bool:
@@ -72,13 +69,13 @@ def _computed(lowering: Lowering, op: Op, given: Sequence[Any], operation: str, 
     return True
 
 
-def _concatenated(lowering: Lowering, op: Op) -> bool:
+def _concatenated(lowering: Lowering, op: TorchOp) -> bool:
     """Each part is copied to its place."""
-    if op.attributes["kwargs"] or not op.inputs:
+    if op.kwargs or not op.inputs:
         return False
-    names = [each["ref"] for each in op.attributes["args"][0]]
+    names = [each["ref"] for each in op.args[0]]
     meta = evaluate_op(op, lowering.values, lowering.constants)
-    axis = (op.attributes["args"][1] if len(op.attributes["args"]) > 1 else 0) % max(1, meta.dim())
+    axis = (op.args[1] if len(op.args) > 1 else 0) % max(1, meta.dim())
     shapes = [tuple(lowering.values[name].shape) for name in names]
     if any(len(shape) != meta.dim() for shape in shapes):  # torch leaves out empty ones of one axis
         return False
@@ -106,9 +103,9 @@ def _concatenated(lowering: Lowering, op: Op) -> bool:
     return True
 
 
-def _looked_up(lowering: Lowering, op: Op) -> bool:
+def _looked_up(lowering: Lowering, op: TorchOp) -> bool:
     """Rows of a constant table by an input of int64, which is checked at each call."""
-    table, index = (each["ref"] for each in op.attributes["args"][:2])
+    table, index = (each["ref"] for each in op.args[:2])
     values = lowering.values
     known = table in lowering.constants and is_float(values[table]) and values[table].is_contiguous()
     if not known or values[index].dtype != torch.int64 or index not in lowering.input_slots:
@@ -131,10 +128,10 @@ def _looked_up(lowering: Lowering, op: Op) -> bool:
     return True
 
 
-def _taken(lowering: Lowering, op: Op) -> bool:
+def _taken(lowering: Lowering, op: TorchOp) -> bool:
     """Whole rows of a value, by numbers that are the same for all of a row's features."""
-    args = op.attributes["args"]
-    if op.attributes["kwargs"] or len(args) != 3:
+    args = op.args
+    if op.kwargs or len(args) != 3:
         return False
     (x, index), axis = ((lowering.values[each["ref"]] for each in (args[0], args[2])), args[1])
     meta = evaluate_op(op, lowering.values, lowering.constants)
@@ -169,22 +166,21 @@ def _taken(lowering: Lowering, op: Op) -> bool:
     return True
 
 
-def elementwise(lowering: Lowering, op: Op) -> bool:
+def elementwise(lowering: Lowering, op: Activation | Add) -> bool:
     """On maps, or on values that lie in rows."""
     shape = tuple(lowering.values[op.inputs[0]].shape)
     if not all((name, (1, 1), 0.0) in lowering.maps for name in op.inputs):
         return in_rows(lowering, op)
-    lowering.same_shape(op, shape)
+    lowering.same_shape(op, op.inputs[-1], shape)
     given = [lowering.map(name) for name in op.inputs]
     made = lowering.new_map(op, shape)
     for each in given:
         made.pitch.join(each.pitch)
     made.over = given[-1]
-    activation = op.attributes["name"] if op.kind == "activation" else op.activation
 
     def build(*_: Any) -> NativeOp:
         other = given[1].at if len(given) > 1 else None
-        return map_nodes.combine(op.output, shape[0], given[0].at, other, made.at, activation, lowering.target)
+        return map_nodes.combine(op.output, shape[0], given[0].at, other, made.at, op.last_activation, lowering.target)
 
     lowering.steps.append(NativeStep(op.output, [each.buffer for each in given], made.buffer, build))
     return True

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from autoprune.errors import AutopruneError
-from autoprune.repack.graph.ir import Op
+from autoprune.repack.graph.ops import AdaptiveAvgPool2d, AvgPool2d, GlobalAvgPool, MaxPool2d, Op
 from autoprune.repack.kernels.window import Mode
 from autoprune.repack.lowering import map_nodes
 from autoprune.repack.lowering.buffers import Buffer
@@ -44,45 +43,41 @@ def slide(
     lowering.steps.append(NativeStep(op.output, [given.buffer], made.buffer, build))
 
 
-def pool(lowering: Lowering, op: Op) -> bool:
-    a = op.attributes
+def pool(lowering: Lowering, op: MaxPool2d | AvgPool2d) -> bool:
     x = lowering.values[op.inputs[0]]
-    dilation = a.get("dilation", [1, 1])
-    kernel, stride, padding = ((a[key][0], a[key][1]) for key in ("kernel", "stride", "padding"))
-    window = Window(kernel, stride, padding, (dilation[0], dilation[1]))
-    wide = window.stride[1] > WIDEST_STRIDE or dilation[1] * (kernel[1] - 1) > WIDEST_POOL
+    dilation = op.dilation if isinstance(op, MaxPool2d) else (1, 1)
+    window = Window(op.kernel, op.stride, op.padding, dilation)
+    wide = window.stride[1] > WIDEST_STRIDE or dilation[1] * (op.kernel[1] - 1) > WIDEST_POOL
     if x.dim() != 4 or wide:
         return False
     shape = (*x.shape[:2], *window.outputs(x.shape[2], x.shape[3]))
     if min(shape[1:]) < 1:
         raise AutopruneError(f"a pooling by a {window.kernel} kernel takes no input of shape {tuple(x.shape)}.")
-    if op.kind == "max_pool2d":
+    if isinstance(op, MaxPool2d):
         slide(lowering, op, window, shape, Mode.MAX, border=float("-inf"))
     else:
-        slide(lowering, op, window, shape, Mode.AVERAGE, count_padding=bool(a["count_include_pad"]))
+        slide(lowering, op, window, shape, Mode.AVERAGE, count_padding=op.count_include_pad)
     return True
 
 
-def pooling(lowering: Lowering, op: Op) -> Op | None:
+def pooling(lowering: Lowering, op: AdaptiveAvgPool2d) -> AdaptiveAvgPool2d | AvgPool2d | None:
     """An adaptive pooling as what it is for an input of this shape; None where it is nothing at all."""
     x, (source,) = lowering.values[op.inputs[0]], op.inputs
-    output = op.attributes["output"]
-    if x.dim() != 4 or any(extent % parts for extent, parts in zip(x.shape[2:], output, strict=True)):
+    if x.dim() != 4 or any(extent % parts for extent, parts in zip(x.shape[2:], op.size, strict=True)):
         return op
-    kernel = [extent // parts for extent, parts in zip(x.shape[2:], output, strict=True)]
-    if kernel != [1, 1]:
-        given = {"kernel": kernel, "stride": kernel, "padding": [0, 0], "count_include_pad": True}
-        return replace(op, kind="avg_pool2d", attributes=given)
+    kernel = (x.shape[2] // op.size[0], x.shape[3] // op.size[1])
+    if kernel != (1, 1):
+        return AvgPool2d(op.output, op.inputs, kernel=kernel, stride=kernel, padding=(0, 0), count_include_pad=True)
     lowering.values[op.output] = x
     lowering.maps |= {(op.output, *key[1:]): made for key, made in lowering.maps.items() if key[0] == source}
     lowering.positive |= {op.output} & ({op.output} if source in lowering.positive else set())
     return None
 
 
-def global_avg_pool(lowering: Lowering, op: Op) -> bool:
+def global_avg_pool(lowering: Lowering, op: GlobalAvgPool) -> bool:
     given = lowering.map(op.inputs[0])
     batch, channels, _, _ = given.shape
-    meta = lowering.define(op.output, (batch, channels, 1, 1) if op.attributes["keepdim"] else (batch, channels))
+    meta = lowering.define(op.output, (batch, channels, 1, 1) if op.keepdim else (batch, channels))
     buffer = lowering.buffers[storage_of(meta)] = Buffer(meta.numel())
 
     def build(*_: Any) -> NativeOp:

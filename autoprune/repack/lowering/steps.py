@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from autoprune.repack.graph.ir import Op
+from autoprune.repack.graph.ops import Conv2d, LayerOp, Op
 from autoprune.repack.lowering.buffers import Arena, Buffer, MapAt, StridedRef
 from autoprune.repack.lowering.geometry import Tiling
 from autoprune.repack.lowering.layout import FLOAT_BYTES, MapLayout
@@ -94,7 +94,7 @@ class NativeStep:
     reads: list[Buffer]
     writes: Buffer
     build: Callable[[Weights | None, Tiling], NativeOp]
-    layer: Op | None = None
+    layer: LayerOp | None = None
     size: tuple[int, int] = (0, 0)
     op: Op | None = None
     by_position: bool = False
@@ -110,10 +110,10 @@ class NativeStep:
         return [*self.reads, self.writes]
 
     @property
-    def form(self) -> str:
-        """The kind of layer that its kernel is made for."""
+    def form(self) -> type[LayerOp]:
+        """The class of layers that its kernel is made for."""
         assert self.layer is not None
-        return "conv2d" if self.by_position else self.layer.kind
+        return Conv2d if self.by_position else type(self.layer)
 
 
 @dataclass(eq=False)
@@ -205,8 +205,7 @@ class Lowered:
                 lines.append(f"{number:4d} {step.name} = {kind}({read}) -> {written}")
             else:
                 read = ", ".join(f"{name} in {view.buffer}" for name, view in step.reads.items())
-                kind = step.op.attributes.get("op", step.op.kind)
-                lines.append(f"{number:4d} {step.op.output} = torch {kind}({read}) -> slot {step.slot}")
+                lines.append(f"{number:4d} {step.op.output} = torch {step.op.label}({read}) -> slot {step.slot}")
         lines += [f"returns {name} in {view.buffer}" for name, view in self.returned.items()]
         return "\n".join(lines)
 

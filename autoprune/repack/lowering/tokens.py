@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from autoprune.errors import AutopruneError
-from autoprune.repack.graph.ir import Op
+from autoprune.repack.graph.ops import Attention, LayerNorm, Linear, Recurrent
 from autoprune.repack.kernels.attention import scratch as scratch_size
 from autoprune.repack.lowering import convolutions, token_nodes
 from autoprune.repack.lowering.buffers import Buffer
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from autoprune.repack.lowering.context import Lowering
 
 
-def layer_norm(lowering: Lowering, op: Op) -> bool:
+def layer_norm(lowering: Lowering, op: LayerNorm) -> bool:
     """Each row normalised; False where its weights do not fit and torch has to run it."""
-    x, features = lowering.rows(op.inputs[0]), op.attributes["size"]
+    x, features = lowering.rows(op.inputs[0]), op.size
     arrays = {role: lowering.graph.constants[name] for role, name in op.tensors.items()}
     fitting = all(is_float(each) and each.shape == (features,) for each in arrays.values())
     if x.shape[-1:] != (features,) or not fitting:
@@ -36,15 +36,13 @@ def layer_norm(lowering: Lowering, op: Op) -> bool:
 
     def build(*_: Any) -> NativeOp:
         tokens, y = meta.numel() // features, buffer.ref(features, 1)
-        return token_nodes.layer_norm(
-            op.output, tokens, x.rows(), y, weight, bias, op.attributes["eps"], lowering.target
-        )
+        return token_nodes.layer_norm(op.output, tokens, x.rows(), y, weight, bias, op.eps, lowering.target)
 
     lowering.steps.append(NativeStep(op.output, [x.buffer], buffer, build))
     return True
 
 
-def attention(lowering: Lowering, op: Op) -> bool:
+def attention(lowering: Lowering, op: Attention) -> bool:
     """Queries, keys and values are read where they lie; False where a head's features do not lie together."""
     views = [lowering.plain(name) for name in op.inputs]
     q, k, v = views
@@ -57,35 +55,31 @@ def attention(lowering: Lowering, op: Op) -> bool:
     meta = lowering.define(op.output, q.shape, order=(0, 2, 1, 3))
     buffer = lowering.buffers[storage_of(meta)] = Buffer(meta.numel())
     scratch = lowering.scratch(scratch_size(keys, width, lowering.target))
-    scale = op.attributes["scale"]
-    scale = width**-0.5 if scale is None else scale
 
     def build(*_: Any) -> NativeOp:
         size, y = token_nodes.Heads(batch, heads, queries, keys, width), buffer.ref(*meta.stride())
-        return token_nodes.attend(op.output, size, q.ref(), k.ref(), v.ref(), y, scratch, scale, lowering.target)
+        return token_nodes.attend(op.output, size, q.ref(), k.ref(), v.ref(), y, scratch, op.scale, lowering.target)
 
     lowering.steps.append(NativeStep(op.output, [*(each.buffer for each in views), scratch], buffer, build))
     return True
 
 
-def recurrent(lowering: Lowering, op: Op) -> bool:
+def recurrent(lowering: Lowering, op: Recurrent) -> bool:
     """One direction of an LSTM or GRU, all its steps; False where its weight is not packed gate by gate."""
-    a = op.attributes
-    if op.output not in lowering.weights or not a["interleaved"]:
+    if op.output not in lowering.weights or not op.interleaved:
         return False
-    weight, units = lowering.constants[op.tensors["weight"]], a["units"]
+    weight = lowering.constants[op.tensors["weight"]]
     x, before = lowering.rows(op.inputs[0]), [lowering.rows(name) for name in op.inputs[1:]]
     if len(x.shape) != 3 or x.shape[2] != weight.shape[0]:
         raise AutopruneError(f"a recurrent layer takes projections (..., ..., {weight.shape[0]}), not {x.shape}.")
-    steps, batch = x.shape[:2] if a["time_first"] else (x.shape[1], x.shape[0])
+    steps, batch = x.shape[:2] if op.time_first else (x.shape[1], x.shape[0])
     hidden = weight.shape[1]
     for view in before:
         if view.shape != (batch, hidden):
             raise AutopruneError(f"a recurrent layer begins with a state {(batch, hidden)}, not {view.shape}.")
     size = token_nodes.Sequences(
-        a["cell"], steps, batch, hidden, None if units is None else tuple(units), a["time_first"], a["reverse"],
-        a["threshold"], a["keep"],
-    )  # fmt: skip
+        op.cell, steps, batch, hidden, op.units, op.time_first, op.reverse, op.threshold, op.keep
+    )
     meta = lowering.define(op.output, (2 if size.cell == "lstm" else 1, *x.shape[:2], hidden))
     buffer = lowering.buffers[storage_of(meta)] = Buffer(meta.numel())
     scratch = Buffer(batch * size.scratch, scratch=True)
@@ -103,7 +97,7 @@ def recurrent(lowering: Lowering, op: Op) -> bool:
     return True
 
 
-def linear(lowering: Lowering, op: Op) -> bool:
+def linear(lowering: Lowering, op: Linear) -> bool:
     """A packed Linear; False where it is not packed."""
     if op.output not in lowering.weights:
         return False
@@ -111,14 +105,14 @@ def linear(lowering: Lowering, op: Op) -> bool:
     if given[-1:] != weight.shape[1:]:
         raise AutopruneError(f"a Linear takes {weight.shape[1]} features, not an input of shape {tuple(given)}.")
     shape = (*given[:-1], weight.shape[0])
-    lowering.same_shape(op, shape)
+    lowering.same_shape(op, op.residual, shape)
     meta = lowering.define(op.output, shape)
     tokens = meta.numel() // weight.shape[0]
     if tokens >= lowering.target.lanes:
         _by_position(lowering, op, tokens)
         return True
     x = lowering.rows(op.inputs[0])
-    residual = lowering.rows(op.inputs[1]) if len(op.inputs) > 1 else None
+    residual = None if op.residual is None else lowering.rows(op.residual)
     buffer = lowering.buffers[storage_of(meta)] = Buffer(meta.numel())
 
     def build(weights: Weights | None, tiling: Tiling) -> NativeOp:
@@ -133,7 +127,7 @@ def linear(lowering: Lowering, op: Op) -> bool:
     return True
 
 
-def _by_position(lowering: Lowering, op: Op, tokens: int) -> None:
+def _by_position(lowering: Lowering, op: Linear, tokens: int) -> None:
     """A Linear over many tokens as a convolution by one position."""
     out = lowering.constants[op.tensors["weight"]].shape[0]
     given = turned(lowering, op.inputs[0], tokens)
@@ -141,7 +135,7 @@ def _by_position(lowering: Lowering, op: Op, tokens: int) -> None:
     made.pitch.join(given.pitch)
     scratch = lowering.scratch(convolutions.panel_scratch(max(GROUP_SIZES)))  # whatever the tuning tries
     window = Window((1, 1), (1, 1), (0, 0), (1, 1))
-    added = op.inputs[1] if len(op.inputs) > 1 else None
+    added = op.residual
     activation = op.activation if added is None else None
 
     def build(weights: Weights | None, tiling: Tiling) -> NativeOp:

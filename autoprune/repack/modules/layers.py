@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.errors import AutopruneError, FileError
-from autoprune.repack.graph.ir import Graph, Input, Op
+from autoprune.repack.graph.ir import Graph, Input
+from autoprune.repack.graph.ops import Conv2d, Linear, Op
 from autoprune.repack.kernels.compiler import Target, host
 from autoprune.repack.lowering.weights import Weights
 from autoprune.repack.runtime.program import Program
@@ -157,11 +158,10 @@ class PackedConv2d(PackedLayer):
         return out
 
     def _op(self) -> Op:
-        attributes = {
-            "stride": list(self.stride), "padding": list(self.padding), "dilation": list(self.dilation),
-            "groups": self.conv_groups, "activation": "relu" if self.relu else None,
-        }  # fmt: skip
-        return Op("conv2d", "y", ("x",), attributes, {"weight": "weight"})
+        return Conv2d(
+            "y", ("x",), {"weight": "weight"}, stride=self.stride, padding=self.padding, dilation=self.dilation,
+            groups=self.conv_groups, activation="relu" if self.relu else None,
+        )  # fmt: skip
 
     def _run(self, program: Program, x: Tensor) -> Tensor:
         if x.dim() == 3:
@@ -190,7 +190,7 @@ class PackedLinear(PackedLayer):
         return out
 
     def _op(self) -> Op:
-        return Op("linear", "y", ("x",), {"activation": "relu" if self.relu else None}, {"weight": "weight"})
+        return Linear("y", ("x",), {"weight": "weight"}, activation="relu" if self.relu else None)
 
     def _run(self, program: Program, x: Tensor) -> Tensor:
         if x.dim() == 0 or x.shape[-1] != self.in_features:

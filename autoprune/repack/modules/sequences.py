@@ -19,7 +19,8 @@ from autoprune.errors import AutopruneError
 from autoprune.model.recurrent.cells import run_directions
 from autoprune.model.recurrent.modules import run_whole, state_cut
 from autoprune.model.recurrent.names import GATES, by_unit, cell_of, layers_of
-from autoprune.repack.graph.ir import Graph, Input, Op
+from autoprune.repack.graph.ir import Graph, Input
+from autoprune.repack.graph.ops import Linear, Recurrent
 from autoprune.repack.graph.passes import simplify
 from autoprune.repack.lowering.geometry import Tiling
 from autoprune.repack.lowering.weights import Weights
@@ -101,21 +102,18 @@ class PackedRecurrent(nn.Module):
             for role, part, of in (("input", "ih", tensors[0]), ("state", "hh", tensors[1])):
                 of["bias"] = f"{role} bias"
                 constants[f"{role} bias"] = by_unit(self.biases[f"bias_{part}_{suffix}"], _gates(module))
-        attributes = {
-            "cell": cell_of(module), "time_first": not module.batch_first, "reverse": reverse, "units": None,
-            "threshold": cut.threshold, "keep": cut.kept(module.hidden_size), "interleaved": True,
-        }  # fmt: skip
-        ops = (
-            Op("linear", "gates", ("x",), {"activation": None}, tensors[0]),
-            Op("recurrent", "states", ("gates", *names[1:]), attributes, tensors[1]),
-        )
+        recurrent = Recurrent(
+            "states", ("gates", *names[1:]), tensors[1], cell=_cell(module), time_first=not module.batch_first,
+            reverse=reverse, units=None, threshold=cut.threshold, keep=cut.kept(module.hidden_size), interleaved=True,
+        )  # fmt: skip
+        ops = (Linear("gates", ("x",), tensors[0], activation=None), recurrent)
         shapes = {"x": (1, 1, weights[0].shape[1]), "h": (1, module.hidden_size), "c": (1, module.hidden_size)}
         graph = simplify(Graph(tuple(Input(name, shapes[name], "float32") for name in names), ops, "states", constants))
         packed, tilings = {}, {}
         for op in graph.ops:
             weight, bias = graph.constants[op.tensors["weight"]], graph.constants.get(op.tensors.get("bias", ""))
             packed[op.output] = Weights.of(pack(weight), bias)
-            skips = op.kind == "recurrent" and (cut.threshold > 0.0 or cut.keep < 1.0)
+            skips = isinstance(op, Recurrent) and (cut.threshold > 0.0 or cut.keep < 1.0)
             tilings[op.output] = Tiling(packed[op.output].packed.group_size, columns=skips)
         light = {name: value.to("meta") if value.dim() == 2 else value for name, value in graph.constants.items()}
         return Program(replace(graph, constants=light), packed, tilings)
@@ -124,7 +122,11 @@ class PackedRecurrent(nn.Module):
         return {**self.__dict__, "_programs": {}}  # a copy makes its own
 
 
-def _gates(module: nn.Module) -> int:
+def _cell(module: nn.Module) -> str:
     cell = cell_of(module)
     assert cell is not None
-    return GATES[cell]
+    return cell
+
+
+def _gates(module: nn.Module) -> int:
+    return GATES[_cell(module)]

@@ -29,7 +29,8 @@ from autoprune.model.copies import check_inputs, copy_for_inference, not_running
 from autoprune.model.inventory import kind_of, weighted_layers
 from autoprune.repack.graph.calls import ByPlace, input_names
 from autoprune.repack.graph.capture import CaptureError, capture
-from autoprune.repack.graph.ir import Graph, Op
+from autoprune.repack.graph.ir import Graph
+from autoprune.repack.graph.ops import LayerOp, Recurrent
 from autoprune.repack.graph.passes import simplify
 from autoprune.repack.onnx.file import write_onnx
 from autoprune.repack.onnx.form_choice import Choose, Chosen, Timing, choose_forms, first_calls, given_up
@@ -214,7 +215,7 @@ def _attempts(model: ByPlace, timing: Timing, choose: Choose | None) -> list[_At
     """The chosen forms; in an engine also all layers dense, and the model as it stands, should the first be slower."""
     original, inputs = model.model, model.arguments.tensors
     graph = simplify(capture(original, model.arguments))
-    if any(op.kind == "recurrent" for op in graph.ops):
+    if any(isinstance(op, Recurrent) for op in graph.ops):
         raise CaptureError("an LSTM or GRU is one operator in ONNX and has no other form")
 
     forms = {op.output: form for op in graph.ops if (form := layer_form(op, graph.constants)) is not None}
@@ -253,7 +254,8 @@ def _as_it_stands(model: ByPlace, why: str) -> _Attempt:
 def _rows(model: ByPlace, graph: Graph, chosen: Mapping[str, Chosen]) -> tuple[ExportedLayer, ...]:
     original, inputs = model.model, model.arguments.tensors
     zeros = sparsities(original, lambda: model(*fresh(inputs)))
-    ops: dict[str, Op] = {op.attributes["layer"]: op for op in reversed(graph.ops) if "layer" in op.attributes}
+    layers = (op for op in reversed(graph.ops) if isinstance(op, LayerOp))
+    ops = {op.layer: op for op in layers if op.layer is not None}
     rows = []
     for name, module, weight in _layers(original):
         if (op := ops.get(name)) is None:

@@ -11,6 +11,7 @@ from autoprune.errors import ConfigError, did_you_mean
 from autoprune.latency.engines.export import OnnxEngine
 from autoprune.latency.timer import Clock, Protocol
 from autoprune.repack.graph.ir import Graph
+from autoprune.repack.graph.ops import Conv2d, LayerOp
 from autoprune.repack.modules.backends import LayerForm
 from autoprune.repack.onnx.file import Case, time_cases
 from autoprune.repack.onnx.forms import COMPACTED, DENSE, FORMS, GATHERED, shares
@@ -47,7 +48,7 @@ def first_calls(graph: Graph, forms: Mapping[str, LayerForm]) -> dict[str, str]:
     first = {}
     for op in graph.ops:
         if op.output in forms:
-            window = [op.attributes.get(key) for key in ("stride", "padding", "dilation")]
+            window = (op.stride, op.padding, op.dilation) if isinstance(op, Conv2d) else ()
             first[op.output] = seen.setdefault(repr((sorted(op.tensors.items()), window)), op.output)
     return first
 
@@ -57,7 +58,8 @@ def choose_forms(
 ) -> dict[str, Chosen]:
     """A form for each of `layers`; `seen` holds their inputs."""
     if choose is not None:
-        names = {op.output: str(op.attributes.get("layer", op.output)) for op in graph.ops}
+        named = ((op.output, op.layer if isinstance(op, LayerOp) else None) for op in graph.ops)
+        names = {output: output if layer is None else layer for output, layer in named}
         return {name: _asked_for(names[name], form, choose) for name, form in layers.items()}
     offered = {name: shares(form) for name, form in layers.items()}
     if timing.engine is None:

@@ -12,8 +12,29 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from autoprune.repack.graph.ir import Graph, Op
-from autoprune.repack.graph.reference import activate, evaluate_op
+from autoprune.repack.graph.ir import Graph
+from autoprune.repack.graph.ops import (
+    Activation,
+    AdaptiveAvgPool2d,
+    Add,
+    Attention,
+    AvgPool2d,
+    Conv2d,
+    FusedLayerOp,
+    Gate,
+    GatedConv2d,
+    GlobalAvgPool,
+    LayerNorm,
+    Linear,
+    MaxPool2d,
+    Op,
+    Recurrent,
+    Reshape,
+    Scalar,
+    Scale,
+    TorchOp,
+)  # fmt: skip
+from autoprune.repack.graph.reference import evaluate_op
 from autoprune.repack.modules.backends import LayerForm
 from autoprune.repack.modules.backends.portable import COMPACT, Compacted, GatheredConv2d, GatheredLinear, compact_share
 
@@ -46,20 +67,38 @@ def shares(form: LayerForm) -> dict[str, float]:
     return found
 
 
+def _conv2d(op: Conv2d, weight: Tensor, bias: bool) -> nn.Conv2d:
+    out, into, high, wide = weight.shape
+    return nn.Conv2d(into, out, (high, wide), op.stride, op.padding, op.dilation, bias=bias)
+
+
+def _linear(op: Linear, weight: Tensor, bias: bool) -> nn.Linear:
+    return nn.Linear(weight.shape[1], weight.shape[0], bias)
+
+
+MODULES: Mapping[type[Op], Callable[[Any, Tensor, bool], nn.Conv2d | nn.Linear] | None] = {
+    Conv2d: _conv2d,
+    Linear: _linear,
+    **dict.fromkeys(
+        (
+            GatedConv2d, Gate, Scale, Recurrent, MaxPool2d, AvgPool2d, AdaptiveAvgPool2d, GlobalAvgPool, Activation,
+            Add, LayerNorm, Attention, Reshape, Scalar, TorchOp,
+        )
+    ),
+}  # fmt: skip
+"""Class -> the module of a layer with more than one form: (op, weight, whether it has a bias); None: it has one."""
+
+
 def layer_form(op: Op, constants: Mapping[str, Tensor]) -> LayerForm | None:
     """A layer of a graph as a module of its own, without residual and activation; None where it has only one form."""
-    if op.kind not in ("conv2d", "linear") or op.attributes.get("groups", 1) != 1:
+    make = MODULES[type(op)]
+    if make is None or not isinstance(op, FusedLayerOp) or op.conv_groups != 1:
         return None
     weight, bias = constants[op.tensors["weight"]], constants.get(op.tensors.get("bias", ""))
     if weight.dtype != torch.float32:
         return None
-    layer: nn.Conv2d | nn.Linear
     with torch.device("meta"):
-        if op.kind == "linear":
-            layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
-        else:
-            (out, into, high, wide), a = weight.shape, op.attributes
-            layer = nn.Conv2d(into, out, (high, wide), a["stride"], a["padding"], a["dilation"], bias=bias is not None)
+        layer = make(op, weight, bias is not None)
     layer.weight = nn.Parameter(weight, requires_grad=False)
     layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
     return LayerForm(layer.eval())
@@ -96,9 +135,8 @@ class GraphModule(nn.Module):
                 continue
             if watch:
                 self.seen[op.output] = values[op.inputs[0]].clone()
+            assert isinstance(op, FusedLayerOp)
             y = self.layers[self.layer_of[op.output]](values[op.inputs[0]])
-            for residual in op.inputs[1:]:
-                y = y + values[residual]
-            values[op.output] = activate(y, op.activation)
+            values[op.output] = op.finished(y, None if op.residual is None else values[op.residual])
         returned = [{**constants, **values}[name] for name in self.graph.output_names()]
         return tuple(each for each in returned if isinstance(each, Tensor))  # an extent is no output of a file

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from autoprune.errors import AutopruneError
 from autoprune.model.copies import has_memory
-from autoprune.repack.graph import aten
 from autoprune.repack.graph.aten import FAILURES
 from autoprune.repack.graph.extents import check_shapes
 from autoprune.repack.graph.ir import Graph, build_outputs
+from autoprune.repack.graph.ops import TorchOp
 from autoprune.repack.graph.reference import evaluate_op
 from autoprune.repack.kernels.compiler import Target, host, unavailable
 from autoprune.repack.lowering.geometry import Tiling
@@ -95,10 +95,9 @@ class Plan:
     def _call_of(self, step: TorchStep) -> Callable[[dict[str, Any]], Any]:
         """The tensors it reads -> its result, everything else looked up now."""
         op, fixed = step.op, {**self._constants, **self.lowered.scalars}
-        if op.kind == "torch":
-            a = op.attributes
+        if isinstance(op, TorchOp):
             known = {name: value for name, value in fixed.items() if name not in step.reads}
-            return aten.bind(a["op"], a["args"], a["kwargs"], a.get("item"), known)
+            return op.bound(known)
         return lambda given: evaluate_op(op, {**self.lowered.scalars, **given}, self._constants)
 
     @property

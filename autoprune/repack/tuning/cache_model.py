@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoprune.errors import AutopruneError
+from autoprune.repack.graph.ops import Conv2d, GatedConv2d, LayerOp, Linear, Recurrent
 from autoprune.repack.kernels import offset_gemm, register_tile, rows_gemm
 from autoprune.repack.kernels.compiler import Target
 from autoprune.repack.kernels.lru import lru
@@ -140,13 +141,13 @@ class Touches:
 
 
 def fetched(
-    op: NativeOp, kind: str, rows: int, target: Target, slots: Longs, cache: Cache, *, sample: bool = False
+    op: NativeOp, form: type[LayerOp], rows: int, target: Target, slots: Longs, cache: Cache, *, sample: bool = False
 ) -> Fetched:
     """Lines a packed layer fetches in an inference that follows another one, on one thread.
 
     Args:
         op: of `lowering.convolutions.convolution` or `lowering.token_nodes.linear`.
-        kind: ``conv2d``, ``gated_conv2d`` (as if every channel lived) or ``linear``.
+        form: the class of layers its kernel is made for, of `MODELLED`; a gated convolution as if every channel lived.
         rows: filters in a group.
         target: what its kernel was compiled for.
         slots: base addresses, as the kernel gets them.
@@ -156,7 +157,10 @@ def fetched(
 
     Source: the order of accesses is that of `kernels.offset_gemm` and `kernels.rows_gemm`.
     """
-    work = _WORKS[kind](op, rows, target, slots, sample)
+    accesses = ACCESSES[form]
+    if accesses is None:
+        raise AutopruneError(f"what a {form.kind} layer fetches cannot be told.")
+    work = accesses(op, rows, target, slots, sample)
     state, lines = CacheState(cache), np.zeros(len(What), np.int64)
     for counted in (True,) if sample else (False, True):  # the first inference fills the cache
         for item in range(1 if sample else op.items):
@@ -347,13 +351,15 @@ class _Convolution(_Work):
         return Touches.joined(parts)
 
 
-_WORKS: Mapping[str, type[_Work]] = {
-    "conv2d": _Convolution,
-    "gated_conv2d": _Convolution,
-    "linear": _Linear,
+ACCESSES: Mapping[type[LayerOp], type[_Work] | None] = {
+    Conv2d: _Convolution,
+    GatedConv2d: _Convolution,
+    Linear: _Linear,
+    Recurrent: None,
 }
-MODELLED = frozenset(_WORKS)
-"""The kinds of layers whose fetches can be told."""
+"""Class of layers -> the order in which its kernel works; None where it is not modelled."""
+MODELLED = frozenset(form for form, accesses in ACCESSES.items() if accesses is not None)
+"""The classes of layers whose fetches can be told."""
 
 
 def _array(op: NativeOp, address: int) -> NDArray[np.int32]:

@@ -79,7 +79,7 @@ def layer_memory(fast: RepackedModel, example_inputs: Any, cache: Cache | None =
         bits = {str(choice): [ENCODINGS.create(choice).bits(cells) for cells in grids] for choice in CANDIDATES}
         rows.append(
             LayerMemory(
-                step.layer.attributes.get("layer") or step.name,
+                step.layer.layer or step.name,
                 1.0 - nonzero / int(np.prod(packed.shape)),
                 packed.group_size,
                 4 * int(np.prod(packed.shape)),

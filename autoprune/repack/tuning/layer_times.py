@@ -19,9 +19,28 @@ from autoprune.latency.timer import Clock, Protocol, torch_threads
 from autoprune.model.copies import copy_for_inference
 from autoprune.model.inventory import as_tuple, record_inputs
 from autoprune.model.recurrent.names import layer_at
-from autoprune.repack.analysis.macs import positions
-from autoprune.repack.graph.ir import Op
-from autoprune.repack.graph.reference import PACKED
+from autoprune.repack.graph.ops import (
+    Activation,
+    AdaptiveAvgPool2d,
+    Add,
+    Attention,
+    AvgPool2d,
+    Conv2d,
+    ConvolutionOp,
+    Gate,
+    GatedConv2d,
+    GlobalAvgPool,
+    LayerNorm,
+    LayerOp,
+    Linear,
+    MaxPool2d,
+    Op,
+    Recurrent,
+    Reshape,
+    Scalar,
+    Scale,
+    TorchOp,
+)  # fmt: skip
 from autoprune.repack.lowering.geometry import Tiling
 from autoprune.repack.lowering.layout import FLOAT_BYTES
 from autoprune.repack.lowering.steps import NativeStep
@@ -202,7 +221,7 @@ def _works(program: Program, plan: Plan) -> list[_Work]:
         backend = NATIVE if isinstance(step, NativeStep) else TORCH
         about = _about(op, backend, program.weights.get(op.output), program.tilings.get(op.output), values)
         # a recurrent weight's own layer does one step, the operation all of them
-        layer = None if op.kind == "recurrent" else op.attributes.get("layer")
+        layer = op.layer if isinstance(op, LayerOp) and not isinstance(op, Recurrent) else None
         works.append(_Work(about, None if layer in seen else layer))  # a later call may have another input
         seen.add(layer)
     return works
@@ -211,11 +230,11 @@ def _works(program: Program, plan: Plan) -> list[_Work]:
 def _about(
     op: Op, backend: str, weights: Weights | None, tiling: Tiling | None, values: Mapping[str, Tensor]
 ) -> LayerTime:
-    name = op.attributes.get("layer") or op.output
-    kind = op.attributes["op"].split(".")[1] if op.kind == "torch" else op.kind
+    name = (op.layer if isinstance(op, LayerOp) else None) or op.output
+    kind = op.op.split(".")[1] if isinstance(op, TorchOp) else op.kind
     held = [values[each] for each in {*op.inputs, op.output, *op.tensors.values()} if each in values]
     moved = sum(each.nbytes for each in held)
-    if op.kind.endswith("conv2d"):
+    if isinstance(op, ConvolutionOp):
         x, y, kernel = values[op.inputs[0]], values[op.output], values[op.tensors["weight"]].shape[2:]
         most = x.shape[0] * x.shape[1] * y.shape[2:].numel() * kernel.numel()
         moved -= max(0, x.nbytes - FLOAT_BYTES * most)  # a stride that leaves positions out
@@ -229,10 +248,30 @@ def _about(
 
 
 def _flops(op: Op, weights: Weights | None, values: Mapping[str, Tensor]) -> int:
-    if op.kind == "attention":
-        return 4 * values[op.inputs[0]].numel() * values[op.inputs[1]].shape[2]
-    if op.kind not in PACKED:
-        return 0
-    y, weight = values[op.output], values[op.tensors["weight"]]
-    kept = weight.numel() if weights is None else int(np.count_nonzero(weights.packed.values))
-    return 2 * kept * positions(op, y.shape)
+    rule = FLOPS[type(op)]
+    return 0 if rule is None else rule(op, weights, values)
+
+
+def _layer_flops(op: LayerOp, weights: Weights | None, values: Mapping[str, Tensor]) -> int:
+    kept = values[op.tensors["weight"]].numel() if weights is None else int(np.count_nonzero(weights.packed.values))
+    return 2 * kept * op.positions(values[op.output].shape)
+
+
+def _attention_flops(op: Attention, weights: Weights | None, values: Mapping[str, Tensor]) -> int:
+    return 4 * values[op.inputs[0]].numel() * values[op.inputs[1]].shape[2]
+
+
+FLOPS: Mapping[type[Op], Callable[[Any, Weights | None, Mapping[str, Tensor]], int] | None] = {
+    Conv2d: _layer_flops,
+    GatedConv2d: _layer_flops,
+    Linear: _layer_flops,
+    Recurrent: _layer_flops,
+    Attention: _attention_flops,
+    **dict.fromkeys(
+        (
+            Gate, Scale, MaxPool2d, AvgPool2d, AdaptiveAvgPool2d, GlobalAvgPool, Activation, Add, LayerNorm, Reshape,
+            Scalar, TorchOp,
+        )
+    ),
+}  # fmt: skip
+"""Class -> its useful floating point operations; None where it does not multiply and add, or torch alone knows."""

@@ -27,7 +27,7 @@ from autoprune.latency.machine import machine_identity
 from autoprune.latency.quiet import timing
 from autoprune.latency.timer import Clock
 from autoprune.processes.locks import turn
-from autoprune.repack.graph.ir import Op
+from autoprune.repack.graph.ops import Conv2d, ConvolutionOp, GatedConv2d, Linear, Op, Recurrent
 from autoprune.repack.kernels.compiler import Target
 from autoprune.repack.lowering.geometry import Tiling
 from autoprune.repack.lowering.steps import NativeStep
@@ -250,7 +250,7 @@ def streams_little(program: Program, inputs: tuple[Tensor, ...]) -> bool:
         if isinstance(step, NativeStep) and step.layer is not None and step.name in program.weights:
             packed = program.weights[step.name].packed
             operations += 2 * packed.values.size * math.prod(step.size)
-            streamed += packed.values.nbytes + packed.index.nbytes if step.form == "linear" else 0
+            streamed += packed.values.nbytes + packed.index.nbytes if step.form is Linear else 0
     return streamed <= STREAMED * operations
 
 
@@ -266,7 +266,7 @@ def key_of(step: NativeStep, layer: Layer, plan: Plan) -> str:
     assert op is not None
     densities = [round(layer.grouping.density(size) * 20) / 20 for size in GROUP_SIZES]
     what = [op.kind, list(layer.weight.shape), layer.groups, _geometry(op), step.size, densities, plan.threads]
-    what += [layer.together, op.attributes["gate"], op.attributes["live"]] if op.kind == "gated_conv2d" else []
+    what += [layer.together, op.gate, op.live] if isinstance(op, GatedConv2d) else []
     return json.dumps(what)
 
 
@@ -291,7 +291,7 @@ class _Bench:
     def fastest(self, step: NativeStep, layer: Layer) -> tuple[Tiling, float]:
         """The best tiling and its microseconds."""
         candidates: dict[Tiling, NativeSequence] = {}
-        packs = {size: layer.pack(size) for size in layer.sizes(step.form.endswith("conv2d"))}
+        packs = {size: layer.pack(size) for size in layer.sizes(issubclass(step.form, ConvolutionOp))}
         for weights in packs.values():
             for tiling in tilings(step, weights, self.plan.threads):
                 candidates[tiling] = NativeSequence([step.build(weights, tiling)])
@@ -321,7 +321,7 @@ class _Bench:
         self, step: NativeStep, weights: Weights, tiling: Tiling, op: NativeOp
     ) -> tuple[Tiling, NativeOp] | None:
         """The tiling in serpentine order and its op, where that would fetch less than `op` does."""
-        if step.form != "conv2d":
+        if step.form is not Conv2d:
             return None
         other = replace(tiling, serpentine=True)
         made = step.build(weights, other)
@@ -336,11 +336,11 @@ def tilings(step: NativeStep, weights: Weights, threads: int) -> Iterable[Tiling
     """The ways to cut a layer's work that are worth timing."""
     groups, size = weights.packed.groups, weights.packed.group_size
     positions, batch = step.size
-    if step.form == "recurrent":
+    if step.form is Recurrent:
         # an item is some sequences of the batch, all their steps
         walks = (False,) if weights.by_column is None else (False, True)
         return [Tiling(size, 1, min(batch, threads), columns=columns) for columns in walks]
-    if threads > 1 and step.form == "conv2d" and _by_rows(weights, positions, batch, threads):
+    if threads > 1 and step.form is Conv2d and _by_rows(weights, positions, batch, threads):
         shares = -(-threads // batch)  # of an image: as many blocks for each
 
         def even(block: int) -> int:
@@ -349,14 +349,14 @@ def tilings(step: NativeStep, weights: Weights, threads: int) -> Iterable[Tiling
         blocks = [(48, 0), (192, 0), (positions, 0), *(PANELS if size >= 4 else ())]
         return dict.fromkeys(Tiling(size, even(block), groups, True, panel) for block, panel in blocks)
     least = ITEMS_A_THREAD * threads if threads > 1 else 1
-    blocks = [positions] if step.form == "linear" else [48, 192, positions]
+    blocks = [positions] if step.form is Linear else [48, 192, positions]
     made = []
     for block in dict.fromkeys(min(block, positions) for block in blocks):
         items = batch * -(-positions // block)
         chunk = -(-groups // max(1, -(-least // items)))
         made.append(Tiling(size, block, chunk, True))
     whole = Tiling(size, positions, -(-groups // max(least, -(-groups // 4))), False)
-    if step.form == "conv2d" and size >= 4:
+    if step.form is Conv2d and size >= 4:
         for block, panel in PANELS:
             items = batch * -(-positions // block)
             chunk = -(-groups // max(1, -(-least // items)))

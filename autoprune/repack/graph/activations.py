@@ -1,0 +1,29 @@
+"""The activations that an operation may end in, in torch's own functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "hardswish": F.hardswish,
+    "hardsigmoid": F.hardsigmoid,
+}
+
+KEEPS_ZERO = ("relu", "relu6", "silu", "gelu", "gelu_tanh", "tanh", "hardswish")
+"""Activations of which zero is zero."""
+
+
+def activate(x: Tensor, name: str | None) -> Tensor:
+    """Applies the activation called `name`; none when None."""
+    return x if name is None else ACTIVATIONS[name](x)
