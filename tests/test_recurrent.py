@@ -332,3 +332,21 @@ def test_torch_compile_takes_a_packed_layer_as_it_is(cell: Any) -> None:
     model_of = torch.compile(lambda x: apart["head"](apart["rnn"](x)[0][:, -1]), backend="eager")
     with torch.no_grad():
         assert same_output(model_of(x), model(x))
+
+
+class Continued(nn.Module):
+    """A layer that begins with the states it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.LSTM(FEATURES, HIDDEN, batch_first=True)
+
+    def forward(self, x: Tensor, h: Tensor, c: Tensor) -> Tensor:
+        y: Tensor = self.rnn(x, (h, c))[0]
+        return y
+
+
+def test_states_to_begin_with_are_no_sum() -> None:
+    states = torch.zeros(1, 2, HIDDEN)
+    fast = autoprune.repack(Continued(), (torch.randn(2, STEPS, FEATURES), states, states), form="program", threads=1)
+    assert [row.fused for row in fast.report] == ["", ""]
