@@ -83,11 +83,9 @@ def convolution(
     packed = serpentine(weights.packed) if tiling.serpentine else weights.packed
     taps = np.array([x.layout.tap(dy, dx) for dy, dx in window_.taps()], np.int64)
     channel, tap = np.divmod(packed.index, packed.taps)
-    plane = x.layout.channel(1)
-    offsets = (channel.astype(np.int64) * plane + taps[tap]).astype(np.int32)
+    offsets = (channel.astype(np.int64) * x.layout.channel(1) + taps[tap]).astype(np.int32)
     low, high, other = clamped(activation)
-    positions = y.layout.positions
-    lanes = target.lanes
+    positions, lanes = y.layout.positions, target.lanes
     most = min(positions, PANEL_BLOCK) if tiling.panel else positions
     block = -(-min(tiling.block, most) // lanes) * lanes
     chunk = min(tiling.chunk or packed.groups, packed.groups)

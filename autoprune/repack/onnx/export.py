@@ -174,6 +174,19 @@ def export_onnx(
     timing = Timing(
         None if engine is None else _engine(engine), threads, protocol or Protocol(samples=15, lead=1), clock
     )
+    by_place = _runnable(model, example_inputs, masks)
+    try:
+        tried = _attempts(by_place, timing, choose)
+    except CaptureError as error:
+        tried = [_as_it_stands(by_place, f"exported as it stands: {str(error).rstrip('.')}")]
+    with on_disk(path):
+        path = place_for(path)
+        with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent, ignore_cleanup_errors=True) as folder:
+            return _written(by_place, path, Path(folder), tried, timing, engine)
+
+
+def _runnable(model: nn.Module, example_inputs: Any, masks: Masks | None) -> ByPlace:
+    """A copy of the masked model that is called by its tensors alone, once it has run on the example inputs."""
     original = copy_for_inference(model)
     if masks:
         apply_masks_(original, masks)
@@ -186,14 +199,7 @@ def export_onnx(
             arguments.by_place(original)(*fresh(arguments.tensors))
     except Exception as error:  # the model is the user's: it may raise anything
         raise not_running(error) from error
-    try:
-        tried = _attempts(by_place, timing, choose)
-    except CaptureError as error:
-        tried = [_as_it_stands(by_place, f"exported as it stands: {str(error).rstrip('.')}")]
-    with on_disk(path):
-        path = place_for(path)
-        with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent, ignore_cleanup_errors=True) as folder:
-            return _written(by_place, path, Path(folder), tried, timing, engine)
+    return by_place
 
 
 def _engines() -> dict[str, OnnxEngine]:
