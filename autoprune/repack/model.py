@@ -260,6 +260,8 @@ def _report(
 
 
 def _fused(op: LayerOp) -> str:
-    given = {"gate": op.gate, "live": op.live} if isinstance(op, GatedConv2d) else {}
-    given |= {"sum": op.residual is not None, op.last_activation or "": op.last_activation is not None}
-    return " + ".join(name for name, there in given.items() if there)
+    gates = (("gate", op.gate), ("live", op.live)) if isinstance(op, GatedConv2d) else ()
+    names = [name for name, there in gates if there]
+    names += ["sum"] if op.residual is not None else []
+    names += [op.last_activation] if op.last_activation is not None else []
+    return " + ".join(names)

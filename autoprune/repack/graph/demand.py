@@ -42,7 +42,7 @@ from autoprune.repack.graph.ops import (
     Scale,
     TorchOp,
     WindowPoolOp,
-)  # fmt: skip
+)
 from autoprune.repack.graph.reference import evaluate_op
 
 MEMORY, MEMORY_A_BYTE = 2**28, 2**8  # bytes in use at a time: in any case, and more for each byte of file and inputs

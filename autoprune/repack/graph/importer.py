@@ -28,7 +28,7 @@ from autoprune.repack.graph.ops import (
     Reshape,
     Scale,
     TorchOp,
-)  # fmt: skip
+)
 from autoprune.repack.graph.site import Alias, Result, Site, extents
 
 

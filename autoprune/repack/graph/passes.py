@@ -35,7 +35,7 @@ from autoprune.repack.graph.ops import (
     Scale,
     TorchOp,
     WindowPoolOp,
-)  # fmt: skip
+)
 from autoprune.repack.graph.schema import validate
 
 _NORM = "aten.batch_norm.default"

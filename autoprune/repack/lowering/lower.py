@@ -31,7 +31,7 @@ from autoprune.repack.graph.ops import (
     Scalar,
     Scale,
     TorchOp,
-)  # fmt: skip
+)
 from autoprune.repack.graph.reference import evaluate_op
 from autoprune.repack.kernels.compiler import Target
 from autoprune.repack.lowering import conv_rules, pointwise, pool_rules, tokens

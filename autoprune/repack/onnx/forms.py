@@ -33,7 +33,7 @@ from autoprune.repack.graph.ops import (
     Scalar,
     Scale,
     TorchOp,
-)  # fmt: skip
+)
 from autoprune.repack.graph.reference import evaluate_op
 from autoprune.repack.modules.backends import LayerForm
 from autoprune.repack.modules.backends.portable import COMPACT, Compacted, GatheredConv2d, GatheredLinear, compact_share

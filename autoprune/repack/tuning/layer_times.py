@@ -40,7 +40,7 @@ from autoprune.repack.graph.ops import (
     Scalar,
     Scale,
     TorchOp,
-)  # fmt: skip
+)
 from autoprune.repack.lowering.geometry import Tiling
 from autoprune.repack.lowering.layout import FLOAT_BYTES
 from autoprune.repack.lowering.steps import NativeStep

@@ -26,9 +26,7 @@ SCALARS: Mapping[str, Callable[[Any, Any], Any]] = {  # of integers, symbolic on
 
 
 def _are_args(value: Any) -> bool:
-    return (
-        isinstance(value, tuple) and len(value) == 2 and all(is_text(x) or integer(-LARGEST)(x) for x in value)
-    )  # fmt: skip
+    return isinstance(value, tuple) and len(value) == 2 and all(is_text(x) or integer(-LARGEST)(x) for x in value)
 
 
 @dataclass(frozen=True, kw_only=True)
