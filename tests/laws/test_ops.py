@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import FrozenInstanceError
-from typing import Any
+from dataclasses import FrozenInstanceError, dataclass
+from typing import Annotated, Any
 
 import pytest
+from torch import Tensor
 
 from autoprune.errors import FileError
 from autoprune.repack.graph import demand
-from autoprune.repack.graph.ops import OPS, LayerOp, Op, op_from_json
+from autoprune.repack.graph.ops import OPS, LayerOp, Op, Values, op_from_json
+from autoprune.repack.graph.ops.attributes import integer
 from autoprune.repack.lowering import lower
 from autoprune.repack.onnx import forms
 from autoprune.repack.tuning import cache_model, layer_times
@@ -97,3 +99,24 @@ def test_an_operation_reads_what_its_input_is_replaced_by(kind: str) -> None:
         other = op.with_input(name, "other")
         assert [each if each != "other" else name for each in other.reads] == list(op.reads)
         assert type(other) is type(op)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounded(Op):
+    """A class with an attribute that came later."""
+
+    kind = "rounded"
+
+    bits: Annotated[int, integer(2, 32)] = 32
+
+    def evaluate(self, x: list[Any], w: Mapping[str, Tensor], values: Values) -> Any:
+        return x[0]
+
+
+def test_a_default_is_left_out_of_files() -> None:
+    assert Rounded("y", ("x",)).attributes == {}
+    assert Rounded.from_json("y", ("x",), {}, {}) == Rounded("y", ("x",))
+    assert Rounded("y", ("x",), bits=8).attributes == {"bits": 8}
+    Rounded("y", ("x",), bits=8).check({})
+    with pytest.raises(FileError, match="bits = None"):
+        Rounded.from_json("y", ("x",), {"bits": None}, {}).check({})

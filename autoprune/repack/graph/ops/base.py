@@ -26,7 +26,7 @@ class Op(ABC):
     """One operation.
 
     A class of operations adds its attributes as fields, with the types of `attributes`. One with a default may be
-    missing in files, and is left out of them where it is None.
+    missing in files, and is left out of them where it has its default.
 
     Attributes:
         kind: the name of the class in files: a key of `OPS`.
@@ -100,8 +100,11 @@ class Op(ABC):
     @property
     def attributes(self) -> dict[str, Any]:
         """The attributes as they stand in a file: plain JSON."""
-        given = {key: (each, getattr(self, each.field)) for key, each in attributes_of(type(self)).items()}
-        return {key: _as_json(value) for key, (each, value) in given.items() if each.needed or value is not None}
+        known = attributes_of(type(self))
+        given = {key: getattr(self, each.field) for key, each in known.items()}
+        return {
+            key: _as_json(value) for key, value in given.items() if known[key].needed or value != known[key].default
+        }
 
     def __str__(self) -> str:
         """As errors name it."""
@@ -118,7 +121,7 @@ class Op(ABC):
             names = f"the attributes {sorted(attributes)}; it takes {sorted(known)}"
             raise FileError(f"the operation {output!r} ({cls.kind}) has {names}.")
         for key, value in attributes.items():
-            if value is None and not known[key].needed:
+            if value is None and known[key].default is None:  # it is left out then
                 raise FileError(f"the operation {output!r} ({cls.kind}) has {key} = None.")
         fields = {known[key].field: tuple(v) if isinstance(v, list) else v for key, v in attributes.items()}
         return cls(output, inputs, tensors, **fields)
@@ -141,11 +144,22 @@ BatchRule = Callable[[Op, Axes, Shapes, int], bool]
 
 @dataclass(frozen=True)
 class Attribute:
-    """An attribute of a class of operations: its field, what it may be, and whether a file must give it."""
+    """An attribute of a class of operations.
+
+    Attributes:
+        field: its name in the class.
+        check: what it may be.
+        default: what it is where a file does not give it; MISSING where a file must.
+    """
 
     field: str
     check: Check
-    needed: bool
+    default: Any
+
+    @property
+    def needed(self) -> bool:
+        """Whether a file must give it."""
+        return self.default is dataclasses.MISSING
 
 
 @functools.cache
@@ -158,7 +172,7 @@ def attributes_of(cls: type[Op]) -> Mapping[str, Attribute]:
         if each.name not in common:
             check, *key = hints[each.name].__metadata__
             name = next((about.name for about in key if isinstance(about, Key)), each.name)
-            found[name] = Attribute(each.name, check, each.default is dataclasses.MISSING)
+            found[name] = Attribute(each.name, check, each.default)
     return found
 
 
