@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import shutil
 import subprocess
 import tomllib
 from collections.abc import Iterator
@@ -13,7 +14,9 @@ from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.version import Version
 
+from autoprune.tasks import japanese_vowels, spoken_digits
 from autoprune.version import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,9 +60,10 @@ def requirements() -> list[Requirement]:
     return [need for need in map(Requirement, lines) if need.name != project["name"]]
 
 
-def pins() -> dict[str, str]:
-    lines = [line for line in read("constraints.txt").splitlines() if line and not line.startswith("#")]
-    found = dict(re.fullmatch(r"([A-Za-z0-9._-]+)==([A-Za-z0-9.]+)", line).groups() for line in lines)  # type: ignore[union-attr]
+def pins(name: str = "constraints.txt") -> dict[str, str]:
+    lines = [line for line in read(name).splitlines() if line and not line.startswith("#")]
+    matches = [re.fullmatch(r"([A-Za-z0-9._-]+)==([A-Za-z0-9.]+)", line) for line in lines]
+    found = {match[1]: match[2] for match in matches if match}
     assert len(found) == len(lines), "one pin a package, exact, without a local version"
     return {normal(name): version for name, version in found.items()}
 
@@ -74,9 +78,22 @@ def test_a_dependency_has_a_lower_bound_and_a_pin_that_meets_it(need: Requiremen
     assert need.specifier.contains(pins()[normal(need.name)])
 
 
+def test_the_lowest_versions_are_the_ones_that_are_claimed() -> None:
+    lowest, extras = pins("constraints-lowest.txt"), PROJECT["project"]["optional-dependencies"]
+    for need in map(Requirement, [*PROJECT["project"]["dependencies"], *extras["search"]]):
+        (bound,) = need.specifier
+        assert Version(lowest[normal(need.name)]) == Version(bound.version), need.name
+
+
 def test_the_readme_ci_and_we_run_the_same_test_command() -> None:
     assert TEST_COMMAND in read("README.md").splitlines()
-    assert TEST_COMMAND in read(".ci/run").splitlines()
+    assert TEST_COMMAND in read(".ci/tests").splitlines()
+
+
+def test_ci_installs_the_data_that_the_tasks_ask_for() -> None:
+    lines = read(".ci/optional").splitlines()
+    assert spoken_digits.INSTALL in lines
+    assert japanese_vowels.INSTALL in lines
 
 
 def executable(path: Path, body: str) -> None:
@@ -85,30 +102,69 @@ def executable(path: Path, body: str) -> None:
     path.chmod(0o755)
 
 
+def run_ci(tmp_path: Path, *stages: str, failing: str = "", pytest_prints: str = "") -> tuple[int, list[str], str]:
+    """Runs .ci/run with stand-ins for the slow commands; each notes that it ran, one of them fails.
+
+    Nobody is root, so that no second Python is installed.
+
+    Returns:
+        The exit status, the commands that ran, and what was written to stderr.
+    """
+    tools, checkout, log = tmp_path / "tools", tmp_path / "checkout", tmp_path / "log"
+    shutil.copytree(ROOT / ".ci", checkout / ".ci")
+    for name in ("pip", "pytest", "mkdocs", "autoprune"):
+        said = f"echo '{pytest_prints}'; " if name == "pytest" else ""
+        executable(tools / name, f"{said}echo {name} >>{log}; [ {name} != '{failing}' ]")
+    executable(checkout / "scripts" / "check", f"echo check >>{log}; [ check != '{failing}' ]")
+    executable(tools / "python3", 'mkdir -p "$3/bin" && touch "$3/bin/activate"')
+    executable(tools / "apt-get", "true")
+    executable(tools / "id", "echo 1000")
+    environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}"}
+    environment.pop("CI_ENVIRONMENTS", None)  # .ci/run has its own, and this may be a part of another one
+    command = [str(checkout / ".ci" / "run"), *stages]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, check=False, capture_output=True, text=True)
+    return done.returncode, log.read_text(encoding="utf-8").split() if log.exists() else [], done.stderr
+
+
+CHECKED = ["pip", "pytest", "pip", "check", "mkdocs"]  # the README's command, the checks, the site
+ALL = [*CHECKED, *["pip", "pip", "pip", "pytest"], *["pip", "pytest", "autoprune"]]  # ..., optional, lowest
+
+
 @pytest.mark.parametrize(
     ("failing", "ran"),
     [
         ("pip", ["pip"]),
         ("pytest", ["pip", "pytest"]),
         ("check", ["pip", "pytest", "pip", "check"]),
-        ("mkdocs", ["pip", "pytest", "pip", "check", "mkdocs"]),
-        ("", ["pip", "pytest", "pip", "check", "mkdocs"]),
+        ("mkdocs", CHECKED),
+        ("autoprune", ALL),
+        ("", ALL),
     ],
 )
 def test_ci_stops_at_the_step_that_fails(failing: str, ran: list[str], tmp_path: Path) -> None:
-    """Runs .ci/run with stand-ins for the slow commands; each notes that it ran, one of them fails."""
-    tools, checkout, log = tmp_path / "tools", tmp_path / "checkout", tmp_path / "log"
-    for path in (tools / "pip", tools / "pytest", tools / "mkdocs", checkout / "scripts" / "check"):
-        executable(path, f"echo {path.name} >>{log}; [ {path.name} != '{failing}' ]")
-    executable(tools / "python3", 'mkdir -p "$3/bin" && touch "$3/bin/activate"')
-    executable(checkout / ".ci" / "run", read(".ci/run"))
-    environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}"}
-    done = subprocess.run([str(checkout / ".ci" / "run")], env=environment, cwd=tmp_path, check=False)
-    assert (done.returncode == 0) == (failing == "")
-    assert log.read_text(encoding="utf-8").split() == ran
+    status, commands, _ = run_ci(tmp_path, failing=failing)
+    assert (status == 0) == (failing == "")
+    assert commands == ran
 
 
-@pytest.mark.parametrize("script", [".ci/run", "scripts/check", "scripts/test"])
+def test_ci_says_that_it_has_no_second_python(tmp_path: Path) -> None:
+    status, commands, said = run_ci(tmp_path, "other-python")
+    assert (status, commands) == (0, [])
+    assert said == "SKIPPED: no second Python was tested: this needs root\n"
+
+
+def test_ci_takes_no_skipped_test_where_all_is_installed(tmp_path: Path) -> None:
+    status, _, said = run_ci(
+        tmp_path, "optional", pytest_prints="SKIPPED [1] tests/tasks/test_tasks.py:187: needs more"
+    )
+    assert status == 1
+    assert said.startswith("A test was skipped")
+
+
+STAGES = [f".ci/{name}" for name in ("run", "tests", "checks", "optional", "lowest", "other-python", "short")]
+
+
+@pytest.mark.parametrize("script", [*STAGES, "scripts/check", "scripts/test"])
 def test_a_script_can_be_run_and_stops_at_the_first_failure(script: str) -> None:
     assert (ROOT / script).stat().st_mode & 0o111 == 0o111
     assert read(script).startswith("#!/usr/bin/env bash\n")
