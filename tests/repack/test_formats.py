@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from autoprune.patterns.group import Group
-from autoprune.repack.weights.grouping import Grouping
-from autoprune.repack.weights.packed import GROUP_SIZES, find_group_size, pack, stored_density
+from autoprune.repack.weights.grouping import GROUP_SIZES, Grouping
+from autoprune.repack.weights.packed import find_group_size, pack, stored_density
 
 
 def pruned(shape: tuple[int, ...], size: int, sparsity: float, groups: int = 1, seed: int = 0) -> Tensor:

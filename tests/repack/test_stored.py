@@ -14,7 +14,8 @@ from autoprune.errors import AutopruneError, ConfigError, FileError
 from autoprune.patterns.group import Group
 from autoprune.registry import Choice
 from autoprune.repack.weights.encodings import CANDIDATES, ENCODINGS, Cells, smallest
-from autoprune.repack.weights.packed import GROUP_SIZES, PackedWeight, pack
+from autoprune.repack.weights.grouping import GROUP_SIZES
+from autoprune.repack.weights.packed import PackedWeight, pack
 from autoprune.repack.weights.serialized import restore, store
 
 EVERY = pytest.mark.parametrize("choice", CANDIDATES, ids=str)
