@@ -20,7 +20,7 @@ def methods(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     return module
 
 
-def test_a_run_in_rounds_keeps_what_each_came_to(methods: ModuleType):
+def test_a_run_in_rounds_keeps_what_each_came_to(methods: ModuleType) -> None:
     shown = replace(methods.TASKS_SHOWN["digits"], epochs=4, start_epochs=1)
     outcome = methods.train_one(shown, methods.Job("bayesian_memoryless", "group-90", 0))
     assert len(outcome.rounds) == 8
@@ -30,7 +30,7 @@ def test_a_run_in_rounds_keeps_what_each_came_to(methods: ModuleType):
     assert not methods.train_one(shown, methods.Job("one_shot", "group-90", 0)).rounds
 
 
-def test_rounds_are_shown_by_method(methods: ModuleType):
+def test_rounds_are_shown_by_method(methods: ModuleType) -> None:
     rounds = importlib.import_module("methods_report")._rounds
     runs = [
         methods.Outcome(methods.Job(name, "group-90", seed), 0.9, 0.9, 1.0, {}, 1.0, [first, 0.8])

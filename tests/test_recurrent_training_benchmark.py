@@ -35,7 +35,7 @@ def cells(training: ModuleType) -> list[list[str]]:
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows if not row.startswith("| ---")]
 
 
-def test_runs_are_compared_with_the_dense_training_that_validation_prefers(training: ModuleType):
+def test_runs_are_compared_with_the_dense_training_that_validation_prefers(training: ModuleType) -> None:
     add(training, {"weights": 0.8, "states": 1.0}, -2.0, -2.05)
     assert [row[5] for row in cells(training)] == ["-"]  # nothing to compare with yet
     add(training, {"weights": 0.0, "states": 1.0}, -1.99, -1.9)

@@ -126,7 +126,7 @@ def test_a_worker_that_is_killed_takes_along_what_it_started(
 
 def test_outcomes_and_what_was_raised_come_back() -> None:
     factor = 24  # a local function is sent by value
-    workers = Workers(lambda item: factor // item, 1)
+    workers: Workers[int, int] = Workers(lambda item: factor // item, 1)
     try:
         assert dict(workers.as_done([4, -6, 8])) == {0: 6, 1: -4, 2: 3}
         assert dict(workers.as_done([])) == {}
