@@ -120,7 +120,7 @@ def test_gated_layers_are_pruned_and_repacked_like_any() -> None:
     assert "torch" not in kinds
     with torch.inference_mode():
         for form in ("program", "modules"):
-            fast = repack(model, X, form=form, choose=(lambda *_: "jit") if form == "modules" else None)  # type: ignore[arg-type]
+            fast = repack(model, X, form=form, choose=(lambda *_: "jit") if form == "modules" else None)
             assert (fast(X) - model(X)).abs().max() <= 1e-4 * model(X).abs().max()
 
 

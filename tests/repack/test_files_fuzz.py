@@ -20,8 +20,9 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from autoprune.documents import CHECKSUM
 from autoprune.errors import AutopruneError, FileError
-from autoprune.files import CHECKSUM, _checksum, read_tensors, write_tensors
+from autoprune.files import _checksum, read_tensors, write_tensors
 from autoprune.model.channel_gates import ChannelGate, GatedConv2d, Gating, gate_channels_
 from autoprune.model.recurrent.modules import cut_states_
 from autoprune.model.recurrent.names import layers_of

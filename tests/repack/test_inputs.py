@@ -169,7 +169,7 @@ class Wrapped(Tensor):
 
     @staticmethod
     def __new__(cls, shape: tuple[int, ...]) -> Wrapped:
-        return Tensor._make_wrapper_subclass(cls, shape)  # type: ignore[attr-defined, no-any-return]
+        return Tensor._make_wrapper_subclass(cls, shape)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
