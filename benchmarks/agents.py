@@ -1,8 +1,8 @@
 """Who plans best: the shipped policy and its rivals on tasks of builds it never saw. Two hours on two cores.
 
-    python benchmarks/agents.py                       # goes on where it was stopped
-    python benchmarks/agents.py --tasks fashion-vgg --seeds 1
-    python benchmarks/agents.py --report              # write the page of what is there already
+    python -m benchmarks agents                              # goes on where it was stopped
+    python -m benchmarks agents --tasks fashion-vgg --seeds 1
+    python -m benchmarks agents --report                     # write the page of what is there already
 
 Every task has one target: of those at which the knapsack's plan costs something, the one where it costs nearest to 5
 points. Searches score plans on the validation split after batch norms are set again; what is reported is each best
@@ -12,26 +12,23 @@ benchmarks/results/agents.md.
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 from autoprune.config import load_generalist_config
 from autoprune.envs import Problem, PruneEnv
 from autoprune.envs.family import TaskTarget, task_targets_of
-from autoprune.files import write_text
-from autoprune.latency.machine import machine_text
+from autoprune.evaluation.measurement import Measurement
+from autoprune.files import read_json, write_json
 from autoprune.pipeline.compare import (
     Job,
     Outcome,
@@ -47,10 +44,12 @@ from autoprune.pipeline.compare import report as tables
 from autoprune.pipeline.generalist import member_run
 from autoprune.registry import Choice
 from autoprune.tasks.family import held_out_members
+from benchmarks.lib.command_line import add_report, add_seeds, among, command_line, listed
+from benchmarks.lib.page import page, write_page
+from benchmarks.lib.provenance import NOT_RECORDED, Provenance
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "results"
-CONFIG = HERE.parent / "configs" / "generalist.toml"
+CONFIG = Path(__file__).parents[1] / "configs" / "generalist.toml"
+PROVENANCE = "provenance.json"  # of the last time that anything was measured; outcomes do not say theirs
 COEFFICIENT = (Choice("coefficient"),)
 ALL = ("uniform", "greedy", "knapsack", "random", "restarts", "tpe", "cma_es", "policy")
 BUDGETS = (0, 1, 10, 50)
@@ -67,20 +66,21 @@ def jobs(agents: Sequence[str], seeds: int, budgets: Sequence[int], most: int) -
 
 
 def task_target_of(name: str, problem: Problem) -> TaskTarget | None:
-    """Of the targets with something at stake, the one at which the knapsack's plan costs nearest to `ASKED_DROP`."""
+    """Of the targets with something at task_target, the one at which the knapsack's plan costs nearest to `ASKED_DROP`."""
 
     def off(task_target: TaskTarget) -> float:
         plan = PruneEnv(task_target.problem, COEFFICIENT).solved()
-        return abs(problem.dense_score - problem.evaluate(plan).score - ASKED_DROP)
+        found = problem.evaluate(plan)
+        return abs(problem.dense_score - found.score - ASKED_DROP) if isinstance(found, Measurement) else inf
 
     return min(task_targets_of(name, problem), key=off, default=None)
 
 
-def run_task(name: str, agents: Sequence[str], seeds: int, budgets: Sequence[int], most: int) -> str:
+def run_task(name: str, folder: Path, agents: Sequence[str], seeds: int, budgets: Sequence[int], most: int) -> str:
     torch.set_num_threads(1)
     config = load_generalist_config(CONFIG)
     run = member_run(config, next(each for each in held_out_members(config.family.data) if each.name == name))
-    log = OutcomeLog(RESULTS / "agents" / f"{name}.jsonl")
+    log = OutcomeLog(folder / f"{name}.jsonl")
     task_target = task_target_of(name, run.problem)
     if task_target is None:
         return f"{name}: nothing at stake"
@@ -123,7 +123,8 @@ def gap_to_best(outcomes: list[Outcome]) -> str:
 
 
 def picture(outcomes: list[Outcome], path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(7, 4.5))
+    figure = Figure(figsize=(7, 4.5))
+    axes = figure.subplots()
     for agent in dict.fromkeys(each.agent for each in outcomes):
         budgets = sorted({each.evaluations for each in outcomes if each.agent == agent and each.evaluations <= 100})
         centre, low, high = [], [], []
@@ -146,52 +147,53 @@ def picture(outcomes: list[Outcome], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def write_page() -> str:
-    outcomes = [each for path in sorted((RESULTS / "agents").glob("*.jsonl")) for each in OutcomeLog(path).read()]
-    picture(outcomes, RESULTS / "agents.png")
+def report(folder: Path) -> str:
+    """Draws the picture and returns the page, from what is in ``agents/``."""
+    kept = folder / "agents"
+    outcomes = [each for path in sorted(kept.glob("*.jsonl")) for each in OutcomeLog(path).read()]
+    picture(outcomes, folder / "agents.png")
     seconds = {
         agent: np.median([e.seconds for e in outcomes if e.agent == agent and e.evaluations == 50])
         for agent in ("random", "restarts", "tpe", "cma_es", "policy")
         if any(e.agent == agent and e.evaluations == 50 for e in outcomes)
     }
-    page = "\n\n".join(
-        [
-            "# Agents at equal evaluations",
-            f"{len({e.task for e in outcomes})} tasks of builds the policy never saw; batch 1, 1 thread, CPU. "
-            f"{machine_text()}",
-            tables(outcomes, 50),
-            "![points above the knapsack](agents.png)",
-            "The policy's plan without an evaluation against\n\n" + wins(outcomes),
-            "Below the best plan anyone found, with up to as many evaluations as any had:\n\n" + gap_to_best(outcomes),
-            "Seconds of a search of 50 evaluations, median, evaluations remembered from other searches not counted: "
-            + ", ".join(f"{agent} {value:.0f}" for agent, value in seconds.items()),
-        ]
+    made = kept / PROVENANCE
+    where = Provenance(**read_json(made, "the provenance")) if made.exists() else f"Machine: {NOT_RECORDED}."
+    return page(
+        "Agents at equal evaluations",
+        "agents",
+        f"{len({e.task for e in outcomes})} tasks of builds the policy never saw; batch 1, 1 thread, CPU.",
+        tables(outcomes, 50),
+        "![points above the knapsack](agents.png)",
+        "The policy's plan without an evaluation against",
+        wins(outcomes),
+        "Below the best plan anyone found, with up to as many evaluations as any had:",
+        gap_to_best(outcomes),
+        "Seconds of a search of 50 evaluations, median, evaluations remembered from other searches not counted: "
+        + ", ".join(f"{agent} {value:.0f}" for agent, value in seconds.items()),
+        str(where),
     )
-    write_text(RESULTS / "agents.md", page + "\n")
-    return page
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="*", help="of those held out; all when left out")
-    parser.add_argument("--agents", nargs="*", default=ALL, help="rows of the registry")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--evaluations", nargs="*", type=int, default=BUDGETS, help="checkpoints")
+def main(argv: Sequence[str]) -> int:
+    names = [member.name for member in held_out_members(load_generalist_config(CONFIG).family.data)]
+    parser = command_line("agents", __doc__)
+    parser.add_argument("--tasks", type=among(names), default=names, help=f"of {', '.join(names)}; default all")
+    parser.add_argument("--agents", type=among(ALL), default=ALL, help=f"of {', '.join(ALL)}; default all")
+    add_seeds(parser, 3)
+    parser.add_argument("--evaluations", type=listed(int), default=BUDGETS, help="checkpoints; default 0,1,10,50")
     parser.add_argument(
         "--reference", type=int, default=300, help="evaluations of the best plan known; 0: not looked for"
     )
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--report", action="store_true", help="run nothing: write the page of what is there")
-    given = parser.parse_args()
+    add_report(parser)
+    given = parser.parse_args(argv)
     if not given.report:
-        names = given.tasks or [member.name for member in held_out_members(load_generalist_config(CONFIG).family.data)]
+        folder = given.output / "agents"
+        settings = (folder, given.agents, given.seeds, given.evaluations, given.reference)
+        write_json(folder / PROVENANCE, Provenance.here().to_json())
         with ProcessPoolExecutor(given.workers, multiprocessing.get_context("spawn")) as pool:
-            settings = (given.agents, given.seeds, given.evaluations, given.reference)
-            waiting = [pool.submit(run_task, name, *settings) for name in names]
-            for done in as_completed(waiting):
+            for done in as_completed([pool.submit(run_task, name, *settings) for name in given.tasks]):
                 print(done.result(), flush=True)
-    print(write_page())
-
-
-if __name__ == "__main__":
-    main()
+    write_page(given.output, "agents", report(given.output))
+    return 0

@@ -1,6 +1,6 @@
 """As in a locked container: an unknown user without a home, read-only places, no memory that becomes executable.
 
-    python benchmarks/container.py
+    python -m benchmarks container
 
 Needs root on Linux, whose rights the children give up. Each row is tried with a packed file that is loaded and called,
 a model that is repacked and called, and a short run of configs/digits.toml, without and with AUTOPRUNE_CACHE. Ends with
@@ -14,18 +14,19 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from autoprune.files import write_text
-from autoprune.latency.machine import machine_text
 from autoprune.repack import repack, save
 from autoprune.report.table import markdown_table
+from benchmarks.lib.command_line import command_line
+from benchmarks.lib.page import page, write_page
+from benchmarks.lib.provenance import Provenance
 
 HERE = Path(__file__).parent
-RESULT = HERE / "results" / "container.md"
 # May read what is root's, as the interpreter may be; may write nothing of it.
 NOBODY = ["setpriv", "--reuid=12345", "--regid=12345", "--clear-groups", "--inh-caps=-all,+dac_read_search"]
 NOBODY += ["--ambient-caps=-all,+dac_read_search", "--"]
@@ -96,7 +97,8 @@ def tried(row: str, what: str, folder: Path, cache: bool = False) -> tuple[bool,
     return fine, told.replace(str(folder), "...") if fine else f"status {done.returncode}: {told}"
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> int:
+    given = command_line("container", __doc__).parse_args(argv)
     if sys.platform != "linux" or os.geteuid() != 0 or not all(map(shutil.which, ("setpriv", "unshare"))):
         sys.exit("needs root on Linux, setpriv and unshare")
     folder = Path(tempfile.mkdtemp(prefix=".container-", dir=Path.cwd()))
@@ -114,14 +116,7 @@ def main() -> None:
     finally:
         shutil.rmtree(folder)
     header = ("where", *WORK, "run, with AUTOPRUNE_CACHE")
-    text = "\n\n".join(
-        ["# In a locked container", f"`python benchmarks/container.py`. {machine_text()}",
-         markdown_table(header, cells, left=len(header))]
-    )  # fmt: skip
-    print(text)
-    write_text(RESULT, text + "\n")
-    sys.exit(not fine)
-
-
-if __name__ == "__main__":
-    main()
+    table = markdown_table(header, cells, left=len(header))
+    text = page("In a locked container", "container", "", table, str(Provenance.here()))
+    write_page(given.output, "container", text)
+    return int(not fine)

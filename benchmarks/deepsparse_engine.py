@@ -12,11 +12,11 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from engine_report import Spread, spread
 from torch import Tensor, nn
 
 from autoprune.errors import AutopruneError
 from autoprune.latency.engines.export import onnx_file
+from benchmarks.engine_report import Spread, spread
 
 IR_VERSION, OPSET = 9, 18  # the newest that it reads
 ENVIRONMENT = {**os.environ, "NM_DISABLE_ANALYTICS": "True"}

@@ -1,4 +1,4 @@
-"""What benchmarks/dynamic.py shows: gates against the static plans at the same accuracy and at the same latency."""
+"""What `python -m benchmarks dynamic` shows: gates against static plans of the same accuracy or latency."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from dynamic_runs import PATTERN, SETTINGS, TASK
-from dynamic_times import IMAGES, ROUNDS, SHARES, SPARSITIES, Measured
 
-from autoprune.latency.machine import machine_text
 from autoprune.report.table import MISSING, markdown_table
+from benchmarks.dynamic_runs import PATTERN, SETTINGS, TASK
+from benchmarks.dynamic_times import IMAGES, ROUNDS, SHARES, SPARSITIES, Measured
+from benchmarks.lib.page import page
+from benchmarks.lib.provenance import Provenance
 
 BAR = 1.2
 TYPICAL = 0.92  # accuracy
@@ -76,41 +77,32 @@ def _call_ms(row: Measured) -> float:
 def report(rows: Sequence[Measured], mechanism: Mapping[tuple[str, float, float | None], float]) -> str:
     static = [row for row in rows if not row.run.variant.place]
     gains = {row: gain(static, row) for row in rows if row.run.variant.place}
-    return "\n".join(
-        [
-            "# Dynamic channel gates",
-            "",
-            f"Written by `python benchmarks/dynamic.py`. {TASK}: a dense start of {SETTINGS.epochs} epochs, then "
-            f"{SETTINGS.epochs} more in every row, in which a static plan is reached (`gradual`, {PATTERN}, every "
-            "layer but the first and the last), gates are trained, or both; dense just trains on. One seed: the "
-            f"standard error of an accuracy is about {100 * _noise(5_000):.1f} points on the validation split and "
-            f"{100 * _noise(10_000):.1f} on the test split.",
-            "",
-            f"Latency: one image at a time, one thread; {IMAGES} test images, each the median of {ROUNDS} rounds in "
-            "which the models took turns. Mean, p50 and p95 are over images, of a call from Python; native is the mean "
-            "of the native code alone. Live: share of the gates' groups. Static, same ms: test accuracy of a static "
-            "plan whose call takes as long on average, between the measured ones. Faster: than a static plan of the "
-            "same accuracy, likewise: by validation accuracy, by test accuracy, and the native code by test accuracy; "
-            "MORE where no static plan is as good.",
-            "",
-            _main_table(rows, static, gains),
-            _verdict(gains),
-            "## Where the time goes",
-            "",
-            "Microseconds an image. Call: Python around the native code. All live: a call of the same model, gates "
-            "open; against the row of the same sparsity without gates it shows what predictors, lists of live "
-            "positions and smaller groups of filters cost.",
-            "",
-            _profile_table(rows),
-            "## Live share and latency, whatever the accuracy",
-            "",
-            "Milliseconds a call of untrained models; the first convolution of each block is gated, so that it "
-            "computes and the second reads so many of the channels.",
-            "",
-            _mechanism_table(mechanism),
-            f"{machine_text()}.",
-            "",
-        ]
+    return page(
+        "Dynamic channel gates",
+        "dynamic",
+        f"{TASK}: a dense start of {SETTINGS.epochs} epochs, then "
+        f"{SETTINGS.epochs} more in every row, in which a static plan is reached (`gradual`, {PATTERN}, every "
+        "layer but the first and the last), gates are trained, or both; dense just trains on. One seed: the "
+        f"standard error of an accuracy is about {100 * _noise(5_000):.1f} points on the validation split and "
+        f"{100 * _noise(10_000):.1f} on the test split.",
+        f"Latency: one image at a time, one thread; {IMAGES} test images, each the median of {ROUNDS} rounds in "
+        "which the models took turns. Mean, p50 and p95 are over images, of a call from Python; native is the mean "
+        "of the native code alone. Live: share of the gates' groups. Static, same ms: test accuracy of a static "
+        "plan whose call takes as long on average, between the measured ones. Faster: than a static plan of the "
+        "same accuracy, likewise: by validation accuracy, by test accuracy, and the native code by test accuracy; "
+        "MORE where no static plan is as good.",
+        _main_table(rows, static, gains),
+        _verdict(gains),
+        "## Where the time goes",
+        "Microseconds an image. Call: Python around the native code. All live: a call of the same model, gates "
+        "open; against the row of the same sparsity without gates it shows what predictors, lists of live "
+        "positions and smaller groups of filters cost.",
+        _profile_table(rows),
+        "## Live share and latency, whatever the accuracy",
+        "Milliseconds a call of untrained models; the first convolution of each block is gated, so that it "
+        "computes and the second reads so many of the channels.",
+        _mechanism_table(mechanism),
+        str(Provenance.here()),
     )
 
 
@@ -161,7 +153,7 @@ def _verdict(gains: Mapping[Measured, Gain]) -> str:
         )
     if beyond:
         said.append(f"{len(beyond)} rows are more accurate than every static plan, on the validation split.")
-    return "\n".join([*said, ""])
+    return "\n".join(said)
 
 
 def _profile_table(rows: Sequence[Measured]) -> str:

@@ -1,4 +1,4 @@
-"""What benchmarks/dynamic.py trains: static plans, gates, and both, from one dense start and for the same epochs."""
+"""What `python -m benchmarks dynamic` trains: static plans, gates and both, from one dense start, equally long."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def train(variant: Variant) -> str:
         model, task().train, loss, SETTINGS, seed=1, method=method, pruner=pruner,
         checkpoint=_path(variant).with_suffix(".training"),
     )  # fmt: skip
-    model = model.to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
+    model = model.to(memory_format=torch.contiguous_format).eval()
     scores = {"validation": task().evaluate(model), "test": task().test(model)}
     write_tensors(_path(variant), model.state_dict(), scores)
     return f"{variant}: {100 * scores['validation']:.2f}% of the validation split"

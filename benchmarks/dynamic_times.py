@@ -1,4 +1,4 @@
-"""What benchmarks/dynamic.py measures: each image's latency, what lives, where the time goes."""
+"""What `python -m benchmarks dynamic` measures: each image's latency, what lives, where the time goes."""
 
 from __future__ import annotations
 
@@ -11,15 +11,12 @@ from functools import partial
 
 import numpy as np
 import torch
-from dynamic_runs import PATTERN, PLACES, Run, task
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from autoprune.latency.timer import Protocol, measure_together
-from autoprune.masks import weight_of
 from autoprune.model.channel_gates import Gating, gate_channels_, gates, live_shares
 from autoprune.model.inventory import take_inventory
-from autoprune.patterns import PATTERNS
 from autoprune.registry import Choice
 from autoprune.repack import ProgramModel, repack
 from autoprune.repack.native.op import NativeOp
@@ -27,6 +24,8 @@ from autoprune.repack.native.sequence import NativeSequence
 from autoprune.repack.tuning.layer_times import COPY, layer_times
 from autoprune.report.console import Console
 from autoprune.tasks import TASKS
+from benchmarks.dynamic_runs import PATTERN, PLACES, Run, task
+from benchmarks.lib.pruning import prune_
 
 IMAGES, ROUNDS = 200, 15
 PROFILED = 5  # images
@@ -116,7 +115,7 @@ def let_pass(model: nn.Module) -> nn.Module:
         gate.gating = Gating(gate.gating.group_size, 1.0)
         with torch.no_grad():
             gate.threshold.zero_()
-            gate.bias += 10.0
+            gate.bias.add_(10.0)
     return opened
 
 
@@ -160,7 +159,7 @@ def mechanism(console: Console) -> dict[tuple[str, float, float | None], float]:
                     model = copy.deepcopy(given.model).eval()
                     if share is not None:
                         gate_channels_(model, x, PLACES["inner"], Gating(4, share))
-                    _prune(model, x, sparsity)
+                    prune_(model, take_inventory(model, x).layers[1:-1], PATTERN, sparsity)
                     fast = _repacked(model.eval(), x)
                     calls[f"{sparsity} {share}"] = partial(fast, *x)
                     found[str(widths), sparsity, share] = 0.0
@@ -170,13 +169,6 @@ def mechanism(console: Console) -> dict[tuple[str, float, float | None], float]:
                     found[name, sparsity, share] = times[f"{sparsity} {share}"].median_ms
             bar.advance(1)
     return found
-
-
-@torch.no_grad()
-def _prune(model: nn.Module, x: tuple[Tensor, ...], sparsity: float) -> None:
-    for name in take_inventory(model, x).names[1:-1] if sparsity else ():
-        weight = weight_of(model, name)
-        weight.mul_(PATTERNS.create(PATTERN).mask(weight.abs(), sparsity))
 
 
 def _repacked(model: nn.Module, x: tuple[Tensor, ...]) -> ProgramModel:

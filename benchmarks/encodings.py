@@ -1,4 +1,4 @@
-"""How small packed weights are in a file, and how fast they are read: ``python benchmarks/encodings.py [RUN_DIR]``.
+"""How small packed weights are in a file, and how fast they are read: ``python -m benchmarks encodings [RUN_DIR]``.
 
 A layer of ResNet-18's shape at several sparsities, in groups of several sizes: bits a nonzero weight's position takes
 in every encoding, what the file picks, and how fast it is decoded, on one thread. With a finished run's directory,
@@ -9,54 +9,53 @@ Writes benchmarks/results/encodings.md.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
 import torch
 
 from autoprune.config import parse_config
-from autoprune.files import read_json, write_tensors, write_text
-from autoprune.latency.machine import machine_text
+from autoprune.files import read_json, write_tensors
 from autoprune.masks import sparsity, weight_of
 from autoprune.patterns.group import Group
 from autoprune.pipeline.run import Run
-from autoprune.repack import load, save
+from autoprune.repack import PackedWeight, load, pack, save
 from autoprune.repack.weights.encodings import CANDIDATES, ENCODINGS
-from autoprune.repack.weights.packed import PackedWeight, pack
 from autoprune.repack.weights.serialized import VALUE_BITS, by_filter, by_group, restore, store
 from autoprune.report.table import MISSING, markdown_table
+from benchmarks.lib.command_line import command_line
+from benchmarks.lib.page import page, write_page
+from benchmarks.lib.provenance import Provenance
 
 MODEL = "## A whole model\n\n"
-RESULTS = Path(__file__).parent / "results" / "encodings.md"
 SHAPE = (512, 512, 3, 3)
 SPARSITIES, GROUPS = (0.0, 0.5, 0.75, 0.9, 0.95, 0.98), (1, 8, 16)
 ROUNDS = 9
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str]) -> int:
+    parser = command_line("encodings", __doc__)
     parser.add_argument("run", type=Path, nargs="?", help="a finished run, e.g. runs/fashion_mnist")
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     torch.set_num_threads(1)
-    machine = machine_text()
-    text = (
-        "# Packed weights in a file\n\n"
-        "Written by `python benchmarks/encodings.py [RUN_DIR]`.\n\n"
-        f"## A layer of {' x '.join(map(str, SHAPE))}\n\n"
+    made, before = str(Provenance.here()), given.output / "encodings.md"
+    parts = [
+        f"## A layer of {' x '.join(map(str, SHAPE))}",
         "Bits that tell the position of one nonzero weight: told once a filter / once a group of filters. The file "
         "takes the smallest. Decoding: bytes of the packed float32 values, and of the dense weight they stand for, "
-        "over the time from the file's tensors to the checked packed weight; one thread, medians.\n\n"
-        f"{layers()}\n{machine}\n\n"
-    )
+        "over the time from the file's tensors to the checked packed weight; one thread, medians.",
+        layers(),
+        made,
+    ]
     if given.run is not None:
-        text += f"{MODEL}{model(given.run)}\n{machine}\n"
-    elif RESULTS.exists() and MODEL in (before := RESULTS.read_text(encoding="utf-8")):
-        text += MODEL + before.partition(MODEL)[2]  # as it was measured, with its machine
-    write_text(RESULTS, text)
-    print(text)
+        parts += [MODEL + model(given.run), made]
+    elif before.exists() and MODEL in (text := before.read_text(encoding="utf-8")):
+        parts.append(MODEL + text.partition(MODEL)[2])  # as it was measured, with its machine
+    write_page(given.output, "encodings", page("Packed weights in a file", "encodings [RUN_DIR]", "", *parts))
+    return 0
 
 
 def layers() -> str:
@@ -112,7 +111,3 @@ def model(directory: Path) -> str:
     share = zeros / sum(weight.numel() for weight in weights.values())
     about = f"{run.config.task}, {100 * share:.1f}% zeros, pattern {run.config.env.pattern}, {run.plan.training}.\n\n"
     return about + markdown_table(("file", "bytes", "smaller", "test accuracy"), rows)
-
-
-if __name__ == "__main__":
-    main()

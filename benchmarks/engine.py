@@ -1,9 +1,9 @@
 """Repacked models against the best dense engine, whole models at a time.
 
-    python benchmarks/engine.py --quick                     # ResNet-18, batch 1, one thread, G=8: about five minutes
-    python benchmarks/engine.py                             # everything: hours
-    python benchmarks/engine.py --models resnet18,resnet50 --sparsities 0.5,0.9 --groups 8 --batches 1 --threads 1
-    python benchmarks/engine.py --roofline                  # ResNet-18 at 75%, G=8, a layer at a time: a minute
+    python -m benchmarks engine --quick                     # ResNet-18, batch 1, one thread, G=8: about five minutes
+    python -m benchmarks engine                             # everything: hours
+    python -m benchmarks engine --models resnet18,resnet50 --sparsities 0.5,0.9 --groups 8 --batches 1 --threads 1
+    python -m benchmarks engine --roofline                  # ResNet-18 at 75%, G=8, a layer at a time: a minute
 
 A cell is one model at one sparsity, group size, batch and number of threads: all engines and the repacked model timed
 in turns. Cells are kept in benchmarks/results/engine/ as they are measured, a file a machine, so a run that was stopped
@@ -19,41 +19,23 @@ import copy
 import gc
 import itertools
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from command_line import among, listed
-from deepsparse_engine import DeepSparse
-from engine_report import (
-    REPACKED,
-    Cell,
-    Row,
-    machine_key,
-    read_rows,
-    report,
-    results_file,
-    roofline,
-    save_roofline,
-    spread,
-)
 from torch import Tensor, nn
 
 import autoprune
 from autoprune.errors import AutopruneError
-from autoprune.files import append_line
 from autoprune.latency.engines import ENGINES, baselines
 from autoprune.latency.engines.base import Call
 from autoprune.latency.timer import SETTLE_MS, Latency, Protocol, measure_together, speedup
-from autoprune.masks import Masks, apply_masks_, weight_of
-from autoprune.model.inventory import weighted_layers
-from autoprune.patterns import PATTERNS
+from autoprune.masks import Masks, apply_masks_
+from autoprune.model.inventory import take_inventory
 from autoprune.progress import Progress
 from autoprune.registry import Choice
 from autoprune.repack import ProgramModel
@@ -61,6 +43,12 @@ from autoprune.repack.tuning.layer_times import layer_times
 from autoprune.repack.tuning.roofline import fma_gflops, l3_gbs, memory_gbs
 from autoprune.report.console import Console
 from autoprune.tasks.zoo.standard import STANDARD, standard_input, standard_model
+from benchmarks.deepsparse_engine import DeepSparse
+from benchmarks.engine_report import REPACKED, Cell, Row, report, results_file, roofline, save_roofline, spread
+from benchmarks.lib.command_line import add_report, among, command_line, listed
+from benchmarks.lib.provenance import commit, machine_key
+from benchmarks.lib.pruning import magnitude_masks
+from benchmarks.lib.sweep import Rows, missing, sweep
 
 SPARSITIES = (0.0, 0.5, 0.75, 0.9, 0.95)
 GROUPS = (1, 4, 8, 16)
@@ -73,8 +61,6 @@ MIN_SAMPLE_MS = 2.0
 ROOFLINE = Cell("resnet18", 0.75, 8, 1, 1)
 FAR = 1.4  # times the best engine's milliseconds: one that takes as long in a cell is not the best in its neighbours
 WRONG = 1e-3  # a relative error above this is no result
-
-Value = TypeVar("Value", int, float, str)
 
 
 @dataclass(frozen=True)
@@ -106,19 +92,18 @@ def cells(
                 yield Cell(model, sparsity, group, batch, count)
 
 
-def group_masks(model: nn.Module, sparsity: float, group: int) -> Masks:
+def group_masks(model: nn.Module, x: Tensor, sparsity: float, group: int) -> Masks:
     """Group-wise magnitude masks of one sparsity.
 
     Of every convolution but the first (the stem) and the depthwise ones, and every Linear but the last (the head).
     """
     if sparsity == 0:
         return {}
-    layers = weighted_layers(model)
-    convolutions = [(name, layer) for name, layer in layers.items() if isinstance(layer, nn.Conv2d)]
-    linears = [name for name, layer in layers.items() if isinstance(layer, nn.Linear)]
-    chosen = [name for name, layer in convolutions[1:] if layer.groups == 1] + linears[:-1]
-    pattern = PATTERNS.create(Choice("group", {"size": group}))
-    return {name: pattern.mask(weight_of(model, name).detach().abs(), sparsity) for name in chosen}
+    layers = take_inventory(model, x).layers
+    convolutions = [layer for layer in layers if layer.kind == "conv2d"]
+    linears = [layer for layer in layers if layer.kind == "linear"]
+    chosen = [layer for layer in convolutions[1:] if layer.conv_groups == 1] + linears[:-1]
+    return magnitude_masks(model, chosen, Choice("group", {"size": group}), sparsity)
 
 
 def far_behind(rows: Iterable[Row], cell: Cell) -> dict[str, str]:
@@ -159,7 +144,7 @@ def measure(cell: Cell, dense: Dense, seconds: float, deepsparse: DeepSparse | N
     Raises:
         AutopruneError: the model cannot be repacked, or not to the same outputs.
     """
-    masked = apply_masks_(copy.deepcopy(dense.model), group_masks(dense.model, cell.sparsity, cell.group))
+    masked = apply_masks_(copy.deepcopy(dense.model), group_masks(dense.model, dense.x, cell.sparsity, cell.group))
     start = time.perf_counter()
     fast = autoprune.repack(masked, dense.x, threads=cell.threads)
     repack_s = time.perf_counter() - start
@@ -212,58 +197,61 @@ def relative_error(fast: nn.Module, masked: nn.Module, x: Tensor) -> float:
     return float((given - right).abs().max() / right.abs().max())
 
 
-def commit() -> str:
-    """The revision that is measured; empty outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip()
+class Bench:
+    """Measures cells; the dense engines are prepared once for neighbours that share them.
+
+    Args:
+        known: rows of cells measured before; like its own they tell which engines are far behind.
+        seconds: of timing a cell.
+        deepsparse: None leaves it out.
+        progress: gets a line for each engine.
+    """
+
+    def __init__(self, known: Iterable[Row], seconds: float, deepsparse: DeepSparse | None, progress: Progress) -> None:
+        self._known, self._seconds, self._deepsparse, self._progress = [*known], seconds, deepsparse, progress
+        self._shared: tuple[str, int, int] | None = None
+        self._dense: Dense | None = None
+
+    def __call__(self, cell: Cell) -> Row:
+        far = far_behind(self._known, cell)
+        shared = (cell.model, cell.batch, cell.threads)
+        if self._dense is None or shared != self._shared:
+            self._dense = None  # given up before the next engines take their memory
+            self._shared, self._dense = shared, prepare(cell, far, self._progress)
+        self._dense = self._dense.without(far)
+        self._known.append(measure(cell, self._dense, self._seconds, self._deepsparse))
+        return self._known[-1]
 
 
-def run(wanted: Sequence[Cell], seconds: float, redo: bool, deepsparse: DeepSparse | None, progress: Progress) -> int:
+def run(
+    rows: Rows[Row], wanted: Sequence[Cell], seconds: float, redo: bool, deepsparse: DeepSparse | None,
+    progress: Progress,
+) -> int:  # fmt: skip
     """Measures what is missing; returns how many cells failed."""
-    path = results_file(machine_key())
-    done = {} if redo else read_rows(path)
-    missing = [cell for cell in wanted if cell not in done]
-    progress.say(f"{len(wanted) - len(missing)} of {len(wanted)} cells are measured; results in {path}")
-    failed = 0
-    with progress.bar("cells", len(missing)) as bar:
-        for _, shared in itertools.groupby(missing, key=lambda cell: (cell.model, cell.batch, cell.threads)):
-            dense: Dense | None = None
-            for cell in shared:
-                far = far_behind(done.values(), cell)
-                dense = dense or prepare(cell, far, progress)
-                dense = dense.without(far)
-                note = str(cell)
-                try:
-                    row = measure(cell, dense, seconds, deepsparse)
-                    append_line(path, asdict(row))
-                    done[cell] = row
-                    note += f": {row.speedup:.2f}x over {row.best}"
-                except Exception as error:  # a bug in one cell must not cost the hours of the others
-                    failed += 1
-                    progress.say(f"failed: {cell}: {type(error).__name__}: {error}")
-                bar.advance(note=note)
-    return failed
+    bench = Bench(() if redo else rows.last().values(), seconds, deepsparse, progress)
+    return sweep(
+        rows, missing(rows, wanted, redo), bench, progress, note=lambda row: f"{row.speedup:.2f}x over {row.best}"
+    )
 
 
-def draw_roofline(cell: Cell, rounds: int, progress: Progress) -> Path:
+def draw_roofline(cell: Cell, rounds: int, folder: Path, progress: Progress) -> Path:
     """Times one model's operations and draws them under this machine's roofs.
 
     Raises:
         AutopruneError: the model cannot be repacked as a program.
     """
     model, x = standard_model(cell.model), standard_input(cell.model, cell.batch)
-    apply_masks_(model, group_masks(model, cell.sparsity, cell.group))
+    apply_masks_(model, group_masks(model, x, cell.sparsity, cell.group))
     progress.say(f"{cell}: repacking and timing, load {os.getloadavg()[0]:.1f}")
     fast = autoprune.repack(model, x, threads=cell.threads, form="program")
     assert isinstance(fast, ProgramModel)
     rows = layer_times(fast, model, x, Protocol(samples=rounds, warmup=WARMUP))
     bandwidths = {"memory": memory_gbs(), "shared cache": l3_gbs()}
-    return save_roofline(roofline(rows, f"{cell}: its operations", fma_gflops(), bandwidths))
+    return save_roofline(roofline(rows, f"{cell}: its operations", fma_gflops(), bandwidths), folder)
 
 
-def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = command_line("engine", __doc__)
     parser.add_argument("--quick", action="store_true", help="ResNet-18, batch 1, one thread, G=8")
     parser.add_argument("--models", type=among(STANDARD), help=f"of {','.join(STANDARD)}")
     parser.add_argument("--sparsities", type=listed(float), default=SPARSITIES)
@@ -273,7 +261,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of timing a cell; default 12")
     parser.add_argument("--redo", action="store_true", help="measure these cells again")
     parser.add_argument("--roofline", action="store_true", help="only draw the roofline plot of ResNet-18's layers")
-    parser.add_argument("--report", action="store_true", help="measure nothing, draw what there is")
+    add_report(parser)
     parser.add_argument(
         "--deepsparse",
         metavar="PYTHON",
@@ -289,26 +277,17 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return given
 
 
-def main() -> int:
-    given, progress = arguments(), Console()
-    failed = 0
+def main(argv: Sequence[str]) -> int:
+    given, progress = arguments(argv), Console()
+    if given.roofline:
+        progress.say(f"written: {draw_roofline(ROOFLINE, ROUNDS[1], given.output, progress)}")
+        return 0
+    rows, failed = results_file(given.output, machine_key()), 0
     try:
-        if given.roofline:
-            progress.say(f"written: {draw_roofline(ROOFLINE, ROUNDS[1], progress)}")
-            return 0
         if not given.report:
             wanted = list(cells(given.models, given.sparsities, given.groups, given.batches, given.threads))
             deepsparse = DeepSparse(given.deepsparse) if given.deepsparse else None
-            failed = run(wanted, given.seconds, given.redo, deepsparse, progress)
-    except KeyboardInterrupt:
-        progress.say("stopped; what was measured is kept, the same command goes on from here")
-        failed = 1
-    except AutopruneError as error:
-        progress.say(f"error: {error}")
-        failed = 1
-    print(report(machine_key()))
-    return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+            failed = run(rows, wanted, given.seconds, given.redo, deepsparse, progress)
+    finally:
+        print(report(given.output, machine_key()))
+    return int(failed > 0)

@@ -1,11 +1,7 @@
-"""What benchmarks/engine.py keeps and shows: a row a cell, the table, the plots."""
+"""What `python -m benchmarks engine` keeps and shows: a row a cell, the table, the plots."""
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
-import json
-import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,15 +10,16 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from autoprune.errors import FileError
-from autoprune.files import read_lines, write_text
+from autoprune.files import write_text
 from autoprune.latency.engines import ENGINES, baselines
-from autoprune.latency.machine import machine_identity
 from autoprune.repack.tuning.layer_times import LayerTime
 from autoprune.report.plots import save_png
 from autoprune.report.table import MISSING, markdown_table
+from benchmarks.lib.page import page
+from benchmarks.lib.provenance import Provenance
+from benchmarks.lib.sweep import Row as SweepRow
+from benchmarks.lib.sweep import Rows
 
-RESULTS = Path(__file__).parent / "results"
 REPACKED = "repacked"
 NOT_SLOWER = 0.97  # below this a cell is slower than dense, not noise
 # Speed-ups over the best dense engine that the project set out for: model -> sparsity -> at batch 1, G=8.
@@ -34,10 +31,8 @@ GOALS: Mapping[str, Mapping[float, float]] = {
     "bert_mini": {0.5: 1.4, 0.75: 2.0, 0.9: 2.8},
 }
 GOAL_GROUP = 8
-HEAD = """\
-# Repacked models against dense engines
-
-Written by `python benchmarks/engine.py`. Random weights, float32, milliseconds an inference; all engines and the
+ABOUT = """\
+Random weights, float32, milliseconds an inference; all engines and the
 repacked model of a row were timed in turns in one run. The best dense engine is in bold. **Speed-up: over that
 engine**, the median over the rounds (p10-p90).
 
@@ -72,7 +67,7 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(SweepRow):
     """One measured cell.
 
     Attributes:
@@ -100,6 +95,10 @@ class Row:
     load: float
     commit: str
 
+    @property
+    def key(self) -> Cell:
+        return self.cell
+
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Row:
         sparse = data["deepsparse_ms"]
@@ -118,62 +117,34 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(statistics.median(ordered), ordered[round(0.1 * last)], ordered[round(0.9 * last)])
 
 
-def identity() -> dict[str, Any]:
-    """The machine, and the versions of the engines that are installed."""
-    found = {}
-    for name in ("onnxruntime", "openvino"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return {**machine_identity(), **found}
+def results_file(folder: Path, key: str) -> Rows[Row]:
+    """The cells measured on one machine.
 
-
-def machine_key() -> str:
-    """A file name that differs where figures cannot be compared."""
-    here = identity()
-    digest = hashlib.sha256(json.dumps(here, sort_keys=True).encode()).hexdigest()[:8]
-    return f"{re.sub('[^a-z0-9]+', '-', here['cpu'].lower()).strip('-')}-{here['cores']}-{digest}"
-
-
-def results_file(key: str) -> Path:
-    return RESULTS / "engine" / f"{key}.jsonl"
-
-
-def read_rows(path: Path) -> dict[Cell, Row]:
-    """The measured cells; the last measurement of each.
-
-    Raises:
-        FileError: the file is no such file.
+    Args:
+        folder: of all results.
+        key: of `machine_key`.
     """
-    try:
-        rows = [Row.from_json(data) for data in read_lines(path, "the results of the engine benchmark")]
-    except (KeyError, TypeError) as error:
-        raise FileError(f"{path} is not what this benchmark writes ({error!r}). Delete it to measure again.") from None
-    return {row.cell: row for row in rows}
+    return Rows(folder / "engine" / f"{key}.jsonl", Row)
 
 
-def report(key: str) -> str:
+def report(folder: Path, key: str) -> str:
     """Writes engine.md and the plots from the rows of one machine; returns the text."""
-    rows = [row for _, row in sorted(read_rows(results_file(key)).items(), key=lambda item: _order(item[0]))]
+    kept = results_file(folder, key)
+    rows = sorted(kept.last().values(), key=lambda row: _order(row.cell))
     if not rows:
-        return f"nothing is measured yet in {results_file(key)}"
-    parts = [HEAD, machine_text(), goals_table(rows), slowest(rows), table(rows)]
+        return f"nothing is measured yet in {kept.path}"
+    parts = [f"{Provenance.here().machine_text}.", goals_table(rows), slowest(rows), table(rows)]
     models = list(dict.fromkeys(row.cell.model for row in rows))
     for model in models:
-        save_png(figure([row for row in rows if row.cell.model == model]), RESULTS / f"engine_{model}.png")
-        parts.append(f"![{model}](engine_{model}.png)\n")
-    text = "\n".join(parts)
-    write_text(RESULTS / "engine.md", text)
+        save_png(figure([row for row in rows if row.cell.model == model]), folder / f"engine_{model}.png")
+        parts.append(f"![{model}](engine_{model}.png)")
+    text = page("Repacked models against dense engines", "engine", ABOUT, *parts)
+    write_text(folder / "engine.md", text)
     return text
 
 
 def _order(cell: Cell) -> tuple[Any, ...]:
     return (cell.batch, cell.threads, cell.model, cell.sparsity, cell.group)
-
-
-def machine_text() -> str:
-    return ", ".join(f"{name} {value}" for name, value in identity().items()) + ".\n"
 
 
 def goals_table(rows: Sequence[Row]) -> str:
@@ -279,8 +250,8 @@ def roofline(rows: Sequence[LayerTime], title: str, peak_gflops: float, bandwidt
     return made
 
 
-def save_roofline(figure: Figure) -> Path:
+def save_roofline(figure: Figure, folder: Path) -> Path:
     """Where it was written."""
-    path = RESULTS / "engine_roofline.png"
+    path = folder / "engine_roofline.png"
     save_png(figure, path)
     return path

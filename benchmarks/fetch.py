@@ -1,4 +1,4 @@
-"""The fetch model against misses counted by cachegrind: ``python benchmarks/fetch.py`` (a few minutes).
+"""The fetch model against misses counted by cachegrind: ``python -m benchmarks fetch`` (a few minutes).
 
 Each packed layer's native op is linked into a small program of its own and run under valgrind's cachegrind, which
 simulates the same two caches from the instructions really executed. What one inference misses is the difference between
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -22,10 +23,9 @@ from statistics import median
 import numpy as np
 import torch
 
-from autoprune.files import write_text
-from autoprune.latency.machine import machine_text
 from autoprune.patterns.group import Group
 from autoprune.progress import Progress
+from autoprune.repack import pack
 from autoprune.repack.graph.ir import Graph, Input
 from autoprune.repack.graph.ops import Conv2d, op_from_json
 from autoprune.repack.kernels.compiler import Target, object_code
@@ -37,11 +37,12 @@ from autoprune.repack.native.op import NativeOp
 from autoprune.repack.native.sequence import NativeSequence
 from autoprune.repack.runtime.program import Program
 from autoprune.repack.tuning.cache_model import Cache, Fetched, What, fetched
-from autoprune.repack.weights.packed import pack
 from autoprune.report.console import Console
 from autoprune.report.table import markdown_table
+from benchmarks.lib.command_line import command_line
+from benchmarks.lib.page import page, write_page
+from benchmarks.lib.provenance import Provenance
 
-RESULTS = Path(__file__).parent / "results" / "fetch.md"
 DRIVER = Path(__file__).with_name("fetch_driver.c")
 FIRST, PAGE = 0x20_0000_0000, 1 << 16  # where the copy lies, and what its addresses agree with ours modulo
 CACHES = (Cache(32 * 1024, 64, 8), Cache(512 * 1024, 64, 8))
@@ -189,30 +190,27 @@ def timed(forms: dict[str, Built]) -> dict[str, list[float]]:
     return took
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> int:
+    given = command_line("fetch", __doc__).parse_args(argv)
     missing = [tool for tool in ("gcc", "valgrind") if shutil.which(tool) is None]
     if missing:
         sys.exit(f"error: {' and '.join(missing)} not found; install them: apt-get install {' '.join(missing)}")
     torch.set_num_threads(1)
     console, layers = Console(), [Layer(*each) for each in LAYERS]
     first, second = (f"{cache.capacity // 1024} KB, {cache.ways} ways" for cache in CACHES)
-    machine = machine_text()
-    text = (
-        "# Lines fetched by packed convolutions\n\n"
-        "Written by `python benchmarks/fetch.py`. Packed 3x3 convolutions of ResNet-18, groups of 8, batch 1, one "
-        f"thread. Two caches of 64-byte lines: {first}; {second}. Lines one inference fetches after another.\n\n"
-        "## The model and what cachegrind counted\n\n"
-        f"{validation(layers[:3], console)}\n"
-        "## What the order of work saves\n\n"
+    text = page(
+        "Lines fetched by packed convolutions",
+        "fetch",
+        "Packed 3x3 convolutions of ResNet-18, groups of 8, batch 1, one "
+        f"thread. Two caches of 64-byte lines: {first}; {second}. Lines one inference fetches after another.",
+        "## The model and what cachegrind counted",
+        validation(layers[:3], console),
+        "## What the order of work saves",
         "Lines into the first cache by what they hold, as modelled; the kernels in turns, medians. Rising: a group of "
         "filters walks its kept positions as they come, for 24 positions of the map at a time. Serpentine: every other "
-        "group walks them backwards. Panels: a group walks 288 inputs for 192 positions, then the next inputs.\n\n"
-        f"{orders(layers, console)}\n"
-        f"{machine}\n"
+        "group walks them backwards. Panels: a group walks 288 inputs for 192 positions, then the next inputs.",
+        orders(layers, console),
+        str(Provenance.here()),
     )
-    write_text(RESULTS, text)
-    print(text)
-
-
-if __name__ == "__main__":
-    main()
+    write_page(given.output, "fetch", text)
+    return 0

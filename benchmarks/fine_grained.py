@@ -1,9 +1,9 @@
 """Who finds the best recipe: the agent, random search, TPE, or a person, at equal training cost.
 
-    python benchmarks/fine_grained.py --quick                # the embedded digits: about half an hour
-    python benchmarks/fine_grained.py                        # Fashion-MNIST: two hours; stop it, and go on, at any time
-    python benchmarks/fine_grained.py --who ppo,random --seeds 1
-    python benchmarks/fine_grained.py --report               # the table again, from what is there
+    python -m benchmarks fine_grained --quick                # the embedded digits: about half an hour
+    python -m benchmarks fine_grained                        # Fashion-MNIST: two hours; stop it, and go on, at any time
+    python -m benchmarks fine_grained --who ppo,random --seeds 1
+    python -m benchmarks fine_grained --report               # the table again, from what is there
 
 95% of the weights are cut, anywhere. What is searched is how: the training method, what shares the budget among the
 layers, the schedule, the penalty, regrowth, the learning rate. Every trial trains the dense model by its recipe
@@ -18,28 +18,28 @@ The test split is read once a run, at its end. Runs are kept in benchmarks/resul
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from command_line import among
 
 from autoprune.agents.halving import rungs
 from autoprune.config import HalvingSection, parse_config
-from autoprune.files import append_line, cache_folder, read_lines, write_text
-from autoprune.latency.machine import machine_text
+from autoprune.files import cache_folder
 from autoprune.masks import sparsity, weight_of
 from autoprune.pipeline.run import Run
 from autoprune.report.console import Console
 from autoprune.report.table import markdown_table, mean_and_spread
 from autoprune.training.loop import count_batches
+from benchmarks.lib.command_line import add_report, add_seeds, among, command_line
+from benchmarks.lib.page import page, write_page
+from benchmarks.lib.provenance import Machines, Provenance
+from benchmarks.lib.sweep import Row, Rows, missing, seed_by_seed, sweep
 
-RESULTS = Path(__file__).parent / "results"
 SPARSITY = 0.95
 HAND_SET = {"name": "gradual", "allocation": "erk"}
 SETTINGS = {"learning_rate": 0.05, "weight_decay": 5e-4}
@@ -93,7 +93,7 @@ SETUPS: Mapping[str, Setup] = {
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Outcome(Row):
     """One finished run; accuracies in [0, 1]."""
 
     who: str
@@ -106,59 +106,56 @@ class Outcome:
     seconds: float
     recipe: str
 
+    @property
+    def key(self) -> tuple[int, str]:
+        return self.seed, self.who
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+def main(argv: Sequence[str]) -> int:
+    parser = command_line("fine_grained", __doc__)
     parser.add_argument("--quick", action="store_true", help="the embedded digits")
     parser.add_argument("--who", type=among(WHO), default=tuple(WHO), help=f"of {', '.join(WHO)}")
-    parser.add_argument("--seeds", type=int, default=3, help="how many")
-    parser.add_argument("--report", action="store_true", help="only write the table")
-    given = parser.parse_args()
+    add_seeds(parser, 3)
+    add_report(parser)
+    given = parser.parse_args(argv)
     name = "digits" if given.quick else "fashion_mnist"
-    path = RESULTS / "fine_grained" / f"{name}.jsonl"
-    if not given.report:
-        torch.set_num_threads(1)
-        console = Console()
-        done = {(outcome.who, outcome.seed) for outcome in _read(path)}
-        missing = [(each, seed) for seed in range(given.seeds) for each in given.who if (each, seed) not in done]
-        with console.bar("runs", len(missing)) as bar:
-            for each, seed in missing:
-                outcome = run(name, each, seed)
-                append_line(path, asdict(outcome))
-                bar.advance(1, f"{each}, seed {seed}: {100 * outcome.test:.2f}%")
-    print(report(name, _read(path)))
+    rows, failed = Rows(given.output / "fine_grained" / f"{name}.jsonl", Outcome), 0
+    try:
+        if not given.report:
+            torch.set_num_threads(1)
+            wanted = missing(rows, seed_by_seed(given.seeds, given.who))
+            failed = sweep(rows, wanted, partial(run, name), Console(), note=lambda row: f"{100 * row.test:.2f}%")
+    finally:
+        write_page(given.output, f"fine_grained_{name}", report(name, rows.read()))
+    return int(failed > 0)
 
 
-def _read(path: Path) -> list[Outcome]:
-    return [Outcome(**line) for line in read_lines(path, "the results")]
-
-
-def run(name: str, who: str, seed: int) -> Outcome:
+def run(name: str, key: tuple[int, str]) -> Outcome:
     """One search and its last training, or a hand-set recipe's; resumed where it was stopped."""
-    setup = SETUPS[name]
+    setup, (seed, who) = SETUPS[name], key
     searched = who in SEARCHERS
     epochs = setup.epochs
     start = time.process_time()
     directory = cache_folder() / "benchmarks" / "fine_grained" / f"{name}-{who}-{seed}"
-    job = Run(parse_config(_config(setup, who, seed, epochs), name), directory)
-    per_epoch = count_batches(job.task.train)
+    trained = Run(parse_config(_config(setup, who, seed, epochs), name), directory)
+    per_epoch = count_batches(trained.task.train)
     trials = setup.episodes * setup.steps + sum(
         rung.plans * rung.steps for rung in rungs(setup.halving.plans, setup.halving.steps, setup.halving.factor)
     )
     if who == HAND_LONGER:
         epochs += round(trials / per_epoch)
-        job = Run(parse_config(_config(setup, who, seed, epochs), name), directory)
+        trained = Run(parse_config(_config(setup, who, seed, epochs), name), directory)
     if not searched:
-        job.plan_uniformly()
-    plan, model, inventory, dense = job.plan, job.masked, job.prepared.inventory, job.prepared.dense
+        trained.plan_uniformly()
+    plan, model, inventory, dense = trained.plan, trained.masked, trained.prepared.inventory, trained.prepared.dense
     zeros = [sparsity(weight_of(model, layer)) * inventory[layer].weights for layer in inventory.names]
     recipe = {**plan.training.args, **plan.settings}
     return Outcome(
         who,
         seed,
-        job.task.test(dense),
-        job.task.evaluate(model),
-        job.task.test(model),
+        trained.task.test(dense),
+        trained.task.evaluate(model),
+        trained.task.test(model),
         sum(zeros) / sum(inventory[layer].weights for layer in inventory.names),
         epochs * per_epoch + trials * searched,
         time.process_time() - start,
@@ -192,11 +189,11 @@ def _config(setup: Setup, who: str, seed: int, epochs: int) -> dict[str, Any]:
     }
 
 
-def report(name: str, outcomes: Sequence[Outcome]) -> str:
-    """The table; also written to benchmarks/results/fine_grained_NAME.md."""
-    setup, rows = SETUPS[name], []
+def report(name: str, outcomes: Sequence[tuple[Outcome, Provenance | None]]) -> str:
+    """The page, from the rows and where each was measured."""
+    setup, rows, machines = SETUPS[name], [], Machines(made for _, made in outcomes)
     for who in WHO:
-        mine = [outcome for outcome in outcomes if outcome.who == who]
+        mine = [outcome for outcome, _ in outcomes if outcome.who == who]
         if mine:
             figures = zip(*((each.validation, each.test, each.dense - each.test) for each in mine), strict=True)
             rows.append((
@@ -206,22 +203,20 @@ def report(name: str, outcomes: Sequence[Outcome]) -> str:
                 f"{statistics.mean(each.seconds for each in mine):.0f}",
             ))  # fmt: skip
     header = ("who", "seeds", "validation", "test", "points under dense", "zeros", "steps trained", "processor s")
-    recipes = [(outcome.who, str(outcome.seed), f"{100 * outcome.test:.2f}", outcome.recipe) for outcome in outcomes]
-    machine = machine_text()
+    recipes = [
+        (row.who, str(row.seed), f"{100 * row.test:.2f}", row.recipe, *machines.cell([made])) for row, made in outcomes
+    ]
     halving, quick = setup.halving, " --quick" if name == "digits" else ""
-    text = (
-        f"# Recipes for {100 * SPARSITY:g}% zeros, unstructured: {name}\n\n"
-        f"Written by `python benchmarks/fine_grained.py{quick}`. {setup.episodes} trials of {setup.steps} steps, "
+    return page(
+        f"Recipes for {100 * SPARSITY:g}% zeros, unstructured: {name}",
+        f"fine_grained{quick}",
+        f"{setup.episodes} trials of {setup.steps} steps, "
         f"successive halving from {halving.plans} plans of {halving.steps} steps, a last training of {setup.epochs} "
         "epochs. Accuracies in percent, mean ± standard deviation over the seeds; "
         "everything was chosen on the validation split. hand-set trains as long as the others' last training, "
-        "hand-set-long as long as a whole search.\n\n"
-        f"{markdown_table(header, rows)}\n## What was found\n\n"
-        f"{markdown_table(('who', 'seed', 'test', 'recipe'), recipes, left=4)}\n{machine}\n"
+        "hand-set-long as long as a whole search.",
+        markdown_table(header, rows),
+        "## What was found",
+        markdown_table(("who", "seed", "test", "recipe", *machines.header), recipes, left=5),
+        machines.legend(),
     )
-    write_text(RESULTS / f"fine_grained_{name}.md", text)
-    return text
-
-
-if __name__ == "__main__":
-    main()

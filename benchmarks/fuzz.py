@@ -1,6 +1,6 @@
 """Damaged and hostile files of every kind that autoprune reads: an error in words, or what was written; nothing else.
 
-    python benchmarks/fuzz.py --mutants 2000 --packed 20000
+    python -m benchmarks fuzz --mutants 2000 --packed 20000
 
 Each mutant of a real sample is read, and then used, by the product's own code, in a process that may take 5 s of the
 processor and 1 GiB more than it has. A third is damage to bytes; the others say something else in well-formed JSON or
@@ -14,19 +14,17 @@ tensors, half of them under a right checksum, as somebody who means harm would w
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
 import platform
 import random
 import resource
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -34,18 +32,20 @@ from typing import Any
 import numpy as np
 import safetensors
 import torch
-from fuzz_kinds import KINDS, Kind
-from fuzz_mutants import damaged
 
 from autoprune.errors import AutopruneError
-from autoprune.files import write_text
 from autoprune.latency.machine import machine_identity
 from autoprune.report.table import markdown_table
 from autoprune.version import __version__
+from benchmarks.fuzz_kinds import KINDS, Kind
+from benchmarks.fuzz_mutants import damaged
+from benchmarks.lib.command_line import command_line
+from benchmarks.lib.page import page, write_page
+from benchmarks.lib.provenance import commit
 
-RESULTS = Path(__file__).parent / "results"
 CPU_S, WALL_S = 5.0, 120.0  # of one mutant: what it may take, and after which its process is ended
 MEMORY = 2**30  # bytes of address space
+NAMES = [kind.name for kind in KINDS]
 BAD = ("accepted", "wrong error", "too much memory", "too long", "crash")
 OUTCOMES = ("refused", "the same", "another", "first lines", *BAD)
 
@@ -87,6 +87,11 @@ def outcome(kind: Kind, folder: Path, sound: bytes, expected: Any, seed: int) ->
     if path.suffix == ".jsonl" and repr(found) == repr(expected[: len(found)]):
         return "first lines", ""
     return "another" if right or kind.by_hand else "accepted", ""
+
+
+def ready(pipes: Sequence[Connection]) -> list[Connection]:
+    """Those with something to read, after a second at most."""
+    return [each for each in wait(pipes, timeout=1.0) if isinstance(each, Connection)]
 
 
 def work(kinds: list[Kind], scratch: str, pipe: Connection) -> None:
@@ -142,8 +147,7 @@ class Pool:
         for pipe in list(self._processes):
             give(pipe)
         while busy:
-            for pipe in wait(list(busy), timeout=1.0):
-                assert isinstance(pipe, Connection)
+            for pipe in ready(list(busy)):
                 try:
                     said = pipe.recv()
                 except EOFError:
@@ -211,36 +215,27 @@ def table(counts: dict[str, Counter[str]]) -> str:
     return markdown_table(("file", "mutants", *OUTCOMES), rows)
 
 
-def _commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str]) -> int:
+    parser = command_line("fuzz", __doc__)
     parser.add_argument("--mutants", type=int, default=2000, help="of each kind that is no packed file")
     parser.add_argument("--packed", type=int, default=20_000, help="of all kinds of packed files together")
-    parser.add_argument("--kinds", nargs="*", default=[kind.name for kind in KINDS], help="names, as in the table")
+    parser.add_argument("--kinds", nargs="*", choices=NAMES, default=NAMES, metavar="KIND", help="as in the table")
     parser.add_argument("--first", type=int, default=0, help="seed of the first mutant")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/fuzz.md")
-    given = parser.parse_args(arguments)
+    given = parser.parse_args(argv)
     kinds = [kind for kind in KINDS if kind.name in given.kinds]
     packs = sum(kind.name.startswith("packed") for kind in KINDS)
     mutants = [given.packed // packs if kind.name.startswith("packed") else given.mutants for kind in kinds]
     start = time.monotonic()
     counts = fuzz(kinds, mutants, given.processes, given.first)
     bad = sum(count[each] for count in counts.values() for each in BAD)
-    text = f"{table(counts)}\n{bad} failures; {time.monotonic() - start:.0f} s in {given.processes} processes.\n"
-    print(text)
+    told = f"{bad} failures; {time.monotonic() - start:.0f} s in {given.processes} processes."
     if given.write:
         versions = f"autoprune {__version__}, Python {platform.python_version()}, torch {torch.__version__}, "
-        versions += f"safetensors {safetensors.__version__}, numpy {np.__version__}, commit {_commit()}"
-        machine = f"{machine_identity()['cpu']}, seeds from {given.first}"
-        told = f"`python benchmarks/fuzz.py --write`: {versions}; {machine}."
-        write_text(RESULTS / "fuzz.md", f"# Mutants of files\n\n{told}\n\n{text}")
-    return 1 if bad else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        versions += f"safetensors {safetensors.__version__}, numpy {np.__version__}, commit {commit() or 'unknown'}"
+        about = f"With {versions}; {machine_identity()['cpu']}, seeds from {given.first}."
+        write_page(given.output, "fuzz", page("Mutants of files", "fuzz --write", about, table(counts), told))
+    else:
+        print(table(counts), told, sep="\n")
+    return int(bad > 0)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from fuzz_mutants import changed_json, changed_lines, changed_tensors, changed_toml
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
@@ -48,6 +47,7 @@ from autoprune.settings import TrainingSettings
 from autoprune.tasks import Task
 from autoprune.testing import fake_problem
 from autoprune.training.checkpoint import Checkpoint
+from benchmarks.fuzz_mutants import changed_json, changed_lines, changed_tensors, changed_toml
 
 X = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -146,7 +146,7 @@ def _read_packed(folder: Path, build: str | None = None) -> Any:
 
 def _digest(value: torch.Tensor) -> Any:
     """Tells a value from every other; a mutant may give a large one, whose text would take longer than the value."""
-    content = value.contiguous().flatten().view(torch.uint8).numpy()
+    content = value.contiguous().flatten().view(torch.uint8).numpy().data
     return tuple(value.shape), str(value.dtype), hashlib.sha256(content).hexdigest()
 
 
@@ -243,6 +243,7 @@ def _read_agent(folder: Path) -> Any:
 def _read_policy(folder: Path) -> Any:
     policy = Policy.load(folder / "policy")
     length = policy.act._model.observation_space.shape
+    assert length is not None
     action = policy.act(torch.zeros(length).numpy(), 0)
     return str(policy.actions), policy.start, policy.curves, action.tolist()
 

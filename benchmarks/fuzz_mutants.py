@@ -19,12 +19,15 @@ from autoprune.errors import FileError
 from autoprune.files import append_line, read_tensors, write_json, write_tensors
 
 HUGE = [2**31 - 1, 2**31, 2**40, 2**63, 10**30, 10**39, 4096, 65_536, 10**6, 10**8]
+NESTED: Any = 0
+for _ in range(200):
+    NESTED = [NESTED]
 WILD: list[Any] = [
     *(-1, 0, 1, 2, 3, 4, 7, 8, 16, *HUGE, *HUGE, 10**400, 0.5, -0.0, 1e308, -1e308, 1e-320),
     *(float("inf"), float("nan"), True, False, None, "", "0", "8", "jit", "torch", "__class__", "..", "/", "x" * 5000),
     *("x", "relu", "float32", "aten.add.Tensor", "aten.unbind.int", [], [3], [1, 1], [2, 3], {}, {"0": 1}, [0] * 3000),
     *({"ref": "x"}, {"name": "group", "args": {"size": 2**40}}, {"dtype": "float64"}, {"float": "nan"}),
-    functools.reduce(lambda inner, _: [inner], range(200), 0),
+    NESTED,
 ]
 TOKENS = ["9" * 5000, "1e999", "NaN", "nan", "inf", "-1", "0", "[" * 2000, "1" + "0" * 20, "null", '"x"', "true", "{}"]
 _DAMAGE = ["flip", "flip", "flip", "byte", "cut", "insert", "lose", "double", "swap", "digits", "token", "line"]

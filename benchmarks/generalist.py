@@ -1,8 +1,8 @@
 """What a generalist's design is worth: actions, what is seen, shaping, learners. About 40 minutes of a core.
 
-    python benchmarks/generalist.py                  # goes on where it was stopped
-    python benchmarks/generalist.py --variants shipped absolute
-    python benchmarks/generalist.py --report
+    python -m benchmarks generalist                  # goes on where it was stopped
+    python -m benchmarks generalist --variants shipped,absolute
+    python -m benchmarks generalist --report
 
 Every variant learns the same family from the same seed, by surrogates alone, and is judged by them: the share of the
 knapsack's loss that its plans avoid, on tasks it learned from, tasks that choose among its policies, and tasks of other
@@ -12,8 +12,8 @@ first, once (`autoprune train configs/generalist.toml`). Writes benchmarks/resul
 
 from __future__ import annotations
 
-import argparse
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,16 +21,17 @@ from typing import Any
 import torch
 
 from autoprune.config import GeneralistConfig, load_generalist_config
-from autoprune.files import cache_folder, read_json, write_json, write_text
-from autoprune.latency.machine import machine_text
+from autoprune.files import cache_folder, read_json, write_json
 from autoprune.pipeline.generalist import Generalist
 from autoprune.registry import Choice
 from autoprune.report.console import Console
 from autoprune.report.table import markdown_table
+from benchmarks.lib.command_line import add_report, among, command_line
+from benchmarks.lib.page import page, write_page
+from benchmarks.lib.provenance import Machines, Provenance
+from benchmarks.lib.sweep import PROVENANCE
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "results"
-CONFIG = HERE.parent / "configs" / "generalist.toml"
+CONFIG = Path(__file__).parents[1] / "configs" / "generalist.toml"
 PPO = {"episodes_per_update": 16, "learning_rate": 5e-4, "epochs": 6, "minibatches": 8, "net": [128, 128]}
 SPARSITY = (Choice("sparsity"),)
 MIX, COEFFICIENT = Choice("mix"), Choice("coefficient", {"reach": 1.0})
@@ -70,55 +71,57 @@ def of_variant(variant: Variant, base: GeneralistConfig) -> GeneralistConfig:
     return base.model_copy(update={"env": env, "agent": variant.agent, "learning": learning})
 
 
-def run(variant: Variant, prepared: dict[str, Any] | None) -> dict[str, Any]:
+def result_of(variant: Variant, folder: Path) -> Path:
+    return folder / "generalist" / f"{variant.name}.json"
+
+
+def run(variant: Variant, folder: Path, prepared: Mapping[str, Any] | None) -> Mapping[str, Any]:
     """Trains and judges one variant; `prepared` of another one serves all."""
-    path = RESULTS / "generalist" / f"{variant.name}.json"
     config = of_variant(variant, load_generalist_config(CONFIG))
     directory = cache_folder() / "benchmarks" / "generalist" / variant.name
     generalist = Generalist(config, directory, progress=Console(), prepared=prepared)
     _ = generalist.prepared
     started = time.perf_counter()
     best = generalist.train()
-    write_json(path, {"what": variant.what, "seconds": time.perf_counter() - started, **asdict(best)})
+    seconds, made = time.perf_counter() - started, Provenance.here().to_json()
+    write_json(result_of(variant, folder), {"what": variant.what, "seconds": seconds, **asdict(best), PROVENANCE: made})
     return generalist.prepared
 
 
-def page() -> str:
-    rows = []
-    for variant in VARIANTS:
-        path = RESULTS / "generalist" / f"{variant.name}.json"
-        if path.exists():
-            found = read_json(path, "the variant's result")
-            figures = [f"{100 * found[key]:+.1f}" for key in ("learned", "choosing", "held_out")]
-            rows.append([variant.name, variant.what, *figures, f"{found['update'] + 1}", f"{found['seconds']:.0f}"])
-    header = ("variant", "what", "learned", "choosing", "held out", "best update", "seconds")
-    text = "\n\n".join(
-        [
-            "# The design of a generalist",
-            "Percent of the knapsack's loss that the policy's plans avoid, without an evaluation, by surrogates: means "
-            f"over tasks, each counting alike; one training a variant, and two of one design end some percent apart. "
-            f"{machine_text()}",
-            markdown_table(header, rows, left=2),
-        ]
+def report(folder: Path) -> str:
+    """The page, from the results that are there."""
+    there = [variant for variant in VARIANTS if result_of(variant, folder).exists()]
+    found = [read_json(result_of(variant, folder), "the variant's result") for variant in there]
+    made = [Provenance(**row[PROVENANCE]) if PROVENANCE in row else None for row in found]
+    machines, rows = Machines(made), []
+    for variant, row, provenance in zip(there, found, made, strict=True):
+        figures = [f"{100 * row[key]:+.1f}" for key in ("learned", "choosing", "held_out")]
+        where = machines.cell([provenance])
+        rows.append([variant.name, variant.what, *figures, f"{row['update'] + 1}", f"{row['seconds']:.0f}", *where])
+    header = ("variant", "what", "learned", "choosing", "held out", "best update", "seconds", *machines.header)
+    return page(
+        "The design of a generalist",
+        "generalist",
+        "Percent of the knapsack's loss that the policy's plans avoid, without an evaluation, by surrogates: means "
+        "over tasks, each counting alike; one training a variant, and two of one design end some percent apart.",
+        markdown_table(header, rows, left=2),
+        machines.legend(),
     )
-    write_text(RESULTS / "generalist.md", text + "\n")
-    return text
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variants", nargs="*", default=[variant.name for variant in VARIANTS])
-    parser.add_argument("--report", action="store_true", help="train nothing: write the page of what is there")
-    given = parser.parse_args()
+def main(argv: Sequence[str]) -> int:
+    names = [variant.name for variant in VARIANTS]
+    parser = command_line("generalist", __doc__)
+    parser.add_argument("--variants", type=among(names), default=names, help=f"of {', '.join(names)}; default all")
+    add_report(parser)
+    given = parser.parse_args(argv)
     torch.set_num_threads(1)
-    prepared = None
-    for variant in VARIANTS:
-        done = (RESULTS / "generalist" / f"{variant.name}.json").exists()
-        if variant.name in given.variants and not given.report and not done:
-            prepared = run(variant, prepared)
-            page()
-    print(page())
-
-
-if __name__ == "__main__":
-    main()
+    prepared: Mapping[str, Any] | None = None
+    try:
+        for variant in VARIANTS:
+            done = result_of(variant, given.output).exists()
+            if variant.name in given.variants and not given.report and not done:
+                prepared = run(variant, given.output, prepared)
+    finally:
+        write_page(given.output, "generalist", report(given.output))
+    return 0

@@ -1,16 +1,15 @@
-"""Commands that are killed again and again, and what is left: ``python benchmarks/kills.py [--kills 100] [OUTPUT]``.
+"""Commands that are killed again and again, and what is left: ``python -m benchmarks kills [--kills 100]``.
 
 `run` of a small config, `train` of a small generalist and `compare` are each done once undisturbed. Then the same
 commands are killed (SIGKILL of the main process) at random moments and given again, until they end; in new directories
 as long as kills are left. All that is random comes from a seed. Latency tables are of the clock: those of the
 undisturbed commands are given to the killed ones before they search, after which all is deterministic; before, it is
 seen that a table goes on where it was. Stopped, the benchmark goes on where it was; ``--fresh`` starts it anew. About
-25 minutes on two free cores. Writes benchmarks/results/kills.md, or OUTPUT.
+25 minutes on two free cores. Writes benchmarks/results/kills.md.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -21,15 +20,17 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from autoprune.files import append_line, cache_folder, read_lines, write_text
-from autoprune.latency.machine import machine_text
+from autoprune.files import cache_folder, read_lines, write_text
 from autoprune.report.table import markdown_table
+from benchmarks.lib.command_line import among, command_line
+from benchmarks.lib.page import page, write_page
+from benchmarks.lib.provenance import Provenance
+from benchmarks.lib.sweep import Row, Rows
 
-RESULTS = Path(__file__).parent / "results" / "kills.md"
 KEPT = cache_folder() / "benchmarks" / "kills"
 MARK = "AUTOPRUNE_KILLS"  # in the environment of all that is started
 GRACE_S = 5.0
@@ -69,7 +70,7 @@ CONFIGS = {"run": RUN, "train": FAMILY, "compare": COMPARE}
 
 
 @dataclass(frozen=True)
-class Kill:
+class Kill(Row):
     """One kill.
 
     Attributes:
@@ -85,6 +86,10 @@ class Kill:
     stage: str
     after_s: float
     alive_s: float | None
+
+    @property
+    def key(self) -> Kill:
+        return self
 
 
 class Job:
@@ -217,10 +222,10 @@ def give_tables(job: Job, model: Job) -> None:
         shutil.copy(model.directory / "latency.json", job.directory / "latency.json")
 
 
-def attempt(command: str, number: int, kills: int, seed: int, log: Path, model: Job) -> int:
+def attempt(command: str, number: int, kills: int, seed: int, log: Rows[Kill], model: Job) -> int:
     """Kills one command until it ends, or so often; returns how often. Then it is left to end, and looked at."""
     job = Job(command, KEPT / f"{command}-{number}")
-    of = [each for each in (Kill(**line) for line in read_lines(log, "the kills")) if each.command == command]
+    of = [each for each, _ in log.read() if each.command == command]
     count = sum(each.attempt == number for each in of)
     before: list[Any] = job.cells()
     job.folder.mkdir(parents=True, exist_ok=True)
@@ -250,7 +255,7 @@ def attempt(command: str, number: int, kills: int, seed: int, log: Path, model: 
             if now[: len(before)] != before or len(keys) != len(set(keys)):
                 raise SystemExit(f"the latency table lost measurements: {job.folder}")
             before = now
-        append_line(log, asdict(kill))
+        log.add(kill)
         of.append(kill)
         count += 1
         print(
@@ -316,7 +321,7 @@ def _data(path: Path) -> list[dict[str, Any]]:
     ]
 
 
-def page(kills: Sequence[Kill], found: Mapping[str, Mapping[str, int]], seed: int) -> str:
+def report(kills: Sequence[Kill], found: Mapping[str, Mapping[str, int]], seed: int) -> str:
     rows = []
     for command, stage in dict.fromkeys((each.command, each.stage) for each in kills):
         of = [each for each in kills if (each.command, each.stage) == (command, stage)]
@@ -325,39 +330,30 @@ def page(kills: Sequence[Kill], found: Mapping[str, Mapping[str, int]], seed: in
         rows.append([command, stage, str(len(of)), longest, str(lived.count(None))])
     columns = list(dict.fromkeys(name for each in found.values() for name in each))
     looked_at = [[name, *(str(each[column]) for column in columns)] for name, each in found.items()]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
-    lines = [
-        "# Killed commands",
-        "",
-        f"Written by `python benchmarks/kills.py --kills {len(kills)} --seed {seed}` at commit {commit.strip()}.",
-        "SIGKILL of the main process at a random moment; then the same command again. The seconds are those until no",
+    return page(
+        "Killed commands",
+        f"kills --kills {len(kills)} --seed {seed}",
+        "SIGKILL of the main process at a random moment; then the same command again. The seconds are those until no "
         "process of the command was left.",
-        "",
-        f"{machine_text()}.",
-        "",
-        *markdown_table(("command", "stage", "kills", "longest, s", "alive after 5 s"), rows, left=2).splitlines(),
-        "",
-        "When each had ended, against the same command undisturbed (plans, trials, weights, evaluations, outcomes,",
-        "judgements, policies): what was lost or doubled, and what was left. No latency table lost a measurement, or",
+        str(Provenance.here()),
+        markdown_table(("command", "stage", "kills", "longest, s", "alive after 5 s"), rows, left=2),
+        "When each had ended, against the same command undisturbed (plans, trials, weights, evaluations, outcomes, "
+        "judgements, policies): what was lost or doubled, and what was left. No latency table lost a measurement, or "
         "made one twice.",
-        "",
-        *markdown_table(("directory", *columns), looked_at).splitlines(),
-        "",
-    ]
-    return "\n".join(lines)
+        markdown_table(("directory", *columns), looked_at),
+    )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", nargs="?", type=Path, default=RESULTS)
+def main(argv: Sequence[str]) -> int:
+    parser = command_line("kills", __doc__)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--commands", nargs="*", default=list(SHARES), choices=list(SHARES))
+    parser.add_argument("--commands", type=among(SHARES), default=tuple(SHARES), help=f"of {','.join(SHARES)}")
     parser.add_argument("--fresh", action="store_true", help="forget what was done before")
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     if given.fresh:
         shutil.rmtree(KEPT, ignore_errors=True)
-    start, log = time.monotonic(), KEPT / "kills.jsonl"
+    start, log = time.monotonic(), Rows(KEPT / "kills.jsonl", Kill)
     found: dict[str, dict[str, int]] = {}
     whole = sum(SHARES[command] for command in given.commands)
     for command in given.commands:
@@ -367,11 +363,6 @@ def main() -> None:
             job = Job(command, KEPT / f"{command}-{number}")
             found[job.folder.name] = findings(job, model)
             number += 1
-    text = page([Kill(**line) for line in read_lines(log, "the kills")], found, given.seed)
-    write_text(given.output, text)
-    print(text)
-    print(f"{time.monotonic() - start:.0f} s; written to {given.output}")
-
-
-if __name__ == "__main__":
-    main()
+    write_page(given.output, "kills", report([kill for kill, _ in log.read()], found, given.seed))
+    print(f"{time.monotonic() - start:.0f} s")
+    return 0

@@ -1,32 +1,30 @@
-"""Packed layers against torch's dense ones, a layer at a time: ``python benchmarks/layers.py [OUTPUT]``.
+"""Packed layers against torch's dense ones, a layer at a time: ``python -m benchmarks layers``.
 
 Each packed layer is timed inside a program, in the layout it has there, in turns with the faster of torch's contiguous
-and channels_last. Writes benchmarks/results/layers.md, or OUTPUT.
+and channels_last. Writes benchmarks/results/layers.md.
 """
 
 from __future__ import annotations
 
-import copy
 import itertools
 import os
-import sys
 import time
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from autoprune.files import write_text
-from autoprune.latency.machine import machine_text
 from autoprune.latency.timer import Protocol
-from autoprune.patterns import PATTERNS
+from autoprune.model.inventory import take_inventory
 from autoprune.registry import Choice
 from autoprune.repack import ProgramModel, capture, repack
 from autoprune.repack.tuning.layer_times import LayerTime, layer_times
 from autoprune.repack.tuning.roofline import fma_gflops
+from benchmarks.lib.command_line import command_line
+from benchmarks.lib.page import page, write_page
+from benchmarks.lib.provenance import Provenance
+from benchmarks.lib.pruning import pruned
 
-RESULTS = Path(__file__).parent / "results" / "layers.md"
 # (input channels, filters, extent of the input map, kernel, stride)
 CONVOLUTIONS = [
     (16, 16, 32, 3, 1),
@@ -59,18 +57,12 @@ GROUP_SIZES = (1, 4, 8, 16)
 PROTOCOL = Protocol(samples=15, warmup=2)
 
 
-def pruned(module: nn.Conv2d | nn.Linear, size: int, sparsity: float) -> nn.Sequential:
-    """The layer pruned in groups by magnitude, as a model."""
-    layer = copy.deepcopy(module)
-    layer.weight.mul_(PATTERNS.create(Choice("group", {"size": size})).mask(layer.weight.abs(), sparsity))
-    return nn.Sequential(layer)
-
-
 def measure(module: nn.Conv2d | nn.Linear, x: Tensor) -> dict[tuple[float, int], LayerTime]:
     """The layer inside a program, at each (sparsity, group size); in turns with torch's dense layer."""
-    graph, times = capture(nn.Sequential(module), (x,)), {}
+    dense, times = nn.Sequential(module), {}
+    graph, layers = capture(dense, (x,)), take_inventory(dense, x, min_weights=1).layers
     for sparsity, size in itertools.product(SPARSITIES, GROUP_SIZES):
-        model = pruned(module, size, sparsity)
+        model = pruned(dense, layers, Choice("group", {"size": size}), sparsity)
         fast = repack(model, x, form="program", graph=graph, threads=1)
         assert isinstance(fast, ProgramModel)
         rows = layer_times(fast, model, x, PROTOCOL)
@@ -102,7 +94,7 @@ def faster(row: LayerTime) -> float:
 
 def goals(found: Mapping[str, Mapping[tuple[float, int], LayerTime]], peak: float) -> list[str]:
     """What the project set out for, and what was measured."""
-    lines = ["", "| goal | measured |", "|---|---|"]
+    lines = ["| goal | measured |", "|---|---|"]
     shares = {name: found[name][0.75, 8].gflops / peak for name in (title_of(*each) for each in RESNET18)}
     lowest = min(shares, key=shares.__getitem__)
     reached = sum(share >= PEAK_GOAL for share in shares.values())
@@ -131,43 +123,36 @@ def layers() -> list[tuple[str, nn.Conv2d | nn.Linear, Tensor]]:
     return made
 
 
-def main() -> None:
-    start = time.perf_counter()
+def main(argv: Sequence[str]) -> int:
+    given = command_line("layers", __doc__).parse_args(argv)
+    start, load = time.perf_counter(), os.getloadavg()[0]
     torch.set_num_threads(1)
     peak = fma_gflops()
-    about = machine_text()
-    head = [
-        "# Packed layers against torch's dense layers",
-        "",
-        "Written by `python benchmarks/layers.py`. Each packed cell: microseconds of the layer's operation inside a",
-        "program, in the layout it has there (times faster than dense; useful work, that of kept weights, as a share",
-        "of the peak), for filters pruned in groups of G. Dense: the faster of contiguous and channels_last, timed in",
-        "turns with each cell; shown is the fastest of the row's.",
-        "",
-        f"Peak: {peak:.0f} GFLOP/s, the best that one core reached with independent fused multiply-adds alone.",
-        "",
-        f"One thread, batch {BATCH}, float32; median of {PROTOCOL.samples} interleaved samples; "
-        f"load average when it began: {os.getloadavg()[0]:.1f}.",
-        "",
-        f"{about}.",
-        "",
+    found = {}
+    table = [
         "| layer | dense us | sparsity | " + " | ".join(f"G={size}" for size in GROUP_SIZES) + " |",
         "|---|---|---:|" + "---|" * len(GROUP_SIZES),
     ]
-    print("\n".join(head), flush=True)
-    found = {}
     with torch.inference_mode():
         for title, module, x in layers():
             found[title] = measure(module, x)
             lines = rows(title, found[title], peak)
             print("\n".join(lines), flush=True)
-            head += lines
-    lines = goals(found, peak)
-    print("\n".join(lines))
-    output = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS
-    write_text(output, "\n".join([*head, *lines]) + "\n")
-    print(f"\n{time.perf_counter() - start:.0f} s; written to {output}")
-
-
-if __name__ == "__main__":
-    main()
+            table += lines
+    text = page(
+        "Packed layers against torch's dense layers",
+        "layers",
+        "Each packed cell: microseconds of the layer's operation inside a "
+        "program, in the layout it has there (times faster than dense; useful work, that of kept weights, as a share "
+        "of the peak), for filters pruned in groups of G. Dense: the faster of contiguous and channels_last, timed in "
+        "turns with each cell; shown is the fastest of the row's.",
+        f"Peak: {peak:.0f} GFLOP/s, the best that one core reached with independent fused multiply-adds alone.",
+        f"One thread, batch {BATCH}, float32; median of {PROTOCOL.samples} interleaved samples; "
+        f"load average when it began: {load:.1f}.",
+        str(Provenance.here()),
+        "\n".join(table),
+        "\n".join(goals(found, peak)),
+    )
+    write_page(given.output, "layers", text)
+    print(f"{time.perf_counter() - start:.0f} s")
+    return 0

@@ -1,4 +1,4 @@
-"""How far LeNet-5 can be pruned at 0.1 point: ``python benchmarks/lenet.py [--data NAME] [--seeds N]``.
+"""How far LeNet-5 can be pruned at 0.1 point: ``python -m benchmarks lenet [--data NAME] [--seeds N]``.
 
 MNIST as it is, which the papers prune this network on; with `--data fashion_mnist` the harder one, augmented. Single
 weights, one ranking of all layers, which compare by LAMP. Every recipe starts from the same trained model, which also
@@ -13,31 +13,32 @@ in the folder that MNIST's files were unpacked in; where they are missing, the e
 
 from __future__ import annotations
 
-import argparse
 import copy
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
-from command_line import among
 from torch import nn
 
-from autoprune.files import append_line, cache_folder, read_lines, read_tensors, write_tensors, write_text
-from autoprune.latency.machine import machine_text
+from autoprune.files import cache_folder, read_tensors, write_tensors
 from autoprune.masks import weight_of
 from autoprune.model.inventory import take_inventory
 from autoprune.plan import LayerPlan, Plan
 from autoprune.registry import Choice
+from autoprune.report.console import Console
 from autoprune.report.table import MISSING, markdown_table, mean_and_spread
 from autoprune.settings import TrainingSettings
 from autoprune.tasks import TASKS, Task
 from autoprune.tasks.batches import TensorBatches
 from autoprune.training import TRAINING, Pruner, train_
+from benchmarks.lib.command_line import add_report, add_seeds, among, command_line
+from benchmarks.lib.page import page, write_page
+from benchmarks.lib.provenance import Machines, Provenance
+from benchmarks.lib.sweep import Row, Rows, missing, sweep
 
-RESULTS = Path(__file__).parent / "results"
 KEPT = cache_folder() / "benchmarks" / "lenet"
 DATA: Mapping[str, bool] = {"mnist": False, "fashion_mnist": True}  # whether its images are augmented
 LOSS_POINTS = 0.1
@@ -85,7 +86,19 @@ QUICK = Protocol("quick", 6_000, start_epochs=4, epochs=6, first=12.0)
 
 
 @dataclass(frozen=True)
-class Run:
+class Job:
+    """A run to make: a recipe, times fewer weights (1 for dense training), a seed."""
+
+    recipe: str
+    factor: float
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.recipe} {self.factor:g}x seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Run(Row):
     """One run.
 
     Attributes:
@@ -103,31 +116,45 @@ class Run:
     reached: float
     seconds: float
 
+    @property
+    def key(self) -> Job:
+        return Job(self.recipe, self.factor, self.seed)
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+def main(argv: Sequence[str]) -> int:
+    parser = command_line("lenet", __doc__)
     parser.add_argument("--quick", action="store_true", help="6,000 images, few epochs, one seed")
     parser.add_argument("--data", choices=DATA, default="mnist")
-    parser.add_argument("--seeds", type=int, help="3, or 1 with --quick, when left out")
+    add_seeds(parser, usual="3, or 1 with --quick")
     parser.add_argument("--recipes", type=among(RECIPES), default=tuple(RECIPES), help=f"of {', '.join(RECIPES)}")
-    parser.add_argument("--report", action="store_true", help="only write the table again")
-    given = parser.parse_args()
+    add_report(parser)
+    given = parser.parse_args(argv)
     torch.set_num_threads(1)
     protocol = replace(QUICK if given.quick else FULL, data=given.data)
     seeds = range(given.seeds or (1 if given.quick else 3))
-    if not given.report:
-        search(protocol, given.recipes, seeds)
-    print(report(protocol, seeds))
+    rows, failed = Rows(given.output / "lenet" / f"{protocol.label}.jsonl", Run), 0
+    try:
+        if not given.report:
+            failed = search(protocol, given.recipes, seeds, rows)
+    finally:
+        write_page(given.output, f"lenet_{protocol.label}", report(protocol, seeds, rows.read()))
+    return int(failed > 0)
 
 
-def search(protocol: Protocol, recipes: Sequence[str], seeds: Sequence[int]) -> None:
-    """Rung by rung for the recipes in turn, so that each has a figure early."""
-    for seed in seeds:
-        run_once(protocol, DENSE, 1.0, seed)
-    while pending := {n: at for n in recipes if (at := next_rung(n, read_runs(protocol), seeds, protocol.first))}:
-        for name, factor in pending.items():
-            for seed in seeds:
-                run_once(protocol, name, factor, seed)
+def search(protocol: Protocol, recipes: Sequence[str], seeds: Sequence[int], rows: Rows[Run]) -> int:
+    """Rung by rung for the recipes in turn, so that each has a figure early; returns how many runs failed."""
+    wanted = [Job(DENSE, 1.0, seed) for seed in seeds]
+    while wanted:
+        failed = sweep(
+            rows, missing(rows, wanted), partial(make_run, protocol), Console(),
+            note=lambda run: f"{100 * run.validation:.2f}% in {run.seconds:.0f} s",
+        )  # fmt: skip
+        if failed:
+            return failed  # what to try next depends on every run
+        runs = [run for run, _ in rows.read()]
+        rungs = {name: next_rung(name, runs, seeds, protocol.first) for name in recipes}
+        wanted = [Job(name, factor, seed) for name, factor in rungs.items() if factor for seed in seeds]
+    return 0
 
 
 def next_rung(recipe: str, runs: Sequence[Run], seeds: Sequence[int], first: float) -> float | None:
@@ -163,10 +190,9 @@ def losses(recipe: str, factor: float, runs: Sequence[Run], split: str) -> dict[
     return {seed: round(found[DENSE, 1.0, seed] - found[recipe, factor, seed], 6) for seed in both}
 
 
-def run_once(protocol: Protocol, recipe: str, factor: float, seed: int) -> None:
-    """Makes a run that is not there yet, and keeps it."""
-    if any((run.recipe, run.factor, run.seed) == (recipe, factor, seed) for run in read_runs(protocol)):
-        return
+def make_run(protocol: Protocol, job: Job) -> Run:
+    """One run, from its last epoch when it was stopped before."""
+    recipe, factor, seed = job.recipe, job.factor, job.seed
     task = lenet_task(protocol, seed)
     trained(protocol, task, seed, protocol.start_epochs)  # not in any run's seconds
     start = time.process_time()
@@ -183,9 +209,7 @@ def run_once(protocol: Protocol, recipe: str, factor: float, seed: int) -> None:
         )  # fmt: skip
     left = sum(int(weight_of(model, name).count_nonzero()) for name in weights.names)
     reached = sum(layer.weights for layer in weights.layers) / left
-    run = Run(recipe, factor, seed, task.evaluate(model), task.test(model), reached, time.process_time() - start)
-    append_line(runs_path(protocol), asdict(run))
-    print(f"{recipe} {factor:g}x seed {seed}: {100 * run.validation:.2f}% in {run.seconds:.0f} s", flush=True)
+    return Run(recipe, factor, seed, task.evaluate(model), task.test(model), reached, time.process_time() - start)
 
 
 def lenet_task(protocol: Protocol, seed: int) -> Task:
@@ -210,19 +234,10 @@ def trained(protocol: Protocol, task: Task, seed: int, epochs: int) -> nn.Module
     return model
 
 
-def runs_path(protocol: Protocol) -> Path:
-    path = RESULTS / "lenet" / f"{protocol.label}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
-
-
-def read_runs(protocol: Protocol) -> list[Run]:
-    return [Run(**row) for row in read_lines(runs_path(protocol), "the runs")]
-
-
-def report(protocol: Protocol, seeds: Sequence[int]) -> str:
-    """Writes the page; returns it."""
-    runs = read_runs(protocol)
+def report(protocol: Protocol, seeds: Sequence[int], found: Sequence[tuple[Run, Provenance | None]]) -> str:
+    """The page, from the runs and where each was made."""
+    runs, made = [run for run, _ in found], {run.key: at for run, at in found}
+    machines = Machines(made.values())
     dense = [run for run in runs if run.recipe == DENSE and run.seed in seeds]
     tests = mean_and_spread([100 * run.test for run in dense], ".2f")
     rows, best = [], []
@@ -236,35 +251,25 @@ def report(protocol: Protocol, seeds: Sequence[int]) -> str:
             if of[0]:
                 reached, seconds = (statistics.fmean(getattr(run, n) for run in mine) for n in ("reached", "seconds"))
                 losts = (mean_and_spread(list(each.values()), "+.2f") for each in of)
-                rows.append((recipe, f"{reached:.1f}x", str(len(of[0])), *losts, f"{seconds:.0f}"))
+                where = machines.cell(made[run.key] for run in mine)
+                rows.append((recipe, f"{reached:.1f}x", str(len(of[0])), *losts, f"{seconds:.0f}", *where))
         if any(run.recipe == recipe for run in runs):
             best.append((recipe, f"{held:g}x" if held else MISSING))
     header = ("recipe", "times fewer weights", "seeds", "points lost, validation", "points lost, test", "processor s")
-    machine = machine_text()
     images = f"{protocol.images:,} training images" if protocol.images else "all training images"
     images += ", shifted and mirrored at random" if DATA[protocol.data] else " as they are"
-    command = f"python benchmarks/lenet.py{' --quick' if protocol.name == QUICK.name else ''} --data {protocol.data}"
-    page = "\n".join(
-        [
-            f"# LeNet-5, {protocol.data}: compression at {LOSS_POINTS} point ({protocol.name})",
-            "",
-            f"`{command} --seeds {len(seeds)}`: {images}; "
-            f"{protocol.start_epochs} dense epochs, then {protocol.epochs} of the recipe with that model as teacher; "
-            f"dense: {protocol.start_epochs + protocol.epochs} epochs without a teacher. Single weights, one ranking "
-            "of all layers by LAMP; means over the seeds, and deviations. Rungs are chosen on the validation split "
-            "(5,000 images: one is 0.02 points).",
-            "",
-            f"Dense: {tests}% on the test split; seeds: {len(dense)}." if dense else "No dense run yet.",
-            "",
-            markdown_table(("recipe", f"highest tried that holds {LOSS_POINTS} (validation)"), best),
-            markdown_table(header, rows),
-            f"1 thread. torch {torch.__version__}. {machine}.",
-            "",
-        ]
+    quick = " --quick" if protocol.name == QUICK.name else ""
+    return page(
+        f"LeNet-5, {protocol.data}: compression at {LOSS_POINTS} point ({protocol.name})",
+        f"lenet{quick} --data {protocol.data} --seeds {len(seeds)}",
+        f"On {images}; "
+        f"{protocol.start_epochs} dense epochs, then {protocol.epochs} of the recipe with that model as teacher; "
+        f"dense: {protocol.start_epochs + protocol.epochs} epochs without a teacher. Single weights, one ranking "
+        "of all layers by LAMP; means over the seeds, and deviations. Rungs are chosen on the validation split "
+        "(5,000 images: one is 0.02 points).",
+        f"Dense: {tests}% on the test split; seeds: {len(dense)}." if dense else "No dense run yet.",
+        markdown_table(("recipe", f"highest tried that holds {LOSS_POINTS} (validation)"), best),
+        markdown_table((*header, *machines.header), rows),
+        "1 thread.",
+        machines.legend(),
     )
-    write_text(RESULTS / f"lenet_{protocol.label}.md", page)
-    return page
-
-
-if __name__ == "__main__":
-    main()

@@ -1,10 +1,10 @@
 """Every training method at one budget of epochs, pattern and sparsity.
 
-    python benchmarks/methods.py --quick                    # the embedded digits: about ten minutes
-    python benchmarks/methods.py                            # Fashion-MNIST: hours; stop it, and go on, at any time
-    python benchmarks/methods.py --methods adaptive,gradual --settings group-90,group-97 --seeds 1
-    python benchmarks/methods.py --time                     # the repacked models' speed, on an otherwise idle machine
-    python benchmarks/methods.py --report                   # the table and the plots again, from what is there
+    python -m benchmarks methods --quick                    # the embedded digits: about ten minutes
+    python -m benchmarks methods                            # Fashion-MNIST: hours; stop it, and go on, at any time
+    python -m benchmarks methods --methods adaptive,gradual --settings group-90,group-97 --seeds 1
+    python -m benchmarks methods --time                     # the repacked models' speed, on an otherwise idle machine
+    python -m benchmarks methods --report                   # the table and the plots again, from what is there
 
 A run is one method in one setting with one seed. All runs of a task train for the same number of epochs in all: where a
 method starts from a trained model, that training counts. Runs are kept in benchmarks/results/methods/ as they end, and
@@ -22,18 +22,15 @@ import multiprocessing
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
-from command_line import among
-from methods_report import DENSE, Job, Outcome, Timing, read_outcomes, report, results_folder
-from methods_table import RECIPES, SETTINGS, TASKS_SHOWN, Recipe, Setting, Shown
 from torch import nn
 
 from autoprune.allocation import Cost, MacsCost, WeightCost
 from autoprune.evaluation.recovery.finetune import channel_readers
-from autoprune.files import append_line, cache_folder, read_tensors, write_tensors
+from autoprune.files import cache_folder, read_tensors, write_tensors
 from autoprune.latency.engines import ENGINES, baselines
 from autoprune.latency.machine import machine_text
 from autoprune.latency.timer import Protocol, measure_together, speedup
@@ -49,72 +46,68 @@ from autoprune.training import TRAINING, OnSignals, Pruner, SparseTraining, reca
 from autoprune.training.base import Signals
 from autoprune.training.bayesian import Bayesian
 from autoprune.training.widening import make_pruner_
+from benchmarks.lib.command_line import add_report, add_seeds, among, command_line
+from benchmarks.lib.sweep import missing, seed_by_seed, sweep
+from benchmarks.methods_report import DENSE, Job, Outcome, Timing, report, runs_of, times_of
+from benchmarks.methods_table import RECIPES, SETTINGS, TASKS_SHOWN, Recipe, Setting, Shown
 
 WORKERS = 2
 ROUNDS = 60  # of --time
 KEPT = cache_folder() / "benchmarks" / "methods"  # models and unfinished runs
 
 
-def main() -> None:
-    given = _arguments()
+def main(argv: Sequence[str]) -> int:
+    given, failed = _arguments(argv), 0
     shown = TASKS_SHOWN["digits" if given.quick else given.task]
-    if given.time:
-        time_models(shown, Console())
-    elif not given.report:
-        train_all(shown, _jobs(shown, given), given.workers)
-    print(report(shown))
+    try:
+        if given.time:
+            time_models(shown, given.output, Console())
+        elif not given.report:
+            failed = train_all(shown, _jobs(shown, given), given.output, given.workers)
+    finally:
+        print(report(given.output, shown))
+    return int(failed > 0)
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def _arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = command_line("methods", __doc__)
     parser.add_argument("--quick", action="store_true", help="the embedded digits, one setting")
     parser.add_argument("--task", choices=list(TASKS_SHOWN), default="fashion_mnist")
     parser.add_argument("--methods", type=among(RECIPES), help="rows, e.g. adaptive,gradual; all when left out")
     parser.add_argument("--settings", type=among(SETTINGS), help=f"of {', '.join(SETTINGS)}; default the task's")
-    parser.add_argument("--seeds", type=int, help="how many; the task's own when left out")
+    add_seeds(parser, usual="the task's own")
     parser.add_argument("--workers", type=int, default=WORKERS, help="runs at a time, one thread each")
     parser.add_argument("--time", action="store_true", help="time the models of finished runs, and train nothing")
-    parser.add_argument("--report", action="store_true", help="only draw the table and the plots")
-    return parser.parse_args()
+    add_report(parser)
+    return parser.parse_args(argv)
 
 
 def _jobs(shown: Shown, given: argparse.Namespace) -> list[Job]:
-    """What is missing, seed by seed, so that a first table is there early."""
+    """What is missing, dense training first."""
     names, settings = given.methods or tuple(RECIPES), given.settings or shown.settings
+    seeds = given.seeds or shown.seeds
     wanted = [
         Job(name, setting, seed)
-        for seed in range(given.seeds or shown.seeds)
-        for setting in settings
-        for name in names
+        for seed, setting, name in seed_by_seed(seeds, settings, names)
         if name != DENSE and RECIPES[name].fits(setting)
     ]
-    dense = [Job(DENSE, "", seed) for seed in range(given.seeds or shown.seeds)]
-    done = {outcome.job for outcome in read_outcomes(shown)}
-    return [job for job in dense + wanted if job not in done]
+    dense = [Job(DENSE, "", seed) for seed in range(seeds)]
+    return missing(runs_of(given.output, shown), dense + wanted)
 
 
-def train_all(shown: Shown, jobs: Sequence[Job], workers: int) -> None:
-    """Runs what is missing; every run that ends is kept, whatever happens to the others."""
-    console = Console()
-    folder = results_folder(shown)
-    folder.mkdir(parents=True, exist_ok=True)
+def train_all(shown: Shown, jobs: Sequence[Job], folder: Path, workers: int) -> int:
+    """Trains the dense models that runs start from, then makes the runs; returns how many failed."""
     starts = sorted(
         {(job.seed, RECIPES[job.method].dense_epochs(shown)) for job in jobs} - {(job.seed, 0) for job in jobs}
     )
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool, console.bar("runs", len(jobs)) as bar:
-        try:
-            for ready in as_completed([pool.submit(_start, shown, seed, epochs) for seed, epochs in starts]):
-                ready.result()
-            pending = [pool.submit(train_one, shown, job) for job in jobs]
-            for future in as_completed(pending):
-                outcome = future.result()
-                append_line(folder / "runs.jsonl", outcome.to_json())
-                bar.advance(1, f"{outcome.job}: {100 * outcome.test:.2f}%")
-                console.say(f"{outcome.job}: {100 * outcome.test:.2f}% in {outcome.seconds:.0f} s")
-        except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        for ready in as_completed([pool.submit(_start, shown, seed, epochs) for seed, epochs in starts]):
+            ready.result()
+        return sweep(
+            runs_of(folder, shown), jobs, partial(train_one, shown), Console(), pool=pool,
+            note=lambda outcome: f"{100 * outcome.test:.2f}% in {outcome.seconds:.0f} s",
+        )  # fmt: skip
 
 
 @cache
@@ -126,7 +119,8 @@ def _start(shown: Shown, seed: int, epochs: int) -> tuple[nn.Module, float]:
     """The model that methods start from, trained densely for `epochs` (0: not at all), and the seconds it took."""
     torch.set_num_threads(1)
     task = _task(shown, seed)
-    model = copy.deepcopy(task.model).to(memory_format=torch.channels_last)  # trains a fifth faster
+    model = copy.deepcopy(task.model)
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # trains a fifth faster
     if epochs == 0:
         return model, 0.0
     path = KEPT / f"{shown.key}-start{epochs}-{seed}.safetensors"
@@ -263,14 +257,15 @@ def _architecture(shown: Shown, job: Job) -> nn.Module:
     return model
 
 
-def time_models(shown: Shown, console: Console) -> None:
+def time_models(shown: Shown, folder: Path, console: Console) -> None:
     """Times each row's first model that is kept here, repacked, in turns with the dense engines."""
     torch.set_num_threads(1)
     task = _task(shown, 0)
     x = task.example_inputs(1)
     dense = _start(shown, 0, shown.epochs)[0].eval()
     engines = {name: ENGINES.create(Choice(name)).prepare(dense, x[0], 1) for name in baselines()}
-    jobs = [outcome.job for outcome in read_outcomes(shown) if outcome.job.method != DENSE]
+    outcomes = runs_of(folder, shown).last().values()
+    jobs = [outcome.job for outcome in outcomes if outcome.job.method != DENSE]
     jobs.sort(key=lambda job: job.seed, reverse=True)
     first = {(job.setting, job.method): job for job in jobs if model_path(shown, job).exists()}
     for setting, method in sorted({(job.setting, job.method) for job in jobs} - set(first)):
@@ -286,11 +281,7 @@ def time_models(shown: Shown, console: Console) -> None:
             over_eager, over_best = (speedup(times[name], times["repacked"]) for name in ("eager", best))
             rows.append(Timing(job, over_eager, best, over_best, machine_text()))
             bar.advance(1, f"{job}: {rows[-1].over_best:.2f}x")
-    path = results_folder(shown) / "times.jsonl"
-    path.unlink(missing_ok=True)
+    kept = times_of(folder, shown)
+    kept.path.unlink(missing_ok=True)
     for row in rows:
-        append_line(path, row.to_json())
-
-
-if __name__ == "__main__":
-    main()
+        kept.add(row)

@@ -1,21 +1,22 @@
-"""What benchmarks/methods.py keeps and shows: a row a run, the table, the plots."""
+"""What `python -m benchmarks methods` keeps and shows: a row a run, the table, the plots."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from methods_table import RECIPES, SETTINGS, Shown
 
-from autoprune.files import read_lines, write_text
+from autoprune.files import write_text
 from autoprune.report.plots import save_png
 from autoprune.report.table import MISSING, markdown_table, mean_and_spread
+from benchmarks.lib.page import page
+from benchmarks.lib.sweep import Row, Rows
+from benchmarks.methods_table import RECIPES, SETTINGS, Shown
 
-RESULTS = Path(__file__).parent / "results"
 DENSE = "dense"
 
 
@@ -37,7 +38,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Outcome(Row):
     """What a run came to.
 
     Attributes:
@@ -57,8 +58,9 @@ class Outcome:
     macs: float = 1.0
     rounds: Sequence[float] = ()
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+    @property
+    def key(self) -> Job:
+        return self.job
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Outcome:
@@ -66,7 +68,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Timing:
+class Timing(Row):
     """A run's repacked model against the dense model, in turns: how many times faster.
 
     Attributes:
@@ -82,56 +84,51 @@ class Timing:
     over_best: float
     machine: str
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+    @property
+    def key(self) -> Job:
+        return self.job
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Timing:
         return cls(**{**data, "job": Job(**data["job"])})
 
 
-def results_folder(shown: Shown) -> Path:
-    return RESULTS / "methods" / shown.name
+def runs_of(folder: Path, shown: Shown) -> Rows[Outcome]:
+    """Every run that ended; `folder` is that of all results."""
+    return Rows(folder / "methods" / shown.name / "runs.jsonl", Outcome)
 
 
-def read_outcomes(shown: Shown) -> list[Outcome]:
-    """Every run that ended, the last one of each job."""
-    rows = [Outcome.from_json(row) for row in read_lines(results_folder(shown) / "runs.jsonl", "the runs")]
-    return list({row.job: row for row in rows}.values())
+def times_of(folder: Path, shown: Shown) -> Rows[Timing]:
+    return Rows(folder / "methods" / shown.name / "times.jsonl", Timing)
 
 
-def read_timings(shown: Shown) -> dict[Job, Timing]:
-    rows = [Timing.from_json(row) for row in read_lines(results_folder(shown) / "times.jsonl", "the timings")]
-    return {row.job: row for row in rows}
-
-
-def report(shown: Shown) -> str:
+def report(folder: Path, shown: Shown) -> str:
     """Writes the page and the plots of a task; returns the page."""
-    outcomes, timings = read_outcomes(shown), read_timings(shown)
+    outcomes = [*runs_of(folder, shown).last().values()]
+    timings = {timing.job: timing for timing in times_of(folder, shown).last().values()}
     dense = {outcome.job.seed: outcome for outcome in outcomes if outcome.job.method == DENSE}
     settings = [name for name in SETTINGS if any(outcome.job.setting == name for outcome in outcomes)]
     sections = [_section(name, outcomes, dense, timings) for name in settings]
     sections += [rounds for name in settings if (rounds := _rounds(name, outcomes))]
-    timed = [f"Timed on {machine}.\n" for machine in sorted({timing.machine for timing in timings.values()})]
-    parts = [_head(shown, dense), *sections, *timed]
-    page = "\n".join(parts)
-    write_text(RESULTS / f"methods_{shown.name}.md", page)
+    timed = [f"Timed on {machine}." for machine in sorted({timing.machine for timing in timings.values()})]
+    about = _about(shown, dense)
+    text = page(f"Training methods: {shown.name}", f"methods --task {shown.name}", about, *sections, *timed)
+    write_text(folder / f"methods_{shown.name}.md", text)
     if settings and dense:
-        save_png(_figure(settings, outcomes, dense), RESULTS / f"methods_{shown.name}.png")
-    return page
+        save_png(_figure(settings, outcomes, dense), folder / f"methods_{shown.name}.png")
+    return text
 
 
-def _head(shown: Shown, dense: Mapping[int, Outcome]) -> str:
+def _about(shown: Shown, dense: Mapping[int, Outcome]) -> str:
     accuracy = mean_and_spread([100 * outcome.test for outcome in dense.values()])
     seconds = statistics.fmean(outcome.seconds for outcome in dense.values()) if dense else 0.0
     return (
-        f"# Training methods: {shown.name}\n\n"
-        f"Written by `python benchmarks/methods.py --task {shown.name}`. {shown.task}, {shown.epochs} epochs in every "
+        f"{shown.task}, {shown.epochs} epochs in every "
         f"run; those marked * start from a dense model trained for {shown.start_epochs} of them. All layers "
         "but the first and the last are pruned, to the same number of weights in every run of a setting; 97% is the "
         "share of zeros. Accuracy on the test "
         "split, percent: mean ± standard deviation over the seeds; every choice was made on a validation split.\n\n"
-        f"Dense: {accuracy}%, {seconds:.0f} s of training on one thread, seeds {sorted(dense)}.\n"
+        f"Dense: {accuracy}%, {seconds:.0f} s of training on one thread, seeds {sorted(dense)}."
     )
 
 

@@ -1,4 +1,4 @@
-"""What benchmarks/methods.py compares: the tasks, the settings, and one recipe a row."""
+"""What `python -m benchmarks methods` compares: the tasks, the settings, and one recipe a row."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Exported models against the masked ones exported dense: ``python benchmarks/onnx_export.py``.
+"""Exported models against the masked ones exported dense: ``python -m benchmarks onnx_export``.
 
-    python benchmarks/onnx_export.py                                         # a small CNN and an MLP: three minutes
-    python benchmarks/onnx_export.py --models residual_cnn,mlp,resnet18      # ten
+    python -m benchmarks onnx_export                                         # a small CNN and an MLP: three minutes
+    python -m benchmarks onnx_export --models residual_cnn,mlp,resnet18      # ten
 
 Each model is pruned, exported for ONNX Runtime and for OpenVINO, and timed there in turns with the same zeros exported
 dense: batch 1, one thread, float32. Writes benchmarks/results/onnx_export.md.
@@ -9,7 +9,6 @@ dense: batch 1, one thread, float32. Writes benchmarks/results/onnx_export.md.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import os
 import tempfile
@@ -18,24 +17,24 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from command_line import among
 from torch import Tensor, nn
 
-from autoprune.files import write_text
 from autoprune.latency.engines import ENGINES
 from autoprune.latency.engines.export import OnnxEngine
-from autoprune.latency.machine import machine_text
 from autoprune.latency.timer import Protocol, measure_together, speedup
-from autoprune.model.inventory import weighted_layers
-from autoprune.patterns import PATTERNS
+from autoprune.model.inventory import take_inventory
+from autoprune.plan import LayerSpec
 from autoprune.registry import Choice
 from autoprune.repack import export_onnx
 from autoprune.report.console import Console
 from autoprune.report.table import markdown_table
 from autoprune.tasks.zoo import build_model
 from autoprune.tasks.zoo.initialise import randomise_norms_
+from benchmarks.lib.command_line import among, command_line
+from benchmarks.lib.page import page, write_page
+from benchmarks.lib.provenance import Provenance
+from benchmarks.lib.pruning import prune_
 
-RESULTS = Path(__file__).parent / "results" / "onnx_export.md"
 HEADER = ("model", "pattern", "sparsity", "engine", "dense ms", "exported ms", "speed-up", "MB", "layers")
 CELLS = (("-", 0.0), ("group", 0.75), ("group", 0.9), ("channel", 0.75))
 CHOICES = {"-": Choice("unstructured"), "group": Choice("group", {"size": 8}), "channel": Choice("channel")}
@@ -58,22 +57,17 @@ def mlp() -> tuple[nn.Module, Tensor]:
 MODELS = {"residual_cnn": zoo("residual_cnn", 32), "mlp": mlp, "resnet18": zoo("resnet18", 224)}
 
 
-def prune_(model: nn.Module, choice: Choice, sparsity: float) -> None:
-    """By magnitude: every layer but the first convolution, which reads the image, and the classifier."""
-    layers = list(weighted_layers(model).values())
-    first = layers[0] if isinstance(layers[0], nn.Conv2d) else None
-    with torch.no_grad():
-        for layer in layers[:-1]:
-            assert isinstance(layer.weight, Tensor)
-            if layer is not first:
-                layer.weight.mul_(PATTERNS.create(choice).mask(layer.weight.abs(), sparsity))
+def to_prune(model: nn.Module, x: Tensor) -> Sequence[LayerSpec]:
+    """Every layer but the first convolution, which reads the image, and the classifier."""
+    layers = take_inventory(model, x).layers
+    return layers[layers[0].kind == "conv2d" : -1]
 
 
 def cell(name: str, pattern: str, sparsity: float, engine_name: str) -> Sequence[str]:
     """One row of the table."""
     torch.manual_seed(0)
     model, x = MODELS[name]()
-    prune_(model.eval(), CHOICES[pattern], sparsity)
+    prune_(model.eval(), to_prune(model, x), CHOICES[pattern], sparsity)
     engine = ENGINES.get(engine_name)()
     assert isinstance(engine, OnnxEngine)
     with tempfile.TemporaryDirectory(prefix="autoprune-") as folder:
@@ -88,36 +82,31 @@ def cell(name: str, pattern: str, sparsity: float, engine_name: str) -> Sequence
     return [name, pattern, f"{100 * sparsity:.0f}%", engine_name, *times, size, layers]
 
 
-def page(rows: Sequence[Sequence[str]]) -> str:
-    machine = machine_text()
-    head = [
-        "# Exported models against the same zeros exported dense",
-        "",
-        "Written by `python benchmarks/onnx_export.py`. Batch 1, one thread, float32, random weights pruned by size;",
-        f"milliseconds: median (10th-90th percentile) of {PROTOCOL.samples} samples, the two files in turns. Speed-up:",
-        "the median of the ratios. Groups are of 8 filters. MB: of the model's weights, and of the exported file.",
+def report(rows: Sequence[Sequence[str]]) -> str:
+    return page(
+        "Exported models against the same zeros exported dense",
+        "onnx_export",
+        "Batch 1, one thread, float32, random weights pruned by size; "
+        f"milliseconds: median (10th-90th percentile) of {PROTOCOL.samples} samples, the two files in turns. Speed-up: "
+        "the median of the ratios. Groups are of 8 filters. MB: of the model's weights, and of the exported file. "
         "Layers: `compacted` has fewer channels or filters, `gathered` gathers what a group keeps.",
-        "",
-        f"{machine}; load average when written: {os.getloadavg()[0]:.1f}.",
-    ]
-    return "\n".join([*head, "", markdown_table(HEADER, rows, left=4)])
+        f"{Provenance.here()} Load average when written: {os.getloadavg()[0]:.1f}.",
+        markdown_table(HEADER, rows, left=4),
+    )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str]) -> int:
+    parser = command_line("onnx_export", __doc__)
     parser.add_argument("--models", type=among(MODELS), default="residual_cnn,mlp", help=f"of {', '.join(MODELS)}")
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
+    given = parser.parse_args(argv)
     torch.set_num_threads(1)
     console, rows = Console(), list[Sequence[str]]()
-    cells = list(itertools.product(arguments.models, CELLS, ("onnxruntime", "openvino")))
-    with console.bar("export and time", len(cells)) as bar:
-        for model, (pattern, sparsity), engine in cells:
-            rows.append(cell(model, pattern, sparsity, engine))
-            write_text(arguments.output, page(rows))
-            bar.advance(note=" ".join(rows[-1][:4]))
-    console.say(page(rows))
-
-
-if __name__ == "__main__":
-    main()
+    cells = list(itertools.product(given.models, CELLS, ("onnxruntime", "openvino")))
+    try:
+        with console.bar("export and time", len(cells)) as bar:
+            for model, (pattern, sparsity), engine in cells:
+                rows.append(cell(model, pattern, sparsity, engine))
+                bar.advance(note=" ".join(rows[-1][:4]))
+    finally:
+        write_page(given.output, "onnx_export", report(rows))
+    return 0

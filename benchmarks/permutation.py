@@ -1,4 +1,4 @@
-"""What choosing the filters of a group gives: ``python benchmarks/permutation.py [--seeds N]``.
+"""What choosing the filters of a group gives: ``python -m benchmarks permutation [--seeds N]``.
 
 Models trained on the embedded digits are pruned by magnitude, every layer alike, with groups of neighbours and with
 permuted groups. Shown: the saliency kept, as a share of what the best unstructured mask of as many weights keeps, and
@@ -8,10 +8,10 @@ benchmarks/results/permutation.md.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +20,6 @@ from torch import Tensor, nn
 
 from autoprune.config import load_config
 from autoprune.evaluation.dense import dense_model
-from autoprune.files import write_text
-from autoprune.latency.machine import machine_text
 from autoprune.masks import Masks, apply_masks_, weight_of
 from autoprune.model.inventory import Inventory, take_inventory
 from autoprune.patterns import PATTERNS
@@ -32,6 +30,10 @@ from autoprune.report.console import Console
 from autoprune.report.table import markdown_table
 from autoprune.tasks import TASKS, Task
 from autoprune.training.loop import recalibrate_batch_norm_
+from benchmarks.lib.command_line import add_seeds, command_line
+from benchmarks.lib.page import page, write_page
+from benchmarks.lib.provenance import Provenance
+from benchmarks.lib.pruning import magnitude_masks
 
 ROOT = Path(__file__).parent.parent
 SIZES = (4, 8, 16)
@@ -49,10 +51,11 @@ class Cell:
     seconds: float
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=2)
-    seeds = parser.parse_args().seeds
+def main(argv: Sequence[str]) -> int:
+    parser = command_line("permutation", __doc__)
+    add_seeds(parser, 2)
+    given = parser.parse_args(argv)
+    seeds = given.seeds
     torch.set_num_threads(1)
     cells: dict[tuple[int, float, bool], list[Cell]] = {}
     dense: list[float] = []
@@ -70,21 +73,16 @@ def main() -> None:
                     choice = Choice("group", {"size": size, "permute": permute})
                     cell = measure(task, model, inventory, choice, sparsity)
                     cells.setdefault((size, sparsity, permute), []).append(cell)
-    text = report(cells, dense, free, seeds)
-    print(text)
-    write_text(ROOT / "benchmarks" / "results" / "permutation.md", text)
+    write_page(given.output, "permutation", report(cells, dense, free, seeds))
+    return 0
 
 
 def measure(task: Task, dense: nn.Module, inventory: Inventory, choice: Choice, sparsity: float) -> Cell:
-    pattern = PATTERNS.create(choice)
     start = time.perf_counter()
-    masks = {
-        layer.name: pattern.mask(weight_of(dense, layer.name).detach().abs(), sparsity, layer.conv_groups)
-        for layer in inventory.layers
-    }
+    masks = magnitude_masks(dense, inventory.layers, choice, sparsity)
     seconds = time.perf_counter() - start
     model = apply_masks_(copy.deepcopy(dense), masks)
-    check(model, masks, pattern, choice)
+    check(model, masks, PATTERNS.create(choice), choice)
     recalibrate_batch_norm_(model, task.calibration)
     kept, best = saliencies(dense, masks)
     return Cell(
@@ -140,32 +138,20 @@ def report(
         for name in before[0].by_layer
     ]
     header = ("sparsity", "G", "kept", "kept, permuted", "accuracy, G=1", "accuracy", "accuracy, permuted", "seconds")
-    machine = machine_text()
-    return "\n".join(
-        [
-            "# Permuted groups",
-            "",
-            f"`python benchmarks/permutation.py --seeds {seeds}`",
-            "",
-            f"Digits, {seeds} trained models (test accuracy {percent(dense)}), every layer pruned alike by magnitude. "
-            "Kept: saliency over",
-            "that of the best unstructured mask of as many weights. Accuracy: test split, right after pruning, batch "
-            "norm measured",
-            "again. Means over the models. Seconds: to make all of a model's permuted masks.",
-            "",
-            markdown_table(header, rows, left=0),
-            f"Layer by layer, groups of {SHOWN[0]} at {100 * SHOWN[1]:g}%:",
-            "",
-            markdown_table(("layer", "kept", "kept, permuted"), layers),
-            f"1 thread. {machine}.",
-            "",
-        ]
+    return page(
+        "Permuted groups",
+        f"permutation --seeds {seeds}",
+        f"Digits, {seeds} trained models (test accuracy {percent(dense)}), every layer pruned alike by magnitude. "
+        "Kept: saliency over "
+        "that of the best unstructured mask of as many weights. Accuracy: test split, right after pruning, batch "
+        "norm measured "
+        "again. Means over the models. Seconds: to make all of a model's permuted masks.",
+        markdown_table(header, rows, left=0),
+        f"Layer by layer, groups of {SHOWN[0]} at {100 * SHOWN[1]:g}%:",
+        markdown_table(("layer", "kept", "kept, permuted"), layers),
+        f"1 thread. {Provenance.here()}",
     )
 
 
 def percent(shares: list[float]) -> str:
     return f"{100 * statistics.fmean(shares):.1f}%"
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """How long a plan takes: ResNet-50 at 224, table from the cache. Some minutes the first time, one after that.
 
-    python benchmarks/planning.py
+    python -m benchmarks planning
 
 The table is measured once and kept. Timed is all that a user waits for after that: reading the table, the inventory,
 the sensitivity probe and the plan; then the steps of the environment alone. Writes benchmarks/results/planning.md.
@@ -9,8 +9,10 @@ the sensitivity probe and the plan; then the steps of the environment alone. Wri
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,8 +23,7 @@ from autoprune.config import parse_config
 from autoprune.envs import Problem, PruneEnv
 from autoprune.envs.family import speedup_at
 from autoprune.evaluation.measurement import Evaluate, Measurement
-from autoprune.files import cache_folder, write_text
-from autoprune.latency.machine import machine_text
+from autoprune.files import cache_folder
 from autoprune.latency.table import LatencyTable
 from autoprune.pipeline.run import Run
 from autoprune.plan import Plan
@@ -33,8 +34,10 @@ from autoprune.target import Target
 from autoprune.tasks.base import Task
 from autoprune.tasks.batches import TensorBatches
 from autoprune.tasks.zoo import MODELS
+from benchmarks.lib.command_line import command_line
+from benchmarks.lib.page import page, write_page
+from benchmarks.lib.provenance import Provenance
 
-RESULT = Path(__file__).parent / "results" / "planning.md"
 CALIBRATION = 16
 STEPS = 20_000
 
@@ -66,7 +69,8 @@ def planned(directory: Path, policy: Policy) -> tuple[dict[str, float], Plan, Pr
     problem = aimed(problem)
     env = PruneEnv(problem, policy.actions, start=policy.start, shaping=0.0)
     observation, _ = env.reset()
-    over, info, step = False, {}, 0
+    info: dict[str, Any] = {}
+    over, step = False, 0
     while not over:
         observation, _, over, _, info = env.step(policy.act(observation, step))
         step += 1
@@ -108,7 +112,8 @@ def steps_a_second(env: PruneEnv) -> float:
     return STEPS / (time.perf_counter() - started)
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> int:
+    given = command_line("planning", __doc__).parse_args(argv)
     directory, policy = cache_folder() / "benchmarks" / "planning", Policy.load(SHIPPED)
     started = time.perf_counter()
     _ = Run(parse_config(CONFIG, "planning"), directory, task=resnet50_task(), progress=Console()).preparation.table
@@ -116,19 +121,14 @@ def main() -> None:
     seconds, plan, env = planned(directory, policy)
     rows = [[name, f"{value:.2f}"] for name, value in seconds.items()]
     rows.append(["all", f"{sum(seconds.values()):.2f}"])
-    page = "\n\n".join(
-        [
-            "# Planning for ResNet-50 at 224",
-            f"{len(plan.layers)} layers, batch 1, {CALIBRATION} calibration images, {torch.get_num_threads()} threads. "
-            f"{machine_text()}",
-            markdown_table(("stage", "seconds"), rows, left=1),
-            f"The table took {first:.0f} s in this run (measured once, or read). The environment of this model: "
-            f"{env.steps_per_episode} steps an episode, nothing evaluated: {steps_a_second(env):,.0f} steps a second.",
-        ]
+    text = page(
+        "Planning for ResNet-50 at 224",
+        "planning",
+        f"{len(plan.layers)} layers, batch 1, {CALIBRATION} calibration images, {torch.get_num_threads()} threads.",
+        markdown_table(("stage", "seconds"), rows, left=1),
+        f"The table took {first:.0f} s in this run (measured once, or read). The environment of this model: "
+        f"{env.steps_per_episode} steps an episode, nothing evaluated: {steps_a_second(env):,.0f} steps a second.",
+        str(Provenance.here()),
     )
-    write_text(RESULT, page + "\n")
-    print(page)
-
-
-if __name__ == "__main__":
-    main()
+    write_page(given.output, "planning", text)
+    return 0

@@ -1,8 +1,8 @@
 """Packed LSTMs and GRUs against the best dense engine of the same run.
 
-    python benchmarks/recurrent.py             # everything: about an hour
-    python benchmarks/recurrent.py --quick     # LSTM, hidden 256, batch 1: about two minutes
-    python benchmarks/recurrent.py --report    # measures nothing, draws what there is
+    python -m benchmarks recurrent             # everything: about an hour
+    python -m benchmarks recurrent --quick     # LSTM, hidden 256, batch 1: about two minutes
+    python -m benchmarks recurrent --report    # measures nothing, draws what there is
 
 One layer with as many features as hidden units, random weights, float32, one thread; a sequence of 50 steps, and a
 single step that takes and gives its states. Pruned by magnitude in groups of 16 rows (four LSTM units with their four
@@ -14,41 +14,38 @@ benchmarks/results/recurrent.md and a plot.
 
 from __future__ import annotations
 
-import argparse
-import copy
 import itertools
 import os
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
-from command_line import among, listed
-from engine_report import Spread, machine_key, spread
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import autoprune
-from autoprune.errors import AutopruneError, FileError
-from autoprune.files import append_line, read_lines, write_text
+from autoprune.errors import AutopruneError
 from autoprune.latency.engines import ENGINES
 from autoprune.latency.machine import machine_text
 from autoprune.latency.timer import Protocol, measure_together, speedup
-from autoprune.masks import weight_of
 from autoprune.model.inventory import take_inventory
 from autoprune.model.recurrent.modules import cut_states_
-from autoprune.patterns import PATTERNS
-from autoprune.patterns.layered import mask_of
 from autoprune.progress import Progress
 from autoprune.registry import Choice
 from autoprune.repack import ProgramModel
 from autoprune.report.console import Console
 from autoprune.report.plots import save_png
 from autoprune.report.table import MISSING, markdown_table
+from benchmarks.engine_report import Spread, spread
+from benchmarks.lib.command_line import add_report, among, command_line, listed
+from benchmarks.lib.page import page, write_page
+from benchmarks.lib.provenance import machine_key
+from benchmarks.lib.pruning import pruned
+from benchmarks.lib.sweep import Row as SweepRow
+from benchmarks.lib.sweep import Rows, missing, sweep
 
-RESULTS = Path(__file__).parent / "results"
 GROUP = 16
 STEPS = 50
 HIDDEN, BATCHES = (256, 512, 1024), (1, 8)
@@ -87,7 +84,7 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(SweepRow):
     """One measured case.
 
     Attributes:
@@ -103,13 +100,17 @@ class Row:
     left_out: dict[str, str]
     load: float
 
+    @property
+    def key(self) -> Case:
+        return self.case
+
     def to_json(self) -> dict[str, Any]:
         packed = [[asdict(key), asdict(time), asdict(gain), live] for key, (time, gain, live) in self.packed.items()]
         return {**vars(self), "case": asdict(self.case), "packed": packed,
                 "dense_ms": {name: asdict(value) for name, value in self.dense_ms.items()}}  # fmt: skip
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Row:
+    def from_json(cls, data: Mapping[str, Any]) -> Row:
         packed = {Variant(**key): (Spread(**time), Spread(**gain), live) for key, time, gain, live in data["packed"]}
         dense = {name: Spread(**value) for name, value in data["dense_ms"].items()}
         return cls(**{**data, "case": Case(**data["case"]), "packed": packed, "dense_ms": dense})
@@ -151,17 +152,6 @@ class GruStep(nn.Module):
         return y, h
 
 
-def pruned(model: nn.Module, x: Tensor, sparsity: float) -> nn.Module:
-    """A copy with group-wise magnitude masks on its recurrent weights."""
-    model = copy.deepcopy(model)
-    pattern = PATTERNS.create(Choice("group", {"size": GROUP}))
-    for layer in take_inventory(model, x).layers if sparsity else ():
-        weight = weight_of(model, layer.name)
-        with torch.no_grad():
-            weight.mul_(mask_of(pattern, layer, weight.detach().abs(), sparsity))
-    return model
-
-
 def cut(model: nn.Module, x: Tensor, kept: float) -> nn.Module:
     """The model with its states cut by the threshold that leaves about `kept` of them on `x`."""
     low, high = 0.0, 1.0
@@ -188,9 +178,10 @@ def measure(case: Case, variants: Sequence[Variant], progress: Progress) -> Row:
     rnn = CELLS[case.cell](case.hidden, case.hidden).eval()
     x = torch.randn(STEPS, case.batch, case.hidden)
     whole = Sequence_(rnn)
+    layers = take_inventory(whole, x).layers
     forms: dict[Variant, tuple[nn.Module, tuple[Tensor, ...], float]] = {}
     for variant in variants:
-        masked = pruned(whole, x, variant.sparsity)
+        masked: nn.Module = pruned(whole, layers, Choice("group", {"size": GROUP}), variant.sparsity)
         if variant.kept < 1.0:
             masked = cut(masked, x, variant.kept)
         forms[variant] = (*called(masked, case, x), live(masked, x))
@@ -248,28 +239,13 @@ def check(fast: nn.Module, masked: nn.Module, given: tuple[Tensor, ...], what: s
 # Results -------------------------------------------------------------------------------------------------------------
 
 
-def results_file() -> Path:
-    return RESULTS / "recurrent" / f"{machine_key()}.jsonl"
-
-
-def read_rows() -> dict[Case, Row]:
-    """What was measured on this machine; the last row of a case counts."""
-    try:
-        rows = [Row.from_json(line) for line in read_lines(results_file(), "the results")]
-    except FileError:
-        return {}
-    return {row.case: row for row in rows}
-
-
 def report(rows: Sequence[Row]) -> str:
     """The page, from the rows."""
-    lines = [
-        "# Packed LSTMs and GRUs against dense engines", "",
-        f"Written by `python benchmarks/recurrent.py`. Timed on {machine_text()}.", "",
+    about = [
         "As many features as hidden units, one layer, random weights, float32, one thread; all forms of a row timed",
         "in turns, bound to their inputs and (but for eager) outputs. **Speed-up: over the best dense engine of the",
         "row** (in bold), median over the rounds (p10-p90).",
-        f'Groups of {GROUP} rows. "of the states": they are cut by a threshold too, and that share was left.', "",
+        f'Groups of {GROUP} rows. "of the states": they are cut by a threshold too, and that share was left.',
     ]  # fmt: skip
     variants = sorted({variant for row in rows for variant in row.packed}, key=lambda each: (each.sparsity, -each.kept))
     engines = list(dict.fromkeys(name for row in rows for name in row.dense_ms))
@@ -278,21 +254,16 @@ def report(rows: Sequence[Row]) -> str:
     for row in rows:
         dense = [_dense(row, name) for name in engines]
         cells.append((str(row.case), *dense, *(_gain(row, each) for each in variants)))
-    lines.append(markdown_table(header, cells))
-    lines += ["", "Milliseconds of the packed forms:", ""]
-    lines.append(
-        markdown_table(
-            ("case", *(str(each) for each in variants)),
-            [
-                (
-                    str(row.case),
-                    *(MISSING if each not in row.packed else f"{row.packed[each][0].median:.3f}" for each in variants),
-                )
-                for row in rows
-            ],
-        )
+    packed = [(str(row.case), *(_packed(row, each) for each in variants)) for row in rows]
+    return page(
+        "Packed LSTMs and GRUs against dense engines",
+        "recurrent",
+        f"Timed on {machine_text()}.",
+        "\n".join(about),
+        markdown_table(header, cells),
+        "Milliseconds of the packed forms:",
+        markdown_table(("case", *map(str, variants)), packed),
     )
-    return "\n".join(lines) + "\n"
 
 
 def _dense(row: Row, name: str) -> str:
@@ -300,6 +271,10 @@ def _dense(row: Row, name: str) -> str:
         return MISSING
     text = f"{row.dense_ms[name].median:.3f}"
     return f"**{text}**" if name == row.best else text
+
+
+def _packed(row: Row, variant: Variant) -> str:
+    return f"{row.packed[variant][0].median:.3f}" if variant in row.packed else MISSING
 
 
 def _gain(row: Row, variant: Variant) -> str:
@@ -330,13 +305,13 @@ def draw(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str]) -> int:
+    parser = command_line("recurrent", __doc__)
     parser.add_argument("--quick", action="store_true", help="LSTM, hidden 256, batch 1")
     parser.add_argument("--cells", type=among(CELLS), default=tuple(CELLS), help=f"of {', '.join(CELLS)}")
     parser.add_argument("--hidden", type=listed(int), default=HIDDEN, help="default 256,512,1024")
     parser.add_argument("--batches", type=listed(int), default=BATCHES, help="default 1,8")
-    parser.add_argument("--report", action="store_true", help="measure nothing, draw what there is")
+    add_report(parser)
     parser.add_argument("--redo", action="store_true", help="measure again what there is")
     given, progress = parser.parse_args(argv), Console()
     sizes = list(itertools.product(given.cells, given.hidden, given.batches))
@@ -344,28 +319,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         sizes = [("lstm", 256, 1)]
     wanted = [Case(*size, steps) for size in sizes for steps in (STEPS, 1)]
     variants = [Variant(sparsity) for sparsity in SPARSITIES] + [Variant(CUT_AT, kept) for kept in KEPT]
-    done = read_rows()
-    missing = [] if given.report else [case for case in wanted if given.redo or case not in done]
-    failed = False
+    rows: Rows[Row] = Rows(given.output / "recurrent" / f"{machine_key()}.jsonl", Row)
+    failed = 0
     try:
-        with progress.bar("cases", len(missing)) as bar:
-            for case in missing:
-                row = done[case] = measure(case, variants, progress)
-                append_line(results_file(), row.to_json())
-                bar.advance(note=f"{case}: {row.packed[Variant(CUT_AT)][1].median:.2f}x at {CUT_AT:.0%}")
-    except KeyboardInterrupt:
-        progress.say("stopped; what was measured is kept, the same command goes on from here")
-        failed = True
-    except AutopruneError as error:
-        progress.say(f"error: {error}")
-        failed = True
-    if done:
-        rows = [done[case] for case in sorted(done, key=lambda case: (case.steps == 1, case.cell != "lstm", case))]
-        write_text(RESULTS / "recurrent.md", text := report(rows))
-        save_png(draw(rows), RESULTS / "recurrent.png")
-        print(text)
-    return int(failed)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        if not given.report:
+            failed = sweep(
+                rows,
+                missing(rows, wanted, given.redo),
+                partial(measure, variants=variants, progress=progress),
+                progress,
+                note=lambda row: f"{row.packed[Variant(CUT_AT)][1].median:.2f}x at {CUT_AT:.0%}",
+            )
+    finally:
+        done = sorted(rows.last().values(), key=lambda row: (row.case.steps == 1, row.case.cell != "lstm", row.case))
+        if done:
+            write_page(given.output, "recurrent", report(done))
+            save_png(draw(done), given.output / "recurrent.png")
+    return int(failed > 0)

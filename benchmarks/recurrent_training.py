@@ -1,41 +1,35 @@
 """What pruning costs recurrent networks, in weights and in states, and what it gives.
 
-    python benchmarks/recurrent_training.py --tasks spoken_digits,japanese_vowels  # an hour on one core
-    python benchmarks/recurrent_training.py --tasks moby_dick  # half an hour a run; with cut states two hours
-    python benchmarks/recurrent_training.py --time  # times the models of the first seed
-    python benchmarks/recurrent_training.py --report  # draws what there is
+    python -m benchmarks recurrent_training --tasks spoken_digits,japanese_vowels  # an hour on one core
+    python -m benchmarks recurrent_training --tasks moby_dick  # half an hour a run; with cut states two hours
+    python -m benchmarks recurrent_training --time  # times the models of the first seed
+    python -m benchmarks recurrent_training --report  # draws what there is
 
 Every run of a task trains for the same epochs from the same initial weights, whatever it prunes: weights by `gradual`
 in groups of 16 rows with the ERK allocation (the last layer stays dense), states by keeping the largest at every step.
-Worse than dense: than the dense training that is best on the validation split; nothing was chosen on a test split. Runs
-are kept in benchmarks/results/recurrent_training/ as they end, so a run that was stopped goes on; so does a training,
-from its last epoch. Writes benchmarks/results/recurrent_training.md.
+Runs are kept as they end, so a run that was stopped goes on; so does a training, from its last epoch.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
 import torch
-from command_line import among
 from torch import nn
 
 import autoprune
 from autoprune.allocation import WeightCost
-from autoprune.errors import AutopruneError
-from autoprune.files import append_line, cache_folder, read_lines, read_tensors, write_tensors, write_text
+from autoprune.files import cache_folder, read_tensors, write_tensors
 from autoprune.latency.engines import ENGINES, baselines
 from autoprune.latency.machine import machine_text
-from autoprune.latency.timer import Protocol, measure_together, speedup
+from autoprune.latency.timer import Latency, Protocol, measure_together, speedup
 from autoprune.masks import weight_of
 from autoprune.metric import ACCURACY, BITS_PER_CHARACTER, Metric
 from autoprune.model.inventory import as_tuple, take_inventory
@@ -49,11 +43,18 @@ from autoprune.tasks import TASKS, Task, japanese_vowels, moby_dick, spoken_digi
 from autoprune.training import TRAINING
 from autoprune.training.loop import count_batches, train_
 from autoprune.training.widening import make_pruner_
+from benchmarks.lib.command_line import add_report, add_seeds, among, command_line
+from benchmarks.lib.page import page, write_page
+from benchmarks.lib.sweep import Row, Rows, missing, seed_by_seed, sweep
 
-RESULTS = Path(__file__).parent / "results"
 KEPT = cache_folder() / "benchmarks" / "recurrent"
 GROUP = 16
 DEEPENS = 0.8  # of the training: until then more and more of the states is cut
+ABOUT = """\
+Every run of a task trains for the same epochs from the same initial weights, whatever it prunes: weights by `gradual`
+in groups of 16 rows with the ERK allocation (the last layer stays dense), states by keeping the largest at every step.
+Worse than dense: than the dense training that is best on the validation split; nothing was chosen on a test split.
+"""
 PROTOCOL = Protocol(samples=25, warmup=3, threads=1, min_sample_ms=2.0, lead=1)
 
 
@@ -122,7 +123,19 @@ SHOWN = {
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Job:
+    """One run."""
+
+    task: str
+    variant: Variant
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.task}, {self.variant}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Outcome(Row):
     """A run's figures; `zeros` is the share of state entries that are zero at the real steps of the test split."""
 
     task: str
@@ -134,9 +147,51 @@ class Outcome:
     sparsity: float
     seconds: float
 
+    @property
+    def key(self) -> Job:
+        return Job(self.task, self.variant, self.seed)
+
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Outcome:
+    def from_json(cls, data: Mapping[str, Any]) -> Outcome:
         return cls(**{**data, "variant": Variant(**data["variant"])})
+
+
+@dataclass(frozen=True)
+class Timing(Row):
+    """A packed model of the first seed beside the dense engines, in turns.
+
+    Attributes:
+        ms: of one inference.
+        best: the fastest dense engine.
+        speedup: over that engine.
+        shape: of each input.
+        machine: where it was timed.
+    """
+
+    task: str
+    variant: Variant
+    ms: float
+    best: str
+    best_ms: float
+    speedup: float
+    shape: list[list[int]]
+    machine: str
+
+    @property
+    def key(self) -> tuple[str, Variant]:
+        return self.task, self.variant
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Timing:
+        return cls(**{**data, "variant": Variant(**data["variant"])})
+
+
+def runs_of(folder: Path) -> Rows[Outcome]:
+    return Rows(folder / "recurrent_training" / "runs.jsonl", Outcome)
+
+
+def times_of(folder: Path) -> Rows[Timing]:
+    return Rows(folder / "recurrent_training" / "times.jsonl", Timing)
 
 
 def make_task(shown: Shown, seed: int, dropout: float | None = None) -> Task:
@@ -149,9 +204,10 @@ def model_path(shown: Shown, variant: Variant, seed: int) -> Path:
     return KEPT / f"{shown.name}-{variant.weights:g}-{variant.states:g}{dropout}-{seed}.safetensors"
 
 
-def train_one(shown: Shown, variant: Variant, seed: int, console: Console) -> Outcome:
+def train_one(job: Job, console: Console) -> Outcome:
     """One run, from its last epoch when it was stopped before."""
     torch.set_num_threads(1)
+    shown, variant, seed = SHOWN[job.task], job.variant, job.seed
     task = make_task(shown, seed, variant.dropout)
     model, x, settings = copy.deepcopy(task.model), task.example_inputs(2), shown.training
     if variant.states < 1.0:
@@ -166,7 +222,7 @@ def train_one(shown: Shown, variant: Variant, seed: int, console: Console) -> Ou
     path, start = model_path(shown, variant, seed), time.process_time()
     train_(
         model, task.train, task.loss, settings, seed=seed, method=method, pruner=pruner,
-        checkpoint=path.with_suffix(".training"), progress=console, title=f"{shown.name}, {variant}, seed {seed}",
+        checkpoint=path.with_suffix(".training"), progress=console, title=str(job),
     )  # fmt: skip
     model.eval()
     write_tensors(path, model.state_dict())
@@ -203,14 +259,14 @@ def zero_states(model: nn.Module, task: Task) -> float:
     return zeros / max(1, total)
 
 
-def time_models(names: Sequence[str], console: Console) -> None:
+def time_models(names: Sequence[str], folder: Path, console: Console) -> None:
     """Times the first seed's models, packed, in turns with the dense engines."""
     torch.set_num_threads(1)
     for name in names:
         shown = SHOWN[name]
         task = make_task(shown, 0)
         x = task.example_inputs(1)
-        done = [each.variant for each in outcomes() if each.task == name and each.seed == 0]
+        done = [each.variant for each, _ in runs_of(folder).read() if each.task == name and each.seed == 0]
         variants = [variant for variant in done if model_path(shown, variant, 0).exists()]
         for variant in sorted(set(done) - set(variants), key=lambda each: each.place):
             console.say(f"{name}, {variant}: its model is not kept here; not timed")
@@ -226,31 +282,23 @@ def time_models(names: Sequence[str], console: Console) -> None:
             model.load_state_dict(read_tensors(model_path(shown, variant, 0), "the model")[0])
             calls[variant] = partial(autoprune.repack(model.eval(), x, threads=1), *x)
             console.say(f"{name}, {variant}: repacked")
-        times = measure_together(calls, PROTOCOL)
+        times: dict[Any, Latency] = {**measure_together(calls, PROTOCOL)}
         best = min((each for each in times if isinstance(each, str)), key=lambda each: times[each].median_ms)
         for variant in variants:
-            row = {"task": name, "variant": asdict(variant), "ms": times[variant].median_ms, "best": best,
-                   "best_ms": times[best].median_ms, "speedup": speedup(times[best], times[variant]),
-                   "shape": [list(each.shape) for each in x], "machine": machine_text()}  # fmt: skip
-            append_line(RESULTS / "recurrent_training" / "times.jsonl", row)
+            times_of(folder).add(Timing(
+                name, variant, times[variant].median_ms, best, times[best].median_ms,
+                speedup(times[best], times[variant]), [list(each.shape) for each in x], machine_text(),
+            ))  # fmt: skip
 
 
-def outcomes() -> list[Outcome]:
-    return [Outcome.from_json(row) for row in read_lines(RESULTS / "recurrent_training" / "runs.jsonl", "the runs")]
-
-
-def report() -> str:
-    """The page, from the runs."""
-    lines = ["# What pruning costs recurrent networks", "", "Written by `python benchmarks/recurrent_training.py`.", ""]
-    lines += [line for line in (__doc__ or "").splitlines()[7:] if line]
-    timed = {}
-    for row in read_lines(RESULTS / "recurrent_training" / "times.jsonl", "the times"):
-        timed[row["task"], Variant(**row["variant"])] = row
-    for machine in sorted({row["machine"] for row in timed.values()}):
-        lines += ["", f"Timed on {machine}, one thread, batch 1, against the best dense engine of that run."]
-    lines += [""]
+def report(folder: Path) -> str:
+    """The page, from the rows."""
+    parts, outcomes = [ABOUT], [each for each, _ in runs_of(folder).read()]
+    timed = times_of(folder).last()
+    for machine in sorted({row.machine for row in timed.values()}):
+        parts.append(f"Timed on {machine}, one thread, batch 1, against the best dense engine of that run.")
     for name, shown in SHOWN.items():
-        runs = [each for each in outcomes() if each.task == name]
+        runs = [each for each in outcomes if each.task == name]
         if not runs:
             continue
         dense, difference = best_dense(runs), partial(_difference, shown.metric)
@@ -262,15 +310,15 @@ def report() -> str:
                 str(variant), f"{fmean(each.sparsity for each in own):.1%}", f"{fmean(each.zeros for each in own):.1%}",
                 shown.metric.text(fmean(tests)), difference(pstdev(tests)) if len(tests) > 1 else MISSING,
                 MISSING if dense is None else difference(dense - fmean(tests)), str(len(own)),
-                MISSING if time_row is None else f"{time_row['ms']:.3f}",
-                MISSING if time_row is None else f"{time_row['speedup']:.2f}x ({time_row['best']})",
+                MISSING if time_row is None else f"{time_row.ms:.3f}",
+                MISSING if time_row is None else f"{time_row.speedup:.2f}x ({time_row.best})",
             ))  # fmt: skip
         header = (
             "pruned", "zero weights", "zero states", f"test {shown.metric.name}", "deviation", "worse than dense",
             "runs", "ms", "times best dense",
         )  # fmt: skip
-        lines += [f"## {name}, {shown.training.epochs} epochs", "", markdown_table(header, rows), ""]
-    return "\n".join(lines) + "\n"
+        parts += [f"## {name}, {shown.training.epochs} epochs", markdown_table(header, rows)]
+    return page("What pruning costs recurrent networks", "recurrent_training", "", *parts)
 
 
 def best_dense(runs: Sequence[Outcome]) -> float | None:
@@ -287,44 +335,33 @@ def _difference(metric: Metric, drop: float) -> str:
     return f"{abs(metric.factor) * drop:.{metric.digits}f}"
 
 
-def jobs(names: Sequence[str], variants: int, seeds: int) -> Iterator[tuple[Shown, Variant, int]]:
-    """What is missing, seed by seed."""
-    done = {(each.task, each.variant, each.seed) for each in outcomes()}
-    for seed in range(seeds):
-        for name in names:
-            for variant in SHOWN[name].variants[:variants]:
-                if (name, variant, seed) not in done:
-                    yield SHOWN[name], variant, seed
+def jobs(names: Sequence[str], variants: int, seeds: int) -> list[Job]:
+    """What is asked for, seed by seed."""
+    return [
+        Job(name, variant, seed)
+        for seed, name in seed_by_seed(seeds, names)
+        for variant in SHOWN[name].variants[:variants]
+    ]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str]) -> int:
+    parser = command_line("recurrent_training", __doc__)
     parser.add_argument("--tasks", type=among(SHOWN), default=tuple(SHOWN), help="of " + ", ".join(SHOWN))
     parser.add_argument("--variants", type=int, default=99, help="only the first so many")
-    parser.add_argument("--seeds", type=int, default=3)
+    add_seeds(parser, 3)
     parser.add_argument("--time", action="store_true", help="time the models of finished runs, and train nothing")
-    parser.add_argument("--report", action="store_true", help="only draw the table")
+    add_report(parser)
     given, console = parser.parse_args(argv), Console()
-    failed = False
+    rows, failed = runs_of(given.output), 0
     try:
         if given.time:
-            time_models(given.tasks, console)
+            time_models(given.tasks, given.output, console)
         elif not given.report:
-            for shown, variant, seed in jobs(given.tasks, given.variants, given.seeds):
-                outcome = train_one(shown, variant, seed, console)
-                append_line(RESULTS / "recurrent_training" / "runs.jsonl", asdict(outcome))
-                console.say(f"{shown.name}, {variant}, seed {seed}: {outcome.test:.4f}")
-    except KeyboardInterrupt:
-        console.say("stopped; what was trained is kept, the same command goes on from here")
-        failed = True
-    except AutopruneError as error:
-        console.say(f"error: {error}")
-        failed = True
-    if outcomes():
-        write_text(RESULTS / "recurrent_training.md", text := report())
-        print(text)
-    return int(failed)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+            wanted = missing(rows, jobs(given.tasks, given.variants, given.seeds))
+            failed = sweep(
+                rows, wanted, partial(train_one, console=console), console, note=lambda row: f"{row.test:.4f}"
+            )
+    finally:
+        if rows.read():
+            write_page(given.output, "recurrent_training", report(given.output))
+    return int(failed > 0)

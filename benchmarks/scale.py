@@ -1,17 +1,15 @@
-"""Trials a minute against workers on this machine, and a model of more: ``python benchmarks/scale.py [OUTPUT]``.
+"""Trials a minute against workers on this machine, and a model of more: ``python -m benchmarks scale``.
 
 The trials of a search on digits: masks, recovery, repacking, score, and the timing that nobody works beside. Dense
-training is cached; a few minutes on two cores. Writes benchmarks/results/scale.md, or OUTPUT.
+training is cached; a few minutes on two cores. Writes benchmarks/results/scale.md.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import fmean
 
 import numpy as np
@@ -21,8 +19,6 @@ from autoprune.evaluation.dense import dense_model
 from autoprune.evaluation.evaluator import Evaluator
 from autoprune.evaluation.pool import ProcessPool, cores
 from autoprune.evaluation.recovery import RECOVERIES, Subject
-from autoprune.files import write_text
-from autoprune.latency.machine import machine_text
 from autoprune.latency.timer import Protocol
 from autoprune.masks import collect_statistics
 from autoprune.model.inventory import take_inventory
@@ -32,8 +28,10 @@ from autoprune.registry import Choice
 from autoprune.report.table import markdown_table
 from autoprune.tasks import TASKS
 from autoprune.testing import fake_table
+from benchmarks.lib.command_line import command_line
+from benchmarks.lib.page import page, write_page
+from benchmarks.lib.provenance import Provenance
 
-RESULTS = Path(__file__).parent / "results" / "scale.md"
 TASK = Choice("digits", {"widths": [16, 32, 64]})
 PATTERN, CRITERION = Choice("group", {"size": 8}), Choice("magnitude")
 TRIALS = {Choice("batch_norm"): 16, Choice("train", {"steps": 10}): 8}  # recovery -> trials a measurement
@@ -141,54 +139,37 @@ def modelled_rows(found: Mapping[Choice, tuple[Parts, Mapping[int, float]]]) -> 
     return rows
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> int:
+    given = command_line("scale", __doc__).parse_args(argv)
     start, load = time.perf_counter(), os.getloadavg()[0]
     torch.set_num_threads(1)
     found = {recovery: measure(recovery, count) for recovery, count in TRIALS.items()}
     counts = ", ".join(f"{count} with `{recovery}`" for recovery, count in TRIALS.items())
-    lines = [
-        "# Trials against workers",
-        "",
-        f"Written by `python benchmarks/scale.py`. Trials of a search on `{TASK}`, batch 1, one thread each; so many a",
-        f"measurement: {counts}. {cores()} cores; load average when it began: {load:.1f}.",
-        "",
-        f"{machine_text()}.",
-        "",
-        "## What a trial takes in one process",
-        "",
-        *markdown_table(
-            ["recovery", "scored, s", "of it repacking, s", "timed, s", "share that is serial"],
-            [
-                [str(recovery), f"{p.scored_s:.3f}", f"{p.repacked_s:.3f}", f"{p.timed_s:.3f}",
-                 f"{p.timed_s / (p.scored_s + p.timed_s):.0%}"]
-                for recovery, (p, _) in found.items()
-            ],
-        ).splitlines(),
-        "",
-        "## Measured",
-        "",
-        "Modelled: 60 / (scored / workers + timed), with as many workers as there are cores at most: nobody scores",
-        "while somebody times. Not in it: plans take unlike times to score, and a timing waits for the slowest.",
-        "",
-        *markdown_table(
-            ["recovery", "workers", "trials a minute", "against 1", "modelled"], rows_of(found)
-        ).splitlines(),
-        "",
-        "## Modelled beyond",
-        "",
-        "Trials a minute, not measured. One machine of so many cores, by the same model; its memory is not in it. A",
-        "cluster, with one node that has the target device and scores nothing: the slower of scored / workers and of",
-        "repacking and timing there. What sending takes is not in it.",
-        "",
-        *markdown_table(
-            ["recovery", "where", *(f"{workers} workers" for workers in MODELLED), "limit"], modelled_rows(found)
-        ).splitlines(),
+    taken = [
+        [str(recovery), f"{part.scored_s:.3f}", f"{part.repacked_s:.3f}", f"{part.timed_s:.3f}",
+         f"{part.timed_s / (part.scored_s + part.timed_s):.0%}"]
+        for recovery, (part, _) in found.items()
     ]  # fmt: skip
-    output = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS
-    write_text(output, "\n".join(lines) + "\n")
-    print("\n".join(lines))
-    print(f"\n{time.perf_counter() - start:.0f} s; written to {output}")
-
-
-if __name__ == "__main__":
-    main()
+    text = page(
+        "Trials against workers",
+        "scale",
+        f"Trials of a search on `{TASK}`, batch 1, one thread each; so many a "
+        f"measurement: {counts}. {cores()} cores; load average when it began: {load:.1f}.",
+        str(Provenance.here()),
+        "## What a trial takes in one process",
+        markdown_table(("recovery", "scored, s", "of it repacking, s", "timed, s", "share that is serial"), taken),
+        "## Measured",
+        "Modelled: 60 / (scored / workers + timed), with as many workers as there are cores at most: nobody scores "
+        "while somebody times. Not in it: plans take unlike times to score, and a timing waits for the slowest.",
+        markdown_table(("recovery", "workers", "trials a minute", "against 1", "modelled"), rows_of(found)),
+        "## Modelled beyond",
+        "Trials a minute, not measured. One machine of so many cores, by the same model; its memory is not in it. A "
+        "cluster, with one node that has the target device and scores nothing: the slower of scored / workers and of "
+        "repacking and timing there. What sending takes is not in it.",
+        markdown_table(
+            ("recovery", "where", *(f"{workers} workers" for workers in MODELLED), "limit"), modelled_rows(found)
+        ),
+    )
+    write_page(given.output, "scale", text)
+    print(f"{time.perf_counter() - start:.0f} s")
+    return 0

@@ -1,6 +1,6 @@
-"""The README's picture: speed-ups over the fastest dense engine by sparsity, from the rows that engine.py has kept.
+"""The README's picture: speed-ups over the fastest dense engine by sparsity, from the rows that `engine` has kept.
 
-    python benchmarks/speedup_picture.py
+    python -m benchmarks speedup_picture
 
 Batch 1, one thread, of the machine whose rows the README's table shows. Draws benchmarks/results/speedup.svg.
 """
@@ -8,12 +8,15 @@ Batch 1, one thread, of the machine whose rows the README's table shows. Draws b
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import matplotlib
-from engine_report import RESULTS, Row, read_rows, results_file
 from matplotlib.figure import Figure
 
 from autoprune.files import write_text
+from benchmarks.engine_report import Row, results_file
+from benchmarks.lib.command_line import command_line
 
 MACHINE = "amd-epyc-2-e9b0fcca"
 MODELS = {  # name -> label, filters in a group: the rows of the README's table
@@ -24,10 +27,14 @@ MODELS = {  # name -> label, filters in a group: the rows of the README's table
     "vit_small": ("ViT-small", 16),
     "mobilenet_v2": ("MobileNetV2", 8),
 }
-STYLE = {"svg.hashsalt": "autoprune", "svg.fonttype": "none", "font.size": 11}  # the same bytes every time
+STYLE: dict[Any, Any] = {
+    "svg.hashsalt": "autoprune",
+    "svg.fonttype": "none",
+    "font.size": 11,
+}  # the same bytes every time
 
 
-def line_of(rows: list[Row], model: str, group: int) -> list[Row]:
+def line_of(rows: Iterable[Row], model: str, group: int) -> list[Row]:
     """The rows of a model by sparsity; a dense model has no groups."""
     found = [
         row
@@ -38,7 +45,7 @@ def line_of(rows: list[Row], model: str, group: int) -> list[Row]:
     return sorted(found, key=lambda row: row.cell.sparsity)
 
 
-def picture(rows: list[Row]) -> Figure:
+def picture(rows: Sequence[Row]) -> Figure:
     """One line a model; the fastest dense engine is the dashed line at 1."""
     figure = Figure(figsize=(8.2, 4.2), layout="constrained")
     axes = figure.subplots()
@@ -53,12 +60,11 @@ def picture(rows: list[Row]) -> Figure:
     return figure
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> int:
+    given = command_line("speedup_picture", __doc__).parse_args(argv)
+    rows = [*results_file(given.output, MACHINE).last().values()]
     with matplotlib.rc_context(STYLE):
         text = io.StringIO()
-        picture(list(read_rows(results_file(MACHINE)).values())).savefig(text, format="svg", metadata={"Date": None})
-    write_text(RESULTS / "speedup.svg", "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+        picture(rows).savefig(text, format="svg", metadata={"Date": None})
+    write_text(given.output / "speedup.svg", "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n")
+    return 0

@@ -1,6 +1,6 @@
 """Threads that repack, export, save, load, call and train at once: is every output right, is every message heard?
 
-    python benchmarks/threads.py --seconds 60
+    python -m benchmarks threads --seconds 60
 
 Every thread takes one job after another by chance; what a job computes is compared with what was computed before the
 threads began. After each job its thread logs a line, warns, and writes a line to stderr. Ends with 1 if anything was
@@ -9,12 +9,10 @@ wrong or lost. Writes benchmarks/results/threads.md.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import io
 import logging
 import random
-import subprocess
 import sys
 import tempfile
 import threading
@@ -22,7 +20,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,13 +31,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from autoprune.files import write_text
-from autoprune.latency.machine import machine_text
 from autoprune.repack import load, repack, save
 from autoprune.repack.outputs import same_output
 from autoprune.report.table import markdown_table
+from benchmarks.lib.command_line import command_line
+from benchmarks.lib.page import page, write_page
+from benchmarks.lib.provenance import Provenance
 
-RESULT = Path(__file__).parent / "results" / "threads.md"
 BATCHES = (1, 2, 5)
 LOG = logging.getLogger("benchmark.service")
 
@@ -250,36 +248,28 @@ def listening() -> Iterator[dict[str, Callable[[], set[str]]]]:
         yield {"logged": partial(lines, logged), "warned": partial(lines, warned), "stderr": partial(lines, written)}
 
 
-def page(found: Found, threads: int, seconds: float) -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+def report(found: Found, threads: int, seconds: float) -> str:
     wrong = Counter(name for name, _ in found.wrong)
     rows = [[name, f"{count:,}", f"{wrong[name]:,}"] for name, count in found.done.items()]
     messages = [[name, f"{found.sent:,}", f"{found.sent - count:,}"] for name, count in found.heard.items()]
-    parts = [
-        "# Threads",
-        f"`python benchmarks/threads.py --seconds {seconds:g}`: {threads} threads, jobs by chance. Commit {commit}. "
-        f"{machine_text()}",
-        markdown_table(("job", "done", "wrong"), rows, left=1),
-        markdown_table(("lines of the threads", "sent", "lost"), messages, left=1),
-    ]
-    return "\n\n".join(parts)
+    return page(
+        "Threads",
+        f"threads --seconds {seconds:g}",
+        f"{threads} threads, jobs by chance.",
+        markdown_table(("job", "done", "wrong"), rows),
+        markdown_table(("lines of the threads", "sent", "lost"), messages),
+        str(Provenance.here()),
+    )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str]) -> int:
+    parser = command_line("threads", __doc__)
     parser.add_argument("--threads", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=60.0)
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     torch.set_num_threads(1)
     found = run(given.threads, given.seconds)
-    text = page(found, given.threads, given.seconds)
-    print(text)
     for name, told in found.wrong[:3]:
         print(f"\n{name}:\n{told}", file=sys.stderr)
-    write_text(RESULT, text + "\n")
-    sys.exit(not found.fine)
-
-
-if __name__ == "__main__":
-    main()
+    write_page(given.output, "threads", report(found, given.threads, given.seconds))
+    return int(not found.fine)

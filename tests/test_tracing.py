@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from autoprune.repack import export_onnx, repack
 from autoprune.repack.graph import torch_export
 from autoprune.tracing import ByThread, quiet, tracing, unloadable
+from benchmarks import threads
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 LOG = logging.getLogger("torch.onnx.test")
 
 
@@ -222,9 +222,8 @@ def test_a_flag_that_ended_is_what_it_was() -> None:
     assert not flag
 
 
-def test_mixed_work_in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    found = importlib.import_module("threads").run(threads=4, seconds=0.5, seed=3)
+def test_mixed_work_in_threads() -> None:
+    found = threads.run(threads=4, seconds=0.5, seed=3)
     assert [told for _, told in found.wrong] == []
     assert set(found.heard.values()) == {found.sent}
     assert min(found.done.values()) > 0

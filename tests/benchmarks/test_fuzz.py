@@ -1,32 +1,28 @@
-"""A short part of `benchmarks/fuzz.py`: some mutants of every kind of file, and what it calls wrong."""
+"""A short part of `python -m benchmarks fuzz`: some mutants of every kind of file, and what it calls wrong."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import warnings
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
 from autoprune.errors import FileError
+from benchmarks import fuzz
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 KINDS = 24
 MUTANTS = 9  # of each kind: three of each way
 
 
-@pytest.fixture
-def fuzz(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+@pytest.fixture(autouse=True)
+def cache_of_each_test(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("AUTOPRUNE_CACHE", str(tmp_path))
-    return importlib.import_module("fuzz")
 
 
 @pytest.mark.parametrize("number", range(KINDS))
-def test_mutants_are_refused_or_mean_the_same(fuzz: ModuleType, tmp_path: Path, number: int) -> None:
+def test_mutants_are_refused_or_mean_the_same(tmp_path: Path, number: int) -> None:
     kind = fuzz.KINDS[number]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, of what an edited graph asks it for
@@ -38,11 +34,11 @@ def test_mutants_are_refused_or_mean_the_same(fuzz: ModuleType, tmp_path: Path, 
     assert "refused" in [each[0] for each in found]
 
 
-def test_there_is_no_other_kind(fuzz: ModuleType) -> None:
+def test_there_is_no_other_kind() -> None:
     assert len(fuzz.KINDS) == KINDS
 
 
-def test_what_is_wrong_is_called_so(fuzz: ModuleType, tmp_path: Path) -> None:
+def test_what_is_wrong_is_called_so(tmp_path: Path) -> None:
     def read(folder: Path) -> Any:
         return json.loads((folder / "a.json").read_text())
 

@@ -1,32 +1,27 @@
-"""benchmarks/layers.py and the roofline of benchmarks/engine.py, on times that are made up."""
+"""`python -m benchmarks layers`, and the roofline of `python -m benchmarks engine`, on times that are made up."""
 
 from __future__ import annotations
 
-import importlib
 import itertools
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+import torch
 from torch import nn
 
 from autoprune.masks import sparsity
+from autoprune.model.inventory import take_inventory
+from autoprune.registry import Choice
 from autoprune.repack.tuning.layer_times import LayerTime
-
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-
-
-@pytest.fixture
-def layers(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("layers")
+from benchmarks import engine_report, layers
+from benchmarks.lib.pruning import pruned
 
 
 def row(median_us: float, flops: int = 1_000_000, dense_us: float = 100.0, kind: str = "conv2d") -> LayerTime:
     return LayerTime("conv", kind, "jit", 0.75, 8, None, flops, 100_000, median_us, median_us, dense_us, "contiguous")
 
 
-def test_a_row_a_sparsity_and_what_was_reached(layers: ModuleType) -> None:
+def test_a_row_a_sparsity_and_what_was_reached() -> None:
     cells = list(itertools.product(layers.SPARSITIES, layers.GROUP_SIZES))
     titles = [title for title, _, _ in layers.layers()]
     assert {layers.title_of(*each) for each in layers.RESNET18} < set(titles)
@@ -41,18 +36,18 @@ def test_a_row_a_sparsity_and_what_was_reached(layers: ModuleType) -> None:
     assert "90%, G=16: 6x over dense | 4.00x" in text
 
 
-def test_only_a_copy_is_pruned(layers: ModuleType) -> None:
+def test_only_a_copy_is_pruned() -> None:
     conv = nn.Conv2d(8, 8, 3).requires_grad_(False)
-    assert sparsity(layers.pruned(conv, 8, 0.75)[0].weight) == pytest.approx(0.75, abs=0.02)
+    model = nn.Sequential(conv)
+    found = take_inventory(model, torch.zeros(1, 8, 5, 5), min_weights=1).layers
+    cut = pruned(model, found, Choice("group", {"size": 8}), 0.75)
+    assert sparsity(cut[0].weight) == pytest.approx(0.75, abs=0.02)
     assert sparsity(conv.weight) == 0.0
 
 
-def test_the_roofline_shows_what_multiplies_under_every_roof(layers: ModuleType, tmp_path: Path,
-                                                             monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
-    report = importlib.import_module("engine_report")
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
+def test_the_roofline_shows_what_multiplies_under_every_roof(tmp_path: Path) -> None:
     rows = [row(25.0), row(50.0, kind="linear"), row(10.0, flops=0, kind="copy")]
-    figure = report.roofline(rows, "a model", 80.0, {"memory": 10.0, "shared cache": 40.0})
+    figure = engine_report.roofline(rows, "a model", 80.0, {"memory": 10.0, "shared cache": 40.0})
     (axes,) = figure.axes
     labels = axes.get_legend_handles_labels()[1]
     assert labels == ["memory, 10 GB/s", "shared cache, 40 GB/s", "FMA peak, 80 GFLOP/s", "conv2d", "linear"]
@@ -60,4 +55,4 @@ def test_the_roofline_shows_what_multiplies_under_every_roof(layers: ModuleType,
     assert memory[1].tolist() == pytest.approx([8.0, 80.0]), "where the roofs meet"
     marks = [mark.get_offsets().tolist() for mark in axes.collections]
     assert marks == [[[10.0, 40.0]], [[10.0, 20.0]]]
-    assert report.save_roofline(figure).read_bytes().startswith(b"\x89PNG")
+    assert engine_report.save_roofline(figure, tmp_path).read_bytes().startswith(b"\x89PNG")

@@ -1,26 +1,18 @@
-"""benchmarks/methods.py: what it keeps of a run in rounds, and how it shows them."""
+"""`python -m benchmarks methods`: what it keeps of a run in rounds, and how it shows them."""
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+from benchmarks import methods
+from benchmarks.methods_report import _rounds
 
 
-@pytest.fixture
-def methods(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    module = importlib.import_module("methods")
-    monkeypatch.setattr(module, "KEPT", tmp_path)
-    return module
-
-
-def test_a_run_in_rounds_keeps_what_each_came_to(methods: ModuleType) -> None:
+def test_a_run_in_rounds_keeps_what_each_came_to(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(methods, "KEPT", tmp_path)
     shown = replace(methods.TASKS_SHOWN["digits"], epochs=4, start_epochs=1)
     outcome = methods.train_one(shown, methods.Job("bayesian_memoryless", "group-90", 0))
     assert len(outcome.rounds) == 8
@@ -30,14 +22,13 @@ def test_a_run_in_rounds_keeps_what_each_came_to(methods: ModuleType) -> None:
     assert not methods.train_one(shown, methods.Job("one_shot", "group-90", 0)).rounds
 
 
-def test_rounds_are_shown_by_method(methods: ModuleType) -> None:
-    rounds = importlib.import_module("methods_report")._rounds
+def test_rounds_are_shown_by_method() -> None:
     runs = [
         methods.Outcome(methods.Job(name, "group-90", seed), 0.9, 0.9, 1.0, {}, 1.0, [first, 0.8])
         for name, seed, first in (("bayesian", 0, 0.7), ("bayesian", 1, 0.9), ("bayesian_memoryless", 0, 0.5))
     ]
-    page = rounds("group-90", runs)
+    page = _rounds("group-90", runs)
     assert "bayesian (2 seeds)" in page
     assert "80.00 ± 14.14" in page
     assert "50.00" in page
-    assert rounds("group-97", runs) == ""
+    assert _rounds("group-97", runs) == ""

@@ -1,25 +1,17 @@
-"""benchmarks/kills.py: it sees what is lost, doubled and left, and who lives on."""
+"""`python -m benchmarks kills`: it sees what is lost, doubled and left, and who lives on."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-
-
-@pytest.fixture
-def kills(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("kills")
+from benchmarks import kills
 
 
 def lines(path: Path, rows: list[dict[str, object]]) -> None:
@@ -27,7 +19,7 @@ def lines(path: Path, rows: list[dict[str, object]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_what_is_lost_doubled_or_left_is_counted(kills: ModuleType, tmp_path: Path) -> None:
+def test_what_is_lost_doubled_or_left_is_counted(tmp_path: Path) -> None:
     model = kills.Job("run", tmp_path / "undisturbed")
     trials: list[dict[str, object]] = [{"reward": 1.0, "checksum": "a"}, {"reward": 2.0, "checksum": "b"}]
     lines(model.directory / "search" / "trials.jsonl", trials)
@@ -50,7 +42,7 @@ def test_what_is_lost_doubled_or_left_is_counted(kills: ModuleType, tmp_path: Pa
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_who_lives_on_is_seen(kills: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_lives_on_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = kills.Job("run", tmp_path)
     monkeypatch.setattr(kills, "GRACE_S", 0.1)
     mark = {**os.environ, kills.MARK: str(tmp_path)}
@@ -62,9 +54,9 @@ def test_who_lives_on_is_seen(kills: ModuleType, tmp_path: Path, monkeypatch: py
     assert kills.alive_after(job) is not None
 
 
-def test_the_page_counts_kills_by_stage(kills: ModuleType) -> None:
+def test_the_page_counts_kills_by_stage() -> None:
     seen = [("run", 0, "search", 3.0, 0.25), ("run", 0, "search", 9.0, None), ("train", 0, "tasks", 1.0, 1.5)]
-    text = kills.page([kills.Kill(*each) for each in seen], {"run-0": {"lost or doubled": 2, "left": 1}}, seed=3)
+    text = kills.report([kills.Kill(*each) for each in seen], {"run-0": {"lost or doubled": 2, "left": 1}}, seed=3)
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "|" in line]
     assert ["run", "search", "2", "beyond 5", "1"] in rows
     assert ["train", "tasks", "1", "1.50", "0"] in rows

@@ -1,44 +1,40 @@
-"""benchmarks/engine.py: which cells and masks there are, that it goes on where it stopped, what it writes."""
+"""`python -m benchmarks engine`: which cells and masks there are, that it goes on where it stopped, what it writes."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import itertools
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
 from autoprune.errors import FileError
+from autoprune.files import append_line
 from autoprune.masks import sparsity
 from autoprune.progress import SILENT
-from autoprune.tasks.zoo.standard import standard_model
-
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+from autoprune.tasks.zoo.standard import standard_input, standard_model
+from benchmarks import engine, engine_report
+from benchmarks.engine_report import Row
+from benchmarks.lib.sweep import Rows
 
 
 @pytest.fixture
-def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    module = importlib.import_module("engine")
-    monkeypatch.setattr(importlib.import_module("engine_report"), "RESULTS", tmp_path)
-    return module
+def rows(tmp_path: Path) -> Rows[Row]:
+    return engine.results_file(tmp_path, "here")
 
 
-def row(engine: ModuleType, cell: Any, speedup: float = 2.0) -> Any:
-    report = importlib.import_module("engine_report")
-    ms = report.spread([4.0, 2.0, 3.0])
-    return report.Row(
+def row(cell: Any, speedup: float = 2.0) -> Row:
+    ms = engine_report.spread([4.0, 2.0, 3.0])
+    return Row(
         cell=cell,
         times_ms={"eager": ms, "openvino": ms, engine.REPACKED: ms},
         deepsparse_ms=None,
         left_out={"compile": "no compiler"},
         best="openvino",
         speedup=speedup,
-        speedup_spread=report.spread([speedup]),
+        speedup_spread=engine_report.spread([speedup]),
         relative_error=1e-6,
         repack_s=0.5,
         rounds=3,
@@ -47,7 +43,7 @@ def row(engine: ModuleType, cell: Any, speedup: float = 2.0) -> Any:
     )
 
 
-def test_the_table_has_every_cell_once(engine: ModuleType) -> None:
+def test_the_table_has_every_cell_once() -> None:
     found = list(engine.cells(("a", "b"), (0.0, 0.5, 0.9), (1, 8), (1, 16), (1, 2)))
     assert len(found) == len(set(found)) == 2 * (1 + 2 * 2) * 2 * 2
     shared = [(cell.model, cell.batch, cell.threads) for cell in found]
@@ -56,18 +52,19 @@ def test_the_table_has_every_cell_once(engine: ModuleType) -> None:
 
 
 @pytest.mark.parametrize(("name", "layers"), [("resnet18", 19), ("mobilenet_v2", 34), ("vit_small", 48)])
-def test_what_is_pruned(engine: ModuleType, name: str, layers: int) -> None:
+def test_what_is_pruned(name: str, layers: int) -> None:
     model = standard_model(name)
-    masks = engine.group_masks(model, 0.75, 8)
+    x = standard_input(name, 1)
+    masks = engine.group_masks(model, x, 0.75, 8)
     assert len(masks) == layers
     assert all(abs(sparsity(mask) - 0.75) < 0.01 for mask in masks.values())
     assert not any(module in masks for module in ("head", "0", "embed"))
     if name == "mobilenet_v2":
         assert all(mask.shape[2:] == (1, 1) for mask in masks.values())
-    assert engine.group_masks(model, 0.0, 1) == {}
+    assert engine.group_masks(model, x, 0.0, 1) == {}
 
 
-def test_goes_on_with_the_first_missing_cell(engine: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_goes_on_with_the_first_missing_cell(rows: Rows[Row], monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = list(engine.cells(("resnet18",), (0.0, 0.5), (1, 8), (1,), (1,)))
     prepared, measured = [], []
 
@@ -75,38 +72,38 @@ def test_goes_on_with_the_first_missing_cell(engine: ModuleType, monkeypatch: py
         measured.append(cell)
         if len(measured) == 2:
             raise KeyboardInterrupt
-        return row(engine, cell)
+        return row(cell)
 
     monkeypatch.setattr(engine, "prepare", lambda cell, *_: prepared.append(cell) or engine.Dense(None, None, {}, {}))
     monkeypatch.setattr(engine, "measure", measure)
     with pytest.raises(KeyboardInterrupt):
-        engine.run(wanted, 1.0, False, None, SILENT)
-    assert engine.run(wanted, 1.0, False, None, SILENT) == 0
+        engine.run(rows, wanted, 1.0, False, None, SILENT)
+    assert engine.run(rows, wanted, 1.0, False, None, SILENT) == 0
     assert measured == [wanted[0], wanted[1], wanted[1], wanted[2]]
     assert prepared == [wanted[0], wanted[1]]
-    assert engine.run(wanted, 1.0, False, None, SILENT) == 0
+    assert engine.run(rows, wanted, 1.0, False, None, SILENT) == 0
     assert len(measured) == 4, "all is measured"
-    engine.run(wanted, 1.0, True, None, SILENT)
+    engine.run(rows, wanted, 1.0, True, None, SILENT)
     assert len(measured) == 7
 
 
-def test_a_cell_that_fails_is_counted_and_tried_again(engine: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cell_that_fails_is_counted_and_tried_again(rows: Rows[Row], monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = list(engine.cells(("resnet18",), (0.5,), (1, 8), (1,), (1,)))
 
     def measure(cell: Any, *_: Any) -> Any:
         if cell.group == 1:
             raise KeyError("gelu")
-        return row(engine, cell)
+        return row(cell)
 
     monkeypatch.setattr(engine, "prepare", lambda *_: engine.Dense(None, None, {}, {}))
     monkeypatch.setattr(engine, "measure", measure)
-    assert engine.run(wanted, 1.0, False, None, SILENT) == 1
-    assert engine.run(wanted, 1.0, False, None, SILENT) == 1
-    assert list(engine.read_rows(engine.results_file(engine.machine_key()))) == [wanted[1]]
+    assert engine.run(rows, wanted, 1.0, False, None, SILENT) == 1
+    assert engine.run(rows, wanted, 1.0, False, None, SILENT) == 1
+    assert list(rows.last()) == [wanted[1]]
 
 
-def test_engines_far_behind_are_timed_once(engine: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    report, timed = importlib.import_module("engine_report"), list[Any]()
+def test_engines_far_behind_are_timed_once(rows: Rows[Row], monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = list[Any]()
     wanted = list(engine.cells(("resnet18",), (0.0, 0.5), (8,), (1,), (1, 2)))
 
     def prepare(cell: Any, far: Any, _: Any) -> Any:
@@ -116,40 +113,39 @@ def test_engines_far_behind_are_timed_once(engine: ModuleType, monkeypatch: pyte
     def measure(cell: Any, dense: Any, *_: Any) -> Any:
         timed.append(sorted(dense.calls))
         ms = {"eager": 8.0, "compile": 4.4, "openvino": 4.0}
-        times = {name: report.spread([ms[name]]) for name in dense.calls}
-        return dataclasses.replace(row(engine, cell), times_ms=times, left_out=dense.left_out)
+        times = {name: engine_report.spread([ms[name]]) for name in dense.calls}
+        return dataclasses.replace(row(cell), times_ms=times, left_out=dense.left_out)
 
     monkeypatch.setattr(engine, "prepare", prepare)
     monkeypatch.setattr(engine, "measure", measure)
-    assert engine.run(wanted, 1.0, False, None, SILENT) == 0
+    assert engine.run(rows, wanted, 1.0, False, None, SILENT) == 0
     assert timed == [["compile", "eager", "openvino"], ["compile", "openvino"]] * 2, "each for its own threads"
-    rows = engine.read_rows(engine.results_file(engine.machine_key()))
-    assert rows[wanted[1]].left_out["eager"] == "2.0 times as long as openvino in resnet18 0% G=1 batch 1 threads 1"
+    assert (
+        rows.last()[wanted[1]].left_out["eager"] == "2.0 times as long as openvino in resnet18 0% G=1 batch 1 threads 1"
+    )
 
 
-def test_report_says_the_goal_the_best_engine_and_what_is_slower(engine: ModuleType, tmp_path: Path) -> None:
-    path = engine.results_file("here")
+def test_report_says_the_goal_the_best_engine_and_what_is_slower(rows: Rows[Row], tmp_path: Path) -> None:
     for at, cell in enumerate(engine.cells(("resnet18",), (0.0, 0.5), (8, 16), (1,), (1, 2))):
-        engine.append_line(path, dataclasses.asdict(row(engine, cell, speedup=0.5 + at)))
-    with path.open("a") as torn:
+        rows.add(row(cell, speedup=0.5 + at))
+    with rows.path.open("a") as torn:
         torn.write('{"cell": ')
-    text = engine.report("here")
+    text = engine.report(tmp_path, "here")
     assert (tmp_path / "engine.md").read_text() == text
     assert "1.50x (1.7x)" in text
     assert "**3.00**" in text
     assert "6 cells; the lowest speed-up is 0.50x (resnet18 0% G=1 batch 1 threads 1). Below 0.97x: 1." in text
     assert (tmp_path / "engine_resnet18.png").read_bytes().startswith(b"\x89PNG")
-    assert engine.report("elsewhere").startswith("nothing is measured yet")
+    assert engine.report(tmp_path, "elsewhere").startswith("nothing is measured yet")
 
 
-def test_a_file_of_something_else_is_refused(engine: ModuleType) -> None:
-    path = engine.results_file("here")
-    engine.append_line(path, {"cell": {"model": "resnet18"}})
+def test_a_file_of_something_else_is_refused(rows: Rows[Row]) -> None:
+    append_line(rows.path, {"cell": {"model": "resnet18"}})
     with pytest.raises(FileError, match="not what this benchmark writes"):
-        engine.read_rows(path)
+        rows.read()
 
 
-def test_the_error_is_relative_to_the_largest_output(engine: ModuleType) -> None:
+def test_the_error_is_relative_to_the_largest_output() -> None:
     x = torch.tensor([[1.0, -4.0]])
     half = torch.nn.Linear(2, 2)
     with torch.no_grad():
