@@ -121,7 +121,7 @@ def sweep(
             try:
                 row = result()
                 rows.add(row)
-                told += f": {note(row)}"
+                told += f": {said}" if (said := note(row)) else ""
             except Exception as error:
                 failed += 1
                 progress.say(f"failed: {point}: {type(error).__name__}: {error}")
