@@ -22,7 +22,7 @@ from autoprune.registry import Choice
 from autoprune.target import Target
 
 if TYPE_CHECKING:
-    from autoprune.pipeline.run import Run  # a fake clock need not wait for the agents
+    from autoprune.pipeline.run import Run  # a fake clock need not wait for all stages of a run
 
 ANCHORS = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
 

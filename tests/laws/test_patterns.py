@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from autoprune.errors import AutopruneError, ConfigError
 from autoprune.patterns import PATTERNS
 from autoprune.registry import Choice
+from autoprune.testing import check_pattern
+from autoprune.testing.patterns import check_masks
 
 PERMUTED = [{"size": size, "permute": True} for size in (1, 2, 3, 8)]
 EXTRA = {
@@ -30,38 +32,17 @@ def weights(draw: st.DrawFn) -> tuple[torch.Tensor, int]:
 
 
 @pytest.mark.parametrize("choice", CHOICES, ids=str)
-@given(case=weights(), sparsity=st.floats(0.0, 0.99))
-def test_a_mask_passes_its_patterns_check(choice: Choice, case: tuple[torch.Tensor, int], sparsity: float) -> None:
-    saliency, groups = case
-    pattern = PATTERNS.create(choice)
-    mask = pattern.mask(saliency, sparsity, groups)
-    assert mask.shape == saliency.shape
-    assert mask.dtype == torch.bool
-    assert mask.any()
-    assert pattern.check(mask, groups)
+def test_every_pattern_keeps_the_laws(choice: Choice) -> None:
+    check_pattern(PATTERNS.create(choice), examples=10)
 
 
 @pytest.mark.parametrize("choice", CHOICES, ids=str)
-@given(case=weights(), sparsity=st.floats(0.0, 0.99))
-def test_a_mask_has_the_feasible_sparsity(choice: Choice, case: tuple[torch.Tensor, int], sparsity: float) -> None:
-    saliency, groups = case
-    pattern = PATTERNS.create(choice)
-    got = 1.0 - pattern.mask(saliency, sparsity, groups).float().mean().item()
-    largest_cell = torch.bincount(pattern.cells(tuple(saliency.shape), groups).flatten()).max().item()
-    assert abs(got - pattern.feasible(tuple(saliency.shape), sparsity, groups)) <= 2 * largest_cell / saliency.numel()
-
-
-@pytest.mark.parametrize("choice", CHOICES, ids=str)
-@given(case=weights(), sparsities=st.lists(st.floats(0.0, 0.99), max_size=4))
-def test_many_masks_are_each_as_if_alone(
-    choice: Choice, case: tuple[torch.Tensor, int], sparsities: list[float]
+@given(case=weights(), sparsity=st.floats(0.0, 0.99), data=st.data())
+def test_the_laws_hold_for_any_weight(
+    choice: Choice, case: tuple[torch.Tensor, int], sparsity: float, data: st.DataObject
 ) -> None:
     saliency, groups = case
-    pattern = PATTERNS.create(choice)
-    masks = pattern.masks(saliency, sparsities, groups)
-    assert len(masks) == len(sparsities)
-    for mask, sparsity in zip(masks, sparsities, strict=True):
-        assert torch.equal(mask, pattern.mask(saliency, sparsity, groups))
+    check_masks(PATTERNS.create(choice), saliency, sparsity, groups, later=data.draw(st.floats(sparsity, 0.99)))
 
 
 @pytest.mark.parametrize("choice", CHOICES, ids=str)
@@ -72,22 +53,6 @@ def test_the_check_refuses_a_mask_of_another_pattern(choice: Choice) -> None:
     mask[9, :, 0, 0] = torch.arange(16) % 4 != 2
     single_weights = bool((torch.bincount(pattern.cells(tuple(mask.shape)).flatten()) == 1).all())
     assert pattern.check(mask) is (single_weights and choice.name != "n:m")
-
-
-@pytest.mark.parametrize("choice", CHOICES, ids=str)
-@given(case=weights(), sparsity=st.floats(0.0, 0.99), data=st.data())
-def test_a_mask_within_an_earlier_one_cuts_what_that_cut(
-    choice: Choice, case: tuple[torch.Tensor, int], sparsity: float, data: st.DataObject
-) -> None:
-    saliency, groups = case
-    pattern = PATTERNS.create(choice)
-    before = pattern.mask(saliency, sparsity, groups)
-    more = data.draw(st.floats(sparsity, 0.99))
-    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**20)))
-    mask = pattern.mask(torch.rand(saliency.shape, generator=generator), more, groups, within=before)
-    assert not (mask & ~before).any()
-    assert mask.any()
-    assert pattern.check(mask, groups)
 
 
 @pytest.mark.parametrize("size", [2, 3, 8])

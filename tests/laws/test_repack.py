@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from autoprune.patterns import PATTERNS
 from autoprune.registry import Choice
 from autoprune.repack import BACKENDS, LayerForm, lower_layer, pack
+from autoprune.testing import check_backend
+from autoprune.testing.backends import check_lowered
 
 GROUP_SIZES = (1, 2, 4, 8, 16)
 ROWS = [pytest.param(backend, pattern, id=f"{backend}-{pattern}") for backend in BACKENDS for pattern in PATTERNS]
@@ -75,22 +77,13 @@ def linears(draw: st.DrawFn, pattern: str) -> tuple[nn.Linear, Tensor]:
     return linear, torch.randn(*leading, linear.in_features)
 
 
-def assert_lowered_is_equal(backend: str, module: nn.Conv2d | nn.Linear, x: Tensor, relu: bool) -> None:
-    form = LayerForm(module, relu)
-    member = BACKENDS.get(backend)()
-    support = member.supports(form)
-    if not support.ok:
-        assert support.why
-        return
-    with torch.inference_mode():
-        wanted = module(x)
-        wanted = wanted.relu() if relu else wanted
-        given_input = x.clone()
-        got = member.lower(form)(x)
-    assert torch.equal(x, given_input)
-    assert got.shape == wanted.shape
-    assert got.dtype == wanted.dtype
-    assert (got - wanted).abs().max() <= 1e-4 * wanted.abs().max() + 1e-7
+@pytest.mark.parametrize("backend", list(BACKENDS))
+def test_every_backend_keeps_the_laws(backend: str) -> None:
+    check_backend(BACKENDS.create(Choice(backend)), examples=10)
+
+
+def check(backend: str, module: nn.Conv2d | nn.Linear, x: Tensor, relu: bool) -> None:
+    check_lowered(BACKENDS.create(Choice(backend)), LayerForm(module, relu), x)
 
 
 @pytest.mark.parametrize(("backend", "pattern"), ROWS)
@@ -99,14 +92,14 @@ def assert_lowered_is_equal(backend: str, module: nn.Conv2d | nn.Linear, x: Tens
 def test_a_lowered_convolution_equals_the_masked_one(
     backend: str, pattern: str, data: st.DataObject, relu: bool
 ) -> None:
-    assert_lowered_is_equal(backend, *data.draw(convolutions(pattern)), relu)
+    check(backend, *data.draw(convolutions(pattern)), relu)
 
 
 @pytest.mark.parametrize(("backend", "pattern"), ROWS)
 @FEW
 @given(data=st.data(), relu=st.booleans())
 def test_a_lowered_linear_equals_the_masked_one(backend: str, pattern: str, data: st.DataObject, relu: bool) -> None:
-    assert_lowered_is_equal(backend, *data.draw(linears(pattern)), relu)
+    check(backend, *data.draw(linears(pattern)), relu)
 
 
 @pytest.mark.parametrize("pattern", list(PATTERNS))
@@ -161,7 +154,7 @@ def test_a_layer_without_weights_gives_its_bias(backend: str, kind: str) -> None
     module: nn.Conv2d | nn.Linear = nn.Conv2d(3, 5, 3, padding=1) if kind == "conv2d" else nn.Linear(7, 5)
     nn.init.zeros_(module.weight)
     x = torch.randn(2, 3, 6, 7) if kind == "conv2d" else torch.randn(2, 7)
-    assert_lowered_is_equal(backend, module.eval(), x, False)
+    check(backend, module.eval(), x, False)
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
@@ -172,7 +165,7 @@ def test_a_layer_without_weights_gives_its_bias(backend: str, kind: str) -> None
 def test_an_odd_padding_is_computed_or_refused(backend: str, odd: dict[str, object]) -> None:
     conv = masked(nn.Conv2d(4, 8, (2, 4), **odd), Choice("group", {"size": 4}), 0.5)
     assert isinstance(conv, nn.Conv2d)
-    assert_lowered_is_equal(backend, conv, torch.randn(2, 4, 9, 11), False)
+    check(backend, conv, torch.randn(2, 4, 9, 11), False)
 
 
 @pytest.mark.parametrize("backend", list(BACKENDS))
