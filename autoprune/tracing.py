@@ -22,6 +22,10 @@ import torch.fx._symbolic_trace as symbolic
 
 from autoprune.errors import AutopruneError
 
+# Torch's structured trace: it goes to a file where TORCH_TRACE asks for one, and takes its handler away at its first
+# record where nothing does. Kept from that record, torch would describe every operator and guard, for nobody to read.
+_TRACE = "torch.__trace"
+
 
 class _Silence(threading.local, logging.Filter):
     """Whether torch's compilers are to be quiet in this thread; a filter of log records and of warnings."""
@@ -44,7 +48,7 @@ def quiet() -> Iterator[None]:
     """Keeps torch's compilers quiet: they log and warn about their internals, of no use to anyone else."""
     before, _SILENCE.on = _SILENCE.on, True
     for name, logger in list(logging.root.manager.loggerDict.items()):
-        if isinstance(logger, logging.Logger) and name.partition(".")[0] == "torch":
+        if isinstance(logger, logging.Logger) and name.partition(".")[0] == "torch" and name != _TRACE:
             for each in (logger, *logger.handlers):  # the handlers also serve loggers that torch makes later
                 each.addFilter(_SILENCE)
     # Not catch_warnings, which would do the same to all threads.
