@@ -26,6 +26,7 @@ from autoprune.plan import LayerPlan, Plan
 from autoprune.registry import Choice
 from autoprune.settings import TrainingSettings, make_optimizer
 from autoprune.testing import fake_table
+from autoprune.testing.cases import random_batches
 from autoprune.training import TRAINING, Pruner, train_
 from autoprune.training.loop import epoch_seed
 
@@ -42,15 +43,8 @@ def network() -> nn.Module:
     )  # fmt: skip
 
 
-def batches(count: int = STEPS) -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(count, 8, 4, 6, 6, generator=generator)
-    y = torch.randint(0, 12, (count, 8), generator=generator)
-    return list(zip(x, y, strict=True))
-
-
 def hooks(model: nn.Module, method: str | Choice = "gradual", **given: Any) -> PruningHooks:
-    wanted = {"sparsity": 0.75, "pattern": GROUP, "batches": batches(1), **given}
+    wanted = {"sparsity": 0.75, "pattern": GROUP, "batches": random_batches(1), **given}
     return PruningHooks(model, X, method, **wanted)
 
 
@@ -63,7 +57,7 @@ def trained(
     optimizer = make_optimizer(list(model.parameters()), settings or TrainingSettings(learning_rate=0.05))
     torch.manual_seed(3)
     pruning.start(optimizer, STEPS)
-    for x, y in batches():
+    for x, y in random_batches(STEPS):
         step(optimizer, x, y)
         pruning.after_step()
     masks = pruning.finish()
@@ -87,16 +81,16 @@ def test_a_users_loop_gives_what_ours_gives(method: str) -> None:
     settings = TrainingSettings(epochs=1, learning_rate=0.05, schedule="constant")
     inventory = take_inventory(ours, X)
     plan = Plan(dict.fromkeys(inventory.names, LayerPlan(0.75, GROUP)))
-    pruner = Pruner(ours, inventory, plan, batches(1), functional.cross_entropy)
+    pruner = Pruner(ours, inventory, plan, random_batches(1), functional.cross_entropy)
     made = TRAINING.create(Choice(method, args))
-    train_(ours, batches(), functional.cross_entropy, settings, seed=0, method=made, pruner=pruner)
+    train_(ours, random_batches(STEPS), functional.cross_entropy, settings, seed=0, method=made, pruner=pruner)
 
     pruning = hooks(theirs, Choice(method, args))
     optimizer = make_optimizer(list(theirs.parameters()), settings)
     torch.manual_seed(epoch_seed(0, 0))
     pruning.start(optimizer, STEPS)
     torch.manual_seed(epoch_seed(0, 1))
-    for x, y in batches():
+    for x, y in random_batches(STEPS):
         plain(theirs)(optimizer, x, y)
         pruning.after_step()
     masks = pruning.finish()
@@ -106,7 +100,9 @@ def test_a_users_loop_gives_what_ours_gives(method: str) -> None:
     assert cut >= 0.7 * sum(layer.weights for layer in inventory.layers)
     fast = autoprune.repack(theirs.eval(), X, form="modules")
     with torch.inference_mode():
-        torch.testing.assert_close(fast(batches()[0][0]), theirs(batches()[0][0]), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            fast(random_batches(STEPS)[0][0]), theirs(random_batches(STEPS)[0][0]), rtol=1e-3, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("method", ["gradual", "adaptive", "thresholds"])
@@ -169,7 +165,7 @@ def test_a_saved_loop_goes_on_bit_for_bit(method: str) -> None:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
         torch.manual_seed(3)
         pruning.start(optimizer, STEPS)
-        for count, (x, y) in enumerate(batches()):
+        for count, (x, y) in enumerate(random_batches(STEPS)):
             if stop and count == 3:
                 kept = (model.state_dict(), optimizer.state_dict(), pruning.state_dict(), torch.get_rng_state())
                 assert all(isinstance(value, Tensor) for value in kept[2].values())
@@ -219,7 +215,7 @@ class LightningLike:
         return functional.cross_entropy(self.model(batch[0]), batch[1])
 
     def fit(self, optimizer: torch.optim.Optimizer) -> None:
-        for batch in batches():
+        for batch in random_batches(STEPS):
 
             def closure(batch: tuple[Tensor, Tensor] = batch) -> Tensor:
                 loss = self.training_step(batch)
@@ -242,7 +238,7 @@ def test_a_lightning_loop_gives_what_a_plain_one_gives(kind: type[torch.optim.Op
         if lightning:
             LightningLike(model, pruning).fit(optimizer)
         else:
-            for x, y in batches():
+            for x, y in random_batches(STEPS):
                 plain(model)(optimizer, x, y)
                 pruning.after_step()
         assert all(sparsity(mask) > 0 for mask in pruning.finish().values())
@@ -267,11 +263,11 @@ def _process(rank: int, port: int, folder: str) -> None:
         model = network()
         if seeded:
             torch.manual_seed(100 + rank)
-        pruning = hooks(model, method, criterion=criterion, batches=batches(3))
+        pruning = hooks(model, method, criterion=criterion, batches=random_batches(3))
         parallel = nn.parallel.DistributedDataParallel(model)
         optimizer = torch.optim.SGD(parallel.parameters(), lr=0.05, momentum=0.9)
         pruning.start(optimizer, STEPS)
-        for x, y in batches():
+        for x, y in random_batches(STEPS):
             optimizer.zero_grad()
             functional.cross_entropy(parallel(x[rank::2]), y[rank::2]).backward()
             optimizer.step()
@@ -301,10 +297,10 @@ def test_two_processes_end_with_the_same_masks_and_as_one_with_their_mean_gradie
         assert all(torch.equal(first[name], second[name]) for name in first), case
 
     alone = network()  # what DDP says: each step's gradient is the mean of the processes'
-    pruning = hooks(alone, "adaptive", batches=batches(3))
+    pruning = hooks(alone, "adaptive", batches=random_batches(3))
     optimizer = torch.optim.SGD(alone.parameters(), lr=0.05, momentum=0.9)
     pruning.start(optimizer, STEPS)
-    for x, y in batches():
+    for x, y in random_batches(STEPS):
         optimizer.zero_grad()
         for rank in (0, 1):
             (functional.cross_entropy(alone(x[rank::2]), y[rank::2]) / 2).backward()
@@ -396,7 +392,7 @@ def test_what_cannot_be_done_is_said() -> None:
         pruning.load_state_dict(other.state_dict())
     with pytest.raises(AutopruneError, match="damaged"):
         other.load_state_dict({name: value for name, value in other.state_dict().items() if "latent" not in name})
-    for x, y in batches():
+    for x, y in random_batches(STEPS):
         plain(model)(optimizer, x, y)
         pruning.after_step()
     with pytest.raises(AutopruneError, match="all 6 steps were taken"):
@@ -408,7 +404,7 @@ def test_an_optimizer_that_evaluates_the_loss_again_is_refused() -> None:
     pruning = hooks(model)
     optimizer = torch.optim.LBFGS(model.parameters())
     pruning.start(optimizer, STEPS)
-    x, y = batches()[0]
+    x, y = random_batches(STEPS)[0]
 
     def closure() -> float:
         optimizer.zero_grad()

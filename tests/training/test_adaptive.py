@@ -19,19 +19,13 @@ from autoprune.model.inventory import take_inventory
 from autoprune.plan import LayerPlan, Plan
 from autoprune.registry import Choice
 from autoprune.settings import TrainingSettings
+from autoprune.testing.cases import random_batches
 from autoprune.training import TRAINING, Pruner, train_
 from autoprune.training.adaptive import Adaptive
 
 LOSS = nn.functional.cross_entropy
 NAMES = ["0", "3", "5"]
 GROUP = Choice("group", {"size": 4})
-
-
-def batches(count: int = 4) -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(count, 8, 4, 6, 6, generator=generator)
-    y = torch.randint(0, 12, (count, 8), generator=generator)
-    return list(zip(x, y, strict=True))
 
 
 def pruner(pattern: Choice = GROUP, share: float = 0.75) -> Pruner:
@@ -42,7 +36,7 @@ def pruner(pattern: Choice = GROUP, share: float = 0.75) -> Pruner:
     )  # fmt: skip
     inventory = take_inventory(network, torch.zeros(1, 4, 6, 6))
     plan = Plan({name: LayerPlan(share, pattern) for name in inventory.names})
-    return Pruner(network, inventory, plan, batches(3), LOSS)
+    return Pruner(network, inventory, plan, random_batches(3), LOSS)
 
 
 def adaptive(**args: Any) -> Adaptive:
@@ -123,7 +117,7 @@ def test_every_weight_learns_straight_through_its_mask(through: float) -> None:
         for name in method.masks:
             torch.testing.assert_close(weight_of(subject.model, name).detach(), latent[name] * method.masks[name])
         optimizer.zero_grad()
-        x, y = batches()[step - 1]
+        x, y = random_batches()[step - 1]
         LOSS(subject.model(x), y).backward()
         gradients = {name: cast("Tensor", weight_of(subject.model, name).grad).clone() for name in NAMES}
         method.before_step(step)
@@ -146,7 +140,7 @@ def test_what_is_cut_drifts_as_its_gradient_asks(through: float) -> None:
     drift = {name: torch.zeros_like(weight_of(subject.model, name)) for name in NAMES}
     for step in range(1, 13):
         optimizer.zero_grad()
-        x, y = batches()[step % 4]
+        x, y = random_batches()[step % 4]
         LOSS(subject.model(x), y).backward()
         for name in NAMES:
             gradient = cast("Tensor", weight_of(subject.model, name).grad)
@@ -219,7 +213,9 @@ def test_the_planned_shares_can_be_kept(pattern: Choice) -> None:
     subject = pruner(pattern, 0.5)
     method = adaptive(allocation="planned")
     assert not method.finds_shares
-    result = train_(subject.model, batches(), LOSS, TrainingSettings(epochs=2), seed=0, method=method, pruner=subject)
+    result = train_(
+        subject.model, random_batches(), LOSS, TrainingSettings(epochs=2), seed=0, method=method, pruner=subject
+    )
     assert result.masks is not None
     assert all(sparsity(mask) == pytest.approx(0.5, abs=1e-9) for mask in result.masks.values())
 
@@ -236,7 +232,7 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path, kill_after: int) -> No
 
         subject, method = pruner(), adaptive(updates=4, look_ahead=30.0)
         train_(
-            subject.model, batches(), LOSS, TrainingSettings(epochs=5, learning_rate=0.1), seed=0, method=method,
+            subject.model, random_batches(), LOSS, TrainingSettings(epochs=5, learning_rate=0.1), seed=0, method=method,
             pruner=subject, checkpoint=folder, on_epoch=on_epoch,
         )  # fmt: skip
         return subject, method

@@ -19,18 +19,12 @@ from autoprune.model.inventory import take_inventory
 from autoprune.plan import LayerPlan, Plan
 from autoprune.registry import Choice
 from autoprune.settings import TrainingSettings
+from autoprune.testing.cases import random_batches
 from autoprune.training import TRAINING, Pruner, train_
 from autoprune.training.bayesian import PRIOR, Bayesian
 
 LOSS = nn.functional.cross_entropy
 NAMES = ["0", "3", "5"]
-
-
-def batches(count: int = 4) -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(count, 8, 4, 6, 6, generator=generator)
-    y = torch.randint(0, 12, (count, 8), generator=generator)
-    return list(zip(x, y, strict=True))
 
 
 def pruner(pattern: str = "unstructured", share: float = 0.9, criterion: str = "magnitude") -> Pruner:
@@ -41,7 +35,7 @@ def pruner(pattern: str = "unstructured", share: float = 0.9, criterion: str = "
     )  # fmt: skip
     inventory = take_inventory(network, torch.zeros(1, 4, 6, 6))
     layers = {name: LayerPlan(share, Choice(pattern), Choice(criterion)) for name in inventory.names}
-    return Pruner(network, inventory, Plan(layers), batches(3), LOSS)
+    return Pruner(network, inventory, Plan(layers), random_batches(3), LOSS)
 
 
 def bayesian(**args: Any) -> Bayesian:
@@ -135,7 +129,7 @@ def test_fading_spares_the_loss_the_jump() -> None:
     def largest_jump(fade: float) -> float:
         subject = pruner()
         method = bayesian(rounds=2, fade=fade, end=1.0)
-        x, y = batches()[0]
+        x, y = random_batches()[0]
 
         def loss() -> float:
             with torch.no_grad():
@@ -213,7 +207,7 @@ def test_a_killed_run_resumes_in_the_middle_of_a_round(tmp_path: Path, criterion
 
         subject, method = pruner("group", criterion=criterion), bayesian(rounds=3, end=1.0, fade=1.0, draws=2)
         train_(
-            subject.model, batches(), LOSS, TrainingSettings(epochs=5), seed=0, method=method, pruner=subject,
+            subject.model, random_batches(), LOSS, TrainingSettings(epochs=5), seed=0, method=method, pruner=subject,
             checkpoint=folder, on_epoch=on_epoch,
         )  # fmt: skip
         return subject, method

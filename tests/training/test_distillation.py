@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from autoprune.errors import FileError
 from autoprune.settings import TEACHER_WEIGHTS, TrainingSettings
+from autoprune.testing.cases import random_batches
 from autoprune.training import TrainingResult, train_
 from autoprune.training.distillation import Distillation
 
@@ -26,10 +27,7 @@ def model(seed: int = 0) -> nn.Sequential:
 
 
 def batches(count: int = 3) -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(count, 16, 1, 6, 6, generator=generator)
-    y = torch.randint(0, 5, (count, 16), generator=generator)
-    return list(zip(x, y, strict=True))
+    return random_batches(count, samples=16, shape=(1, 6, 6), classes=5)
 
 
 def divergence(student: nn.Module, teacher: nn.Module) -> float:

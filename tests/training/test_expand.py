@@ -16,6 +16,7 @@ from autoprune.model.inventory import take_inventory
 from autoprune.plan import LayerPlan, Plan
 from autoprune.registry import Choice
 from autoprune.settings import TrainingSettings
+from autoprune.testing.cases import random_batches
 from autoprune.training import TRAINING, Pruner, train_
 from autoprune.training.expand import COLD, HOT, Expand
 from autoprune.training.gradual import Gradual
@@ -34,9 +35,7 @@ def model() -> nn.Module:
 
 
 def batches(count: int = 5) -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(count, 8, 3, 8, 8, generator=generator)
-    return list(zip(x, torch.randint(0, 6, (count, 8), generator=generator), strict=True))
+    return random_batches(count, shape=(3, 8, 8), classes=6)
 
 
 def subject(method: Expand | Gradual, value: float = 0.8, pattern: str = "unstructured") -> Pruner:

@@ -19,6 +19,7 @@ from autoprune.patterns import PATTERNS
 from autoprune.plan import LayerPlan, Plan
 from autoprune.registry import Choice
 from autoprune.settings import TrainingSettings
+from autoprune.testing.cases import random_batches
 from autoprune.training import TRAINING, Pruner, train_
 from autoprune.training.joint import STATISTICS, Joint
 
@@ -34,18 +35,11 @@ def model() -> nn.Sequential:
     )  # fmt: skip
 
 
-def batches(count: int = 4) -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(count, 8, 4, 6, 6, generator=generator)
-    y = torch.randint(0, 12, (count, 8), generator=generator)
-    return list(zip(x, y, strict=True))
-
-
 def subject(sparsities: tuple[float, ...] = (0.5, 0.6, 0.7), pattern: Choice = PATTERN, macs: bool = False) -> Pruner:
     network = model()
     inventory = take_inventory(network, torch.zeros(1, 4, 6, 6))
     layers = {name: LayerPlan(value, pattern) for name, value in zip(inventory.names, sparsities, strict=True)}
-    return Pruner(network, inventory, Plan(layers), batches(1), LOSS, MacsCost(inventory) if macs else None)
+    return Pruner(network, inventory, Plan(layers), random_batches(1), LOSS, MacsCost(inventory) if macs else None)
 
 
 def started(pruner: Pruner, steps: int, total: int = 40, **args: Any) -> Joint:
@@ -56,7 +50,7 @@ def started(pruner: Pruner, steps: int, total: int = 40, **args: Any) -> Joint:
     method.start(pruner, total)
     optimizer = torch.optim.SGD(pruner.model.parameters(), lr=0.1)
     for step in range(1, steps + 1):
-        x, y = batches()[step % 4]
+        x, y = random_batches()[step % 4]
         optimizer.zero_grad()
         LOSS(pruner.model(x), y).backward()
         method.before_step(step)
@@ -97,7 +91,7 @@ def test_gradients_are_those_of_the_gated_model(generator: bool, pattern: Choice
         effective[f"{name}.weight"] = latent[name] * (hard + soft - soft.detach())[cells]
         kept[name] = (cell_sums(torch.ones(cells.shape), cells) * (hard + soft - soft.detach())).sum()
     whole = {**dict(pruner.model.named_parameters()), **effective}
-    x, y = batches()[3]
+    x, y = random_batches()[3]
     left = torch.stack(list(kept.values())).sum()
     gap = (left - method.budget) / method.budget  # every layer is pruned, and the cost counts weights
     pull = 0.7 * torch.where(gap.abs() < 0.1, 5 * gap**2, gap.abs() - 0.05)
@@ -212,7 +206,7 @@ def test_its_state_is_all_it_needs(generator: bool, steps: int) -> None:
         assert torch.equal(value, again.state()[name]), name
     ends = []
     for pruner, each in ((first, method), (second, again)):
-        x, y = batches()[2]
+        x, y = random_batches()[2]
         pruner.model.zero_grad()
         LOSS(pruner.model(x), y).backward()
         each.before_step(steps + 1)

@@ -16,6 +16,7 @@ from autoprune.model.inventory import take_inventory
 from autoprune.plan import LayerPlan, Plan
 from autoprune.registry import Choice
 from autoprune.settings import TrainingSettings
+from autoprune.testing.cases import random_batches
 from autoprune.training import TRAINING, Pruner, train_
 from autoprune.training.proximal import Proximal, half, soft
 
@@ -57,12 +58,6 @@ def subject(sparsity: float = 0.75) -> Pruner:
     inventory = take_inventory(network, torch.zeros(1, 4, 6, 6))
     plan = Plan(dict.fromkeys(inventory.names, LayerPlan(sparsity, GROUP)))
     return Pruner(network, inventory, plan, [], LOSS)
-
-
-def batches() -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(6, 8, 4, 6, 6, generator=generator)
-    return list(zip(x, torch.randint(0, 12, (6, 8), generator=generator), strict=True))
 
 
 def sizes(weight: Tensor) -> Tensor:
@@ -120,7 +115,7 @@ def test_a_killed_run_goes_on_bit_for_bit(splice: bool, tmp_path: Path) -> None:
             settings = TrainingSettings(epochs=4, learning_rate=0.05)
             try:
                 train_(
-                    pruner.model, batches(), LOSS, settings, seed=0, method=method, pruner=pruner,
+                    pruner.model, random_batches(6), LOSS, settings, seed=0, method=method, pruner=pruner,
                     checkpoint=folder, on_epoch=stop,
                 )  # fmt: skip
             except KeyboardInterrupt:

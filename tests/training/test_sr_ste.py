@@ -18,6 +18,7 @@ from autoprune.patterns import PATTERNS
 from autoprune.plan import LayerPlan, Plan
 from autoprune.registry import Choice
 from autoprune.settings import TrainingSettings
+from autoprune.testing.cases import random_batches
 from autoprune.training import TRAINING, Pruner, train_
 from autoprune.training.sr_ste import SrSte
 
@@ -35,9 +36,7 @@ def pruner(pattern: Choice = NOFM, planned: float = 0.5) -> Pruner:
 
 
 def batches(count: int = 5) -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(1)
-    x, y = torch.randn(count, 8, 4, 6, 6, generator=generator), torch.randint(0, 8, (count, 8), generator=generator)
-    return list(zip(x, y, strict=True))
+    return random_batches(count, classes=8)
 
 
 class Refined(torch.autograd.Function):

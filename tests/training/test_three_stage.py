@@ -16,6 +16,7 @@ from autoprune.model.inventory import take_inventory
 from autoprune.plan import LayerPlan, Plan
 from autoprune.registry import Choice
 from autoprune.settings import TrainingSettings
+from autoprune.testing.cases import random_batches
 from autoprune.training import TRAINING, Pruner, train_
 
 LOSS = nn.functional.cross_entropy
@@ -23,19 +24,12 @@ METHODS = ["one_shot", "gradual"]
 GLOBAL = {"name": "global", "normalise": True}
 
 
-def batches() -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(4, 8, 4, 6, 6, generator=generator)
-    y = torch.randint(0, 12, (4, 8), generator=generator)
-    return list(zip(x, y, strict=True))
-
-
 def pruner(pattern: Choice, share: float = 0.75) -> Pruner:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(4, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.Flatten(), nn.Linear(64, 12))
     inventory = take_inventory(network, torch.zeros(1, 4, 6, 6))
     plan = Plan({name: LayerPlan(share, pattern) for name in inventory.names})
-    return Pruner(network, inventory, plan, batches(), LOSS)
+    return Pruner(network, inventory, plan, random_batches(), LOSS)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -51,7 +45,7 @@ def test_the_budget_is_shared_as_the_allocation_says(
     made = TRAINING.create(Choice(method, {"allocation": allocation}))
     assert made.finds_shares == (allocation != "planned")
     result = train_(
-        subject.model, batches(), LOSS, TrainingSettings(epochs=3), seed=0, method=made, pruner=subject
+        subject.model, random_batches(), LOSS, TrainingSettings(epochs=3), seed=0, method=made, pruner=subject
     )  # fmt: skip
     assert result.masks is not None
     shares = {name: sparsity(mask) for name, mask in result.masks.items()}
