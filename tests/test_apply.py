@@ -49,8 +49,8 @@ SMALL = [
 
 @pytest.fixture
 def policy(tmp_path: Path) -> Path:
-    """A policy learned on another model."""
-    agent, env = AGENTS.create(Choice("ppo", {"net": [8]})), PruneEnv(fake_problem())
+    """A policy learned on another model; it chooses sparsities alone, so that one pattern is profiled."""
+    agent, env = AGENTS.create(Choice("ppo", {"net": [8]})), PruneEnv(fake_problem(), (Choice("sparsity"),))
     search(agent, env, 3, seed=0)
     agent.save_policy(tmp_path / "policy", env)
     return tmp_path / "policy"
@@ -64,6 +64,7 @@ def apply(policy: Path, *more: str) -> str:
     return result.output
 
 
+@pytest.mark.slow
 def test_apply_prunes_a_users_own_model(policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_apply_project.py").write_text(PROJECT)
@@ -109,6 +110,7 @@ class Rows(nn.Module):
         return functional.linear(self.encoder(self.embed(x)).mean(1), self.head.weight, self.head.bias)
 
 
+@pytest.mark.slow
 def test_compress_takes_a_model_that_bypasses_its_submodules() -> None:
     torch.manual_seed(0)
     model = Rows().eval()

@@ -207,6 +207,7 @@ def test_a_lucky_timing_does_not_win_the_search(copied: Path) -> None:
     assert Run(without, copied, clock=FakeClock(2.0**-10)).searched.best == Trial.from_json(lucky)
 
 
+@pytest.mark.slow
 def test_workers_change_no_trial_and_are_no_part_of_a_run(copied: Path) -> None:
     found = []
     for workers in (1, 2):
@@ -359,6 +360,7 @@ def test_workers_here_and_on_a_cluster_exclude_each_other(tmp_path: Path) -> Non
         Run(config(), tmp_path, workers=4, ray="auto")
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes(finished: Path, tmp_path: Path) -> None:
     path = tmp_path / "small.json"
     path.write_text(json.dumps(config(search={**SMALL["search"], "episodes": 400}).to_json()))  # type: ignore[dict-item]

@@ -107,6 +107,7 @@ def test_one_plan_or_one_worker_needs_no_process(plans: int, workers: int, tmp_p
     assert evaluate.processes() == {os.getpid()}
 
 
+@pytest.mark.slow
 def test_a_worker_killed_in_mid_trial_loses_nothing(tmp_path: Path) -> None:
     """Nor does a plan that kills every worker: it is an error, and what is done is kept."""
     evaluate = Troubled(tmp_path / "seen", deadly=(5,), deadly_once=(1,))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -98,6 +99,7 @@ def assert_close(got: Tensor, wanted: Tensor) -> None:
     assert (got - wanted).abs().max() <= 1e-4 * wanted.abs().max() + 1e-6
 
 
+@pytest.mark.slow
 @settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(network=networks(), threads=st.sampled_from([1, 2, 3]), other=st.integers(1, 5), seed=st.integers(0, 2**20))
 def test_a_gated_program_computes_what_the_masked_model_does(

@@ -100,6 +100,7 @@ def test_stepwise_and_whole_are_torchs_own(case: Case, size: tuple[int, int]) ->
     same(WholeSequences(case.module)(x, hx), wanted)
 
 
+@settings(max_examples=30)
 @given(case=cases(), lengths=st.lists(st.integers(1, 5), min_size=1, max_size=4), ordered=st.booleans())
 @torch.no_grad()
 def test_packed_sequences_are_torchs_own(case: Case, lengths: list[int], ordered: bool) -> None:
@@ -113,7 +114,8 @@ def test_packed_sequences_are_torchs_own(case: Case, lengths: list[int], ordered
     same(run_stepwise(case.module, packed, hx), wanted)
 
 
-@settings(max_examples=40, phases=(Phase.explicit, Phase.reuse, Phase.generate))
+@pytest.mark.slow
+@settings(max_examples=30, phases=(Phase.explicit, Phase.reuse, Phase.generate))
 @given(case=cases(), size=sizes, more=sizes, data=st.data())
 @torch.no_grad()
 def test_a_program_is_the_masked_module(

@@ -383,6 +383,7 @@ class Awkward(nn.Module):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:LSTM with projections")  # torch is slower with them
 def test_what_engines_get_wrong_is_written_so_that_every_engine_is_right(tmp_path: Path) -> None:
     torch.manual_seed(0)

@@ -132,7 +132,8 @@ class Strided(nn.Module):
         return result
 
 
-@settings(max_examples=60, deadline=None)
+@pytest.mark.slow
+@settings(max_examples=40)
 @given(st.data())
 def test_operands_may_lie_at_any_strides(data: st.DataObject) -> None:
     axes = data.draw(st.integers(1, 5))

@@ -301,6 +301,7 @@ def test_a_helper_keeps_what_its_job_needs_until_it_is_over() -> None:
     assert alive() is None
 
 
+@pytest.mark.slow
 def test_a_process_ends_while_helpers_look_out_for_work() -> None:
     code = """
 import torch, autoprune
