@@ -227,3 +227,14 @@ def test_mixed_work_in_threads() -> None:
     assert [told for _, told in found.wrong] == []
     assert set(found.heard.values()) == {found.sent}
     assert min(found.done.values()) > 0
+
+
+def test_the_structured_trace_that_nobody_asks_for_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as it has a handler, torch describes every operator and guard to it."""
+    from torch._logging._internal import LazyTraceHandler, trace_log
+
+    monkeypatch.delenv("TORCH_TRACE", raising=False)
+    handler = LazyTraceHandler(None)
+    monkeypatch.setattr(trace_log, "handlers", [handler])
+    repack(nn.Linear(4, 4).eval(), torch.zeros(2, 4), form="program")
+    assert handler not in trace_log.handlers
