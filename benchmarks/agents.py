@@ -66,7 +66,7 @@ def jobs(agents: Sequence[str], seeds: int, budgets: Sequence[int], most: int) -
 
 
 def task_target_of(name: str, problem: Problem) -> TaskTarget | None:
-    """Of the targets with something at task_target, the one at which the knapsack's plan costs nearest to `ASKED_DROP`."""
+    """Of the targets with something at stake, the one whose knapsack's plan costs nearest to `ASKED_DROP`."""
 
     def off(task_target: TaskTarget) -> float:
         plan = PruneEnv(task_target.problem, COEFFICIENT).solved()
