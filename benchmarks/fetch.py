@@ -27,7 +27,7 @@ from autoprune.patterns.group import Group
 from autoprune.progress import Progress
 from autoprune.repack import pack
 from autoprune.repack.graph.ir import Graph, Input
-from autoprune.repack.graph.ops import Conv2d, op_from_json
+from autoprune.repack.graph.ops import Conv2d
 from autoprune.repack.kernels.compiler import Target, object_code
 from autoprune.repack.kernels.offset_gemm import offset_gemm_module
 from autoprune.repack.lowering.geometry import Tiling
@@ -79,8 +79,9 @@ class Built:
         weight = torch.randn(layer.channels, layer.channels, 3, 3, generator=generator)
         weight *= Group(SIZE).mask(weight.abs(), layer.sparsity)
         self.tiling, self.weights = tiling, Weights.of(pack(weight, size=SIZE), None)
-        attributes = {"stride": [1, 1], "padding": [1, 1], "dilation": [1, 1], "groups": 1, "activation": "relu"}
-        op = op_from_json("conv2d", "y", ("x",), attributes, {"weight": "w"})
+        op = Conv2d(
+            "y", ("x",), {"weight": "w"}, stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1, activation="relu"
+        )
         shape = (1, layer.channels, layer.extent, layer.extent)
         graph = Graph((Input("x", shape, "float32"),), (op,), "y", {"w": weight})
         self.program = Program(graph, {"y": self.weights}, {"y": tiling}, threads=1)

@@ -120,3 +120,17 @@ def test_a_default_is_left_out_of_files() -> None:
     Rounded("y", ("x",), bits=8).check({})
     with pytest.raises(FileError, match="bits = None"):
         Rounded.from_json("y", ("x",), {"bits": None}, {}).check({})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unchecked(Rounded):
+    """A class with an attribute that files could give any value."""
+
+    kind = "unchecked"
+
+    mode: str
+
+
+def test_an_attribute_without_a_check_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"Unchecked\.mode has no check"):
+        Unchecked.from_json("y", ("x",), {"mode": "up"}, {})

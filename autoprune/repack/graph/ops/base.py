@@ -7,7 +7,7 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Self, get_type_hints
+from typing import Annotated, Any, ClassVar, Self, get_origin, get_type_hints
 
 from torch import Tensor
 
@@ -170,6 +170,8 @@ def attributes_of(cls: type[Op]) -> Mapping[str, Attribute]:
     found = {}
     for each in dataclasses.fields(cls):
         if each.name not in common:
+            if get_origin(hints[each.name]) is not Annotated:
+                raise TypeError(f"{cls.__name__}.{each.name} has no check: declare it with a type of `ops.attributes`.")
             check, *key = hints[each.name].__metadata__
             name = next((about.name for about in key if isinstance(about, Key)), each.name)
             found[name] = Attribute(each.name, check, each.default)
