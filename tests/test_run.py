@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -72,7 +71,6 @@ def config(**changes: object) -> Config:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole run, made once."""
     folder = tmp_path_factory.mktemp("run")
-    os.environ["AUTOPRUNE_CACHE"] = str(folder / "cache")
     write_report(report_of(Run(config(), folder / "digits")))
     return folder / "digits"
 
