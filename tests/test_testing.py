@@ -255,7 +255,7 @@ class Fills(NoRecovery):
         super().recover_(model, plan, subject)
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter += 0.01
+                parameter.add_(0.01)
 
 
 class CutsThePlansOthers(NoRecovery):

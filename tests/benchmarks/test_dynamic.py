@@ -25,7 +25,7 @@ def test_static_plans_are_compared_along_their_frontier() -> None:
 
 @pytest.mark.parametrize(("dynamic_ms", "verdict"), [(1.0, "reached: 3.00x"), (2.9, "missed: 1.03x")])
 def test_the_report_says_whether_the_bar_is_reached(dynamic_ms: float, verdict: str) -> None:
-    def row(ms: float, accuracy: float, variant: object) -> object:
+    def row(ms: float, accuracy: float, variant: Variant) -> Measured:
         run = Run(variant, nn.Identity(), accuracy, accuracy - 0.01)
         profile = {"predictors": 1.0, "convolutions": 2.0, "copies": 3.0, "rest": 4.0, "call": 5.0}
         return Measured(run, np.full((2, 3), ms), np.full((2, 3), ms / 2), 0.5, 1.1 * ms, profile)

@@ -19,17 +19,19 @@ from benchmarks import engine, engine_report
 from benchmarks.engine_report import Row
 from benchmarks.lib.sweep import Rows
 
+NOTHING = engine.Dense(torch.nn.Identity(), torch.zeros(0), {}, {})
+
 
 @pytest.fixture
 def rows(tmp_path: Path) -> Rows[Row]:
-    return engine.results_file(tmp_path, "here")
+    return engine_report.results_file(tmp_path, "here")
 
 
 def row(cell: Any, speedup: float = 2.0) -> Row:
     ms = engine_report.spread([4.0, 2.0, 3.0])
     return Row(
         cell=cell,
-        times_ms={"eager": ms, "openvino": ms, engine.REPACKED: ms},
+        times_ms={"eager": ms, "openvino": ms, engine_report.REPACKED: ms},
         deepsparse_ms=None,
         left_out={"compile": "no compiler"},
         best="openvino",
@@ -68,13 +70,17 @@ def test_goes_on_with_the_first_missing_cell(rows: Rows[Row], monkeypatch: pytes
     wanted = list(engine.cells(("resnet18",), (0.0, 0.5), (1, 8), (1,), (1,)))
     prepared, measured = [], []
 
+    def prepare(cell: Any, *_: Any) -> engine.Dense:
+        prepared.append(cell)
+        return NOTHING
+
     def measure(cell: Any, *_: Any) -> Any:
         measured.append(cell)
         if len(measured) == 2:
             raise KeyboardInterrupt
         return row(cell)
 
-    monkeypatch.setattr(engine, "prepare", lambda cell, *_: prepared.append(cell) or engine.Dense(None, None, {}, {}))
+    monkeypatch.setattr(engine, "prepare", prepare)
     monkeypatch.setattr(engine, "measure", measure)
     with pytest.raises(KeyboardInterrupt):
         engine.run(rows, wanted, 1.0, False, None, SILENT)
@@ -95,7 +101,7 @@ def test_a_cell_that_fails_is_counted_and_tried_again(rows: Rows[Row], monkeypat
             raise KeyError("gelu")
         return row(cell)
 
-    monkeypatch.setattr(engine, "prepare", lambda *_: engine.Dense(None, None, {}, {}))
+    monkeypatch.setattr(engine, "prepare", lambda *_: NOTHING)
     monkeypatch.setattr(engine, "measure", measure)
     assert engine.run(rows, wanted, 1.0, False, None, SILENT) == 1
     assert engine.run(rows, wanted, 1.0, False, None, SILENT) == 1
@@ -108,7 +114,7 @@ def test_engines_far_behind_are_timed_once(rows: Rows[Row], monkeypatch: pytest.
 
     def prepare(cell: Any, far: Any, _: Any) -> Any:
         names = [name for name in ("eager", "compile", "openvino") if name not in far]
-        return engine.Dense(None, None, dict.fromkeys(names), dict(far))
+        return dataclasses.replace(NOTHING, calls=dict.fromkeys(names, lambda: None), left_out=dict(far))
 
     def measure(cell: Any, dense: Any, *_: Any) -> Any:
         timed.append(sorted(dense.calls))
@@ -130,13 +136,13 @@ def test_report_says_the_goal_the_best_engine_and_what_is_slower(rows: Rows[Row]
         rows.add(row(cell, speedup=0.5 + at))
     with rows.path.open("a") as torn:
         torn.write('{"cell": ')
-    text = engine.report(tmp_path, "here")
+    text = engine_report.report(tmp_path, "here")
     assert (tmp_path / "engine.md").read_text() == text
     assert "1.50x (1.7x)" in text
     assert "**3.00**" in text
     assert "6 cells; the lowest speed-up is 0.50x (resnet18 0% G=1 batch 1 threads 1). Below 0.97x: 1." in text
     assert (tmp_path / "engine_resnet18.png").read_bytes().startswith(b"\x89PNG")
-    assert engine.report(tmp_path, "elsewhere").startswith("nothing is measured yet")
+    assert engine_report.report(tmp_path, "elsewhere").startswith("nothing is measured yet")
 
 
 def test_a_file_of_something_else_is_refused(rows: Rows[Row]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from autoprune.errors import FileError
-from benchmarks import fuzz
+from benchmarks import fuzz, fuzz_kinds
 
 KINDS = 24
 MUTANTS = 9  # of each kind: three of each way
@@ -23,7 +23,7 @@ def cache_of_each_test(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", range(KINDS))
 def test_mutants_are_refused_or_mean_the_same(tmp_path: Path, number: int) -> None:
-    kind = fuzz.KINDS[number]
+    kind = fuzz_kinds.KINDS[number]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, of what an edited graph asks it for
         sound = fuzz.sample(kind, tmp_path)
@@ -35,7 +35,7 @@ def test_mutants_are_refused_or_mean_the_same(tmp_path: Path, number: int) -> No
 
 
 def test_there_is_no_other_kind() -> None:
-    assert len(fuzz.KINDS) == KINDS
+    assert len(fuzz_kinds.KINDS) == KINDS
 
 
 def test_what_is_wrong_is_called_so(tmp_path: Path) -> None:
@@ -43,7 +43,7 @@ def test_what_is_wrong_is_called_so(tmp_path: Path) -> None:
         return json.loads((folder / "a.json").read_text())
 
     def seen(read: Any, by_hand: bool = False) -> set[str]:
-        kind = fuzz.Kind("a", "a.json", make, read, change, by_hand)
+        kind = fuzz_kinds.Kind("a", "a.json", make, read, change, by_hand)
         sound = fuzz.sample(kind, tmp_path)
         return {fuzz.outcome(kind, tmp_path, sound, {"a": 1}, 3 * seed + 1)[0] for seed in range(3)}
 

@@ -18,7 +18,7 @@ from autoprune.repack.lowering import lower
 from autoprune.repack.onnx import forms
 from autoprune.repack.tuning import cache_model, layer_times
 
-LAYERS = [cls for cls in OPS.values() if issubclass(cls, LayerOp)]
+LAYERS: list[type[Op]] = [cls for cls in OPS.values() if issubclass(cls, LayerOp)]
 TABLES: dict[str, tuple[Mapping[Any, Any], list[type[Op]]]] = {
     "lowering.lower.RULES": (lower.RULES, list(OPS.values())),
     "onnx.forms.MODULES": (forms.MODULES, list(OPS.values())),
