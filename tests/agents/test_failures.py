@@ -6,7 +6,9 @@ import hashlib
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from autoprune.agents import AGENTS
@@ -158,9 +160,10 @@ def test_a_family_learns_from_episodes_that_fail() -> None:
     ]
     env = FamilyEnv(task_targets, (Choice("coefficient"),), {"good": good.evaluate}, measured_share=1.0, seed=3)
     env.reset(seed=3)
-    over, rewards, info = False, [], {}
+    over, rewards = False, []
+    info: dict[str, Any] = {}
     while not over:
-        _, reward, over, _, info = env.step(env.action_space.sample())
+        _, reward, over, _, info = env.step(env.action_space.sample().astype(np.float32))
         rewards.append(reward)
     assert info["trial"]["failed"] == REASON
     assert "surrogate_error" not in info

@@ -21,6 +21,7 @@ from autoprune.randomness import own_randomness
 from autoprune.registry import Choice
 from autoprune.target import Target
 from autoprune.testing import EvaluateBy, fake_problem
+from tests.helpers import measured
 
 ACTIONS = (Choice("coefficient"),)
 
@@ -31,7 +32,7 @@ def misjudged() -> list[TaskTarget]:
     names = problem.inventory.names
 
     def evaluate(plan: Plan) -> Measurement:
-        right = problem.evaluate(plan)
+        right = measured(problem.evaluate(plan))
         more = sum(0.5 * plan.layers[name].sparsity ** 3 for name in names[:2])
         return replace(right, score=right.score - more)
 

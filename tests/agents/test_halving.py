@@ -10,9 +10,10 @@ from autoprune.agents.halving import Rung, halve, of_highest_fidelity, rungs
 from autoprune.agents.harness import SearchResult
 from autoprune.envs.trial import Reward, Trial
 from autoprune.errors import ConfigError
-from autoprune.evaluation.measurement import Evaluate, Measurement
+from autoprune.evaluation.measurement import Evaluate, Evaluated, Measurement
 from autoprune.plan import Plan
 from autoprune.testing import fake_problem
+from tests.helpers import measured
 
 PLANS = [fake_problem().uniform(0.1 * (index + 1)) for index in range(6)]
 CHEAP = [
@@ -34,8 +35,9 @@ def evaluations(asked: list[tuple[int, str]]) -> Callable[[int], Evaluate]:
     return Trained
 
 
-def as_trial(plan: Plan, measured: Measurement) -> Trial:
-    return Trial(plan, measured, measured.score, Reward(measured.score, 0.0))
+def as_trial(plan: Plan, outcome: Evaluated) -> Trial:
+    score = measured(outcome).score
+    return Trial(plan, outcome, score, Reward(score, 0.0))
 
 
 def test_the_ladder_ends_with_one_plan() -> None:

@@ -70,7 +70,8 @@ def test_arguments_out_of_range_are_refused(given: dict[str, Any], said: str) ->
 
 
 def test_an_action_may_be_given_by_its_name() -> None:
-    named = PruneEnv(fake_problem(), ["sparsity", {"name": "group_size"}])
+    names: list[Any] = ["sparsity", {"name": "group_size"}]
+    named = PruneEnv(fake_problem(), names)
     assert named.action_choices == ACTIONS
 
 
@@ -130,10 +131,13 @@ def test_a_step_needs_an_episode() -> None:
         family.step(np.zeros(1, np.float32))
 
 
+NO_SCORES: list[Any] = [None, "0.9", torch.zeros(2)]
+
+
 @pytest.mark.parametrize(
     "measured",
     [Measurement(math.nan, 1.0, 2.0), Measurement(0.9, math.inf, 2.0), Measurement(0.9, 1.0, 0.0), Failure("diverged"),
-     Measurement(None, 1.0, 2.0), Measurement("0.9", 1.0, 2.0), Measurement(torch.zeros(2), 1.0, 2.0), None, 0.5],
+     *(Measurement(score, 1.0, 2.0) for score in NO_SCORES), None, 0.5],
     ids=repr,
 )  # fmt: skip
 def test_what_is_no_number_is_no_reward(measured: Any, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -19,6 +20,7 @@ from autoprune.plan import Plan
 from autoprune.registry import Choice
 from autoprune.target import Target
 from autoprune.testing import EvaluateBy, fake_problem
+from tests.helpers import measured
 
 ACTIONS = (Choice("coefficient"),)
 
@@ -31,9 +33,10 @@ def family(measured_share: float = 0.0, seed: int = 0) -> FamilyEnv:
     return FamilyEnv(task_targets, ACTIONS, {"one": problem.evaluate}, measured_share=measured_share, seed=seed)
 
 
-def played(env: gymnasium.Env[np.ndarray, np.ndarray], unit: float) -> dict[str, object]:
+def played(env: gymnasium.Env[np.ndarray, np.ndarray], unit: float) -> dict[str, Any]:
     env.reset()
-    over, info = False, {}
+    over = False
+    info: dict[str, Any] = {}
     while not over:
         *_, over, _, info = env.step(np.full(1, unit, np.float32))
     return info
@@ -56,7 +59,7 @@ def test_the_zero_action_has_no_advantage_and_the_return_is_the_advantage() -> N
 
 def test_a_seed_draws_the_same_task_targets_and_reseeding_starts_again() -> None:
     def speedups(env: FamilyEnv) -> list[object]:
-        return [played(env, 0.3)["trial"]["plan"] for _ in range(6)]  # type: ignore[index]
+        return [played(env, 0.3)["trial"]["plan"] for _ in range(6)]
 
     first, second = family(seed=3), family(seed=4)
     first.reseed((7, 1))
@@ -69,7 +72,7 @@ def test_measured_episodes_say_how_far_off_the_surrogate_is() -> None:
     problem = fake_problem()
 
     def wrong(plan: Plan) -> Measurement:
-        right = problem.evaluate(plan)
+        right = measured(problem.evaluate(plan))
         return replace(right, score=right.score - 0.125)
 
     env = FamilyEnv(task_targets_of("one", problem), ACTIONS, {"one": EvaluateBy(wrong)}, measured_share=1.0)
@@ -86,7 +89,7 @@ def test_task_targets_lose_something_but_not_all() -> None:
     assert all(
         task_target.problem.target.speedup == speedup_at(problem, task_target.fraction) for task_target in task_targets
     )
-    unhurt = EvaluateBy(lambda plan: replace(problem.evaluate(plan), score=problem.dense_score))
+    unhurt = EvaluateBy(lambda plan: replace(measured(problem.evaluate(plan)), score=problem.dense_score))
     sturdy = replace(problem, evaluate=unhurt)
     assert task_targets_of("sturdy", sturdy) == []
     with pytest.raises(AutopruneError, match="family"):
@@ -105,12 +108,12 @@ def test_a_drop_of_the_score_is_a_target_too() -> None:
 def test_a_surrogate_tells_plans_apart_that_it_has_not_seen() -> None:
     problem: Problem = fake_problem()
     plans = surrogate_plans(problem, 80, seed=0)
-    surrogate = fit_surrogate(problem, plans, [problem.evaluate(plan).score for plan in plans])
+    surrogate = fit_surrogate(problem, plans, [measured(problem.evaluate(plan)).score for plan in plans])
     fresh = surrogate_plans(problem, 30, seed=1)
-    off = [abs(surrogate(plan).score - problem.evaluate(plan).score) for plan in fresh]
+    off = [abs(surrogate(plan).score - measured(problem.evaluate(plan)).score) for plan in fresh]
     assert np.mean(off) < 0.02
     assert surrogate.rank > 0.95
-    assert surrogate(fresh[0]).speedup == pytest.approx(problem.evaluate(fresh[0]).speedup)
+    assert surrogate(fresh[0]).speedup == pytest.approx(measured(problem.evaluate(fresh[0])).speedup)
     with pytest.raises(AutopruneError, match=str(FEWEST)):
         fit_surrogate(problem, plans[:3], [0.0] * 3)
 

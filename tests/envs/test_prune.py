@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from dataclasses import replace
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -30,11 +31,12 @@ EVERY_ACTION = tuple(Choice(name) for name in ACTIONS)
 TARGETS = [Target(speedup=3.0), Target(accuracy_drop=0.05)]
 
 
-def play(env: PruneEnv, seed: int) -> tuple[dict, float]:  # type: ignore[type-arg]
+def play(env: PruneEnv, seed: int) -> tuple[dict[str, Any], float]:
     draws = np.random.default_rng(seed)
     shape = env.action_space.shape
     env.reset(seed=seed)
-    total, over, info = 0.0, False, {}
+    total, over = 0.0, False
+    info: dict[str, Any] = {}
     while not over:
         _, reward, over, _, info = env.step(draws.uniform(-1, 1, shape).astype(np.float32))
         total += reward
@@ -110,7 +112,7 @@ def test_every_action_decodes_to_a_valid_plan(name: str, unit: float) -> None:
 @pytest.mark.parametrize("unit", [-1.0, -0.4, 0.0, 0.7, 1.0])
 def test_a_methods_strength_is_one_that_it_takes(name: str, unit: float) -> None:
     problem = fake_problem()
-    plan = replace(problem.uniform(0.5), training=Choice(name))
+    plan = replace(PartialPlan.of(problem.uniform(0.5)), training=Choice(name))
     chosen = ACTIONS.create(Choice("method_strength")).decode(unit, problem, plan, None).training
     TRAINING.create(chosen)
     steered = TRAINING.get(name).strength_range
@@ -126,7 +128,7 @@ METHOD_ACTIONS = [name for name in ACTIONS if issubclass(ACTIONS.get(name), Meth
 @pytest.mark.parametrize("unit", [-1.0, -0.4, 0.0, 0.7, 1.0])
 def test_whatever_the_actions_set_is_a_method(name: str, unit: float) -> None:
     problem = fake_problem()
-    plan = replace(problem.uniform(0.5), training=Choice(name))
+    plan = replace(PartialPlan.of(problem.uniform(0.5)), training=Choice(name))
     for action in METHOD_ACTIONS:
         component = ACTIONS.create(Choice(action))
         assert isinstance(component, MethodArgument)
@@ -134,12 +136,12 @@ def test_whatever_the_actions_set_is_a_method(name: str, unit: float) -> None:
         changed = {key: value for key, value in plan.training.args.items() if before.training.args.get(key) != value}
         assert set(changed) <= set(component.arguments)
         TRAINING.create(plan.training)
-    assert Plan.from_json(plan.to_json()) == plan
+    assert Plan.from_json(plan.to_json()) == plan.plan
 
 
 def test_actions_reach_what_a_method_has_and_nothing_else() -> None:
     problem = fake_problem()
-    plan = replace(problem.uniform(0.5), training=Choice("gradual", {"end": 0.4}))
+    plan = replace(PartialPlan.of(problem.uniform(0.5)), training=Choice("gradual", {"end": 0.4}))
     for action, unit in (("schedule_exponent", 1.0), ("schedule_rounds", -1.0), ("penalty", 0.0), ("epochs", 1.0)):
         plan = ACTIONS.create(Choice(action)).decode(unit, problem, plan, None)
     assert plan.training == Choice("gradual", {"end": 0.4, "exponent": 8.0, "updates": 4})
