@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from autoprune.config import Config, parse_config
 from autoprune.errors import ConfigError
@@ -54,8 +55,10 @@ def test_a_dense_model_of_other_data_or_another_build_is_not_taken(cache: Path) 
     task = TASKS.create(TASK)
     own = dense_model(task, TASK, SETTINGS, 0, SILENT)
     assert same(own, dense_model(TASKS.create(TASK), TASK, SETTINGS, 0, SILENT))
-    fewer = replace(task, train=TensorBatches(task.train.x[:-1], task.train.y[:-1], 256))  # type: ignore[attr-defined]
-    smoother = replace(task, loss=functools.partial(task.loss, label_smoothing=0.1))
+    assert isinstance(task.train, TensorBatches)
+    fewer = replace(task, train=TensorBatches(task.train.x[:-1], task.train.y[:-1], 256))
+    loss: Callable[..., Tensor] = task.loss
+    smoother = replace(task, loss=functools.partial(loss, label_smoothing=0.1))
     drawn_anew = replace(task, model=copy.deepcopy(task.model))
     with torch.no_grad():
         next(drawn_anew.model.parameters()).add_(0.01)

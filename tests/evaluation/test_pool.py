@@ -19,8 +19,9 @@ from autoprune.agents import AGENTS
 from autoprune.agents.base import Agent
 from autoprune.agents.harness import search
 from autoprune.envs import Problem, PruneEnv
+from autoprune.envs.trial import Trial
 from autoprune.errors import AutopruneError, ConfigError
-from autoprune.evaluation.measurement import CachedEvaluate, Evaluate, Measurement
+from autoprune.evaluation.measurement import CachedEvaluate, Evaluate, Evaluated
 from autoprune.evaluation.pool import ProcessPool, cores
 from autoprune.plan import Plan
 from autoprune.registry import Choice
@@ -43,7 +44,7 @@ class Troubled(Evaluate):
     deadly_once: tuple[int, ...] = ()
     slow_s: float = 0.0
 
-    def __call__(self, plan: Plan) -> Measurement:
+    def __call__(self, plan: Plan) -> Evaluated:
         index = PLANS.index(plan)
         first = not list(self.folder.glob(f"{index}-*"))
         (self.folder / f"{index}-{os.getpid()}").touch()
@@ -65,7 +66,7 @@ class Troubled(Evaluate):
 class Unsendable(Evaluate):
     lock: object = field(default_factory=threading.Lock)
 
-    def __call__(self, plan: Plan) -> Measurement:
+    def __call__(self, plan: Plan) -> Evaluated:
         return PROBLEM.evaluate(plan)
 
 
@@ -90,7 +91,7 @@ def test_measurements_are_those_of_one_process_in_the_plans_order(pool: ProcessP
 
 @pytest.mark.parametrize("name", ["ppo", "random", "uniform"])
 def test_the_number_of_workers_changes_no_trial(name: str, pool: ProcessPool) -> None:
-    def found(evaluate: Evaluate) -> tuple[dict[str, object], ...]:
+    def found(evaluate: Evaluate) -> tuple[Trial, ...]:
         problem = Problem(**{**vars(PROBLEM), "evaluate": evaluate})
         agent: Agent = AGENTS.create(Choice(name, {"net": [8]} if name == "ppo" else {}))
         return search(agent, PruneEnv(problem), 19, seed=3).trials

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -84,7 +86,7 @@ def test_a_table_that_is_stopped_goes_on_and_measures_nothing_twice(
     settings, protocol = profile_settings(of, PATTERNS, batch=1, threads=1), Protocol(samples=1, warmup=1)
     lines_left = 0
 
-    def append(file: Path, line: object) -> None:
+    def append(file: Path, line: Mapping[str, Any]) -> None:
         nonlocal lines_left
         lines_left -= 1
         if lines_left < 0:
@@ -96,7 +98,7 @@ def test_a_table_that_is_stopped_goes_on_and_measures_nothing_twice(
         return profile_table(of, PATTERNS, settings, protocol, time.perf_counter, progress, record)
 
     monkeypatch.setattr("autoprune.latency.record.append_line", append)
-    before: list[object] = []
+    before: list[dict[str, Any]] = []
     for lines_left in (3, 1, 2):  # noqa: B007 - it is counted down
         progress = Said()
         with pytest.raises(KeyboardInterrupt):

@@ -21,6 +21,7 @@ from autoprune.evaluation.recovery.base import Recovery
 from autoprune.evaluation.recovery.train import Train
 from autoprune.plan import Plan
 from autoprune.testing import FakeClock
+from tests.helpers import measured
 
 try:
     with warnings.catch_warnings(action="ignore"):
@@ -83,12 +84,13 @@ def test_a_killed_worker_loses_nothing_and_the_result_is_the_local_one(
 ) -> None:
     local = evaluator.all(plans)  # also tunes the kernels, so that the cluster's clock is read to time alone
     scored, timed = tmp_path / "scored", tmp_path / "timed"
-    scored.mkdir(), timed.mkdir()
+    scored.mkdir()
+    timed.mkdir()
     troubled = replace(evaluator, recovery=KilledOnce(scored), clock=ClockOfNodes(STEP_S, folder=timed))
     with RayPool(troubled, "auto") as pool:
         assert pool.all(plans) == local
         assert pool(plans[1]) == local[1]
-    assert len({measured.score for measured in local}) == len(plans)
+    assert len({measured(outcome).score for outcome in local}) == len(plans)
     assert len(list(scored.iterdir())) >= 2
     devices = {node["NodeID"] for node in ray.nodes() if DEVICE in node["Resources"]}
     assert {path.name for path in timed.iterdir()} == devices

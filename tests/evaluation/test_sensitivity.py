@@ -103,6 +103,7 @@ def test_the_error_is_the_lost_share_of_the_output() -> None:
     name = of.inventory.names[1]
     found = probe_sensitivity(of, [name], PATTERN, CRITERION)
     x = torch.cat([batch for batch, _ in of.task.calibration])
+    assert isinstance(of.dense, nn.Sequential)
     with torch.no_grad():
         inner = of.dense[1](of.dense[0](x))
         whole = functional.conv2d(inner, weight_of(of.dense, name), stride=2)
