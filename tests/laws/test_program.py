@@ -7,6 +7,7 @@ import functools
 import random
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -65,8 +66,8 @@ class OnTokens(nn.Module):
         self.linear = linear
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens: Tensor = self.linear(x.flatten(2).transpose(1, 2))
-        return tokens.transpose(1, 2).unflatten(2, x.shape[2:])
+        tokens = self.linear(x.flatten(2).transpose(1, 2))
+        return cast("Tensor", tokens.transpose(1, 2).unflatten(2, x.shape[2:]))
 
 
 def fitting(extent: int, kernel: int, stride: int, padding: int, dilation: int) -> int:

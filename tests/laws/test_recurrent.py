@@ -27,7 +27,7 @@ from autoprune.repack.modules.sequences import PackedRecurrent
 from autoprune.repack.runtime.program import Program
 from autoprune.repack.tuning.tuning import TuningCache
 
-CLOSE = {"atol": 2e-5, "rtol": 1e-4}
+CLOSE: dict[str, Any] = {"atol": 2e-5, "rtol": 1e-4}
 
 
 class Case:
@@ -54,7 +54,7 @@ class Case:
         self.silent = draw(st.booleans()) and self.hidden > 2
         if self.silent:
             silence_(self.module, [1])
-        self.cut = draw(st.sampled_from([{}, {}, {"threshold": 0.1}, {"keep": 0.3}]))
+        self.cut: dict[str, Any] = draw(st.sampled_from([{}, {}, {"threshold": 0.1}, {"keep": 0.3}]))
         if self.cut:
             cut_states_(self.module, **self.cut)
         self.begins = draw(st.booleans())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -162,7 +164,7 @@ def test_a_layer_without_weights_gives_its_bias(backend: str, kind: str) -> None
 @pytest.mark.parametrize(
     "odd", [{"padding": 1, "padding_mode": "reflect"}, {"padding": "same"}, {"padding": "valid"}], ids=str
 )
-def test_an_odd_padding_is_computed_or_refused(backend: str, odd: dict[str, object]) -> None:
+def test_an_odd_padding_is_computed_or_refused(backend: str, odd: dict[str, Any]) -> None:
     conv = masked(nn.Conv2d(4, 8, (2, 4), **odd), Choice("group", {"size": 4}), 0.5)
     assert isinstance(conv, nn.Conv2d)
     check(backend, conv, torch.randn(2, 4, 9, 11), False)
