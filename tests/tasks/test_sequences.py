@@ -156,7 +156,7 @@ def test_a_feature_that_never_changes_stays_finite() -> None:
 @EVERY
 def test_states_can_be_cut(build: Any, tmp_path: Path) -> None:
     task = build(tmp_path, state_keep=0.5)
-    cuts = [(state_cut(module), module.over) for _, module in recurrent_modules(task.model)]
+    cuts: list[Any] = [(state_cut(module), module.over) for _, module in recurrent_modules(task.model)]
     assert cuts
     assert all(cut == StateCut(keep=0.5) and over > 0 for cut, over in cuts)
     whole = [state_cut(module) for _, module in recurrent_modules(build(tmp_path).model)]

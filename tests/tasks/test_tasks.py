@@ -27,32 +27,40 @@ def digits(**args: object) -> Task:
     return TASKS.create(Choice("digits", {"widths": [4, 8], **args}))
 
 
+def splits_of(task: Task) -> list[TensorBatches[Tensor]]:
+    """What it trains, validates and tests with."""
+    splits = [task.train, task.validation, task.testing]
+    tensors = [split for split in splits if isinstance(split, TensorBatches)]
+    assert len(tensors) == len(splits)
+    return tensors
+
+
 def rows(x: Tensor) -> list[bytes]:
     return [row.numpy().tobytes() for row in x]
 
 
 def test_digits_are_split_evenly_and_always_alike() -> None:
     task, again = digits(), digits(seed=1)
-    splits = [task.train, task.validation, task.testing]
+    splits = splits_of(task)
     assert [len(split.y) for split in splits] == [1078, 360, 359]
     assert sum(len(split.y) for split in splits) == 1797
-    for split, other in zip(splits, [again.train, again.validation, again.testing], strict=True):
+    for split, other in zip(splits, splits_of(again), strict=True):
         assert torch.equal(split.x, other.x)
         assert torch.equal(split.y, other.y)
         share = split.y.bincount(minlength=10) / len(split.y)
         assert share.min() > 0.08
         assert share.max() < 0.12
-    train, held_out = set(rows(task.train.x)), rows(task.validation.x) + rows(task.testing.x)
-    assert not train & set(held_out)
-    assert task.train.x.mean().abs() < 1e-4
-    assert task.train.x.std() == pytest.approx(1.0, abs=1e-4)
+    train, validation, testing = splits
+    assert not set(rows(train.x)) & set(rows(validation.x) + rows(testing.x))
+    assert train.x.mean().abs() < 1e-4
+    assert train.x.std() == pytest.approx(1.0, abs=1e-4)
     assert not torch.equal(next(task.model.parameters()), next(again.model.parameters()))
 
 
 def test_calibration_is_fixed_and_plain() -> None:
     task = digits()
     assert all(torch.equal(a[0], b[0]) for a, b in zip(task.calibration, digits().calibration, strict=True))
-    assert torch.equal(torch.cat([x for x, _ in task.calibration]), task.train.x[:128])
+    assert torch.equal(torch.cat([x for x, _ in task.calibration]), splits_of(task)[0].x[:128])
     (x,) = task.example_inputs(300)
     assert x.shape == (300, 1, 32, 32)
     assert task.example_inputs()[0].shape == (1, 1, 32, 32)
@@ -170,12 +178,13 @@ def test_a_task_of_idx_files_holds_out_the_last_of_the_train_split(tmp_path: Pat
         write_idx(tmp_path / f"{name}-images-idx3-ubyte{source.suffix}", images)
     sizes = {"train_samples": 40, "validation_samples": 30, "batch_size": 8}
     task = TASKS.create(Choice(source.name, {"folder": str(tmp_path), "widths": [4, 8, 16], **sizes}))
-    assert task.train.y.tolist() == labels["train"][:40].tolist()
-    assert task.validation.y.tolist() == labels["train"][-30:].tolist()
-    assert task.testing.y.tolist() == labels["t10k"].tolist()
-    brightness = task.testing.x[:, 0, 0, 0]
+    train, validation, testing = splits_of(task)
+    assert train.y.tolist() == labels["train"][:40].tolist()
+    assert validation.y.tolist() == labels["train"][-30:].tolist()
+    assert testing.y.tolist() == labels["t10k"].tolist()
+    brightness = testing.x[:, 0, 0, 0]
     for label in range(10):
-        assert len(brightness[task.testing.y == label].unique()) == 1
+        assert len(brightness[testing.y == label].unique()) == 1
     assert task.model(next(iter(task.train))[0]).shape == (8, 10)
     write_idx(tmp_path / f"t10k-labels-idx1-ubyte{source.suffix}", np.full(10_000, 10))
     with pytest.raises(FileError, match=r"t10k-labels.* is corrupt: it holds the label 10"):
@@ -187,7 +196,8 @@ def test_a_task_of_idx_files_holds_out_the_last_of_the_train_split(tmp_path: Pat
 @pytest.mark.skipif(not Path(fashion_mnist.folder).is_dir(), reason=fashion_mnist.install)
 def test_fashion_mnist_has_the_official_test_split() -> None:
     task = TASKS.create(Choice("fashion_mnist", {"widths": [4, 8]}))
-    assert [len(split.y) for split in (task.train, task.validation, task.testing)] == [55_000, 5_000, 10_000]
-    assert task.testing.y.bincount().tolist() == [1000] * 10
-    assert (task.train.y.bincount() + task.validation.y.bincount()).tolist() == [6000] * 10
+    train, validation, testing = splits_of(task)
+    assert [len(split.y) for split in (train, validation, testing)] == [55_000, 5_000, 10_000]
+    assert testing.y.bincount().tolist() == [1000] * 10
+    assert (train.y.bincount() + validation.y.bincount()).tolist() == [6000] * 10
     assert task.model(next(iter(task.train))[0]).shape == (128, 10)
