@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from autoprune.errors import FileError
+from autoprune.masks import weight_of
 from autoprune.settings import TEACHER_WEIGHTS, TrainingSettings
 from autoprune.testing.cases import random_batches
 from autoprune.training import TrainingResult, train_
@@ -99,8 +100,8 @@ def test_several_teachers_pull_by_their_weights(weighting: str) -> None:
         for w, teacher in zip(weights, teachers, strict=True)
         if (p := (teacher(x) / 3).softmax(-1).detach()) is not None
     ]
-    wanted = torch.autograd.grad(9.0 * torch.stack(terms).sum(), student.parameters())
-    got = torch.autograd.grad(objective(student, teachers, y, weighting, x), student.parameters())
+    wanted = torch.autograd.grad(9.0 * torch.stack(terms).sum(), list(student.parameters()))
+    got = torch.autograd.grad(objective(student, teachers, y, weighting, x), list(student.parameters()))
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -147,11 +148,11 @@ def test_the_average_by_hand() -> None:
             subject.state_dict()[name].add_(torch.randn(()))
             decay = min(0.6, step / (step + 1))
             mean[name] = decay * mean[name] + (1 - decay) * subject.state_dict()[name]
-        subject[1].num_batches_tracked.add_(1)
+        subject.get_buffer("1.num_batches_tracked").add_(1)
         distillation.after_step(step)
     for name in names:
         torch.testing.assert_close(average.state_dict()[name], mean[name])
-    assert int(average[1].num_batches_tracked) == 4
+    assert int(average.get_buffer("1.num_batches_tracked")) == 4
     assert all(parameter.requires_grad for parameter in subject.parameters())
 
 
@@ -199,6 +200,6 @@ def test_the_average_teaches() -> None:
         subject = model()
         settings = TrainingSettings(epochs=2, learning_rate=0.05, distillation_weight=weight, ema_teacher=decay)
         train_(subject, batches(), LOSS, settings, seed=0)
-        ends.append(subject[5].weight)
+        ends.append(weight_of(subject, "5"))
     assert not torch.equal(ends[0], ends[1])
     assert torch.equal(ends[1], ends[2])

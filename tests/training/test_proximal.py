@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -62,7 +64,7 @@ def subject(sparsity: float = 0.75) -> Pruner:
 
 def sizes(weight: Tensor) -> Tensor:
     """Root mean square of each group of 4 filters at each position."""
-    return weight.flatten(1).unflatten(0, (-1, 4)).square().mean(1).sqrt()
+    return cast("Tensor", weight.flatten(1).unflatten(0, (-1, 4)).square().mean(1).sqrt())
 
 
 @pytest.mark.parametrize("penalty", ["half", "l1", "none"])
@@ -73,11 +75,11 @@ def test_one_thresholding_is_the_closed_form_on_group_norms(penalty: str) -> Non
     method.start(pruner, 1)
     method.before_step(1)
     method.after_step(1)
-    operator = {"half": half, "l1": soft, "none": lambda size, _: size}[penalty]
+    operators: dict[str, Callable[[Tensor, float], Tensor]] = {"half": half, "l1": soft, "none": lambda size, _: size}
     for name, weight in before.items():
         size = sizes(weight).double()
         threshold = float(size.flatten().sort().values[round(0.75 * size.numel()) - 1])
-        wanted = torch.where(size > threshold, operator(size, threshold), torch.zeros_like(size))
+        wanted = torch.where(size > threshold, operators[penalty](size, threshold), torch.zeros_like(size))
         assert torch.allclose(sizes(pruner.weight(name)).double(), wanted, atol=1e-6)
         assert method.signals().scalars[f"threshold/{name}"] == pytest.approx(threshold)
 
