@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -37,7 +38,7 @@ def read(directory: Path) -> EventAccumulator:
     return events
 
 
-def scalars(events: EventAccumulator, tag: str) -> list[tuple[int, float]]:
+def scalars(events: EventAccumulator, tag: str) -> list[tuple[int, Any]]:
     return [(event.step, pytest.approx(event.value)) for event in events.Scalars(tag)]
 
 
