@@ -272,12 +272,12 @@ def test_a_hook_that_counts_leaves_the_rest_of_its_module_and_the_table_as_they_
     def profile_table(subject: Any, patterns: Any, settings: Any, *_: Any) -> LatencyTable:
         return LatencyTable({}, 1.0, 0.0, 1.0, settings, machine_identity())
 
-    def write_report(run: Run) -> str:
-        _ = (run.inventory, run.dense_score, run.table)
+    def report_of(run: Run) -> RunReport:
+        _ = run.preparation.table
         raise Stopped
 
     monkeypatch.setattr(preparation, "profile_table", profile_table)
-    monkeypatch.setattr(api, "write_report", write_report)
+    monkeypatch.setattr(api, "report_of", report_of)
     seen: list[int] = []
 
     def hooked(**changed: Any) -> nn.Module:
