@@ -30,7 +30,8 @@ from autoprune.pipeline.compare import (
 from autoprune.plan import Plan
 from autoprune.registry import Choice
 from autoprune.target import Target
-from autoprune.testing import fake_problem
+from autoprune.testing import EvaluateBy, fake_problem
+from tests.helpers import measured
 
 ACTIONS = (Choice("mix"), Choice("coefficient"))
 AGENTS = [Choice(name) for name in ("uniform", "greedy", "knapsack", "random", "restarts", "cma_es")]
@@ -41,22 +42,23 @@ def problem(speedup: float = 2.5) -> Problem:
     return replace(fake, evaluate=ByTable(fake.evaluate, fake.table))
 
 
-def slower(of: Problem, share: float = 0.8) -> object:
+def slower(of: Problem, share: float = 0.8) -> EvaluateBy:
     """A clock by which every plan is slower than the table says."""
 
     def measure(plan: Plan) -> Measurement:
-        right = of.evaluate(plan)
+        right = measured(of.evaluate(plan))
         return replace(right, speedup=right.speedup * share, latency_ms=right.latency_ms / share)
 
-    return measure
+    return EvaluateBy(measure)
 
 
 def test_a_plan_is_moved_until_its_measured_speed_up_is_the_target_s() -> None:
     of = problem()
     plan = PruneEnv(of, ACTIONS).solved()
-    measured = at_speedup(of, plan, slower(of))  # type: ignore[arg-type]
-    assert measured.speedup == pytest.approx(2.5, rel=0.03)
-    assert measured.score < of.evaluate(plan).score  # it had to be pruned further
+    moved = at_speedup(of, plan, slower(of))
+    assert moved is not None
+    assert moved.speedup == pytest.approx(2.5, rel=0.03)
+    assert moved.score < measured(of.evaluate(plan)).score  # it had to be pruned further
 
 
 def test_searches_are_looked_at_after_each_budget_and_never_get_worse() -> None:

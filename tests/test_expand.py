@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from autoprune.errors import AutopruneError
+from autoprune.masks import weight_of
 from autoprune.model.net2wider import expand
 from autoprune.tasks.zoo import build_model
 from autoprune.tasks.zoo.initialise import randomise_norms_
@@ -36,7 +39,7 @@ def test_the_output_stays_in_both_modes_and_the_model_too(factor: float, seed: i
     wide = expand(model, X, factor, seed=seed)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert dict(wide.layers) == {"0": (6, round(6 * factor)), "4": (5, round(5 * factor)), "7": (7, round(7 * factor))}
-    assert wide.model[3].groups == round(6 * factor)
+    assert wide.model.get_submodule("3").groups == round(6 * factor)
     for mode in (False, True):
         torch.testing.assert_close(wide.model.train(mode)(X), model.train(mode)(X), rtol=1e-4, atol=1e-5)
 
@@ -58,24 +61,24 @@ def test_models_of_the_zoo(name: str, args: dict[str, object]) -> None:
     wide = expand(model, x, 1.5)
     assert wide.layers
     torch.testing.assert_close(wide.model.eval()(x), model(x), rtol=1e-3, atol=1e-4)
-    assert all(len(wide.model.get_submodule(n).weight) == new > old for n, (old, new) in wide.layers.items())
+    assert all(len(weight_of(wide.model, n)) == new > old for n, (old, new) in wide.layers.items())
 
 
 def test_copies_get_gradients_of_their_own() -> None:
     wide = expand(plain(), X, 2.0).model
     wide(X).square().sum().backward()
-    gradient = wide[7].weight.grad
+    gradient = weight_of(wide, "7").grad
     assert gradient is not None
     apart = torch.cdist(gradient, gradient).fill_diagonal_(torch.inf).min(dim=1).values
     assert (apart > 1e-3 * gradient.norm(dim=1)).all()
-    assert torch.unique(wide[7].weight, dim=0).shape[0] == 7  # though they start as copies
+    assert torch.unique(weight_of(wide, "7"), dim=0).shape[0] == 7  # though they start as copies
 
 
 def test_a_channel_that_was_copied_looks_no_weaker() -> None:
     model = plain()
     wide = expand(model, X, 1.5).model
     for name in ("4", "7", "9"):  # layers that read channels, some of which were copied
-        before, after = model.get_submodule(name).weight.detach(), wide.get_submodule(name).weight.detach()
+        before, after = weight_of(model, name).detach(), weight_of(wide, name).detach()
         columns = before.shape[1]
         assert (after[: len(before), :columns].abs() >= 0.8 * before.abs()).all()
         assert after.shape[1] > columns
@@ -88,7 +91,7 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.a(x)
-        return y + self.c(torch.relu(self.b(y)))
+        return cast("Tensor", y + self.c(torch.relu(self.b(y))))
 
 
 class Shared(nn.Module):
@@ -97,7 +100,7 @@ class Shared(nn.Module):
         self.a = nn.Linear(4, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.a(torch.relu(self.a(x)))
+        return cast("Tensor", self.a(torch.relu(self.a(x))))
 
 
 class Branching(nn.Module):

@@ -111,7 +111,7 @@ def test_functions_are_the_same_wherever_they_stand(same: str) -> None:
     assert function_fingerprints(function(same)) == function_fingerprints(function("def f(m): return m + 1"))
 
 
-def reading(value: Any) -> Callable[[], Any]:
+def reading(value: Any) -> Callable[..., Any]:
     return lambda: value
 
 

@@ -13,6 +13,7 @@ from autoprune.config import FamilySection, GeneralistConfig, LearningSection
 from autoprune.envs.family import TaskTarget
 from autoprune.envs.surrogate import fit_surrogate
 from autoprune.errors import AutopruneError, ConfigError
+from autoprune.files import write_json
 from autoprune.pipeline import generalist as module
 from autoprune.pipeline.generalist import FamilyTask, Generalist, member_run, surrogate_plans
 from autoprune.registry import Choice
@@ -20,6 +21,7 @@ from autoprune.settings import TrainingSettings
 from autoprune.target import Target
 from autoprune.tasks.family import DATA, Member, draw_members, held_out_members
 from autoprune.testing import fake_problem
+from tests.helpers import measured
 
 PPO = Choice("ppo", {"net": [16], "episodes_per_update": 2})
 
@@ -38,7 +40,7 @@ def fake(config: GeneralistConfig, directory: Path) -> Generalist:
     for member in (*draw_members(family.tasks, config.seed, family.data), *held_out_members(family.data)):
         problem = fake_problem(Target(speedup=2.5))
         plans = surrogate_plans(problem, 30, seed=0)
-        surrogate = fit_surrogate(problem, plans, [problem.evaluate(plan).score for plan in plans])
+        surrogate = fit_surrogate(problem, plans, [measured(problem.evaluate(plan)).score for plan in plans])
         task_targets = tuple(
             TaskTarget(member.name, replace(problem, target=Target(speedup=speedup))) for speedup in (2.0, 3.0)
         )
@@ -84,7 +86,7 @@ def test_a_training_that_is_done_is_not_run_again_and_another_config_is_refused(
     first = fake(config(), tmp_path)
     best = first.train()
     assert fake(config(), tmp_path).train() == best
-    module.write_json(tmp_path / "config.json", config().to_json())
+    write_json(tmp_path / "config.json", config().to_json())
     with pytest.raises(ConfigError, match=r"learning\.updates"):
         fake(config(updates=7), tmp_path)
 

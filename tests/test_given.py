@@ -7,7 +7,7 @@ import pickle
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, Tensor
 import autoprune
 from autoprune import PruningHooks
 from autoprune.errors import AutopruneError, ConfigError
+from autoprune.masks import weight_of
 from autoprune.model.copies import copy_for_inference
 from autoprune.model.inventory import take_inventory
 from autoprune.repack import ProgramModel
@@ -53,7 +54,7 @@ def batches(size: int = 6) -> list[tuple[Tensor, Tensor]]:
 
 
 def accuracy(model: nn.Module) -> Tensor:
-    return (model(X).argmax(1) == Y).float().mean()
+    return cast("Tensor", (model(X).argmax(1) == Y).float().mean())
 
 
 def counted(evaluate: Callable[[nn.Module], Any]) -> tuple[list[nn.Module], Callable[[nn.Module], Any]]:
@@ -376,7 +377,7 @@ def test_what_is_pruned_is_trained_and_other_frozen_parts_stay_so() -> None:
     ]
 
 
-COMPUTED = {
+COMPUTED: dict[str, Callable[[nn.Module], Any]] = {
     "weight norm": parametrizations.weight_norm,
     "spectral norm": parametrizations.spectral_norm,
     "orthogonal": parametrizations.orthogonal,
@@ -391,9 +392,10 @@ def test_computed_weights_become_plain_and_trainable_in_the_copy(name: str) -> N
     COMPUTED[name](model[3])
     wanted, before = model.eval()(X), everything(model)
     settled = copy_for_inference(model)
-    assert isinstance(settled[3].weight, nn.Parameter)
-    assert settled[3].weight.requires_grad
-    assert not settled[3]._forward_pre_hooks
+    layer = settled.get_submodule("3")
+    assert isinstance(layer.weight, nn.Parameter)
+    assert layer.weight.requires_grad
+    assert not layer._forward_pre_hooks
     torch.testing.assert_close(settled(X), wanted)
     assert set(take_inventory(model, X).names) == {"0", "3"}
     assert everything(model) == before
@@ -419,7 +421,7 @@ def test_hooks_refuse_to_prune_what_is_frozen() -> None:
 
 def test_a_weight_that_is_a_buffer_stays_dense() -> None:
     model = network()
-    weight = model[3].weight.detach().clone()
+    weight = weight_of(model, "3").detach().clone()
     del model[3].weight
     model[3].register_buffer("weight", weight)
     assert [row.reason for row in take_inventory(model, X).dense if row.name == "3"] == [

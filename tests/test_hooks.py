@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import start_processes
 from torch.nn import functional
 
 import autoprune
@@ -126,7 +127,9 @@ def test_a_closure_and_accumulated_gradients_change_nothing(method: str) -> None
         optimizer.step()
 
     trained(other, hooks(other, method), by_closure)
-    third[1].momentum = 0.5 * 0.1  # type: ignore[union-attr, assignment]
+    norm = third.get_submodule("1")
+    assert isinstance(norm, nn.BatchNorm2d)
+    norm.momentum = 0.5 * 0.1
     trained(third, hooks(third, method), accumulated)
     for name, value in one.named_parameters():
         assert torch.equal(value, other.get_parameter(name))
@@ -199,7 +202,7 @@ def test_a_method_that_widens_keeps_the_budget_of_the_model_as_it_was() -> None:
     model = network()
     before = sum(layer.weights for layer in take_inventory(model, X).layers)
     pruning = hooks(model, Choice("expand", {"factor": 2.0}))
-    assert model[0].weight.shape[0] == 32  # type: ignore[union-attr, index]
+    assert weight_of(model, "0").shape[0] == 32
     trained(model, pruning, plain(model))
     kept = sum(int(torch.count_nonzero(weight_of(model, name))) for name in pruning.plan.layers)
     assert kept <= 0.25 * before + 8
@@ -289,7 +292,7 @@ def test_two_processes_end_with_the_same_masks_and_as_one_with_their_mean_gradie
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.start_processes(_process, (port, str(tmp_path)), nprocs=2, start_method="spawn")
+    start_processes(_process, (port, str(tmp_path)), nprocs=2, start_method="spawn")
     for number, case in enumerate(PARALLEL):
         first, second = (torch.load(tmp_path / f"{number}.{rank}.pt", weights_only=True) for rank in (0, 1))
         assert first.keys() == second.keys()

@@ -27,6 +27,7 @@ from autoprune.errors import ConfigError
 from autoprune.files import read_json
 from autoprune.latency.machine import machine_identity
 from autoprune.latency.table import LatencyTable
+from autoprune.masks import weight_of
 from autoprune.metric import BITS_PER_CHARACTER
 from autoprune.pipeline import preparation
 from autoprune.pipeline.compare import _ACTIONS
@@ -105,20 +106,20 @@ def compress(directory: Path, **given: Any) -> None:
 def retrained() -> nn.Module:
     model = net()
     with torch.no_grad():
-        model.conv.weight[0, 0, 0, 0] += 1e-6  # type: ignore[union-attr, index, operator]
+        weight_of(model, "conv")[0, 0, 0, 0] += 1e-6
     return model
 
 
 def with_a_buffer(value: float) -> nn.Module:
     model = net()
     with torch.no_grad():
-        model.norm.running_mean.fill_(value)  # type: ignore[union-attr, operator]
+        model.get_buffer("norm.running_mean").fill_(value)
     return model
 
 
 def with_a_frozen_norm() -> nn.Module:
     model = net()
-    model.norm.requires_grad_(False)  # type: ignore[union-attr]
+    model.get_submodule("norm").requires_grad_(False)
     return model
 
 
@@ -134,7 +135,7 @@ def squared(output: Tensor, target: Tensor, weight: float = 1.0) -> Tensor:
 
 def with_a_hook() -> nn.Module:
     model = net()
-    model.norm.register_forward_hook(lambda module, args, output: output + 1)  # type: ignore[union-attr, operator]
+    model.get_submodule("norm").register_forward_hook(lambda module, args, output: output + 1)
     return model
 
 
@@ -282,7 +283,7 @@ def test_a_hook_that_counts_leaves_the_rest_of_its_module_and_the_table_as_they_
 
     def hooked(**changed: Any) -> nn.Module:
         model = net(**changed)
-        model.conv.register_forward_hook(lambda *_: seen.append(1))  # type: ignore[union-attr, operator]
+        model.get_submodule("conv").register_forward_hook(lambda *_: seen.append(1))
         return model
 
     own = hooked()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -32,7 +34,7 @@ class Odd(nn.Module):
         _ = self.tiny(x)
         x = self.twice(self.twice(x.mean((2, 3))))
         x = self.tied(F.linear(x, self.behind.weight, self.behind.bias))
-        return self.fc(x)
+        return cast("Tensor", self.fc(x))
 
 
 def test_layers_and_reasons() -> None:
@@ -83,7 +85,7 @@ class Normed(nn.Module):
         self.fc, self.fc_norm = nn.Linear(8, 16), nn.BatchNorm1d(16)
         self.tokens, self.tokens_norm = nn.Linear(16, 8), nn.BatchNorm1d(8)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self: Any, x: Tensor) -> Tensor:  # its parts are added by name
         first = self.plain(x)
         second = self.kept(x)
         x = self.plain_norm(first) + self.kept_norm(second) + second
@@ -96,7 +98,7 @@ class Normed(nn.Module):
         x = self.fc_norm(self.fc(x.mean((2, 3))))
         y = self.tokens_norm(self.tokens(x.unflatten(1, (1, 16)).expand(-1, 8, -1)))
         assert y.shape[1:] == (8, 8)
-        return y
+        return cast("Tensor", y)
 
 
 def test_the_norm_of_a_layer_reads_its_output_as_it_is() -> None:
@@ -113,7 +115,7 @@ def test_a_layer_that_runs_twice_has_no_norm() -> None:
             self.conv, self.norm = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.norm(self.conv(self.conv(x)))
+            return cast("Tensor", self.norm(self.conv(self.conv(x))))
 
     assert take_inventory(Twice(), torch.randn(1, 8, 6, 6))["conv"].norm is None
 

@@ -17,7 +17,6 @@ import pytest
 from autoprune.config import parse_config
 from autoprune.errors import InUse
 from autoprune.pipeline.run import Run
-from autoprune.processes import locks
 from autoprune.processes.locks import FolderLock, turn
 from autoprune.repack.lowering.geometry import Tiling
 from autoprune.repack.tuning.tuning import TuningCache
@@ -115,7 +114,7 @@ def test_a_folder_that_cannot_be_written_needs_no_lock(
     def refused(*_: object) -> int:
         raise OSError(reason, os.strerror(reason))
 
-    monkeypatch.setattr(locks.os, "open", refused)
+    monkeypatch.setattr(os, "open", refused)
     first = taken(tmp_path)
     in_a_thread(lambda: taken(tmp_path).close())
     first.close()

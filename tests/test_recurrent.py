@@ -195,10 +195,10 @@ def test_a_row_cut_in_one_weight_alone_keeps_its_bias() -> None:
     masks = {name: torch.ones_like(weight_of(model, name), dtype=torch.bool) for name in NAMES[:2]}
     masks[NAMES[1]][3] = False
     apply_masks_(model, masks, inventory)
-    assert bool(model.rnn.bias_hh_l0[3] != 0)
+    assert bool(model.get_parameter("rnn.bias_hh_l0")[3] != 0)
     masks[NAMES[0]][3] = False
     apply_masks_(model, masks, inventory)
-    assert not torch.stack([model.rnn.bias_hh_l0[3], model.rnn.bias_ih_l0[3]]).any()
+    assert not torch.stack([model.get_parameter("rnn.bias_hh_l0")[3], model.get_parameter("rnn.bias_ih_l0")[3]]).any()
 
 
 @pytest.mark.parametrize("name", list(TRAINING))
@@ -255,7 +255,7 @@ def test_reconstruction_brings_the_output_nearer(cell: Any) -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"threshold": -1.0}, {"keep": 0.0}, {"keep": 2}, {"threshold": 0.1, "keep": 0.5}])
-def test_a_cut_out_of_range_is_refused(wrong: dict[str, float]) -> None:
+def test_a_cut_out_of_range_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"threshold|keep"):
         cut_states_(Reader(), **wrong)
     with pytest.raises(ConfigError, match=r"no nn\.LSTM"):
@@ -286,7 +286,7 @@ def test_a_cut_deepens_while_the_model_trains(cell: Any) -> None:
     x = torch.randn(4, STEPS, FEATURES)
 
     def kept() -> int:
-        return int((model.rnn(x)[0] != 0).sum(dim=-1).max())
+        return int((model.get_submodule("rnn")(x)[0] != 0).sum(dim=-1).max())
 
     model.eval()
     assert kept() == HIDDEN // 4  # whole in use, from the beginning
@@ -296,14 +296,14 @@ def test_a_cut_deepens_while_the_model_trains(cell: Any) -> None:
     assert seen == sorted(seen, reverse=True)
     again = cut_states_(Reader(cell), keep=0.25, over=4)
     again.load_state_dict(model.state_dict())  # a resumed run goes on where the other was
-    assert int((again.rnn(x)[0] != 0).sum(dim=-1).max()) == kept() == HIDDEN // 4
+    assert int((again.get_submodule("rnn")(x)[0] != 0).sum(dim=-1).max()) == kept() == HIDDEN // 4
     with pytest.raises(ConfigError, match="whole number"):
         cut_states_(model, keep=0.5, over=-1)
 
 
 def test_a_cut_model_survives_a_copy() -> None:
     model = copy.deepcopy(cut_states_(Reader(), keep=0.5))
-    y, _ = model.rnn(torch.randn(2, STEPS, FEATURES))
+    y, _ = model.get_submodule("rnn")(torch.randn(2, STEPS, FEATURES))
     assert (y != 0).sum(dim=-1).unique().tolist() == [HIDDEN // 2]
 
 

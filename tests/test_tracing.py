@@ -147,7 +147,8 @@ def test_what_other_threads_say_is_heard() -> None:
     with heard("torch.onnx") as logged, heard("service") as service, pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stderr", io.StringIO())
         result = during_export(say)
-        assert sys.stderr.getvalue() == "written elsewhere\n"  # type: ignore[attr-defined]
+        assert isinstance(sys.stderr, io.StringIO)
+        assert sys.stderr.getvalue() == "written elsewhere\n"
     assert isinstance(result, UserWarning)  # warnings are errors in tests
     assert str(result) == "warned elsewhere"
     assert (logged.getvalue(), service.getvalue()) == ("logged elsewhere\n", "of a service\n")

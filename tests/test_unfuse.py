@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ class Attention(nn.MultiheadAttention):
         super().__init__(WIDTH, HEADS, batch_first=True)
 
 
-MODELS = {
+MODELS: dict[str, Callable[[], nn.Module]] = {
     "attention": lambda: nn.MultiheadAttention(WIDTH, HEADS, batch_first=True),
     "attention of a subclass": Attention,
     "layer": layer,
@@ -75,7 +76,7 @@ def run(model: nn.Module, masks: tuple[Tensor | None, Tensor | None]) -> Tensor:
     if isinstance(model, nn.MultiheadAttention):
         out: Tensor = model(x, x, x, attn_mask=masks[0], key_padding_mask=masks[1], need_weights=False)[0]
         return out
-    first = isinstance(model, nn.TransformerEncoder) and not model.layers[0].self_attn.batch_first  # type: ignore[union-attr]
+    first = isinstance(model, nn.TransformerEncoder) and not model.layers[0].self_attn.batch_first
     out = model(x.transpose(0, 1) if first else x, *masks)
     return out
 
