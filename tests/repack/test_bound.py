@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ class Words(nn.Module):
         self.table, self.head = nn.Embedding(10, 6), nn.Linear(6, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.table(x))
+        return cast("Tensor", self.head(self.table(x)))
 
 
 class Rolled(nn.Module):
@@ -98,6 +98,7 @@ def test_what_a_call_returned_may_be_overwritten_and_fed_back() -> None:
     inputs = given(model, 0)
     with torch.no_grad():
         fast = repack(model, inputs, threads=1, form="program")
+        assert isinstance(fast, ProgramModel)
         bound, (x, h, c) = fast.bind(*inputs), inputs
         for seed in range(4):
             bound.inputs[0].copy_(x)
@@ -113,7 +114,9 @@ def test_what_a_call_returned_may_be_overwritten_and_fed_back() -> None:
 def test_bound_in_inference_mode_it_is_written_to_outside_of_it() -> None:
     model = Words().eval()
     with torch.inference_mode():
-        bound = repack(model, given(model, 0), form="program").bind(*given(model, 0))
+        fast = repack(model, given(model, 0), form="program")
+        assert isinstance(fast, ProgramModel)
+        bound = fast.bind(*given(model, 0))
     bound.inputs[0].copy_(given(model, 1)[0])
     torch.testing.assert_close(bound(), model(given(model, 1)[0]).detach())
 

@@ -25,6 +25,8 @@ REASON = "there is a filter"
 class Steps(nn.Module):
     """A GRU and a Linear, and a constant among the results."""
 
+    kept: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.gru, self.out = nn.GRU(6, 8, batch_first=True), nn.Linear(8, 3)
@@ -136,7 +138,7 @@ def test_under_a_filter_of_the_system(tmp_path: Path) -> None:
     save(repack(model, torch.randn(2, 3, 5, 5)), tmp_path / "fast")
     torch.save(model.state_dict(), tmp_path / "state")
     (tmp_path / "work.py").write_text(WORK)
-    command = [sys.executable, FILTER, tmp_path / "work.py", tmp_path / "fast", tmp_path / "state"]
+    command: list[str | Path] = [sys.executable, FILTER, tmp_path / "work.py", tmp_path / "fast", tmp_path / "state"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == 77:
         pytest.skip(done.stderr)

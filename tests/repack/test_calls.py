@@ -239,7 +239,7 @@ def plain(value: Any) -> Any:
 
 
 def test_a_record_is_read_as_its_class_was() -> None:
-    record = Record({"logits": 1, "hidden": None, "count": 3})
+    record: Any = Record({"logits": 1, "hidden": None, "count": 3})
     logits, *rest = record
     assert (logits, rest) == (record.logits, [None, 3]) == (record["logits"], list(record[1:]))
     assert (record.count, record[-1], record.keys()) == (3, 3, ("logits", "hidden", "count"))

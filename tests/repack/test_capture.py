@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -120,7 +120,7 @@ def test_depthwise_network() -> None:
     def run(m: Any, x: Tensor) -> Tensor:
         y = F.relu6(m.n1(m.expand(x)))
         y = F.hardtanh(m.n2(m.depth(y)), 0, 6)
-        return x + m.n3(m.project(y))
+        return cast("Tensor", x + m.n3(m.project(y)))
 
     model = Call(
         run,
@@ -178,7 +178,7 @@ def test_activations_go_into_the_layer(name: str) -> None:
     assert [(op.kind, op.last_activation) for op in small.ops] == [("conv2d", activation)]
 
 
-ODD: dict[str, tuple[Any, list[str]]] = {
+ODD: dict[str, tuple[Any, list[str] | None]] = {
     "two outputs": (lambda m, x: (m.c(x), m.d(x)), ["conv2d", "conv2d"]),
     "a dictionary": (lambda m, x: {"a": m.c(x), "b": [m.d(x), None, 3, x.shape[0]]}, ["scalar", "conv2d", "conv2d"]),
     "its own input": (lambda m, x: (x, m.c(x)), ["conv2d"]),
@@ -389,7 +389,7 @@ def test_constants_go_through_depthwise_layers() -> None:
 def test_channels_of_a_residual_go_together() -> None:
     def run(m: Any, x: Tensor) -> Tensor:
         y = m.stem(x).relu()
-        return m.head((y + m.block(y)).relu().mean((2, 3)))
+        return cast("Tensor", m.head((y + m.block(y)).relu().mean((2, 3))))
 
     stem, block, head = conv(3, 6), conv(6, 6, padding=1), nn.Linear(6, 2)
     stem.weight[1] = block.weight[1] = 0

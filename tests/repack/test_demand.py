@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from autoprune.errors import FileError
 from autoprune.files import read_tensors, write_tensors
+from autoprune.masks import weight_of
 from autoprune.repack import load, repack, save
 from autoprune.repack.graph.demand import LARGEST, MEMORY, PARTS, WORK
 from autoprune.repack.graph.ir import Graph, Input
@@ -117,8 +118,8 @@ def test_high_resolution_and_few_weights_are_no_reason(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 16, 5, padding=2), nn.ReLU(), nn.Conv2d(16, 4, 3, padding=1), nn.PixelShuffle(2))
     with torch.no_grad():
-        for module in (model[0], model[2]):
-            module.weight.mul_(torch.rand_like(module.weight) > 0.9)  # type: ignore[operator]
+        for weight in (weight_of(model, "0"), weight_of(model, "2")):
+            weight.mul_(torch.rand_like(weight) > 0.9)
     x = torch.randn(1, 1, 480, 640)
     save(repack(model.eval(), x, form="program", threads=1), tmp_path / "fast.safetensors", value_bits=8)
     with torch.inference_mode():

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from autoprune.cli import app
 from autoprune.errors import AutopruneError, ConfigError, MissingExtra
 from autoprune.latency.engines.export import OnnxEngine
 from autoprune.latency.timer import Protocol
+from autoprune.masks import weight_of
 from autoprune.patterns import PATTERNS
 from autoprune.registry import Choice
 from autoprune.repack import ExportReport, LayerForm, export_onnx
@@ -35,6 +37,7 @@ onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
+Model = TypeVar("Model", bound=nn.Module)
 QUICK = Protocol(samples=1, warmup=1, min_sample_ms=0.0)
 GROUP = Choice("group", {"size": 8})
 
@@ -58,7 +61,7 @@ class Residual(nn.Module):
         return out
 
 
-def pruned(model: nn.Module, choice: Choice, sparsity: float, seed: int = 0) -> nn.Module:
+def pruned(model: Model, choice: Choice, sparsity: float, seed: int = 0) -> Model:
     """In eval mode, with norms that do something and layers pruned by magnitude; a model's first one is left whole."""
     torch.manual_seed(seed)
     layers = [module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
@@ -168,7 +171,7 @@ def test_channels_nobody_needs_are_gone_from_the_whole_model(tmp_path: Path) -> 
     )
     model.eval()
     with torch.no_grad():
-        model[2].weight[:, 8:] = 0  # channels of the first that nobody reads
+        weight_of(model, "2")[:, 8:] = 0  # channels of the first that nobody reads
     report = export_onnx(model, torch.randn(1, 3, 8, 8), tmp_path / "m.onnx")
     shapes = {tuple(tensor.dims) for tensor in onnx.load(str(tmp_path / "m.onnx")).graph.initializer}
     assert {(8, 3, 3, 3), (16, 8, 3, 3)} <= shapes
@@ -230,7 +233,7 @@ def test_masks_are_applied_and_the_model_is_left_as_it_is(tmp_path: Path) -> Non
     assert model.training
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     with torch.no_grad():
-        model[0].weight.mul_(mask)
+        weight_of(model, "0").mul_(mask)
     assert_file_equals(tmp_path / "m.onnx", model.eval(), torch.randn(3, 16))
 
 
@@ -491,7 +494,7 @@ def test_errors_say_what_is_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         export_onnx(model, x, tmp_path / "m.onnx", choose=always("gather"))
     with pytest.raises(AutopruneError, match="does not run on its example inputs"):
         export_onnx(model, torch.randn(2, 9), tmp_path / "m.onnx")
-    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match="pip install"):
         export_onnx(model, x, tmp_path / "m.onnx")
     assert list(tmp_path.iterdir()) == []

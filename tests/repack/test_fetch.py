@@ -139,6 +139,7 @@ def test_a_linear_streams_its_weights_once_for_one_token(size: int) -> None:
     assert isinstance(fast, ProgramModel)
     (row,) = layer_memory(fast, torch.ones(1, 512), Cache(4096, 64, 8))
     packed = fast.program.weights["linear"].packed
+    assert row.fetched is not None
     lines = row.fetched.lines
     assert packed.values.nbytes / 64 <= lines[What.WEIGHT] <= 1.05 * packed.values.nbytes / 64 + 40
     assert packed.index.nbytes / 64 <= lines[What.INDEX] <= 1.1 * packed.index.nbytes / 64 + 40
@@ -154,6 +155,7 @@ def test_many_tokens_read_the_weights_again_for_every_few() -> None:
         model, x = nn.Sequential(nn.Linear(256, 128)), torch.ones(tokens, 256)
         fast = autoprune.repack(model, x, cache=told(TuningCache(), Tiling(16, 1000)))
         (row,) = layer_memory(fast, x, Cache(1024, 64, 8))
+        assert row.fetched is not None
         totals.append(row.fetched.lines[What.WEIGHT])
     passes = -(-counts[1] // few)  # two; one where the registers hold the sums of a whole vector of tokens
     assert totals[1] == pytest.approx(passes * totals[0], rel=0.25)  # addresses decide what meets in a set
@@ -168,6 +170,7 @@ def test_groups_that_keep_the_same_read_their_input_once() -> None:
             linear.weight.view(4, 2, lanes, 512)[:, 1, :, :left_out] = 0
         fast = autoprune.repack(model, x, cache=told(TuningCache(), Tiling(lanes, 1000)))
         (row,) = layer_memory(fast, x, Cache(1024, 64, 8))
+        assert row.fetched is not None
         inputs.append(row.fetched.lines[What.INPUT])
     assert inputs[1] == pytest.approx(2 * inputs[0], rel=0.1)
 

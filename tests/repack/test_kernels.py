@@ -314,7 +314,8 @@ def test_a_gated_convolution_stays_inside_its_buffers(lanes: int, size: int) -> 
         x = torch.randn(2, 12, *extent, generator=generator)
         flags = {"gate": turn % 3 != 1, "live": turn % 3 != 2}
         more = {"groups": 1, "activation": (None, "relu", "silu")[turn % 3], **flags}
-        names, factors = [name for name, given in flags.items() if given], []
+        names = [name for name, given in flags.items() if given]
+        factors: list[Tensor] = []
         for groups in [3, 4][: len(names)]:
             share = (0.0, 0.5, 1.0)[(turn + len(factors)) % 3]  # all dead, some, all live
             factors.append((torch.rand(2, groups, generator=generator) + 0.5) * (torch.rand(2, groups) < share))
@@ -347,20 +348,26 @@ def test_a_gate_stays_inside_its_buffers(lanes: int) -> None:
         assert_stays_inside(program_of([op], constants, [x], 1, lanes), [x])
 
 
-SLIDING: list[tuple[str, int | tuple[int, int], dict[str, Any], tuple[int, int]]] = [
-    (kind, kernel, {"stride": stride, **window}, extent)
-    for stride in (1, 2, 3, 4)
-    for kind, kernel, window, extent in [
-        ("depthwise", 3, {"padding": 1}, (7, 7)),
-        ("depthwise", 3, {"padding": (4, 0), "dilation": (1, 2)}, (13, 70)),
-        ("depthwise", 5, {"padding": 2}, (16, 5)),
-        ("depthwise", (1, 2), {}, (1, 33)),
-        ("max_pool2d", 3, {"padding": 1}, (9, 40)),
-        ("max_pool2d", 2, {"dilation": 2}, (5, 130)),
-        ("avg_pool2d", 3, {"padding": 1}, (9, 8)),
-        ("avg_pool2d", (2, 4), {"padding": (1, 2)}, (4, 37)),
-    ]
-] + [("depthwise", 3, {"stride": (3, 1), "padding": 1}, (8, 9)), ("max_pool2d", 2, {"stride": (5, 2)}, (11, 20))]
+Sliding = tuple[str, int | tuple[int, int], dict[str, Any], tuple[int, int]]  # kind, kernel, window, extent
+EVERY_STRIDE: list[Sliding] = [
+    ("depthwise", 3, {"padding": 1}, (7, 7)),
+    ("depthwise", 3, {"padding": (4, 0), "dilation": (1, 2)}, (13, 70)),
+    ("depthwise", 5, {"padding": 2}, (16, 5)),
+    ("depthwise", (1, 2), {}, (1, 33)),
+    ("max_pool2d", 3, {"padding": 1}, (9, 40)),
+    ("max_pool2d", 2, {"dilation": 2}, (5, 130)),
+    ("avg_pool2d", 3, {"padding": 1}, (9, 8)),
+    ("avg_pool2d", (2, 4), {"padding": (1, 2)}, (4, 37)),
+]
+SLIDING: list[Sliding] = [
+    *(
+        (kind, kernel, {"stride": stride, **window}, extent)
+        for stride in (1, 2, 3, 4)
+        for kind, kernel, window, extent in EVERY_STRIDE
+    ),
+    ("depthwise", 3, {"stride": (3, 1), "padding": 1}, (8, 9)),
+    ("max_pool2d", 2, {"stride": (5, 2)}, (11, 20)),
+]
 
 
 @pytest.mark.parametrize("lanes", LANES)
@@ -610,12 +617,12 @@ def test_the_default_dtype_does_not_matter(
     before, module = packed(), dense()
     weight, bias = module.weight, module.bias
     assert isinstance(weight, Tensor)
-    assert isinstance(bias, Tensor)
+    assert isinstance(bias, nn.Parameter)
     torch.set_default_dtype(torch.float64)
     try:
         assert_same(before, module, x)
         for each in (bias, None):
-            module.bias = each
+            module.register_parameter("bias", each)
             after = packed_conv(module) if isinstance(module, nn.Conv2d) else packed_linear(module)  # type: ignore[arg-type]
             assert after(x).dtype == torch.float32
             assert_same(after, module, x)
@@ -703,6 +710,6 @@ def test_an_exported_convolution_takes_an_image_without_a_batch() -> None:
 def test_a_corrupt_packed_weight_is_refused(field: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
     packed = pack(make_conv().weight)
     assert packed.groups == 4
-    array = np.ascontiguousarray(change(getattr(packed, field)).astype(np.int32))
+    changed: dict[str, Any] = {field: np.ascontiguousarray(change(getattr(packed, field)).astype(np.int32))}
     with pytest.raises(FileError, match="corrupt"):
-        replace(packed, **{field: array}).validate()
+        replace(packed, **changed).validate()

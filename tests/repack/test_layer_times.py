@@ -94,6 +94,7 @@ def test_what_an_operation_does(net: nn.Module) -> None:
     assert head.flops == 2 * 16 * 4 * 2
     assert down.gflops == pytest.approx(down.flops / 1e-3 / 1e9)
     assert down.intensity == pytest.approx(down.flops / down.bytes)
+    assert head.group_size is not None
     stored = 16 * -(-4 // head.group_size) * head.group_size  # whole groups, of the size that timings chose
     values = 4 * (2 * 16 + stored + 2 * 4)  # read, weights, written
     assert values < head.bytes <= 4 * head.group_size * 4 + values + 4 * 64, "and the bias and the indices"

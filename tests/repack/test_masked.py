@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -23,6 +23,8 @@ def holes(*shape: int) -> Tensor:
 
 
 class MaskedLinear(nn.Linear):
+    mask: Tensor
+
     def __init__(self) -> None:
         super().__init__(40, 40)
         self.register_buffer("mask", holes(40, 40))
@@ -37,7 +39,7 @@ class MaskedConv(nn.Conv2d):
         self.mask = holes(20, 10, 3, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, self.weight * self.mask, self.bias)
+        return cast("Tensor", self._conv_forward(x, self.weight * self.mask, self.bias))
 
 
 class Mask(nn.Module):
@@ -55,18 +57,19 @@ class Standardised(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
-        return self._conv_forward(x, weight, self.bias)
+        return cast("Tensor", self._conv_forward(x, weight, self.bias))
 
 
 def hooked() -> nn.Module:
     """As other tools keep masks: the weight is computed before every forward."""
     layer = nn.Linear(40, 40)
-    raw = layer.weight
+    raw, kept = layer.weight, holes(40, 40)
+    assert isinstance(raw, nn.Parameter)
     del layer.weight
     layer.register_parameter("weight_raw", raw)
-    layer.register_buffer("weight_kept", holes(40, 40))
+    layer.register_buffer("weight_kept", kept)
     layer.register_forward_pre_hook(lambda m, _: setattr(m, "weight", m.weight_raw * m.weight_kept))
-    layer.weight = raw.detach() * layer.weight_kept
+    layer.weight = raw.detach() * kept
     return layer
 
 

@@ -94,7 +94,9 @@ def test_attention_with_a_row_that_is_masked_whole(mask: Tensor) -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 2, 3, 4)
     assert_rewritten(functional.scaled_dot_product_attention, q, k, v, mask)
-    assert_rewritten(lambda *given: functional.scaled_dot_product_attention(*given, scale=0.3), q, k, v, mask)
+    assert_rewritten(
+        lambda q, k, v, mask: functional.scaled_dot_product_attention(q, k, v, mask, scale=0.3), q, k, v, mask
+    )
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections")  # torch is slower with them

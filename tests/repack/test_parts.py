@@ -15,6 +15,7 @@ import autoprune
 from autoprune import PruningHooks
 from autoprune.bench import bench_model
 from autoprune.errors import AutopruneError
+from autoprune.masks import weight_of
 from autoprune.model.inventory import take_inventory
 from autoprune.repack import CaptureError, ProgramModel, SwappedModel, export_onnx, repack
 from autoprune.repack.outputs import same_output
@@ -76,7 +77,8 @@ def test_torchscript_as_a_whole_is_refused(name: str) -> None:
 
 def test_a_model_that_cannot_be_copied_is_refused() -> None:
     model = around(nn.ReLU())
-    model[0].weight = nn.Parameter(model[0].weight.detach().to_sparse(), requires_grad=False)  # type: ignore[union-attr]
+    sparse = nn.Parameter(weight_of(model, "0").detach().to_sparse(), requires_grad=False)
+    model[0].register_parameter("weight", sparse)
     with pytest.raises(AutopruneError, match=r"cannot be copied.*dense tensors"):
         autoprune.repack(model, torch.randn(2, 16))
 
@@ -107,10 +109,10 @@ def test_a_model_without_weights_is_refused(model: Any, told: str, tmp_path: Pat
 
 
 def test_what_torch_compiles_is_looked_through(tmp_path: Path) -> None:
-    inner = nn.Sequential(nn.Linear(6, 8), nn.ReLU())
+    compiled: Any = torch.compile(nn.Sequential(nn.Linear(6, 8), nn.ReLU()))
     x = torch.randn(2, 6)
-    for model in (torch.compile(inner), nn.Sequential(torch.compile(inner), nn.Linear(8, 4))):  # type: ignore[list-item]
-        fast = repack(model.eval(), x)  # type: ignore[attr-defined]
+    for model in (compiled, nn.Sequential(compiled, nn.Linear(8, 4))):
+        fast = repack(model.eval(), x)
         assert isinstance(fast, ProgramModel)
         assert not any("_orig_mod" in row.name for row in fast.report)
 
@@ -127,7 +129,7 @@ class ReadsParts(nn.Module):
 def test_a_forward_that_reads_parts_of_a_weight_is_told() -> None:
     for form in (None, "modules"):
         with pytest.raises(AutopruneError, match=r"there is the weight alone: read that, e\.g\. self\.layer\.weight"):
-            repack(ReadsParts().eval(), torch.randn(2, 6), form=form)  # type: ignore[arg-type]
+            repack(ReadsParts().eval(), torch.randn(2, 6), form=form)
 
 
 class Padded(nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def squeezed(_: Any, x: Tensor, y: Tensor) -> Tensor:
 
 
 def joined(model: Any, x: Tensor, y: Tensor) -> Tensor:
-    return model.after(torch.cat([x, y], 1)).relu()
+    return cast("Tensor", model.after(torch.cat([x, y], 1)).relu())
 
 
 def joined_maps(model: Any, x: Tensor, y: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ def joined_maps(model: Any, x: Tensor, y: Tensor) -> Tensor:
 
 def tokens(model: Any, x: Tensor, y: Tensor) -> Tensor:
     rows = y.flatten(2).transpose(1, 2)
-    return torch.cat([model.token.expand(x.shape[0], -1, -1), rows], 1) + model.place
+    return cast("Tensor", torch.cat([model.token.expand(x.shape[0], -1, -1), rows], 1) + model.place)
 
 
 def shuffled(_: Any, x: Tensor, y: Tensor) -> Tensor:

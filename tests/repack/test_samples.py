@@ -18,7 +18,7 @@ from autoprune.repack.graph.passes import simplify
 from autoprune.repack.graph.schema import validate
 from autoprune.repack.lowering.per_sample import NAME
 from autoprune.repack.outputs import same_output
-from autoprune.repack.runtime.program import Program
+from autoprune.repack.runtime.program import Plan, Program
 from autoprune.repack.tuning.tuning import TuningCache, faster_by_sample, tune
 from autoprune.testing import FakeClock
 
@@ -85,7 +85,9 @@ def sample_by_sample(fast: ProgramModel, threads: int | None = 1) -> Program:
 
 
 def splits(program: Program, batch: int) -> bool:
-    part = program.chosen_plan(((batch, 3, 9, 12),)).parts[0]
+    plan = program.chosen_plan(((batch, 3, 9, 12),))
+    assert isinstance(plan, Plan)
+    part = plan.parts[0]
     return [op.name for op in getattr(part, "ops", ())] == [NAME]
 
 
