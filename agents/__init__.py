@@ -6,6 +6,7 @@ from autoprune.registry import Registry
 AGENTS: Registry[Agent] = Registry(
     "agent",
     {
+        "auto": "autoprune.agents.auto:AutoAgent",
         "random": "autoprune.agents.random:RandomAgent",
         "uniform": "autoprune.agents.uniform:UniformAgent",
         "ppo": "autoprune.agents.ppo:PPOAgent",

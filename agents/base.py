@@ -92,12 +92,13 @@ def run_episodes(env: PruneEnv, actors: Iterable[Actor]) -> Iterator[Trial]:
     Only for actors that learn nothing from each other's trials: plans are made before those in front are measured.
     """
     waiting = iter(actors)
-    while plans := [_finished_plan(env, act) for act in islice(waiting, BATCH)]:
+    while plans := [finished_plan(env, act) for act in islice(waiting, BATCH)]:
         for plan, measured in zip(plans, env.problem.evaluate.in_order(plans), strict=True):
             yield as_trial(env.problem, plan, measured)
 
 
-def _finished_plan(env: PruneEnv, act: Actor) -> Plan:
+def finished_plan(env: PruneEnv, act: Actor) -> Plan:
+    """Plays one episode without evaluating its plan, and returns that."""
     observation, _ = env.reset()
     for step in count():
         observation, _, plan = env.advance(act(observation, step))

@@ -13,7 +13,6 @@ from autoprune.envs.prune import PruneEnv
 from autoprune.envs.rewards import terminal_reward
 from autoprune.envs.trial import Trial
 from autoprune.evaluation.measurement import Failure, Measurement
-from autoprune.target import Target
 
 CLOSE = 0.02  # measured speed-ups this near to each other count as the same
 SLOWEST = 1.01  # a target must be above 1
@@ -52,10 +51,10 @@ def uniform_at(env: PruneEnv, speedup: float) -> Trial | None:
 
 
 def reward_at(env: PruneEnv, measured: Measurement, speedup: float) -> float:
-    """The reward of a measured plan had the target been `speedup`."""
-    return terminal_reward(replace(env.problem, target=Target(speedup=max(SLOWEST, speedup))), measured).total
+    """The reward of a measured plan had the target been `speedup` over torch eager."""
+    return terminal_reward(env.problem.at(max(SLOWEST, speedup)), measured).total
 
 
 def _trial_at(env: PruneEnv, action: NDArray[np.float32], predicted: float) -> Trial:
     """The trial of one action in every step, projected to a speed-up that the latency table predicts."""
-    return run_episode(env.of(replace(env.problem, target=Target(speedup=predicted))), lambda _, __: action)
+    return run_episode(env.of(env.problem.at(predicted)), lambda _, __: action)

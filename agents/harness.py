@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from autoprune.agents.base import Agent, succeeded
@@ -16,6 +19,8 @@ from autoprune.latency.timer import torch_threads
 from autoprune.plan import Plan
 from autoprune.randomness import own_randomness
 
+NOTABLE = 0.01  # of reward, a tenth of a point of accuracy: less is no improvement
+
 
 @dataclass(frozen=True)
 class SearchResult:
@@ -25,11 +30,18 @@ class SearchResult:
         trials: all of the agent's, in order.
         halved: of successive halving, rung by rung; their rewards are of higher fidelities.
         finalists: the best trials, timed again, where the clock decides: the luckiest of many short timings looks best.
+        rules: rule -> the trials of the plans it made before the agent began.
     """
 
     trials: tuple[Trial, ...]
     halved: tuple[Trial, ...] = ()
     finalists: tuple[Trial, ...] = ()
+    rules: Mapping[str, tuple[Trial, ...]] = field(default_factory=dict)
+
+    @property
+    def all(self) -> tuple[Trial, ...]:
+        """The rules' trials, then the agent's."""
+        return (*itertools.chain.from_iterable(self.rules.values()), *self.trials)
 
     @property
     def best(self) -> Trial:
@@ -38,7 +50,7 @@ class SearchResult:
         Raises:
             NumericalError: all trials failed.
         """
-        trials = self.finalists or of_highest_fidelity(succeeded([*self.trials, *self.halved]))
+        trials = self.finalists or of_highest_fidelity(succeeded([*self.all, *self.halved]))
         return max(trials, key=lambda trial: trial.reward)
 
     @property
@@ -67,6 +79,19 @@ class TrialLog:
         append_line(self.path, trial.to_json())
 
 
+class _Stalled(Exception):
+    """Ends an agent's search where nothing improves."""
+
+
+def stalled(trials: Sequence[Trial], known_best: float) -> int:
+    """How many of the last trials were no better, by `NOTABLE`, than the best before them."""
+    best, since = known_best, 0
+    for trial in trials:
+        since = 0 if trial.reward > best + NOTABLE else since + 1
+        best = max(best, trial.reward)
+    return since
+
+
 def search(
     agent: Agent,
     env: PruneEnv,
@@ -76,6 +101,8 @@ def search(
     directory: Path | None = None,
     on_trial: Callable[[int, Trial], None] | None = None,
     on_resumed: Callable[[Sequence[Trial]], None] | None = None,
+    patience: int | None = None,
+    known_best: float = -math.inf,
 ) -> SearchResult:
     """Runs `agent` for `episodes` episodes, resuming what `directory` holds.
 
@@ -87,6 +114,8 @@ def search(
         directory: where ``trials.jsonl`` and the agent's checkpoint live; None keeps everything in memory.
         on_trial: called with (index, trial) after each new episode.
         on_resumed: called once, before the first, with the trials of the interrupted search.
+        patience: the search stops after so many episodes without a better reward; None: never.
+        known_best: the reward of the best plan that was there before.
     """
     log = TrialLog(directory / "trials.jsonl") if directory is not None else None
     trials = [trial for trial in log.read() if trial.fidelity == 0] if log is not None else []
@@ -105,8 +134,12 @@ def search(
         trials.append(trial)
         if on_trial is not None:
             on_trial(len(trials) - 1, trial)
+        if patience is not None and stalled(trials, known_best) >= patience:
+            raise _Stalled
 
+    if patience is not None and stalled(trials, known_best) >= patience:
+        return SearchResult(tuple(trials))
     # stable-baselines3 seeds the global generators; and networks this small run slower on two threads than on one.
-    with own_randomness(), torch_threads(1):
+    with own_randomness(), torch_threads(1), suppress(_Stalled):
         agent.search(env, episodes, seed, record, directory, done)
     return SearchResult(tuple(trials))

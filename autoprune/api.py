@@ -78,7 +78,7 @@ def compress(
             Called once a trial, without gradients, for the most part with a repacked model: it can be called, no more.
         example_inputs: as the model is called, at the batch size latency matters for: a tensor, a tuple of them, or a
             mapping of keyword arguments that could be given by place. Batches hold their inputs in any of these forms.
-        target: a `Target`, or the speed-up wanted over dense torch eager.
+        target: a `Target`, or the speed-up wanted over the best dense engine of this machine.
         loss: ``loss(model(*inputs), target)`` is a scalar.
         metric: how a score reads; accuracy is a score in [0, 1].
         config: sections of a config that differ from the defaults, e.g. ``{"search": {"episodes": 50}}``.
@@ -119,7 +119,7 @@ def _given_run(
     inputs = Arguments.of(example_inputs).positional(dense)
     if not inputs[0].dim():
         raise AutopruneError("the first example input must hold samples along its first axis: it is a single number.")
-    chosen = {key: value for key, value in vars(wanted).items() if value is not None}
+    chosen = wanted.to_json()
     sections = {"target": chosen, **(config or {}), "task": "given"}
     latency = {**sections.get("latency", {}), "batch": len(inputs[0])}
     parsed = parse_config({**sections, "latency": latency}, "compress")
@@ -183,6 +183,7 @@ def _lent(model: nn.Module) -> nn.Module:
 def _compressed(run: Run) -> Compressed:
     with closing(run.lock):
         try:
+            run.settle()
             report = report_of(run)
             return Compressed(run.repacked, run.plan, report.rows, write_report(report))
         finally:
@@ -215,7 +216,7 @@ def apply_config(
     search = {"agent": agent, "episodes": episodes, **given.pop("search", {})}
     sections = {
         "task": {"name": "user", "model": model, "data": data},
-        "target": {key: value for key, value in vars(target).items() if value is not None},
+        "target": target.to_json(),
         "env": env,
         "search": search,
         **given,

@@ -33,8 +33,22 @@ Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 
 
+def _check_settings(value: Any) -> Any:
+    if not isinstance(value, dict):
+        raise ValueError("must be a table of training settings, e.g. {epochs = 4}")
+    try:
+        TrainingSettings.from_json(value)
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
+    return value
+
+
+SettingsField = Annotated[dict[str, Any], BeforeValidator(_check_settings)]
+"""Training settings that differ from those that hold otherwise."""
+
+
 class Section(BaseModel):
-    """A table of the config: unknown keys and wrong types are errors."""
+    """A table of the config: unknown keys and wrong types are errors; a key left out has the section's own default."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, arbitrary_types_allowed=True)
 
@@ -62,7 +76,7 @@ class LatencySection(Section):
 class EnvSection(Section):
     """The environment: what the agent may choose and how a plan is scored."""
 
-    actions: tuple[ChoiceField, ...] = (Choice("criterion"), Choice("sparsity"), Choice("group_size"))
+    actions: tuple[ChoiceField, ...] = (Choice("mix"), Choice("coefficient", {"reach": 1.0}))
     pattern: ChoiceField = Choice("group", {"size": 8})  # of layers whose pattern no action sets
     criterion: ChoiceField = Choice("magnitude")
     max_sparsity: Fraction = 0.95
@@ -70,7 +84,7 @@ class EnvSection(Section):
     min_weights: Count = 64  # smaller layers stay dense
     min_saving: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.005  # of the dense time, or the layer is left whole
     start: Literal["uniform", "knapsack"] = "uniform"  # the plan that layers' actions start from
-    recovery: ChoiceField = Choice("batch_norm")  # what happens between masking and scoring
+    recovery: ChoiceField = Choice("reconstruct")  # what happens between masking and scoring
     curves: bool = True  # whether the agent sees the layers' latency and sensitivity curves
     timing: Literal["measured", "table"] = "measured"  # of a trial; "table" predicts it, and repacks nothing
     shaping: Annotated[float, Field(ge=0.0)] = 1.0
@@ -86,8 +100,12 @@ class HalvingSection(Section):
 
 
 class SearchSection(Section):
-    agent: ChoiceField = Choice("ppo")
-    episodes: Count = 300
+    agent: ChoiceField = Choice("auto")
+    episodes: Count = 100
+    patience: Count | None = 40  # episodes without a better plan after which the search stops
+    rules: bool = True  # whether the plans of the uniform rule, the knapsack and the bundled policy are tried first
+    criteria: tuple[ChoiceField, ...] = (Choice("magnitude"), Choice("activation"))  # that rules try
+    patterns: tuple[ChoiceField, ...] = ()  # likewise, besides env.pattern; each makes the latency table longer
     finalists: Count = 5  # best trials that are timed again, in turns with each other, before one is chosen; 1: none
     halving: HalvingSection | None = None  # off when absent: the best plan is the one that scored best in the search
 
@@ -100,7 +118,7 @@ class FinetuneSection(Section):
     budget: Literal["weights", "macs", "latency"] | None = None
     # dense models to distil from, where the settings' distillation_weight is above 0: the run's own, then other seeds'
     teachers: Annotated[int, Field(ge=1, le=5)] = 1
-    settings: TrainingSettings = TrainingSettings(epochs=10, learning_rate=0.02)
+    settings: SettingsField = {}  # what differs from the recipe for such a model: see `training.recipes`
 
 
 class RepackSection(Section):
@@ -114,7 +132,7 @@ class Config(Root):
 
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     task: ChoiceField
-    dense: TrainingSettings | None = None  # training of the dense model; the task's own settings when absent
+    dense: SettingsField | None = None  # training of the dense model: what differs from the task's own settings
     target: Target = Target(speedup=2.0)
     latency: LatencySection = LatencySection()
     env: EnvSection = EnvSection()
@@ -155,6 +173,7 @@ class GeneralistConfig(Root):
         actions=(Choice("mix"), Choice("coefficient", {"reach": 1.0})),
         max_sparsity=0.98,
         min_saving=0.001,
+        recovery=Choice("batch_norm"),
         timing="table",
         shaping=0.0,
     )
@@ -206,9 +225,24 @@ def parse_config(data: Mapping[str, Any], where: str) -> Config:
 Kind = TypeVar("Kind", bound=Root)
 
 
+def _with_defaults(kind: type[Root], data: Mapping[str, Any]) -> dict[str, Any]:
+    """The data, with what this kind of config sets in a section otherwise than the section itself does.
+
+    So a table that changes one key of a section keeps the others as they are without that table.
+    """
+    kept = {
+        name: {**field.default.model_dump(mode="json", exclude_defaults=True), **data[name]}
+        for name, field in kind.model_fields.items()
+        if isinstance(field.default, Section) and isinstance(data.get(name), dict)
+    }
+    return {**data, **kept}
+
+
 def _validated(kind: type[Kind], data: Mapping[str, Any], where: str) -> Kind:
     try:
-        return kind.model_validate_json(json.dumps(data))  # JSON mode: lists for tuples, and no other leniency
+        return kind.model_validate_json(
+            json.dumps(_with_defaults(kind, data))
+        )  # JSON mode: lists for tuples, and no other leniency
     except ValidationError as error:
         raise ConfigError(f"{where}: " + " ".join(_explain(kind, item) for item in error.errors()[:5])) from None
     except RecursionError:
@@ -220,6 +254,8 @@ def _validated(kind: type[Kind], data: Mapping[str, Any], where: str) -> Kind:
 
 
 def _with_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    if any(override.partition("=")[0].strip().partition(".")[0] == "target" for override in overrides):
+        data.pop("target", None)  # what is asked for now takes the place of what the file asks for
     for override in overrides:
         _apply_override_(data, override)
     return data

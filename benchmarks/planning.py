@@ -30,7 +30,6 @@ from autoprune.plan import Plan
 from autoprune.registry import Choice
 from autoprune.report.console import Console
 from autoprune.report.table import markdown_table
-from autoprune.target import Target
 from autoprune.tasks.base import Task
 from autoprune.tasks.batches import TensorBatches
 from autoprune.tasks.zoo import MODELS
@@ -80,7 +79,7 @@ def planned(directory: Path, policy: Policy) -> tuple[dict[str, float], Plan, Pr
 
 def aimed(problem: Problem) -> Problem:
     """Half way to the fastest plan, and nothing evaluated: a plan is what is timed."""
-    return replace(problem, target=Target(speedup=speedup_at(problem, 0.5)), evaluate=Unscored(problem.table))
+    return replace(problem.at(speedup_at(problem, 0.5)), evaluate=Unscored(problem.table))
 
 
 @dataclass(frozen=True)

@@ -74,25 +74,25 @@ class Curves:
         return np.array([np.interp(SPARSITIES, anchors, (0.0, *curves[name])) for name in self.inventory.names])
 
     def ms(self, pattern: str) -> Array:
-        """What each layer adds to the whole model's milliseconds under a pattern, (layers, GRID)."""
+        """What each layer takes under a pattern, milliseconds, (layers, GRID)."""
         if pattern not in self._ms:
             table = self.table
-            self._ms[pattern] = np.array(
-                [[table.layer_us(name, pattern, s) for s in SPARSITIES] for name in self.inventory.names]
-            ) * (table.scale / 1e3)
+            self._ms[pattern] = (
+                np.array([[table.layer_us(name, pattern, s) for s in SPARSITIES] for name in self.inventory.names])
+                / 1e3
+            )
         return self._ms[pattern]
 
     @cached_property
     def dense_ms(self) -> Array:
-        """What each layer would add as torch runs it, (layers,)."""
-        return np.array([self.table.dense_us(name) for name in self.inventory.names]) * (self.table.scale / 1e3)
+        """What each layer would take as torch runs it, milliseconds, (layers,)."""
+        return np.array([self.table.dense_us(name) for name in self.inventory.names]) / 1e3
 
     @cached_property
     def fixed_ms(self) -> float:
-        """Milliseconds of all that no plan changes."""
+        """Milliseconds of the layers that no plan changes."""
         names = set(self.inventory.names)
-        whole_us = sum(self.table.whole_us(name) for name in self.table.layers if name not in names)
-        return self.table.rest_ms + self.table.scale * whole_us / 1e3
+        return sum(self.table.whole_us(name) for name in self.table.layers if name not in names) / 1e3
 
     def plan_ms(self, plan: Plan) -> Array:
         """The curves of each layer's own pattern in a plan, (layers, GRID)."""

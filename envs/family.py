@@ -60,7 +60,7 @@ def task_targets_of(
     """
     if speedup_at(problem, 1.0) < WORTH * speedup_at(problem, 0.0):
         return []
-    targets = [(Target(speedup=speedup_at(problem, fraction)), fraction) for fraction in fractions]
+    targets = [(Target(speedup=speedup_at(problem, fraction), over="eager"), fraction) for fraction in fractions]
     targets += [(Target(accuracy_drop=drop), 0.0) for drop in drops]
     found: list[TaskTarget] = []
     for target, fraction in targets:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from autoprune.envs.curves import GRID, SPARSITIES, Array, place
 from autoprune.envs.partial_plan import PartialPlan
 from autoprune.envs.problem import Problem
+from autoprune.envs.projection import meet_limits
 from autoprune.plan import Plan
 
 BUCKETS = 500
@@ -38,7 +39,9 @@ def solve(problem: Problem, partial: PartialPlan, greedily: bool = False) -> Pla
     choose = greedy if greedily else knapsack
     chosen = columns[choose(cost[:, columns], weight[:, columns], budget)]
     sparsities = {name: float(SPARSITIES[i]) for name, i in zip(problem.inventory.names, chosen, strict=True)}
-    return partial.plan.with_sparsities(sparsities)
+    solved = partial.plan.with_sparsities(sparsities)
+    several = len(problem.limits) + (problem.required_speedup is not None) > 1  # the solver has one budget
+    return meet_limits(solved, problem) if several and not problem.meets(solved) else solved
 
 
 def weighed(problem: Problem, coefficients: Iterable[float]) -> Plan:
@@ -53,13 +56,13 @@ def _terms(problem: Problem, partial: PartialPlan) -> tuple[Array, Array, float]
     coefficients = np.array([partial.coefficients.get(name, 1.0) for name in problem.inventory.names])
     loss = curves.mixed(partial.mix) * coefficients[:, None] + _TIE * np.arange(GRID)
     ms = curves.plan_ms(partial)
-    if target.accuracy_drop is not None:
-        return ms, loss, target.accuracy_drop * LOSS_PER_SCORE
-    if target.sparsity is not None:
-        weights = np.array([layer.weights for layer in problem.inventory.layers], np.float64)
-        return loss, weights[:, None] * (1.0 - SPARSITIES), (1.0 - target.sparsity) * float(weights.sum())
-    assert target.speedup is not None
-    return loss, ms, problem.table.dense_ms / target.speedup - curves.fixed_ms
+    if not target.limits:
+        return ms, loss, (target.accuracy_drop or 0.0) * LOSS_PER_SCORE
+    if problem.required_speedup is not None:
+        parts_ms = problem.table.parts_ms(problem.table.dense_ms / problem.required_speedup)
+        return loss, ms, parts_ms - curves.fixed_ms
+    limit = problem.limits[0]
+    return loss, limit.curves(problem.inventory.names), limit.budget(problem.inventory.names)
 
 
 def columns_up_to(max_sparsity: float) -> Indices:

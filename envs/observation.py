@@ -147,14 +147,15 @@ def _model(problem: Problem, start: Plan) -> Array:
     chosen = np.array([place(start.layers[name].sparsity) for name in problem.inventory.names])
     lost = curves.loss[np.arange(len(chosen)), chosen].sum()
     decided_ms = curves.ms(str(problem.pattern))[:, 0].sum()
+    whole_ms = problem.table.whole_ms(float(decided_ms + curves.fixed_ms))
     return np.array(
         [
-            math.log2(target.speedup) if target.speedup is not None else 0.0,
+            math.log2(problem.required_speedup) if problem.required_speedup is not None else 0.0,
             10 * target.accuracy_drop if target.accuracy_drop is not None else 0.0,
             target.sparsity if target.sparsity is not None else 0.0,
             math.log2(len(chosen)) / 6,
             float(log_loss(lost)),
             float(chosen.mean()) / GRID,
-            decided_ms / (decided_ms + curves.fixed_ms),
+            min(1.0, decided_ms / whole_ms),
         ]
     )

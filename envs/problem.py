@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from autoprune.envs.curves import Curves
+from autoprune.envs.limits import FileSize, Limit, limits_of
 from autoprune.evaluation.measurement import Evaluate
 from autoprune.evaluation.sensitivity import Sensitivity
 from autoprune.latency.table import LatencyTable
@@ -24,6 +26,8 @@ class Problem:
         pattern: the pattern of layers whose pattern no action sets; likewise `criterion`.
         training: the sparse-training method of plans whose method no action sets.
         max_sparsity: the highest sparsity of any layer.
+        baseline_speedup: how many times faster than torch eager that runs which the target's speed-up is over.
+        file: what is known of the packed file's size.
         curves: what every layer takes and loses at every sparsity.
     """
 
@@ -37,12 +41,37 @@ class Problem:
     criterion: Choice
     training: Choice
     max_sparsity: float = 0.95
+    baseline_speedup: float = 1.0
+    file: FileSize = field(default_factory=FileSize)
     curves: Curves = field(default=None, repr=False, compare=False)  # type: ignore[assignment]  # made when left out
 
     def __post_init__(self) -> None:
         """Copies of a problem with another target or evaluation share its curves."""
         if self.curves is None or not self.curves.are_of(self.inventory, self.table, self.sensitivity):
             object.__setattr__(self, "curves", Curves(self.inventory, self.table, self.sensitivity))
+
+    @cached_property
+    def required_speedup(self) -> float | None:
+        """The speed-up that is asked for, over torch eager as measurements are; None where none is."""
+        speedup, latency_ms = self.target.speedup, self.target.latency_ms
+        required = [] if speedup is None else [speedup * self.baseline_speedup]
+        required += [] if latency_ms is None else [self.table.dense_ms / latency_ms]
+        return max(required, default=None)
+
+    @cached_property
+    def limits(self) -> tuple[Limit, ...]:
+        """What a plan must keep beside its time."""
+        return limits_of(self.target, self.inventory, self.file)
+
+    def at(self, speedup: float) -> Problem:
+        """The same problem, asked for a speed-up over torch eager alone."""
+        return replace(self, target=Target(speedup=speedup, over="eager"), baseline_speedup=1.0)
+
+    def meets(self, plan: Plan) -> bool:
+        """Whether a plan keeps every limit, its time as the latency table predicts it."""
+        required = self.required_speedup
+        fast = required is None or self.table.predict_speedup(plan) >= required
+        return fast and all(limit.keeps(plan) for limit in self.limits)
 
     def uniform(self, sparsity: float) -> Plan:
         """The plan that treats every layer alike."""

@@ -11,9 +11,9 @@ import math
 from collections.abc import Callable
 
 from autoprune.envs.curves import GRID
+from autoprune.envs.problem import Problem
 from autoprune.errors import ConfigError, InfeasibleTarget
 from autoprune.latency.table import LatencyTable
-from autoprune.model.inventory import Inventory
 from autoprune.patterns import PATTERNS
 from autoprune.plan import Plan
 from autoprune.registry import Choice
@@ -31,10 +31,10 @@ def sigmoid(value: float) -> float:
     return 1.0 / (1.0 + math.exp(-value))
 
 
-def shift(plan: Plan, amount: float, max_sparsity: float) -> Plan:
-    """Moves every sparsity by `amount` in logit space; results are on the grid, in [0, max_sparsity]."""
+def shift(plan: Plan, amount: float, max_sparsity: float, grid: int = GRID) -> Plan:
+    """Moves every sparsity by `amount` in logit space; results are multiples of 1 / grid, in [0, max_sparsity]."""
     moved = {
-        name: min(max_sparsity, round(sigmoid(logit(layer.sparsity) + amount) * GRID) / GRID)
+        name: min(max_sparsity, round(sigmoid(logit(layer.sparsity) + amount) * grid) / grid)
         for name, layer in plan.layers.items()
     }
     return plan.with_sparsities(moved)
@@ -65,21 +65,12 @@ def meet(plan: Plan, table: LatencyTable, speedup: float, max_sparsity: float) -
     return _least_shift(plan, max_sparsity, lambda moved: table.predict_speedup(moved) >= speedup)
 
 
-def meet_sparsity(plan: Plan, inventory: Inventory, sparsity: float, max_sparsity: float) -> Plan:
-    """The least common shift of `plan` that leaves no more weights than the given sparsity of all its layers.
-
-    Raises:
-        InfeasibleTarget: `max_sparsity` in every layer is too little.
-    """
-    check_sparse(sparsity, max_sparsity)
-    if all(layer.sparsity == sparsity for layer in plan.layers.values()):
-        return plan
-    weights = {name: inventory[name].weights for name in plan.layers}
-
-    def zeros(moved: Plan) -> float:
-        return sum(weights[name] * layer.sparsity for name, layer in moved.layers.items()) / sum(weights.values())
-
-    return _least_shift(plan, max_sparsity, lambda moved: zeros(moved) >= sparsity)
+def meet_limits(plan: Plan, problem: Problem) -> Plan:
+    """The least common shift of `plan` that keeps every limit of the problem; as far as it goes where none does."""
+    sparsity = problem.target.sparsity
+    if problem.target.limits == ("sparsity",) and all(layer.sparsity == sparsity for layer in plan.layers.values()):
+        return plan  # exactly that, which need not be on the grid
+    return _least_shift(plan, problem.max_sparsity, problem.meets)
 
 
 def _least_shift(plan: Plan, max_sparsity: float, enough: Callable[[Plan], bool]) -> Plan:
@@ -91,9 +82,14 @@ def _least_shift(plan: Plan, max_sparsity: float, enough: Callable[[Plan], bool]
     return shift(plan, high, max_sparsity)
 
 
-def project(plan: Plan, table: LatencyTable, speedup: float, max_sparsity: float) -> Plan:
-    """Moves a plan onto the budget and gives useless sparsity back."""
-    return release_useless(meet(plan, table, speedup, max_sparsity), table)
+def project(plan: Plan, problem: Problem) -> Plan:
+    """Moves a plan onto the problem's limits and gives useless sparsity back."""
+    return freed(meet_limits(plan, problem), problem)
+
+
+def freed(plan: Plan, problem: Problem) -> Plan:
+    """`release_useless`, where the clock alone counts: other limits are kept by zeros that save no time, too."""
+    return plan if problem.limits else release_useless(plan, problem.table)
 
 
 def check_movable(pattern: Choice) -> None:
@@ -105,19 +101,28 @@ def check_movable(pattern: Choice) -> None:
 
 
 def check_feasible(reachable: float, speedup: float, max_sparsity: float) -> None:
-    """Raises InfeasibleTarget, with the best reachable figure, when `speedup` is out of reach."""
+    """Raises InfeasibleTarget, with the best reachable figure, when `speedup` over torch eager is out of reach."""
     if reachable < speedup:
         raise InfeasibleTarget(
             f"no plan reaches a {speedup:g}x speed-up: with every layer at sparsity {max_sparsity:g} the measured "
-            f"latency table predicts {reachable:.2f}x at best. Ask for less, allow a higher sparsity "
-            "(env.max_sparsity), or let more layers be pruned."
+            f"latency table predicts {reachable:.2f}x at best. {ASK_FOR_LESS}"
         )
 
 
-def check_sparse(sparsity: float, max_sparsity: float) -> None:
-    """Raises InfeasibleTarget when no layer may have as many zeros as all are to have."""
-    if sparsity > max_sparsity:
+ASK_FOR_LESS = "Ask for less, allow a higher sparsity (env.max_sparsity), or let more layers be pruned."
+
+
+def check_limits(problem: Problem) -> None:
+    """Raises InfeasibleTarget, with the best reachable figure, when even `max_sparsity` everywhere breaks a limit."""
+    plan = problem.uniform(problem.max_sparsity)
+    if (sparsity := problem.target.sparsity) is not None and sparsity > problem.max_sparsity:
         raise InfeasibleTarget(
-            f"no plan has {100 * sparsity:g}% zeros: a layer may have {100 * max_sparsity:g}% at most. Ask for less, "
-            "or allow more (env.max_sparsity)."
+            f"no plan has {100 * sparsity:g}% zeros: a layer may have {100 * problem.max_sparsity:g}% at most. Ask for "
+            "less, or allow more (env.max_sparsity)."
         )
+    for limit in problem.limits:
+        if limit.name != "sparsity" and not limit.keeps(plan):
+            raise InfeasibleTarget(
+                f"no plan keeps target.{limit.name} = {limit.at_most:,.0f}: with every layer at sparsity "
+                f"{problem.max_sparsity:g} it is {limit.cost(plan):,.0f}. {ASK_FOR_LESS}"
+            )

@@ -25,10 +25,10 @@ from autoprune.envs.partial_plan import PartialPlan
 from autoprune.envs.problem import Problem
 from autoprune.envs.projection import (
     check_feasible,
-    check_sparse,
+    check_limits,
     fastest,
-    meet,
-    meet_sparsity,
+    freed,
+    meet_limits,
     project,
     release_useless,
 )
@@ -203,15 +203,12 @@ class PruneEnv(gymnasium.Env[Observation, Action]):
 
     def finished(self, partial: PartialPlan) -> Plan:
         """The plan that is measured: on the budget when there is one, useless sparsity given back."""
-        problem, target = self.problem, self.problem.target
+        problem = self.problem
         if self.actions.solved:
-            solved = solve(problem, partial)
-            return solved if target.sparsity is not None else release_useless(solved, problem.table)
-        if target.sparsity is not None:
-            return meet_sparsity(partial.plan, problem.inventory, target.sparsity, problem.max_sparsity)
-        if target.speedup is None:
+            return freed(solve(problem, partial), problem)
+        if not problem.target.limits:
             return release_useless(partial.plan, problem.table)
-        return project(partial.plan, problem.table, target.speedup, problem.max_sparsity)
+        return project(partial.plan, problem)
 
     def solved(self, greedily: bool = False) -> Plan:
         """What the solver makes of the sensitivity curves as they are."""
@@ -228,17 +225,14 @@ class PruneEnv(gymnasium.Env[Observation, Action]):
         return [replace(self.problem, pattern=pattern).uniform(START_SPARSITY) for pattern in patterns]
 
     def _starting_plan(self) -> Plan:
-        problem, target = self.problem, self.problem.target
-        if target.speedup is not None:
-            check_feasible(self.reachable_speedup(), target.speedup, problem.max_sparsity)
-        if target.sparsity is not None:
-            check_sparse(target.sparsity, problem.max_sparsity)
+        problem = self.problem
+        if problem.required_speedup is not None:
+            check_feasible(self.reachable_speedup(), problem.required_speedup, problem.max_sparsity)
+        check_limits(problem)
         if self.start == "knapsack":
             return self.solved()
         uniform = problem.uniform(START_SPARSITY)
-        if target.sparsity is not None:
-            return meet_sparsity(uniform, problem.inventory, target.sparsity, problem.max_sparsity)
-        return uniform if target.speedup is None else meet(uniform, problem.table, target.speedup, problem.max_sparsity)
+        return meet_limits(uniform, problem) if problem.target.limits else uniform
 
     def _observe(self) -> Observation:
         return self._observer.observe(self._decided, min(self._step, self.steps_per_episode - 1), self._previous)

@@ -20,19 +20,19 @@ def terminal_reward(problem: Problem, measured: Evaluated) -> Reward:
     """Scores a measured plan against the target.
 
     Speed-up target: score gained over dense, less a penalty for what the *measured* speed-up is short of.
-    Accuracy target: log2 of the measured speed-up, less a penalty for a drop beyond what is allowed. Sparsity
-    target: score gained over dense; every plan has that sparsity. A failure is rewarded as if all of the
+    Accuracy target: log2 of the measured speed-up, less a penalty for a drop beyond what is allowed. Limits on
+    other costs: score gained over dense; every plan keeps them. A failure is rewarded as if all of the
     dense score were lost, 1 at least, at the speed-up asked for or none: agents learn to keep away from it.
     """
     if isinstance(measured, Failure):
         lost = max(1.0, abs(problem.dense_score))
-        measured = Measurement(problem.dense_score - lost, problem.table.dense_ms, problem.target.speedup or 1.0)
+        measured = Measurement(problem.dense_score - lost, problem.table.dense_ms, problem.required_speedup or 1.0)
     gained = measured.score - problem.dense_score
-    if problem.target.sparsity is not None:
-        return Reward(SCORE_WEIGHT * gained, 0.0)
-    if problem.target.speedup is not None:
-        short = max(0.0, problem.target.speedup / measured.speedup - 1.0 - TOLERANCE)
+    if problem.required_speedup is not None:
+        short = max(0.0, problem.required_speedup / measured.speedup - 1.0 - TOLERANCE)
         return Reward(SCORE_WEIGHT * gained, -SHORTFALL_WEIGHT * short)
+    if problem.limits:
+        return Reward(SCORE_WEIGHT * gained, 0.0)
     allowed = problem.target.accuracy_drop or 0.0
     return Reward(10 * SCORE_WEIGHT * min(0.0, gained + allowed), math.log2(measured.speedup))
 
@@ -51,6 +51,6 @@ def potential(problem: Problem, decided: Decided) -> float:
     they save.
     """
     value = -SCORE_WEIGHT * min(1.0, decided.lost / LOSS_PER_SCORE)
-    if problem.target.accuracy_drop is not None:
+    if not problem.target.limits:
         value += decided.saved_ms / problem.table.dense_ms
     return value

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from autoprune.agents import AGENTS
 from autoprune.config import (
     Config,
     GeneralistConfig,
+    Section,
+    _validated,
     is_generalist,
     load_config,
     load_generalist_config,
@@ -20,6 +24,7 @@ from autoprune.envs.actions import ACTIONS
 from autoprune.errors import ConfigError, FileError
 from autoprune.pipeline.preparation import create_choices
 from autoprune.registry import Choice
+from autoprune.training.recipes import CONVOLUTIONAL, SEQUENTIAL, recipe_for
 
 SHIPPED = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
 CONFIGS = [path for path in SHIPPED if not is_generalist(path)]
@@ -57,7 +62,7 @@ WRONG = [
     ({"search": {"episodes": "5"}}, "search.episodes: .*valid integer.*'5'"),
     ({"search": {"episodes": 0}}, "greater than or equal to 1"),
     ({"env": {"max_sparsity": 1.5}}, "less than 1"),
-    ({"target": {}}, "exactly one"),
+    ({"target": {}}, "at least one"),
     ({"target": {"speedup": 0.5}}, "above 1"),
     ({"dense": {"epochs": 0}}, "epochs"),
     ({"task": 5}, "must be a name"),
@@ -127,3 +132,24 @@ def test_a_missing_or_broken_file_is_one_clear_error(tmp_path: Path) -> None:
 
 def test_defaults_are_those_of_the_class() -> None:
     assert parse_config({"task": "digits"}, "x") == Config(task=Choice("digits"))
+
+
+@pytest.mark.parametrize("kind", [Config, GeneralistConfig])
+def test_a_table_that_changes_one_key_keeps_the_others_of_its_section(
+    kind: type[Config] | type[GeneralistConfig],
+) -> None:
+    base = {"task": "digits"} if kind is Config else {"family": {}}
+    whole = _validated(kind, base, "x.toml")
+    for name, field in kind.model_fields.items():
+        if not isinstance(field.default, Section):
+            continue
+        for key, value in getattr(whole, name).model_dump(mode="json").items():
+            changed = _validated(kind, {**base, name: {key: value}}, "x.toml")
+            assert getattr(changed, name) == getattr(whole, name), f"{name}.{key}"
+
+
+def test_settings_that_are_changed_keep_the_recipe_for_the_model() -> None:
+    convolutional, sequential = nn.Conv2d(3, 4, 3), nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+    changes = parse_config({"task": "digits", "finetune": {"settings": {"epochs": 4}}}, "x.toml").finetune.settings
+    for model, recipe in ((convolutional, CONVOLUTIONAL), (sequential, SEQUENTIAL), (nn.LSTM(3, 4), SEQUENTIAL)):
+        assert recipe_for(model).changed(changes) == replace(recipe, epochs=4)

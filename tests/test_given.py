@@ -29,7 +29,7 @@ from autoprune.training.loop import train_
 
 QUICK = {
     "latency": {"samples": 3, "search_samples": 3, "profile_samples": 3, "engines": ["eager"]},
-    "search": {"agent": "random", "episodes": 2, "finalists": 1},
+    "search": {"agent": "random", "episodes": 2, "finalists": 1, "rules": False},
     "env": {
         "min_saving": 0.0,
         "actions": ["sparsity"],

@@ -329,9 +329,10 @@ def test_a_speedup_is_planned_with_a_latency_table_that_is_kept(
 
     # a table in which time follows the weights, so that the figures below do not depend on the clock
     ideal = fake_table(take_inventory(model, X), (GROUP,), fixed_us=0.0)
-    scale = 10.0e3 / sum(layer.dense_us for layer in ideal.layers.values())
+    dense_ms = sum(layer.dense_us for layer in ideal.layers.values()) / 1e3
+    whole = ((1e-9, 1e-9), (dense_ms, dense_ms))
     told = {"settings": measured.settings, "machine": measured.machine}
-    replace(ideal, rest_ms=0.0, dense_ms=10.0, scale=scale, **told).save(file)
+    replace(ideal, whole=whole, dense_ms=dense_ms, **told).save(file)
     monkeypatch.setattr(retarget, "profile_table", None)  # it is read now
     pruning = hooks(model, "adaptive", sparsity=None, speedup=4.0, table=file)
     cost = pruning._pruner.cost

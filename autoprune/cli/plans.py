@@ -71,7 +71,7 @@ def _prune_by(
     given += [f"env.pattern={pattern}"] if pattern is not None else []
     job = open_run(config, run_dir or Path("runs") / f"{config.stem}-{method}", [*given, *overrides])
     job.plan_uniformly()
-    job.recalibrate()
+    job.settle()
     typer.echo(write_report(report_of(job)))
     typer.echo(f"Written to {job.directory}. Watch the training: tensorboard --logdir {job.directory}")
 

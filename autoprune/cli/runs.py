@@ -35,6 +35,7 @@ def run(
         typer.echo(read_text(job.directory / "report.md", "the report"))
         typer.echo(f"This run is complete: {job.directory}. Give another --run-dir, or delete it, to run again.")
         return
+    job.settle()
     typer.echo(write_report(report_of(job)))
     typer.echo(f"Written to {job.directory}. Watch the search: tensorboard --logdir {job.directory.parent}")
 

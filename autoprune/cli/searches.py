@@ -88,7 +88,9 @@ def apply(
         Path | None,
         typer.Option(help="A policy's folder, e.g. runs/digits/policy. [default: the one that comes along]"),
     ] = None,
-    speedup: Annotated[float | None, typer.Option(help="At least this speed-up over dense torch eager.")] = None,
+    speedup: Annotated[
+        float | None, typer.Option(help="At least this speed-up over the best dense engine here.")
+    ] = None,
     accuracy_drop: Annotated[float | None, typer.Option(help="At most this drop: 0.01 is a point of accuracy.")] = None,
     out: Annotated[Path, typer.Option(help="Where the pruned, repacked model and the report go.")] = Path(
         "runs/applied"
@@ -115,5 +117,7 @@ def apply(
 
     target = Target(speedup=speedup, accuracy_drop=accuracy_drop)
     config = apply_config(policy, model, data, target, episodes, parse_overrides(overrides or []))
-    typer.echo(write_report(report_of(Run(config, out, progress=console(), workers=workers, ray=ray))))
+    job = Run(config, out, progress=console(), workers=workers, ray=ray)
+    job.settle()
+    typer.echo(write_report(report_of(job)))
     typer.echo(f"Written to {out}.")

@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from autoprune.settings import TrainingSettings
 from autoprune.tasks import TASKS
 from autoprune.tasks.base import Task
 from autoprune.training.loop import train_
+from autoprune.training.recipes import recipe_for
 from autoprune.version import __version__
 
 
@@ -54,6 +56,13 @@ def dense_model(
             raise FileError(f"the cached dense model does not fit the task: {path} ({error}). Delete it.") from None
         progress.say(f"dense model: loaded from {path}")
         return model.eval()
+
+
+def dense_settings(task: Task, changes: Mapping[str, Any] | None) -> TrainingSettings | None:
+    """How a task's dense model is trained, its own settings changed; None where it comes trained and stays so."""
+    if changes is None:
+        return task.dense_training
+    return (task.dense_training or recipe_for(task.model)).changed(changes)
 
 
 def _train(
@@ -86,7 +95,7 @@ def check_reseedable(choice: Choice) -> None:
 
 
 def other_dense_models(
-    choice: Choice, settings: TrainingSettings | None, seed: int, count: int, progress: Progress
+    choice: Choice, changes: Mapping[str, Any] | None, seed: int, count: int, progress: Progress
 ) -> list[nn.Module]:
     """Returns `count` more dense models of a task, each drawn and trained from a seed of its own, and cached.
 
@@ -98,5 +107,5 @@ def other_dense_models(
     for more in range(1, count + 1):
         own = Choice(choice.name, {**choice.args, "seed": choice.args.get("seed", 0) + more})
         task = TASKS.create(own)
-        models.append(dense_model(task, own, settings or task.dense_training, seed + more, progress))
+        models.append(dense_model(task, own, dense_settings(task, changes), seed + more, progress))
     return models

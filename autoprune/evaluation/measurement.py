@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +45,17 @@ class Measurement:
         score: on the validation split after the stated recovery; higher is better.
         latency_ms: median of the whole repacked model, milliseconds.
         speedup: over the dense model in torch eager, timed in turns with it.
+        timings: how often it was timed until the clock could be trusted.
     """
 
     score: float
     latency_ms: float
     speedup: float
+    timings: int = field(default=1, compare=False)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        figures = {"score": self.score, "latency_ms": self.latency_ms, "speedup": self.speedup}
+        return figures | ({"timings": self.timings} if self.timings > 1 else {})
 
 
 Evaluated = Measurement | Failure
@@ -69,7 +72,7 @@ def checked(given: Any) -> Evaluated:
         figures = [number(each) for each in (given.score, given.latency_ms, given.speedup)]
         score, latency_ms, speedup = (math.nan if each is None else each for each in figures)
         if math.isfinite(score) and math.isfinite(latency_ms) and math.isfinite(speedup) and speedup > 0.0:
-            return Measurement(score, latency_ms, speedup)
+            return replace(given, score=score, latency_ms=latency_ms, speedup=speedup)
     return Failure(f"the evaluation gave no usable numbers: {given!r:.300}.")
 
 
@@ -81,7 +84,8 @@ def evaluated(line: Mapping[str, Any]) -> Evaluated:
     """
     if FAILED in line:
         return Failure(str(line[FAILED]))
-    return Measurement(float(line["score"]), float(line["latency_ms"]), float(line["speedup"]))
+    score, latency_ms, speedup = (float(line[name]) for name in ("score", "latency_ms", "speedup"))
+    return Measurement(score, latency_ms, speedup, timings=int(line.get("timings", 1)))
 
 
 class Evaluate(ABC):
@@ -152,6 +156,11 @@ class CachedEvaluate(Evaluate):
             self._known = {str(line["key"]): evaluated(line) for line in lines}
         except (KeyError, TypeError, ValueError) as error:
             raise FileError(f"the record of evaluated plans is corrupt: {path} ({error}). Delete it.") from None
+
+    @property
+    def count(self) -> int:
+        """How many plans were evaluated."""
+        return len(self._known)
 
     def __call__(self, plan: Plan) -> Evaluated:
         key = plan.key

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -37,7 +36,7 @@ from autoprune.repack import CaptureError, Graph, ProgramModel, capture, lower_l
 from autoprune.repack.tuning.layer_times import LayerTime, layer_times
 
 ANCHORS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
-WHOLE_ANCHORS = (0.5, 0.8, 0.95)  # uniform models timed end to end, to join the layers' times to the model's
+WHOLE_ANCHORS = (0.0, 0.5, 0.8, 0.95)  # uniform models timed end to end, to join the layers' times to the model's
 
 
 def profile_settings(subject: Subject, patterns: Sequence[Choice], batch: int, threads: int) -> dict[str, Any]:
@@ -85,9 +84,9 @@ def profile_table(
     inputs = subject.task.example_inputs(int(settings["batch"]))
     layers = _in_programs(subject, patterns, inputs, protocol, clock, progress, record)
     if layers is not None:
-        return _joined(subject, layers, patterns[-1], settings, protocol, clock, _shift, record)
+        return _joined(subject, layers, patterns[-1], settings, protocol, clock, record)
     layers = _one_by_one(subject, patterns, inputs, protocol, clock, progress, record)
-    return _joined(subject, layers, patterns[-1], settings, protocol, clock, _line, record)
+    return _joined(subject, layers, patterns[-1], settings, protocol, clock, record)
 
 
 def _in_programs(
@@ -254,11 +253,10 @@ def _joined(
     settings: Mapping[str, Any],
     protocol: Protocol,
     clock: Clock,
-    fit: Callable[[Sequence[float], Sequence[float]], tuple[float, float]],
     record: MeasurementRecord,
 ) -> LatencyTable:
-    """Fits ``rest + scale * sum of layers`` to uniform models timed end to end."""
-    unit = LatencyTable(layers, dense_ms=1.0, rest_ms=0.0, scale=1.0, settings=settings, machine=machine_identity())
+    """Measures uniform models end to end, and joins the layers' times to the models'."""
+    unit = LatencyTable(layers, 1.0, ((1.0, 1.0),), settings, machine_identity())
     evaluator = Evaluator(subject, unit, NoRecovery(), protocol, int(settings["batch"]), clock=clock)
 
     def timed(plan: Plan) -> list[float]:
@@ -268,28 +266,27 @@ def _joined(
     for sparsity in WHOLE_ANCHORS:
         plan = Plan({name: LayerPlan(sparsity, pattern) for name in layers})
         dense_ms, packed_ms = record(f"whole at {sparsity}", partial(timed, plan))
-        sums.append(unit.predict_ms(plan))
+        sums.append(unit.sum_ms(plan))
         whole.append(packed_ms)
         dense.append(dense_ms)
     dense_ms = statistics.median(dense)
     # Each model was timed in turns with the dense one: in units of it, drift of the machine cancels.
-    rest_ms, scale = fit(sums, [w / d * dense_ms for w, d in zip(whole, dense, strict=True)])
-    return LatencyTable(layers, dense_ms, rest_ms, scale, settings, machine_identity())
+    points = zip(sums, [w / d * dense_ms for w, d in zip(whole, dense, strict=True)], strict=True)
+    return LatencyTable(layers, dense_ms, rising(list(points)), settings, machine_identity())
 
 
-def _shift(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
-    """``y = rest + x``: what was timed inside programs is what it takes there."""
-    return max(0.0, statistics.fmean(y) - statistics.fmean(x)), 1.0
+def rising(points: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
+    """Points (parts, whole) as a strictly rising line: what falls or stands still, or nearly so, is averaged.
 
-
-def _line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
-    """Least squares of ``y = rest + scale * x``, kept physical: neither side of the sum can be negative."""
-    scale, rest = np.polyfit(x, y, 1) if max(x) > min(x) else (1.0, 0.0)
-    if rest < 0 or scale <= 0:
-        scale, rest = (
-            (statistics.fmean(y) / statistics.fmean(x), 0.0) if scale > 0 else (1.0, max(0.0, min(y) - max(x)))
-        )
-    return float(rest), float(scale)
+    Pool adjacent violators (Ayer et al. 1955): noise must not make a model that does more look faster.
+    """
+    pools: list[tuple[float, float, int]] = []
+    for x, y in sorted(points):
+        pools.append((x, y, 1))
+        while len(pools) > 1 and not (pools[-1][0] > pools[-2][0] and pools[-1][1] > pools[-2][1]):
+            (x1, y1, n1), (x2, y2, n2) = pools[-2:]
+            pools[-2:] = [((x1 * n1 + x2 * n2) / (n1 + n2), (y1 * n1 + y2 * n2) / (n1 + n2), n1 + n2)]
+    return tuple((x, y) for x, y, _ in pools)
 
 
 def worth_pruning(inventory: Inventory, table: LatencyTable, max_sparsity: float, min_saving: float) -> Inventory:

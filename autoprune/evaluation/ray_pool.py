@@ -148,7 +148,7 @@ def _timed(evaluator: Sequence[Any], plan: Plan, score: float, model: nn.Module)
         )
     with working():
         fast = ours.repacked(model, plan)
-    return ours.measured(score, fast)
+    return ours.measured(score, fast, plan)
 
 
 @lru_cache(maxsize=1)  # a worker serves many tasks of one search

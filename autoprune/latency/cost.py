@@ -38,4 +38,4 @@ class LatencyCost(Cost):
                 total_us += self.table.whole_us(name)
             else:
                 total_us += self.table.layer_us(name, str(self.plan.layers[name].pattern), share)
-        return self.table.rest_ms + self.table.scale * total_us / 1e3
+        return self.table.whole_ms(total_us / 1e3)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -19,7 +19,7 @@ from autoprune.files import read_json, write_json
 from autoprune.latency.machine import differences
 from autoprune.plan import Plan
 
-TABLE_VERSION = 1
+TABLE_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -82,21 +82,47 @@ class LayerTable:
 class LatencyTable:
     """All layers' curves and what joins them to the whole model's time.
 
-    A repacked model takes about ``rest_ms + scale * sum(layers)``, both fitted to whole models measured end
-    to end when the table was made.
+    The layers' times add up to the `parts`; what the whole model takes then is read off between whole models that
+    were measured end to end when the table was made.
 
     Attributes:
         dense_ms: the whole dense model in torch eager, milliseconds.
+        whole: (parts, whole model) of those that were measured, milliseconds, both rising strictly; at least one.
         settings: batch, threads and what else the numbers hold for.
         machine: `latency.machine.machine_identity` of where they were measured.
     """
 
     layers: Mapping[str, LayerTable]
     dense_ms: float
-    rest_ms: float
-    scale: float
+    whole: tuple[tuple[float, float], ...]
     settings: Mapping[str, Any]
     machine: Mapping[str, Any]
+
+    def whole_ms(self, parts_ms: float) -> float:
+        """What the whole model takes whose layers add up to `parts_ms`: linear between measured models.
+
+        Beyond the slowest of them it changes as much as the parts do. Beyond the fastest it falls as much, and no
+        further than to what that one took besides its parts.
+        """
+        return _between(self._line, parts_ms)
+
+    def parts_ms(self, whole_ms: float) -> float:
+        """What the layers may add up to for the whole model to take `whole_ms`: the inverse of `whole_ms`.
+
+        Below what the model takes besides its layers it is negative: nothing is so fast.
+        """
+        return _between([(whole, parts) for parts, whole in self._line], whole_ms)
+
+    @cached_property
+    def _line(self) -> tuple[tuple[float, float], ...]:
+        """The measured models, and a point on either side."""
+        (fast_parts, fast), (slow_parts, slow) = self.whole[0], self.whole[-1]
+        none = (0.0, max(0.0, fast - fast_parts))
+        return (none, *self.whole, (slow_parts + 1.0, slow + 1.0))
+
+    def scaled(self, factor: float) -> LatencyTable:
+        """A table that predicts `factor` times the speed-ups: whole models were measured to be so much faster."""
+        return replace(self, dense_ms=self.dense_ms * factor)
 
     def layer_us(self, name: str, pattern: str, sparsity: float) -> float:
         """Time of all calls of one layer in one inference, microseconds."""
@@ -117,15 +143,18 @@ class LatencyTable:
         """Time of all calls of one layer as torch runs it."""
         return self.layers[name].calls * self.layers[name].dense_us
 
-    def predict_ms(self, plan: Plan) -> float:
-        """Predicted time of the repacked model, milliseconds."""
-        total_us = math.fsum(  # exact, so that a table read from a file, its layers in another order, says the same
+    def sum_ms(self, plan: Plan) -> float:
+        """What the layers of a plan add up to, milliseconds."""
+        return 1e-3 * math.fsum(  # exact, so that a table read from a file, its layers in another order, says the same
             self.layer_us(name, str(plan.layers[name].pattern), plan.layers[name].sparsity)
             if name in plan.layers
             else self.whole_us(name)
             for name in self.layers
         )
-        return self.rest_ms + self.scale * total_us / 1e3
+
+    def predict_ms(self, plan: Plan) -> float:
+        """Predicted time of the repacked model, milliseconds."""
+        return self.whole_ms(self.sum_ms(plan))
 
     def predict_speedup(self, plan: Plan) -> float:
         """Predicted speed-up over the dense model in torch eager."""
@@ -167,8 +196,8 @@ class LatencyTable:
                 )
                 for name, layer in data["layers"].items()
             }
-            dense_ms, scale = _positive(data["dense_ms"]), _positive(data["scale"])
-            return cls(layers, dense_ms, float(data["rest_ms"]), scale, dict(data["settings"]), dict(data["machine"]))
+            whole = _rising(data["whole"])
+            return cls(layers, _positive(data["dense_ms"]), whole, dict(data["settings"]), dict(data["machine"]))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise FileError(
                 f"the latency table is corrupt: {path} ({type(error).__name__}: {error}). "
@@ -181,6 +210,20 @@ def _positive(value: Any) -> float:
     if not (math.isfinite(number) and number > 0):
         raise ValueError(f"expected a positive number, got {value!r}")
     return number
+
+
+def _between(points: Sequence[tuple[float, float]], x: float) -> float:
+    """Piecewise linear through two points or more, whose both sides rise strictly; the ends go on as they are."""
+    at = min(max(1, bisect_right(points, x, key=lambda point: point[0])), len(points) - 1)
+    (left, low), (right, high) = points[at - 1], points[at]
+    return low + (x - left) / (right - left) * (high - low)
+
+
+def _rising(points: Any) -> tuple[tuple[float, float], ...]:
+    whole = tuple((_positive(parts), _positive(ms)) for parts, ms in points)
+    if not whole or any(a[0] >= b[0] or a[1] >= b[1] for a, b in pairwise(whole)):
+        raise ValueError("the whole models' times must rise")
+    return whole
 
 
 def _curve(points: Any) -> tuple[Point, ...]:

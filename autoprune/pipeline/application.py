@@ -28,6 +28,7 @@ from autoprune.plan import Plan
 from autoprune.progress import Progress
 from autoprune.repack import RepackedModel, load, repack, save
 from autoprune.report.tensorboard import TrialWriter
+from autoprune.settings import TrainingSettings
 from autoprune.training import TRAINING
 
 MADE_FOR = "made_for"  # in a model's file: the run and the plan it is of, as `made_for` gives them
@@ -109,8 +110,8 @@ def fine_tune(context: Context, subject: Subject, plan: Plan) -> FineTuned:
             model,
             plan,
             subject,
-            context.config.finetune.settings,
-            teachers=_other_teachers(context, plan),
+            subject.settings,
+            teachers=_other_teachers(context, subject.settings.changed(plan.settings)),
             checkpoint=checkpoint,
             progress=context.progress,
             title="fine-tuning",
@@ -123,10 +124,17 @@ def fine_tune(context: Context, subject: Subject, plan: Plan) -> FineTuned:
     return FineTuned(plan, model)
 
 
-def _other_teachers(context: Context, plan: Plan) -> Sequence[nn.Module]:
+def keep_dense(context: Context, prepared: Prepared, plan: Plan) -> FineTuned:
+    """Saves the dense model in the place of a fine-tuned one: a plan that cuts nothing has nothing to train for."""
+    model = copy.deepcopy(prepared.dense).eval()
+    _remove_after(context.directory, _MASKED)
+    write_tensors(context.directory / _MASKED, model.state_dict(), {MADE_FOR: made_for(context, plan)})
+    return FineTuned(plan, model)
+
+
+def _other_teachers(context: Context, settings: TrainingSettings) -> Sequence[nn.Module]:
     """The dense models of other seeds that fine-tuning distils from, beside the run's own."""
     config = context.config
-    settings = config.finetune.settings.changed(plan.settings)
     if config.finetune.teachers == 1 or settings.distillation_weight == 0:
         return []
     return other_dense_models(config.task, config.dense, config.seed, config.finetune.teachers - 1, context.progress)
@@ -227,6 +235,8 @@ class AppliedPlan:
         before = self._preparation
         if found := load_fine_tuned(self._context, before.prepared, self.plan):
             return found
+        if all(layer.sparsity == 0.0 for layer in self.plan.layers.values()):
+            return keep_dense(self._context, before.prepared, self.plan)
         subject = before.subject
         if subject.budget == "latency":
             subject = before.evaluator.subject  # with the table, which takes a while

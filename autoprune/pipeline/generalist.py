@@ -50,7 +50,7 @@ _OF_TASKS = frozenset(
     {"pattern", "criterion", "max_sparsity", "keep_dense", "min_weights", "min_saving", "recovery", "timing"}
 )  # of the environment's settings, those that a task's making depends on
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # glibc's malloc.h
-_ASKED = Target(speedup=2.0)  # of a task's run; its task targets have their own
+_ASKED = Target(speedup=2.0, over="eager")  # of a task's run; its task targets have their own
 
 
 @dataclass(frozen=True, eq=False)
@@ -288,9 +288,10 @@ def member_run(config: GeneralistConfig, member: Member) -> Run:
             "seed": config.seed,
             "task": {"name": member.task.name, **member.task.args},
             "dense": member.dense.to_json(),
-            "target": {"speedup": _ASKED.speedup},
+            "target": _ASKED.to_json(),
             "latency": config.latency.model_dump(mode="json"),
             "env": {"actions": ["coefficient"], **env},
+            "search": {"rules": False},
         },
         member.name,
     )
@@ -326,7 +327,7 @@ def surrogate_plans(problem: Problem, count: int, seed: int) -> list[Plan]:
     draws = np.random.default_rng(seed)
     plans = []
     for _ in range(count):
-        aimed = replace(problem, target=Target(speedup=speedup_at(problem, float(draws.uniform(0.1, 0.95)))))
+        aimed = problem.at(speedup_at(problem, float(draws.uniform(0.1, 0.95))))
         logs = np.clip(_WIDTH * draws.standard_normal(len(problem.inventory.layers)), -2.0, 2.0)
         plans.append(weighed(aimed, np.exp(logs)))
     return plans

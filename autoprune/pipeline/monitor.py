@@ -26,17 +26,23 @@ def trial_row(trial: Trial) -> TrialRow:
     """A trial as TensorBoard shows it."""
     sparsities = {name: layer.sparsity for name, layer in trial.plan.layers.items()}
     row = TrialRow(trial.reward, asdict(trial.terms), sparsities)
-    return row if trial.failed else replace(row, **asdict(trial.measurement))
+    if trial.failed:
+        return row
+    measured = trial.measurement
+    return replace(row, score=measured.score, latency_ms=measured.latency_ms, speedup=measured.speedup)
 
 
 class SearchMonitor:
     """Shows trials as they come; `resumed` comes first, once, with those of an interrupted search.
 
-    Trials that failed have a reward, and no place in the picture.
+    Trials that failed have a reward, and no place in the picture. `first` is the best plan that was there before.
     """
 
-    def __init__(self, directory: Path, config: str, metric: Metric, dense: MeasuredPoint, bar: Bar) -> None:
+    def __init__(
+        self, directory: Path, config: str, metric: Metric, dense: MeasuredPoint, bar: Bar, first: Trial | None = None
+    ) -> None:
         self._directory, self._config, self._metric, self._dense, self._bar = directory, config, metric, dense, bar
+        self._first = [] if first is None else [first]
         self._trials: list[Trial] = []  # that succeeded
         self._writer = TrialWriter(directory, config, metric=metric)
 
@@ -64,9 +70,9 @@ class SearchMonitor:
 
     @property
     def _best(self) -> Trial:
-        return max(self._trials, key=lambda trial: trial.reward)
+        return max([*self._first, *self._trials], key=lambda trial: trial.reward)
 
     def _advance(self, steps: int) -> None:
-        best = self._best.measurement if self._trials else None
+        best = self._best.measurement if self._first or self._trials else None
         message = f"best {self._metric.text(best.score)} at {best.speedup:.2f}x" if best else ""
         self._bar.advance(steps, message)

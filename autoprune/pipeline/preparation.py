@@ -17,8 +17,9 @@ from autoprune.criteria import CRITERIA
 from autoprune.envs.actions import ACTIONS, ActionComponent
 from autoprune.envs.actions.criterion import CriterionChoice
 from autoprune.envs.actions.group_size import GroupSize
+from autoprune.envs.projection import check_movable
 from autoprune.errors import ConfigError
-from autoprune.evaluation.dense import check_reseedable, dense_model
+from autoprune.evaluation.dense import check_reseedable, dense_model, dense_settings
 from autoprune.evaluation.evaluator import Evaluator
 from autoprune.evaluation.profile import profile_record, profile_settings, profile_table, worth_pruning
 from autoprune.evaluation.recovery import RECOVERIES, Recovery, Subject
@@ -38,6 +39,7 @@ from autoprune.progress import Progress
 from autoprune.registry import Choice
 from autoprune.tasks import TASKS, Task
 from autoprune.training import TRAINING
+from autoprune.training.recipes import recipe_for
 
 # What a config chooses ------------------------------------------------------------------------------------------------
 
@@ -90,6 +92,11 @@ def create_choices(config: Config, task_given: bool = False) -> Choices:
     check_teachers(config, task_given)
     sized = [pattern for action in actions if isinstance(action, GroupSize) for pattern in action.patterns]
     chosen = [name for action in actions if isinstance(action, CriterionChoice) for name in action.names]
+    if config.search.rules:
+        for pattern in config.search.patterns:
+            check_movable(pattern)
+        sized += config.search.patterns
+        chosen += [choice.name for choice in config.search.criteria]
     return Choices(
         actions,
         recovery,
@@ -107,7 +114,7 @@ def check_teachers(config: Config, task_given: bool = False) -> None:
     if task_given:
         raise ConfigError("finetune.teachers must be 1 for a task that is given: it has the one model.")
     check_reseedable(config.task)
-    if finetune.settings.distillation_weight == 0 and all(
+    if finetune.settings.get("distillation_weight", 0) == 0 and all(
         choice.name != "distillation" for choice in config.env.actions
     ):
         raise ConfigError(
@@ -146,6 +153,11 @@ class Context:
     work_threads: int
     workers: int
     ray: str | None
+
+    @property
+    def measures(self) -> bool:
+        """Whether plans are timed; else the latency table says how fast they are."""
+        return self.config.env.timing == "measured"
 
     def protocol(self, samples: int) -> Protocol:
         """How latency is measured, in so many rounds."""
@@ -206,7 +218,7 @@ def prepare(context: Context, loaded: LoadedTask) -> Prepared:
     """
     config, task = context.config, loaded.task
     with torch_threads(context.work_threads):
-        dense = dense_model(task, config.task, config.dense or task.dense_training, config.seed, context.progress)
+        dense = dense_model(task, config.task, dense_settings(task, config.dense), config.seed, context.progress)
     parts = {**loaded.parts, "the trained dense model": model_fingerprints(dense)["weights"]}
     with context.lock.or_in_use():
         context.claim.check(parts)
@@ -233,8 +245,10 @@ def calibrate(context: Context, prepared: Prepared) -> Subject:
     statistics = collect_statistics(
         prepared.dense, prepared.inventory.names, task.calibration, task.loss, context.choices.statistics
     )
-    budget = config.finetune.budget or ("latency" if config.target.speedup is not None else "weights")
-    settings = config.finetune.settings
+    budget = config.finetune.budget or (
+        "latency" if config.target.timed else "macs" if config.target.macs is not None else "weights"
+    )
+    settings = recipe_for(prepared.dense).changed(config.finetune.settings)
     return Subject(task, prepared.dense, prepared.inventory, statistics, settings, config.seed, budget)
 
 
@@ -290,7 +304,7 @@ def build_evaluator(context: Context, subject: Subject, table: LatencyTable) -> 
         batch=latency.batch,
         work_threads=context.work_threads,
         clock=context.clock,
-        timed=context.config.env.timing == "measured",
+        timed=context.measures,
     )
 
 

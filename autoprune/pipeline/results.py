@@ -3,32 +3,32 @@
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from autoprune.agents.base import succeeded
+from autoprune.envs.trial import Trial
 from autoprune.errors import GivenError, NumericalError
-from autoprune.evaluation.measurement import Failure, Measurement
+from autoprune.evaluation.measurement import Failure
 from autoprune.files import write_tensors
-from autoprune.latency.engines import ENGINES, baselines
+from autoprune.latency.engines import baselines as float32_engines
 from autoprune.latency.machine import differences, machine_identity
 from autoprune.latency.record import MeasurementRecord
 from autoprune.latency.table import LatencyTable
-from autoprune.latency.timer import Latency, Protocol, measure_together, speedup
+from autoprune.latency.timer import Latency, Protocol, measure_together, speedup, torch_threads
 from autoprune.masks import nonzero_parameters, sparsity, weight_of
 from autoprune.model.inventory import KeptDense
+from autoprune.pipeline import baselines
 from autoprune.pipeline.application import FineTuned, Repacked
 from autoprune.pipeline.monitor import point
 from autoprune.pipeline.preparation import Context, Prepared
 from autoprune.pipeline.run import Run
-from autoprune.repack.rivals import dense_calls
 from autoprune.report.data import MeasuredPoint, PlanRow, ResultRow, SearchRow
 from autoprune.report.run_report import RunReport
-from autoprune.report.stored import EAGER, MASKED, REPACKED, Front, Record, Results, read_stored, write_stored
+from autoprune.report.stored import CALLED, EAGER, MASKED, REPACKED, Front, Record, Results, read_stored, write_stored
 from autoprune.report.table import markdown_table
 from autoprune.tasks import Task
 
@@ -63,11 +63,14 @@ def measure_results(run: Run, fine_tuned: FineTuned, repacked: Repacked, *, from
     context, prepared = run.context, run.prepared
     latency, machine = context.config.latency, machine_identity()
     inputs = prepared.task.example_inputs(latency.batch)
-    calls: dict[str, Call] = {EAGER: ENGINES.get("eager")().prepare(prepared.dense, inputs, latency.threads)}
-    engines, left_out = _engine_calls(run, inputs)
-    calls |= engines
+    engines = run.search.engines
+    named = {name: EAGER if name == baselines.EAGER else f"dense, {name}" for name in engines.calls}
+    calls: dict[str, Call] = {named[name]: call for name, call in engines.calls.items()}
+    left_out = {f"dense, {name}": why for name, why in engines.left_out.items()}
     calls[MASKED] = lambda: fine_tuned.model(*inputs)
-    calls[REPACKED] = lambda: repacked.model(*inputs)
+    calls[CALLED] = lambda: repacked.model(*inputs)
+    with torch_threads(latency.threads):
+        calls[REPACKED] = repacked.model.bound_call(*inputs)
     context.progress.say(
         f"measuring: batch {latency.batch}, {latency.threads} thread(s), {latency.samples} rounds in turns"
     )
@@ -82,17 +85,6 @@ def measure_results(run: Run, fine_tuned: FineTuned, repacked: Repacked, *, from
     write_stored(context.directory / "results.json", measured)
     record.clear()
     return measured
-
-
-def _engine_calls(run: Run, inputs: tuple[Any, ...]) -> tuple[dict[str, Call], dict[str, str]]:
-    """The dense engines that were asked for and compute the model; the others, and why they are left out."""
-    latency = run.config.latency
-    names = [name for name in latency.engines or baselines() if name != "eager"]
-    calls, left_out = dense_calls(run.dense, inputs, latency.threads, names)
-    for name, why in left_out.items():
-        run.progress.say(f"dense engine {name} left out: {why}")
-    reasons = {f"dense, {name}": why for name, why in left_out.items()}
-    return {f"dense, {name}": call for name, call in calls.items()}, reasons
 
 
 def _tested(task: Task, model: nn.Module, row: str) -> float:
@@ -143,7 +135,7 @@ def _result_rows(
     write_tensors(dense_file, dense.state_dict())
     dense_score = _tested(task, dense, EAGER)
     size, parameters = dense_file.stat().st_size, sum(p.numel() for p in dense.parameters())
-    same_work = {EAGER, *(f"dense, {name}" for name in baselines())}
+    same_work = {EAGER, *(f"dense, {name}" for name in float32_engines())}
     best = min(same_work & set(times), key=lambda name: times[name].median_ms)
 
     def row(name: str, label: str, score: float, count: int, size_bytes: int) -> ResultRow:
@@ -152,14 +144,15 @@ def _result_rows(
 
     rows = [row(EAGER, EAGER, dense_score, parameters, size)]
     for name in times:
-        if name not in (EAGER, MASKED, REPACKED):
+        if name not in (EAGER, MASKED, CALLED, REPACKED):
             label = f"{name}, best engine" if name == best else name
             rows.append(row(name, label, dense_score, parameters, size))
     rows += [ResultRow(name, left_out=why) for name, why in left_out.items()]
     kept = nonzero_parameters(fine_tuned.model)
     packed_size = (context.directory / "repacked.safetensors").stat().st_size
     rows.append(row(MASKED, MASKED, _tested(task, fine_tuned.model, MASKED), kept, size))
-    rows.append(row(REPACKED, REPACKED, _tested(task, repacked.model, REPACKED), kept, packed_size))
+    score = _tested(task, repacked.model, REPACKED)
+    rows += [row(name, name, score, kept, packed_size) for name in (CALLED, REPACKED)]
     return tuple(rows)
 
 
@@ -194,6 +187,7 @@ def report_of(run: Run) -> RunReport:
         rewards={config.search.agent.name: tuple(trial.reward for trial in succeeded(run.searched.trials))}
         if searched
         else None,
+        unpruned=run.unpruned,
     )
     hparams = {
         "agent": str(config.search.agent),
@@ -201,7 +195,7 @@ def report_of(run: Run) -> RunReport:
         "target": config.target.text(metric),
         "recovery": str(config.env.recovery),
         "training": str(run.plan.training),
-        "learning_rate": config.finetune.settings.learning_rate,
+        "learning_rate": run.preparation.subject.settings.learning_rate,
         "seed": config.seed,
     }
     return RunReport(run.directory, rows, record, hparams)
@@ -212,9 +206,9 @@ def _facts(run: Run) -> dict[str, Any]:
     facts = {
         "task": config.task,
         "target": config.target.text(run.task.metric),
-        **(_search_facts(run) if run.search.exists else {"plan": "given, not searched for"}),
+        **(_search_facts(run) if run.search.exists else {"plan": _origin(run)}),
         "training": run.plan.training,
-        "fine-tuning epochs": config.finetune.settings.epochs,
+        "fine-tuning epochs": run.preparation.subject.settings.epochs,
         "settings of the plan": dict(run.plan.settings) or "none",
         "seed": config.seed,
     }
@@ -223,6 +217,11 @@ def _facts(run: Run) -> dict[str, Any]:
     if run.task.testing is run.task.validation:
         facts["test split"] = "none was given: the figures are of the validation split that the search saw"
     return facts
+
+
+def _origin(run: Run) -> str:
+    """Where a plan is from that was not searched for."""
+    return "given, not searched for" if run.unpruned is None else "nothing is pruned: repacking alone meets the target"
 
 
 def _search_facts(run: Run) -> dict[str, Any]:
@@ -277,27 +276,35 @@ def _kept_dense(run: Run) -> tuple[KeptDense, ...]:
         for row in run.repacked.report
         if row.backend == "dense" and row.name in run.plan.layers
     ]
-    timed = run.search.exists or run.config.target.speedup is not None
+    timed = run.search.exists or (run.config.target.timed and run.unpruned is None)
     offered = run.preparation.offered if timed else run.prepared.inventory
     return (*offered.dense, *lost)
 
 
 def _search_rows(run: Run) -> tuple[SearchRow, ...]:
-    def row(agent: str, episodes: int, reward: float, measured: Measurement) -> SearchRow:
-        return SearchRow(agent, episodes, reward, measured.score, measured.latency_ms, measured.speedup)
+    """The agent, every rule, and the uniform rule at exactly the speed-up of the plan that was chosen."""
+    searched, uniform = run.searched, run.search.comparison.uniform
+    again = {trial.plan.key: trial for trial in searched.finalists}
 
-    best, uniform = run.search.comparison.agent, run.search.comparison.uniform
-    rows = [row(str(run.config.search.agent.name), len(run.searched.trials), best.reward, best.measurement)]
+    def row(name: str, trials: Sequence[Trial], evaluations: int) -> SearchRow:
+        timed = [again[trial.plan.key] for trial in trials if trial.plan.key in again]
+        best = max(timed or trials, key=lambda trial: trial.reward)
+        label = f"{name}, chosen" if best.plan.key == searched.plan.key else name
+        figures = best.measurement
+        return SearchRow(label, evaluations, best.reward, figures.score, figures.latency_ms, figures.speedup)
+
+    sources = {str(run.config.search.agent.name): searched.trials, **searched.rules}
+    done = {name: [trial for trial in trials if not trial.failed] for name, trials in sources.items()}
+    rows = [row(name, trials, len(sources[name])) for name, trials in done.items() if trials]
     if uniform is not None:
-        tried = math.prod(len(component.anchors()) for component in run.search.env.actions.components)
-        rows.append(row("uniform, same speed-up", tried, uniform.reward, uniform.measurement))
+        rows.append(row("uniform, same speed-up", [uniform], run.search.comparison.evaluations))
     return tuple(rows)
 
 
 def _front(run: Run) -> Front:
     uniform = run.search.comparison.uniform
     return Front(
-        trials=tuple(point(trial.measurement) for trial in succeeded(run.searched.trials)),
+        trials=tuple(point(trial.measurement) for trial in succeeded(run.searched.all)),
         best=point(run.searched.best.measurement),
         dense=MeasuredPoint(run.preparation.table.dense_ms, run.prepared.dense_score),
         uniform=point(uniform.measurement) if uniform else None,

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from autoprune.allocation import Cost
 from autoprune.criteria import LayerStatistics
-from autoprune.envs.projection import check_feasible, fastest, project
+from autoprune.envs.projection import check_feasible, fastest, meet, release_useless
 from autoprune.errors import AutopruneError
 from autoprune.evaluation.profile import profile_record, profile_settings, profile_table
 from autoprune.evaluation.recovery import Subject
@@ -101,8 +101,8 @@ def plan_at(
         ConfigError: the speed-up is out of range.
         InfeasibleTarget: with the best reachable figure.
     """
-    Target(speedup=speedup)  # checks the range
+    Target(speedup=speedup, over="eager")  # checks the range
     plan = Plan(dict.fromkeys(inventory.names, layer), method)
     check_feasible(fastest(plan, table, MAX_SPARSITY), speedup, MAX_SPARSITY)
-    plan = project(plan, table, speedup, MAX_SPARSITY)
+    plan = release_useless(meet(plan, table, speedup, MAX_SPARSITY), table)
     return plan, lambda pruned: LatencyCost(table, plan, inventory, pruned)

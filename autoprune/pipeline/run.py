@@ -7,107 +7,57 @@ goes on where it was, and every verb of the command line is "run the stages up t
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from autoprune.agents.baseline import CLOSE, uniform_at
 from autoprune.agents.harness import SearchResult
 from autoprune.config import Config, check_directory, parse_config
-from autoprune.envs import Problem, PruneEnv
-from autoprune.envs.projection import check_movable, meet
-from autoprune.errors import ConfigError, InfeasibleTarget
-from autoprune.evaluation.evaluator import Evaluator
-from autoprune.evaluation.measurement import CachedEvaluate
+from autoprune.envs import Problem
+from autoprune.envs.limits import limits_of
+from autoprune.envs.projection import check_limits, check_movable, project
+from autoprune.envs.prune import START_SPARSITY
+from autoprune.errors import ConfigError
 from autoprune.evaluation.pool import cores
-from autoprune.evaluation.recovery.none import NoRecovery
-from autoprune.evaluation.sensitivity import ANCHORS, Sensitivity
 from autoprune.files import read_json, write_json
 from autoprune.identity.claim import Claim
-from autoprune.latency.timer import Clock, speedup
-from autoprune.pipeline.application import AppliedPlan, Repacked, is_complete
+from autoprune.latency.timer import Clock
+from autoprune.pipeline.application import AppliedPlan, is_complete
+from autoprune.pipeline.correction import correct, free_without_pruning, further
 from autoprune.pipeline.preparation import Context, Preparation, Prepared, create_choices
-from autoprune.pipeline.search import PlanSearch, build_problem
+from autoprune.pipeline.search import PlanSearch, file_size
 from autoprune.plan import LayerPlan, Plan
 from autoprune.processes.locks import FolderLock
 from autoprune.progress import SILENT, Progress
-from autoprune.registry import Choice
 from autoprune.repack import RepackedModel
 from autoprune.repack.kernels.compiler import refused
 from autoprune.tasks import Task
 from autoprune.tasks.user import functions_of
 
+ATTEMPTS = 3  # trainings of one run, until the model meets its target
 
-def uniform_plan(context: Context, preparation: Preparation) -> Plan:
-    """A plan without a search: every layer alike, at the target's sparsity, or as fast as it asks.
 
-    The speed-up is measured, and corrected where the latency table was wrong. The methods that find the layers' shares
-    spend the cost of this plan.
+def uniform_plan(context: Context, preparation: Preparation, search: PlanSearch) -> Plan:
+    """A plan without a search: every layer alike, at the target's sparsity, or as near its limits as the table says.
+
+    The methods that find the layers' shares spend the cost of this plan.
 
     Raises:
-        ConfigError: the target is an accuracy drop, or a speed-up of a pattern that allows one sparsity alone.
-        InfeasibleTarget: no uniform plan is that fast; the message has the best reachable figure.
+        ConfigError: the target is an accuracy drop alone, or a limit of a pattern that allows one sparsity alone.
+        InfeasibleTarget: no uniform plan keeps the limits; the message has the best reachable figure.
     """
     config, target, pattern = context.config, context.config.target, context.config.env.pattern
-    if target.accuracy_drop is not None:
+    if not target.limits:
         raise ConfigError("pruning without a search needs --sparsity or --speedup (or a target that is one).")
-    if target.speedup is None:
+    if target.limits == ("sparsity",):
         layer = LayerPlan(target.sparsity or 0.0, pattern, config.env.criterion)
         return Plan(dict.fromkeys(preparation.prepared.inventory.names, layer), config.finetune.method)
-    check_movable(pattern)  # before the table, which takes a while
-    offered, evaluator = preparation.offered, preparation.evaluator
-    none = dict.fromkeys(offered.names, (0.0,) * len(ANCHORS))
-    problem = build_problem(
-        context,
-        preparation.prepared.dense_score,
-        offered,
-        evaluator.table,
-        Sensitivity(ANCHORS, none, none),  # of no use here
-        CachedEvaluate(replace(evaluator, recovery=NoRecovery())),
-    )
-    env = PruneEnv(problem, (Choice("sparsity"),))
-    trial = uniform_at(env, target.speedup)
-    if trial is None:
-        raise InfeasibleTarget(
-            f"no uniform plan was measured to be {target.speedup:g}x faster, though the latency table predicts "
-            f"{env.reachable_speedup():.2f}x at best. Ask for less, allow a higher sparsity "
-            "(env.max_sparsity), or let more layers be pruned."
-        )
-    return trial.plan
-
-
-@dataclass(frozen=True)
-class Recalibrated:
-    """A plan moved by what the clock and the latency table disagree on.
-
-    Attributes:
-        plan: whose speed-up in the table is `predicted`, as near as its patterns come.
-        measured: speed-up of the repacked model before.
-        predicted: the speed-up in the table that should be measured as the target's.
-    """
-
-    plan: Plan
-    measured: float
-    predicted: float
-
-
-def recalibrate(context: Context, evaluator: Evaluator, repacked: Repacked) -> Recalibrated | None:
-    """Moves a plan whose repacked model misses the target's speed-up; None where it is met, or no speed-up is asked."""
-    target = context.config.target.speedup
-    if target is None:
-        return None
-    evaluator = replace(evaluator, protocol=context.protocol(context.config.latency.samples))
-    measured = speedup(*evaluator.time(repacked.model))
-    if measured >= target * (1 - CLOSE):
-        return None
-    predicted = evaluator.table.predict_speedup(repacked.plan) * target / measured
-    plan = meet(repacked.plan, evaluator.table, predicted, context.config.env.max_sparsity)
-    context.progress.say(
-        f"measured {measured:.2f}x of {target:g}x: once more, with {predicted:.2f}x in the latency table"
-    )
-    return Recalibrated(plan, measured, predicted)
+    problem = search.unscored
+    check_limits(problem)
+    return project(problem.uniform(START_SPARSITY), problem)
 
 
 class Run:
@@ -222,18 +172,51 @@ class Run:
         """Whether the report is there, and of the plan that is there."""
         return is_complete(self.context, lambda: self.plan)
 
+    @cached_property
+    def unpruned(self) -> str | None:
+        """What repacking alone gives, where the target is met by that and nothing has to be pruned; else None."""
+        target, baselines = self.config.target, self.search.baselines
+        if baselines is None or not self.context.measures:
+            return None
+        inventory = self.prepared.inventory
+        limits = limits_of(target, inventory, file_size(self.context, inventory, baselines))
+        return free_without_pruning(target, limits, self._nothing, baselines)
+
+    @property
+    def _nothing(self) -> Plan:
+        """The plan that keeps all weights."""
+        layer = LayerPlan(0.0, self.config.env.pattern, self.config.env.criterion)
+        return Plan(dict.fromkeys(self.prepared.inventory.names, layer))
+
     def _plan(self) -> Plan:
         if self._plan_file.exists():
             plan = Plan.load(self._plan_file)
             plan.check_layers(self.prepared.inventory.names)
             return plan
-        best = self.searched.best
-        best.plan.save(self._plan_file)
-        measured = best.measurement
-        self.progress.say(
-            f"best plan: {self.task.metric.describe(measured.score)}, {measured.speedup:.2f}x, reward {best.reward:.3f}"
-        )
-        return best.plan
+        if self.unpruned is not None:
+            plan = self._nothing
+            self.progress.say(f"nothing is pruned: {self.unpruned} by repacking alone. Ask for more than that")
+        else:
+            best = self.searched.best
+            self.progress.say(
+                f"best plan: {self.task.metric.describe(best.measurement.score)}, {best.measurement.speedup:.2f}x over "
+                f"torch eager, reward {best.reward:.3f}"
+            )
+            plan = self._corrected(best.plan)
+        plan.save(self._plan_file)
+        return plan
+
+    def _corrected(self, plan: Plan) -> Plan:
+        """A plan put on the target by measurement, where the target has limits and the run measures."""
+        if not self.config.target.measured or not self.context.measures:
+            return plan
+        problem = self.search.unscored
+        corrected = correct(plan, self.search.gauge.of_plan, problem)
+        if corrected.plan != plan:
+            self.progress.say(
+                f"moved onto the target in {corrected.measurements} measurements: {corrected.reached.least:.3f} of it"
+            )
+        return corrected.plan
 
     @property
     def _plan_file(self) -> Path:
@@ -241,8 +224,14 @@ class Run:
 
     def plan_uniformly(self) -> None:
         """Takes a plan without a search, unless there is one: see `uniform_plan`."""
-        if not self._plan_file.exists():
-            uniform_plan(self.context, self.preparation).save(self._plan_file)
+        if self._plan_file.exists():
+            return
+        if self.config.target.limits not in ((), ("sparsity",)):
+            check_movable(self.config.env.pattern)  # before the engines and the table, which take a while
+        if self.unpruned is not None:
+            self._plan()
+        else:
+            self._corrected(uniform_plan(self.context, self.preparation, self.search)).save(self._plan_file)
 
     def adopt(self, path: Path) -> None:
         """Takes the plan of a file in place of a searched one; refused when the run has another already."""
@@ -254,22 +243,27 @@ class Run:
             )
         plan.save(self._plan_file)
 
-    def recalibrate(self) -> None:
-        """Applies a plan that is as much faster as the trained, repacked model fell short of the target.
+    def settle(self) -> None:
+        """Moves the plan and trains again where the fine-tuned, repacked model misses a limit of the target.
 
-        Once a run, and only after a miss: methods that find the layers' shares spend the plan's milliseconds by the
+        Once a run, `ATTEMPTS` times at most. Methods that find the layers' shares spend what a plan costs by the
         latency table, which the clock may not agree with.
         """
-        path = self.directory / "aim.json"
-        if self.config.target.speedup is None or path.exists():
+        path = self.directory / "reached.json"
+        if not self.config.target.measured or not self.context.measures or path.exists() or self.unpruned is not None:
             return
-        moved = recalibrate(self.context, self.preparation.evaluator, self.applied.repacked)
-        if moved is None:
-            return
-        if moved.plan != self.plan:
-            moved.plan.save(self._plan_file)
-            self._applied = AppliedPlan(self.context, self.preparation, moved.plan)
-        write_json(path, {"measured": moved.measured, "aim": moved.predicted})
+        problem = self.search.unscored
+        for attempt in range(1, ATTEMPTS + 1):
+            reached = self.search.gauge(self.plan, self.repacked)
+            if reached.least >= 1.0 or attempt == ATTEMPTS:
+                break
+            moved = further(self.plan, reached, problem)
+            if moved == self.plan:
+                break
+            self.progress.say(f"{reached.least:.3f} of the target is reached: pruned further, and trained again")
+            moved.save(self._plan_file)
+            self._applied = AppliedPlan(self.context, self.preparation, moved)
+        write_json(path, {**asdict(reached), "attempts": attempt})
 
 
 def run_in(directory: Path, *, run_code: bool, progress: Progress = SILENT) -> Run:

@@ -6,8 +6,9 @@ As in `preparation`, each stage is a function to a frozen result; `PlanSearch` d
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -16,28 +17,42 @@ from autoprune.agents.base import succeeded
 from autoprune.agents.baseline import reward_at, uniform_at
 from autoprune.agents.halving import best_plans, halve, rungs
 from autoprune.agents.harness import SearchResult, TrialLog, search
+from autoprune.agents.rules import rule_plans
 from autoprune.config import flat
 from autoprune.envs import Problem, PruneEnv
 from autoprune.envs.actions import ActionSpace
+from autoprune.envs.limits import FileSize
 from autoprune.envs.rewards import as_trial
 from autoprune.envs.trial import Trial
 from autoprune.errors import NumericalError
 from autoprune.evaluation.evaluator import Evaluator, PairedEvaluator
-from autoprune.evaluation.measurement import ByTable, CachedEvaluate, Evaluate, Evaluated, Failure, Measurement
+from autoprune.evaluation.measurement import (
+    ByTable,
+    CachedEvaluate,
+    Evaluate,
+    Evaluated,
+    Failure,
+    Measurement,
+    evaluated,
+)
 from autoprune.evaluation.pool import Pool, ProcessPool
 from autoprune.evaluation.ray_pool import RayPool
 from autoprune.evaluation.recovery.train import Train
-from autoprune.evaluation.sensitivity import Sensitivity, probe_sensitivity
+from autoprune.evaluation.sensitivity import ANCHORS, Sensitivity, probe_sensitivity
 from autoprune.files import read_json, write_json
 from autoprune.identity.claim import Claim
 from autoprune.latency.machine import machine_identity
 from autoprune.latency.table import LatencyTable
 from autoprune.metric import Metric
 from autoprune.model.inventory import Inventory
+from autoprune.patterns import PATTERNS
+from autoprune.pipeline.baselines import EAGER, Baselines, DenseEngines, measure_baselines, prepare_engines
+from autoprune.pipeline.correction import Gauge, check_reachable, gauge
 from autoprune.pipeline.monitor import SearchMonitor
-from autoprune.pipeline.preparation import Context, Preparation, Prepared
+from autoprune.pipeline.preparation import Context, Preparation
 from autoprune.plan import Plan
 from autoprune.report.data import MeasuredPoint
+from autoprune.target import Target
 
 
 @dataclass(frozen=True)
@@ -72,20 +87,26 @@ class RatedPlan:
 
 @dataclass(frozen=True)
 class UniformComparison:
-    """The best plan of the search and the best uniform one at its measured speed-up; None: none is that fast."""
+    """The best plan of the search and the best uniform one at its measured speed-up.
+
+    Attributes:
+        agent: the search's.
+        uniform: None where no uniform plan is that fast.
+        evaluations: that it took to find the uniform one.
+    """
 
     agent: RatedPlan
     uniform: Trial | None
+    evaluations: int
 
 
-def pose_problem(context: Context, prepared: Prepared, offered: Inventory, evaluator: Evaluator) -> SearchProblem:
+def pose_problem(context: Context, evaluator: Evaluator, unscored: Problem) -> SearchProblem:
     """Makes the search's problem, and claims the directory of the search for this machine.
 
     Args:
         context: of the run.
-        prepared: the dense model.
-        offered: the layers a plan decides.
         evaluator: of a plan.
+        unscored: the target and the layers a plan decides.
 
     Raises:
         ConfigError: the trials that are there were made on another machine.
@@ -97,7 +118,7 @@ def pose_problem(context: Context, prepared: Prepared, offered: Inventory, evalu
     claim.write(machine)
     sensitivity = probe_sensitivity(
         evaluator.subject,
-        offered.names,
+        unscored.inventory.names,
         env.pattern,
         env.criterion,
         path=directory / "sensitivity.json",
@@ -105,9 +126,8 @@ def pose_problem(context: Context, prepared: Prepared, offered: Inventory, evalu
     )
     workers = worker_pool(context, evaluator)
     evaluations = CachedEvaluate(workers, directory / "search" / "evaluations.jsonl")
-    evaluate = ByTable(evaluations, evaluator.table) if env.timing == "table" else evaluations
-    problem = build_problem(context, prepared.dense_score, offered, evaluator.table, sensitivity, evaluate)
-    return SearchProblem(problem, evaluator, workers, evaluations)
+    evaluate = evaluations if context.measures else ByTable(evaluations, evaluator.table)
+    return SearchProblem(replace(unscored, sensitivity=sensitivity, evaluate=evaluate), evaluator, workers, evaluations)
 
 
 def build_problem(
@@ -117,8 +137,12 @@ def build_problem(
     table: LatencyTable,
     sensitivity: Sensitivity,
     evaluate: Evaluate,
+    baselines: Baselines | None,
 ) -> Problem:
-    """The config's target and choices for these layers; the other arguments are those of `Problem`."""
+    """The config's target and choices for these layers; other arguments are those of `Problem`.
+
+    The baselines are None where the target is over none of them.
+    """
     config, env = context.config, context.config.env
     return Problem(
         inventory=offered,
@@ -131,7 +155,15 @@ def build_problem(
         criterion=env.criterion,
         training=config.finetune.method,
         max_sparsity=env.max_sparsity,
+        baseline_speedup=1.0 if baselines is None else baselines.over_eager(config.target.over),
+        file=FileSize() if baselines is None else file_size(context, offered, baselines),
     )
+
+
+def file_size(context: Context, inventory: Inventory, baselines: Baselines) -> FileSize:
+    """What is known of the size of a packed file in which these layers are pruned."""
+    weights = sum(layer.weights for layer in inventory.layers)
+    return baselines.file_size(weights, context.config.repack.value_bits)
 
 
 def build_env(context: Context, problem: Problem) -> PruneEnv:
@@ -185,42 +217,81 @@ def run_search(context: Context, posed: SearchProblem, env: PruneEnv, measured: 
     context.progress.say(
         f"search: {config.search.agent}, {config.search.episodes} episodes, {config.target.text(posed.metric)}"
     )
-    with context.progress.bar("search", config.search.episodes) as bar:
-        dense = MeasuredPoint(problem.table.dense_ms, problem.dense_score)
-        text = "\n".join(f"{key} = {value}" for key, value in sorted(flat(config.to_json()).items()))
-        monitor = SearchMonitor(context.directory / "tensorboard", text, posed.metric, dense, bar)
-        with closing(monitor), posed.workers:
-            result = search(
-                agent,
-                env,
-                config.search.episodes,
-                config.seed,
-                directory=directory,
-                on_trial=monitor.trial,
-                on_resumed=monitor.resumed,
-            )
+    dense = MeasuredPoint(problem.table.dense_ms, problem.dense_score)
+    text = "\n".join(f"{key} = {value}" for key, value in sorted(flat(config.to_json()).items()))
+    with posed.workers:
+        rules = try_rules(context, posed.problem, env, posed.metric) if config.search.rules else {}
+        first = best_of(rules)
+        with context.progress.bar("search", config.search.episodes) as bar:
+            monitor = SearchMonitor(context.directory / "tensorboard", text, posed.metric, dense, bar, first)
+            with closing(monitor):
+                result = search(
+                    agent,
+                    env if first is None else _from_there(env, first.plan),
+                    config.search.episodes,
+                    config.seed,
+                    directory=directory,
+                    on_trial=monitor.trial,
+                    on_resumed=monitor.resumed,
+                    patience=config.search.patience,
+                    known_best=-math.inf if first is None else first.reward,
+                )
+    result = replace(result, rules=rules)
     try:
-        succeeded(result.trials)
+        succeeded(result.all)
     except NumericalError as error:
         raise error from posed.evaluations.error
+    if len(result.trials) < config.search.episodes:
+        context.progress.say(f"stopped after {len(result.trials)} episodes: nothing better in {config.search.patience}")
     if not (policy / "policy.json").exists():
         agent.save_policy(policy, env)
     if config.search.halving:
-        return replace(result, halved=_halved(context, posed, result.trials))
-    return replace(result, finalists=_finalists(context, posed, result.trials, measured))
+        return replace(result, halved=_halved(context, posed, result.all))
+    return replace(result, finalists=_finalists(context, posed, result, measured))
 
 
-def _finalists(
-    context: Context, posed: SearchProblem, trials: Sequence[Trial], measured: Evaluate
-) -> tuple[Trial, ...]:
-    """The best trials and the first, timed again; none where the clock decides nothing, or there is no choice."""
+def try_rules(context: Context, problem: Problem, env: PruneEnv, metric: Metric) -> dict[str, tuple[Trial, ...]]:
+    """Evaluates the plans of every rule; rule -> its trials. What was evaluated before is remembered."""
+    search = context.config.search
+    criteria = list(dict.fromkeys([context.config.env.criterion, *search.criteria]))
+    movable = [pattern for pattern in context.choices.patterns if PATTERNS.create(pattern).any_sparsity]
+    plans = rule_plans(env, movable, criteria)
+    tried: dict[str, tuple[Trial, ...]] = {}
+    with context.progress.bar("rules", sum(map(len, plans.values()))) as bar:
+        for rule, of_rule in plans.items():
+            trials = []
+            for plan, evaluated in zip(of_rule, problem.evaluate.in_order(of_rule), strict=True):
+                trials.append(as_trial(problem, plan, evaluated))
+                bar.advance(1, f"{rule}: {_describe(evaluated, metric)}")
+            tried[rule] = tuple(trials)
+    return tried
+
+
+def best_of(rules: Mapping[str, Sequence[Trial]]) -> Trial | None:
+    """The rules' best trial; None where all failed, or there are none."""
+    done = [trial for trials in rules.values() for trial in trials if not trial.failed]
+    return max(done, key=lambda trial: trial.reward, default=None)
+
+
+def _from_there(env: PruneEnv, plan: Plan) -> PruneEnv:
+    """The environment with the pattern and the criterion of the best rule's plan, for layers whose no action sets."""
+    layer = next(iter(plan.layers.values()))
+    return env.of(replace(env.problem, pattern=layer.pattern, criterion=layer.criterion))
+
+
+def _finalists(context: Context, posed: SearchProblem, searched: SearchResult, measured: Evaluate) -> tuple[Trial, ...]:
+    """The best trials, the agent's first and the best of each rule, timed again.
+
+    None where the clock decides nothing, or there is no choice.
+    """
     config = context.config
-    plans = best_plans(trials, config.search.finalists)
-    if config.search.finalists == 1 or config.target.sparsity is not None or config.env.timing != "measured":
+    plans = best_plans(searched.all, config.search.finalists)
+    if config.search.finalists == 1 or not _clock_counts(config.target) or config.env.timing != "measured":
         return ()
-    first = trials[0]
-    if first.plan not in plans and not first.failed:  # a refined policy's own plan: it must not end below that
-        plans.append(first.plan)
+    # a refined policy's own plan, and each rule's: the search must not end below them
+    ours = [trial for trial in searched.trials[:1] if not trial.failed]
+    rules = [best for trials in searched.rules.values() if (best := best_of({"": trials})) is not None]
+    plans += [trial.plan for trial in (*ours, *rules) if trial.plan not in plans]
     again = ((plan, measured(plan)) for plan in plans)
     reference = next(((plan, each.speedup) for plan, each in again if isinstance(each, Measurement)), None)
     if len(plans) == 1 or reference is None:
@@ -232,6 +303,10 @@ def _finalists(
             finalists.append(as_trial(posed.problem, plan, evaluated))
             bar.advance(1, _describe(evaluated, posed.metric))
     return tuple(finalists)
+
+
+def _clock_counts(target: Target) -> bool:
+    return target.timed or not target.limits
 
 
 def _halved(context: Context, posed: SearchProblem, trials: Sequence[Trial]) -> tuple[Trial, ...]:
@@ -265,7 +340,7 @@ def _describe(evaluated: Evaluated, metric: Metric) -> str:
 
 
 def compare_with_uniform(
-    context: Context, searched: SearchResult, env: PruneEnv, measured: Evaluate
+    context: Context, searched: SearchResult, env: PruneEnv, measured: CachedEvaluate
 ) -> UniformComparison:
     """Measures the best plan and the uniform rule anew, in the same way: the best trial was also the luckiest.
 
@@ -284,14 +359,24 @@ def compare_with_uniform(
         if isinstance(again, Failure):
             context.progress.say(f"the best plan failed when it was measured again ({again.reason}): as in the search")
         best = again if isinstance(again, Measurement) else searched.best.measurement
+        before = measured.count
         uniform = uniform_at(env, best.speedup)
         agent = {"plan": plan.to_json(), **best.to_json(), "reward": reward_at(env, best, best.speedup)}
-        write_json(path, {"agent": agent, "uniform": uniform.to_json() if uniform else None})
+        found = uniform.to_json() if uniform else None
+        write_json(path, {"agent": agent, "uniform": found, "evaluations": measured.count - before})
     data = read_json(path, what)
     agent, uniform = data["agent"], data["uniform"]
-    figures = Measurement(*(float(agent[name]) for name in ("score", "latency_ms", "speedup")))
+    figures = evaluated(agent)
+    assert isinstance(figures, Measurement)
     rated = RatedPlan(plan, figures, float(agent["reward"]))
-    return UniformComparison(rated, Trial.from_json(uniform) if uniform else None)
+    return UniformComparison(rated, Trial.from_json(uniform) if uniform else None, int(data["evaluations"]))
+
+
+class Unscored(Evaluate):
+    """Of a problem whose plans nobody scores."""
+
+    def __call__(self, plan: Plan) -> Evaluated:
+        return Failure("nothing scores the plans of this problem")
 
 
 class PlanSearch:
@@ -311,10 +396,51 @@ class PlanSearch:
         return (self._context.directory / "search" / "trials.jsonl").exists()
 
     @cached_property
+    def engines(self) -> DenseEngines:
+        return prepare_engines(self._context, self._preparation.prepared)
+
+    @cached_property
+    def baselines(self) -> Baselines | None:
+        """None where the target is over none of them: torch eager is timed with every plan."""
+        target = self._context.config.target
+        if target.size_bytes is None and target.latency_ms is None and (target.speedup is None or target.over == EAGER):
+            return None
+        return measure_baselines(self._context, lambda: self.engines)
+
+    @cached_property
+    def unscored(self) -> Problem:
+        """The target and the layers, for those who plan without a search."""
+        before = self._preparation
+        none = dict.fromkeys(before.offered.names, (0.0,) * len(ANCHORS))
+        problem = build_problem(
+            self._context,
+            before.prepared.dense_score,
+            before.offered,
+            before.evaluator.table,
+            Sensitivity(ANCHORS, none, none),
+            Unscored(),
+            self.baselines,
+        )
+        if not self._context.measures:
+            return problem
+        patterns = [replace(problem, pattern=pattern) for pattern in self._context.choices.patterns]
+        most_pruned = [each.uniform(problem.max_sparsity) for each in patterns]
+        bias = check_reachable(problem, most_pruned, lambda plan: self._gauge_of(problem).of_plan(plan))
+        return replace(problem, table=problem.table.scaled(bias)) if bias > 1.0 else problem
+
+    @cached_property
+    def gauge(self) -> Gauge:
+        """Measures what a repacked model reaches of the target."""
+        return self._gauge_of(self.unscored)
+
+    def _gauge_of(self, problem: Problem) -> Gauge:
+        best = None if self.baselines is None else self.baselines.best
+        return gauge(self._context, self._preparation.evaluator, problem, lambda: self.engines, best)
+
+    @cached_property
     def posed(self) -> SearchProblem:
         before = self._preparation
-        evaluator = before.evaluator  # a table of another machine is refused first
-        return pose_problem(self._context, before.prepared, before.offered, evaluator)
+        return pose_problem(self._context, before.evaluator, self.unscored)
 
     @cached_property
     def env(self) -> PruneEnv:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -86,6 +87,10 @@ class RepackedModel(nn.Module):
             raise AutopruneError("a repacked model is for inference: train the model it was made of, and repack that.")
         super().requires_grad_(False)
         return self
+
+    def bound_call(self, *inputs: Any) -> Callable[[], object]:
+        """A call on these very inputs, with as little of Python around it as there can be: what is timed."""
+        return partial(self, *inputs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RepackedModel:
         """What `to`, `half`, `cuda` and the like do to every tensor."""
@@ -170,6 +175,9 @@ class ProgramModel(Sealed):
         """
         inputs = tuple(self.signature.tensors(args, kwargs))
         return Bound(self.program.plan_for(inputs), inputs, self._restored)
+
+    def bound_call(self, *inputs: Any) -> Callable[[], object]:
+        return self.bind(*inputs)
 
     def by_place(self, *tensors: Tensor) -> Any:
         """What the model returns for the graph's inputs."""

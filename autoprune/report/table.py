@@ -91,7 +91,7 @@ def plan_table(rows: Sequence[PlanRow]) -> str:
 
 def search_table(rows: Sequence[SearchRow], metric: Metric = ACCURACY) -> str:
     """The agent beside its rivals, each with the best plan of its own budget."""
-    header = ("agent", "episodes", "best reward", metric.name, "latency ms", "speed-up")
+    header = ("agent or rule", "evaluations", "best reward", metric.name, "latency ms", "over eager")
     cells = [
         (
             row.agent,

@@ -54,7 +54,9 @@ def fake_table(inventory: Inventory, patterns: tuple[Choice, ...], *, fixed_us: 
         for layer in inventory.layers
     }
     dense_ms = 0.005 + sum(layer.dense_us for layer in layers.values()) / 1e3
-    return LatencyTable(layers, dense_ms=dense_ms, rest_ms=0.005, scale=1.0, settings={"batch": 1}, machine={})
+    return LatencyTable(
+        layers, dense_ms=dense_ms, whole=((0.001, 0.006), (100.0, 100.005)), settings={"batch": 1}, machine={}
+    )
 
 
 def save_fake_table(run: Run) -> LatencyTable:
@@ -137,7 +139,7 @@ def fake_problem(target: Target | None = None, sizes: tuple[int, ...] = (4, 8, 1
         sensitivity=Sensitivity(anchors, loss, dict.fromkeys(inventory.names, anchors)),
         dense_score=evaluate.dense_score,
         evaluate=evaluate,
-        target=target or Target(speedup=3.0),
+        target=target or Target(speedup=3.0, over="eager"),
         pattern=patterns[len(patterns) // 2],
         criterion=Choice("magnitude"),
         training=Choice("one_shot"),

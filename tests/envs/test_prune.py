@@ -223,8 +223,18 @@ def test_wrong_actions_say_what_is_allowed(actions: tuple[Choice, ...], text: st
 
 
 @pytest.mark.parametrize(
-    "arguments", [{}, {"speedup": 2.0, "accuracy_drop": 0.1}, {"speedup": 0.5}, {"accuracy_drop": 2.0}]
+    "arguments",
+    [
+        {},
+        {"over": "best"},
+        {"speedup": 0.5},
+        {"speedup": 2.0, "over": "tensorrt"},
+        {"accuracy_drop": 2.0},
+        {"latency_ms": 0.0},
+        {"size_bytes": -1},
+        {"macs": float("nan")},
+    ],
 )
-def test_a_target_is_one_sensible_number(arguments: dict[str, float]) -> None:
+def test_a_target_is_of_sensible_numbers(arguments: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         Target(**arguments)

@@ -39,7 +39,7 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 
 def test_other_dense_models_are_independent_and_cached(cache: Path) -> None:
     own = dense_model(TASKS.create(TASK), TASK, SETTINGS, 0, SILENT)
-    others = other_dense_models(TASK, SETTINGS, 0, 2, SILENT)
+    others = other_dense_models(TASK, SETTINGS.to_json(), 0, 2, SILENT)
     assert len(list(cache.glob("dense-digits-*.safetensors"))) == 3
     assert not any(model.training for model in others)
     assert not same(own, others[0])
@@ -47,7 +47,9 @@ def test_other_dense_models_are_independent_and_cached(cache: Path) -> None:
     seeded = Choice("digits", {**TASK.args, "seed": 1})
     assert same(others[0], dense_model(TASKS.create(seeded), seeded, SETTINGS, 1, SILENT))
     before = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
-    assert all(same(a, b) for a, b in zip(others, other_dense_models(TASK, SETTINGS, 0, 2, SILENT), strict=True))
+    assert all(
+        same(a, b) for a, b in zip(others, other_dense_models(TASK, SETTINGS.to_json(), 0, 2, SILENT), strict=True)
+    )
     assert {path: path.stat().st_mtime_ns for path in cache.iterdir()} == before
 
 

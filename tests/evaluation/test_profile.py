@@ -20,6 +20,7 @@ from autoprune.latency.table import LatencyTable
 from autoprune.latency.timer import Protocol
 from autoprune.masks import collect_statistics
 from autoprune.model.inventory import take_inventory
+from autoprune.plan import LayerPlan, Plan
 from autoprune.progress import SILENT, Progress
 from autoprune.registry import Choice
 from autoprune.settings import TrainingSettings
@@ -68,9 +69,10 @@ def test_every_layer_has_a_curve_for_every_pattern(model: nn.Module, x: Tensor, 
         assert layer.dense_us > 0
         if in_programs:
             assert {point.backend for curve in layer.curves.values() for point in curve} <= {"jit", "torch"}
-    if in_programs:
-        assert table.scale == 1.0  # what was timed inside programs is what it takes there
-    assert table.rest_ms >= 0.0
+    assert 1 <= len(table.whole) <= len(WHOLE_ANCHORS)
+    for sparsity in (0.0, 0.5, 0.95):  # the whole table is monotone, and its inverse is one
+        plan = Plan({name: LayerPlan(sparsity, PATTERNS[-1]) for name in of.inventory.names})
+        assert table.parts_ms(table.predict_ms(plan)) == pytest.approx(table.sum_ms(plan))
 
 
 @pytest.mark.parametrize(

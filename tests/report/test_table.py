@@ -77,7 +77,7 @@ def test_the_plan_table_ends_with_the_sparsity_of_all_weights() -> None:
 def test_the_search_table() -> None:
     row = SearchRow("ppo", 300, -0.25, 0.9765, 1.5, 3.02)
     assert search_table([row]).splitlines()[-1] == (
-        "| ppo   |      300 |     -0.2500 |   97.65% |      1.500 |    3.02x |"
+        "| ppo           |         300 |     -0.2500 |   97.65% |      1.500 |      3.02x |"
     )
 
 

@@ -1,0 +1,133 @@
+"""What the pruned model has to beat on this machine: every dense engine, and the dense model repacked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from autoprune.envs.limits import FileSize
+from autoprune.errors import FileError
+from autoprune.files import read_json, temporary_folder, write_json
+from autoprune.latency.engines import ENGINES, baselines
+from autoprune.latency.machine import differences, machine_identity
+from autoprune.latency.timer import measure_together, speedup, torch_threads
+from autoprune.pipeline.preparation import Context, Prepared
+from autoprune.repack import RepackedModel, repack, save
+from autoprune.repack.rivals import dense_calls
+from autoprune.target import Over
+
+Call = Callable[[], object]
+EAGER = "eager"
+REPACKED = "repacked"
+
+
+@dataclass(frozen=True)
+class DenseEngines:
+    """The dense model, ready to run here in every way there is.
+
+    Attributes:
+        calls: engine -> one inference; ``eager`` is torch's, ``repacked`` the dense model as this project runs it.
+        left_out: engine -> why it is not there.
+        repacked: the dense model, repacked.
+    """
+
+    calls: Mapping[str, Call]
+    left_out: Mapping[str, str]
+    repacked: RepackedModel
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """The dense model by every engine, timed interleaved in one run.
+
+    Attributes:
+        best: the fastest dense engine of those that compute in float32.
+        ms: engine -> median of one inference, milliseconds; ``repacked`` is the dense model as this project runs it.
+        speedups: likewise, over torch eager: medians of the rounds' ratios.
+        file_bytes: of the dense model repacked and saved.
+        machine: where they were measured.
+    """
+
+    best: str
+    ms: Mapping[str, float]
+    speedups: Mapping[str, float]
+    file_bytes: int
+    machine: Mapping[str, Any] = field(repr=False)
+
+    def over_eager(self, over: Over) -> float:
+        """How many times faster than torch eager that runs which a speed-up is over."""
+        return self.speedups[{"best": self.best, "repacked": REPACKED, "eager": EAGER}[over]]
+
+    @property
+    def repacked(self) -> float:
+        """The speed-up over torch eager that repacking alone gives."""
+        return self.speedups[REPACKED]
+
+    def file_size(self, weights: int, value_bits: int) -> FileSize:
+        """What is known of a packed file's size, of a model with so many weights in the layers that are planned."""
+        return FileSize(max(0.0, self.file_bytes - weights * value_bits / 8), value_bits / 8)
+
+    def text(self) -> str:
+        """All of them as people read it."""
+        shown = [f"{name} {self.ms[name]:.3f} ms" + (" (best)" if name == self.best else "") for name in self.ms]
+        return "dense model: " + ", ".join(shown)
+
+
+def prepare_engines(context: Context, prepared: Prepared) -> DenseEngines:
+    """Compiles the dense model for the engines that the config names, or all that are installed."""
+    latency = context.config.latency
+    inputs = prepared.task.example_inputs(latency.batch)
+    names = [name for name in latency.engines or baselines() if name != EAGER]
+    with context.progress.bar("dense engines", len(names)) as bar:
+        calls, left_out = dense_calls(prepared.dense, inputs, latency.threads, names, lambda name: bar.advance(1, name))
+    for name, why in left_out.items():
+        context.progress.say(f"dense engine {name} left out: {why}")
+    eager = ENGINES.get(EAGER)().prepare(prepared.dense, inputs, latency.threads)
+    with torch_threads(latency.threads):
+        fast = repack(prepared.dense, inputs, clock=context.clock)
+        return DenseEngines({EAGER: eager, **calls, REPACKED: fast.bound_call(*inputs)}, left_out, fast)
+
+
+def measure_baselines(context: Context, engines: Callable[[], DenseEngines]) -> Baselines:
+    """Times the dense engines and the dense model repacked, or reads them from the directory.
+
+    Args:
+        context: of the run.
+        engines: called where they have to be timed.
+    """
+    path, machine = context.directory / "baselines.json", machine_identity()
+    if path.exists():
+        known = _read(path)
+        if not differences(known.machine, machine):
+            return known
+    prepared_engines = engines()
+    with temporary_folder() as folder:
+        save(prepared_engines.repacked, folder / "dense.safetensors", value_bits=context.config.repack.value_bits)
+        file_bytes = (folder / "dense.safetensors").stat().st_size
+    times = measure_together(prepared_engines.calls, context.protocol(context.config.latency.samples), context.clock)
+    ms = {name: took.median_ms for name, took in times.items()}
+    same_work = [name for name in ms if name == EAGER or (name in ENGINES and ENGINES.get(name).float32)]
+    measured = Baselines(
+        best=min(same_work, key=lambda name: ms[name]),
+        ms=ms,
+        speedups={name: speedup(times[EAGER], took) for name, took in times.items()},
+        file_bytes=file_bytes,
+        machine=machine,
+    )
+    context.progress.say(measured.text())
+    write_json(path, asdict(measured))
+    return measured
+
+
+def _read(path: Path) -> Baselines:
+    try:
+        known = TypeAdapter(Baselines).validate_python(read_json(path, "the dense engines' times"))
+        if {known.best, EAGER, REPACKED} - known.speedups.keys() or min(known.speedups.values()) <= 0.0:
+            raise ValueError("an engine lacks its speed-up")
+    except (ValidationError, ValueError) as error:
+        raise FileError(f"the dense engines' times are corrupt: {path} ({error}). Delete the file.") from None
+    return known

@@ -1,0 +1,289 @@
+"""The stage that puts a plan on its target by measurement: neither slower than asked, nor pruned for more than that.
+
+A latency table is off by some percent, and a target is over an engine that only the clock knows. So the plan is moved,
+all its sparsities by one amount, until the repacked model is measured to be on the target. Nothing is trained for it:
+what a model takes depends on where its zeros are, not on its values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+from autoprune.envs.limits import Limit
+from autoprune.envs.problem import Problem
+from autoprune.envs.projection import freed, shift
+from autoprune.errors import InfeasibleTarget
+from autoprune.evaluation.evaluator import Call, Evaluator
+from autoprune.evaluation.recovery.none import NoRecovery
+from autoprune.files import temporary_folder
+from autoprune.latency.timer import speedup
+from autoprune.pipeline.baselines import EAGER, REPACKED, Baselines, DenseEngines
+from autoprune.pipeline.preparation import Context
+from autoprune.plan import Plan
+from autoprune.repack import RepackedModel, save
+from autoprune.target import BASELINES, Target
+
+HIGHEST = 1.03  # of the target: a plan that is so much better is pruned for nothing
+AIM = 1.013  # of the target: the next table may find it a percent slower
+FINE_GRID = 1000  # of sparsities: where all layers are at 90%, one more percent of each is 10% of the work
+MEASUREMENTS = 10  # of one plan's correction
+DOUBT = 1.15  # a target is measured to be in reach where the table's best is less than so much above it
+_REACH = 6.0  # of the shift, in logits, either way
+
+
+@dataclass(frozen=True)
+class Reached:
+    """What a repacked model reaches of each figure of a target.
+
+    Attributes:
+        of_target: figure -> what is reached over what was asked; 1 and above: it is met.
+        speedup: over what the target's speed-up is over; None where none was asked for.
+        latency_ms: median of one inference; None where no time was asked for.
+    """
+
+    of_target: Mapping[str, float]
+    speedup: float | None = None
+    latency_ms: float | None = None
+
+    @property
+    def least(self) -> float:
+        """Of the figure that is furthest from being met."""
+        return min(self.of_target.values())
+
+
+@dataclass(frozen=True)
+class Gauge:
+    """Measures a repacked model against a run's target.
+
+    Attributes:
+        context: of the run.
+        evaluator: of plans; its protocol is the final table's.
+        problem: the target and the layers it is of.
+        baseline: one inference of what the target's speed-up is over.
+    """
+
+    context: Context
+    evaluator: Evaluator
+    problem: Problem
+    baseline: Call
+
+    @property
+    def target(self) -> Target:
+        return self.problem.target
+
+    def __call__(self, plan: Plan, model: RepackedModel) -> Reached:
+        """Times the model interleaved with the baseline and weighs its file.
+
+        A target that is missed, or met by far, is measured twice, and the worse of both counts: it decides what is
+        done, and a busy machine disturbs no two timings alike.
+        """
+        first = self._once(plan, model)
+        if 1.0 <= first.least <= HIGHEST or not self.target.timed:
+            return first
+        return min(first, self._once(plan, model), key=lambda each: each.least)
+
+    def of_plan(self, plan: Plan) -> Reached:
+        """Of the dense model masked by a plan, repacked; nothing is trained."""
+        evaluator = replace(self.evaluator, recovery=NoRecovery())
+        return self(plan, evaluator.repacked(evaluator.masked_model(plan), plan))
+
+    def _once(self, plan: Plan, model: RepackedModel) -> Reached:
+        target, reached = self.target, {limit.name: limit.at_most / limit.cost(plan) for limit in self.problem.limits}
+        if target.size_bytes is not None:
+            reached["size_bytes"] = target.size_bytes / self._file_bytes(model)
+        ratio = latency_ms = None
+        if target.timed:
+            baseline, packed = self.evaluator.time(model, self.baseline)
+            ratio, latency_ms = speedup(baseline, packed), packed.median_ms
+        if target.speedup is not None and ratio is not None:
+            reached["speedup"] = ratio / target.speedup
+        if target.latency_ms is not None and latency_ms is not None:
+            reached["latency_ms"] = target.latency_ms / latency_ms
+        return Reached(reached, ratio, latency_ms)
+
+    def _file_bytes(self, model: RepackedModel) -> int:
+        with temporary_folder() as folder:
+            path = folder / "model.safetensors"
+            save(model, path, value_bits=self.context.config.repack.value_bits)
+            return path.stat().st_size
+
+
+@dataclass(frozen=True)
+class Corrected:
+    """A plan on its target.
+
+    Attributes:
+        plan: as it is applied.
+        reached: what its repacked model was measured to reach.
+        measurements: how many that took.
+    """
+
+    plan: Plan
+    reached: Reached
+    measurements: int
+
+
+def gauge(
+    context: Context, evaluator: Evaluator, problem: Problem, engines: Callable[[], DenseEngines], best: str | None
+) -> Gauge:
+    """The gauge of a run.
+
+    Args:
+        context: of the run.
+        evaluator: of plans.
+        problem: whose target is measured.
+        engines: the dense engines, prepared where the target is over one of them.
+        best: the fastest of them; None where the target is over none.
+    """
+    target = problem.target
+    evaluator = replace(evaluator, protocol=context.protocol(context.config.latency.samples), timed=True)
+    baseline: Call = partial(evaluator.subject.dense, *evaluator.subject.task.example_inputs(evaluator.batch))
+    if target.speedup is not None and best is not None:
+        baseline = engines().calls[{"best": best, "repacked": REPACKED, "eager": EAGER}[target.over]]
+    return Gauge(context, evaluator, problem, baseline)
+
+
+def correct(plan: Plan, measure: Callable[[Plan], Reached], problem: Problem) -> Corrected:
+    """Moves a plan onto the target: the least pruned one that is measured to meet it.
+
+    All sparsities are shifted by one amount in logit space. What was too slow and what was fast enough close in on the
+    amount from both sides; in between the latency table says where to look.
+
+    Args:
+        plan: of a search, or of a rule.
+        measure: what a plan's repacked model reaches.
+        problem: the target, the layers and their table.
+
+    Returns:
+        The plan nearest above the target; where none of those measured meets it, the one nearest below.
+    """
+    moved = partial(_moved, plan, problem)
+    below: tuple[float, float] | None = None  # the highest shift that was too slow, and what it reached
+    above: tuple[float, float] | None = None  # the lowest that was fast enough
+    amount = 0.0
+    tried: dict[str, Corrected] = {}
+    for count in range(1, MEASUREMENTS + 1):
+        candidate = plan if amount == 0.0 else moved(amount)
+        if candidate.key in tried:
+            break  # the grid of sparsities is no finer
+        reached = measure(candidate)
+        tried[candidate.key] = Corrected(candidate, reached, count)
+        if 1.0 <= reached.least <= HIGHEST:
+            break
+        if reached.least < 1.0:
+            below = (amount, reached.least)
+        else:
+            above = (amount, reached.least)
+        if below is not None and above is not None:
+            amount = _between(below, above, halve=count % 3 == 0)
+        else:
+            amount = _beyond(moved, problem, candidate, reached.least, amount)
+    met = [each for each in tried.values() if each.reached.least >= 1.0]
+    nearest = (
+        min(met, key=lambda each: each.reached.least)
+        if met
+        else max(tried.values(), key=lambda each: each.reached.least)
+    )
+    return replace(nearest, measurements=len(tried))
+
+
+def further(plan: Plan, reached: Reached, problem: Problem) -> Plan:
+    """A plan moved by what its trained, repacked model is short of the target."""
+    moved = partial(_moved, plan, problem)
+    if reached.least >= 1.0:
+        return plan
+    return moved(_beyond(moved, problem, plan, reached.least, 0.0))
+
+
+def _moved(plan: Plan, problem: Problem, amount: float) -> Plan:
+    return freed(shift(plan, amount, problem.max_sparsity, FINE_GRID), problem)
+
+
+def _between(below: tuple[float, float], above: tuple[float, float], *, halve: bool) -> float:
+    """The shift between two that is nearest the target if the speed-up grows exponentially; now and then the middle."""
+    (low, slow), (high, fast) = below, above
+    share = math.log(AIM / slow) / math.log(fast / slow)
+    return low + (high - low) * (0.5 if halve else min(0.95, max(0.05, share)))
+
+
+def _beyond(moved: Callable[[float], Plan], problem: Problem, candidate: Plan, reached: float, amount: float) -> float:
+    """The shift, further than `amount`, at which the table, corrected by what was measured, sees the target."""
+    further_by = math.copysign(_REACH, 1.0 - reached)
+    if not problem.target.timed:
+        return amount + further_by * (0.05 if abs(amount) < _REACH else 1.0)
+    wanted = problem.table.predict_speedup(candidate) * AIM / reached
+    left, right = sorted((amount, amount + further_by))
+    for _ in range(20):
+        middle = (left + right) / 2
+        left, right = (left, middle) if problem.table.predict_speedup(moved(middle)) >= wanted else (middle, right)
+    step = max(abs(right - amount), 0.05)
+    return amount + math.copysign(min(step, _REACH), further_by)
+
+
+def check_reachable(problem: Problem, most_pruned: Sequence[Plan], measure: Callable[[Plan], Reached]) -> float:
+    """Refuses a target that the most pruned model is measured to miss.
+
+    Args:
+        problem: the target.
+        most_pruned: the plan of `max_sparsity` everywhere, under each pattern that there is a choice of.
+        measure: what a plan's repacked model reaches; only asked for where the table leaves a doubt.
+
+    Returns:
+        How many times faster than the table says the most pruned model is: 1, but for where the table would refuse
+        what the clock found in reach.
+
+    Raises:
+        InfeasibleTarget: with the best figure, measured, less what the clock may be off by: asking for it will do.
+    """
+    required = problem.required_speedup
+    if required is None:
+        return 1.0
+    plans = sorted(most_pruned, key=problem.table.predict_speedup, reverse=True)
+    predicted = problem.table.predict_speedup(plans[0])
+    if predicted > required * DOUBT:
+        return 1.0
+    best = max((measure(plan) for plan in plans[:2]), key=lambda each: each.least)
+    if best.least < 1.0:
+        raise InfeasibleTarget(_out_of_reach(problem, best))
+    return max(1.0, required * best.least / predicted)
+
+
+def _out_of_reach(problem: Problem, best: Reached) -> str:
+    target, worst = problem.target, min(best.of_target, key=lambda name: best.of_target[name])
+    everywhere = f"with every layer at sparsity {problem.max_sparsity:g}"
+    allow = "allow a higher sparsity (env.max_sparsity), or let more layers be pruned."
+    if worst == "speedup" and best.speedup is not None:
+        safe = math.floor(best.speedup / HIGHEST * 100) / 100
+        return (
+            f"no plan reaches {target.speedup:g}x over {BASELINES[target.over]} here: {everywhere} the repacked model "
+            f"was measured {best.speedup:.2f}x as fast. Ask for at most {safe:g}x, {allow}"
+        )
+    safe_ms = (best.latency_ms or 0.0) * HIGHEST
+    return (
+        f"no plan takes at most {target.latency_ms:g} ms here: {everywhere} the repacked model was measured to take "
+        f"{best.latency_ms:.4g} ms. Ask for at least {safe_ms:.4g} ms, {allow}"
+    )
+
+
+def free_without_pruning(target: Target, limits: Sequence[Limit], nothing: Plan, baselines: Baselines) -> str | None:
+    """What repacking alone gives, where that meets the target, so that nothing has to be pruned; else None.
+
+    Args:
+        target: of the run.
+        limits: those of its figures that add up over layers.
+        nothing: the plan that keeps all weights.
+        baselines: of the dense model.
+    """
+    if not target.limits or not all(limit.keeps(nothing) for limit in limits):
+        return None
+    if target.latency_ms is not None and baselines.ms[REPACKED] > target.latency_ms:
+        return None
+    if target.size_bytes is not None and baselines.file_bytes > target.size_bytes:
+        return None
+    if target.speedup is None:
+        return f"{baselines.ms[REPACKED]:.4g} ms and {baselines.file_bytes:,} bytes are there"
+    over = baselines.repacked / baselines.over_eager(target.over)
+    return f"{over:.2f}x over {BASELINES[target.over]} is there" if over >= target.speedup else None

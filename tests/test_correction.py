@@ -1,0 +1,153 @@
+"""Putting a plan on its target by measurement, and saying before any work what is in reach."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autoprune.envs.limits import limits_of
+from autoprune.envs.problem import Problem
+from autoprune.envs.projection import project
+from autoprune.errors import InfeasibleTarget
+from autoprune.pipeline.baselines import Baselines
+from autoprune.pipeline.correction import (
+    HIGHEST,
+    MEASUREMENTS,
+    Reached,
+    check_reachable,
+    correct,
+    free_without_pruning,
+    further,
+)
+from autoprune.plan import Plan
+from autoprune.target import Target
+from autoprune.testing import fake_problem
+
+PROBLEM = fake_problem()
+
+
+def asked(speedup: float) -> Problem:
+    return PROBLEM.at(speedup)
+
+
+def measured(problem: Problem, power: float, bias: float) -> Callable[[Plan], Reached]:
+    """A machine on which models are faster than the table says, the more the faster they are."""
+    speedup = problem.target.speedup
+    assert speedup is not None
+
+    def reached(plan: Plan) -> Reached:
+        truth = bias * problem.table.predict_speedup(plan) ** power
+        return Reached({"speedup": truth / speedup}, speedup=truth)
+
+    return reached
+
+
+def reachable(problem: Problem, power: float, bias: float) -> float:
+    return bias * problem.table.predict_speedup(problem.uniform(problem.max_sparsity)) ** power
+
+
+@given(share=st.floats(0.15, 0.85), power=st.floats(0.8, 1.3), bias=st.floats(0.8, 1.3))
+@settings(max_examples=40, deadline=None)
+def test_a_corrected_plan_is_on_the_target(share: float, power: float, bias: float) -> None:
+    least = bias * PROBLEM.table.predict_speedup(PROBLEM.uniform(0.0)) ** power
+    problem = asked(max(1.01, least + share * (reachable(PROBLEM, power, bias) - least)))
+    start = project(problem.uniform(0.5), problem)
+    corrected = correct(start, measured(problem, power, bias), problem)
+    assert corrected.measurements <= MEASUREMENTS
+    assert corrected.reached.least >= 1.0
+    assert corrected.reached.least <= HIGHEST or all(x.sparsity <= 0.1 for x in corrected.plan.layers.values())
+
+
+def test_a_plan_on_the_target_is_left_alone() -> None:
+    problem = asked(3.0)
+    start = project(problem.uniform(0.5), problem)
+    corrected = correct(start, measured(problem, 1.0, 1.0), problem)
+    assert corrected.plan == start
+    assert corrected.measurements == 1
+
+
+def test_of_plans_that_all_miss_the_nearest_is_kept() -> None:
+    problem = asked(3.0)
+    start = project(problem.uniform(0.5), problem)
+    corrected = correct(start, measured(problem, 1.0, 0.1), problem)
+    assert corrected.reached.least < 1.0
+    assert corrected.reached.least >= measured(problem, 1.0, 0.1)(start).least
+
+
+def test_a_trained_model_that_misses_is_pruned_further() -> None:
+    problem = asked(3.0)
+    plan = project(problem.uniform(0.5), problem)
+    moved = further(plan, Reached({"speedup": 0.9}, speedup=2.7), problem)
+    assert problem.table.predict_speedup(moved) >= 3.0 / 0.9
+    assert further(plan, Reached({"speedup": 1.01}), problem) == plan
+
+
+def test_the_refusal_names_a_figure_that_then_holds() -> None:
+    bias = 0.7
+    problem = asked(PROBLEM.table.predict_speedup(PROBLEM.uniform(0.95)) * 0.95)
+    most = [problem.uniform(problem.max_sparsity)]
+    with pytest.raises(InfeasibleTarget, match=r"Ask for at most ([\d.]+)x") as refusal:
+        check_reachable(problem, most, measured(problem, 1.0, bias))
+    figure = float(str(refusal.value).split("at most ")[1].split("x")[0])
+    again = asked(figure)
+    assert check_reachable(again, most, measured(again, 1.0, bias)) == 1.0
+    corrected = correct(project(again.uniform(0.5), again), measured(again, 1.0, bias), again)
+    assert corrected.reached.least >= 1.0
+
+
+def test_what_only_the_clock_finds_in_reach_is_not_refused() -> None:
+    problem = asked(PROBLEM.table.predict_speedup(PROBLEM.uniform(0.95)) * 1.1)
+    most = [problem.uniform(problem.max_sparsity)]
+    bias = check_reachable(problem, most, measured(problem, 1.0, 1.3))
+    assert bias == pytest.approx(1.3)
+    stretched = replace(problem, table=problem.table.scaled(bias))
+    assert stretched.table.predict_speedup(most[0]) >= (problem.required_speedup or 0.0)
+
+
+@pytest.mark.parametrize(
+    ("target", "free"),
+    [
+        (Target(speedup=1.4), True),
+        (Target(speedup=1.6), False),
+        (Target(speedup=2.9, over="eager"), True),
+        (Target(speedup=3.1, over="eager"), False),
+        (Target(speedup=1.1, over="repacked"), False),
+        (Target(latency_ms=1.1), True),
+        (Target(latency_ms=0.9), False),
+        (Target(size_bytes=390_000), False),
+        (Target(size_bytes=410_000), True),
+        (Target(speedup=1.4, size_bytes=390_000), False),
+        (Target(sparsity=0.5), False),
+        (Target(accuracy_drop=0.01), False),
+        (Target(speedup=1.4, sparsity=0.5), False),
+    ],
+)
+def test_what_repacking_alone_gives_is_not_pruned_for(target: Target, free: bool) -> None:
+    speedups = {"eager": 1.0, "onnxruntime": 2.0, "repacked": 3.0}
+    baselines = Baselines("onnxruntime", {"eager": 3.0, "onnxruntime": 1.5, "repacked": 1.0}, speedups, 400_000, {})
+    file = baselines.file_size(sum(layer.weights for layer in PROBLEM.inventory.layers), 32)
+    limits = limits_of(target, PROBLEM.inventory, file)
+    found = free_without_pruning(target, limits, PROBLEM.uniform(0.0), baselines)
+    assert (found is not None) == free
+
+
+@pytest.mark.parametrize("figures", [{"sparsity": 0.83}, {"macs": 200_000}, {"size_bytes": 40_000}])
+def test_limits_that_add_up_are_kept_exactly(figures: dict[str, float]) -> None:
+    problem = replace(PROBLEM, target=Target(**figures))  # type: ignore[arg-type]
+    plan = project(problem.uniform(0.5), problem)
+    (limit,) = problem.limits
+    assert limit.cost(plan) <= limit.at_most * (1 + 1e-9)
+    slower = plan.with_sparsities({name: max(0.0, x.sparsity - 0.03) for name, x in plan.layers.items()})
+    assert limit.cost(slower) > limit.at_most
+
+
+def test_several_limits_hold_at_once() -> None:
+    problem = replace(PROBLEM, target=Target(speedup=2.0, sparsity=0.9, over="eager"))
+    plan = project(problem.uniform(0.5), problem)
+    assert problem.meets(plan)
+    assert problem.limits[0].keeps(plan)
+    assert problem.table.predict_speedup(plan) >= 2.0
