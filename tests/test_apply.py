@@ -58,7 +58,7 @@ def policy(tmp_path: Path) -> Path:
 
 def apply(policy: Path, *more: str) -> str:
     overrides = [part for key in SMALL for part in ("--set", key)]
-    arguments = ["apply", "--policy", str(policy), "--out", "out", *overrides, *more]
+    arguments = ["apply", "--policy", str(policy), "--run-dir", "out", *overrides, *more]
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert result.exit_code == 0
     return result.output

@@ -550,7 +550,7 @@ def test_every_command_refuses_the_directory_of_another_model_or_other_data(
         config = load_config(Path("mine.toml"), overrides)
     assert Run(config, Path("made")).prepared.inventory.layers
     Path("made/report.md").write_text("# of the model as it was\n")
-    arguments = [*command, "--out" if overrides is None else "--run-dir", "made"]
+    arguments = [*command, "--run-dir", "made"]
     for changed, said in (
         ({"weights": 1}, r"the model's weights \(1.bias"),
         ({"data": 1}, "the training data.*the test"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,23 @@ def test_a_method_that_misses_the_speedup_prunes_further(config: Path, monkeypat
     assert run.plan == second, "only once"
 
 
+def test_all_that_a_target_asks_for_holds_at_once_and_the_result_is_one_json_object(config: Path) -> None:
+    asked = ("--sparsity", "0.5", "--size", "1MB", "--seed", "4")
+    result = prune(config, "--method", "gradual", *asked, "--json", "--quiet", "--strict")
+    assert result.exit_code == 0, result.output
+    assert result.stderr == ""
+    said = json.loads(result.stdout)
+    assert said["target"] == {"sparsity": 0.5, "size_bytes": 1_000_000}
+    assert said["reached"]
+    assert said["missed"] == []
+    assert said["rows"][-1]["name"] == "repacked"
+    assert said["latency_ms"] == said["rows"][-1]["latency_ms"] > 0.0
+    assert said["size_bytes"] == Path("runs/small-gradual/repacked.safetensors").stat().st_size < 1_000_000
+    plan = Plan.load(Path(said["plan"]))
+    assert min(layer.sparsity for layer in plan.layers.values()) >= 0.5
+    assert read_json(Path(said["run_dir"]) / "config.json", "the config")["seed"] == 4
+
+
 def test_a_speedup_out_of_reach_is_refused_with_the_best_there_is(config: Path) -> None:
     result = prune(config, "--method", "gradual", "--speedup", "900")
     assert isinstance(result.exception, InfeasibleTarget)
@@ -122,7 +140,6 @@ def test_a_speedup_out_of_reach_is_refused_with_the_best_there_is(config: Path) 
     [
         (["--method", "adaptve", "--sparsity", "0.9"], "Did you mean 'adaptive'"),
         (["--method", "gradual", "--sparsity", "90"], r"target.sparsity is a fraction in \(0, 1\)"),
-        (["--method", "gradual", "--sparsity", "0.9", "--speedup", "2"], "not both"),
         (["--sparsity", "0.9"], "--sparsity is for --method alone"),
         (["--method", "gradual", "--plan", "plan.json"], "exclude each other"),
         (["--method", "gradual", "--set", "target={accuracy_drop = 0.1}"], "needs --sparsity or --speedup"),

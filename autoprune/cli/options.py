@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
@@ -13,7 +19,8 @@ if TYPE_CHECKING:  # imported when a command runs: --help does not wait for torc
     from torch import nn
 
     from autoprune.pipeline.run import Run
-    from autoprune.report.console import Console
+    from autoprune.progress import Progress
+    from autoprune.target import Target
 
 ConfigPath = Annotated[Path, typer.Argument(help="A TOML config, e.g. configs/digits.toml.")]
 RunDir = Annotated[
@@ -22,6 +29,10 @@ RunDir = Annotated[
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key, e.g. --set search.episodes=50.")
 ]
+
+Seed = Annotated[int | None, typer.Option(help="Of everything that is drawn: the config's key seed.", min=0)]
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object in place of the report.")]
 
 # Of the commands that search.
 Workers = Annotated[
@@ -54,6 +65,153 @@ ValueBits = Annotated[
 ]
 
 
+_TARGET = "Target, in place of the config's"  # the panel of --help
+
+
+@dataclass(frozen=True)
+class TargetOptions:
+    """What the pruned model must reach, in place of the config's target as a whole: `Target`."""
+
+    speedup: Annotated[
+        float | None,
+        typer.Option(help="At least so many times as fast, measured here; above 1.", rich_help_panel=_TARGET),
+    ] = None
+    over: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BASELINE",
+            help="What --speedup is over: the best dense engine, the dense model repacked, or torch eager. "
+            "[default: best]",
+            rich_help_panel=_TARGET,
+        ),
+    ] = None
+    latency_ms: Annotated[
+        float | None,
+        typer.Option(help="At most so many milliseconds an inference, measured here.", rich_help_panel=_TARGET),
+    ] = None
+    size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BYTES", help="Of the packed file, at most: 500kB, 1.5MB, 64KiB.", rich_help_panel=_TARGET
+        ),
+    ] = None
+    macs: Annotated[
+        int | None,
+        typer.Option(help="At most so many multiply-adds of one sample.", rich_help_panel=_TARGET),
+    ] = None
+    sparsity: Annotated[float | None, typer.Option(help="Share of zeros, in (0, 1).", rich_help_panel=_TARGET)] = None
+    accuracy_drop: Annotated[
+        float | None,
+        typer.Option(help="At most this drop: 0.01 is a point of accuracy.", rich_help_panel=_TARGET),
+    ] = None
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The options that were given, by name."""
+        values = {f"--{field.name.replace('_', '-')}": getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def target(self) -> Target | None:
+        """The target; None where no option was given.
+
+        Raises:
+            ConfigError: a figure is out of its range, or what a speed-up is over is given without one.
+        """
+        from autoprune.target import Target
+
+        if self.speedup is None:
+            only_for("--speedup", {"--over": self.over})
+        if not self.given:
+            return None
+        return Target(
+            speedup=self.speedup,
+            accuracy_drop=self.accuracy_drop,
+            sparsity=self.sparsity,
+            latency_ms=self.latency_ms,
+            size_bytes=None if self.size is None else size_in_bytes(self.size),
+            macs=self.macs,
+            over=self.over or "best",  # type: ignore[arg-type]  # checked there
+        )
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """How a command that ends with a report says so."""
+
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 where the target was missed.")] = False
+    as_json: AsJson = False
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False
+
+    @property
+    def progress(self) -> Progress:
+        from autoprune.progress import SILENT
+
+        return SILENT if self.quiet else console()
+
+
+_UNITS = {"": 1, "b": 1} | {
+    prefix + tail: base**power
+    for power, prefix in enumerate(("k", "m", "g"), start=1)
+    for tail, base in (("b", 1000), ("ib", 1024))
+}
+
+
+def size_in_bytes(text: str) -> int:
+    """A size as people write it, such as ``500kB``, ``1.5 MB``, ``64KiB`` or ``20000``, in bytes; k is 1000, Ki 1024.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
+    if found is None or found[2] not in _UNITS:
+        raise ConfigError(f"--size is a number of bytes, such as 500kB, 1.5MB or 64KiB, not {text!r}.")
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+def with_groups(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command the fields of its parameters that are dataclasses, such as `TargetOptions`, as options."""
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, type[Any]] = {name: kind for name, kind in hints.items() if is_dataclass(kind)}  # type: ignore[misc]
+    parameters: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(command).parameters.items():
+        if name not in groups:
+            parameters.append(parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY))
+            continue
+        of_fields = get_type_hints(groups[name], include_extras=True)
+        for field in fields(groups[name]):
+            parameters.append(
+                inspect.Parameter(
+                    field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=of_fields[field.name]
+                )
+            )
+
+    @functools.wraps(command)
+    def expanded(**options: Any) -> None:
+        made = {
+            name: kind(**{field.name: options.pop(field.name) for field in fields(kind)})
+            for name, kind in groups.items()
+        }
+        command(**options, **made)
+
+    expanded.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    expanded.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return expanded
+
+
+def changes(target: TargetOptions, seed: int | None) -> list[str]:
+    """These options as overrides of a config.
+
+    Raises:
+        ConfigError: the target cannot be used.
+    """
+    asked = target.target()
+    given = [] if seed is None else [f"seed={seed}"]
+    if asked is not None:
+        table = ", ".join(f"{name} = {json.dumps(value)}" for name, value in asked.to_json().items())
+        given.append(f"target={{{table}}}")
+    return given
+
+
 def is_function(target: str) -> bool:
     """Whether `target` reads as ``package.module:function`` and not as a path."""
     return ":" in target and not target.endswith(".toml") and not Path(target).exists()
@@ -73,7 +231,7 @@ def model_of(function: str) -> nn.Module:
     return user_model("model", function)
 
 
-def console() -> Console:
+def console() -> Progress:
     """Progress on stderr."""
     from autoprune.report.console import Console
 
@@ -89,6 +247,7 @@ def open_run(
     workers: int | None = None,
     ray: str | None = None,
     finished: bool = False,
+    progress: Progress | None = None,
 ) -> Run:
     """The run of a config, its directory locked; not that of a `finished` run that is only read."""
     from autoprune.config import load_config
@@ -96,7 +255,7 @@ def open_run(
 
     loaded = load_config(config, overrides or [])
     directory = run_dir or Path("runs") / config.stem
-    made = Run(loaded, directory, progress=console(), fresh_table=fresh_table, workers=workers, ray=ray)
+    made = Run(loaded, directory, progress=progress or console(), fresh_table=fresh_table, workers=workers, ray=ray)
     if directory.exists() and not (finished and (directory / "report.md").exists()):
         made.lock.take()  # at once: a new directory is made, and locked, when the task has proved to work
     return made

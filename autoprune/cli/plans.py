@@ -8,23 +8,37 @@ from typing import Annotated
 
 import typer
 
-from autoprune.cli.options import ConfigPath, Overrides, RunDir, only_for, open_run
+from autoprune.cli.options import (
+    ConfigPath,
+    Overrides,
+    ReportOptions,
+    RunDir,
+    Seed,
+    TargetOptions,
+    changes,
+    only_for,
+    open_run,
+    with_groups,
+)
+from autoprune.cli.output import show_report
 from autoprune.errors import ConfigError
 
 
+@with_groups
 def prune(
     config: ConfigPath,
+    target: TargetOptions,
+    shown: ReportOptions,
     run_dir: RunDir = None,
     overrides: Overrides = None,
     plan: Annotated[Path | None, typer.Option(help="A plan to apply in place of a searched one.")] = None,
     method: Annotated[
         str | None, typer.Option(help="Prune without a search, by this training method, e.g. adaptive; to the end.")
     ] = None,
-    sparsity: Annotated[float | None, typer.Option(help="With --method: share of zeros, in (0, 1).")] = None,
-    speedup: Annotated[float | None, typer.Option(help="With --method: as measured here, above 1.")] = None,
     pattern: Annotated[
         str | None, typer.Option(help='With --method: e.g. unstructured, or {name = "group", size = 16}.')
     ] = None,
+    seed: Seed = None,
 ) -> None:
     """Mask the dense model by the plan, without fine-tuning; with --method: prune, train and measure without a search.
 
@@ -37,10 +51,12 @@ def prune(
     if method is not None:
         if plan is not None:
             raise ConfigError("--plan and --method exclude each other: a plan names its own method.")
-        _prune_by(method, config, run_dir, overrides or [], sparsity, speedup, pattern)
+        given = [*changes(target, seed), *([f"env.pattern={pattern}"] if pattern is not None else [])]
+        _prune_by(method, config, run_dir, [*given, *(overrides or [])], shown)
         return
-    only_for("--method", {"--sparsity": sparsity, "--speedup": speedup, "--pattern": pattern})
-    job = open_run(config, run_dir, overrides)
+    only_for("--method", {**target.given, "--pattern": pattern})
+    only_for("--method", {"--json": shown.as_json or None, "--strict": shown.strict or None})
+    job = open_run(config, run_dir, [*changes(target, seed), *(overrides or [])], progress=shown.progress)
     if plan is not None:
         job.adopt(plan)
     metric, score = job.task.metric, job.task.evaluate(job.pruned)
@@ -50,30 +66,18 @@ def prune(
     )
 
 
-def _prune_by(
-    method: str,
-    config: Path,
-    run_dir: Path | None,
-    overrides: list[str],
-    sparsity: float | None,
-    speedup: float | None,
-    pattern: str | None,
-) -> None:
+def _prune_by(method: str, config: Path, run_dir: Path | None, overrides: list[str], shown: ReportOptions) -> None:
     """The whole job without a search."""
     from autoprune.pipeline.results import report_of
     from autoprune.report.run_report import write_report
 
-    if sparsity is not None and speedup is not None:
-        raise ConfigError("give --sparsity or --speedup, not both.")
-    given = [f"finetune.method={json.dumps(method)}"]  # as TOML quotes it too
-    given += [f"target={{sparsity = {sparsity}}}"] if sparsity is not None else []
-    given += [f"target={{speedup = {speedup}}}"] if speedup is not None else []
-    given += [f"env.pattern={pattern}"] if pattern is not None else []
-    job = open_run(config, run_dir or Path("runs") / f"{config.stem}-{method}", [*given, *overrides])
+    given = [f"finetune.method={json.dumps(method)}", *overrides]  # as TOML quotes it too
+    job = open_run(config, run_dir or Path("runs") / f"{config.stem}-{method}", given, progress=shown.progress)
     job.plan_uniformly()
     job.settle()
-    typer.echo(write_report(report_of(job)))
-    typer.echo(f"Written to {job.directory}. Watch the training: tensorboard --logdir {job.directory}")
+    write_report(report_of(job))
+    watch = f"Written to {job.directory}. Watch the training: tensorboard --logdir {job.directory}\n"
+    show_report(job.directory, shown, watch)
 
 
 def finetune(config: ConfigPath, run_dir: RunDir = None, overrides: Overrides = None) -> None:

@@ -7,13 +7,31 @@ from typing import Annotated
 
 import typer
 
-from autoprune.cli.options import ConfigPath, Overrides, Ray, RunDir, Workers, open_run
+from autoprune.cli.options import (
+    AsJson,
+    ConfigPath,
+    Overrides,
+    Ray,
+    ReportOptions,
+    RunDir,
+    Seed,
+    TargetOptions,
+    Workers,
+    changes,
+    open_run,
+    with_groups,
+)
+from autoprune.cli.output import show_report
 
 
+@with_groups
 def run(
     config: ConfigPath,
+    target: TargetOptions,
+    shown: ReportOptions,
     run_dir: RunDir = None,
     overrides: Overrides = None,
+    seed: Seed = None,
     workers: Workers = None,
     ray: Ray = None,
 ) -> None:
@@ -21,23 +39,26 @@ def run(
 
     A stopped run goes on where it was when the same command is given again.
 
-    Example: autoprune run configs/digits.toml --set target.speedup=3
+    Example: autoprune run configs/digits.toml --speedup 3 --over eager
+
+    Example: autoprune run configs/digits.toml --size 60kB --accuracy-drop 0.01 --strict --json
 
     Example: autoprune run configs/digits.toml --ray auto
     """
-    from autoprune.files import read_text
     from autoprune.pipeline.results import report_of
     from autoprune.report.run_report import write_report
 
-    job = open_run(config, run_dir, overrides, workers=workers, ray=ray, finished=True)
+    given = [*changes(target, seed), *(overrides or [])]
+    job = open_run(config, run_dir, given, workers=workers, ray=ray, finished=True, progress=shown.progress)
     _ = job.task  # refused where the directory was made with another one
     if job.complete:
-        typer.echo(read_text(job.directory / "report.md", "the report"))
-        typer.echo(f"This run is complete: {job.directory}. Give another --run-dir, or delete it, to run again.")
+        again = f"This run is complete: {job.directory}. Give another --run-dir, or delete it, to run again.\n"
+        show_report(job.directory, shown, again)
         return
     job.settle()
-    typer.echo(write_report(report_of(job)))
-    typer.echo(f"Written to {job.directory}. Watch the search: tensorboard --logdir {job.directory.parent}")
+    write_report(report_of(job))
+    watch = f"Written to {job.directory}. Watch the search: tensorboard --logdir {job.directory.parent}\n"
+    show_report(job.directory, shown, watch)
 
 
 def profile(
@@ -55,11 +76,17 @@ def profile(
     typer.echo(latency_text(open_run(config, run_dir, overrides, fresh_table=force).preparation.table))
 
 
-def report(run_dir: Annotated[Path, typer.Argument(help="A run directory, e.g. runs/digits.")]) -> None:
+def report(
+    run_dir: Annotated[Path, typer.Argument(help="A run directory, e.g. runs/digits.")],
+    as_json: AsJson = False,
+) -> None:
     """Write the report of a finished run again, from what its directory holds, and print it. Runs no code of yours.
 
     Example: autoprune report runs/digits
+
+    Example: autoprune report runs/digits --json
     """
     from autoprune.report.stored import write_page
 
-    typer.echo(write_page(run_dir))
+    write_page(run_dir)
+    show_report(run_dir, ReportOptions(as_json=as_json))

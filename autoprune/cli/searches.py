@@ -7,7 +7,20 @@ from typing import Annotated
 
 import typer
 
-from autoprune.cli.options import ConfigPath, Overrides, Ray, RunDir, Workers, console, open_run
+from autoprune.cli.options import (
+    ConfigPath,
+    Overrides,
+    Ray,
+    ReportOptions,
+    RunDir,
+    Seed,
+    TargetOptions,
+    Workers,
+    console,
+    open_run,
+    with_groups,
+)
+from autoprune.cli.output import show_report
 from autoprune.errors import ConfigError
 
 
@@ -81,24 +94,24 @@ def compare(
     )
 
 
+@with_groups
 def apply(
     model: Annotated[str, typer.Option(help="package.module:function returning the trained nn.Module.")],
     data: Annotated[str, typer.Option(help="package.module:function returning (train_loader, validation_loader).")],
+    target: TargetOptions,
+    shown: ReportOptions,
     policy: Annotated[
         Path | None,
         typer.Option(help="A policy's folder, e.g. runs/digits/policy. [default: the one that comes along]"),
     ] = None,
-    speedup: Annotated[
-        float | None, typer.Option(help="At least this speed-up over the best dense engine here.")
-    ] = None,
-    accuracy_drop: Annotated[float | None, typer.Option(help="At most this drop: 0.01 is a point of accuracy.")] = None,
-    out: Annotated[Path, typer.Option(help="Where the pruned, repacked model and the report go.")] = Path(
-        "runs/applied"
-    ),
+    run_dir: Annotated[
+        Path, typer.Option("--run-dir", help="Where the run is kept and resumed from: the fast model and the report.")
+    ] = Path("runs/applied"),
     episodes: Annotated[
         int, typer.Option(help="1 takes the policy's plan; more refine it, and never end below it.", min=1)
     ] = 1,
     overrides: Overrides = None,
+    seed: Seed = None,
     workers: Workers = None,
     ray: Ray = None,
 ) -> None:
@@ -115,9 +128,10 @@ def apply(
     from autoprune.report.run_report import write_report
     from autoprune.target import Target
 
-    target = Target(speedup=speedup, accuracy_drop=accuracy_drop)
-    config = apply_config(policy, model, data, target, episodes, parse_overrides(overrides or []))
-    job = Run(config, out, progress=console(), workers=workers, ray=ray)
+    drawn = [] if seed is None else [f"seed={seed}"]
+    changed = parse_overrides([*drawn, *(overrides or [])])
+    config = apply_config(policy, model, data, target.target() or Target(), episodes, changed)
+    job = Run(config, run_dir, progress=shown.progress, workers=workers, ray=ray)
     job.settle()
-    typer.echo(write_report(report_of(job)))
-    typer.echo(f"Written to {out}.")
+    write_report(report_of(job))
+    show_report(run_dir, shown, f"Written to {run_dir}.\n")

@@ -1,0 +1,123 @@
+"""What people expect of a command-line tool: options for the target, for scripts, and for the shell."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from autoprune.cli import app
+from autoprune.cli.options import ReportOptions, TargetOptions, changes, size_in_bytes
+from autoprune.cli.output import show_report
+from autoprune.config import load_config
+from autoprune.errors import ConfigError
+from autoprune.latency.timer import Latency
+from autoprune.metric import ACCURACY
+from autoprune.report.data import ResultRow
+from autoprune.report.stored import EAGER, REPACKED, Record, Results, write_page, write_stored
+from autoprune.target import FIGURES, Target
+
+COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+
+
+# The target -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["run", "apply", "prune"])
+def test_every_figure_of_a_target_has_an_option(command: str) -> None:
+    options = {option for parameter in COMMANDS[command].params for option in parameter.opts}
+    figures = {figure.replace("size_bytes", "size").replace("_", "-") for figure in FIGURES}
+    assert {f"--{name}" for name in (*figures, "over", "seed", "run-dir")} <= options
+
+
+def test_options_replace_the_target_as_a_whole(tmp_path: Path) -> None:
+    path = tmp_path / "some.toml"
+    path.write_text('task = "digits"\ntarget = {accuracy_drop = 0.02}\nseed = 1\n')
+    config = load_config(path, changes(TargetOptions(speedup=3.0, over="eager", size="1.5 MB"), 7))
+    assert config.target == Target(speedup=3.0, over="eager", size_bytes=1_500_000)
+    assert config.seed == 7
+    assert changes(TargetOptions(), None) == []
+    small = load_config(path, [*changes(TargetOptions(latency_ms=1e-5), None), "target.accuracy_drop=0.1"])
+    assert small.target == Target(latency_ms=1e-5, accuracy_drop=0.1), "--set adds to them"
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("20000", 20_000), ("500kB", 500_000), ("1.5 MB", 1_500_000), ("64KiB", 65_536), ("2GB", 2 * 10**9), ("7B", 7)],
+)
+def test_sizes_are_read_as_people_write_them(text: str, size: int) -> None:
+    assert size_in_bytes(text) == size
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (TargetOptions(size="5 parsecs"), "--size is a number of bytes"),
+        (TargetOptions(size="-5"), "--size is a number of bytes"),
+        (TargetOptions(size="0"), "target.size_bytes must be above 0"),
+        (TargetOptions(over="eager"), "--over is for --speedup alone"),
+        (TargetOptions(speedup=2.0, over="egaer"), "Did you mean 'eager'"),
+        (TargetOptions(sparsity=90.0), "target.sparsity is a fraction"),
+    ],
+)
+def test_a_target_that_cannot_be_used_is_said(options: TargetOptions, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        options.target()
+
+
+# The result -----------------------------------------------------------------------------------------------------------
+
+
+def finished(folder: Path, asked: float) -> Path:
+    """The directory of a run that reached 3x over the best dense engine."""
+
+    def row(name: str, speedup: float) -> ResultRow:
+        return ResultRow(name, 0.9, Latency.from_samples([1.0 / speedup] * 3, 1), speedup, speedup, 100, 1000)
+
+    folder.mkdir()
+    rows = (row(EAGER, 1.0), ResultRow("dense, openvino", left_out="not installed"), row(REPACKED, 3.0))
+    write_stored(folder / "results.json", Results(rows, {"batch": 1}, {"cpu": "some"}))
+    record = Record("a run", {}, Target(speedup=asked), ACCURACY, (), (), (), {"fc": 0.5})
+    write_stored(folder / "report.json", record)
+    write_page(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("asked", "reached"), [(2.0, True), (4.0, False)])
+def test_a_script_reads_one_json_object(tmp_path: Path, asked: float, reached: bool) -> None:
+    folder = finished(tmp_path / "run", asked)
+    said = json.loads(CliRunner().invoke(app, ["report", str(folder), "--json"], catch_exceptions=False).stdout)
+    assert said["reached"] is reached
+    assert len(said["missed"]) == (0 if reached else 1)
+    assert said["speedup_over_best"] == said["speedup_over_eager"] == 3.0
+    assert (said["score"], said["dense_score"], said["size_bytes"]) == (0.9, 0.9, 1000)
+    assert [row["name"] for row in said["rows"]] == [EAGER, "dense, openvino", REPACKED]
+    assert said["rows"][1]["left_out"] == "not installed"
+    assert (said["run_dir"], said["plan"]) == (str(folder), str(folder / "plan.json"))
+
+
+def test_strict_makes_a_missed_target_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    show_report(finished(tmp_path / "met", 2.0), ReportOptions(strict=True))
+    missed = finished(tmp_path / "missed", 4.0)
+    show_report(missed, ReportOptions())
+    with pytest.raises(typer.Exit) as stopped:
+        show_report(missed, ReportOptions(strict=True))
+    assert stopped.value.exit_code == 3
+    assert "missed" in capsys.readouterr().out, "the report is printed all the same"
+
+
+def test_the_headline_stands_last_in_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    show_report(finished(tmp_path / "run", 2.0), ReportOptions(), "Written there.\n")
+    *page, last = capsys.readouterr().out.strip().splitlines()
+    assert last.startswith("The repacked model is 3.00x as fast as the best dense engine")
+    assert page[-2] == "Written there."
+
+
+def test_quiet_shows_no_progress(capsys: pytest.CaptureFixture[str]) -> None:
+    ReportOptions(quiet=True).progress.say("something")
+    assert capsys.readouterr().err == ""
+    ReportOptions().progress.say("something")
+    assert capsys.readouterr().err == "something\n"
