@@ -79,8 +79,8 @@ class TrialLog:
         append_line(self.path, trial.to_json())
 
 
-class _Stalled(Exception):
-    """Ends an agent's search where nothing improves."""
+class _Stopped(Exception):
+    """Ends an agent's search where nothing improves, or its time is over."""
 
 
 def stalled(trials: Sequence[Trial], known_best: float) -> int:
@@ -90,6 +90,10 @@ def stalled(trials: Sequence[Trial], known_best: float) -> int:
         since = 0 if trial.reward > best + NOTABLE else since + 1
         best = max(best, trial.reward)
     return since
+
+
+def _never() -> bool:
+    return False
 
 
 def search(
@@ -103,6 +107,7 @@ def search(
     on_resumed: Callable[[Sequence[Trial]], None] | None = None,
     patience: int | None = None,
     known_best: float = -math.inf,
+    over: Callable[[], bool] = _never,
 ) -> SearchResult:
     """Runs `agent` for `episodes` episodes, resuming what `directory` holds.
 
@@ -116,11 +121,12 @@ def search(
         on_resumed: called once, before the first, with the trials of the interrupted search.
         patience: the search stops after so many episodes without a better reward; None: never.
         known_best: the reward of the best plan that was there before.
+        over: whether the search's time is over; asked after each episode. One episode is always played.
     """
     log = TrialLog(directory / "trials.jsonl") if directory is not None else None
     trials = [trial for trial in log.read() if trial.fidelity == 0] if log is not None else []
-    done = 0
-    if log is not None and directory is not None:
+    done, ended = 0, bool(trials) and over()
+    if log is not None and directory is not None and not ended:
         done = min(episodes, agent.resumable_episodes(directory, len(trials)))
         if done < len(trials):
             log.keep_first(done)  # those of successive halving go too: their evaluations are remembered
@@ -134,12 +140,12 @@ def search(
         trials.append(trial)
         if on_trial is not None:
             on_trial(len(trials) - 1, trial)
-        if patience is not None and stalled(trials, known_best) >= patience:
-            raise _Stalled
+        if over() or (patience is not None and stalled(trials, known_best) >= patience):
+            raise _Stopped
 
-    if patience is not None and stalled(trials, known_best) >= patience:
+    if ended or (patience is not None and stalled(trials, known_best) >= patience):
         return SearchResult(tuple(trials))
     # stable-baselines3 seeds the global generators; and networks this small run slower on two threads than on one.
-    with own_randomness(), torch_threads(1), suppress(_Stalled):
+    with own_randomness(), torch_threads(1), suppress(_Stopped):
         agent.search(env, episodes, seed, record, directory, done)
     return SearchResult(tuple(trials))

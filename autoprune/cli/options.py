@@ -42,6 +42,10 @@ Ray = Annotated[
     str | None,
     typer.Option(metavar="ADDRESS", help="A Ray cluster that evaluates trials: auto, HOST:PORT; local starts one."),
 ]
+Minutes = Annotated[
+    float | None,
+    typer.Option(help="Of the search, at most; the best plan so far is taken. A stopped run goes on with the rest."),
+]
 
 # Of the commands that take a run's config or a model's function.
 ConfigOrFunction = Annotated[
@@ -231,6 +235,13 @@ def model_of(function: str) -> nn.Module:
     return user_model("model", function)
 
 
+def checked_minutes(minutes: float | None) -> float | None:
+    """The option --minutes; raises ConfigError unless it is above 0."""
+    if minutes is not None and not 0.0 < minutes < float("inf"):
+        raise ConfigError(f"--minutes must be above 0, not {minutes:g}.")
+    return minutes
+
+
 def console() -> Progress:
     """Progress on stderr."""
     from autoprune.report.console import Console
@@ -246,6 +257,7 @@ def open_run(
     fresh_table: bool = False,
     workers: int | None = None,
     ray: str | None = None,
+    minutes: float | None = None,
     finished: bool = False,
     progress: Progress | None = None,
 ) -> Run:
@@ -255,7 +267,15 @@ def open_run(
 
     loaded = load_config(config, overrides or [])
     directory = run_dir or Path("runs") / config.stem
-    made = Run(loaded, directory, progress=progress or console(), fresh_table=fresh_table, workers=workers, ray=ray)
+    made = Run(
+        loaded,
+        directory,
+        progress=progress or console(),
+        fresh_table=fresh_table,
+        workers=workers,
+        ray=ray,
+        minutes=checked_minutes(minutes),
+    )
     if directory.exists() and not (finished and (directory / "report.md").exists()):
         made.lock.take()  # at once: a new directory is made, and locked, when the task has proved to work
     return made

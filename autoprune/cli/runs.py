@@ -10,6 +10,7 @@ import typer
 from autoprune.cli.options import (
     AsJson,
     ConfigPath,
+    Minutes,
     Overrides,
     Ray,
     ReportOptions,
@@ -34,6 +35,7 @@ def run(
     seed: Seed = None,
     workers: Workers = None,
     ray: Ray = None,
+    minutes: Minutes = None,
 ) -> None:
     """The whole job: train dense, profile, search, fine-tune, repack, measure, report.
 
@@ -43,13 +45,17 @@ def run(
 
     Example: autoprune run configs/digits.toml --size 60kB --accuracy-drop 0.01 --strict --json
 
+    Example: autoprune run configs/digits.toml --minutes 30
+
     Example: autoprune run configs/digits.toml --ray auto
     """
     from autoprune.pipeline.results import report_of
     from autoprune.report.run_report import write_report
 
     given = [*changes(target, seed), *(overrides or [])]
-    job = open_run(config, run_dir, given, workers=workers, ray=ray, finished=True, progress=shown.progress)
+    job = open_run(
+        config, run_dir, given, workers=workers, ray=ray, minutes=minutes, finished=True, progress=shown.progress
+    )
     _ = job.task  # refused where the directory was made with another one
     if job.complete:
         again = f"This run is complete: {job.directory}. Give another --run-dir, or delete it, to run again.\n"

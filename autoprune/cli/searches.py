@@ -9,6 +9,7 @@ import typer
 
 from autoprune.cli.options import (
     ConfigPath,
+    Minutes,
     Overrides,
     Ray,
     ReportOptions,
@@ -16,6 +17,7 @@ from autoprune.cli.options import (
     Seed,
     TargetOptions,
     Workers,
+    checked_minutes,
     console,
     open_run,
     with_groups,
@@ -108,30 +110,39 @@ def apply(
         Path, typer.Option("--run-dir", help="Where the run is kept and resumed from: the fast model and the report.")
     ] = Path("runs/applied"),
     episodes: Annotated[
-        int, typer.Option(help="1 takes the policy's plan; more refine it, and never end below it.", min=1)
-    ] = 1,
+        int | None,
+        typer.Option(
+            help="1 takes the policy's plan; more refine it, and never end below it. [default: 1; with --minutes 100]",
+            min=1,
+        ),
+    ] = None,
     overrides: Overrides = None,
     seed: Seed = None,
     workers: Workers = None,
     ray: Ray = None,
+    minutes: Minutes = None,
 ) -> None:
     """Apply a learned policy to your own model: plan, prune, fine-tune, repack, measure.
 
     Example: autoprune apply --model my.models:build --data my.data:loaders --speedup 3
 
     Example: autoprune apply --model my.models:build --data my.data:loaders --speedup 3 --episodes 50 --policy runs/mine
+
+    Example: autoprune apply --model my.models:build --data my.data:loaders --accuracy-drop 0.01 --minutes 20
     """
     from autoprune.api import apply_config
-    from autoprune.config import parse_overrides
+    from autoprune.config import SearchSection, parse_overrides
     from autoprune.pipeline.results import report_of
     from autoprune.pipeline.run import Run
     from autoprune.report.run_report import write_report
     from autoprune.target import Target
 
+    if episodes is None:
+        episodes = 1 if minutes is None else SearchSection().episodes
     drawn = [] if seed is None else [f"seed={seed}"]
     changed = parse_overrides([*drawn, *(overrides or [])])
     config = apply_config(policy, model, data, target.target() or Target(), episodes, changed)
-    job = Run(config, run_dir, progress=shown.progress, workers=workers, ray=ray)
+    job = Run(config, run_dir, progress=shown.progress, workers=workers, ray=ray, minutes=checked_minutes(minutes))
     job.settle()
     write_report(report_of(job))
     show_report(run_dir, shown, f"Written to {run_dir}.\n")

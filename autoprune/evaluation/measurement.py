@@ -162,6 +162,10 @@ class CachedEvaluate(Evaluate):
         """How many plans were evaluated."""
         return len(self._known)
 
+    def knows(self, plan: Plan) -> bool:
+        """Whether a plan was evaluated before."""
+        return plan.key in self._known
+
     def __call__(self, plan: Plan) -> Evaluated:
         key = plan.key
         if key not in self._known:

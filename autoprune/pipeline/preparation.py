@@ -141,6 +141,7 @@ class Context:
         work_threads: torch threads while training and scoring; timing has the config's.
         workers: processes that evaluate trials.
         ray: in their place, the address of a Ray cluster.
+        minutes: of the search, at most; None: as an earlier process was given.
     """
 
     config: Config
@@ -153,6 +154,7 @@ class Context:
     work_threads: int
     workers: int
     ray: str | None
+    minutes: float | None = None
 
     @property
     def measures(self) -> bool:

@@ -72,6 +72,8 @@ class Run:
         fresh_table: measure the latency table again even if there is one.
         workers: processes that evaluate trials, which change no result; None: one a core.
         ray: in their place, the address of a Ray cluster: see `evaluation.ray_pool`.
+        minutes: of the search, at most, however many processes it is done in; the best plan so far is taken then. None:
+            as many as the directory's search was given before. A plan that is there ends the search for good.
 
     Attributes:
         context: what all stages share.
@@ -97,6 +99,7 @@ class Run:
         fresh_table: bool = False,
         workers: int | None = 1,
         ray: str | None = None,
+        minutes: float | None = None,
     ) -> None:
         refused()  # torch must know before a model runs
         choices = create_choices(config, task_given=task is not None)
@@ -117,6 +120,7 @@ class Run:
             work_threads=torch.get_num_threads(),
             workers=cores() if workers is None else workers,
             ray=ray,
+            minutes=None if self._plan_file.exists() else minutes,
         )
         self.preparation = Preparation(self.context, task, fresh_table=fresh_table)
         self.search = PlanSearch(self.context, self.preparation)

@@ -50,6 +50,7 @@ from autoprune.pipeline.baselines import EAGER, Baselines, DenseEngines, measure
 from autoprune.pipeline.correction import Gauge, check_reachable, gauge
 from autoprune.pipeline.monitor import SearchMonitor
 from autoprune.pipeline.preparation import Context, Preparation
+from autoprune.pipeline.time_limit import TimeLimit
 from autoprune.plan import Plan
 from autoprune.report.data import MeasuredPoint
 from autoprune.target import Target
@@ -219,8 +220,9 @@ def run_search(context: Context, posed: SearchProblem, env: PruneEnv, measured: 
     )
     dense = MeasuredPoint(problem.table.dense_ms, problem.dense_score)
     text = "\n".join(f"{key} = {value}" for key, value in sorted(flat(config.to_json()).items()))
+    limit = TimeLimit(directory / "minutes.json", context.minutes, context.clock)
     with posed.workers:
-        rules = try_rules(context, posed.problem, env, posed.metric) if config.search.rules else {}
+        rules = try_rules(context, posed, env, limit) if config.search.rules else {}
         first = best_of(rules)
         with context.progress.bar("search", config.search.episodes) as bar:
             monitor = SearchMonitor(context.directory / "tensorboard", text, posed.metric, dense, bar, first)
@@ -235,6 +237,7 @@ def run_search(context: Context, posed: SearchProblem, env: PruneEnv, measured: 
                     on_resumed=monitor.resumed,
                     patience=config.search.patience,
                     known_best=-math.inf if first is None else first.reward,
+                    over=limit.over,
                 )
     result = replace(result, rules=rules)
     try:
@@ -242,7 +245,8 @@ def run_search(context: Context, posed: SearchProblem, env: PruneEnv, measured: 
     except NumericalError as error:
         raise error from posed.evaluations.error
     if len(result.trials) < config.search.episodes:
-        context.progress.say(f"stopped after {len(result.trials)} episodes: nothing better in {config.search.patience}")
+        why = f"{limit.minutes:g} minutes are over" if limit.over() else f"nothing better in {config.search.patience}"
+        context.progress.say(f"stopped after {len(result.trials)} episodes: {why}")
     if not (policy / "policy.json").exists():
         agent.save_policy(policy, env)
     if config.search.halving:
@@ -250,21 +254,29 @@ def run_search(context: Context, posed: SearchProblem, env: PruneEnv, measured: 
     return replace(result, finalists=_finalists(context, posed, result, measured))
 
 
-def try_rules(context: Context, problem: Problem, env: PruneEnv, metric: Metric) -> dict[str, tuple[Trial, ...]]:
-    """Evaluates the plans of every rule; rule -> its trials. What was evaluated before is remembered."""
-    search = context.config.search
+def try_rules(context: Context, posed: SearchProblem, env: PruneEnv, limit: TimeLimit) -> dict[str, tuple[Trial, ...]]:
+    """Evaluates the plans of every rule, as long as there is time; rule -> its trials.
+
+    What was evaluated before is remembered.
+    """
+    search, problem = context.config.search, posed.problem
     criteria = list(dict.fromkeys([context.config.env.criterion, *search.criteria]))
     movable = [pattern for pattern in context.choices.patterns if PATTERNS.create(pattern).any_sparsity]
     plans = rule_plans(env, movable, criteria)
-    tried: dict[str, tuple[Trial, ...]] = {}
+    over = False
     with context.progress.bar("rules", sum(map(len, plans.values()))) as bar:
         for rule, of_rule in plans.items():
-            trials = []
-            for plan, evaluated in zip(of_rule, problem.evaluate.in_order(of_rule), strict=True):
-                trials.append(as_trial(problem, plan, evaluated))
-                bar.advance(1, f"{rule}: {_describe(evaluated, metric)}")
-            tried[rule] = tuple(trials)
-    return tried
+            for evaluated in problem.evaluate.in_order(of_rule):
+                bar.advance(1, f"{rule}: {_describe(evaluated, posed.metric)}")
+                if over := limit.over():
+                    break
+            if over:
+                break
+    known = {rule: [plan for plan in of_rule if posed.evaluations.knows(plan)] for rule, of_rule in plans.items()}
+    return {
+        rule: tuple(as_trial(problem, plan, problem.evaluate(plan)) for plan in of_rule)
+        for rule, of_rule in known.items()
+    }
 
 
 def best_of(rules: Mapping[str, Sequence[Trial]]) -> Trial | None:
