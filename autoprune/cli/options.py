@@ -42,6 +42,10 @@ Ray = Annotated[
     str | None,
     typer.Option(metavar="ADDRESS", help="A Ray cluster that evaluates trials: auto, HOST:PORT; local starts one."),
 ]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Say what would be done, what is in reach and how long it takes; change nothing."),
+]
 Minutes = Annotated[
     float | None,
     typer.Option(help="Of the search, at most; the best plan so far is taken. A stopped run goes on with the rest."),

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from autoprune.cli.options import ReportOptions
+
+if TYPE_CHECKING:  # imported when a command runs: --help does not wait for torch
+    from autoprune.config import Config
 
 MISSED = 3  # the status where --strict was given and the target was missed
 
@@ -34,3 +39,48 @@ def show_report(directory: Path, options: ReportOptions, remark: str = "") -> No
         typer.echo("\n".join(part for part in parts if part))
     if options.strict and summary.missed:
         raise typer.Exit(MISSED)
+
+
+def show_forecast(
+    config: Config,
+    directory: Path,
+    options: ReportOptions,
+    *,
+    searches: bool = True,
+    trains: bool = True,
+    minutes: float | None = None,
+    workers: int | None = None,
+) -> None:
+    """Prints what a run would do; all that has to be measured for it is measured in a temporary folder.
+
+    Args:
+        config: of the run.
+        directory: where it would be kept; what it holds is read, and left as it is.
+        options: what to print.
+        searches: whether the run searches for its plan.
+        trains: whether it fine-tunes it and measures the result.
+        minutes: that the search is given.
+        workers: that evaluate its trials.
+
+    Raises:
+        InfeasibleTarget: after it was printed, where the run would be refused.
+        ConfigError: the directory is another run's.
+    """
+    from autoprune.config import check_directory
+    from autoprune.files import temporary_folder
+    from autoprune.pipeline.forecast import copy_for_forecast, forecast
+    from autoprune.pipeline.run import Run
+
+    check_directory(directory, config.to_json())
+    with temporary_folder() as folder:
+        copy_for_forecast(directory, folder)
+        run = Run(config, folder, progress=options.progress, minutes=minutes, workers=workers)
+        with closing(run.lock):
+            found = forecast(run, searches=searches, trains=trains)
+    if options.as_json:
+        typer.echo(json.dumps({**found.to_json(), "run_dir": str(directory)}))
+    else:
+        typer.echo(found.text())
+        typer.echo(f"Nothing was changed in {directory}: this was measured in a temporary folder.")
+    if found.refusal is not None:
+        raise found.refusal

@@ -10,6 +10,7 @@ import typer
 
 from autoprune.cli.options import (
     ConfigPath,
+    DryRun,
     Overrides,
     ReportOptions,
     RunDir,
@@ -20,7 +21,7 @@ from autoprune.cli.options import (
     open_run,
     with_groups,
 )
-from autoprune.cli.output import show_report
+from autoprune.cli.output import show_forecast, show_report
 from autoprune.errors import ConfigError
 
 
@@ -33,12 +34,19 @@ def prune(
     overrides: Overrides = None,
     plan: Annotated[Path | None, typer.Option(help="A plan to apply in place of a searched one.")] = None,
     method: Annotated[
-        str | None, typer.Option(help="Prune without a search, by this training method, e.g. adaptive; to the end.")
+        str | None,
+        typer.Option(
+            help="Prune without a search, by this training method, e.g. adaptive; to the end.",
+        ),
     ] = None,
     pattern: Annotated[
-        str | None, typer.Option(help='With --method: e.g. unstructured, or {name = "group", size = 16}.')
+        str | None,
+        typer.Option(
+            help='With --method: e.g. unstructured, or {name = "group", size = 16}.',
+        ),
     ] = None,
     seed: Seed = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Mask the dense model by the plan, without fine-tuning; with --method: prune, train and measure without a search.
 
@@ -47,16 +55,25 @@ def prune(
     Example: autoprune prune configs/digits.toml --method adaptive --sparsity 0.9
 
     Example: autoprune prune configs/digits.toml --method gradual --speedup 4 --pattern '{name = "group", size = 16}'
+
+    Example: autoprune prune configs/digits.toml --method gradual --latency-ms 0.2 --dry-run
     """
+    from autoprune.config import load_config
+
     if method is not None:
         if plan is not None:
             raise ConfigError("--plan and --method exclude each other: a plan names its own method.")
         given = [*changes(target, seed), *([f"env.pattern={pattern}"] if pattern is not None else [])]
-        _prune_by(method, config, run_dir, [*given, *(overrides or [])], shown)
+        _prune_by(method, config, run_dir, [*given, *(overrides or [])], shown, dry_run)
         return
     only_for("--method", {**target.given, "--pattern": pattern})
+    changed = [*changes(target, seed), *(overrides or [])]
+    if dry_run:
+        directory = run_dir or Path("runs") / config.stem
+        show_forecast(load_config(config, changed), directory, shown, searches=plan is None, trains=False)
+        return
     only_for("--method", {"--json": shown.as_json or None, "--strict": shown.strict or None})
-    job = open_run(config, run_dir, [*changes(target, seed), *(overrides or [])], progress=shown.progress)
+    job = open_run(config, run_dir, changed, progress=shown.progress)
     if plan is not None:
         job.adopt(plan)
     metric, score = job.task.metric, job.task.evaluate(job.pruned)
@@ -66,13 +83,20 @@ def prune(
     )
 
 
-def _prune_by(method: str, config: Path, run_dir: Path | None, overrides: list[str], shown: ReportOptions) -> None:
+def _prune_by(
+    method: str, config: Path, run_dir: Path | None, overrides: list[str], shown: ReportOptions, dry_run: bool
+) -> None:
     """The whole job without a search."""
+    from autoprune.config import load_config
     from autoprune.pipeline.results import report_of
     from autoprune.report.run_report import write_report
 
     given = [f"finetune.method={json.dumps(method)}", *overrides]  # as TOML quotes it too
-    job = open_run(config, run_dir or Path("runs") / f"{config.stem}-{method}", given, progress=shown.progress)
+    directory = run_dir or Path("runs") / f"{config.stem}-{method}"
+    if dry_run:
+        show_forecast(load_config(config, given), directory, shown, searches=False)
+        return
+    job = open_run(config, directory, given, progress=shown.progress)
     job.plan_uniformly()
     job.settle()
     write_report(report_of(job))

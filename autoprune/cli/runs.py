@@ -10,6 +10,7 @@ import typer
 from autoprune.cli.options import (
     AsJson,
     ConfigPath,
+    DryRun,
     Minutes,
     Overrides,
     Ray,
@@ -19,10 +20,11 @@ from autoprune.cli.options import (
     TargetOptions,
     Workers,
     changes,
+    checked_minutes,
     open_run,
     with_groups,
 )
-from autoprune.cli.output import show_report
+from autoprune.cli.output import show_forecast, show_report
 
 
 @with_groups
@@ -36,6 +38,7 @@ def run(
     workers: Workers = None,
     ray: Ray = None,
     minutes: Minutes = None,
+    dry_run: DryRun = False,
 ) -> None:
     """The whole job: train dense, profile, search, fine-tune, repack, measure, report.
 
@@ -47,12 +50,19 @@ def run(
 
     Example: autoprune run configs/digits.toml --minutes 30
 
+    Example: autoprune run configs/digits.toml --speedup 5 --dry-run
+
     Example: autoprune run configs/digits.toml --ray auto
     """
+    from autoprune.config import load_config
     from autoprune.pipeline.results import report_of
     from autoprune.report.run_report import write_report
 
     given = [*changes(target, seed), *(overrides or [])]
+    if dry_run:
+        directory = run_dir or Path("runs") / config.stem
+        show_forecast(load_config(config, given), directory, shown, minutes=checked_minutes(minutes), workers=workers)
+        return
     job = open_run(
         config, run_dir, given, workers=workers, ray=ray, minutes=minutes, finished=True, progress=shown.progress
     )

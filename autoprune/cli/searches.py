@@ -9,6 +9,7 @@ import typer
 
 from autoprune.cli.options import (
     ConfigPath,
+    DryRun,
     Minutes,
     Overrides,
     Ray,
@@ -22,7 +23,7 @@ from autoprune.cli.options import (
     open_run,
     with_groups,
 )
-from autoprune.cli.output import show_report
+from autoprune.cli.output import show_forecast, show_report
 from autoprune.errors import ConfigError
 
 
@@ -78,7 +79,10 @@ def compare(
     run_dir: RunDir = None,
     overrides: Overrides = None,
     agents: Annotated[
-        str, typer.Option(help="Rows of the registry, e.g. knapsack,tpe,policy.")
+        str,
+        typer.Option(
+            help="Rows of the registry, e.g. knapsack,tpe,policy.",
+        ),
     ] = "uniform,greedy,knapsack,restarts,random,tpe,cma_es,policy",
     evaluations: Annotated[str, typer.Option(help="Checkpoints, e.g. 0,1,10,50.")] = "0,1,10,50",
     seeds: Annotated[int, typer.Option(help="Searches of each agent, of seeds 0, 1, ...", min=1)] = 3,
@@ -121,6 +125,7 @@ def apply(
     workers: Workers = None,
     ray: Ray = None,
     minutes: Minutes = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Apply a learned policy to your own model: plan, prune, fine-tune, repack, measure.
 
@@ -142,6 +147,9 @@ def apply(
     drawn = [] if seed is None else [f"seed={seed}"]
     changed = parse_overrides([*drawn, *(overrides or [])])
     config = apply_config(policy, model, data, target.target() or Target(), episodes, changed)
+    if dry_run:
+        show_forecast(config, run_dir, shown, minutes=checked_minutes(minutes), workers=workers)
+        return
     job = Run(config, run_dir, progress=shown.progress, workers=workers, ray=ray, minutes=checked_minutes(minutes))
     job.settle()
     write_report(report_of(job))

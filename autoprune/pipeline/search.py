@@ -420,11 +420,11 @@ class PlanSearch:
         return measure_baselines(self._context, lambda: self.engines)
 
     @cached_property
-    def unscored(self) -> Problem:
-        """The target and the layers, for those who plan without a search."""
+    def by_table(self) -> Problem:
+        """The target and the layers, as the latency table alone sees them; nobody scores its plans."""
         before = self._preparation
         none = dict.fromkeys(before.offered.names, (0.0,) * len(ANCHORS))
-        problem = build_problem(
+        return build_problem(
             self._context,
             before.prepared.dense_score,
             before.offered,
@@ -433,19 +433,34 @@ class PlanSearch:
             Unscored(),
             self.baselines,
         )
+
+    @cached_property
+    def most_pruned(self) -> list[Plan]:
+        """The plans of the highest sparsity everywhere, one a pattern that a plan may name."""
+        problem = self.by_table
+        patterns = [replace(problem, pattern=pattern) for pattern in self._context.choices.patterns]
+        return [each.uniform(problem.max_sparsity) for each in patterns]
+
+    @cached_property
+    def unscored(self) -> Problem:
+        """The target and the layers, for those who plan without a search.
+
+        Raises:
+            InfeasibleTarget: the most pruned model is measured to miss the target.
+        """
+        problem = self.by_table
         if not self._context.measures:
             return problem
-        patterns = [replace(problem, pattern=pattern) for pattern in self._context.choices.patterns]
-        most_pruned = [each.uniform(problem.max_sparsity) for each in patterns]
-        bias = check_reachable(problem, most_pruned, lambda plan: self._gauge_of(problem).of_plan(plan))
+        bias = check_reachable(problem, self.most_pruned, lambda plan: self.gauge_of(problem).of_plan(plan))
         return replace(problem, table=problem.table.scaled(bias)) if bias > 1.0 else problem
 
     @cached_property
     def gauge(self) -> Gauge:
         """Measures what a repacked model reaches of the target."""
-        return self._gauge_of(self.unscored)
+        return self.gauge_of(self.unscored)
 
-    def _gauge_of(self, problem: Problem) -> Gauge:
+    def gauge_of(self, problem: Problem) -> Gauge:
+        """Measures what a repacked model reaches of a problem's target."""
         best = None if self.baselines is None else self.baselines.best
         return gauge(self._context, self._preparation.evaluator, problem, lambda: self.engines, best)
 

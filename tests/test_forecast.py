@@ -1,0 +1,132 @@
+"""`--dry-run`: what a run would do, what is in reach, and that nothing is changed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from autoprune.cli import app
+from autoprune.config import load_config
+from autoprune.errors import ConfigError, InfeasibleTarget
+from autoprune.pipeline.run import Run
+from autoprune.testing import save_fake_table
+
+TOML = """
+target = {accuracy_drop = 0.5}
+[task]
+name = "digits"
+widths = [8, 16]
+[dense]
+epochs = 1
+learning_rate = 0.1
+[latency]
+samples = 3
+search_samples = 3
+profile_samples = 3
+engines = ["eager"]
+[env]
+min_saving = 0.0
+recovery = "none"
+[finetune.settings]
+epochs = 1
+"""
+PROJECT = """
+import torch
+from torch import nn
+
+def build():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 5, stride=2), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(), nn.Linear(128, 4),
+    )
+
+def loaders():
+    torch.manual_seed(1)
+    def batch(): return torch.randn(16, 1, 16, 16), torch.randint(0, 4, (16,))
+    return [batch() for _ in range(3)], [batch() for _ in range(2)]
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """With the directory of a run that got as far as its latency table."""
+    monkeypatch.chdir(tmp_path)
+    config = tmp_path / "small.toml"
+    config.write_text(TOML)
+    run = Run(load_config(config), tmp_path / "runs" / "small")
+    save_fake_table(run)
+    run.lock.close()
+    return tmp_path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def call(*arguments: str) -> Result:
+    return CliRunner().invoke(app, [*arguments, "--dry-run"])
+
+
+def test_a_dry_run_says_what_a_run_would_do_and_changes_nothing(folder: Path) -> None:
+    before = contents(folder)
+    done = call("run", "small.toml")
+    assert done.exit_code == 0, done.output
+    rows = {line.split("|")[1].strip(): line.split("|")[2].strip() for line in done.stdout.splitlines() if "|" in line}
+    assert "50 points of accuracy" in rows["target"]
+    assert "weights" in rows["pruned"]
+    assert "eager" in rows["dense engines"]
+    assert "(best)" in rows["dense engines"]
+    assert rows["latency table"].startswith("read: ")
+    assert "over the best dense engine" in rows["repacking alone"]
+    assert "predicted, with every layer at sparsity 0.95" in rows["in reach"]
+    for part in ("search, at most", "fine-tuning", "final table"):
+        assert part in rows["minutes, about"]
+    assert "Nothing was changed in runs/small: this was measured in a temporary folder." in done.stdout
+    assert contents(folder) == before
+
+
+def test_a_target_out_of_reach_is_measured_and_refused(folder: Path) -> None:
+    done = call("run", "small.toml", "--speedup", "900", "--over", "eager", "--run-dir", "other")
+    assert isinstance(done.exception, InfeasibleTarget)
+    assert "**the target is out of reach**" in done.stdout
+    assert "x measured" in done.stdout
+    assert not Path("other").exists()
+
+
+def test_the_directory_of_another_config_is_refused(folder: Path) -> None:
+    done = call("run", "small.toml", "--seed", "5")
+    assert isinstance(done.exception, ConfigError)
+    assert "these keys differ: seed" in str(done.exception)
+
+
+def test_a_method_needs_no_search_and_no_more_minutes_than_given_are_told(folder: Path) -> None:
+    done = call("prune", "small.toml", "--method", "gradual", "--sparsity", "0.5", "--json")
+    assert done.exit_code == 0, done.output
+    said = json.loads(done.stdout)
+    assert said["minutes"].keys() == {"latency table", "fine-tuning", "final table"}
+    assert said["target"] == {"sparsity": 0.5}
+    assert said["out_of_reach"] is None
+    assert said["run_dir"] == "runs/small-gradual"
+    assert not Path("runs/small-gradual").exists()
+    masks = json.loads(call("prune", "small.toml", "--json").stdout)
+    assert masks["minutes"].keys() == {"search, at most"}
+    short = json.loads(call("run", "small.toml", "--json", "--minutes", "0.0001", "--workers", "1").stdout)
+    assert short["minutes"]["search, at most"] == 0.0001
+    refused = call("prune", "small.toml", "--method", "gradual")
+    assert isinstance(refused.exception, ConfigError), "a drop alone leaves no plan to make"
+
+
+def test_apply_has_a_dry_run_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(folder))
+    (folder / "my_dry_project.py").write_text(PROJECT)
+    options = [part for line in ("latency.samples=3", "latency.profile_samples=3") for part in ("--set", line)]
+    engines = ["--set", 'latency.engines=["eager"]', "--set", "env.min_saving=0.0"]
+    own = ["--model", "my_dry_project:build", "--data", "my_dry_project:loaders", "--speedup", "1.01"]
+    done = call("apply", *own, *options, *engines, "--over", "eager")
+    assert done.exit_code == 0, done.output
+    assert "Dry run of user" in done.stdout
+    assert not Path("runs/applied").exists()
