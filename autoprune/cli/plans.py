@@ -22,6 +22,7 @@ from autoprune.cli.options import (
     with_groups,
 )
 from autoprune.cli.output import show_forecast, show_report
+from autoprune.cli.registries import completed
 from autoprune.errors import ConfigError
 
 
@@ -37,12 +38,14 @@ def prune(
         str | None,
         typer.Option(
             help="Prune without a search, by this training method, e.g. adaptive; to the end.",
+            autocompletion=completed("methods"),
         ),
     ] = None,
     pattern: Annotated[
         str | None,
         typer.Option(
             help='With --method: e.g. unstructured, or {name = "group", size = 16}.',
+            autocompletion=completed("patterns"),
         ),
     ] = None,
     seed: Seed = None,

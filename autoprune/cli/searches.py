@@ -24,6 +24,7 @@ from autoprune.cli.options import (
     with_groups,
 )
 from autoprune.cli.output import show_forecast, show_report
+from autoprune.cli.registries import completed_list
 from autoprune.errors import ConfigError
 
 
@@ -81,7 +82,8 @@ def compare(
     agents: Annotated[
         str,
         typer.Option(
-            help="Rows of the registry, e.g. knapsack,tpe,policy.",
+            help="Agents, as autoprune agents lists them, e.g. knapsack,tpe,policy.",
+            autocompletion=completed_list("agents"),
         ),
     ] = "uniform,greedy,knapsack,restarts,random,tpe,cma_es,policy",
     evaluations: Annotated[str, typer.Option(help="Checkpoints, e.g. 0,1,10,50.")] = "0,1,10,50",
