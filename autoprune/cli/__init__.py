@@ -15,12 +15,26 @@ from autoprune.cli.plans import finetune, prune
 from autoprune.cli.registries import LISTED, listing
 from autoprune.cli.runs import profile, report, run
 from autoprune.cli.searches import apply, compare, train
+from autoprune.cli.starting import init
 from autoprune.errors import AutopruneError
 from autoprune.processes.workers import end_forks_with_this
 from autoprune.version import __version__
 
 INTERRUPTED = 130  # the status typer exits with after Ctrl-C
-COMMANDS = (run, profile, train, compare, prune, finetune, repack, bench, export, report, apply)  # as --help lists them
+COMMANDS = (
+    init,
+    run,
+    profile,
+    train,
+    compare,
+    prune,
+    finetune,
+    repack,
+    bench,
+    export,
+    report,
+    apply,
+)  # as --help lists them
 
 app = typer.Typer(
     no_args_is_help=True,

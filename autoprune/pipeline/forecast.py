@@ -97,7 +97,7 @@ class Forecast:
             reach += f"; {self.measured.speedup:.2f}x measured"
         if self.measured is not None and self.measured.latency_ms is not None:
             reach += f"; {self.measured.latency_ms:.4g} ms measured"
-        parts = ", ".join(f"{part} {minutes:.1f}" for part, minutes in self.minutes.items())
+        parts = ", ".join(f"{part} {_short(minutes)}" for part, minutes in self.minutes.items())
         rows = [
             ("target", self.target_text),
             ("dense model", f"{self.dense} on the validation split"),
@@ -111,7 +111,7 @@ class Forecast:
             ),
             ("repacking alone", f"{self.repacking_alone:.2f}x over {over}" + (": enough" if self.unpruned else "")),
             ("in reach", f"{reach}" + ("" if self.refusal is None else ": **the target is out of reach**")),
-            ("minutes, about", f"{math.fsum(self.minutes.values()):.1f} ({parts})"),
+            ("minutes, about", f"{_short(math.fsum(self.minutes.values()))} ({parts})"),
         ]
         return f"# Dry run of {self.task}\n\n{markdown_table(('what', 'found'), rows, left=2)}"
 
@@ -135,6 +135,10 @@ class Forecast:
             "nothing_to_prune": self.unpruned is not None,
             "minutes": dict(self.minutes),
         }
+
+
+def _short(minutes: float) -> str:
+    return f"{minutes:.1f}" if minutes >= 0.05 else "under 0.1"
 
 
 def copy_for_forecast(directory: Path, folder: Path) -> None:
