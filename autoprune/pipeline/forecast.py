@@ -24,6 +24,7 @@ from autoprune.tasks.batches import first_batches
 from autoprune.training.loop import count_batches, train_
 
 STEPS = 3  # of training that are timed
+SHOWN = 4  # layers that stay dense
 KEPT = (
     "config.json",
     "identity.json",
@@ -92,6 +93,8 @@ class Forecast:
         """All of it as people read it."""
         over = BASELINES[self.target.over]
         whole = [f"{name} ({reason})" for name, reason in self.kept_dense.items()]
+        if len(whole) > SHOWN:
+            whole = [*whole[:SHOWN], f"and {len(whole) - SHOWN} more"]
         reach = f"{self.in_reach:.2f}x over {over} predicted, with every layer at sparsity {self.sparsity:g}"
         if self.measured is not None and self.measured.speedup is not None:
             reach += f"; {self.measured.speedup:.2f}x measured"

@@ -23,6 +23,7 @@ Loader = DataLoader[tuple[Tensor, ...]]
 
 def build() -> nn.Module:
     """Returns the trained model."""
+    torch.manual_seed(0)
     model = network()  # TODO: your model
     if not WEIGHTS.exists():  # TODO: yours is trained already; load its weights
         train(model)
@@ -64,9 +65,8 @@ def network() -> nn.Module:
     )
 
 
-def train(model: nn.Module, epochs: int = 8) -> None:
+def train(model: nn.Module, epochs: int = 10) -> None:
     """Trains the model in place: seconds."""
-    torch.manual_seed(0)
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     batches = loaders()[0]
     for _ in range(epochs):
