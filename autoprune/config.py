@@ -17,6 +17,8 @@ from autoprune.registry import Choice
 from autoprune.settings import TrainingSettings
 from autoprune.target import Target
 
+PACKAGED = Path(__file__).parent / "configs"
+
 
 def _parse_choice(value: Any) -> Choice:
     if isinstance(value, (Choice, str)) or (isinstance(value, dict) and isinstance(value.get("name"), str)):
@@ -182,7 +184,13 @@ class GeneralistConfig(Root):
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a TOML config and applies overrides such as ``search.episodes=50``.
 
-    Raises FileError when the file is missing and ConfigError for anything in it that cannot be used.
+    Args:
+        path: of the file; or the name of one of `packaged_configs`, where there is no such file.
+        overrides: ``KEY=VALUE``, values as in TOML.
+
+    Raises:
+        FileError: there is no such config.
+        ConfigError: something in it cannot be used.
     """
     data = _with_overrides(_read_toml(path), overrides)
     if "family" in data:
@@ -200,11 +208,24 @@ def load_generalist_config(path: Path, overrides: Sequence[str] = ()) -> General
     return _validated(GeneralistConfig, _with_overrides(_read_toml(path), overrides), str(path))
 
 
+def packaged_configs() -> dict[str, Path]:
+    """The configs that come with autoprune, by name."""
+    return {path.stem: path for path in sorted(PACKAGED.glob("*.toml"))}
+
+
 def _read_toml(path: Path) -> dict[str, Any]:
     if path.is_dir():
         run = (path / "config.json").exists()
         taken = f" that it was made with, and --run-dir {path}" if run else ", a TOML file such as configs/digits.toml"
         raise ConfigError(f"{path} is {'the directory of a run' if run else 'a folder'}: give the config{taken}.")
+    if not path.exists():
+        packaged = packaged_configs()
+        if str(path) not in packaged:
+            raise FileError(
+                f"the config not found: {path}. Give the path of a TOML file, or the name of a config that comes with "
+                f"autoprune. {did_you_mean(path.stem, packaged)}"
+            )
+        path = packaged[str(path)]
     text = read_text(path, "the config")
     try:
         return parse_toml(text)

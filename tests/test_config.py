@@ -17,6 +17,7 @@ from autoprune.config import (
     is_generalist,
     load_config,
     load_generalist_config,
+    packaged_configs,
     parse_config,
     parse_overrides,
 )
@@ -52,6 +53,28 @@ def test_shipped_configs_of_families_are_valid_and_no_other_command_s(path: Path
 def test_there_are_shipped_configs() -> None:
     assert {"digits", "fashion_mnist"} <= {path.stem for path in CONFIGS}
     assert {path.stem for path in GENERALISTS} == {"generalist"}
+
+
+def test_a_config_that_comes_along_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert list(packaged_configs()) == [path.stem for path in SHIPPED]
+    for path in CONFIGS:
+        assert load_config(Path(path.stem)) == load_config(path)
+    for path in GENERALISTS:
+        assert is_generalist(Path(path.stem))
+        assert load_generalist_config(Path(path.stem)) == load_generalist_config(path)
+    Path("digits").write_text('task = "mnist"\n')
+    assert load_config(Path("digits")).task == Choice("mnist"), "a file of that name comes first"
+
+
+@pytest.mark.parametrize("name", ["digit", "configs/digit.toml"])
+def test_an_unknown_config_lists_those_that_come_along(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    allowed = ", ".join(path.stem for path in SHIPPED)
+    with pytest.raises(FileError, match=rf"not found: {name}\..*Did you mean 'digits'\? Allowed: {allowed}\."):
+        load_config(Path(name))
 
 
 WRONG = [

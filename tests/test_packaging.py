@@ -7,8 +7,11 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
+import zipfile
 from collections.abc import Iterator
+from email.parser import BytesParser
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +33,8 @@ def read(name: str) -> str:
 
 
 def packages_below(folder: Path, name: str) -> Iterator[str]:
-    """Folders with Python in them, not going through the symlinks."""
-    if any(folder.glob("*.py")):
+    """Folders with Python in them and those that are mapped, not going through the symlinks."""
+    if name in FOLDERS or any(folder.glob("*.py")):
         yield name
     for inner in sorted(folder.iterdir()):
         if inner.is_dir() and not inner.is_symlink() and inner.name != "__pycache__":
@@ -43,15 +46,54 @@ def test_every_package_of_the_checkout_is_installed() -> None:
     assert PROJECT["tool"]["setuptools"]["packages"] == found, "the list in pyproject.toml is sorted and complete"
 
 
-@pytest.mark.parametrize("name", ["envs", "agents"])
-def test_a_folder_of_the_top_level_has_one_import_name(name: str) -> None:
+@pytest.mark.parametrize("name", ["envs", "agents", "configs"])
+def test_a_folder_of_the_top_level_is_linked_to_its_place_in_the_package(name: str) -> None:
     link = ROOT / "autoprune" / name
     assert link.is_symlink(), "clone with symlinks: git -c core.symlinks=true clone ..."
     assert link.readlink() == Path("..") / name
+    assert FOLDERS[f"autoprune.{name}"] == name
+
+
+@pytest.mark.parametrize("name", ["envs", "agents"])
+def test_a_folder_of_the_top_level_has_one_import_name(name: str) -> None:
     module = importlib.import_module(f"autoprune.{name}")
     assert module.__file__ is not None
     assert Path(module.__file__).samefile(ROOT / name / "__init__.py")
-    assert FOLDERS[f"autoprune.{name}"] == name
+
+
+BUILD = "import sys; from setuptools import build_meta; print(build_meta.build_wheel(sys.argv[1]))"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    """Built from a copy of the checkout, without a network."""
+    pytest.importorskip("setuptools", minversion="77", reason="pyproject.toml asks for setuptools>=77 to build")
+    checkout, out = tmp_path_factory.mktemp("checkout"), tmp_path_factory.mktemp("wheel")
+    for name in FOLDERS.values():
+        shutil.copytree(ROOT / name, checkout / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, checkout)
+    command = [sys.executable, "-c", BUILD, str(out)]
+    done = subprocess.run(command, cwd=checkout, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return zipfile.ZipFile(out / done.stdout.split()[-1])
+
+
+def test_the_wheel_holds_all_that_is_read_at_run_time(wheel: zipfile.ZipFile) -> None:
+    files = set(wheel.namelist())
+    assert {"autoprune/py.typed", "autoprune/agents/shipped/policy.json"} <= files
+    assert {f"autoprune/configs/{path.name}" for path in (ROOT / "configs").glob("*.toml")} <= files
+    assert {name.partition("/")[0] for name in files} == {"autoprune", f"autoprune-{__version__}.dist-info"}
+
+
+def test_the_wheel_says_what_it_is(wheel: zipfile.ZipFile) -> None:
+    about = BytesParser().parsebytes(wheel.read(f"autoprune-{__version__}.dist-info/METADATA"))
+    assert about["License-Expression"] == "MIT"
+    assert about["License-File"] == "LICENSE"
+    assert "pruning" in about["Keywords"].split(",")
+    kinds = about.get_all("Classifier", [])
+    assert kinds == sorted(kinds)
+    assert {"Typing :: Typed", "Programming Language :: Python :: 3.11"} <= set(kinds)
 
 
 def requirements() -> list[Requirement]:

@@ -431,7 +431,8 @@ def test_the_process_prints_one_paragraph_and_exits_with_2(
     with pytest.raises(SystemExit) as stopped:
         main()
     assert stopped.value.code == 2
-    assert capsys.readouterr().err.strip() == "error: the config not found: no.toml."
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("error: the config not found: no.toml. Give the path of a TOML file, or the name")
 
 
 def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,7 +41,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     help="Learns where a PyTorch model can be pruned, prunes it, and repacks it so that it is really faster.\n\n"
-    "Example: autoprune run configs/digits.toml",
+    "Example: autoprune run digits",
 )
 for command in COMMANDS:
     app.command()(command)

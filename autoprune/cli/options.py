@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # imported when a command runs: --help does not wait for torc
     from autoprune.progress import Progress
     from autoprune.target import Target
 
-ConfigPath = Annotated[Path, typer.Argument(help="A TOML config, e.g. configs/digits.toml.")]
+ConfigPath = Annotated[Path, typer.Argument(help="A TOML config, or the name of one that comes along, e.g. digits.")]
 RunDir = Annotated[
     Path | None, typer.Option("--run-dir", help="Where the run is kept and resumed from. [default: runs/<config name>]")
 ]
