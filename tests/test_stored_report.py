@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from base64 import b64encode
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,15 @@ def test_report_imports_nothing_and_says_where_it_was_measured(directory: Path) 
     assert done.output.strip().splitlines()[-1].startswith("The target was missed: "), "the headline stands last, too"
     assert all((directory / name).exists() for name in ("sparsity.png", "front.png", "reward.png"))
     assert not Path("imported").exists()
+
+
+def test_the_report_is_a_self_contained_html_file_too(directory: Path) -> None:
+    write_page(directory)
+    page = (directory / "report.html").read_text(encoding="utf-8")
+    for name in ("sparsity.png", "front.png", "reward.png"):
+        assert b64encode((directory / name).read_bytes()).decode() in page
+    assert "the CPU of then" in page
+    assert "user: at least 4x faster" in page
 
 
 def test_a_run_without_a_search_has_fewer_figures(directory: Path) -> None:

@@ -33,7 +33,14 @@ from autoprune.training import TRAINING
 
 MADE_FOR = "made_for"  # in a model's file: the run and the plan it is of, as `made_for` gives them
 _PRUNED, _MASKED, _REPACKED = "pruned.safetensors", "masked.safetensors", "repacked.safetensors"
-_OUTCOMES = (_MASKED, _REPACKED, "results.json", "report.json", "report.md")  # each is made of the one before
+_OUTCOMES = (
+    _MASKED,
+    _REPACKED,
+    "results.json",
+    "report.json",
+    "report.html",
+    "report.md",
+)  # each is made of the one before
 
 
 @dataclass(frozen=True)

@@ -78,11 +78,16 @@ def sparsity_figure(sparsities: Mapping[str, float]) -> Figure:
     return figure
 
 
-def save_png(figure: Figure, path: Path) -> None:
-    """Writes a PNG to the side and renames it into place; equal figures give equal bytes."""
+def png_of(figure: Figure) -> bytes:
+    """The figure as a PNG; equal figures give equal bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
-    write_bytes(path, buffer.getvalue())
+    return buffer.getvalue()
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    """Writes a PNG to the side and renames it into place."""
+    write_bytes(path, png_of(figure))
 
 
 def pixels(figure: Figure) -> NDArray[np.uint8]:

@@ -11,12 +11,13 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from autoprune.errors import FileError
-from autoprune.files import read_json, write_json, write_text
+from autoprune.files import read_json, write_bytes, write_json, write_text
 from autoprune.metric import Metric
 from autoprune.model.inventory import KeptDense
 from autoprune.report.data import MeasuredPoint, PlanRow, Report, ResultRow, SearchRow
+from autoprune.report.html import html_page
 from autoprune.report.page import report_page
-from autoprune.report.plots import front_figure, reward_figure, save_png, sparsity_figure
+from autoprune.report.plots import front_figure, png_of, reward_figure, sparsity_figure
 from autoprune.target import BASELINES, Target
 
 EAGER = "dense, torch eager"
@@ -93,7 +94,12 @@ def read_stored(kind: type[Stored], path: Path, what: str) -> Stored:
 
 
 def write_page(directory: Path) -> str:
-    """Writes ``report.md`` and its figures from the directory's ``results.json`` and ``report.json``; returns the page.
+    """Writes the report from the directory's ``results.json`` and ``report.json``.
+
+    It is written as markdown (``report.md``, with its figures beside it) and as one HTML file (``report.html``).
+
+    Returns:
+        The page as markdown.
 
     Raises:
         FileError: a file is missing or corrupt.
@@ -106,6 +112,7 @@ def write_page(directory: Path) -> str:
         )
     record = read_stored(Record, path, "the record of the run")
     results = read_stored(Results, directory / "results.json", "the results")
+    figures = _draw(record)
     page = report_page(
         Report(
             title=record.title,
@@ -117,11 +124,14 @@ def write_page(directory: Path) -> str:
             searches=record.searches,
             protocol=results.protocol,
             machine=results.machine,
-            figures=_draw(directory, record),
+            figures={caption: name for caption, (name, _) in figures.items()},
             metric=record.metric,
         )
     )
-    write_text(directory / "report.md", page)
+    for name, png in figures.values():
+        write_bytes(directory / name, png)
+    write_text(directory / "report.html", html_page(page, dict(figures.values())))
+    write_text(directory / "report.md", page)  # last: with it the run is complete
     return page
 
 
@@ -178,17 +188,13 @@ def _over(rows: tuple[ResultRow, ...], target: Target) -> float:
     return (fast.speedup if target.over == "eager" else fast.speedup_over_best) or 0.0
 
 
-def _draw(directory: Path, record: Record) -> dict[str, str]:
-    """Draws the figures; caption -> file name."""
-    figures = {"Sparsity of each layer": "sparsity.png"}
-    save_png(sparsity_figure(record.sparsities), directory / "sparsity.png")
+def _draw(record: Record) -> dict[str, tuple[str, bytes]]:
+    """Draws the figures; caption -> file name and PNG."""
+    figures = {"Sparsity of each layer": ("sparsity.png", png_of(sparsity_figure(record.sparsities)))}
     if record.front is not None:
-        front = record.front
-        figures[f"{record.metric.name.capitalize()} and latency of every trial"] = "front.png"
-        save_png(
-            front_figure(front.trials, front.best, front.dense, front.uniform, record.metric), directory / "front.png"
-        )
+        front, metric = record.front, record.metric
+        figure = front_figure(front.trials, front.best, front.dense, front.uniform, metric)
+        figures[f"{metric.name.capitalize()} and latency of every trial"] = ("front.png", png_of(figure))
     if record.rewards is not None:
-        figures["Reward"] = "reward.png"
-        save_png(reward_figure(record.rewards), directory / "reward.png")
+        figures["Reward"] = ("reward.png", png_of(reward_figure(record.rewards)))
     return figures
