@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -192,3 +193,53 @@ def test_a_method_is_read_as_it_was_given(config: Path) -> None:
     result = prune(config, "--method", 'a"b', "--sparsity", "0.5")
     assert isinstance(result.exception, AutopruneError)
     assert """'a"b'""" in str(result.exception)
+
+
+def test_several_methods_make_one_table_and_what_is_done_is_not_done_again(config: Path) -> None:
+    """N:M allows one sparsity alone, so a method that finds the layers' shares cannot use it."""
+    args = ("--method", "gradual,adaptive,one_shot", "--sparsity", "0.5", "--pattern", "n:m")
+    result = prune(config, *args)
+    assert result.exit_code == 0, result.output
+    folder = Path("runs/small-methods")
+    page = (folder / "methods.md").read_text(encoding="utf-8")
+    assert page in result.output
+    assert page.startswith("# digits: 50% sparsity")
+    rows = {line.split("|")[1].strip(): line for line in page.splitlines() if re.match(r"\| \w", line)}
+    assert set(rows) == {"method", "gradual", "one_shot", "adaptive"}
+    assert list(rows)[-1] == "adaptive", "what brought nothing stands last"
+    assert "cannot do it" in rows["adaptive"]
+    assert "allows one sparsity alone" in rows["adaptive"]
+    for name in ("gradual", "one_shot"):
+        assert re.search(r"\d+\.\d+% \|.*\d+\.\d\dx \|.*\d+\.\d\dx \|.*\d+\.\d% \|.*\d+\.\d \| -", rows[name])
+        assert str(Plan.load(folder / name / "plan.json").training) == name
+        assert (folder / name / "report.html").exists()
+    files = [
+        folder / name / file for name in ("gradual", "one_shot") for file in ("masked.safetensors", "minutes.json")
+    ]
+    made = [path.stat().st_mtime_ns for path in files]
+    again = prune(config, *args)
+    assert page in again.output
+    assert [path.stat().st_mtime_ns for path in files] == made
+
+
+def test_methods_share_what_is_measured_of_the_dense_model(config: Path) -> None:
+    result = prune(config, "--method", "gradual,one_shot", "--speedup", "1.05", "--run-dir", "both")
+    assert result.exit_code == 0, result.output
+    for name in ("latency.json", "baselines.json"):
+        first, second = (Path("both") / method / name for method in ("gradual", "one_shot"))
+        assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--method", "gradual,adaptve", "--sparsity", "0.5"], "Did you mean 'adaptive'"),
+        (["--method", "adaptive,joint", "--sparsity", "0.5", "--pattern", "n:m"], "allows one sparsity alone"),
+        (["--method", "all", "--set", "target={accuracy_drop = 0.1}"], "needs --sparsity or --speedup"),
+    ],
+)
+def test_what_no_method_can_do_is_an_error(config: Path, args: list[str], said: str) -> None:
+    result = prune(config, *args)
+    assert isinstance(result.exception, AutopruneError)
+    assert said in str(result.exception)
+    assert not list(Path("runs").glob("*/methods.md"))

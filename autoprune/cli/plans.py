@@ -57,6 +57,8 @@ def prune(
 
     Example: autoprune prune configs/digits.toml --method adaptive --sparsity 0.9
 
+    Example: autoprune prune configs/digits.toml --method all --sparsity 0.9
+
     Example: autoprune prune configs/digits.toml --method gradual --speedup 4 --pattern '{name = "group", size = 16}'
 
     Example: autoprune prune configs/digits.toml --method gradual --latency-ms 0.2 --dry-run
@@ -91,15 +93,25 @@ def _prune_by(
 ) -> None:
     """The whole job without a search."""
     from autoprune.config import load_config
+    from autoprune.pipeline.methods import compare_methods
     from autoprune.pipeline.results import report_of
     from autoprune.report.run_report import write_report
+    from autoprune.training import TRAINING
 
-    given = [f"finetune.method={json.dumps(method)}", *overrides]  # as TOML quotes it too
-    directory = run_dir or Path("runs") / f"{config.stem}-{method}"
+    def by(name: str) -> list[str]:
+        return [f"finetune.method={json.dumps(name)}", *overrides]  # as TOML quotes it too
+
+    methods = list(TRAINING) if method == "all" else list(dict.fromkeys(method.split(",")))
+    directory = run_dir or Path("runs") / f"{config.stem}-{method if len(methods) == 1 else 'methods'}"
     if dry_run:
-        show_forecast(load_config(config, given), directory, shown, searches=False)
+        show_forecast(load_config(config, by(methods[0])), directory, shown, searches=False)
         return
-    job = open_run(config, directory, given, progress=shown.progress)
+    if len(methods) > 1:
+        configs = {name: load_config(config, by(name)) for name in methods}
+        typer.echo(compare_methods(configs, directory, shown.progress))
+        typer.echo(f"Written to {directory / 'methods.md'}. Watch the training: tensorboard --logdir {directory}")
+        return
+    job = open_run(config, directory, by(method), progress=shown.progress)
     job.plan_uniformly()
     job.settle()
     write_report(report_of(job))

@@ -63,6 +63,29 @@ class SearchRow:
 
 
 @dataclass(frozen=True)
+class MethodRow:
+    """What one training method brought; None where it brought nothing.
+
+    Attributes:
+        method: its name.
+        score: of the repacked model, on the test split.
+        speedup_over_best: of the repacked model over the fastest dense engine of its run.
+        speedup: likewise, over torch eager.
+        kept: parameters that are not zero, as a share of the dense model's.
+        minutes: of training and repacking.
+        remark: why there are no figures, or what of the target was missed.
+    """
+
+    method: str
+    score: float | None = None
+    speedup_over_best: float | None = None
+    speedup: float | None = None
+    kept: float | None = None
+    minutes: float | None = None
+    remark: str | None = None
+
+
+@dataclass(frozen=True)
 class TrialRow:
     """One trial of a search as TensorBoard shows it; score, latency and speed-up are None where it failed.
 

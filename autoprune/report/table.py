@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from math import inf
 
 from rich.cells import cell_len
 
 from autoprune.metric import ACCURACY, Metric
-from autoprune.report.data import PlanRow, ResultRow, SearchRow
+from autoprune.report.data import MethodRow, PlanRow, ResultRow, SearchRow
 
 MISSING = "-"
 
 
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
+def markdown_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1, remarks: bool = False
+) -> str:
     """Aligns `rows` under `header`: the first `left` columns to the left, the others (figures) to the right.
+
+    With `remarks` the last column is text of any length: it is to the left, and its cells are not filled up.
 
     Raises:
         ValueError: a row is longer or shorter than the header.
@@ -22,6 +27,8 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left
     cells = [[_cell(value) for value in row] for row in (header, *rows)]
     widths = [max(3, *(cell_len(value) for value in column)) for column in zip(*cells, strict=True)]
     rule = ["-" * width if at < left else "-" * (width - 1) + ":" for at, width in enumerate(widths)]
+    if remarks:
+        widths[-1], rule[-1] = 0, "---"
     return "\n".join(_line(row, widths, left) for row in (cells[0], rule, *cells[1:])) + "\n"
 
 
@@ -104,6 +111,24 @@ def search_table(rows: Sequence[SearchRow], metric: Metric = ACCURACY) -> str:
         for row in rows
     ]
     return markdown_table(header, cells)
+
+
+def methods_table(rows: Sequence[MethodRow], metric: Metric = ACCURACY) -> str:
+    """Training methods, the best score first; at the end those that brought nothing."""
+    header = ("method", metric.name, "vs best dense", "speed-up", "weights kept", "minutes", "remark")
+    cells = [
+        (
+            row.method,
+            MISSING if row.score is None else metric.text(row.score),
+            times(row.speedup_over_best),
+            times(row.speedup),
+            percent(row.kept, 1),
+            MISSING if row.minutes is None else f"{row.minutes:.1f}",
+            row.remark or MISSING,
+        )
+        for row in sorted(rows, key=lambda row: inf if row.score is None else -row.score)
+    ]
+    return markdown_table(header, cells, remarks=True)
 
 
 def percent(value: float | None, digits: int) -> str:

@@ -9,8 +9,16 @@ from rich.cells import cell_len
 
 from autoprune.latency.timer import Latency
 from autoprune.metric import BITS_PER_CHARACTER
-from autoprune.report.data import PlanRow, ResultRow, SearchRow
-from autoprune.report.table import markdown_table, mean_and_spread, plan_table, result_table, search_table, size
+from autoprune.report.data import MethodRow, PlanRow, ResultRow, SearchRow
+from autoprune.report.table import (
+    markdown_table,
+    mean_and_spread,
+    methods_table,
+    plan_table,
+    result_table,
+    search_table,
+    size,
+)
 
 # No control characters: rich counts some of them as zero cells wide and so do terminals.
 TEXT = st.text(st.characters(exclude_categories=["C", "M"]), max_size=12)
@@ -27,6 +35,33 @@ def test_every_line_has_the_same_width_and_the_same_number_of_cells(rows: list[l
 def test_figures_are_aligned_to_the_right() -> None:
     table = markdown_table(("name", "ms"), [("dense", "10.5"), ("pruned", "3.1")])
     assert table == "| name   |   ms |\n| ------ | ---: |\n| dense  | 10.5 |\n| pruned |  3.1 |\n"
+
+
+def test_remarks_are_to_the_left_and_not_filled_up() -> None:
+    table = markdown_table(
+        ("name", "ms", "remark"), [("a", "10.5", "far too slow for us"), ("b", "1", "-")], remarks=True
+    )
+    assert table.splitlines() == [
+        "| name |   ms | remark |",
+        "| ---- | ---: | --- |",
+        "| a    | 10.5 | far too slow for us |",
+        "| b    |    1 | - |",
+    ]
+
+
+def test_the_table_of_methods_has_the_best_first_and_what_failed_last() -> None:
+    rows = [
+        MethodRow("joint", remark="cannot do it: no."),
+        MethodRow("gradual", 0.9, 1.5, 3.0, 0.25, 1.26, "missed: 1.50x of 2x"),
+        MethodRow("adaptive", 0.95, 2.0, 4.0, 0.2, 0.5),
+    ]
+    assert methods_table(rows).splitlines() == [
+        "| method   | accuracy | vs best dense | speed-up | weights kept | minutes | remark |",
+        "| -------- | -------: | ------------: | -------: | -----------: | ------: | --- |",
+        "| adaptive |   95.00% |         2.00x |    4.00x |        20.0% |     0.5 | - |",
+        "| gradual  |   90.00% |         1.50x |    3.00x |        25.0% |     1.3 | missed: 1.50x of 2x |",
+        "| joint    |        - |             - |        - |            - |       - | cannot do it: no. |",
+    ]
 
 
 def test_a_ragged_row_is_an_error() -> None:
