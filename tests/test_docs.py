@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("autoprune", "agents", "benchmarks", "docs", "envs", "findings")
+FOLDERS = ("autoprune", "agents", "benchmarks", "docs", "envs", "examples", "findings")
 PAGES = sorted([*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in (ROOT / folder).rglob("*.md"))])
 SOURCES = [path for folder in ("autoprune", "agents", "envs", "tests") for path in (ROOT / folder).rglob("*.py")]
 LINK = re.compile(r"\]\(\s*([^)\s]+)\s*\)")
