@@ -1,17 +1,24 @@
-"""Links between the pages lead somewhere, and the architecture page names files and functions that are there."""
+"""Links lead somewhere, files and names on the architecture page are there, and code that loads files runs."""
 
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import nn
+
+import autoprune
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("autoprune", "agents", "benchmarks", "docs", "envs", "examples", "findings")
 PAGES = sorted([*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in (ROOT / folder).rglob("*.md"))])
 SOURCES = [path for folder in ("autoprune", "agents", "envs", "tests") for path in (ROOT / folder).rglob("*.py")]
 LINK = re.compile(r"\]\(\s*([^)\s]+)\s*\)")
+PYTHON = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -61,3 +68,32 @@ def test_files_and_names_of_the_code_are_there(page: str) -> None:
         sources = [path.read_text(encoding="utf-8") for path in SOURCES if path.as_posix().endswith(f"/{name}")]
         for symbol in re.findall(r"`[\w.]*?(\w+)`", listed):
             assert any(re.search(rf"\b{symbol}\b", source) for source in sources), f"{name}: {symbol}"
+
+
+def build() -> nn.Module:
+    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 3))
+
+
+@pytest.mark.slow
+def test_what_a_run_leaves_is_loaded_as_the_page_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its code is run as it stands, in a folder with a finished run."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    x, y = torch.randn(64, 16), torch.randint(3, (64,))
+    quick: dict[str, Any] = {
+        "latency": {"engines": ["eager"], "samples": 3, "search_samples": 3, "profile_samples": 3},
+        "env": {"min_saving": 0.0},
+        "search": {"agent": "uniform", "episodes": 1},
+        "finetune": {"settings": {"epochs": 1}},
+    }
+    target = autoprune.Target(sparsity=0.5)
+    given = (build(), [(x, y)], lambda _: 0.5, x[:1], target)
+    done = autoprune.compress(*given, config=quick, directory="runs/mine")
+    code = PYTHON.findall((ROOT / "docs/guide/what-you-get.md").read_text(encoding="utf-8"))
+    assert len(code) == 3
+    Path("page.py").write_text("\n".join(code), encoding="utf-8")
+    names = runpy.run_path("page.py", {"build": build, "x": x})
+    masked = [p for p in names["model"].parameters() if p.ndim == 2]
+    assert all(bool((weight == 0).any()) for weight in masked)
+    for output in (names["output"], torch.from_numpy(names["logits"]), done.model(x)):
+        torch.testing.assert_close(output, names["model"](x), rtol=1e-3, atol=1e-4)
