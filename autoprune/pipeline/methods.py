@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -16,8 +16,8 @@ from autoprune.pipeline.results import report_of
 from autoprune.pipeline.run import Run
 from autoprune.progress import SILENT, Progress
 from autoprune.report.data import MethodRow
-from autoprune.report.run_report import write_report
-from autoprune.report.stored import EAGER, REPACKED, missed, row_of
+from autoprune.report.run_report import RunReport, write_report
+from autoprune.report.stored import EAGER, REPACKED, WHOLE, missed, row_of
 from autoprune.report.table import methods_table
 from autoprune.training import TRAINING
 
@@ -28,6 +28,7 @@ model's, over the fastest dense engine and over dense torch eager, timed in turn
 are parameters that are not zero, as a share of the dense model's. *Minutes* are those of training and repacking, of all
 attempts where the target was missed at first.
 """
+_TIME = "minutes.json"
 _SHARED = ("latency.json", "baselines.json")  # measured of the dense model, which all runs have in common
 
 
@@ -36,7 +37,7 @@ def compare_methods(
 ) -> str:
     """Prunes without a search once by each config, all of one task and target, and writes ``methods.md``.
 
-    What is done already is not done again. The page is written anew after each method.
+    What is done already is not done again. The page is written after each method.
 
     Args:
         configs: of the runs, which differ in the training method alone, by the name of a folder of `directory`.
@@ -54,53 +55,59 @@ def compare_methods(
     """
     for config in configs.values():
         TRAINING.get(config.finetune.method.name)
-    page, rows, errors = "", list[MethodRow](), list[AutopruneError]()
+    rows, errors = list[MethodRow](), list[AutopruneError]()
+    done: RunReport | None = None  # of the last method that can
     for number, (name, config) in enumerate(configs.items(), start=1):
         progress.say(f"method {number} of {len(configs)}: {name}")
         try:
             run = Run(config, directory / name, progress=progress, clock=clock)
             with closing(run.lock):
-                rows.append(_pruned(run, directory, clock))
-                title = f"{run.task.name}: {config.target.text(run.task.metric)}"
-                page = f"# {title}\n\n{ABOUT}\n{methods_table(rows, run.task.metric)}"
+                done = _made(run, directory, clock)
+                rows.append(_row(name, done))
         except InUse:
             raise
         except AutopruneError as error:
             progress.say(f"{name} cannot do it: {error}")
             errors.append(error)
             rows.append(MethodRow(name, remark=f"cannot do it: {error}"))
-        else:
-            write_text(directory / "methods.md", page)
-    if not page:
+        if done is not None:
+            write_text(directory / "methods.md", _page(done, rows))
+    if done is None:
         raise errors[0]
-    return page
+    return _page(done, rows)
 
 
-def _pruned(run: Run, directory: Path, clock: Clock) -> MethodRow:
-    """A method's row; its run is made, or gone on with, where it is not complete."""
+def _page(report: RunReport, rows: Sequence[MethodRow]) -> str:
+    """The page as markdown; the dense model, repacked, is what there is without pruning."""
+    dense = row_of(report.rows, WHOLE)
+    unpruned = MethodRow(dense.name, dense.score, dense.speedup_over_best, dense.speedup, 1.0)
+    return f"# {report.record.title}\n\n{ABOUT}\n{methods_table([unpruned, *rows], report.record.metric)}"
+
+
+def _made(run: Run, directory: Path, clock: Clock) -> RunReport:
+    """Makes the run, or goes on with it, and writes its report."""
     _share_measurements(run, directory)
-    time_file = run.directory / "minutes.json"
     if not run.complete:
         run.plan_uniformly()
-        before, began = _minutes(time_file), clock()
+        before, began = _minutes(run.directory), clock()
         try:
             run.settle()
             _ = run.repacked
         finally:  # also of what was stopped
-            write_json(time_file, {"minutes": before + (clock() - began) / 60})
+            write_json(run.directory / _TIME, {"minutes": before + (clock() - began) / 60})
     report = report_of(run)
     write_report(report)
-    remark = "; ".join(missed(report.rows, run.config.target, run.task.metric))
-    dense, fast = row_of(report.rows, EAGER), row_of(report.rows, REPACKED)
-    return MethodRow(
-        method=run.directory.name,
-        score=fast.score,
-        speedup_over_best=fast.speedup_over_best,
-        speedup=fast.speedup,
-        kept=(fast.parameters or 0) / (dense.parameters or 1),
-        minutes=_minutes(time_file),
-        remark=f"missed: {remark}" if remark else run.unpruned and f"nothing was pruned: {run.unpruned} by repacking",
-    )
+    return report
+
+
+def _row(name: str, report: RunReport) -> MethodRow:
+    dense, fast, record = row_of(report.rows, EAGER), row_of(report.rows, REPACKED), report.record
+    misses = "; ".join(missed(report.rows, record.target, record.metric))
+    remark = f"missed: {misses}" if misses else None
+    if record.unpruned is not None:
+        remark = f"nothing was pruned: {record.unpruned} by repacking alone"
+    kept, minutes = (fast.parameters or 0) / (dense.parameters or 1), _minutes(report.directory)
+    return MethodRow(name, fast.score, fast.speedup_over_best, fast.speedup, kept, minutes, remark)
 
 
 def _share_measurements(run: Run, directory: Path) -> None:
@@ -112,5 +119,6 @@ def _share_measurements(run: Run, directory: Path) -> None:
             shutil.copyfile(known, run.directory / name)
 
 
-def _minutes(path: Path) -> float:
+def _minutes(directory: Path) -> float:
+    path = directory / _TIME
     return float(read_json(path, "the minutes that were trained")["minutes"]) if path.exists() else 0.0

@@ -114,7 +114,7 @@ def search_table(rows: Sequence[SearchRow], metric: Metric = ACCURACY) -> str:
 
 
 def methods_table(rows: Sequence[MethodRow], metric: Metric = ACCURACY) -> str:
-    """Training methods, the best score first; at the end those that brought nothing."""
+    """Training methods, the best score first, and last those that brought nothing."""
     header = ("method", metric.name, "vs best dense", "speed-up", "weights kept", "minutes", "remark")
     cells = [
         (
@@ -123,7 +123,7 @@ def methods_table(rows: Sequence[MethodRow], metric: Metric = ACCURACY) -> str:
             times(row.speedup_over_best),
             times(row.speedup),
             percent(row.kept, 1),
-            MISSING if row.minutes is None else f"{row.minutes:.1f}",
+            MISSING if row.minutes is None else f"{row.minutes:.2f}",
             row.remark or MISSING,
         )
         for row in sorted(rows, key=lambda row: inf if row.score is None else -row.score)

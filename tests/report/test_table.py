@@ -58,8 +58,8 @@ def test_the_table_of_methods_has_the_best_first_and_what_failed_last() -> None:
     assert methods_table(rows).splitlines() == [
         "| method   | accuracy | vs best dense | speed-up | weights kept | minutes | remark |",
         "| -------- | -------: | ------------: | -------: | -----------: | ------: | --- |",
-        "| adaptive |   95.00% |         2.00x |    4.00x |        20.0% |     0.5 | - |",
-        "| gradual  |   90.00% |         1.50x |    3.00x |        25.0% |     1.3 | missed: 1.50x of 2x |",
+        "| adaptive |   95.00% |         2.00x |    4.00x |        20.0% |    0.50 | - |",
+        "| gradual  |   90.00% |         1.50x |    3.00x |        25.0% |    1.26 | missed: 1.50x of 2x |",
         "| joint    |        - |             - |        - |            - |       - | cannot do it: no. |",
     ]
 
