@@ -36,9 +36,8 @@ table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tab
 th, td { padding: .4rem .8rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 th { color: var(--faint); font-weight: 600; white-space: nowrap; }
 tbody tr:hover { background: var(--band); }
-figure { display: inline-block; margin: .5rem 1rem 1rem 0; max-width: 100%; vertical-align: top; }
-figure img { display: block; max-width: 100%; border: 1px solid var(--line); border-radius: 6px; background: #ffffff; }
-figcaption { padding-top: .4rem; color: var(--faint); font-size: .875rem; }
+img { display: block; max-width: 100%; border: 1px solid var(--line); border-radius: 6px; background: #ffffff; }
+.caption { padding-top: .4rem; color: var(--faint); font-size: .875rem; }
 """
 _PAGE = """\
 <!DOCTYPE html>
@@ -71,8 +70,7 @@ def html_page(markdown: str, figures: Mapping[str, bytes]) -> str:
         if name not in figures:
             return caption
         data = b64encode(figures[name]).decode()
-        image = f'<img src="data:image/png;base64,{data}" alt="{caption}">'
-        return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
+        return f'<img src="data:image/png;base64,{data}" alt="{caption}"><span class="caption">{caption}</span>'
 
     renderer.add_render_rule("image", figure)
     renderer.add_render_rule("table_open", lambda *_: '<div class="table"><table>\n')

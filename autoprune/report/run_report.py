@@ -30,7 +30,7 @@ class RunReport:
 
 
 def write_report(report: RunReport) -> str:
-    """Writes ``report.json``, and from it ``report.md`` and its figures, and returns the page.
+    """Writes ``report.json``, and from it ``report.md``, its figures and ``report.html``, and returns the page.
 
     Raises:
         FileError: the rows lack the repacked model's, or the directory its ``results.json``.
