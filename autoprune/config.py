@@ -185,7 +185,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a TOML config and applies overrides such as ``search.episodes=50``.
 
     Args:
-        path: of the file; or the name of one of `packaged_configs`, where there is no such file.
+        path: of the file; or, where there is no such file, the name of one of `packaged_configs`.
         overrides: ``KEY=VALUE``, values as in TOML.
 
     Raises:
@@ -214,18 +214,17 @@ def packaged_configs() -> dict[str, Path]:
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
+    packaged, run = packaged_configs(), (path / "config.json").exists()
+    if not run and not path.is_file():
+        path = packaged.get(str(path), path)
     if path.is_dir():
-        run = (path / "config.json").exists()
         taken = f" that it was made with, and --run-dir {path}" if run else ", a TOML file such as configs/digits.toml"
         raise ConfigError(f"{path} is {'the directory of a run' if run else 'a folder'}: give the config{taken}.")
     if not path.exists():
-        packaged = packaged_configs()
-        if str(path) not in packaged:
-            raise FileError(
-                f"the config not found: {path}. Give the path of a TOML file, or the name of a config that comes with "
-                f"autoprune. {did_you_mean(path.stem, packaged)}"
-            )
-        path = packaged[str(path)]
+        raise FileError(
+            f"the config not found: {path}. Give the path of a TOML file, or the name of a config that comes with "
+            f"autoprune. {did_you_mean(path.stem, packaged)}"
+        )
     text = read_text(path, "the config")
     try:
         return parse_toml(text)

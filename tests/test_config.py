@@ -63,6 +63,13 @@ def test_a_config_that_comes_along_is_found_by_its_name(tmp_path: Path, monkeypa
     for path in GENERALISTS:
         assert is_generalist(Path(path.stem))
         assert load_generalist_config(Path(path.stem)) == load_generalist_config(path)
+    Path("digits").mkdir()
+    assert load_config(Path("digits")) == load_config(CONFIGS[0]), "a folder of that name is no config"
+    Path("digits/config.json").touch()
+    with pytest.raises(ConfigError, match="digits is the directory of a run: give the config that it was made with"):
+        load_config(Path("digits"))
+    Path("digits/config.json").unlink()
+    Path("digits").rmdir()
     Path("digits").write_text('task = "mnist"\n')
     assert load_config(Path("digits")).task == Choice("mnist"), "a file of that name comes first"
 
