@@ -222,9 +222,28 @@ def test_several_methods_make_one_table_and_what_is_done_is_not_done_again(confi
     assert [path.stat().st_mtime_ns for path in files] == made
 
 
-def test_methods_share_what_is_measured_of_the_dense_model(config: Path) -> None:
-    result = prune(config, "--method", "gradual,one_shot", "--speedup", "1.05", "--run-dir", "both")
+def test_stopped_methods_go_on_and_share_what_is_measured_of_the_dense_model(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = ("--method", "gradual,one_shot", "--speedup", "1.05", "--run-dir", "both")
+    settle = Run.settle
+
+    def stopped_at_the_second(run: Run) -> None:
+        settle(run)
+        if run.directory.name == "one_shot":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "settle", stopped_at_the_second)
+        assert prune(config, *args).exit_code != 0
+    masked = Path("both/one_shot/masked.safetensors")
+    made, minutes = masked.stat().st_mtime_ns, read_json(Path("both/one_shot/minutes.json"), "minutes")["minutes"]
+    assert "one_shot" not in Path("both/methods.md").read_text(encoding="utf-8")
+    result = prune(config, *args)
     assert result.exit_code == 0, result.output
+    assert masked.stat().st_mtime_ns == made
+    assert read_json(Path("both/one_shot/minutes.json"), "minutes")["minutes"] > minutes > 0.0
+    assert "| one_shot" in Path("both/methods.md").read_text(encoding="utf-8")
     for name in ("latency.json", "baselines.json"):
         first, second = (Path("both") / method / name for method in ("gradual", "one_shot"))
         assert first.read_bytes() == second.read_bytes()
