@@ -53,6 +53,7 @@ FILES = [
     "policy/policy.json",
     "policy/policy.safetensors",
     "repacked.safetensors",
+    "report.html",
     "report.json",
     "report.md",
     "results.json",
@@ -241,7 +242,8 @@ def test_stages_run_alone_and_a_lost_result_is_made_again(copied: Path) -> None:
 
 
 def test_the_report_is_written_again_from_what_is_stored(copied: Path) -> None:
-    before = {name: (copied / name).read_bytes() for name in ("report.md", "front.png", "reward.png", "sparsity.png")}
+    pages = ("report.html", "report.md", "front.png", "reward.png", "sparsity.png")
+    before = {name: (copied / name).read_bytes() for name in pages}
     for name in before:
         (copied / name).unlink()
     assert not Run(config(), copied).complete
@@ -260,7 +262,8 @@ def test_a_plan_that_was_changed_is_trained_and_measured_anew(copied: Path) -> N
         weight = weight_of(again.masked, name)
         alike = PATTERNS.create(layer.pattern).mask(weight.detach().abs(), 0.5, 1)
         assert sparsity(weight) == pytest.approx(sparsity(alike))
-    assert not [name for name in ("repacked.safetensors", "results.json", "report.md") if (copied / name).exists()]
+    outcomes = ("repacked.safetensors", "results.json", "report.html", "report.md")
+    assert not [name for name in outcomes if (copied / name).exists()]
     x = again.task.example_inputs(3)
     torch.testing.assert_close(again.repacked(*x), again.masked(*x), rtol=1e-3, atol=1e-4)
 
