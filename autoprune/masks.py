@@ -25,8 +25,8 @@ from autoprune.patterns.layered import mask_of, masks_of
 from autoprune.plan import LayerSpec, Plan
 
 Masks = dict[str, Tensor]  # layer name -> bool, True keeps, in the weight's shape
-Batches = Iterable[tuple[Any, Tensor]]  # (inputs, target); inputs a tensor or a tuple
-Loss = Callable[[Any, Tensor], Tensor]
+Batches = Iterable[Any]  # (inputs, target), or another form that `inputs_and_target` takes
+Loss = Callable[[Any, Any], Tensor]
 
 
 def weight_of(model: nn.Module, name: str) -> Tensor:

@@ -214,9 +214,12 @@ def test_batches_of_many_kinds_are_trained_on(train: Any) -> None:
         (None, "not a NoneType"),
         ([], "train is empty"),
         (DataLoader(TensorDataset(X[:0], Y[:0]), 4), "train is empty"),
-        ([(X, Y, torch.arange(12))], "not a tuple of 3"),
-        ([{"image": X, "label": Y}], "not a dict of 2"),
-        ([X], "not a Tensor"),
+        ([(X, Y, torch.arange(12))], "cannot be trained on"),  # a model of one input
+        ([{"image": X, "label": Y}], "cannot be trained on"),  # it is called `input`
+        ([X], "cannot be trained on"),  # the loss needs a target
+        ([()], "not a tuple of 0"),
+        ([{}], "not a dict of 0"),
+        (["text"], "must be an (inputs, target) pair, not a str"),
         ([(X, None)], "cannot be trained on"),
         ([(X, Y.float())], "cannot be trained on"),
         ([(X, Y + 4)], "cannot be trained on"),

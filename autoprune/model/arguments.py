@@ -100,6 +100,20 @@ def call_with(model: Callable[..., Any], inputs: Any) -> Any:
     return Arguments.of(inputs).call(model)
 
 
+def prediction(output: Any) -> Any:
+    """The tensor of a model's output that answers; the output itself where it holds none.
+
+    That is the output where it is a tensor, else what it holds at ``logits``, else the first tensor in it that is not
+    a single number, as a loss is.
+    """
+    if isinstance(output, Tensor):
+        return output
+    held = inside(output) or {}
+    if isinstance(held.get("logits"), Tensor):
+        return held["logits"]
+    return next((x for x in _tensors(output) if x.dim() and x.is_floating_point()), output)
+
+
 def inside(value: Any) -> dict[Any, Any] | None:
     """What a list, tuple, dictionary or dataclass holds, by index, key or field; None for anything else."""
     if isinstance(value, (tuple, list)):

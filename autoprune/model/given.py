@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
 from typing import Any
@@ -10,6 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from autoprune.errors import AutopruneError, GivenError, NumericalError, first_line
+from autoprune.model.arguments import Arguments
+
+TARGETS = ("labels", "label", "targets", "target")
+"""What the target of a batch that is a mapping may be called; the first of them that it has."""
 
 _END = object()
 
@@ -42,14 +46,14 @@ def called(failed: str) -> Iterator[None]:
 
 
 def read(batches: Iterable[Any], what: str) -> Iterator[tuple[int, Any, Any]]:
-    """Each batch: its number, counted from 1, its inputs and its target.
+    """Each batch: its number, counted from 1, its inputs and its target, None where it has none.
 
     Args:
-        batches: iterated once.
+        batches: iterated once; see `inputs_and_target`.
         what: they are called in an error, e.g. ``the training data``.
 
     Raises:
-        GivenError: one cannot be read, or is no pair.
+        GivenError: one cannot be read, or is no batch.
     """
     with called(f"{what} cannot be read"):
         each = iter(batches)
@@ -58,13 +62,35 @@ def read(batches: Iterable[Any], what: str) -> Iterator[tuple[int, Any, Any]]:
             batch = next(each, _END)
         if batch is _END:
             return
-        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            size = f" of {len(batch)}" if isinstance(batch, (tuple, list, dict)) else ""
+        parts = inputs_and_target(batch)
+        if parts is None:
+            size = " of 0" if isinstance(batch, (tuple, list, Mapping)) else ""
             raise GivenError(
-                f"batch {number} of {what} must be an (inputs, target) pair, not {kind(batch)}{size}: several inputs "
-                "go into a tuple, ((x1, x2), target), and what is neither must be left out."
+                f"batch {number} of {what} must be an (inputs, target) pair, not {kind(batch)}{size}; or "
+                f"(input, input, ..., target), a dictionary of inputs with the target at {' or '.join(TARGETS)}, or "
+                "inputs alone."
             )
-        yield number, batch[0], batch[1]
+        yield number, *parts
+
+
+def inputs_and_target(batch: Any) -> tuple[Any, Any] | None:
+    """The inputs of a batch, in a form that `Arguments` takes, and its target; None for what is no batch.
+
+    ``(inputs, target)``; of a longer tuple or list, its last entry is the target; of a mapping, what it has at one of
+    `TARGETS`, and the rest is named inputs. A tensor, a tuple of one and a mapping without a target are inputs alone,
+    and the target is None.
+    """
+    if isinstance(batch, (Tensor, Arguments)):
+        return batch, None
+    if isinstance(batch, Mapping) and batch:
+        name = next((name for name in TARGETS if name in batch), None)
+        return {key: value for key, value in batch.items() if key != name}, None if name is None else batch[name]
+    if not isinstance(batch, (tuple, list)) or not batch:
+        return None
+    *inputs, target = batch
+    if not inputs:
+        return target, None
+    return inputs[0] if len(inputs) == 1 else tuple(inputs), target
 
 
 def check_loss(value: Any, *, differentiated: bool = True) -> None:

@@ -17,7 +17,7 @@ from autoprune.errors import AutopruneError, ConfigError
 from autoprune.masks import Batches, Loss
 from autoprune.model.arguments import Arguments, call_with
 from autoprune.model.copies import check_weights
-from autoprune.model.given import called, check_loss, kind, read
+from autoprune.model.given import called, check_loss, inputs_and_target, kind, read
 from autoprune.model.inventory import weighted_layers
 from autoprune.tasks.batches import drawing_alike
 
@@ -129,7 +129,7 @@ def _last_size(batches: Batches) -> int | None:
         if isinstance(batches.dataset, IterableDataset) or type(sampler) is not BatchSampler or sampler.drop_last:
             return None
         return len(cast("Sized", sampler.sampler)) % sampler.batch_size or sampler.batch_size
-    if isinstance(batches, Sequence) and isinstance(last := batches[-1], (tuple, list)) and len(last) == 2:
+    if isinstance(batches, Sequence) and (last := inputs_and_target(batches[-1])) is not None:
         return _samples(last[0])
     return None  # or it is no batch, which reading says better
 
