@@ -34,6 +34,8 @@ from autoprune.target import Target
 from autoprune.tasks.base import Task
 from autoprune.tasks.batches import first_batches
 from autoprune.tasks.checks import check_model, check_training, unfreeze_
+from autoprune.tasks.losses import loss_named
+from autoprune.tasks.splits import Splits
 
 CALIBRATION_BATCHES = 4
 
@@ -62,7 +64,7 @@ def compress(
     example_inputs: Any,
     target: Target | float = 2.0,
     *,
-    loss: Loss = functional.cross_entropy,
+    loss: Loss | str = functional.cross_entropy,
     metric: Metric = ACCURACY,
     config: Mapping[str, Any] | None = None,
     directory: Path | str | None = None,
@@ -73,13 +75,15 @@ def compress(
     Args:
         model: a trained module; left as it is. Its copy is trained: frozen layers too where they are pruned, and a
             model that is frozen as a whole, whole.
-        train: re-iterable batches of ``(inputs, target)``, for calibration and fine-tuning.
+        train: re-iterable batches of ``(inputs, target)``, for calibration and fine-tuning; or in another form, see
+            the guide "Any task".
         evaluate: model -> score, higher is better; a number of any kind, or a dictionary with one at the metric's name.
             Called once a trial, without gradients, for the most part with a repacked model: it can be called, no more.
         example_inputs: as the model is called, at the batch size latency matters for: a tensor, a tuple of them, or a
             mapping of keyword arguments that could be given by place. Batches hold their inputs in any of these forms.
         target: a `Target`, or the speed-up wanted over the best dense engine of this machine.
-        loss: ``loss(model(*inputs), target)`` is a scalar.
+        loss: ``loss(model(*inputs), target)`` is a scalar; or a name, as of ``task.loss`` in a config: ``"none"``
+            trains the model to do what the dense one does, without targets.
         metric: how a score reads; accuracy is a score in [0, 1].
         config: sections of a config that differ from the defaults, e.g. ``{"search": {"episodes": 50}}``.
         directory: where the run is kept and resumed from; one that was made with another model, other data or other
@@ -104,7 +108,7 @@ def _given_run(
     evaluate: Callable[[nn.Module], Any],
     example_inputs: Any,
     target: Target | float,
-    loss: Loss,
+    loss: Loss | str,
     metric: Metric,
     config: Mapping[str, Any] | None,
     progress: Progress,
@@ -123,14 +127,18 @@ def _given_run(
     sections = {"target": chosen, **(config or {}), "task": "given"}
     latency = {**sections.get("latency", {}), "batch": len(inputs[0])}
     parsed = parse_config({**sections, "latency": latency}, "compress")
-    check_training("train", dense, train, loss)
+    splits = Splits(train, (), (), train)
+    if isinstance(loss, str):
+        splits = splits.trained_by(loss, copy.deepcopy(dense).eval().requires_grad_(False))
+        loss = loss_named(loss)
+    check_training("train", dense, splits.train, loss)
     task = Task(
         name="given",
         model=dense,
-        train=train,
-        calibration=first_batches(train, CALIBRATION_BATCHES),
-        validation=(),
-        testing=(),
+        train=splits.train,
+        calibration=first_batches(splits.calibration, CALIBRATION_BATCHES),
+        validation=splits.validation,
+        testing=splits.testing,
         loss=loss,
         dense_training=None,
         score=lambda candidate, _: evaluate(_lent(candidate)),
@@ -197,6 +205,10 @@ def apply_config(
     target: Target,
     episodes: int,
     overrides: Mapping[str, Any] | None = None,
+    *,
+    loss: str | None = None,
+    evaluate: str | None = None,
+    metric: str | None = None,
 ) -> Config:
     """The config of a run that applies a saved policy to a user's own model.
 
@@ -207,6 +219,9 @@ def apply_config(
         target: what is asked for.
         episodes: 1 takes the policy's plan; more refine it.
         overrides: sections of the config that differ.
+        loss: of the task: see `autoprune.tasks.user`.
+        evaluate: likewise.
+        metric: likewise.
     """
     learned = Policy.load(SHIPPED if policy is None else policy)
     actions = [{"name": choice.name, **choice.args} for choice in learned.actions]
@@ -214,8 +229,15 @@ def apply_config(
     env = {"actions": actions, "start": learned.start, "curves": learned.curves, **given.pop("env", {})}
     agent = {"name": "policy"} if policy is None else {"name": "policy", "path": str(policy)}
     search = {"agent": agent, "episodes": episodes, **given.pop("search", {})}
+    named = {"loss": loss, "evaluate": evaluate, "metric": metric}
+    task = {
+        "name": "user",
+        "model": model,
+        "data": data,
+        **{key: name for key, name in named.items() if name is not None},
+    }
     sections = {
-        "task": {"name": "user", "model": model, "data": data},
+        "task": {**task, **given.pop("task", {})},
         "target": target.to_json(),
         "env": env,
         "search": search,

@@ -61,14 +61,7 @@ class Metric:
         Raises:
             NumericalError: it is none, not finite, or out of the metric's range.
         """
-        score = number(given[self.name] if isinstance(given, Mapping) and self.name in given else given)
-        if score is None:
-            raise NumericalError(
-                f"evaluate must return one number, higher when better, or a dictionary with one at {self.name!r}; it "
-                f"returned {_describe(given)}."
-            )
-        if not math.isfinite(score):
-            raise NumericalError(f"evaluate returned {score}, which is no score: it must be a finite number.")
+        score = returned(given, self.name)
         nearest = min(max(score, self.lowest), self.highest)
         if not math.isclose(score, nearest, rel_tol=_ROUNDING, abs_tol=_ROUNDING):
             raise NumericalError(
@@ -97,6 +90,23 @@ class Metric:
     def allowance(self, drop: float) -> str:
         """A drop as it was asked for, e.g. ``2 points of accuracy``."""
         return f"{abs(self.factor) * drop:g} {self.points}"
+
+
+def returned(given: Any, name: str) -> float:
+    """The finite number that an evaluation returned, of any kind, or in a dictionary at `name`.
+
+    Raises:
+        NumericalError: it is none, or not finite.
+    """
+    value = number(given[name] if isinstance(given, Mapping) and name in given else given)
+    if value is None:
+        raise NumericalError(
+            f"evaluate must return one number, higher when better, or a dictionary with one at {name!r}; it "
+            f"returned {_describe(given)}."
+        )
+    if not math.isfinite(value):
+        raise NumericalError(f"evaluate returned {value}, which is no score: it must be a finite number.")
+    return value
 
 
 def number(value: Any) -> float | None:

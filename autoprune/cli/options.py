@@ -240,7 +240,7 @@ def only_for(what: str, options: dict[str, object]) -> None:
 
 def model_of(function: str) -> nn.Module:
     """What ``package.module:function`` returns."""
-    from autoprune.tasks.user import user_model
+    from autoprune.tasks.functions import user_model
 
     return user_model("model", function)
 

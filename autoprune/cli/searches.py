@@ -108,6 +108,24 @@ def apply(
     data: Annotated[str, typer.Option(help="package.module:function returning (train_loader, validation_loader).")],
     target: TargetOptions,
     shown: ReportOptions,
+    loss: Annotated[
+        str | None,
+        typer.Option(
+            help="cross_entropy, mse, l1, huber, bce_with_logits, model, none, or package.module:function. "
+            "[default: what fits the data]"
+        ),
+    ] = None,
+    evaluate: Annotated[
+        str | None,
+        typer.Option(
+            help="accuracy, iou, f1, mse, rmse, bits, perplexity, fidelity, or package.module:function(model, loader). "
+            "[default: what fits the data]"
+        ),
+    ] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(help="How the figure of your --evaluate reads: one of its names, or package.module:Metric."),
+    ] = None,
     policy: Annotated[
         Path | None,
         typer.Option(help="A policy's folder, e.g. runs/digits/policy. [default: the one that comes along]"),
@@ -146,9 +164,10 @@ def apply(
 
     if episodes is None:
         episodes = 1 if minutes is None else SearchSection().episodes
+    named = {"loss": loss, "evaluate": evaluate, "metric": metric}
     drawn = [] if seed is None else [f"seed={seed}"]
     changed = parse_overrides([*drawn, *(overrides or [])])
-    config = apply_config(policy, model, data, target.target() or Target(), episodes, changed)
+    config = apply_config(policy, model, data, target.target() or Target(), episodes, changed, **named)
     if dry_run:
         show_forecast(config, run_dir, shown, minutes=checked_minutes(minutes), workers=workers)
         return

@@ -232,6 +232,8 @@ def prepare(context: Context, loaded: LoadedTask) -> Prepared:
     context.claim.check(parts)
     context.claim.write(parts)
     write_json(context.directory / "config.json", config.to_json())
+    for name, text in task.facts.items():
+        context.progress.say(f"{name}: {text}")
     context.progress.say(f"{len(inventory.layers)} prunable layers:")
     for layer in inventory.layers:
         shape = "x".join(map(str, layer.weight_shape))

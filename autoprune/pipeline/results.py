@@ -205,6 +205,7 @@ def _facts(run: Run) -> dict[str, Any]:
     config = run.config
     facts = {
         "task": config.task,
+        **run.task.facts,
         "target": config.target.text(run.task.metric),
         **(_search_facts(run) if run.search.exists else {"plan": _origin(run)}),
         "training": run.plan.training,

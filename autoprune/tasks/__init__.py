@@ -1,8 +1,10 @@
 """Tasks: model + data + metric under a name in a config, and the model zoo. One file and one row a task."""
 
 from autoprune.registry import Registry
-from autoprune.tasks.base import Task, accuracy, minus_bits
+from autoprune.tasks.base import Task
 from autoprune.tasks.batches import ShiftFlip, TensorBatches
+from autoprune.tasks.evaluations import EVALUATIONS, accuracy, minus_bits
+from autoprune.tasks.losses import LOSSES
 from autoprune.tasks.zoo import MODELS
 
 TASKS: Registry[Task] = Registry(
@@ -18,4 +20,6 @@ TASKS: Registry[Task] = Registry(
     },
 )
 
-__all__ = ["MODELS", "TASKS", "ShiftFlip", "Task", "TensorBatches", "accuracy", "minus_bits"]
+__all__ = [
+    "EVALUATIONS", "LOSSES", "MODELS", "TASKS", "ShiftFlip", "Task", "TensorBatches", "accuracy", "minus_bits",
+]  # fmt: skip

@@ -2,51 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from autoprune.errors import AutopruneError
 from autoprune.masks import Batches, Loss
 from autoprune.metric import ACCURACY, Metric
-from autoprune.model.arguments import call_with
-from autoprune.model.given import called, read
+from autoprune.model.given import called
 from autoprune.model.inventory import as_tuple, eval_mode
 from autoprune.settings import TrainingSettings
-
-
-def accuracy(model: nn.Module, batches: Batches) -> float:
-    """Fraction of targets, class indices (N, ...), that are the largest of the logits (N, ..., classes).
-
-    The model runs in eval and inference mode; its mode is restored.
-    """
-    return _mean(model, batches, lambda logits, target: logits.argmax(dim=-1) == target)
-
-
-def minus_bits(model: nn.Module, batches: Batches) -> float:
-    """Mean log2 of the probability of each target: minus the bits it takes to tell it. Shapes as of `accuracy`."""
-    return _mean(model, batches, lambda logits, target: -_nats(logits, target) / math.log(2.0))
-
-
-def _nats(logits: Tensor, target: Tensor) -> Tensor:
-    return functional.cross_entropy(logits.flatten(0, -2), target.flatten(), reduction="none")
-
-
-def _mean(model: nn.Module, batches: Batches, worth: Callable[[Tensor, Tensor], Tensor]) -> float:
-    """The mean of what each target is worth, given its logits."""
-    total, count = 0.0, 0
-    with eval_mode(model), torch.inference_mode():
-        for _, inputs, target in read(batches, "the data to evaluate on"):
-            total += float(worth(call_with(model, inputs), target).sum(dtype=torch.float64))
-            count += target.numel()
-    if count == 0:
-        raise AutopruneError("there is no data to evaluate on; give at least one batch.")
-    return total / count
+from autoprune.tasks.evaluations import accuracy
 
 
 @dataclass(frozen=True)
@@ -65,6 +34,7 @@ class Task:
         score: (model, split) -> a number, higher is better; may leave the model in another mode.
         metric: how a score reads, and what scores there are.
         examples: inputs to run and time the model on; taken from `calibration` when None.
+        facts: what the report says of the task beside its name, e.g. how its loss was chosen.
     """
 
     name: str
@@ -78,6 +48,7 @@ class Task:
     score: Callable[[nn.Module, Batches], Any] = accuracy
     metric: Metric = ACCURACY
     examples: tuple[Tensor, ...] | None = None
+    facts: Mapping[str, str] = field(default_factory=dict)
 
     def evaluate(self, model: nn.Module) -> float:
         """Score of `model` on the validation split.

@@ -64,6 +64,26 @@ class TensorBatches(Generic[Inputs]):
         return tuple(TensorBatches(_at(self.x, indices), self.y[indices], batch_size))
 
 
+@dataclass(frozen=True)
+class MappedBatches:
+    """Batches, changed one by one as they are read.
+
+    Attributes:
+        batches: iterated as often as this is.
+        change: ``(inputs, target)`` of each batch -> those in their place.
+    """
+
+    batches: Batches
+    change: Callable[[Any, Any], tuple[Any, Any]]
+
+    def __len__(self) -> int:
+        return len(self.batches)  # type: ignore[arg-type]  # a TypeError, where they have none, is theirs
+
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        for _, inputs, target in read(self.batches, "the data"):
+            yield self.change(inputs, target)
+
+
 def first_batches(batches: Batches, count: int) -> tuple[tuple[Any, Tensor], ...]:
     """The first batches, the same ones in every process and at every call, of a loader that shuffles and augments too.
 

@@ -12,8 +12,9 @@ from torch.nn import functional
 from autoprune.errors import FileError
 from autoprune.metric import BITS_PER_CHARACTER
 from autoprune.settings import TrainingSettings
-from autoprune.tasks.base import Task, minus_bits
+from autoprune.tasks.base import Task
 from autoprune.tasks.batches import TensorBatches
+from autoprune.tasks.evaluations import minus_bits
 from autoprune.tasks.sequences import with_cut_states
 from autoprune.tasks.zoo import build_text_model, positive
 

@@ -16,7 +16,8 @@ from autoprune.model.inventory import take_inventory
 from autoprune.plan import LayerPlan, Plan
 from autoprune.registry import Choice
 from autoprune.settings import TrainingSettings
-from autoprune.tasks.base import Task, minus_bits
+from autoprune.tasks.base import Task
+from autoprune.tasks.evaluations import minus_bits
 from autoprune.testing import FakeClock, fake_table, small_cnn
 
 STEP_S = 2.0**-10  # of the clock: its sums are exact, so that differences are the same wherever it stands
