@@ -12,7 +12,8 @@ from torch.nn import functional
 
 from autoprune.errors import AutopruneError
 from autoprune.masks import Loss
-from autoprune.model.arguments import call_with
+from autoprune.model.arguments import call_with, prediction
+from autoprune.model.classes import classes_last
 from autoprune.settings import TEACHER_WEIGHTS, TrainingSettings
 
 
@@ -20,7 +21,8 @@ class Distillation:
     """A loss mixed with the divergence from the teachers' softened logits.
 
     Several teachers speak as one, by the weighted mean of their softened probabilities: the gradient is that of the
-    weighted mean of their divergences. Logits have the classes last: (..., classes).
+    weighted mean of their divergences. Logits have the classes last, (..., classes), or where `class_axis` finds
+    them; of a nested output they are its `prediction`.
 
     One more teacher is the model's own past: the moving average of its weights, and of its buffers where they are no
     counters (Tarvainen and Valpola 2017, mean teacher). Early averages are short, so that the first weights are
@@ -43,10 +45,11 @@ class Distillation:
         self.weight, self.temperature = settings.distillation_weight, settings.distillation_temperature
         self.teacher_weights = TEACHER_WEIGHTS[settings.teacher_weights]
 
-    def __call__(self, output: Tensor, inputs: Any, target: Tensor) -> Tensor:
-        own = (output.flatten(0, -2) / self.temperature).log_softmax(dim=-1)
+    def __call__(self, output: Any, inputs: Any, target: Any) -> Tensor:
+        logits = classes_last(prediction(output), target)
+        own = (logits.flatten(0, -2) / self.temperature).log_softmax(dim=-1)
         divergence = functional.kl_div(
-            own, self._wanted(output, inputs, target), reduction="batchmean", log_target=True
+            own, self._wanted(logits, inputs, target), reduction="batchmean", log_target=True
         )
         # T^2 keeps the soft term's gradients at the size of the hard one's
         return (1.0 - self.weight) * self.loss(output, target) + self.weight * self.temperature**2 * divergence
@@ -64,10 +67,11 @@ class Distillation:
                 mean.copy_(now)
 
     @torch.no_grad()
-    def _wanted(self, output: Tensor, inputs: Any, target: Tensor) -> Tensor:
+    def _wanted(self, own: Tensor, inputs: Any, target: Any) -> Tensor:
         """Log-probabilities of the teachers together, softened, ``(samples, classes)``."""
-        logits = torch.stack([call_with(teacher, inputs).flatten(0, -2) for teacher in self.teachers])
-        classes = target.dtype == torch.int64 and target.shape == output.shape[:-1]
+        outputs = (prediction(call_with(teacher, inputs)) for teacher in self.teachers)
+        logits = torch.stack([classes_last(output, target).flatten(0, -2) for output in outputs])
+        classes = isinstance(target, Tensor) and target.dtype == torch.int64 and target.shape == own.shape[:-1]
         weights = self.teacher_weights(logits.log_softmax(dim=2), target.flatten() if classes else None)
         return (weights[:, :, None] + (logits / self.temperature).log_softmax(dim=2)).logsumexp(dim=0)
 
