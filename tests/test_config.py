@@ -168,7 +168,7 @@ def test_defaults_are_those_of_the_class() -> None:
 def test_a_table_that_changes_one_key_keeps_the_others_of_its_section(
     kind: type[Config] | type[GeneralistConfig],
 ) -> None:
-    base = {"task": "digits"} if kind is Config else {"family": {}}
+    base: dict[str, object] = {"task": "digits"} if kind is Config else {"family": {}}
     whole = _validated(kind, base, "x.toml")
     for name, field in kind.model_fields.items():
         if not isinstance(field.default, Section):

@@ -47,7 +47,7 @@ def measured(problem: Problem, power: float, bias: float) -> Callable[[Plan], Re
 
 
 def reachable(problem: Problem, power: float, bias: float) -> float:
-    return bias * problem.table.predict_speedup(problem.uniform(problem.max_sparsity)) ** power
+    return float(bias * problem.table.predict_speedup(problem.uniform(problem.max_sparsity)) ** power)
 
 
 @given(share=st.floats(0.15, 0.85), power=st.floats(0.8, 1.3), bias=st.floats(0.8, 1.3))
