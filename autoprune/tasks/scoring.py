@@ -9,7 +9,7 @@ from typing import cast
 
 from torch import nn
 
-from autoprune.errors import ConfigError
+from autoprune.errors import ConfigError, NumericalError
 from autoprune.masks import Batches
 from autoprune.metric import Metric, returned
 from autoprune.model.given import called, kind
@@ -93,19 +93,37 @@ def own_scoring(evaluate: str, metric: str | None, model: nn.Module, validation:
 
     Raises:
         ConfigError: a function cannot be imported, or gives no metric.
-        NumericalError: the evaluation gives no finite number.
+        NumericalError: the evaluation gives no finite number, or one out of the metric's range.
         GivenError: it raises something.
     """
     figure, known = function("evaluate", evaluate), None if metric is None else _metric(metric)
     with called(f"evaluate={evaluate!r} failed on the dense model"):
         dense = returned(figure(model, validation), SCORE if known is None else known.name)
     if known is None:
-        return _read_by_value(figure, dense, evaluate)
-    if known.unit == "%" and known.factor == 100.0:
-        return _fraction(figure, known, dense, evaluate)
-    if metric is not None and not is_path(metric) and evaluation(metric).unit != "one":
-        known = scaled(known, abs(dense) or 1.0)
-    return _scoring(figure, known, known.factor, evaluate)
+        scoring = _read_by_value(figure, dense, evaluate)
+    elif known.unit == "%" and known.factor == 100.0:
+        scoring = _fraction(figure, known, dense, evaluate)
+    else:
+        if metric is not None and not is_path(metric) and evaluation(metric).unit != "one":
+            known = scaled(known, abs(dense) or 1.0)
+        scoring = _scoring(figure, known, known.factor, evaluate)
+    _check_range(evaluate, dense, scoring)
+    return scoring
+
+
+def _check_range(evaluate: str, dense: float, scoring: Scoring) -> None:
+    """Raises NumericalError where the dense model's figure is out of its metric's range."""
+    metric, divisor = scoring.metric, scoring.score.divisor
+    try:
+        metric.score(dense / divisor)
+    except NumericalError:
+        low, high = sorted((metric.lowest * divisor, metric.highest * divisor + 0.0))
+        better = "lower" if divisor < 0 else "higher"
+        percent = ", or from 0 to 100 in percent" if metric.unit == "%" else ""
+        raise NumericalError(
+            f"evaluate={evaluate!r} gave {dense:g} for the dense model, but the metric {metric.name!r} is from {low:g} "
+            f"to {high:g}{percent}, and {better} is better: return that figure, or name another metric."
+        ) from None
 
 
 def _read_by_value(figure: Figure, dense: float, text: str) -> Scoring:

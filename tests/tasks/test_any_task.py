@@ -290,6 +290,8 @@ def test_the_unit_of_a_drop_is_the_targets_variance() -> None:
         ("regressor", "numbers", {"evaluate": f"{TASK}:right", "metric": f"{TASK}:numbers"}, "must be an autoprune.M"),
         ("regressor", "numbers", {"evaluate": f"{TASK}:broken"}, "failed on the dense model: TypeError"),
         ("regressor", "numbers", {"evaluate": f"{TASK}:nothing"}, "is there a return missing?"),
+        ("regressor", "numbers", {"evaluate": f"{TASK}:decibels", "metric": "accuracy"}, "or from 0 to 100 in percent"),
+        ("regressor", "numbers", {"evaluate": f"{TASK}:decibels", "metric": "mse"}, "0 to inf, and lower is better"),
         ("regressor", "numbers", {"loss": "cross_entropy"}, "cross_entropy takes class indices, integers"),
         ("regressor", "numbers", {"evaluate": "iou"}, "iou takes class indices, integers"),
         ("regressor", "numbers", {"loss": "model"}, "needs a model that is given its target"),
