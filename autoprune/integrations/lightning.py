@@ -32,7 +32,7 @@ class PruningCallback(Callback):  # type: ignore[misc]  # Lightning is not insta
         self._restored: dict[str, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.pruning.start(trainer.optimizers[0], int(trainer.estimated_stepping_batches))
+        self.pruning.start(trainer.optimizers[0], trainer.estimated_stepping_batches)
         self._steps, self._training = trainer.global_step, True
         if self._restored:
             self.pruning.load_state_dict(self._restored)
