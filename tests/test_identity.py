@@ -271,7 +271,7 @@ def test_a_hook_that_counts_leaves_the_rest_of_its_module_and_the_table_as_they_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def profile_table(subject: Any, patterns: Any, settings: Any, *_: Any) -> LatencyTable:
-        return LatencyTable({}, 1.0, 0.0, 1.0, settings, machine_identity())
+        return LatencyTable({}, 1.0, ((1.0, 1.0),), settings, machine_identity())
 
     def report_of(run: Run) -> RunReport:
         _ = run.preparation.table
