@@ -17,7 +17,7 @@ from autoprune.config import load_config
 from autoprune.envs.trial import Trial
 from autoprune.metric import Metric
 from autoprune.pipeline.run import Run
-from autoprune.pipeline.search import RatedPlan
+from autoprune.pipeline.selection import RatedPlan
 from autoprune.report.console import Console
 from autoprune.report.table import markdown_table
 from benchmarks.lib.command_line import add_seeds, command_line

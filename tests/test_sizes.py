@@ -14,23 +14,11 @@ REASON = "# long: "  # of a longer function: its line stands right above the `de
 CLASSES = (ast.ClassDef,)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
-# Being cut at present.
-UNFINISHED = {
-    "autoprune/repack/graph/capture.py",
-    "autoprune/repack/graph/importer.py",
-    "autoprune/repack/lowering/convolutions.py",
-    "autoprune/repack/onnx/export.py",
-}
-
 
 def sources() -> list[Path]:
     """Each file once: `autoprune/envs` and `autoprune/agents` are links."""
-    found = {
-        path.resolve()
-        for folder in ("autoprune", "envs", "agents", "benchmarks")
-        for path in (ROOT / folder).rglob("*.py")
-    }
-    return sorted(path for path in found if path.relative_to(ROOT.resolve()).as_posix() not in UNFINISHED)
+    folders = ("autoprune", "envs", "agents", "benchmarks")
+    return sorted({path.resolve() for folder in folders for path in (ROOT / folder).rglob("*.py")})
 
 
 def too_long(text: str, name: str) -> Iterator[str]:
@@ -66,12 +54,6 @@ def test_nothing_is_too_long_to_be_read_at_one_go() -> None:
         for each in too_long(path.read_text("utf-8"), path.relative_to(ROOT.resolve()).as_posix())
     ]
     assert not long, "\n".join(long)
-
-
-def test_what_is_unfinished_is_still_too_long() -> None:
-    """A row that is no longer needed goes."""
-    for name in UNFINISHED:
-        assert list(too_long((ROOT / name).read_text("utf-8"), name)), name
 
 
 BODY = "    x = 1\n" * 60

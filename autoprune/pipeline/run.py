@@ -25,10 +25,12 @@ from autoprune.evaluation.pool import cores
 from autoprune.files import read_json, write_json
 from autoprune.identity.claim import Claim
 from autoprune.latency.timer import Clock
+from autoprune.model.inventory import Inventory
 from autoprune.pipeline.application import AppliedPlan, is_complete
 from autoprune.pipeline.correction import correct, free_without_pruning, further
 from autoprune.pipeline.preparation import Context, Preparation, Prepared, create_choices
-from autoprune.pipeline.search import PlanSearch, file_size
+from autoprune.pipeline.problem import file_size
+from autoprune.pipeline.search import PlanSearch
 from autoprune.plan import LayerPlan, Plan
 from autoprune.processes.locks import FolderLock
 from autoprune.progress import SILENT, Progress
@@ -58,6 +60,12 @@ def uniform_plan(context: Context, preparation: Preparation, search: PlanSearch)
     problem = search.unscored
     check_limits(problem)
     return project(problem.uniform(START_SPARSITY), problem)
+
+
+def whole_plan(context: Context, inventory: Inventory) -> Plan:
+    """The plan that keeps all weights."""
+    layer = LayerPlan(0.0, context.config.env.pattern, context.config.env.criterion)
+    return Plan(dict.fromkeys(inventory.names, layer))
 
 
 class Run:
@@ -179,18 +187,15 @@ class Run:
     @cached_property
     def unpruned(self) -> str | None:
         """What repacking alone gives, where the target is met by that and nothing has to be pruned; else None."""
-        target, baselines = self.config.target, self.search.baselines
+        baselines = self.search.baselines
         if baselines is None or not self.context.measures:
             return None
-        inventory = self.prepared.inventory
-        limits = limits_of(target, inventory, file_size(self.context, inventory, baselines))
-        return free_without_pruning(target, limits, self._nothing, baselines)
-
-    @property
-    def _nothing(self) -> Plan:
-        """The plan that keeps all weights."""
-        layer = LayerPlan(0.0, self.config.env.pattern, self.config.env.criterion)
-        return Plan(dict.fromkeys(self.prepared.inventory.names, layer))
+        limits = limits_of(
+            self.config.target, self.prepared.inventory, file_size(self.context, self.prepared.inventory, baselines)
+        )
+        return free_without_pruning(
+            self.config.target, limits, whole_plan(self.context, self.prepared.inventory), baselines
+        )
 
     def _plan(self) -> Plan:
         if self._plan_file.exists():
@@ -198,7 +203,7 @@ class Run:
             plan.check_layers(self.prepared.inventory.names)
             return plan
         if self.unpruned is not None:
-            plan = self._nothing
+            plan = whole_plan(self.context, self.prepared.inventory)
             self.progress.say(f"nothing is pruned: {self.unpruned} by repacking alone. Ask for more than that")
         else:
             best = self.searched.best

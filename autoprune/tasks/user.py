@@ -29,6 +29,7 @@ FUNCTIONS = ("model", "data", "loss", "evaluate", "metric")
 """Arguments of `user` that may name functions of the user's own."""
 
 
+# long: its arguments are a config's keys, told in full
 def user(
     model: str, data: str, loss: str | None = None, evaluate: str | None = None, metric: str | None = None
 ) -> Task:
