@@ -8,6 +8,7 @@ from collections.abc import Mapping
 BENCHMARKS: Mapping[str, str] = {
     "agent_vs_uniform": "what an agent's plan gains over the uniform rule, at the same measured speed-up",
     "agents": "which agent plans best at equal evaluations and equal measured speed-up",
+    "ask": "whether a speed-up that is asked for is delivered, or refused with a figure that holds",
     "container": "whether all works without a home, in read-only places, without executable memory",
     "dynamic": "whether channel gates beat static plans of the same accuracy",
     "encodings": "how small packed weights are in a file, and how fast they are read",
