@@ -1,9 +1,9 @@
 """What is asked for is delivered, or refused: ``python -m benchmarks ask [--models A,B] [--speedups 1.5,3]``.
 
-`autoprune apply` is asked, in a process of its own, for speed-ups over the best dense engine, of five models unlike those
-that the bundled policy learned from (``benchmarks/ask_models.py``). Shown of each: what was measured at the end, and the
-score; or that it was refused, with what figure, and whether asking for that figure then holds. Rows are kept in
-benchmarks/results/ask.jsonl, the page is benchmarks/results/ask.md. ``--busy`` keeps one core busy meanwhile.
+`autoprune apply` is asked, in a process of its own, for speed-ups over the best dense engine, of five models unlike
+those that the bundled policy learned from (``benchmarks/ask_models.py``). Shown of each: what was measured at the end,
+and the score; or that it was refused, with what figure, and whether asking for that figure then holds. Rows are kept
+in benchmarks/results/ask.jsonl, the page is benchmarks/results/ask.md. ``--busy`` keeps one core busy meanwhile.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Asked(Row):
 
     Attributes:
         outcome: ``met``, ``missed``, ``there without pruning`` or ``refused``.
-        measured: speed-up over the best dense engine in the final table; of a refusal that of the figure it named, asked
-            for again.
+        measured: speed-up over the best dense engine in the final table; of a refusal that of the figure it named,
+            asked for again.
         drop: of the score, in its own units; positive is worse.
         offered: the figure of a refusal.
         seconds: of the command.

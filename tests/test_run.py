@@ -12,13 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from typer.testing import CliRunner
 
 from autoprune.agents.harness import TrialLog, search
 from autoprune.cli import app, main
 from autoprune.config import Config, parse_config
 from autoprune.envs.trial import Trial
-from autoprune.errors import AutopruneError, ConfigError, FileError, InfeasibleTarget, StaleTable
+from autoprune.errors import AutopruneError, ConfigError, FileError, InfeasibleTarget, NumericalError, StaleTable
+from autoprune.evaluation.recovery import Subject
 from autoprune.files import append_line, read_json, read_lines, read_tensors, write_json, write_tensors
 from autoprune.latency.timer import Latency, Protocol
 from autoprune.masks import sparsity, weight_of
@@ -28,6 +30,7 @@ from autoprune.pipeline.run import Run
 from autoprune.plan import Plan
 from autoprune.registry import Choice, Registry
 from autoprune.report.run_report import write_report
+from autoprune.settings import TrainingSettings
 from autoprune.testing import FakeClock
 
 SMALL = {
@@ -452,3 +455,17 @@ def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 def test_errors_share_a_base() -> None:
     assert all(issubclass(kind, AutopruneError) for kind in (ConfigError, FileError, InfeasibleTarget, StaleTable))
+
+
+def test_a_training_that_diverges_is_done_again_more_slowly(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[float] = []
+
+    def finetune(model: nn.Module, plan: Plan, subject: Subject, settings: TrainingSettings, **_: object) -> None:
+        rates.append(settings.changed(plan.settings).learning_rate)
+        if len(rates) < 3:
+            raise NumericalError("the loss is nan.")
+
+    monkeypatch.setattr("autoprune.pipeline.application.finetune_", finetune)
+    (copied / "masked.safetensors").unlink()
+    _ = Run(config(), copied).masked
+    assert rates == [rates[0], rates[0] / 4, rates[0] / 16]

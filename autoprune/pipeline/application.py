@@ -9,13 +9,13 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 from torch import nn
 
-from autoprune.errors import FileError
+from autoprune.errors import FileError, NumericalError
 from autoprune.evaluation.dense import other_dense_models
 from autoprune.evaluation.evaluator import Evaluator
 from autoprune.evaluation.recovery import Subject
@@ -41,6 +41,10 @@ _OUTCOMES = (
     "report.html",
     "report.md",
 )  # each is made of the one before
+
+
+TRAININGS = 3  # of one plan, until one does not diverge
+SLOWER = 0.25  # of the learning rate, after each that did
 
 
 @dataclass(frozen=True)
@@ -110,20 +114,34 @@ def fine_tune(context: Context, subject: Subject, plan: Plan) -> FineTuned:
         context: of the run.
         subject: the dense model; with the latency table where its budget is latency.
         plan: applied.
+
+    Raises:
+        NumericalError: it diverged again and again.
     """
-    model, checkpoint = copy.deepcopy(subject.dense), context.directory / "finetune"
+    settings, checkpoint = subject.settings.changed(plan.settings), context.directory / "finetune"
+    teachers = _other_teachers(context, settings)
     with torch_threads(context.work_threads), TrialWriter(context.directory / "tensorboard" / "finetune") as writer:
-        finetune_(
-            model,
-            plan,
-            subject,
-            subject.settings,
-            teachers=_other_teachers(context, subject.settings.changed(plan.settings)),
-            checkpoint=checkpoint,
-            progress=context.progress,
-            title="fine-tuning",
-            on_signals=lambda step, signals: writer.training(step, signals.scalars, signals.histograms),
-        )
+        for attempt in range(1, TRAININGS + 1):
+            model = copy.deepcopy(subject.dense)
+            slower = {"learning_rate": settings.learning_rate * SLOWER ** (attempt - 1)}
+            try:
+                finetune_(
+                    model,
+                    replace(plan, settings={**plan.settings, **slower} if attempt > 1 else plan.settings),
+                    subject,
+                    subject.settings,
+                    teachers=teachers,
+                    checkpoint=checkpoint,
+                    progress=context.progress,
+                    title="fine-tuning",
+                    on_signals=lambda step, signals: writer.training(step, signals.scalars, signals.histograms),
+                )
+                break
+            except NumericalError as error:
+                if attempt == TRAININGS:
+                    raise
+                context.progress.say(f"fine-tuning diverged ({error}): again, at {SLOWER:g} of the learning rate")
+                shutil.rmtree(checkpoint, ignore_errors=True)
     model.eval()
     _remove_after(context.directory, _MASKED)
     write_tensors(context.directory / _MASKED, model.state_dict(), {MADE_FOR: made_for(context, plan)})
