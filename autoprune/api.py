@@ -184,8 +184,8 @@ class _Hidden:
 
 
 def _lent(model: nn.Module) -> nn.Module:
-    """What `evaluate` may do with as it likes: a repacked model, which nothing changes, or what can do as little."""
-    return model if isinstance(model, RepackedModel) else _Lent(model)
+    """What `evaluate` may do with as it likes: a program, which nothing changes, or what can do as little."""
+    return model if isinstance(model, Sealed) else _Lent(model)
 
 
 def _compressed(run: Run) -> Compressed:

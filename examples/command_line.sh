@@ -17,6 +17,6 @@ def loaders():  # (train, validation), iterables of (inputs, class indices)
 PYTHON
 
 # Usual is a target such as --speedup 3, and no --set: those here make the example short.
-autoprune apply --model my_project:build --data my_project:loaders --accuracy-drop 0.5 --out compressed \
+autoprune apply --model my_project:build --data my_project:loaders --accuracy-drop 0.5 --run-dir compressed \
     --set 'latency.engines=["eager"]' --set latency.samples=10 --set finetune.settings.epochs=3
 ls compressed # report.html, repacked.safetensors, masked.safetensors, ...

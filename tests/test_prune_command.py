@@ -225,7 +225,7 @@ def test_several_methods_make_one_table_and_what_is_done_is_not_done_again(confi
 def test_stopped_methods_go_on_and_share_what_is_measured_of_the_dense_model(
     config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    args = ("--method", "gradual,one_shot", "--speedup", "1.05", "--run-dir", "both")
+    args = ("--method", "gradual,one_shot", "--speedup", "1.05", "--over", "repacked", "--run-dir", "both")
     settle = Run.settle
 
     def stopped_at_the_second(run: Run) -> None:

@@ -102,8 +102,8 @@ def compare(
     )
 
 
-@with_groups
 # long: a parameter is an option, with what --help says of it
+@with_groups
 def apply(
     model: Annotated[str, typer.Option(help="package.module:function returning the trained nn.Module.")],
     data: Annotated[str, typer.Option(help="package.module:function returning (train_loader, validation_loader).")],

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from autoprune.agents.base import succeeded
+from autoprune.envs.rewards import as_trial
 from autoprune.envs.trial import Trial
 from autoprune.errors import GivenError, NumericalError
 from autoprune.evaluation.measurement import Failure
@@ -298,6 +299,7 @@ def _search_rows(run: Run) -> tuple[SearchRow, ...]:
     done = {name: [trial for trial in trials if not trial.failed] for name, trials in sources.items()}
     rows = [row(name, trials, len(sources[name])) for name, trials in done.items() if trials]
     if uniform is not None:
+        uniform = as_trial(run.problem, uniform.plan, uniform.measurement)  # rewarded for the same target as the others
         rows.append(row("uniform, same speed-up", [uniform], run.search.comparison.evaluations))
     return tuple(rows)
 

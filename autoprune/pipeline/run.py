@@ -62,6 +62,18 @@ def uniform_plan(context: Context, preparation: Preparation, search: PlanSearch)
     return project(problem.uniform(START_SPARSITY), problem)
 
 
+def corrected(context: Context, search: PlanSearch, plan: Plan) -> Plan:
+    """A plan put on the target by measurement, where only that tells if it is met and the run measures."""
+    if not context.config.target.measured or not context.measures:
+        return plan
+    moved = correct(plan, search.gauge.of_plan, search.unscored)
+    if moved.plan != plan:
+        context.progress.say(
+            f"moved onto the target in {moved.measurements} measurements: {moved.reached.least:.3f} of it"
+        )
+    return moved.plan
+
+
 def whole_plan(context: Context, inventory: Inventory) -> Plan:
     """The plan that keeps all weights."""
     layer = LayerPlan(0.0, context.config.env.pattern, context.config.env.criterion)
@@ -211,21 +223,9 @@ class Run:
                 f"best plan: {self.task.metric.describe(best.measurement.score)}, {best.measurement.speedup:.2f}x over "
                 f"torch eager, reward {best.reward:.3f}"
             )
-            plan = self._corrected(best.plan)
+            plan = corrected(self.context, self.search, best.plan)
         plan.save(self._plan_file)
         return plan
-
-    def _corrected(self, plan: Plan) -> Plan:
-        """A plan put on the target by measurement, where the target has limits and the run measures."""
-        if not self.config.target.measured or not self.context.measures:
-            return plan
-        problem = self.search.unscored
-        corrected = correct(plan, self.search.gauge.of_plan, problem)
-        if corrected.plan != plan:
-            self.progress.say(
-                f"moved onto the target in {corrected.measurements} measurements: {corrected.reached.least:.3f} of it"
-            )
-        return corrected.plan
 
     @property
     def _plan_file(self) -> Path:
@@ -240,7 +240,8 @@ class Run:
         if self.unpruned is not None:
             self._plan()
         else:
-            self._corrected(uniform_plan(self.context, self.preparation, self.search)).save(self._plan_file)
+            plan = uniform_plan(self.context, self.preparation, self.search)
+            corrected(self.context, self.search, plan).save(self._plan_file)
 
     def adopt(self, path: Path) -> None:
         """Takes the plan of a file in place of a searched one; refused when the run has another already."""

@@ -174,7 +174,7 @@ def test_every_kind_of_task_from_the_command_line(
     ]  # fmt: skip
     named = ["--model", f"{TASK}:{model}", "--data", f"{TASK}:{data}", "--policy", str(tmp_path / "policy")]
     options = [part for key in quick for part in ("--set", key)]
-    arguments = ["apply", *named, "--accuracy-drop", "0.9", "--out", "out", "--workers", "1", *options]
+    arguments = ["apply", *named, "--accuracy-drop", "0.9", "--run-dir", "out", "--workers", "1", *options]
     done = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert done.exit_code == 0, done.output
     record = json.loads((tmp_path / "out" / "report.json").read_text())
