@@ -169,7 +169,7 @@ def run_ci(tmp_path: Path, *stages: str, failing: str = "", pytest_prints: str =
 
 
 CHECKED = ["pip", "pytest", "pip", "check", "mkdocs"]  # the README's command, the checks, the site
-ALL = [*CHECKED, *["pip", "pip", "pip", "pytest"], *["pip", "pytest", "autoprune"]]  # ..., optional, lowest
+ALL = [*CHECKED, *["pip", "pip", "pip", "pytest"]]  # ..., optional
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,6 @@ ALL = [*CHECKED, *["pip", "pip", "pip", "pytest"], *["pip", "pytest", "autoprune
         ("pytest", ["pip", "pytest"]),
         ("check", ["pip", "pytest", "pip", "check"]),
         ("mkdocs", CHECKED),
-        ("autoprune", ALL),
         ("", ALL),
     ],
 )
@@ -187,6 +186,13 @@ def test_ci_stops_at_the_step_that_fails(failing: str, ran: list[str], tmp_path:
     status, commands, _ = run_ci(tmp_path, failing=failing)
     assert (status == 0) == (failing == "")
     assert commands == ran
+
+
+@pytest.mark.parametrize("failing", ["", "autoprune"])
+def test_the_lowest_versions_are_tested_where_that_is_asked_for(failing: str, tmp_path: Path) -> None:
+    status, commands, _ = run_ci(tmp_path, "lowest", failing=failing)
+    assert (status == 0) == (failing == "")
+    assert commands == ["pip", "pytest", "autoprune"]
 
 
 def test_ci_says_that_it_has_no_second_python(tmp_path: Path) -> None:
