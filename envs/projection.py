@@ -124,5 +124,6 @@ def check_limits(problem: Problem) -> None:
         if limit.name != "sparsity" and not limit.keeps(plan):
             raise InfeasibleTarget(
                 f"no plan keeps target.{limit.name} = {limit.at_most:,.0f}: with every layer at sparsity "
-                f"{problem.max_sparsity:g} it is {limit.cost(plan):,.0f}. {ASK_FOR_LESS}"
+                f"{problem.max_sparsity:g} it is about {limit.cost(plan):,.0f}. Allow more than that, allow a higher "
+                "sparsity (env.max_sparsity), or let more layers be pruned."
             )

@@ -134,6 +134,8 @@ def test_a_speedup_out_of_reach_is_refused_with_the_best_there_is(config: Path) 
     assert isinstance(result.exception, InfeasibleTarget)
     assert "was measured" in str(result.exception)
     assert not Path("runs/small-gradual/plan.json").exists()
+    assert not Path("runs/small-gradual/config.json").exists(), "a target that is in reach may take the directory"
+    assert Path("runs/small-gradual/latency.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ class Baselines:
         ms: engine -> median of one inference, milliseconds; ``repacked`` is the dense model as this project runs it.
         speedups: likewise, over torch eager: medians of the rounds' ratios.
         file_bytes: of the dense model repacked and saved.
-        machine: where they were measured.
+        machine: where they were measured, and how.
     """
 
     best: str
@@ -99,7 +99,9 @@ def measure_baselines(context: Context, engines: Callable[[], DenseEngines]) -> 
         context: of the run.
         engines: called where they have to be timed.
     """
-    path, machine = context.directory / "baselines.json", machine_identity()
+    path, latency = context.directory / "baselines.json", context.config.latency
+    how = {"batch": latency.batch, "threads": latency.threads, "engines": list(latency.engines)}
+    machine = {**machine_identity(), **how, "value_bits": context.config.repack.value_bits}
     if path.exists():
         known = _read(path)
         if not differences(known.machine, machine):
@@ -108,7 +110,7 @@ def measure_baselines(context: Context, engines: Callable[[], DenseEngines]) -> 
     with temporary_folder() as folder:
         save(prepared_engines.repacked, folder / "dense.safetensors", value_bits=context.config.repack.value_bits)
         file_bytes = (folder / "dense.safetensors").stat().st_size
-    times = measure_together(prepared_engines.calls, context.protocol(context.config.latency.samples), context.clock)
+    times = measure_together(prepared_engines.calls, context.protocol(latency.samples), context.clock)
     ms = {name: took.median_ms for name, took in times.items()}
     same_work = [name for name in ms if name == EAGER or (name in ENGINES and ENGINES.get(name).float32)]
     measured = Baselines(

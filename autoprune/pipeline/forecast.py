@@ -14,7 +14,7 @@ from autoprune.envs.problem import Problem
 from autoprune.envs.projection import check_limits
 from autoprune.errors import InfeasibleTarget
 from autoprune.latency.timer import torch_threads
-from autoprune.pipeline.baselines import Baselines, measure_baselines
+from autoprune.pipeline.baselines import Baselines
 from autoprune.pipeline.correction import Reached, check_reachable
 from autoprune.pipeline.run import Run, uniform_plan
 from autoprune.plan import Plan
@@ -166,7 +166,7 @@ def forecast(run: Run, *, searches: bool = True, trains: bool = True) -> Forecas
     table_was_read, began_s = (run.directory / "latency.json").exists(), clock()
     table, offered = run.preparation.table, run.preparation.offered
     minutes = {} if table_was_read else {"latency table": (clock() - began_s) / 60}
-    baselines = run.search.baselines or measure_baselines(context, lambda: run.search.engines)
+    baselines = run.search.all_baselines
     problem, most_pruned = run.search.by_table, run.search.most_pruned
     unpruned = run.unpruned
     measured, refusal = (None, None) if unpruned is not None else _reach(run, problem, most_pruned)

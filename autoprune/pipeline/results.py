@@ -188,7 +188,7 @@ def report_of(run: Run) -> RunReport:
         rewards={config.search.agent.name: tuple(trial.reward for trial in succeeded(run.searched.trials))}
         if searched
         else None,
-        unpruned=run.unpruned,
+        unpruned=None if any(_sparsities(run).values()) else run.unpruned,
     )
     hparams = {
         "agent": str(config.search.agent),
@@ -223,7 +223,8 @@ def _facts(run: Run) -> dict[str, Any]:
 
 def _origin(run: Run) -> str:
     """Where a plan is from that was not searched for."""
-    return "given, not searched for" if run.unpruned is None else "nothing is pruned: repacking alone meets the target"
+    given = any(_sparsities(run).values()) or run.unpruned is None
+    return "given, not searched for" if given else "nothing is pruned: repacking alone meets the target"
 
 
 def _search_facts(run: Run) -> dict[str, Any]:
@@ -278,7 +279,7 @@ def _kept_dense(run: Run) -> tuple[KeptDense, ...]:
         for row in run.repacked.report
         if row.backend == "dense" and row.name in run.plan.layers
     ]
-    timed = run.search.exists or (run.config.target.timed and run.unpruned is None)
+    timed = run.search.exists or (run.config.target.timed and any(_sparsities(run).values()))
     offered = run.preparation.offered if timed else run.prepared.inventory
     return (*offered.dense, *lost)
 

@@ -7,6 +7,8 @@ goes on where it was, and every verb of the command line is "run the stages up t
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +22,7 @@ from autoprune.envs import Problem
 from autoprune.envs.limits import limits_of
 from autoprune.envs.projection import check_limits, check_movable, project
 from autoprune.envs.prune import START_SPARSITY
-from autoprune.errors import ConfigError
+from autoprune.errors import ConfigError, InfeasibleTarget
 from autoprune.evaluation.pool import cores
 from autoprune.files import read_json, write_json
 from autoprune.identity.claim import Claim
@@ -72,6 +74,18 @@ def corrected(context: Context, search: PlanSearch, plan: Plan) -> Plan:
             f"moved onto the target in {moved.measurements} measurements: {moved.reached.least:.3f} of it"
         )
     return moved.plan
+
+
+@contextmanager
+def withdrawn_if_refused(directory: Path, search: PlanSearch) -> Iterator[None]:
+    """Leaves a directory that holds no trial to a run of another target where this one is out of reach."""
+    try:
+        yield
+    except InfeasibleTarget:
+        if not search.exists:
+            for name in ("config.json", "identity.json"):
+                (directory / name).unlink(missing_ok=True)
+        raise
 
 
 def whole_plan(context: Context, inventory: Inventory) -> Plan:
@@ -166,7 +180,8 @@ class Run:
     @property
     def searched(self) -> SearchResult:
         """The search's trials; only those that are missing are run."""
-        return self.search.result
+        with withdrawn_if_refused(self.directory, self.search):
+            return self.search.result
 
     @property
     def applied(self) -> AppliedPlan:
@@ -199,9 +214,9 @@ class Run:
     @cached_property
     def unpruned(self) -> str | None:
         """What repacking alone gives, where the target is met by that and nothing has to be pruned; else None."""
-        baselines = self.search.baselines
-        if baselines is None or not self.context.measures:
+        if not self.config.target.measured or not self.context.measures:
             return None
+        baselines = self.search.all_baselines
         limits = limits_of(
             self.config.target, self.prepared.inventory, file_size(self.context, self.prepared.inventory, baselines)
         )
@@ -240,7 +255,8 @@ class Run:
         if self.unpruned is not None:
             self._plan()
         else:
-            plan = uniform_plan(self.context, self.preparation, self.search)
+            with withdrawn_if_refused(self.directory, self.search):
+                plan = uniform_plan(self.context, self.preparation, self.search)
             corrected(self.context, self.search, plan).save(self._plan_file)
 
     def adopt(self, path: Path) -> None:
@@ -260,8 +276,10 @@ class Run:
         latency table, which the clock may not agree with.
         """
         path = self.directory / "reached.json"
-        if not self.config.target.measured or not self.context.measures or path.exists() or self.unpruned is not None:
+        if not self.config.target.measured or not self.context.measures or path.exists():
             return
+        if not any(layer.sparsity for layer in self.plan.layers.values()):
+            return  # nothing is pruned, as repacking alone meets the target
         problem = self.search.unscored
         for attempt in range(1, ATTEMPTS + 1):
             reached = self.search.gauge(self.plan, self.repacked)

@@ -12,7 +12,8 @@ from autoprune.report.table import markdown_table, plan_table, result_table, sea
 ABOUT_RESULTS = """\
 Latency is the median (10th-90th percentile) of one inference of the whole model. All rows were timed in turns, in the
 same rounds. *Speed-up* is over the dense model in torch eager, *vs best dense* over the fastest dense row; both are
-medians of the rounds' ratios. Parameters are counted without zeros of the pruned weights.
+medians of the rounds' ratios. *repacked* is bound to its inputs (fast.bind), as ONNX Runtime and OpenVINO are driven.
+Parameters are counted without zeros of the pruned weights.
 """
 ABOUT_SEARCHES = "The best plan each agent found, on the validation split, before the final training.\n"
 ABOUT_PLAN = "Times are those of the layer alone, in microseconds an inference, where they were measured.\n"

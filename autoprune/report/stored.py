@@ -156,6 +156,11 @@ def headline(rows: tuple[ResultRow, ...], target: Target, metric: Metric, unprun
     drop = dense.score - fast.score
     text += f"The repacked model is **{fast.speedup_over_best:.2f}x** as fast as the best dense engine of the same run "
     text += f"and {fast.speedup:.2f}x as fast as dense torch eager, {metric.change(drop)}."
+    called = next((row.speedup_over_best for row in rows if row.name == CALLED), None)
+    if called is not None:
+        text += (
+            f" That is bound to its inputs (`fast.bind`), as the engines are; called as a module it is {called:.2f}x."
+        )
     if fast.speedup_over_best < 1.0:
         text += " The best dense engine is faster than the repacked model: prefer it for this model."
     return text
