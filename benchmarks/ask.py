@@ -143,7 +143,7 @@ def report(rows: Sequence[Asked]) -> str:
     for busy in (False, True):
         if cells := [_cells(row) for row in rows if row.busy == busy]:
             right = sum(row.right for row in rows if row.busy == busy)
-            parts.append("## While another process keeps one core busy" if busy else "## On a machine of its own")
+            parts.append("## While another process keeps one core busy" if busy else "## Without more load")
             parts.append(f"{right} of {len(cells)} were delivered, or refused with a figure that holds.")
             header = ("model", "asked for", "outcome", "measured", "score lost, points", "seconds")
             parts.append(markdown_table(header, cells, left=3))
