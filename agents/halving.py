@@ -77,13 +77,13 @@ def halve(
 
 
 def best_plans(trials: Sequence[Trial], count: int) -> list[Plan]:
-    """The plans with the highest rewards of the highest fidelity, each once; earlier ones first among equals.
+    """The best plans (`Trial.rank`) of the highest fidelity, each once; earlier ones first among equals.
 
     Raises:
         NumericalError: all trials failed.
     """
     top = of_highest_fidelity(succeeded(trials))
-    plans = [trial.plan for trial in sorted(top, key=lambda trial: -trial.reward)]
+    plans = [trial.plan for trial in sorted(top, key=lambda trial: trial.rank, reverse=True)]
     return list({plan.key: plan for plan in plans}.values())[:count]
 
 

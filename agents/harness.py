@@ -51,7 +51,7 @@ class SearchResult:
             NumericalError: all trials failed.
         """
         trials = self.finalists or of_highest_fidelity(succeeded([*self.all, *self.halved]))
-        return max(trials, key=lambda trial: trial.reward)
+        return max(trials, key=lambda trial: trial.rank)
 
     @property
     def plan(self) -> Plan:

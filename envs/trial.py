@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -59,6 +60,11 @@ class Trial:
         if isinstance(self.evaluated, Failure):
             raise NumericalError(f"the trial failed and has no measurement: {self.evaluated.reason}")
         return self.evaluated
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """What one trial is chosen over another by: its reward, of equal rewards the better score."""
+        return self.reward, -math.inf if isinstance(self.evaluated, Failure) else self.evaluated.score
 
     def to_json(self) -> dict[str, Any]:
         return {

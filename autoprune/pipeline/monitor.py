@@ -70,7 +70,7 @@ class SearchMonitor:
 
     @property
     def _best(self) -> Trial:
-        return max([*self._first, *self._trials], key=lambda trial: trial.reward)
+        return max([*self._first, *self._trials], key=lambda trial: trial.rank)
 
     def _advance(self, steps: int) -> None:
         best = self._best.measurement if self._first or self._trials else None

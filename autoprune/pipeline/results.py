@@ -291,7 +291,7 @@ def _search_rows(run: Run) -> tuple[SearchRow, ...]:
 
     def row(name: str, trials: Sequence[Trial], evaluations: int) -> SearchRow:
         timed = [again[trial.plan.key] for trial in trials if trial.plan.key in again]
-        best = max(timed or trials, key=lambda trial: trial.reward)
+        best = max(timed or trials, key=lambda trial: trial.rank)
         label = f"{name}, chosen" if best.plan.key == searched.plan.key else name
         figures = best.measurement
         return SearchRow(label, evaluations, best.reward, figures.score, figures.latency_ms, figures.speedup)

@@ -10,6 +10,7 @@ import shutil
 from contextlib import closing
 from dataclasses import replace
 from functools import cached_property
+from itertools import chain
 
 from autoprune.agents.base import succeeded
 from autoprune.agents.harness import SearchResult, search
@@ -66,7 +67,7 @@ def run_search(context: Context, posed: SearchProblem, env: PruneEnv, measured: 
     limit = TimeLimit(directory / "minutes.json", context.minutes, context.clock)
     with posed.workers:
         rules = try_rules(context, posed, env, limit) if config.search.rules else {}
-        first = best_of(rules)
+        first = best_of(chain.from_iterable(rules.values()))
         with context.progress.bar("search", config.search.episodes) as bar:
             monitor = SearchMonitor(context.directory / "tensorboard", text, posed.metric, dense, bar, first)
             with closing(monitor):

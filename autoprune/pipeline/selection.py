@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -72,10 +72,9 @@ def paired_evaluate(context: Context, evaluator: Evaluator, reference: Plan, spe
     return CachedEvaluate(evaluate, context.directory / "search" / f"beside-{digest}.jsonl")
 
 
-def best_of(rules: Mapping[str, Sequence[Trial]]) -> Trial | None:
-    """The rules' best trial; None where all failed, or there are none."""
-    done = [trial for trials in rules.values() for trial in trials if not trial.failed]
-    return max(done, key=lambda trial: trial.reward, default=None)
+def best_of(trials: Iterable[Trial]) -> Trial | None:
+    """The best trial; None where all failed, or there are none."""
+    return max((trial for trial in trials if not trial.failed), key=lambda trial: trial.rank, default=None)
 
 
 def finalists_of(
@@ -87,11 +86,11 @@ def finalists_of(
     """
     config = context.config
     plans = best_plans(searched.all, config.search.finalists)
-    if config.search.finalists == 1 or not _clock_counts(config.target) or config.env.timing != "measured":
+    if config.search.finalists == 1 or not _clock_counts(config.target) or not context.measures:
         return ()
     # a refined policy's own plan, and each rule's: the search must not end below them
     ours = [trial for trial in searched.trials[:1] if not trial.failed]
-    rules = [best for trials in searched.rules.values() if (best := best_of({"": trials})) is not None]
+    rules = [best for trials in searched.rules.values() if (best := best_of(trials)) is not None]
     plans += [trial.plan for trial in (*ours, *rules) if trial.plan not in plans]
     again = ((plan, measured(plan)) for plan in plans)
     reference = next(((plan, each.speedup) for plan, each in again if isinstance(each, Measurement)), None)

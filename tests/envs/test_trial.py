@@ -6,6 +6,8 @@ import json
 
 import pytest
 
+from autoprune.agents.halving import best_plans
+from autoprune.agents.harness import SearchResult
 from autoprune.envs.trial import Reward, Trial
 from autoprune.errors import ConfigError, NumericalError
 from autoprune.evaluation.measurement import Failure, Measurement
@@ -42,6 +44,17 @@ def test_a_failed_trial_has_no_measurement() -> None:
     assert FAILED.failed
     with pytest.raises(NumericalError, match="it diverged"):
         _ = FAILED.measurement
+
+
+def test_of_equal_rewards_the_better_score_is_chosen() -> None:
+    better = Trial(PLAN, Measurement(0.76, 1.5, 2.0), -1.25, Reward(-1.0, -0.25))
+    failed = Trial(PLAN, Failure("it diverged"), -1.25, Reward(-1.0, -0.25))
+    trials = (failed, MEASURED, better)
+    assert SearchResult(trials, finalists=trials).best is better
+    assert SearchResult(trials).best is better
+    assert best_plans(trials, 1) == [better.plan]
+    assert max(trials, key=lambda trial: trial.rank) is better
+    assert min(trials, key=lambda trial: trial.rank) is failed
 
 
 @pytest.mark.parametrize("key", ["plan", "score", "reward", "terms"])
