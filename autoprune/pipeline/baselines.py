@@ -58,9 +58,13 @@ class Baselines:
     file_bytes: int
     machine: Mapping[str, Any] = field(repr=False)
 
+    def engine(self, over: Over) -> str:
+        """What a speed-up is over, by its name in `ms`."""
+        return {"best": self.best, "repacked": REPACKED, "eager": EAGER}[over]
+
     def over_eager(self, over: Over) -> float:
         """How many times faster than torch eager that runs which a speed-up is over."""
-        return self.speedups[{"best": self.best, "repacked": REPACKED, "eager": EAGER}[over]]
+        return self.speedups[self.engine(over)]
 
     @property
     def repacked(self) -> float:

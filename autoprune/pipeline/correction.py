@@ -20,7 +20,7 @@ from autoprune.evaluation.evaluator import Call, Evaluator
 from autoprune.evaluation.recovery.none import NoRecovery
 from autoprune.files import temporary_folder
 from autoprune.latency.timer import speedup
-from autoprune.pipeline.baselines import EAGER, REPACKED, Baselines, DenseEngines
+from autoprune.pipeline.baselines import REPACKED, Baselines, DenseEngines
 from autoprune.pipeline.preparation import Context
 from autoprune.plan import Plan
 from autoprune.repack import RepackedModel, save
@@ -61,7 +61,7 @@ class Gauge:
 
     Attributes:
         context: of the run.
-        evaluator: of plans; its protocol is the final table's.
+        evaluator: of plans, which masks and recovers nothing; its protocol is the final table's.
         problem: the target and the layers it is of.
         baseline: one inference of what the target's speed-up is over.
     """
@@ -88,8 +88,7 @@ class Gauge:
 
     def of_plan(self, plan: Plan) -> Reached:
         """Of the dense model masked by a plan, repacked; nothing is trained."""
-        evaluator = replace(self.evaluator, recovery=NoRecovery())
-        return self(plan, evaluator.repacked(evaluator.masked_model(plan), plan))
+        return self(plan, self.evaluator.repacked(self.evaluator.masked_model(plan), plan))
 
     def _once(self, plan: Plan, model: RepackedModel) -> Reached:
         target, reached = self.target, {limit.name: limit.at_most / limit.cost(plan) for limit in self.problem.limits}
@@ -128,7 +127,11 @@ class Corrected:
 
 
 def gauge(
-    context: Context, evaluator: Evaluator, problem: Problem, engines: Callable[[], DenseEngines], best: str | None
+    context: Context,
+    evaluator: Evaluator,
+    problem: Problem,
+    engines: Callable[[], DenseEngines],
+    baselines: Baselines | None,
 ) -> Gauge:
     """The gauge of a run.
 
@@ -137,13 +140,15 @@ def gauge(
         evaluator: of plans.
         problem: whose target is measured.
         engines: the dense engines, prepared where the target is over one of them.
-        best: the fastest of them; None where the target is over none.
+        baselines: which of them the target is over; None where it is over none.
     """
     target = problem.target
-    evaluator = replace(evaluator, protocol=context.protocol(context.config.latency.samples), timed=True)
+    # one evaluator for all plans: it captures the model's graph once
+    protocol = context.protocol(context.config.latency.samples)
+    evaluator = replace(evaluator, protocol=protocol, timed=True, recovery=NoRecovery())
     baseline: Call = partial(evaluator.subject.dense, *evaluator.subject.task.example_inputs(evaluator.batch))
-    if target.speedup is not None and best is not None:
-        baseline = engines().calls[{"best": best, "repacked": REPACKED, "eager": EAGER}[target.over]]
+    if target.speedup is not None and baselines is not None:
+        baseline = engines().calls[baselines.engine(target.over)]
     return Gauge(context, evaluator, problem, baseline)
 
 

@@ -205,7 +205,7 @@ def _reach(run: Run, problem: Problem, most_pruned: list[Plan]) -> tuple[Reached
     measured: list[Reached] = []
 
     def measure(plan: Plan) -> Reached:
-        measured.append(run.search.gauge_of(problem).of_plan(plan))
+        measured.append(run.search.gauge.of_plan(plan))
         return measured[-1]
 
     refusal = None

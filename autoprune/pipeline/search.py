@@ -194,18 +194,14 @@ class PlanSearch:
         problem = self.by_table
         if not self._context.measures:
             return problem
-        bias = check_reachable(problem, self.most_pruned, lambda plan: self.gauge_of(problem).of_plan(plan))
+        bias = check_reachable(problem, self.most_pruned, lambda plan: self.gauge.of_plan(plan))
         return replace(problem, table=problem.table.scaled(bias)) if bias > 1.0 else problem
 
     @cached_property
     def gauge(self) -> Gauge:
-        """Measures what a repacked model reaches of the target."""
-        return self.gauge_of(self.unscored)
-
-    def gauge_of(self, problem: Problem) -> Gauge:
-        """Measures what a repacked model reaches of a problem's target."""
-        best = None if self.baselines is None else self.baselines.best
-        return gauge(self._context, self._preparation.evaluator, problem, lambda: self.engines, best)
+        """Measures what a repacked model reaches of the target, whatever the latency table says."""
+        evaluator = self._preparation.evaluator
+        return gauge(self._context, evaluator, self.by_table, lambda: self.engines, self.baselines)
 
     @cached_property
     def posed(self) -> SearchProblem:
