@@ -7,7 +7,6 @@ from typing import ClassVar
 
 from autoprune.agents.base import Agent, OnTrial
 from autoprune.agents.cma_es import CmaEsAgent
-from autoprune.agents.policy import SHIPPED, Policy
 from autoprune.agents.pretrained import PretrainedAgent
 from autoprune.envs.prune import PruneEnv
 
@@ -23,6 +22,6 @@ class AutoAgent(Agent):
     def search(
         self, env: PruneEnv, episodes: int, seed: int, on_trial: OnTrial, directory: Path | None, done: int
     ) -> None:
-        learned = env.action_choices == Policy.load(SHIPPED).actions
-        agent: Agent = PretrainedAgent() if learned else CmaEsAgent()
+        bundled = PretrainedAgent()
+        agent: Agent = bundled if env.action_choices == bundled.policy.actions else CmaEsAgent()
         agent.search(env, episodes, seed, on_trial, directory, done)

@@ -81,6 +81,11 @@ def succeeded(trials: Sequence[Trial]) -> list[Trial]:
     return [trial for trial in trials if not trial.failed]
 
 
+def always(action: NDArray[np.float32]) -> Actor:
+    """Takes the same action in every step."""
+    return lambda observation, step: action
+
+
 def run_episode(env: PruneEnv, act: Actor) -> Trial:
     """Plays one episode and returns its trial."""
     return next(run_episodes(env, [act]))

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from autoprune.agents.base import run_episode
+from autoprune.agents.base import always, run_episode
 from autoprune.envs.prune import PruneEnv
 from autoprune.envs.rewards import terminal_reward
 from autoprune.envs.trial import Trial
@@ -57,4 +57,4 @@ def reward_at(env: PruneEnv, measured: Measurement, speedup: float) -> float:
 
 def _trial_at(env: PruneEnv, action: NDArray[np.float32], predicted: float) -> Trial:
     """The trial of one action in every step, projected to a speed-up that the latency table predicts."""
-    return run_episode(env.of(env.problem.at(predicted)), lambda _, __: action)
+    return run_episode(env.of(env.problem.at(predicted)), always(action))

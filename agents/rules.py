@@ -5,12 +5,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
-from numpy.typing import NDArray
 
-from autoprune.agents.base import finished_plan
+from autoprune.agents.base import always, finished_plan
 from autoprune.agents.policy import SHIPPED, Policy
 from autoprune.envs.prune import PruneEnv
 from autoprune.plan import Plan
@@ -49,13 +47,9 @@ def _all(env: PruneEnv, patterns: Sequence[Choice], criteria: Sequence[Choice]) 
         alike = PruneEnv(problem, (Choice("sparsity"),))
         anchors = (0.0,) if problem.target.limits else alike.actions.components[0].anchors()
         for anchor in anchors:
-            yield UNIFORM, finished_plan(alike, partial(_always, np.array([anchor], np.float32)))
+            yield UNIFORM, finished_plan(alike, always(np.array([anchor], np.float32)))
     for problem in problems:
         yield KNAPSACK, env.of(problem).solved()
     policy = Policy.load(SHIPPED)
     acting = PruneEnv(env.problem, policy.actions, start=policy.start, curves=policy.curves)
     yield POLICY, finished_plan(acting, policy.act)
-
-
-def _always(action: NDArray[np.float32], observation: NDArray[np.float32], step: int) -> NDArray[np.float32]:
-    return action

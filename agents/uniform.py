@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from functools import partial
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
-from autoprune.agents.base import Agent, OnTrial, run_episodes
+from autoprune.agents.base import Agent, OnTrial, always, run_episodes
 from autoprune.envs.prune import PruneEnv
 
 
@@ -22,9 +20,5 @@ class UniformAgent(Agent):
         env = env.alike()
         grid = itertools.product(*(component.anchors() for component in env.actions.components))
         actions = (np.array(units, dtype=np.float32) for units in itertools.islice(grid, done, episodes))
-        for trial in run_episodes(env, (partial(_always, action) for action in actions)):
+        for trial in run_episodes(env, map(always, actions)):
             on_trial(trial)
-
-
-def _always(action: NDArray[np.float32], observation: NDArray[np.float32], step: int) -> NDArray[np.float32]:
-    return action

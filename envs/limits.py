@@ -47,7 +47,10 @@ class Limit:
 
     def cost(self, plan: Plan) -> float:
         """What a plan costs; layers that it does not name keep all their weights."""
-        kept = ((1.0 - plan.layers[name].sparsity if name in plan.layers else 1.0) * each for name, each in self.items)
+        layers = plan.layers
+        kept = (
+            (1.0 - layers[name].sparsity if name in layers else 1.0) * each for name, each in self.of_layers.items()
+        )
         return self.fixed + math.fsum(kept)
 
     def keeps(self, plan: Plan) -> bool:
@@ -60,11 +63,8 @@ class Limit:
 
     def budget(self, names: list[str]) -> float:
         """What is left for these layers."""
-        return self.at_most - self.fixed - math.fsum(each for name, each in self.items if name not in names)
-
-    @property
-    def items(self) -> tuple[tuple[str, float], ...]:
-        return tuple(self.of_layers.items())
+        others = self.of_layers.keys() - set(names)
+        return self.at_most - self.fixed - math.fsum(self.of_layers[name] for name in others)
 
 
 def limits_of(target: Target, inventory: Inventory, file: FileSize) -> tuple[Limit, ...]:

@@ -105,11 +105,11 @@ def check_feasible(reachable: float, speedup: float, max_sparsity: float) -> Non
     if reachable < speedup:
         raise InfeasibleTarget(
             f"no plan reaches a {speedup:g}x speed-up: with every layer at sparsity {max_sparsity:g} the measured "
-            f"latency table predicts {reachable:.2f}x at best. {ASK_FOR_LESS}"
+            f"latency table predicts {reachable:.2f}x at best. Ask for less, {ALLOW_MORE}"
         )
 
 
-ASK_FOR_LESS = "Ask for less, allow a higher sparsity (env.max_sparsity), or let more layers be pruned."
+ALLOW_MORE = "allow a higher sparsity (env.max_sparsity), or let more layers be pruned."
 
 
 def check_limits(problem: Problem) -> None:
@@ -124,6 +124,5 @@ def check_limits(problem: Problem) -> None:
         if limit.name != "sparsity" and not limit.keeps(plan):
             raise InfeasibleTarget(
                 f"no plan keeps target.{limit.name} = {limit.at_most:,.0f}: with every layer at sparsity "
-                f"{problem.max_sparsity:g} it is about {limit.cost(plan):,.0f}. Allow more than that, allow a higher "
-                "sparsity (env.max_sparsity), or let more layers be pruned."
+                f"{problem.max_sparsity:g} it is about {limit.cost(plan):,.0f}. Allow more than that, {ALLOW_MORE}"
             )

@@ -13,25 +13,14 @@ from autoprune.config import load_config
 from autoprune.errors import ConfigError, InfeasibleTarget
 from autoprune.pipeline.run import Run
 from autoprune.testing import save_fake_table
+from tests.helpers import SMALL_TOML
 
-TOML = """
-target = {accuracy_drop = 0.5}
-[task]
-name = "digits"
-widths = [8, 16]
-[dense]
-epochs = 1
-learning_rate = 0.1
-[latency]
-samples = 3
-search_samples = 3
-profile_samples = 3
-engines = ["eager"]
+TOML = f"""
+target = {{accuracy_drop = 0.5}}
+{SMALL_TOML}
 [env]
 min_saving = 0.0
 recovery = "none"
-[finetune.settings]
-epochs = 1
 """
 PROJECT = """
 import torch

@@ -23,25 +23,14 @@ from autoprune.patterns import PATTERNS
 from autoprune.pipeline.run import Run
 from autoprune.plan import LayerPlan, Plan
 from autoprune.testing import fake_table, save_fake_table
+from tests.helpers import SMALL_TOML
 
-TOML = """
-target = {speedup = 2.0}
-[task]
-name = "digits"
-widths = [8, 16]
-[dense]
-epochs = 1
-learning_rate = 0.1
-[latency]
-samples = 3
-search_samples = 3
-profile_samples = 3
-engines = ["eager"]
+TOML = f"""
+target = {{speedup = 2.0}}
+{SMALL_TOML}
 [env]
 actions = ["sparsity"]  # of one pattern: a small latency table
 min_saving = 0.0
-[finetune.settings]
-epochs = 1
 """
 
 

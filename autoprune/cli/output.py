@@ -13,6 +13,7 @@ from autoprune.cli.options import ReportOptions
 
 if TYPE_CHECKING:  # imported when a command runs: --help does not wait for torch
     from autoprune.config import Config
+    from autoprune.pipeline.run import Run
 
 MISSED = 3  # the status where --strict was given and the target was missed
 
@@ -39,6 +40,22 @@ def show_report(directory: Path, options: ReportOptions, remark: str = "") -> No
         typer.echo("\n".join(part for part in parts if part))
     if options.strict and summary.missed:
         raise typer.Exit(MISSED)
+
+
+def finish(job: Run, options: ReportOptions, watch: str) -> None:
+    """Does what is left of a run with a plan or a search, writes its report and shows it; raises as `show_report`.
+
+    Args:
+        job: the run.
+        options: what to print.
+        watch: what TensorBoard has of it, and where.
+    """
+    from autoprune.pipeline.results import report_of
+    from autoprune.report.run_report import write_report
+
+    job.settle()
+    write_report(report_of(job))
+    show_report(job.directory, options, f"Written to {job.directory}.{watch}\n")
 
 
 def show_forecast(

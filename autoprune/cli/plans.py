@@ -21,7 +21,7 @@ from autoprune.cli.options import (
     open_run,
     with_groups,
 )
-from autoprune.cli.output import show_forecast, show_report
+from autoprune.cli.output import finish, show_forecast
 from autoprune.cli.registries import completed
 from autoprune.errors import ConfigError
 
@@ -37,7 +37,7 @@ def prune(
     method: Annotated[
         str | None,
         typer.Option(
-            help="Prune without a search, by this training method, e.g. adaptive; to the end.",
+            help="Prune to the end without a search, by a training method: adaptive; joint,gradual; or all.",
             autocompletion=completed("methods"),
         ),
     ] = None,
@@ -68,8 +68,9 @@ def prune(
     if method is not None:
         if plan is not None:
             raise ConfigError("--plan and --method exclude each other: a plan names its own method.")
-        given = [*changes(target, seed), *([f"env.pattern={pattern}"] if pattern is not None else [])]
-        _prune_by(method, config, run_dir, [*given, *(overrides or [])], shown, dry_run)
+        by_pattern = [] if pattern is None else [f"env.pattern={pattern}"]
+        changed = [*changes(target, seed), *by_pattern, *(overrides or [])]
+        _prune_by(method, config, run_dir, changed, shown, dry_run)
         return
     only_for("--method", {**target.given, "--pattern": pattern})
     changed = [*changes(target, seed), *(overrides or [])]
@@ -94,8 +95,6 @@ def _prune_by(
     """The whole job without a search."""
     from autoprune.config import load_config
     from autoprune.pipeline.methods import compare_methods
-    from autoprune.pipeline.results import report_of
-    from autoprune.report.run_report import write_report
     from autoprune.training import TRAINING
 
     def by(name: str) -> list[str]:
@@ -113,10 +112,7 @@ def _prune_by(
         return
     job = open_run(config, directory, by(method), progress=shown.progress)
     job.plan_uniformly()
-    job.settle()
-    write_report(report_of(job))
-    watch = f"Written to {job.directory}. Watch the training: tensorboard --logdir {job.directory}\n"
-    show_report(job.directory, shown, watch)
+    finish(job, shown, f" Watch the training: tensorboard --logdir {job.directory}")
 
 
 def finetune(config: ConfigPath, run_dir: RunDir = None, overrides: Overrides = None) -> None:

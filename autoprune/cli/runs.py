@@ -24,7 +24,7 @@ from autoprune.cli.options import (
     open_run,
     with_groups,
 )
-from autoprune.cli.output import show_forecast, show_report
+from autoprune.cli.output import finish, show_forecast, show_report
 
 
 @with_groups
@@ -55,8 +55,6 @@ def run(
     Example: autoprune run configs/digits.toml --ray auto
     """
     from autoprune.config import load_config
-    from autoprune.pipeline.results import report_of
-    from autoprune.report.run_report import write_report
 
     given = [*changes(target, seed), *(overrides or [])]
     if dry_run:
@@ -71,10 +69,7 @@ def run(
         again = f"This run is complete: {job.directory}. Give another --run-dir, or delete it, to run again.\n"
         show_report(job.directory, shown, again)
         return
-    job.settle()
-    write_report(report_of(job))
-    watch = f"Written to {job.directory}. Watch the search: tensorboard --logdir {job.directory.parent}\n"
-    show_report(job.directory, shown, watch)
+    finish(job, shown, f" Watch the search: tensorboard --logdir {job.directory.parent}")
 
 
 def profile(

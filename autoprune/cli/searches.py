@@ -23,7 +23,7 @@ from autoprune.cli.options import (
     open_run,
     with_groups,
 )
-from autoprune.cli.output import show_forecast, show_report
+from autoprune.cli.output import finish, show_forecast
 from autoprune.cli.registries import completed_list
 from autoprune.errors import ConfigError
 
@@ -158,9 +158,7 @@ def apply(
     """
     from autoprune.api import apply_config
     from autoprune.config import SearchSection, parse_overrides
-    from autoprune.pipeline.results import report_of
     from autoprune.pipeline.run import Run
-    from autoprune.report.run_report import write_report
     from autoprune.target import Target
 
     if episodes is None:
@@ -173,6 +171,4 @@ def apply(
         show_forecast(config, run_dir, shown, minutes=checked_minutes(minutes), workers=workers)
         return
     job = Run(config, run_dir, progress=shown.progress, workers=workers, ray=ray, minutes=checked_minutes(minutes))
-    job.settle()
-    write_report(report_of(job))
-    show_report(run_dir, shown, f"Written to {run_dir}.\n")
+    finish(job, shown, "")

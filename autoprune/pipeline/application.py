@@ -123,11 +123,11 @@ def fine_tune(context: Context, subject: Subject, plan: Plan) -> FineTuned:
     with torch_threads(context.work_threads), TrialWriter(context.directory / "tensorboard" / "finetune") as writer:
         for attempt in range(1, TRAININGS + 1):
             model = copy.deepcopy(subject.dense)
-            slower = {"learning_rate": settings.learning_rate * SLOWER ** (attempt - 1)}
+            rate = settings.learning_rate * SLOWER ** (attempt - 1)
             try:
                 finetune_(
                     model,
-                    replace(plan, settings={**plan.settings, **slower} if attempt > 1 else plan.settings),
+                    replace(plan, settings={**plan.settings, "learning_rate": rate}),
                     subject,
                     subject.settings,
                     teachers=teachers,

@@ -14,7 +14,7 @@ from functools import partial
 
 from autoprune.envs.limits import Limit
 from autoprune.envs.problem import Problem
-from autoprune.envs.projection import freed, shift
+from autoprune.envs.projection import ALLOW_MORE, freed, shift
 from autoprune.errors import InfeasibleTarget
 from autoprune.evaluation.evaluator import Call, Evaluator
 from autoprune.evaluation.recovery.none import NoRecovery
@@ -260,17 +260,16 @@ def check_reachable(problem: Problem, most_pruned: Sequence[Plan], measure: Call
 def _out_of_reach(problem: Problem, best: Reached) -> str:
     target, worst = problem.target, min(best.of_target, key=lambda name: best.of_target[name])
     everywhere = f"with every layer at sparsity {problem.max_sparsity:g}"
-    allow = "allow a higher sparsity (env.max_sparsity), or let more layers be pruned."
     if worst == "speedup" and best.speedup is not None:
         safe = math.floor(best.speedup / RESERVE * 100) / 100
         return (
             f"no plan reaches {target.speedup:g}x over {BASELINES[target.over]} here: {everywhere} the repacked model "
-            f"was measured {best.speedup:.2f}x as fast. Ask for at most {safe:g}x, {allow}"
+            f"was measured {best.speedup:.2f}x as fast. Ask for at most {safe:g}x, {ALLOW_MORE}"
         )
     safe_ms = (best.latency_ms or 0.0) * RESERVE
     return (
         f"no plan takes at most {target.latency_ms:g} ms here: {everywhere} the repacked model was measured to take "
-        f"{best.latency_ms:.4g} ms. Ask for at least {safe_ms:.4g} ms, {allow}"
+        f"{best.latency_ms:.4g} ms. Ask for at least {safe_ms:.4g} ms, {ALLOW_MORE}"
     )
 
 

@@ -188,7 +188,7 @@ def report_of(run: Run) -> RunReport:
         rewards={config.search.agent.name: tuple(trial.reward for trial in succeeded(run.searched.trials))}
         if searched
         else None,
-        unpruned=None if any(_sparsities(run).values()) else run.unpruned,
+        unpruned=_unpruned(run),
     )
     hparams = {
         "agent": str(config.search.agent),
@@ -221,9 +221,14 @@ def _facts(run: Run) -> dict[str, Any]:
     return facts
 
 
+def _unpruned(run: Run) -> str | None:
+    """What repacking alone gives, where nothing is pruned for that."""
+    return None if any(_sparsities(run).values()) else run.unpruned
+
+
 def _origin(run: Run) -> str:
     """Where a plan is from that was not searched for."""
-    given = any(_sparsities(run).values()) or run.unpruned is None
+    given = _unpruned(run) is None
     return "given, not searched for" if given else "nothing is pruned: repacking alone meets the target"
 
 
