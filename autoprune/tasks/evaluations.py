@@ -23,7 +23,7 @@ from autoprune.model.classes import class_axis
 from autoprune.model.given import read
 from autoprune.model.inventory import eval_mode
 from autoprune.registry import Registry
-from autoprune.tasks.losses import alike, described_tensor
+from autoprune.tasks.losses import alike_for, class_logits
 
 Figure = Callable[[nn.Module, Batches], Any]
 Unit = Literal["one", "variance", "deviation", "dense"]
@@ -79,7 +79,7 @@ def accuracy(model: nn.Module, batches: Batches) -> float:
         if (axis := class_axis(output, target)) is not None:
             hits = (output.argmax(dim=axis) == target)[target >= 0]
         else:
-            logits, labels = _alike("accuracy", output, target)
+            logits, labels = alike_for("accuracy", output, target)
             hits = (logits > 0) == (labels > 0.5)
         return torch.stack([hits.sum(), torch.tensor(hits.numel())])
 
@@ -111,7 +111,7 @@ def mse(model: nn.Module, batches: Batches) -> float:
     """The mean square of the error, over all values of the targets."""
 
     def squares(output: Tensor, target: Tensor) -> Tensor:
-        value, wanted = _alike("mse", output, target)
+        value, wanted = alike_for("mse", output, target)
         return torch.stack([(value - wanted).double().square().sum(), torch.tensor(wanted.numel())])
 
     return _ratio(_sums(model, batches, squares))
@@ -139,7 +139,7 @@ def f1(model: nn.Module, batches: Batches) -> float:
     """Several labels a sample: F1 of all labels of all samples together (micro); a logit above 0 tells its label."""
 
     def hits(output: Tensor, target: Tensor) -> Tensor:
-        logits, labels = _alike("f1", output, target)
+        logits, labels = alike_for("f1", output, target)
         told, true = logits > 0, labels > 0.5
         return torch.stack([2 * (told & true).sum(), told.sum() + true.sum()])
 
@@ -154,7 +154,7 @@ def fidelity(model: nn.Module, batches: Batches) -> float:
     """
 
     def moments(output: Tensor, target: Tensor) -> Tensor:
-        value, wanted = (x.double() for x in _alike("fidelity", output, target))
+        value, wanted = (x.double() for x in alike_for("fidelity", output, target))
         lost = (value - wanted).square().sum()
         return torch.stack([lost, wanted.sum(), wanted.square().sum(), torch.tensor(wanted.numel())])
 
@@ -223,21 +223,6 @@ def _ratio(sums: Tensor) -> float:
 
 def _classes(name: str, output: Any, target: Any) -> tuple[Tensor, Tensor]:
     """Logits (samples, classes) and class indices (samples,), without those that are ignored."""
-    axis = class_axis(output, target) if isinstance(output, Tensor) else None
-    if axis is None:
-        raise AutopruneError(
-            f"{name} takes class indices, integers, and logits of their shape and one more axis, the classes; targets "
-            f"are {described_tensor(target)}, the model gave {described_tensor(output)}."
-        )
-    kept = target.flatten() >= 0
-    return output.movedim(axis, -1).flatten(0, -2)[kept], target.flatten()[kept].long()
-
-
-def _alike(name: str, output: Any, target: Any) -> tuple[Tensor, Tensor]:
-    both = alike(output, target)
-    if both is None:
-        raise AutopruneError(
-            f"{name} takes targets of the output's shape; targets are {described_tensor(target)}, the model gave "
-            f"{described_tensor(output)}."
-        )
-    return both
+    logits, indices = class_logits(name, output, target)
+    kept = indices >= 0
+    return logits[kept], indices[kept]

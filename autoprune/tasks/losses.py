@@ -40,15 +40,7 @@ def loss_named(name: str) -> Loss:
 
 def cross_entropy(output: Any, target: Tensor) -> Tensor:
     """Of class indices, integers, from logits with one more axis, the classes: see `class_axis`."""
-    logits = prediction(output)
-    axis = class_axis(logits, target) if isinstance(logits, Tensor) else None
-    if axis is None:
-        raise AutopruneError(
-            f"cross_entropy takes class indices, integers, and logits of their shape and one more axis, the classes; "
-            f"targets are {described_tensor(target)}, the model gave {described_tensor(logits)}."
-        )
-    logits = logits.movedim(axis, -1).flatten(0, -2)
-    indices = target.long().flatten()
+    logits, indices = class_logits("cross_entropy", output, target)
     return functional.cross_entropy(logits, torch.where(indices < 0, -100, indices))
 
 
@@ -100,6 +92,33 @@ def alike(output: Any, target: Any) -> tuple[Tensor, Tensor] | None:
     return (value, target.to(value.dtype)) if value.shape == target.shape else None
 
 
+def alike_for(name: str, output: Any, target: Any) -> tuple[Tensor, Tensor]:
+    """`alike`; raises AutopruneError where the loss or evaluation of this name cannot take them."""
+    both = alike(output, target)
+    if both is None:
+        raise AutopruneError(
+            f"{name} takes targets of the output's shape; targets are {described_tensor(target)}, the model gave "
+            f"{described_tensor(prediction(output))}."
+        )
+    return both
+
+
+def class_logits(name: str, output: Any, target: Any) -> tuple[Tensor, Tensor]:
+    """Logits (samples, classes) and class indices (samples,) of a prediction and its target.
+
+    Raises:
+        AutopruneError: the loss or evaluation of this name cannot take them.
+    """
+    logits = prediction(output)
+    axis = class_axis(logits, target) if isinstance(logits, Tensor) else None
+    if axis is None:
+        raise AutopruneError(
+            f"{name} takes class indices, integers, and logits of their shape and one more axis, the classes; targets "
+            f"are {described_tensor(target)}, the model gave {described_tensor(logits)}."
+        )
+    return logits.movedim(axis, -1).flatten(0, -2), target.long().flatten()
+
+
 def described_tensor(value: Any) -> str:
     """A tensor's shape and type, or the type of what is none."""
     if not isinstance(value, Tensor):
@@ -108,10 +127,4 @@ def described_tensor(value: Any) -> str:
 
 
 def _elementwise(loss: Callable[[Tensor, Tensor], Tensor], name: str, output: Any, target: Any) -> Tensor:
-    both = alike(output, target)
-    if both is None:
-        raise AutopruneError(
-            f"{name} takes targets of the output's shape; targets are {described_tensor(target)}, the model gave "
-            f"{described_tensor(prediction(output))}."
-        )
-    return loss(*both)
+    return loss(*alike_for(name, output, target))
