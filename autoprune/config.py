@@ -109,6 +109,7 @@ class SearchSection(Section):
     criteria: tuple[ChoiceField, ...] = (Choice("magnitude"), Choice("activation"))  # that rules try
     patterns: tuple[ChoiceField, ...] = ()  # likewise, besides env.pattern; each makes the latency table longer
     finalists: Count = 5  # best trials that are timed again, in turns with each other, before one is chosen; 1: none
+    contenders: Count = 1  # plans, the best one and those of rules, that are fine-tuned before one is chosen
     halving: HalvingSection | None = None  # off when absent: the best plan is the one that scored best in the search
 
 

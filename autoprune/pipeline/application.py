@@ -149,6 +149,13 @@ def fine_tune(context: Context, subject: Subject, plan: Plan) -> FineTuned:
     return FineTuned(plan, model)
 
 
+def adopt_fine_tuned(context: Context, folder: Path) -> None:
+    """Takes what `fine_tune` saved in another folder of the same run, of a plan that is to be the run's."""
+    tensors, about = read_tensors(folder / _MASKED, "the saved model")
+    _remove_after(context.directory, _MASKED)
+    write_tensors(context.directory / _MASKED, tensors, about)
+
+
 def keep_dense(context: Context, prepared: Prepared, plan: Plan) -> FineTuned:
     """Saves the dense model in the place of a fine-tuned one: a plan that cuts nothing has nothing to train for."""
     model = copy.deepcopy(prepared.dense).eval()

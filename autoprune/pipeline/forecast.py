@@ -176,7 +176,8 @@ def forecast(run: Run, *, searches: bool = True, trains: bool = True) -> Forecas
         if trains and not searches:
             uniform_plan(context, run.preparation, run.search)  # refused where there is none
         if trains:
-            minutes["fine-tuning"] = _training_minutes(run)
+            trainings = run.config.search.contenders if searches else 1
+            minutes["fine-tuning"] = trainings * _training_minutes(run)
     if trains:
         minutes["final table"] = context.config.latency.samples * sum(baselines.ms.values()) / 60e3
     return Forecast(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -24,10 +24,11 @@ from autoprune.masks import nonzero_parameters, sparsity, weight_of
 from autoprune.model.inventory import KeptDense
 from autoprune.pipeline import baselines
 from autoprune.pipeline.application import FineTuned, Repacked
+from autoprune.pipeline.contest import best_by_source, read_contenders, winner
 from autoprune.pipeline.monitor import point
 from autoprune.pipeline.preparation import Context, Prepared
 from autoprune.pipeline.run import Run
-from autoprune.report.data import MeasuredPoint, PlanRow, ResultRow, SearchRow
+from autoprune.report.data import ContenderRow, MeasuredPoint, PlanRow, ResultRow, SearchRow
 from autoprune.report.run_report import RunReport
 from autoprune.report.stored import CALLED, EAGER, MASKED, REPACKED, Front, Record, Results, read_stored, write_stored
 from autoprune.report.table import markdown_table
@@ -183,6 +184,7 @@ def report_of(run: Run) -> RunReport:
         plan=_plan_rows(run),
         kept_dense=_kept_dense(run),
         searches=_search_rows(run) if searched else (),
+        contenders=_contender_rows(run),
         sparsities=_sparsities(run),
         front=_front(run) if searched else None,
         rewards={config.search.agent.name: tuple(trial.reward for trial in succeeded(run.searched.trials))}
@@ -291,23 +293,34 @@ def _kept_dense(run: Run) -> tuple[KeptDense, ...]:
 
 def _search_rows(run: Run) -> tuple[SearchRow, ...]:
     """The agent, every rule, and the uniform rule at exactly the speed-up of the plan that was chosen."""
-    searched, uniform = run.searched, run.search.comparison.uniform
-    again = {trial.plan.key: trial for trial in searched.finalists}
+    searched, uniform, agent = run.searched, run.search.comparison.uniform, str(run.config.search.agent.name)
+    contenders = read_contenders(run.directory)
 
-    def row(name: str, trials: Sequence[Trial], evaluations: int) -> SearchRow:
-        timed = [again[trial.plan.key] for trial in trials if trial.plan.key in again]
-        best = max(timed or trials, key=lambda trial: trial.rank)
-        label = f"{name}, chosen" if best.plan.key == searched.plan.key else name
-        figures = best.measurement
-        return SearchRow(label, evaluations, best.reward, figures.score, figures.latency_ms, figures.speedup)
+    def row(name: str, trial: Trial, evaluations: int) -> SearchRow:
+        figures = trial.measurement
+        return SearchRow(name, evaluations, trial.reward, figures.score, figures.latency_ms, figures.speedup)
 
-    sources = {str(run.config.search.agent.name): searched.trials, **searched.rules}
-    done = {name: [trial for trial in trials if not trial.failed] for name, trials in sources.items()}
-    rows = [row(name, trials, len(sources[name])) for name, trials in done.items() if trials]
+    best = best_by_source(searched, agent)
+    chosen = winner(contenders).source if contenders else next(iter(best))
+    spent = {name: len(trials) for name, trials in {agent: searched.trials, **searched.rules}.items()}
+    rows = [
+        row(f"{name}, chosen" if name == chosen else name, best[name], count)
+        for name, count in spent.items()
+        if name in best
+    ]
     if uniform is not None:
         uniform = as_trial(run.problem, uniform.plan, uniform.measurement)  # rewarded for the same target as the others
-        rows.append(row("uniform, same speed-up", [uniform], run.search.comparison.evaluations))
+        rows.append(row("uniform, same speed-up", uniform, run.search.comparison.evaluations))
     return tuple(rows)
+
+
+def _contender_rows(run: Run) -> tuple[ContenderRow, ...]:
+    """The plans that were fine-tuned before one was chosen."""
+    contenders = read_contenders(run.directory)
+    won = winner(contenders) if contenders else None
+    return tuple(
+        ContenderRow(each.source, each is won, each.speedup, each.validation, each.test) for each in contenders
+    )
 
 
 def _front(run: Run) -> Front:

@@ -6,11 +6,12 @@ goes on where it was, and every verb of the command line is "run the stages up t
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -29,7 +30,8 @@ from autoprune.identity.claim import Claim
 from autoprune.latency.timer import Clock
 from autoprune.model.inventory import Inventory
 from autoprune.pipeline.application import AppliedPlan, is_complete
-from autoprune.pipeline.correction import correct, free_without_pruning, further
+from autoprune.pipeline.contest import best_by_source, clear, contest, take_winner
+from autoprune.pipeline.correction import Corrected, correct, free_without_pruning, further
 from autoprune.pipeline.preparation import Context, Preparation, Prepared, create_choices
 from autoprune.pipeline.problem import file_size
 from autoprune.pipeline.search import PlanSearch
@@ -64,16 +66,33 @@ def uniform_plan(context: Context, preparation: Preparation, search: PlanSearch)
     return project(problem.uniform(START_SPARSITY), problem)
 
 
-def corrected(context: Context, search: PlanSearch, plan: Plan) -> Plan:
-    """A plan put on the target by measurement, where only that tells if it is met and the run measures."""
+def corrected(context: Context, search: PlanSearch, plan: Plan) -> Corrected | None:
+    """A plan put on the target by measurement; None where that is not what tells if it is met, or nothing is timed."""
     if not context.config.target.measured or not context.measures:
-        return plan
+        return None
     moved = correct(plan, search.gauge.of_plan, search.unscored)
     if moved.plan != plan:
         context.progress.say(
             f"moved onto the target in {moved.measurements} measurements: {moved.reached.least:.3f} of it"
         )
-    return moved.plan
+    return moved
+
+
+def on_target(context: Context, search: PlanSearch, plan: Plan) -> Plan:
+    """A plan as `corrected` moves it."""
+    moved = corrected(context, search, plan)
+    return plan if moved is None else moved.plan
+
+
+def chosen_plan(context: Context, preparation: Preparation, search: PlanSearch) -> Plan:
+    """The plan of a search, put on the target; of several that are fine-tuned, the one that is best after that."""
+    found, count = search.result, context.config.search.contenders
+    if count == 1:
+        return on_target(context, search, found.plan)
+    best = best_by_source(found, str(context.config.search.agent.name))
+    plans = {source: trial.plan for source, trial in itertools.islice(best.items(), count)}
+    contenders = contest(context, preparation, plans, partial(corrected, context, search))
+    return take_winner(context, contenders)
 
 
 @contextmanager
@@ -238,8 +257,9 @@ class Run:
                 f"best plan: {self.task.metric.describe(best.measurement.score)}, {best.measurement.speedup:.2f}x over "
                 f"torch eager, reward {best.reward:.3f}"
             )
-            plan = corrected(self.context, self.search, best.plan)
+            plan = chosen_plan(self.context, self.preparation, self.search)
         plan.save(self._plan_file)
+        clear(self.directory)
         return plan
 
     @property
@@ -257,7 +277,7 @@ class Run:
         else:
             with withdrawn_if_refused(self.directory, self.search):
                 plan = uniform_plan(self.context, self.preparation, self.search)
-            corrected(self.context, self.search, plan).save(self._plan_file)
+            on_target(self.context, self.search, plan).save(self._plan_file)
 
     def adopt(self, path: Path) -> None:
         """Takes the plan of a file in place of a searched one; refused when the run has another already."""

@@ -63,6 +63,25 @@ class SearchRow:
 
 
 @dataclass(frozen=True)
+class ContenderRow:
+    """A plan that was fine-tuned before one was chosen.
+
+    Attributes:
+        source: the agent or rule that made it.
+        chosen: whether it was.
+        speedup: measured, over what the target's is over; None where none was asked for.
+        validation: score after the training on the split that one is chosen by.
+        test: likewise on the test split.
+    """
+
+    source: str
+    chosen: bool
+    speedup: float | None
+    validation: float
+    test: float
+
+
+@dataclass(frozen=True)
 class MethodRow:
     """What one training method brought; None where it brought nothing.
 
@@ -132,6 +151,7 @@ class Report:
     plan: tuple[PlanRow, ...]
     kept_dense: tuple[KeptDense, ...]
     searches: tuple[SearchRow, ...]
+    contenders: tuple[ContenderRow, ...]
     protocol: Mapping[str, Any]
     machine: Mapping[str, Any]
     figures: Mapping[str, str] = field(default_factory=dict)

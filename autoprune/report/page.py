@@ -7,7 +7,7 @@ from typing import Any
 from urllib.parse import quote
 
 from autoprune.report.data import Report
-from autoprune.report.table import markdown_table, plan_table, result_table, search_table
+from autoprune.report.table import contender_table, markdown_table, plan_table, result_table, search_table
 
 ABOUT_RESULTS = """\
 Latency is the median (10th-90th percentile) of one inference of the whole model. All rows were timed in turns, in the
@@ -16,6 +16,10 @@ medians of the rounds' ratios. *repacked* is bound to its inputs (fast.bind), as
 Parameters are counted without zeros of the pruned weights.
 """
 ABOUT_SEARCHES = "The best plan each agent found, on the validation split, before the final training.\n"
+ABOUT_CONTENDERS = """\
+Plans that were all fine-tuned, each put on the target by measurement (*speed-up*: over what the target's is over). The
+best on the validation split was chosen; the test split had no say.
+"""
 ABOUT_PLAN = "Times are those of the layer alone, in microseconds an inference, where they were measured.\n"
 
 
@@ -28,6 +32,10 @@ def report_page(report: Report) -> str:
         (
             "Agent and rivals",
             ABOUT_SEARCHES + "\n" + search_table(report.searches, report.metric) if report.searches else "",
+        ),
+        (
+            "Contenders",
+            ABOUT_CONTENDERS + "\n" + contender_table(report.contenders, report.metric) if report.contenders else "",
         ),
         ("Plan", ABOUT_PLAN + "\n" + plan_table(report.plan) if report.plan else ""),
         ("Layers that stayed dense", markdown_table(("layer", "kind", "why"), dense, left=3) if dense else ""),

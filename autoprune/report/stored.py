@@ -14,7 +14,7 @@ from autoprune.errors import FileError
 from autoprune.files import read_json, write_bytes, write_json, write_text
 from autoprune.metric import Metric
 from autoprune.model.inventory import KeptDense
-from autoprune.report.data import MeasuredPoint, PlanRow, Report, ResultRow, SearchRow
+from autoprune.report.data import ContenderRow, MeasuredPoint, PlanRow, Report, ResultRow, SearchRow
 from autoprune.report.html import html_page
 from autoprune.report.page import report_page
 from autoprune.report.plots import front_figure, png_of, reward_figure, sparsity_figure
@@ -52,7 +52,7 @@ class Record:
     """What a report says beside the final table, ``report.json``.
 
     Attributes:
-        title, facts, plan, kept_dense, searches, metric: as of `Report`.
+        title, facts, plan, kept_dense, searches, contenders, metric: as of `Report`.
         target: what was asked for.
         sparsities: of each layer in the end.
         front: of the search; None where there was none.
@@ -71,6 +71,7 @@ class Record:
     front: Front | None = None
     rewards: Mapping[str, tuple[float, ...]] | None = None
     unpruned: str | None = None
+    contenders: tuple[ContenderRow, ...] = ()
 
 
 Stored = TypeVar("Stored", Results, Record)
@@ -122,6 +123,7 @@ def write_page(directory: Path) -> str:
             plan=record.plan,
             kept_dense=record.kept_dense,
             searches=record.searches,
+            contenders=record.contenders,
             protocol=results.protocol,
             machine=results.machine,
             figures={caption: name for caption, (name, _) in figures.items()},

@@ -9,7 +9,7 @@ from math import inf
 from rich.cells import cell_len
 
 from autoprune.metric import ACCURACY, Metric
-from autoprune.report.data import MethodRow, PlanRow, ResultRow, SearchRow
+from autoprune.report.data import ContenderRow, MethodRow, PlanRow, ResultRow, SearchRow
 
 MISSING = "-"
 
@@ -94,6 +94,21 @@ def plan_table(rows: Sequence[PlanRow]) -> str:
     zeros = sum(row.weights * row.sparsity for row in rows)
     total = ("all of these", "", "", "", f"{weights:,}", percent(zeros / max(1, weights), 1), "", "")
     return markdown_table(header, [*cells, total], left=4)
+
+
+def contender_table(rows: Sequence[ContenderRow], metric: Metric = ACCURACY) -> str:
+    """The plans that were fine-tuned before one was chosen."""
+    header = ("the plan of", "speed-up", f"{metric.name}, validation", f"{metric.name}, test")
+    cells = [
+        (
+            f"{row.source}, chosen" if row.chosen else row.source,
+            times(row.speedup),
+            metric.text(row.validation),
+            metric.text(row.test),
+        )
+        for row in rows
+    ]
+    return markdown_table(header, cells)
 
 
 def search_table(rows: Sequence[SearchRow], metric: Metric = ACCURACY) -> str:

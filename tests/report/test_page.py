@@ -7,7 +7,7 @@ from pathlib import Path
 
 from autoprune.latency.timer import Latency
 from autoprune.model.inventory import KeptDense
-from autoprune.report.data import PlanRow, Report, ResultRow, SearchRow
+from autoprune.report.data import ContenderRow, PlanRow, Report, ResultRow, SearchRow
 from autoprune.report.page import report_page
 
 GOLDEN = Path(__file__).parent / "report.md"
@@ -32,6 +32,7 @@ REPORT = Report(
     ),
     kept_dense=(KeptDense("stem", "conv2d", "144 weights: too few to be worth it"),),
     searches=(SearchRow("ppo", 300, 0.12, 0.979, 1.02, 3.1), SearchRow("uniform", 300, -0.4, 0.951, 1.01, 3.15)),
+    contenders=(ContenderRow("ppo", False, 3.02, 0.979, 0.981), ContenderRow("knapsack", True, 3.05, 0.982, 0.98)),
     protocol={"batch": 1, "threads": 1, "samples": 100},
     machine={"cpu": "Some CPU | 3 GHz", "torch": "2.13.0", "autoprune": "0.1.0"},
     figures={"Trials": "front of trials.png", "Reward": "reward.png"},
@@ -43,6 +44,6 @@ def test_the_page_is_the_golden_file() -> None:
 
 
 def test_sections_without_content_are_left_out() -> None:
-    bare = replace(REPORT, facts={}, plan=(), kept_dense=(), searches=(), figures={})
+    bare = replace(REPORT, facts={}, plan=(), kept_dense=(), searches=(), contenders=(), figures={})
     headings = [line for line in report_page(bare).splitlines() if line.startswith("## ")]
     assert headings == ["## Result", "## How latency was measured", "## Machine and versions"]
