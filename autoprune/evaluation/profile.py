@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,10 +17,11 @@ from torch import Tensor, nn
 
 from autoprune.criteria import LayerStatistics
 from autoprune.criteria.magnitude import Magnitude
-from autoprune.errors import AutopruneError
+from autoprune.errors import AutopruneError, FileError
 from autoprune.evaluation.evaluator import Evaluator
 from autoprune.evaluation.recovery import Subject
 from autoprune.evaluation.recovery.none import NoRecovery
+from autoprune.files import cache_folder, check_cache
 from autoprune.identity.fingerprint import architecture_fingerprint
 from autoprune.latency.machine import machine_identity
 from autoprune.latency.record import MeasurementRecord
@@ -30,11 +33,14 @@ from autoprune.model.recurrent.names import layer_at
 from autoprune.patterns import PATTERNS
 from autoprune.patterns.layered import mask_of
 from autoprune.plan import LayerPlan, LayerSpec, Plan
+from autoprune.processes.locks import turn
 from autoprune.progress import SILENT, Progress
 from autoprune.registry import Choice
 from autoprune.repack import CaptureError, Graph, ProgramModel, capture, lower_layer, repack
 from autoprune.repack.tuning.layer_times import LayerTime, layer_times
+from autoprune.repack.tuning.tuning import VERSION
 
+TABLE = "latency"  # what a latency table's file in the cache is called, before what it holds for
 ANCHORS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
 WHOLE_ANCHORS = (0.0, 0.5, 0.8, 0.95)  # uniform models timed end to end, to join the layers' times to the model's
 
@@ -56,6 +62,53 @@ def profile_record(table: Path, settings: Mapping[str, Any], protocol: Protocol)
     """What was measured so far of the table of a file: it is kept beside that until the table is there."""
     about = {"settings": settings, "machine": machine_identity(), "samples": protocol.samples}
     return MeasurementRecord(table.with_name(f"{table.stem}.cells.jsonl"), about)
+
+
+def shared_file(what: str, settings: Mapping[str, Any], protocol: Protocol) -> Path:
+    """The file, in this user's cache, of what was measured with these settings on this machine in so many rounds.
+
+    Raises:
+        FileError: there is no place for a cache, or it cannot be written.
+    """
+    check_cache()
+    about = {"settings": settings, "machine": machine_identity(), "samples": protocol.samples, "kernels": VERSION}
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+    return cache_folder() / f"{what}-{digest}.json"
+
+
+def shared_or_measured(
+    settings: Mapping[str, Any],
+    protocol: Protocol,
+    measure: Callable[[], LatencyTable],
+    say: Callable[[str], None],
+    *,
+    fresh: bool = False,
+) -> LatencyTable:
+    """This user's table, which all targets and run directories share, measured now if there is none.
+
+    Args:
+        settings: what it holds for.
+        protocol: of one cell.
+        measure: called once, while others who need the same table wait.
+        say: is told where the table is from, or why it is not kept.
+        fresh: measure it even if there is one.
+
+    Raises:
+        FileError: the file is corrupt.
+        StaleTable: what the file holds was measured elsewhere.
+    """
+    try:
+        path = shared_file(TABLE, settings, protocol)
+    except FileError as error:
+        say(f"the latency table is not kept for other runs: {error}")
+        return measure()
+    with turn(path, say):
+        if path.exists() and not fresh:
+            say(f"latency table: measured before ({path})")
+            return LatencyTable.load(path, settings=settings, machine=machine_identity())
+        table = measure()
+        table.save(path)
+        return table
 
 
 def profile_table(

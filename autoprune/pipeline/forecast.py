@@ -47,7 +47,7 @@ class Forecast:
         weights: of these layers; likewise the multiply-adds of one sample, `macs`.
         kept_dense: layer -> why it stays dense.
         baselines: the dense engines, and the dense model repacked.
-        table_was_read: whether the latency table was the run directory's; else it was measured.
+        table_was_read: whether the latency table was the run directory's, or in the user's cache; else it was measured.
         prunable: share of the dense time that these layers take, by the latency table.
         predicted: speed-up over torch eager of the most pruned model, by the latency table.
         sparsity: of every layer of that model.
@@ -163,7 +163,7 @@ def forecast(run: Run, *, searches: bool = True, trains: bool = True) -> Forecas
         ConfigError: the run plans without a search, and its target or its pattern leaves no plan to make.
     """
     context, prepared, clock = run.context, run.prepared, run.context.clock
-    table_was_read, began_s = (run.directory / "latency.json").exists(), clock()
+    table_was_read, began_s = run.preparation.table_is_known, clock()
     table, offered = run.preparation.table, run.preparation.offered
     minutes = {} if table_was_read else {"latency table": (clock() - began_s) / 60}
     baselines = run.search.all_baselines

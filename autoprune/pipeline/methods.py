@@ -29,7 +29,7 @@ are parameters that are not zero, as a share of the dense model's. *Minutes* are
 attempts where the target was missed at first.
 """
 _TIME = "minutes.json"
-_SHARED = ("latency.json", "baselines.json")  # measured of the dense model, which all runs have in common
+_BASELINES = "baselines.json"  # measured of the dense model, which all runs have in common
 
 
 def compare_methods(
@@ -86,7 +86,7 @@ def _page(report: RunReport, rows: Sequence[MethodRow]) -> str:
 
 def _made(run: Run, directory: Path, clock: Clock) -> RunReport:
     """Makes the run, or goes on with it, and writes its report."""
-    _share_measurements(run, directory)
+    _share_baselines(run, directory)
     if not run.complete:
         run.plan_uniformly()
         before, began = _minutes(run.directory), clock()
@@ -110,13 +110,12 @@ def _row(name: str, report: RunReport) -> MethodRow:
     return MethodRow(name, fast.score, fast.speedup_over_best, fast.speedup, kept, minutes, remark)
 
 
-def _share_measurements(run: Run, directory: Path) -> None:
-    """Gives a run what another one measured of the dense model: it takes a while, and one target is one target."""
+def _share_baselines(run: Run, directory: Path) -> None:
+    """Gives a run what another one measured of the dense engines: it takes a while, and one target is one target."""
     _ = run.prepared  # claims the directory
-    for name in _SHARED:
-        known = next(iter(sorted(directory.glob(f"*/{name}"))), None)
-        if known is not None and not (run.directory / name).exists():
-            shutil.copyfile(known, run.directory / name)
+    known = next(iter(sorted(directory.glob(f"*/{_BASELINES}"))), None)
+    if known is not None and not (run.directory / _BASELINES).exists():
+        shutil.copyfile(known, run.directory / _BASELINES)
 
 
 def _minutes(directory: Path) -> float:

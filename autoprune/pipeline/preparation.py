@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -18,10 +19,18 @@ from autoprune.envs.actions import ACTIONS, ActionComponent
 from autoprune.envs.actions.criterion import CriterionChoice
 from autoprune.envs.actions.group_size import GroupSize
 from autoprune.envs.projection import check_movable
-from autoprune.errors import ConfigError
+from autoprune.errors import ConfigError, FileError
 from autoprune.evaluation.dense import check_reseedable, dense_model, dense_settings
 from autoprune.evaluation.evaluator import Evaluator
-from autoprune.evaluation.profile import profile_record, profile_settings, profile_table, worth_pruning
+from autoprune.evaluation.profile import (
+    TABLE,
+    profile_record,
+    profile_settings,
+    profile_table,
+    shared_file,
+    shared_or_measured,
+    worth_pruning,
+)
 from autoprune.evaluation.recovery import RECOVERIES, Recovery, Subject
 from autoprune.files import write_json
 from autoprune.identity.claim import Claim, Parts, task_parts
@@ -256,8 +265,15 @@ def calibrate(context: Context, prepared: Prepared) -> Subject:
     return Subject(task, prepared.dense, prepared.inventory, statistics, settings, config.seed, budget)
 
 
+def table_settings(context: Context, subject: Subject) -> dict[str, Any]:
+    """What the run's latency table holds for."""
+    latency = context.config.latency
+    settings = profile_settings(subject, context.choices.patterns, latency.batch, latency.threads)
+    return {**settings, "architecture": context.claim.first("architecture", settings["architecture"])}
+
+
 def profile(context: Context, subject: Subject, *, fresh: bool = False) -> LatencyTable:
-    """Measures the latency table, or reads it from the directory.
+    """Reads the latency table from the directory or the user's cache, or measures it.
 
     Args:
         context: of the run.
@@ -267,18 +283,21 @@ def profile(context: Context, subject: Subject, *, fresh: bool = False) -> Laten
     Raises:
         StaleTable: the directory's table is of another machine, or of other settings.
     """
-    path, latency, patterns = context.directory / "latency.json", context.config.latency, context.choices.patterns
-    settings = profile_settings(subject, patterns, latency.batch, latency.threads)
-    settings["architecture"] = context.claim.first("architecture", settings["architecture"])
+    path, settings = context.directory / "latency.json", table_settings(context, subject)
     if path.exists() and not fresh:
         return LatencyTable.load(path, settings=settings, machine=machine_identity())
-    protocol = context.protocol(latency.profile_samples)
+    protocol = context.protocol(context.config.latency.profile_samples)
     record = profile_record(path, settings, protocol)
     if fresh:
         path.unlink(missing_ok=True)
         record.clear()
-    with timing():
-        table = profile_table(subject, patterns, settings, protocol, context.clock, context.progress, record)
+
+    def measure() -> LatencyTable:
+        patterns = context.choices.patterns
+        with timing():
+            return profile_table(subject, patterns, settings, protocol, context.clock, context.progress, record)
+
+    table = shared_or_measured(settings, protocol, measure, context.progress.say, fresh=fresh)
     table.save(path)
     record.clear()
     context.progress.say(
@@ -350,6 +369,17 @@ class Preparation:
     @cached_property
     def table(self) -> LatencyTable:
         return profile(self._context, self.subject, fresh=self._fresh_table)
+
+    @property
+    def table_is_known(self) -> bool:
+        """Whether the table is read, from the directory or the user's cache, and not measured."""
+        if (self._context.directory / "latency.json").exists():
+            return True
+        protocol = self._context.protocol(self._context.config.latency.profile_samples)
+        try:
+            return shared_file(TABLE, table_settings(self._context, self.subject), protocol).exists()
+        except FileError:
+            return False  # there is no cache
 
     @cached_property
     def offered(self) -> Inventory:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from autoprune.allocation import Cost
 from autoprune.criteria import LayerStatistics
 from autoprune.envs.projection import check_feasible, fastest, meet, release_useless
 from autoprune.errors import AutopruneError
-from autoprune.evaluation.profile import profile_record, profile_settings, profile_table
+from autoprune.evaluation.profile import profile_record, profile_settings, profile_table, shared_or_measured
 from autoprune.evaluation.recovery import Subject
 from autoprune.latency.cost import LatencyCost
 from autoprune.latency.machine import machine_identity
@@ -47,7 +48,7 @@ def latency_table(
     *,
     clock: Clock = time.perf_counter,
 ) -> LatencyTable:
-    """Measures the latency table of a model on one thread, or reads it from `file`.
+    """Measures the latency table of a model on one thread, or reads it from `file` or the user's cache.
 
     Args:
         model: left as it is.
@@ -74,12 +75,14 @@ def latency_table(
             "in one process, with table='latency.json', and give that file to all."
         )
     if file is None:
-        return profile_table(subject, (pattern,), settings, protocol, clock)
+        measure = partial(profile_table, subject, (pattern,), settings, protocol, clock)
+        return shared_or_measured(settings, protocol, measure, _LOG.info)
     with turn(file, _LOG.info):
         if file.exists():
             return LatencyTable.load(file, settings=settings, machine=machine_identity())
         record = profile_record(file, settings, protocol)
-        table = profile_table(subject, (pattern,), settings, protocol, clock, record=record)
+        measure = partial(profile_table, subject, (pattern,), settings, protocol, clock, record=record)
+        table = shared_or_measured(settings, protocol, measure, _LOG.info)
         table.save(file)
         record.clear()
     return table
