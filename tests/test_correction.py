@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import pytest
@@ -17,6 +18,7 @@ from autoprune.pipeline.baselines import Baselines
 from autoprune.pipeline.correction import (
     HIGHEST,
     MEASUREMENTS,
+    STEP,
     Reached,
     check_reachable,
     correct,
@@ -57,9 +59,47 @@ def test_a_corrected_plan_is_on_the_target(share: float, power: float, bias: flo
     problem = asked(max(1.01, least + share * (reachable(PROBLEM, power, bias) - least)))
     start = project(problem.uniform(0.5), problem)
     corrected = correct(start, measured(problem, power, bias), problem)
-    assert corrected.measurements <= MEASUREMENTS
+    assert corrected.measurements <= 2 * MEASUREMENTS
     assert corrected.reached.least >= 1.0
     assert corrected.reached.least <= HIGHEST or all(x.sparsity <= 0.1 for x in corrected.plan.layers.values())
+
+
+def in_steps(problem: Problem, steps: Mapping[str, tuple[float, float]]) -> Callable[[Plan], Reached]:
+    """A machine on which a layer, above a sparsity, makes the model faster by a factor at once, and slowly below it."""
+    speedup = problem.target.speedup
+    assert speedup is not None
+
+    def reached(plan: Plan) -> Reached:
+        truth = math.prod(
+            (1.0 + 0.1 * layer.sparsity) * (factor if layer.sparsity >= at else 1.0)
+            for name, (at, factor) in steps.items()
+            for layer in [plan.layers[name]]
+        )
+        return Reached({"speedup": truth / speedup}, speedup=truth)
+
+    return reached
+
+
+def test_where_layers_become_faster_at_one_amount_they_are_moved_one_at_a_time() -> None:
+    problem = asked(1.4)
+    names = problem.inventory.names
+    machine = in_steps(problem, dict.fromkeys(names[:3], (0.5, 1.3)))
+    corrected = correct(problem.uniform(0.7), machine, problem)
+    assert 1.0 <= corrected.reached.least <= HIGHEST
+    assert corrected.remark is None
+    # by one amount there is nothing between one layer's step and those of all three
+    alike = [machine(problem.uniform(sparsity / 1000)).least for sparsity in range(950)]
+    assert not any(1.0 <= least <= HIGHEST for least in alike)
+
+
+def test_a_plan_between_whose_steps_the_target_lies_says_so() -> None:
+    problem = asked(1.3)
+    machine = in_steps(problem, {problem.inventory.names[0]: (0.5, 1.6)})
+    corrected = correct(problem.uniform(0.7), machine, problem)
+    assert corrected.reached.least > HIGHEST
+    assert corrected.remark is not None
+    assert f"{100 * (corrected.reached.least - 1):.0f}% above" in corrected.remark
+    assert corrected.plan.layers[problem.inventory.names[0]].sparsity == pytest.approx(0.5, abs=STEP)
 
 
 def test_a_plan_on_the_target_is_left_alone() -> None:

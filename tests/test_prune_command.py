@@ -15,11 +15,12 @@ from autoprune.errors import AutopruneError, InfeasibleTarget
 from autoprune.evaluation.evaluator import Evaluator
 from autoprune.evaluation.recovery import Subject
 from autoprune.evaluation.recovery.finetune import budget_cost
-from autoprune.files import read_json
+from autoprune.files import read_json, write_json
 from autoprune.latency.cost import LatencyCost
 from autoprune.latency.timer import Latency
 from autoprune.masks import sparsity, weight_of
 from autoprune.patterns import PATTERNS
+from autoprune.pipeline.results import report_of
 from autoprune.pipeline.run import Run
 from autoprune.plan import LayerPlan, Plan
 from autoprune.testing import fake_table, save_fake_table
@@ -70,6 +71,11 @@ def test_a_method_prunes_to_a_speedup_that_is_measured(config: Path) -> None:
     assert result.exit_code == 0, result.output
     assert (Path("fast") / "latency.json").exists()
     assert "at least 1.05x faster than the dense model repacked" in result.output
+    plan = Plan.load(Path("fast/plan.json")).key
+    assert read_json(Path("fast/corrected.json"), "the correction")[plan]["measurements"] >= 1
+    write_json(Path("fast/corrected.json"), {plan: {"remark": "in steps"}})
+    run = Run(parse_config(read_json(Path("fast/config.json"), "the config"), "test"), Path("fast"))
+    assert report_of(run).record.facts["distance from the target"] == "in steps"
 
 
 def test_a_method_that_misses_the_speedup_prunes_further(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +85,7 @@ def test_a_method_that_misses_the_speedup_prunes_further(config: Path, monkeypat
     first = Plan(dict.fromkeys(run.prepared.inventory.names, layer), run.config.finetune.method)
     first.save(run.directory / "plan.json")
     table = save_fake_table(run)
-    took = iter([1.2, 1.2, 0.99])  # a miss is timed twice: 1.25x of 1.5x; then 1.515x
+    took = iter([1.2, 1.2, 0.99, 0.99])  # each until two timings agree: 1.25x of 1.5x; then 1.515x
 
     def timed(*_: object) -> tuple[Latency, Latency]:
         return Latency.from_samples([1.5] * 3, 1), Latency.from_samples([next(took)] * 3, 1)

@@ -154,15 +154,21 @@ class Evaluator(Evaluate):
 
 
 def _believed(taken: Sequence[tuple[float, float]], predicted: float) -> tuple[float, float] | None:
-    """The last of some timings (speed-up, milliseconds), if the table or an earlier one agrees with it.
+    """The last of some timings (speed-up, milliseconds), if the table or an earlier one agrees with it."""
+    if abs(taken[-1][0] / predicted - 1.0) <= AGREE:
+        return taken[-1]
+    slower = slower_of_agreeing([ratio for ratio, _ in taken])
+    return None if slower is None else taken[slower]
 
-    Of two that agree it is the slower: nothing makes a model faster than it is.
+
+def slower_of_agreeing(speedups: Sequence[float]) -> int | None:
+    """Which of some timings of one model to believe: the last, or an earlier one that agrees with it; else None.
+
+    Of those that agree it is the slowest: nothing makes a model faster than it is.
     """
-    last = taken[-1]
-    if abs(last[0] / predicted - 1.0) <= AGREE:
-        return last
-    near = [each for each in taken[:-1] if abs(last[0] / each[0] - 1.0) <= REPEAT]
-    return min(last, *near) if near else None
+    last = len(speedups) - 1
+    near = [each for each in range(last) if abs(speedups[last] / speedups[each] - 1.0) <= REPEAT]
+    return min([*near, last], key=lambda each: speedups[each]) if near else None
 
 
 @dataclass(frozen=True)

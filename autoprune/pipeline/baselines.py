@@ -114,7 +114,7 @@ def measure_baselines(context: Context, engines: Callable[[], DenseEngines]) -> 
     with temporary_folder() as folder:
         save(prepared_engines.repacked, folder / "dense.safetensors", value_bits=context.config.repack.value_bits)
         file_bytes = (folder / "dense.safetensors").stat().st_size
-    times = measure_together(prepared_engines.calls, context.protocol(latency.samples), context.clock)
+    times = measure_together(prepared_engines.calls, context.final_protocol, context.clock)
     ms = {name: took.median_ms for name, took in times.items()}
     same_work = [name for name in ms if name == EAGER or (name in ENGINES and ENGINES.get(name).float32)]
     measured = Baselines(

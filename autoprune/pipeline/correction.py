@@ -1,8 +1,8 @@
 """The stage that puts a plan on its target by measurement: neither slower than asked, nor pruned for more than that.
 
 A latency table is off by some percent, and a target is over an engine that only the clock knows. So the plan is moved,
-all its sparsities by one amount, until the repacked model is measured to be on the target. Nothing is trained for it:
-what a model takes depends on where its zeros are, not on its values.
+all its sparsities by one amount and then layer by layer, until the repacked model is measured to be on the target.
+Nothing is trained for it: what a model takes depends on where its zeros are, not on its values.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from autoprune.envs.limits import Limit
 from autoprune.envs.problem import Problem
 from autoprune.envs.projection import ALLOW_MORE, freed, shift
 from autoprune.errors import InfeasibleTarget
-from autoprune.evaluation.evaluator import Call, Evaluator
+from autoprune.evaluation.evaluator import TIMINGS, Call, Evaluator, slower_of_agreeing
 from autoprune.evaluation.recovery.none import NoRecovery
 from autoprune.files import temporary_folder
 from autoprune.latency.timer import speedup
@@ -30,7 +30,8 @@ HIGHEST = 1.03  # of the target: a plan that is so much better is pruned for not
 AIM = 1.013  # of the target: the next table may find it a percent slower
 RESERVE = 1.08  # of the best that was measured: a figure that is offered must hold when it is asked for
 FINE_GRID = 1000  # of sparsities: where all layers are at 90%, one more percent of each is 10% of the work
-MEASUREMENTS = 10  # of one plan's correction
+STEP = 0.02  # of one layer's sparsity, that is looked for between too slow and fast enough
+MEASUREMENTS = 10  # of one plan's correction by one amount, and as many again layer by layer
 DOUBT = 1.15  # a target is measured to be in reach where the table's best is less than so much above it
 _REACH = 6.0  # of the shift, in logits, either way
 
@@ -78,13 +79,14 @@ class Gauge:
     def __call__(self, plan: Plan, model: RepackedModel) -> Reached:
         """Times the model interleaved with the baseline and weighs its file.
 
-        A target that is missed, or met by far, is measured twice, and the worse of both counts: it decides what is
-        done, and a busy machine disturbs no two timings alike.
+        It is timed until two timings agree, and the slower of them counts; of some that never do, the middle one.
         """
-        first = self._once(plan, model)
-        if 1.0 <= first.least <= HIGHEST or not self.target.timed:
-            return first
-        return min(first, self._once(plan, model), key=lambda each: each.least)
+        taken: list[Reached] = []
+        while len(taken) < (TIMINGS if self.target.timed else 1):
+            taken.append(self._once(plan, model))
+            if (slower := slower_of_agreeing([each.least for each in taken])) is not None:
+                return taken[slower]
+        return sorted(taken, key=lambda each: each.least)[len(taken) // 2]
 
     def of_plan(self, plan: Plan) -> Reached:
         """Of the dense model masked by a plan, repacked; nothing is trained."""
@@ -125,6 +127,17 @@ class Corrected:
     reached: Reached
     measurements: int
 
+    @property
+    def remark(self) -> str | None:
+        """Why it is pruned for more than the target; None where it is not, or where none was found that meets it."""
+        above = self.reached.least - 1.0
+        if above <= HIGHEST - 1.0:
+            return None
+        return (
+            f"of {self.measurements} plans measured none lies between the target and {100 * above:.0f}% above it: the "
+            "kernels of so small a model become faster in steps"
+        )
+
 
 def gauge(
     context: Context,
@@ -143,8 +156,7 @@ def gauge(
         baselines: which of them the target is over; None where it is over none.
     """
     target = problem.target
-    # one evaluator for all plans: it captures the model's graph once
-    protocol = context.protocol(context.config.latency.samples)
+    protocol = context.final_protocol
     evaluator = replace(evaluator, protocol=protocol, timed=True, recovery=NoRecovery())
     baseline: Call = partial(evaluator.subject.dense, *evaluator.subject.task.example_inputs(evaluator.batch))
     if target.speedup is not None and baselines is not None:
@@ -156,7 +168,8 @@ def correct(plan: Plan, measure: Callable[[Plan], Reached], problem: Problem) ->
     """Moves a plan onto the target: the least pruned one that is measured to meet it.
 
     All sparsities are shifted by one amount in logit space. What was too slow and what was fast enough close in on the
-    amount from both sides; in between the latency table says where to look.
+    amount from both sides; in between the latency table says where to look. Where kernels of several layers become
+    faster at one amount, no amount is on the target: layers are then given weights back one at a time.
 
     Args:
         plan: of a search, or of a rule.
@@ -166,34 +179,93 @@ def correct(plan: Plan, measure: Callable[[Plan], Reached], problem: Problem) ->
     Returns:
         The plan nearest above the target; where none of those measured meets it, the one nearest below.
     """
+    tries = _Tries(measure)
+    _shift_onto(plan, tries, problem)
+    if tries.nearest.reached.least > HIGHEST:
+        _give_back(tries, problem)
+    return replace(tries.nearest, measurements=len(tries.done))
+
+
+class _Tries:
+    """The plans that one correction measured, each once."""
+
+    def __init__(self, measure: Callable[[Plan], Reached]) -> None:
+        self._measure = measure
+        self.done: dict[str, Corrected] = {}
+
+    def __call__(self, plan: Plan) -> float:
+        """What a plan reaches of the target."""
+        if plan.key not in self.done:
+            self.done[plan.key] = Corrected(plan, self._measure(plan), len(self.done) + 1)
+        return self.done[plan.key].reached.least
+
+    @property
+    def nearest(self) -> Corrected:
+        """The plan nearest above the target; where all are below it, the one nearest below."""
+        met = [each for each in self.done.values() if each.reached.least >= 1.0]
+        if met:
+            return min(met, key=lambda each: each.reached.least)
+        return max(self.done.values(), key=lambda each: each.reached.least)
+
+
+def _shift_onto(plan: Plan, tries: _Tries, problem: Problem) -> None:
+    """Tries plans whose layers are all shifted by one amount, until one is on the target."""
     moved = partial(_moved, plan, problem)
     below: tuple[float, float] | None = None  # the highest shift that was too slow, and what it reached
     above: tuple[float, float] | None = None  # the lowest that was fast enough
     amount = 0.0
-    tried: dict[str, Corrected] = {}
     for count in range(1, MEASUREMENTS + 1):
         candidate = plan if amount == 0.0 else moved(amount)
-        if candidate.key in tried:
-            break  # the grid of sparsities is no finer
-        reached = measure(candidate)
-        tried[candidate.key] = Corrected(candidate, reached, count)
-        if 1.0 <= reached.least <= HIGHEST:
-            break
-        if reached.least < 1.0:
-            below = (amount, reached.least)
+        if candidate.key in tries.done:
+            return  # the grid of sparsities is no finer
+        reached = tries(candidate)
+        if 1.0 <= reached <= HIGHEST:
+            return
+        if reached < 1.0:
+            below = (amount, reached)
         else:
-            above = (amount, reached.least)
+            above = (amount, reached)
         if below is not None and above is not None:
             amount = _between(below, above, halve=count % 3 == 0)
         else:
-            amount = _beyond(moved, problem, candidate, reached.least, amount)
-    met = [each for each in tried.values() if each.reached.least >= 1.0]
-    nearest = (
-        min(met, key=lambda each: each.reached.least)
-        if met
-        else max(tried.values(), key=lambda each: each.reached.least)
-    )
-    return replace(nearest, measurements=len(tried))
+            amount = _beyond(moved, problem, candidate, reached, amount)
+
+
+def _give_back(tries: _Tries, problem: Problem) -> None:
+    """Gives the nearest plan weights back, one layer after another, as long as the target is still met.
+
+    The layers that save the most time come first: they have the most to give. It ends where no layer's kernels have a
+    step between what is too slow and what is fast enough.
+    """
+    start, table = tries.nearest.plan, problem.table
+    saved = {
+        name: table.whole_us(name) - table.layer_us(name, str(layer.pattern), layer.sparsity)
+        for name, layer in start.layers.items()
+    }
+    last = len(tries.done) + MEASUREMENTS
+    for name in sorted(saved, key=lambda each: -saved[each]):
+        enough, too_little = start.layers[name].sparsity, 0.0
+        while enough - too_little > STEP:
+            between = _in_layer(tries.nearest, name, too_little, enough, problem)
+            reached = tries(freed(tries.nearest.plan.with_sparsities({name: between}), problem))
+            if reached >= 1.0:
+                enough = between
+            else:
+                too_little = between
+            if 1.0 <= reached <= HIGHEST or len(tries.done) >= last:
+                return
+
+
+def _in_layer(best: Corrected, name: str, too_little: float, enough: float, problem: Problem) -> float:
+    """The sparsity of a layer at which the table, corrected by what was measured, sees the target."""
+    predict, plan = problem.table.predict_speedup, best.plan
+    wanted = predict(plan) * AIM / best.reached.least
+    left, right = too_little, enough
+    for _ in range(10):
+        middle = (left + right) / 2
+        left, right = (left, middle) if predict(plan.with_sparsities({name: middle})) >= wanted else (middle, right)
+    inside = 0.2 * (enough - too_little)
+    return round(min(enough - inside, max(too_little + inside, right)) * FINE_GRID) / FINE_GRID
 
 
 def further(plan: Plan, reached: Reached, problem: Problem) -> Plan:

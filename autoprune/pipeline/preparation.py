@@ -174,6 +174,11 @@ class Context:
         """How latency is measured, in so many rounds."""
         return Protocol(samples=samples, threads=self.config.latency.threads)
 
+    @property
+    def final_protocol(self) -> Protocol:
+        """How the final table is measured, and what has to agree with it: each candidate with its own warm caches."""
+        return replace(self.protocol(self.config.latency.samples), lead=1)
+
 
 @dataclass(frozen=True)
 class LoadedTask:

@@ -14,7 +14,7 @@ from autoprune.envs.rewards import as_trial
 from autoprune.envs.trial import Trial
 from autoprune.errors import GivenError, NumericalError
 from autoprune.evaluation.measurement import Failure
-from autoprune.files import write_tensors
+from autoprune.files import read_json, write_tensors
 from autoprune.latency.engines import baselines as float32_engines
 from autoprune.latency.machine import differences, machine_identity
 from autoprune.latency.record import MeasurementRecord
@@ -27,7 +27,7 @@ from autoprune.pipeline.application import FineTuned, Repacked
 from autoprune.pipeline.contest import best_by_source, read_contenders, winner
 from autoprune.pipeline.monitor import point
 from autoprune.pipeline.preparation import Context, Prepared
-from autoprune.pipeline.run import Run
+from autoprune.pipeline.run import CORRECTED, Run
 from autoprune.report.data import ContenderRow, MeasuredPoint, PlanRow, ResultRow, SearchRow
 from autoprune.report.run_report import RunReport
 from autoprune.report.stored import CALLED, EAGER, MASKED, REPACKED, Front, Record, Results, read_stored, write_stored
@@ -79,8 +79,7 @@ def measure_results(run: Run, fine_tuned: FineTuned, repacked: Repacked, *, from
     record = _record_of_rounds(context, list(calls), machine)
     if from_start:
         record.clear()
-    protocol = replace(context.protocol(latency.samples), lead=1)  # each row with its own warm caches
-    times = _measured(calls, protocol, context, record)
+    times = _measured(calls, context.final_protocol, context, record)
     rows = _result_rows(context, prepared, fine_tuned, repacked, times, left_out)
     how = {"batch": latency.batch, "threads": latency.threads, "device": "cpu"}
     measured = Results(rows, {**how, "rounds, all rows in turns": latency.samples}, machine)
@@ -216,6 +215,8 @@ def _facts(run: Run) -> dict[str, Any]:
         "settings of the plan": dict(run.plan.settings) or "none",
         "seed": config.seed,
     }
+    if remark := _distance(run):
+        facts["distance from the target"] = remark
     if run.search.exists:
         facts |= _search_remarks(run)
     if run.task.testing is run.task.validation:
@@ -232,6 +233,14 @@ def _origin(run: Run) -> str:
     """Where a plan is from that was not searched for."""
     given = _unpruned(run) is None
     return "given, not searched for" if given else "nothing is pruned: repacking alone meets the target"
+
+
+def _distance(run: Run) -> str | None:
+    """Why the run's plan is pruned for more than the target, where it is."""
+    path = run.directory / CORRECTED
+    found = read_json(path, "how near the target plans are") if path.exists() else {}
+    remark: str | None = found.get(run.plan.key, {}).get("remark")
+    return remark
 
 
 def _search_facts(run: Run) -> dict[str, Any]:

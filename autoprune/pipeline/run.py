@@ -43,6 +43,7 @@ from autoprune.repack.kernels.compiler import refused
 from autoprune.tasks import Task
 from autoprune.tasks.user import functions_of
 
+CORRECTED = "corrected.json"  # in a run's directory: how near to the target plans were moved
 ATTEMPTS = 3  # trainings of one run, until the model meets its target
 
 
@@ -75,6 +76,10 @@ def corrected(context: Context, search: PlanSearch, plan: Plan) -> Corrected | N
         context.progress.say(
             f"moved onto the target in {moved.measurements} measurements: {moved.reached.least:.3f} of it"
         )
+    path = context.directory / CORRECTED
+    known = read_json(path, "how near the target plans are") if path.exists() else {}
+    figures = {**asdict(moved.reached), "measurements": moved.measurements, "remark": moved.remark}
+    write_json(path, {**known, moved.plan.key: figures})
     return moved
 
 

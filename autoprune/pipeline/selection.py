@@ -57,17 +57,14 @@ class UniformComparison:
 
 
 def measured_evaluate(context: Context, evaluator: Evaluator) -> CachedEvaluate:
-    """Evaluates plans with the clock, as long as the final table does, and remembers them."""
-    protocol = context.protocol(context.config.latency.samples)
-    return CachedEvaluate(
-        replace(evaluator, protocol=protocol, timed=True), context.directory / "search" / "measured.jsonl"
-    )
+    """Evaluates plans with the clock, as the final table does, and remembers them."""
+    evaluate = replace(evaluator, protocol=context.final_protocol, timed=True)
+    return CachedEvaluate(evaluate, context.directory / "search" / "measured.jsonl")
 
 
 def paired_evaluate(context: Context, evaluator: Evaluator, reference: Plan, speedup: float) -> CachedEvaluate:
     """Evaluates plans with the clock, interleaved with a reference plan of that speed-up, and remembers them."""
-    protocol = replace(context.protocol(context.config.latency.samples), lead=1)  # each with its own warm caches
-    evaluate = PairedEvaluator(replace(evaluator, protocol=protocol, timed=True), reference, speedup)
+    evaluate = PairedEvaluator(replace(evaluator, protocol=context.final_protocol, timed=True), reference, speedup)
     digest = hashlib.sha256(f"{reference.key} {speedup:.6f}".encode()).hexdigest()[:8]
     return CachedEvaluate(evaluate, context.directory / "search" / f"beside-{digest}.jsonl")
 
