@@ -153,12 +153,10 @@ def _in_programs(
 ) -> dict[str, LayerTable] | None:
     """Times layers where they run: inside whole programs, all layers at one sparsity, one program a sparsity.
 
-    On its own a packed layer is mostly the call from Python, so that small layers look as dear as large ones. None
-    where the model is no program, or an operation is more than one layer (a recurrence has two weights).
+    On its own a packed layer is mostly the call from Python, so that small layers look as dear as large ones, and a
+    recurrent weight does one step there, in a program all of them. None where the model is no program.
     """
     specs = subject.inventory.layers
-    if any(spec.gates > 1 for spec in specs):
-        return None
     try:
         graph = capture(subject.dense, inputs)
     except CaptureError:
@@ -182,7 +180,7 @@ def _in_programs(
     return {
         spec.name: LayerTable(
             whole[spec.name].dense_us or whole[spec.name].latency_us,
-            spec.calls,
+            whole[spec.name].calls,
             {key: tuple(points) for key, points in curves[spec.name].items()},
         )
         for spec in specs
@@ -191,11 +189,15 @@ def _in_programs(
 
 @dataclass(frozen=True)
 class _Cell:
-    """One layer under one pattern at one sparsity, as kept: torch's dense time, and ours by the fastest backend."""
+    """One layer under one pattern at one sparsity, as kept: torch's dense time, and ours by the fastest backend.
+
+    Both are of one call of so many in an inference.
+    """
 
     dense_us: float | None
     latency_us: float
     backend: str
+    calls: int
 
     def point(self, sparsity: float) -> Point:
         return Point(sparsity, self.latency_us, self.backend)
@@ -228,7 +230,7 @@ def _program_times(
     if any(spec.name not in rows for spec in subject.inventory.layers):
         return None
     return {
-        name: asdict(_Cell(of[0].dense_us, statistics.fmean(each.median_us for each in of), of[0].backend))
+        name: asdict(_Cell(of[0].dense_us, statistics.fmean(each.median_us for each in of), of[0].backend, len(of)))
         for name, of in rows.items()
     }
 
@@ -277,7 +279,7 @@ def _layer(
         timed = {name: _call(option, x) for name, option in lower_layer(masked).items()}
         times = measure_together(timed, protocol, clock)
         best = min(times, key=lambda name: times[name].median_ms)
-        return asdict(_Cell(times["dense"].median_ms * 1e3, times[best].median_ms * 1e3, best))
+        return asdict(_Cell(times["dense"].median_ms * 1e3, times[best].median_ms * 1e3, best, spec.calls))
 
     def cell(choice: Choice, sparsity: float) -> _Cell:
         return _Cell(**record(f"{spec.name}: {choice} at {sparsity}", partial(fastest, choice, sparsity)))

@@ -44,6 +44,18 @@ class Reader(nn.Module):
         return y
 
 
+class Undecided(nn.Module):
+    """Two layers, and a way that depends on data: no program holds it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 32), nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.second(self.first(x))
+        return y if y.sum() > 0 else -y
+
+
 def subject(model: nn.Module, x: Tensor) -> Subject:
     batches = tuple(TensorBatches(x, torch.zeros(len(x), dtype=torch.int64), 4))
     task = Task("t", model.eval(), batches, batches, batches, batches, functional.cross_entropy, None)
@@ -54,8 +66,12 @@ def subject(model: nn.Module, x: Tensor) -> Subject:
 
 @pytest.mark.parametrize(
     ("model", "x", "in_programs"),
-    [(small_cnn(), torch.randn(4, 3, 16, 16), True), (Reader(), torch.randn(4, 5, 16), False)],
-    ids=["cnn", "lstm"],
+    [
+        (small_cnn(), torch.randn(4, 3, 16, 16), True),
+        (Reader(), torch.randn(4, 5, 16), True),
+        (Undecided(), torch.randn(4, 16), False),
+    ],
+    ids=["cnn", "lstm", "undecided"],
 )
 def test_every_layer_has_a_curve_for_every_pattern(model: nn.Module, x: Tensor, in_programs: bool) -> None:
     of = subject(model, x)
@@ -75,10 +91,19 @@ def test_every_layer_has_a_curve_for_every_pattern(model: nn.Module, x: Tensor, 
         assert table.parts_ms(table.predict_ms(plan)) == pytest.approx(table.sum_ms(plan))
 
 
+def test_all_steps_of_a_recurrent_weight_are_one_call_of_the_program() -> None:
+    """On its own it does one step a call from Python, which takes as long as many of a program's."""
+    of = subject(Reader(), torch.randn(4, 5, 16))
+    settings = profile_settings(of, PATTERNS, batch=1, threads=1)
+    table = profile_table(of, PATTERNS, settings, Protocol(samples=3), time.perf_counter)
+    assert of.inventory["lstm.weight_hh_l0"].calls == 5
+    assert {name: layer.calls for name, layer in table.layers.items()} == dict.fromkeys(of.inventory.names, 1)
+
+
 @pytest.mark.parametrize(
     ("model", "x", "cells"),
-    [(small_cnn(), torch.randn(4, 3, 16, 16), 1 + 2 * 2), (Reader(), torch.randn(4, 5, 16), 3 * (1 + 2 * 2))],
-    ids=["cnn", "lstm"],
+    [(small_cnn(), torch.randn(4, 3, 16, 16), 1 + 2 * 2), (Undecided(), torch.randn(4, 16), 2 * (1 + 2 * 2))],
+    ids=["cnn", "undecided"],
 )
 def test_a_table_that_is_stopped_goes_on_and_measures_nothing_twice(
     model: nn.Module, x: Tensor, cells: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
