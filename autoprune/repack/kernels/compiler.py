@@ -94,26 +94,31 @@ def compile_op(module: ir.Module, name: str, target: Target) -> int:
     """Returns the address of the module's function `name`; it stays valid as long as the process."""
     if reason := refused():
         raise AutopruneError(reason)
+    code = object_code(module, target)
     with _LOCK:
-        parsed, machine = _optimised(module, target)
-        engine = llvm.create_mcjit_compiler(parsed, machine)
+        engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _machine(target))
+        engine.add_object_file(llvm.ObjectFileRef.from_data(code))
         engine.finalize_object()
         _ENGINES.append(engine)
         return int(engine.get_function_address(name))
 
 
 def object_code(module: ir.Module, target: Target) -> bytes:
-    """The module as an object file, to be linked into a program of its own, e.g. one that counts what it does."""
+    """The module as an object file, optimised."""
     with _LOCK:
-        parsed, machine = _optimised(module, target)
+        machine = _machine(target)
+        parsed = llvm.parse_assembly(str(module))
+        parsed.verify()
+        _optimise(parsed, machine)
         return bytes(machine.emit_object(parsed))
 
 
-def _optimised(module: ir.Module, target: Target) -> tuple[Any, Any]:
+def _machine(target: Target) -> Any:
     _initialise()
-    machine = llvm.Target.from_default_triple().create_target_machine(cpu=target.cpu, features=target.features, opt=2)
-    parsed = llvm.parse_assembly(str(module))
-    parsed.verify()
+    return llvm.Target.from_default_triple().create_target_machine(cpu=target.cpu, features=target.features, opt=2)
+
+
+def _optimise(parsed: Any, machine: Any) -> None:
     # The kernels say themselves what is a vector and what is unrolled: more work for LLVM makes them no faster.
     options = llvm.create_pipeline_tuning_options(speed_level=2)
     options.loop_vectorization = True  # of the few plain loops, such as copies
@@ -121,7 +126,6 @@ def _optimised(module: ir.Module, target: Target) -> tuple[Any, Any]:
     options.loop_unrolling = False
     builder = llvm.create_pass_builder(machine, options)
     builder.getModulePassManager().run(parsed, builder)
-    return parsed, machine
 
 
 def call_op(address: int, fields: int, slots: int, item: int, thread: int = 0) -> None:
