@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from functools import cache
 from typing import Any, cast
 
 import pytest
@@ -431,7 +432,7 @@ def test_one_channel_always_stays() -> None:
 @settings(max_examples=25)
 @given(seed=st.integers(0, 2**31), share=st.sampled_from([0.2, 0.5, 0.8]), padding=st.sampled_from([0, 1]))
 def test_removing_channels_changes_nothing(seed: int, share: float, padding: int) -> None:
-    graph = _RANDOM_NETS[padding]
+    graph = random_net(padding)
     rng = torch.Generator().manual_seed(seed)
     constants = {}
     for name, value in graph.constants.items():
@@ -467,7 +468,9 @@ class _Random(nn.Module):
         return out
 
 
-_RANDOM_NETS = [capture(_Random(padding), (torch.randn(1, 3, 12, 12),)) for padding in (0, 1)]
+@cache
+def random_net(padding: int) -> Graph:
+    return capture(_Random(padding), (torch.randn(1, 3, 12, 12),))
 
 
 # Files --------------------------------------------------------------------------------------------------------------
