@@ -51,7 +51,7 @@ def kernels_compiled_once(pytestconfig: pytest.Config) -> Iterator[None]:
     A file's name says all that the compiler is given, so what is tested is what would be compiled now. What other
     versions of the kernels left is removed.
     """
-    if pytestconfig.cache is None:  # -p no:cacheprovider
+    if not pytestconfig.pluginmanager.has_plugin("cacheprovider"):
         yield
         return
     sources = [each.read_bytes() for each in sorted(Path(compiler.__file__).parent.glob("*.py"))]
