@@ -10,6 +10,7 @@ BENCHMARKS: Mapping[str, str] = {
     "agents": "which agent plans best at equal evaluations and equal measured speed-up",
     "ask": "whether a speed-up that is asked for is delivered, or refused with a figure that holds",
     "container": "whether all works without a home, in read-only places, without executable memory",
+    "coverage": "which of other people's models become faster, how, and which do not",
     "dynamic": "whether channel gates beat static plans of the same accuracy",
     "encodings": "how small packed weights are in a file, and how fast they are read",
     "engine": "how much faster repacked standard models are than the best dense engine",
