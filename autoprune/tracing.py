@@ -72,6 +72,16 @@ class ByThread:
     def __bool__(self) -> bool:
         return self._here if threading.get_ident() == self._thread else bool(self._elsewhere())
 
+    def __or__(self, other: bool) -> bool:
+        """As of a bool: models compute with what torch tells them."""
+        return bool(self) | other
+
+    def __and__(self, other: bool) -> bool:
+        """Likewise."""
+        return bool(self) & other
+
+    __ror__, __rand__ = __or__, __and__
+
     def end(self) -> None:
         """For those who hold it still: from now on it is what it was in all threads."""
         self._thread = None

@@ -6,9 +6,11 @@ import copy
 import dataclasses
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from enum import Enum
 from typing import Any
 
+import torch
 from torch import Tensor, nn, strided
 
 from autoprune.errors import AutopruneError
@@ -115,14 +117,45 @@ def prediction(output: Any) -> Any:
 
 
 def inside(value: Any) -> dict[Any, Any] | None:
-    """What a list, tuple, dictionary or dataclass holds, by index, key or field; None for anything else."""
+    """What a list, tuple, dictionary, dataclass or `is_state` holds, by index, key or name; None for anything else."""
     if isinstance(value, (tuple, list)):
         return dict(enumerate(value))
     if isinstance(value, Mapping):
         return dict(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    return None
+    return dict(vars(value)) if is_state(value) else None
+
+
+FIXED = (torch.dtype, torch.device, type)
+"""What an `is_state` may hold beside data, which is no data itself."""
+
+
+def is_state(value: Any) -> bool:
+    """Whether it is an object that only holds data, however deep, such as the cache of a decoder's keys and values."""
+    held = isinstance(value, (Mapping, tuple, list)) or dataclasses.is_dataclass(value)  # by keys, places or fields
+    return not held and _has_attributes(value) and _is_data(value, ())
+
+
+def _has_attributes(value: Any) -> bool:
+    kept = isinstance(value, (Tensor, nn.Module, Enum, BaseException, *FIXED))
+    return hasattr(value, "__dict__") and not kept and not callable(value)
+
+
+def _is_data(value: Any, within: tuple[int, ...]) -> bool:
+    if value is None or isinstance(value, (Tensor, bool, int, float, str, *FIXED)):
+        return True
+    if id(value) in within:  # it holds itself
+        return False
+    if isinstance(value, (tuple, list)):
+        held: Iterable[Any] = value
+    elif isinstance(value, Mapping):
+        held = value.values()
+    elif _has_attributes(value):
+        held = vars(value).values()
+    else:
+        return False
+    return all(_is_data(each, (*within, id(value))) for each in held)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

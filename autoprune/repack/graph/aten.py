@@ -1,15 +1,10 @@
-"""The torch operators a graph may hold, looked up by name in an allow-list, and their arguments as JSON.
-
-A name in a file never resolves to anything that writes, reads files, draws random numbers, hands out uninitialised
-memory or reinterprets a tensor's storage.
-"""
+"""The torch operators of a graph: looked up by name, among those `allowed`, and their arguments as JSON."""
 
 from __future__ import annotations
 
 import functools
 import math
 import operator as operator_module
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,55 +12,15 @@ import torch
 from torch import Tensor
 
 from autoprune.errors import FileError
+from autoprune.repack.graph.allowed import fault, is_allowed
 
 # What torch and unpacking raise for values that do not fit an operation; a graph from a file may hold any.
 FAILURES = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
 
-# Operators that torch.export leaves whole and that are not tagged core.
-_NAMES = """
-    _log_softmax.default _softmax.default adaptive_avg_pool1d.default adaptive_avg_pool2d.default
-    adaptive_max_pool2d.default add.Scalar addbmm.default addcdiv.default addcmul.default addmv.default
-    all.default any.default arange.default arange.start baddbmm.default batch_norm.default
-    broadcast_to.default bucketize.Tensor contiguous.default
-    channel_shuffle.default chunk.default conv1d.default conv1d.padding conv2d.default conv2d.padding
-    conv3d.default conv_transpose1d.default conv_transpose2d.input count_nonzero.default einsum.default
-    expand_as.default flatten.using_ints floor_divide.default full_like.default glu.default group_norm.default
-    hardshrink.default hardsigmoid.default hardswish.default layer_norm.default lerp.Scalar lerp.Tensor
-    linalg_vector_norm.default linear.default linspace.default log_sigmoid.default log_softmax.int
-    logsumexp.default masked_fill.Scalar masked_fill.Tensor matmul.default max.dim max_pool1d.default
-    max_pool2d.default max_pool3d.default mean.default meshgrid.default meshgrid.indexing min.dim mish.default
-    mm.default movedim.int mv.default narrow.default norm.ScalarOpt_dim ones.default ones_like.default
-    outer.default pad.default pixel_shuffle.default pixel_unshuffle.default prelu.default relu6.default
-    repeat_interleave.self_int reshape.default rms_norm.default roll.default rsub.Scalar rsub.Tensor
-    selu.default silu.default softmax.int softplus.default split.Tensor split.default square.default
-    stack.default std.correction std.dim sum.default t.default take_along_dim.default tile.default to.dtype
-    to.dtype_layout transpose.int tril.default triu.default type_as.default unbind.int unflatten.int
-    unfold.default upsample_bicubic2d.vec upsample_bilinear2d.vec upsample_nearest2d.vec var.default
-    where.Scalar where.ScalarOther where.ScalarSelf zeros.default zeros_like.default
-"""
-WHOLE = frozenset(_NAMES.split())
-_ATTENTION = "scaled_dot_product_attention.default"  # tagged as random for the sake of its dropout
-_REFUSED_TAGS = (torch.Tag.nondeterministic_seeded, torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
-_REFUSED = re.compile("empty|as_strided|_backward|resize|set_|_local_scalar|sym_|embedding_bag|dist_")
 _DTYPES: Mapping[str, torch.dtype] = {
     name: getattr(torch, name)
     for name in ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 }
-
-
-def is_allowed(operator: object) -> bool:
-    """Whether an operator may stand in a graph: of aten, functional, deterministic, and core or on our list."""
-    if not isinstance(operator, torch._ops.OpOverload) or operator.namespace != "aten":
-        return False
-    name = operator_name(operator).removeprefix("aten.")
-    schema = operator._schema
-    if schema.is_mutable or any(argument.is_out for argument in schema.arguments):
-        return False
-    if name == _ATTENTION:
-        return True
-    if _REFUSED.search(name) or any(tag in operator.tags for tag in _REFUSED_TAGS):
-        return False
-    return torch.Tag.core in operator.tags or name in WHOLE
 
 
 def operator_name(operator: torch._ops.OpOverload) -> str:
@@ -158,6 +113,13 @@ def check_arguments(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], w
             allowed = False
         if value is not None and not allowed:
             raise FileError(f"{what} holds {value!r} for {argument.name!r}.")
+    if reason := fault(name, {argument.name: value for argument, value in given}):
+        raise FileError(f"{what} {reason}.")
+
+
+def is_mask(index: Any) -> bool:
+    """Whether a tensor that is given as an index tells by true and false what is picked."""
+    return isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
 
 
 def references(value: Any) -> list[str]:
@@ -213,6 +175,8 @@ def call(name: str, args: Any, kwargs: Mapping[str, Any], values: Mapping[str, A
         devices = (value.device for value in values.values() if isinstance(value, Tensor))
         given["device"] = next(devices, None)
     places = decode(args, values)
+    if name == "aten.index.Tensor" and any(is_mask(each) for each in places[1]):
+        raise TypeError("it picks by a mask: how many there are depends on values")
     if "upsample" in name and places[0].is_meta and not places[0].numel():  # torch's shapes for it fail on nothing
         result = operator(torch.empty(places[0].shape, dtype=places[0].dtype), *places[1:], **given).to("meta")
     else:

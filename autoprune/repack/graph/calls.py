@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.errors import AutopruneError, FileError
-from autoprune.model.arguments import Arguments, inside
+from autoprune.model.arguments import FIXED, Arguments, inside, is_state
 from autoprune.model.copies import out_of_reach
 from autoprune.repack.graph.ir import structure_names
 from autoprune.repack.graph.record import Record
@@ -55,13 +55,19 @@ def structure(value: Any, leaf: Callable[[Any], str], does: str) -> Any:
     held = inside(value) if fields is None else fields
     if held is None or not all(type(key) in (str, int) for key in held):
         raise CaptureError(f"the model {does} a {type(value).__name__}, which a program cannot hold.")
-    pairs = [[key, structure(each, leaf, does)] for key, each in held.items()]
+    state = is_state(value)
+    pairs = [
+        [key, {"text": str(each)} if state and isinstance(each, FIXED) else structure(each, leaf, does)]
+        for key, each in held.items()
+    ]
     tag = "record" if fields is not None else _CONTAINERS.get(type(value), "dict")
     return {tag: [each for _, each in pairs] if tag in ("tuple", "list") else pairs}
 
 
 def _fields(value: Any) -> dict[str, Any] | None:
     """Of a named tuple, a dataclass (as models' own output classes are) or another class of its own; else None."""
+    if isinstance(value, Record) or is_state(value):
+        return dict(vars(value))
     if isinstance(value, torch.Size):
         return {str(axis): extent for axis, extent in enumerate(value)}
     if isinstance(value, tuple):
@@ -77,6 +83,8 @@ def record_classes(value: Any) -> tuple[Callable[..., Any], ...]:
     own: tuple[Callable[..., Any], ...] = ()
     if isinstance(value, defaultdict):
         own = (partial(defaultdict, value.default_factory),)
+    elif is_state(value):
+        own = (partial(_object, type(value), {k: each for k, each in vars(value).items() if isinstance(each, FIXED)}),)
     elif _fields(value) is not None or isinstance(value, Mapping):
         own = (type(value),)
     return own + tuple(kind for each in (inside(value) or {}).values() for kind in record_classes(each))
@@ -87,19 +95,26 @@ def restored(value: Any, classes: Iterator[Callable[..., Any]]) -> Any:
     if isinstance(value, Record):
         kind = next(classes)
         fields = {name: restored(each, classes) for name, each in vars(value).items()}
+        if isinstance(kind, partial):
+            return kind(fields)
         assert isinstance(kind, type)
         if issubclass(kind, tuple):
             return kind(*fields.values()) if hasattr(kind, "_fields") else kind(fields.values())
         if issubclass(kind, Mapping):
             return kind(**fields)
-        made = object.__new__(kind)  # what the class does when one is made, it has done already
-        for name, each in fields.items():
-            object.__setattr__(made, name, each)
-        return made
+        return _object(kind, {}, fields)
     if isinstance(value, dict):
         kind = next(classes)
         return kind([(key, restored(each, classes)) for key, each in value.items()])
     return type(value)(restored(each, classes) for each in value) if isinstance(value, (tuple, list)) else value
+
+
+def _object(kind: type, fixed: Mapping[str, Any], fields: Mapping[str, Any]) -> Any:
+    """An object with these attributes: what the class does when one is made, it has done already."""
+    made = object.__new__(kind)
+    for name, each in {**fields, **fixed}.items():
+        object.__setattr__(made, name, each)
+    return made
 
 
 Place = tuple[int, int]
@@ -290,6 +305,7 @@ def _match(held: Any, value: Any, name: str, found: list[Tensor]) -> None:
         return
     tag, content = next(iter(held.items())) if isinstance(held, dict) else ("", held)
     if tag in ("", "text"):
+        value = str(value) if isinstance(value, FIXED) else value
         if isinstance(value, Tensor) or value != content:
             raise AutopruneError(
                 f"the argument {name} is fixed in this program: {content!r}, as in the example inputs. Repack with "

@@ -56,6 +56,9 @@ LINE = 64  # bytes; a plane of a strided feature map takes at least two
 _PRODUCTS = ("mm", "mv", "matmul", "linear", "einsum", "outer", "attention", "cdist", "pdist")  # in operators' names
 
 
+_SECTIONS = ("aten.tensor_split.", "aten.hsplit.", "aten.vsplit.", "aten.dsplit.")  # into any number, most of them empty
+
+
 @dataclass
 class _Demand:
     memory: int = 0
@@ -123,15 +126,16 @@ def _bytes(value: Tensor) -> int:
 
 def _check_parts(op: Op, values: Mapping[str, Any]) -> None:
     """Raises FileError where a tensor would be taken apart into too many, which even their shapes would take long."""
-    parting = ("aten.unbind.", "aten.split.", "aten.chunk.", "aten.meshgrid.")
+    parting = ("aten.unbind.", "aten.split.", "aten.chunk.", "aten.meshgrid.", *_SECTIONS)
     if not isinstance(op, TorchOp) or not op.op.startswith(parting):
         return
     args, name = aten.decode(op.args, values), op.op
     extent = max((n for x in args if isinstance(x, Tensor) for n in x.shape), default=0)
     sizes = [n for n in args[1:2] if type(n) is int and not name.startswith("aten.unbind.")] or [1]
     parts = sizes[0] if name.startswith("aten.chunk.") else extent // max(1, sizes[0])
-    if min(extent, parts) > PARTS:
-        raise FileError(f"the operation {op.output!r} takes a tensor apart into {min(extent, parts)}")
+    parts = sizes[0] if name.startswith(_SECTIONS) else min(extent, parts)
+    if parts > PARTS:
+        raise FileError(f"the operation {op.output!r} takes a tensor apart into {parts}")
 
 
 def _laid_out(op: Op, read: Sequence[Tensor]) -> int:

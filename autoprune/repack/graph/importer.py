@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from autoprune.repack.graph import aten
 from autoprune.repack.graph.ops import (
     Activation,
     AdaptiveAvgPool2d,
@@ -274,6 +275,30 @@ def _shape(site: Site, before: tuple[int | str, ...], after: tuple[int | str, ..
     return shape
 
 
+def _filled(name: str) -> Callable[[Site], Result]:
+    """A tensor of one number, of which it needs the other tensor's shape and type alone: it reads neither."""
+
+    def lifted(site: Site) -> Result:
+        made = site.node.meta["val"]
+        if made.is_complex() or site.context.names[site.args["self"]] in site.context.constants:
+            return None
+        sizes = site.args.get("size")
+        if sizes is None:
+            sizes, axes = site.args["self"].meta["val"].shape, range(made.ndim)
+            sizes = [
+                n if type(n) is int else {"ref": site.context.integers.size(n, site.name("self"), axis)}
+                for n, axis in zip(sizes, axes, strict=True)
+            ]
+        args = [[{"ref": site.context.names[n]} if isinstance(n, fx.Node) else n for n in sizes]]
+        if name == "full":
+            value = site.args["fill_value"]
+            args.append({"ref": site.context.names[value]} if isinstance(value, fx.Node) else aten.encode_number(value))
+        dtype = {"dtype": aten.encode_dtype(made.dtype)}
+        return TorchOp.of(site.output, f"aten.{name}.default", tuple(args), {"dtype": dtype})
+
+    return lifted
+
+
 def _nothing(site: Site) -> Result:
     return Alias(site.name("self" if "self" in site.args else "input"))
 
@@ -285,6 +310,17 @@ def _dropout(site: Site) -> Result:
 def _same_type(site: Site) -> Result:
     same = site.node.meta["val"].dtype == site.args["self"].meta["val"].dtype
     return _nothing(site) if same else None
+
+
+def _moved(site: Site) -> Result:
+    """A move to a device, the CPU as `Site` is told, and perhaps another type."""
+    made = site.node.meta["val"]
+    if made.device.type != "cpu" or made.is_complex():
+        return None
+    if isinstance(_same_type(site), Alias):
+        return _nothing(site)
+    dtype = aten.encode_dtype(made.dtype)
+    return TorchOp.of(site.output, "aten.to.dtype", ({"ref": site.name("self")}, {"dtype": dtype}))
 
 
 def _whole(site: Site) -> Result:
@@ -339,6 +375,10 @@ _LIFTINGS: Mapping[str, Callable[[Site], Result]] = {
     "_to_copy.default": _same_type,
     "to.dtype": _same_type,
     "to.dtype_layout": _same_type,
+    "to.device": _moved,
+    "to.other": _moved,
+    **{f"new_{name}.default": _filled(name) for name in ("zeros", "ones", "full")},
+    **{f"{name}_like.default": _filled(name) for name in ("zeros", "ones", "full")},
     "slice.Tensor": _whole,
     "expand.default": _whole,
 }

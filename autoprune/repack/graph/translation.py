@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
 from autoprune.repack.graph import aten, importer, torch_export
+from autoprune.repack.graph.allowed import fault, is_allowed
 from autoprune.repack.graph.calls import in_model
 from autoprune.repack.graph.freedom import Extents
 from autoprune.repack.graph.integers import Integers
@@ -29,6 +30,11 @@ _SCALARS: Mapping[Any, str] = {
     operator.floordiv: "floordiv",
 }
 _PLACES = ("device", "layout", "pin_memory", "memory_format")  # arguments that say where, not what
+_ZEROS: Mapping[Any, torch._ops.OpOverload] = {  # memory that a model fills itself; what else it may hold is nobody's wish
+    torch.ops.aten.empty.memory_format: torch.ops.aten.zeros.default,
+    torch.ops.aten.empty_like.default: torch.ops.aten.zeros_like.default,
+    torch.ops.aten.new_empty.default: torch.ops.aten.new_zeros.default,
+}
 _WEIGHTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
 
@@ -172,7 +178,8 @@ class _Translation:
     def operator(self, node: fx.Node, target: torch._ops.OpOverload) -> None:
         if target is torch.ops.aten._assert_tensor_metadata.default:
             return
-        target, bound = torch_export.IN_PLACE.get(target, target), _bind(node, target)
+        target = torch_export.IN_PLACE.get(target) or _ZEROS.get(target, target)
+        bound = _bind(node, target)
         if bound.get("dropout_p"):
             raise CaptureError(f"the model draws random numbers ({target}), which a program cannot.")
         if importer.lifts(target):
@@ -183,8 +190,8 @@ class _Translation:
             if lifted is not None:
                 self.emit(node, lifted)
                 return
-        if not aten.is_allowed(target):
-            raise CaptureError(f"the model uses the operator {target}, which a program cannot.")
+        if reason := _refusal(target, bound):
+            raise CaptureError(reason)
         if isinstance(node.meta.get("val"), (tuple, list)):
             return  # each of its results becomes an operation of its own
         if not self.folded(node, target):
@@ -242,6 +249,16 @@ class _Translation:
         """The outputs in the form `Graph.outputs` describes."""
         names = [self.names[x] if isinstance(x, fx.Node) else x for x in leaves]
         return renamed(self.returned, {str(number): name for number, name in enumerate(names)})
+
+
+def _refusal(target: torch._ops.OpOverload, bound: Mapping[str, Any]) -> str:
+    """Why no program can hold a call of an operator with these arguments by name; empty where one can."""
+    if not is_allowed(target):
+        return f"the model uses the operator {target}, which a program cannot."
+    if target is torch.ops.aten.index.Tensor and any(aten.is_mask(each.meta["val"]) for each in bound["indices"] if each):
+        return "the model picks values by a mask: how many there are depends on the values, which no program can."
+    reason = fault(aten.operator_name(target), bound)
+    return f"the model {reason}, which a program cannot." if reason else ""
 
 
 def _bind(node: fx.Node, target: torch._ops.OpOverload) -> dict[str, Any]:
