@@ -611,6 +611,8 @@ def test_deep_nesting_is_refused() -> None:
         "aten.nonzero.default",
         "aten.item.default",
         "aten.resize.default",
+        "aten._fft_r2c.default",
+        "aten.upsample_nearest2d.default",
         "aten.no_such.default",
         "aten.add",
         "aten.add.Tensor.more",
@@ -621,12 +623,6 @@ def test_deep_nesting_is_refused() -> None:
 def test_operators_that_no_graph_may_hold(name: str) -> None:
     with pytest.raises(FileError, match="not one that a graph may hold"):
         aten.resolve(name)
-
-
-def test_every_allowed_operator_exists_and_writes_nothing() -> None:
-    for name in aten.WHOLE:
-        operator = aten.resolve(f"aten.{name}")
-        assert not operator._schema.is_mutable
 
 
 def test_readers_and_writers() -> None:

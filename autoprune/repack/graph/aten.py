@@ -15,7 +15,7 @@ from autoprune.errors import FileError
 from autoprune.repack.graph.allowed import fault, is_allowed
 
 # What torch and unpacking raise for values that do not fit an operation; a graph from a file may hold any.
-FAILURES = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
+FAILURES = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, AssertionError)
 
 _DTYPES: Mapping[str, torch.dtype] = {
     name: getattr(torch, name)

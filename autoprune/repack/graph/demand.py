@@ -56,7 +56,8 @@ LINE = 64  # bytes; a plane of a strided feature map takes at least two
 _PRODUCTS = ("mm", "mv", "matmul", "linear", "einsum", "outer", "attention", "cdist", "pdist")  # in operators' names
 
 
-_SECTIONS = ("aten.tensor_split.", "aten.hsplit.", "aten.vsplit.", "aten.dsplit.")  # into any number, most of them empty
+# Into any number of parts, most of them empty.
+_SECTIONS = ("aten.tensor_split.", "aten.hsplit.", "aten.vsplit.", "aten.dsplit.")
 
 
 @dataclass

@@ -174,13 +174,19 @@ def choose(
     taken: Collection[int],
 ) -> dict[int, int]:
     """Extents that differ from each other and from those `taken`; an example's own where no candidate will do."""
-    found = dict(own)
+    found, changed = dict(own), set[int]()
+
+    def fits(chosen: Mapping[int, int]) -> bool:
+        unlike = not any(extent in taken or extent in found.values() for extent in chosen.values())
+        return unlike and all(holds(each, {**found, **chosen}) for each in conditions)
+
     for number in sorted(own):
-        for extent in candidates(number):
-            if extent in taken or extent in found.values():
-                continue
-            if all(holds(each, {**found, number: extent}) for each in conditions):
-                found[number] = extent
+        alike = [each for each in own if own[each] == own[number] and each not in changed]
+        for together in ([number], alike) if number not in changed else ():  # the conditions may ask for equal ones
+            tried = (dict.fromkeys(together, extent) for extent in candidates(number))
+            if chosen := next(filter(fits, tried), None):
+                found |= chosen
+                changed |= chosen.keys()
                 break
     return found
 

@@ -30,7 +30,8 @@ _SCALARS: Mapping[Any, str] = {
     operator.floordiv: "floordiv",
 }
 _PLACES = ("device", "layout", "pin_memory", "memory_format")  # arguments that say where, not what
-_ZEROS: Mapping[Any, torch._ops.OpOverload] = {  # memory that a model fills itself; what else it may hold is nobody's wish
+# Memory that a model fills itself: what it holds before is nobody's wish.
+_ZEROS: Mapping[Any, torch._ops.OpOverload] = {
     torch.ops.aten.empty.memory_format: torch.ops.aten.zeros.default,
     torch.ops.aten.empty_like.default: torch.ops.aten.zeros_like.default,
     torch.ops.aten.new_empty.default: torch.ops.aten.new_zeros.default,
@@ -255,7 +256,8 @@ def _refusal(target: torch._ops.OpOverload, bound: Mapping[str, Any]) -> str:
     """Why no program can hold a call of an operator with these arguments by name; empty where one can."""
     if not is_allowed(target):
         return f"the model uses the operator {target}, which a program cannot."
-    if target is torch.ops.aten.index.Tensor and any(aten.is_mask(each.meta["val"]) for each in bound["indices"] if each):
+    indices = bound["indices"] if target is torch.ops.aten.index.Tensor else ()
+    if any(aten.is_mask(each.meta["val"]) for each in indices if each):
         return "the model picks values by a mask: how many there are depends on the values, which no program can."
     reason = fault(aten.operator_name(target), bound)
     return f"the model {reason}, which a program cannot." if reason else ""
