@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.errors import AutopruneError
-from autoprune.latency.timer import Clock, Protocol
+from autoprune.latency.timer import Clock, Protocol, measure_together
 from autoprune.masks import Masks, apply_masks_
 from autoprune.model.arguments import Arguments
 from autoprune.model.copies import check_inputs, copy_for_inference, not_running, uncompiled_
@@ -32,7 +32,8 @@ from autoprune.repack.graph.passes import simplify
 from autoprune.repack.graph.proofs import proven
 from autoprune.repack.kernels.compiler import refused, unavailable
 from autoprune.repack.lowering.conv_rules import is_depthwise
-from autoprune.repack.modules.replacement import Choose, swap_layers
+from autoprune.repack.modules.methods import has_methods, sharing
+from autoprune.repack.modules.replacement import GAIN, Choose, swap_layers
 from autoprune.repack.outputs import same_output
 from autoprune.repack.probes import agrees, fresh
 from autoprune.repack.report import DENSE, LayerReport, ProgramModel, RepackedModel
@@ -41,6 +42,8 @@ from autoprune.repack.sparsity import sparsities
 from autoprune.repack.tuning.tuning import Layer, Tuned, TuningCache, faster_by_sample, streams_little, tune
 
 Form = Literal["program", "modules"]
+
+WHOLE = Protocol(samples=5, warmup=1)  # of a model whose layers were timed one by one
 
 
 def repack(
@@ -100,7 +103,22 @@ def repack(
     swapped = swap_layers(original, arguments, backends=backends, choose=choose, protocol=protocol, clock=clock)
     if reason:
         swapped.report = tuple(_since(row, reason) for row in swapped.report)
+    gain = "" if choose is not None else _gained(original, swapped, arguments, protocol or WHOLE, clock)
+    swapped.summary = "; ".join(filter(None, (gain, reason and f"layer by layer, since {reason}")))
     return swapped
+
+
+def _gained(original: nn.Module, swapped: nn.Module, arguments: Arguments, protocol: Protocol, clock: Clock) -> str:
+    """What a whole model gains by its packed layers: one by one they may be faster, and the model not."""
+    given = arguments.tensors
+    timed = {
+        name: (lambda by_place: lambda: by_place(*fresh(given)))(arguments.by_place(model))
+        for name, model in (("dense", original), ("packed", swapped))
+    }
+    times = measure_together(timed, replace(protocol, samples=min(protocol.samples, WHOLE.samples)), clock)
+    dense_ms, packed_ms = times["dense"].median_ms, times["packed"].median_ms
+    told = f"{packed_ms:.3f} ms a call, {dense_ms:.3f} ms before repacking"
+    return told if packed_ms <= GAIN * dense_ms else f"nothing is gained: {told}"
 
 
 def _since(row: LayerReport, reason: str) -> LayerReport:
@@ -134,7 +152,12 @@ def _as_program(
     _check(original, arguments, made, wanted)
     zeros = sparsities(original, lambda: by_place(*fresh(inputs)))
     made.report = tuple(_report(original, zeros, graph, layers, tuned))
-    return made
+    if not has_methods(original):
+        return made
+    packed = {
+        op.layer: program.weights[op.output] for op in graph.ops if isinstance(op, LayerOp) and op.output in layers
+    }
+    return made.with_methods(sharing(original, packed))
 
 
 def _check(original: nn.Module, arguments: Arguments, made: ProgramModel, wanted: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -57,6 +58,7 @@ class RepackedModel(nn.Module):
 
     Attributes:
         report: a row a layer.
+        summary: what became of the whole where it is no program: why, and what is gained.
         device: the CPU, for code that asks.
         dtype: float32, likewise.
     """
@@ -67,6 +69,21 @@ class RepackedModel(nn.Module):
     def __init__(self, report: Sequence[LayerReport]) -> None:
         super().__init__()
         self.report = tuple(report)
+        self.summary = ""
+
+    def __getattr__(self, name: str) -> Any:
+        """The original's own methods and attributes, such as ``generate`` and ``config``."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            own = self._own()
+            if own is None or name.startswith("__"):
+                raise
+        return getattr(own, name)
+
+    def _own(self) -> nn.Module | None:
+        """The original's code with packed layers in it, whose methods are those of the repacked model."""
+        return None
 
     def train(self, mode: bool = True) -> RepackedModel:
         """Stays in eval mode: its norms are folded and its layers cannot be trained."""
@@ -161,7 +178,25 @@ class ProgramModel(Sealed):
     ) -> None:
         super().__init__(report)
         self.program, self.signature, self.classes = program, signature, tuple(classes)
+        self._methods: tuple[nn.Module, ...] = ()  # in a tuple: it is no part of this module
         self.eval()
+
+    def with_methods(self, own: nn.Module) -> ProgramModel:
+        """Itself, with the methods and attributes of `own`, whose calls run the program wherever it takes them."""
+        own.forward = _Forward(self, own)
+        self._methods = (own,)
+        return self
+
+    def takes(self, *args: Any, **kwargs: Any) -> bool:
+        """Whether the program takes such a call."""
+        try:
+            self.program.plan_for(tuple(self.signature.tensors(args, kwargs)))
+        except AutopruneError:
+            return False
+        return True
+
+    def _own(self) -> nn.Module | None:
+        return next(iter(self.__dict__.get("_methods", ())), None)
 
     def bind(self, *args: Any, **kwargs: Any) -> Bound:
         """The program on tensors that stay the same, for models that are called very often with little to do.
@@ -192,6 +227,19 @@ class ProgramModel(Sealed):
         return restored(output, iter(self.classes)) if self.classes else output
 
 
+class _Forward:
+    """The forward of a model's own code: the program, or that code for a call that the program does not take."""
+
+    def __init__(self, made: ProgramModel, own: nn.Module) -> None:
+        self._made, self._model = made, own
+        self.__signature__ = inspect.signature(own.forward)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._made.takes(*args, **kwargs):
+            return self._made(*args, **kwargs)
+        return type(self._model).forward(self._model, *args, **kwargs)
+
+
 class SwappedModel(RepackedModel):
     """A model with packed layers in the places of its own.
 
@@ -208,6 +256,9 @@ class SwappedModel(RepackedModel):
         self.model = model
         self.relus, self.removed = dict(relus), tuple(removed)
         self.eval().requires_grad_(False)
+
+    def _own(self) -> nn.Module | None:
+        return self.__dict__.get("_modules", {}).get("model")
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)

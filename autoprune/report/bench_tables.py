@@ -140,7 +140,7 @@ def _bits(each: tuple[float | None, float | None]) -> str:
 
 
 def repack_text(model: RepackedModel) -> str:
-    """What became of each layer."""
+    """What became of the whole, where it is no program, and of each layer."""
     rows = [
         [
             row.name,
@@ -153,7 +153,8 @@ def repack_text(model: RepackedModel) -> str:
         ]
         for row in model.report
     ]
-    return markdown_table(("layer", "sparsity", "group", "backend", "dense us", "packed us", "why"), rows)
+    table = markdown_table(("layer", "sparsity", "group", "backend", "dense us", "packed us", "why"), rows)
+    return f"{model.summary}\n\n{table}" if model.summary else table
 
 
 def export_text(report: ExportReport) -> str:

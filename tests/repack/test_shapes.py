@@ -414,6 +414,6 @@ def test_scalars_of_a_graph_are_shared() -> None:
 
 def test_extents_that_the_model_wants_equal_change_together() -> None:
     equal = [["le", {"extent": 1}, {"extent": 2}], ["le", {"extent": 2}, {"extent": 1}]]
-    chosen = choose({0: 2, 1: 12, 2: 12}, equal, lambda number: range(12, 20), {2, 12})
+    chosen = extents.choose({0: 2, 1: 12, 2: 12}, equal, lambda number: range(12, 20), {2, 12})
     assert chosen[1] == chosen[2] != 12
     assert chosen[0] != chosen[1]

@@ -314,12 +314,12 @@ def _match(held: Any, value: Any, name: str, found: list[Tensor]) -> None:
         return
     if tag in ("tuple", "list"):
         fits = isinstance(value, (tuple, list)) and len(value) == len(content)
-        pairs = list(zip(content, value, strict=True)) if fits else []
+        parts = list(zip(range(len(content)), content, value, strict=True)) if fits else []
     else:
         inner = (_fields(value) if tag == "record" else None) or inside(value)
         fits = inner is not None and inner.keys() == {key for key, _ in content}
-        pairs = [(each, inner[key]) for key, each in content] if inner is not None and fits else []
+        parts = [(key, each, inner[key]) for key, each in content] if inner is not None and fits else []
     if not fits:
         raise AutopruneError(f"the argument {name} is built in another way than in the example inputs: {held!r}.")
-    for number, (each, part) in enumerate(pairs):
-        _match(each, part, f"{name}.{number}", found)
+    for key, each, part in parts:
+        _match(each, part, f"{name}.{key}", found)

@@ -163,6 +163,8 @@ def _captured(
     try:
         infer_shapes(graph)
     except FAILURES as error:
+        if not tied and (groups := _alike(inputs, known.axes)):
+            return _captured(model, names, inputs, free, grown, groups)
         raise CaptureError(f"the captured graph does not run at other extents: {error}.") from error
     if grown and not _computes(graph, model, inputs):
         raise _OtherThanGrown("the model takes another way for larger inputs than for the examples.")
@@ -190,6 +192,15 @@ def _ties(inputs: Sequence[Tensor], fixed: Sequence[Place]) -> Iterator[list[lis
         if several and several not in found:
             found.append(several)
             yield several
+
+
+def _alike(inputs: Sequence[Tensor], numbers: Sequence[Mapping[int, int]]) -> list[list[Place]]:
+    """Axes of one place and extent that torch tells apart, such as the steps of keys and of values that a cache holds."""
+    groups: dict[tuple[int, int], list[Place]] = {}
+    for x, axes in enumerate(numbers):
+        for axis in axes:
+            groups.setdefault((axis, inputs[x].shape[axis]), []).append((x, axis))
+    return [group for group in groups.values() if len({numbers[x][axis] for x, axis in group}) > 1]
 
 
 def _unlike_extents(inputs: Sequence[Tensor], numbers: Mapping[Place, int]) -> dict[Place, int]:

@@ -17,6 +17,7 @@ from autoprune.repack.graph.ir import Graph, Input
 from autoprune.repack.graph.ops import Conv2d, Linear, Op
 from autoprune.repack.kernels.compiler import Target, host
 from autoprune.repack.lowering.weights import Weights
+from autoprune.repack.modules.dense_weight import DenseWeight
 from autoprune.repack.runtime.program import Program
 from autoprune.repack.weights.packed import PackedWeight
 
@@ -57,8 +58,8 @@ class PackedLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, rebuilt: for code that reads a layer's weight instead of calling the layer."""
-        return self.packed.unpack()
+        """The dense weight: for code that reads a layer's weight instead of calling the layer."""
+        return DenseWeight.of(self.shape, lambda: self.packed.unpack())
 
     @property
     def bias(self) -> Tensor | None:

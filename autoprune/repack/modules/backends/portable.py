@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from autoprune.repack.modules.backends.base import Backend, LayerForm, Support
+from autoprune.repack.modules.dense_weight import DenseWeight
 from autoprune.repack.weights.packed import PackedWeight
 
 COMPACT = 0.75  # a smaller dense layer is taken when it has at most this share of the weights
@@ -66,8 +67,8 @@ class _Portable(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, rebuilt."""
-        return self.packed.unpack()
+        """The dense weight."""
+        return DenseWeight.of(self.packed.shape, self.packed.unpack)
 
     @property
     def bias(self) -> Tensor | None:
