@@ -154,9 +154,8 @@ def _as_program(
     made.report = tuple(_report(original, zeros, graph, layers, tuned))
     if not has_methods(original):
         return made
-    packed = {
-        op.layer: program.weights[op.output] for op in graph.ops if isinstance(op, LayerOp) and op.output in layers
-    }
+    outputs = {op.layer or "": op.output for op in graph.ops if isinstance(op, LayerOp) and op.output in layers}
+    packed = {name: program.weights[output] for name, output in outputs.items()}
     return made.with_methods(sharing(original, packed))
 
 

@@ -258,7 +258,8 @@ class SwappedModel(RepackedModel):
         self.eval().requires_grad_(False)
 
     def _own(self) -> nn.Module | None:
-        return self.__dict__.get("_modules", {}).get("model")
+        own: nn.Module | None = self.__dict__.get("_modules", {}).get("model")
+        return own
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)

@@ -63,7 +63,8 @@ class Odd:
         made = {"Tensor": self.tensor, "int": self.integer, "SymInt": self.integer}.get(kind)
         if made is not None:
             return made()
-        return self.rng.choice({"float": FLOATS, "bool": [True, False], "str": TEXTS, "ScalarType": TYPES}[kind])
+        some: dict[str, list[Any]] = {"float": FLOATS, "bool": [True, False], "str": TEXTS, "ScalarType": TYPES}
+        return self.rng.choice(some[kind])
 
     def arguments(self, operator: torch._ops.OpOverload) -> dict[str, Any]:
         given = {}

@@ -132,9 +132,12 @@ def test_the_calls_of_methods_run_the_program_where_it_takes_them(model: Decoder
     assert isinstance(fast, ProgramModel)
     calls: list[bool] = []
     takes = ProgramModel.takes
-    monkeypatch.setattr(
-        ProgramModel, "takes", lambda *args, **kwargs: calls.append(takes(*args, **kwargs)) or calls[-1]
-    )
+
+    def noted(*args: Any, **kwargs: Any) -> bool:
+        calls.append(takes(*args, **kwargs))
+        return calls[-1]
+
+    monkeypatch.setattr(ProgramModel, "takes", noted)
     fast.generate(IDS)
     assert calls == [False, True, True, True, True]
 

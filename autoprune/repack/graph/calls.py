@@ -111,7 +111,7 @@ def restored(value: Any, classes: Iterator[Callable[..., Any]]) -> Any:
 
 def _object(kind: type, fixed: Mapping[str, Any], fields: Mapping[str, Any]) -> Any:
     """An object with these attributes: what the class does when one is made, it has done already."""
-    made = object.__new__(kind)
+    made: Any = object.__new__(kind)
     for name, each in {**fields, **fixed}.items():
         object.__setattr__(made, name, each)
     return made

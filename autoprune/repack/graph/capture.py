@@ -195,7 +195,7 @@ def _ties(inputs: Sequence[Tensor], fixed: Sequence[Place]) -> Iterator[list[lis
 
 
 def _alike(inputs: Sequence[Tensor], numbers: Sequence[Mapping[int, int]]) -> list[list[Place]]:
-    """Axes of one place and extent that torch tells apart, such as the steps of keys and of values that a cache holds."""
+    """Axes of one place and extent that torch tells apart, such as the steps of keys and of values of a cache."""
     groups: dict[tuple[int, int], list[Place]] = {}
     for x, axes in enumerate(numbers):
         for axis in axes:

@@ -289,7 +289,7 @@ def _filled(name: str) -> Callable[[Site], Result]:
                 n if type(n) is int else {"ref": site.context.integers.size(n, site.name("self"), axis)}
                 for n, axis in zip(sizes, axes, strict=True)
             ]
-        args = [[{"ref": site.context.names[n]} if isinstance(n, fx.Node) else n for n in sizes]]
+        args: list[Any] = [[{"ref": site.context.names[n]} if isinstance(n, fx.Node) else n for n in sizes]]
         if name == "full":
             value = site.args["fill_value"]
             args.append({"ref": site.context.names[value]} if isinstance(value, fx.Node) else aten.encode_number(value))

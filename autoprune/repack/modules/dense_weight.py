@@ -22,13 +22,13 @@ class DenseWeight(Tensor):
     @staticmethod
     def of(shape: tuple[int, ...], rebuilt: Callable[[], Tensor]) -> DenseWeight:
         """A float32 weight of `shape`, whose values `rebuilt` gives."""
-        make: Any = Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
+        make: Any = Tensor._make_wrapper_subclass
         made: DenseWeight = make(DenseWeight, shape, dtype=torch.float32, device="cpu")
         made._rebuilt = rebuilt
         return made
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         args, given = pytree.tree_map_only(cls, lambda x: x._rebuilt(), (args, dict(kwargs or {})))
@@ -42,5 +42,5 @@ class DenseWeight(Tensor):
         """Likewise."""
         return self._rebuilt().tolist()
 
-    def __repr__(self, *, tensor_contents: str | None = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return repr(self._rebuilt())
