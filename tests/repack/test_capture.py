@@ -191,7 +191,7 @@ ODD: dict[str, tuple[Any, list[str] | None]] = {
     "an output that is used on": (lambda m, x: (y := m.c(x), F.relu(y)), ["conv2d", "activation"]),
     "the same sum": (lambda m, x: (y := m.c(x)) + y, ["conv2d", "add"]),
     "max pool": (lambda m, x: F.max_pool2d(m.c(x), 3, 2, 1), ["conv2d", "max_pool2d"]),
-    "max pool, ceiling": (lambda m, x: F.max_pool2d(m.c(x), 2, ceil_mode=True), ["conv2d", "aten.max_pool2d.default"]),
+    "max pool, ceiling": (lambda m, x: F.max_pool2d(m.c(x), 2, ceil_mode=True), ["conv2d", "max_pool2d"]),
     "average pool": (lambda m, x: F.avg_pool2d(m.c(x), 2), ["conv2d", "avg_pool2d"]),
     "average pool, border": (
         lambda m, x: F.avg_pool2d(m.c(x), 3, 1, 1, count_include_pad=False),

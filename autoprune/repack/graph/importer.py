@@ -147,24 +147,25 @@ def _max_pool2d(site: Site) -> Result:
     a = site.args
     kernel = _pair(a["kernel_size"])
     stride, padding, dilation = _pair(a["stride"], a["kernel_size"]), _pair(a["padding"]), _pair(a["dilation"])
-    if a["ceil_mode"] or not site.is_value("self", 4):
+    if not site.is_value("self", 4) or kernel is None or stride is None or padding is None or dilation is None:
         return None
-    if kernel is None or stride is None or padding is None or dilation is None:
-        return None
-    given = (site.name("self"),)
-    return MaxPool2d(site.output, given, kernel=kernel, stride=stride, padding=padding, dilation=dilation)
+    return MaxPool2d(
+        site.output, (site.name("self"),), kernel=kernel, stride=stride, padding=padding, dilation=dilation,
+        ceil_mode=a["ceil_mode"],
+    )  # fmt: skip
 
 
 def _avg_pool2d(site: Site) -> Result:
     a = site.args
     kernel, stride, padding = _pair(a["kernel_size"]), _pair(a["stride"], a["kernel_size"]), _pair(a["padding"])
-    if a["ceil_mode"] or a["divisor_override"] is not None or not site.is_value("self", 4):
+    divisor = a["divisor_override"]
+    if not site.is_value("self", 4) or kernel is None or stride is None or padding is None:
         return None
-    if kernel is None or stride is None or padding is None:
+    if divisor is not None and divisor < 1:
         return None
     return AvgPool2d(
         site.output, (site.name("self"),), kernel=kernel, stride=stride, padding=padding,
-        count_include_pad=a["count_include_pad"],
+        ceil_mode=a["ceil_mode"], count_include_pad=a["count_include_pad"], divisor=divisor,
     )  # fmt: skip
 
 

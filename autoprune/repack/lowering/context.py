@@ -128,8 +128,6 @@ class Lowering:
         reach: int = 0,
     ) -> Map:  # fmt: skip
         """The value as a map with room for `padding` and `reach`, in phase planes where `stride` is given."""
-        if name in self.positive and border < 0:
-            border = 0.0  # a maximum over values that are not negative
         key = (name, stride, border)
         if key not in self.maps:
             self.convert(name, key)

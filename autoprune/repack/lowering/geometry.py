@@ -21,10 +21,29 @@ class Window:
         (kh, kw), (ph, pw), (dh, dw) = self.kernel, self.padding, self.dilation
         return [(y * dh - ph, x * dw - pw) for y in range(kh) for x in range(kw)]
 
-    def outputs(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width of the output."""
-        (kh, kw), (sh, sw), (ph, pw), (dh, dw) = self.kernel, self.stride, self.padding, self.dilation
-        return (height + 2 * ph - dh * (kh - 1) - 1) // sh + 1, (width + 2 * pw - dw * (kw - 1) - 1) // sw + 1
+    @property
+    def spans(self) -> tuple[int, int]:
+        """Rows and columns from its first tap to its last, both counted."""
+        return self.dilation[0] * (self.kernel[0] - 1) + 1, self.dilation[1] * (self.kernel[1] - 1) + 1
+
+    def outputs(self, height: int, width: int, ceil: bool = False) -> tuple[int, int]:
+        """Height and width of the output; with `ceil` a last window may reach beyond the border, not begin there."""
+
+        def count(size: int, span: int, step: int, pad: int) -> int:
+            windows = (size + 2 * pad - span + (step - 1 if ceil else 0)) // step + 1
+            return windows - (ceil and (windows - 1) * step >= size + pad)
+
+        high, wide = map(count, (height, width), self.spans, self.stride, self.padding)
+        return high, wide
+
+    def margin(self, size: tuple[int, int], outputs: tuple[int, int]) -> tuple[int, int]:
+        """How far outputs look beyond a map of `size`: rows and columns, on the side where it is more."""
+
+        def beyond(size: int, windows: int, span: int, step: int, pad: int) -> int:
+            return max(pad, (windows - 1) * step + span - size - pad)
+
+        rows, columns = map(beyond, size, outputs, self.spans, self.stride, self.padding)
+        return rows, columns
 
 
 @dataclass(frozen=True)

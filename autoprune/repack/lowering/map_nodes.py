@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,7 +20,7 @@ from autoprune.repack.native.op import NativeOp, op_of
 def sliding(
     name: str, mode: window.Mode, window_: Window, batch: int, x: MapAt, y: MapAt, target: Target, *,
     activation: str | None = None, weights: NDArray[np.float32] | None = None, bias: NDArray[np.float32] | None = None,
-    count_padding: bool = True,
+    counted: Counted | None = None,
 ) -> NativeOp:  # fmt: skip
     """Depthwise convolution or pooling of a map.
 
@@ -33,7 +35,7 @@ def sliding(
         activation: a name, see `kernels.math`.
         weights: ``(channels, taps)``; depthwise alone.
         bias: ``(channels,)``; depthwise alone.
-        count_padding: whether an average is over the window's size, else over what of it lies inside x.
+        counted: what a sum is divided by; average alone.
     """
     f = window.Field
     (sh, sw), layout, out = window_.stride, x.layout, y.layout
@@ -45,7 +47,7 @@ def sliding(
         columns = tuple(number * window_.dilation[1] for number in range(window_.kernel[1]))
         taps = taps[:: window_.kernel[1]]  # the first of each row
     offsets = np.array([layout.tap(dy, dx) for dy, dx in taps], np.int32)
-    scale = _shares(window_, layout, out, count_padding) if mode is window.Mode.AVERAGE else np.zeros(1, np.float32)
+    scale = np.zeros(1, np.float32) if counted is None else _shares(window_, layout, out, counted)
     given: dict[window.Field, Given] = {
         f.X_SLOT: x.buffer.slot, f.X_OFFSET: x.offset, f.Y_SLOT: y.buffer.slot, f.Y_OFFSET: y.offset,
         f.X_IMAGE: layout.image, f.Y_IMAGE: out.image, f.X_CHANNEL: layout.channel(1), f.Y_CHANNEL: out.channel(1),
@@ -59,16 +61,30 @@ def sliding(
     return op_of(name, window.window(mode, sw, target, other, columns), f, given, batch * chunks)
 
 
-def _shares(window_: Window, layout: MapLayout, out: MapLayout, count_padding: bool) -> NDArray[np.float32]:
+class Counted(NamedTuple):
+    """What an average divides by.
+
+    Attributes:
+        padding: whether the border of the window's padding counts; what lies beyond it never does.
+        divisor: this number instead.
+    """
+
+    padding: bool
+    divisor: int | None
+
+
+def _shares(window_: Window, layout: MapLayout, out: MapLayout, counted: Counted) -> NDArray[np.float32]:
     """One over the number of floats averaged, for every flat position of the output."""
-    inside = np.zeros((out.height, out.width), np.float32)
-    (sh, sw), (kh, kw) = window_.stride, window_.kernel
-    y, x = np.arange(out.height)[:, None] * sh, np.arange(out.width)[None] * sw
-    for dy, dx in window_.taps():
-        inside += (y + dy >= 0) & (y + dy < layout.height) & (x + dx >= 0) & (x + dx < layout.width)
-    shares = np.full_like(inside, 1 / (kh * kw)) if count_padding else 1 / inside
+
+    def inside(size: int, outputs: int, step: int, pad: int, kernel: int) -> NDArray[np.int64]:
+        first, border = np.arange(outputs) * step - pad, pad if counted.padding else 0
+        return np.minimum(first + kernel, size + border) - np.maximum(first, -border)
+
+    sizes, outputs = (layout.height, layout.width), (out.height, out.width)
+    rows, columns = map(inside, sizes, outputs, window_.stride, window_.padding, window_.kernel)
+    floats = np.outer(rows, columns) if counted.divisor is None else np.full(outputs, counted.divisor)
     padded = np.zeros((out.height, out.pitch), np.float32)
-    padded[:, : out.width] = shares
+    padded[:, : out.width] = 1 / floats
     flat = np.zeros(len(out.mask()), np.float32)
     flat[: padded.size] = padded.ravel()[: len(flat)]
     return flat

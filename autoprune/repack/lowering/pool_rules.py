@@ -30,9 +30,12 @@ def slide(
     border: float = 0.0,
     **rest: Any,
 ) -> None:
-    given = lowering.map(op.inputs[0], window.padding, border=border)
-    if op.inputs[0] in lowering.positive and mode is not Mode.DEPTHWISE:
+    _, _, height, width = lowering.values[op.inputs[0]].shape
+    meets = window.dilation == (1, 1) or window.padding == (0, 0)  # no window lies in the border alone
+    if op.inputs[0] in lowering.positive and mode is not Mode.DEPTHWISE and meets:
         lowering.positive.add(op.output)
+        border = 0.0  # a maximum over values that are not negative
+    given = lowering.map(op.inputs[0], window.margin((height, width), (shape[2], shape[3])), border=border)
     made = lowering.new_map(op, shape)
     if window.stride == (1, 1):
         made.pitch.join(given.pitch)
@@ -50,13 +53,14 @@ def pool(lowering: Lowering, op: MaxPool2d | AvgPool2d) -> bool:
     wide = window.stride[1] > WIDEST_STRIDE or dilation[1] * (op.kernel[1] - 1) > WIDEST_POOL
     if x.dim() != 4 or wide:
         return False
-    shape = (*x.shape[:2], *window.outputs(x.shape[2], x.shape[3]))
+    shape = (*x.shape[:2], *window.outputs(x.shape[2], x.shape[3], op.ceil_mode))
     if min(shape[1:]) < 1:
         raise AutopruneError(f"a pooling by a {window.kernel} kernel takes no input of shape {tuple(x.shape)}.")
     if isinstance(op, MaxPool2d):
         slide(lowering, op, window, shape, Mode.MAX, border=float("-inf"))
     else:
-        slide(lowering, op, window, shape, Mode.AVERAGE, count_padding=op.count_include_pad)
+        counted = map_nodes.Counted(op.count_include_pad, op.divisor)
+        slide(lowering, op, window, shape, Mode.AVERAGE, counted=counted)
     return True
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from autoprune.errors import FileError
 from autoprune.repack.graph.bundles import Bundles
 from autoprune.repack.graph.ops import batch_rules
-from autoprune.repack.graph.ops.attributes import Flag, Key, Padding, Pair, Window, pair
+from autoprune.repack.graph.ops.attributes import Flag, Key, Padding, Pair, Window, integer, optional, pair
 from autoprune.repack.graph.ops.base import BatchRule, Op, Values
 
 
@@ -35,11 +35,16 @@ class PoolOp(Op):
 
 @dataclass(frozen=True, kw_only=True)
 class WindowPoolOp(PoolOp):
-    """A pooling by a window that slides."""
+    """A pooling by a window that slides.
+
+    Attributes:
+        ceil_mode: whether a last window may reach beyond the border.
+    """
 
     kernel: Window
     stride: Window
     padding: Padding
+    ceil_mode: Flag = False
 
     def check(self, constants: Mapping[str, Tensor]) -> None:
         super().check(constants)
@@ -56,7 +61,7 @@ class MaxPool2d(WindowPoolOp):
     dilation: Window
 
     def evaluate(self, x: list[Any], w: Mapping[str, Tensor], values: Values) -> Tensor:
-        return F.max_pool2d(x[0], self.kernel, self.stride, self.padding, self.dilation)
+        return F.max_pool2d(x[0], self.kernel, self.stride, self.padding, self.dilation, self.ceil_mode)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,19 +70,24 @@ class AvgPool2d(WindowPoolOp):
 
     Attributes:
         count_include_pad: whether the border's zeros count.
+        divisor: what each sum is divided by, instead of how many count.
     """
 
     kind = "avg_pool2d"
 
     count_include_pad: Flag
+    divisor: Annotated[int | None, optional(integer(1)), Key("divisor_override")] = None
 
     def evaluate(self, x: list[Any], w: Mapping[str, Tensor], values: Values) -> Tensor:
-        return F.avg_pool2d(x[0], self.kernel, self.stride, self.padding, False, self.count_include_pad)
+        return F.avg_pool2d(
+            x[0], self.kernel, self.stride, self.padding, self.ceil_mode, self.count_include_pad, self.divisor
+        )
 
     def tie_channels(self, bundles: Bundles) -> None:
         """A window over a constant gives the constant, unless it averages zeros of the border in."""
         axis = bundles.axes.get(self.inputs[0])
-        if axis is None or not axis.is_map or not any(self.padding) or not self.count_include_pad:
+        keeps = self.divisor is None and not (any(self.padding) and self.count_include_pad)
+        if axis is None or not axis.is_map or keeps:
             super().tie_channels(bundles)
             return
         constant = axis.constant.masked_fill(axis.constant != 0, math.nan)
