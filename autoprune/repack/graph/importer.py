@@ -217,15 +217,18 @@ def _layer_norm(site: Site) -> Result:
 
 def _attention(site: Site) -> Result:
     a = site.args
-    if a["attn_mask"] is not None or a["dropout_p"] or a["is_causal"] or a["enable_gqa"]:
-        return None
-    if not all(site.is_value(name, 4) for name in ("query", "key", "value")):
+    if a["dropout_p"] or a["enable_gqa"] or not all(site.is_value(name) for name in ("query", "key", "value")):
         return None
     query, key, value = (site.shape(name) for name in ("query", "key", "value"))
-    if query[:2] != key[:2] or key != value or query[3] != key[3] or not isinstance(query[3], int):
+    width = query[-1]
+    alike = query[:-2] == key[:-2] == value[:-2] and key[-2] == value[-2] and width == key[-1]
+    if not alike or len(query) < 3 or not isinstance(width, int):
         return None
-    scale = a["scale"] if a["scale"] is not None else 1 / math.sqrt(query[3])
-    return Attention(site.output, tuple(site.name(name) for name in ("query", "key", "value")), scale=scale)
+    given = tuple(site.name(name) for name in ("query", "key", "value"))
+    if a["attn_mask"] is not None:
+        given = (*given, site.name("attn_mask"))
+    scale = a["scale"] if a["scale"] is not None else 1 / math.sqrt(width)
+    return Attention(site.output, given, scale=scale, causal=a["is_causal"])
 
 
 def _recurrent(site: Site) -> Result:

@@ -1,4 +1,4 @@
-"""softmax(q k^T scale) v, a native op; reads and writes through strides, so heads need not be moved apart.
+"""softmax(q k^T scale + bias) v, a native op; reads and writes through strides, so heads need not be moved apart.
 
 An item is a head of an image. Its keys (transposed) and its values are stored in the thread's scratch as panels: some
 vectors of columns, line after line, as the tiles read them. Then some queries at a time meet all keys, become shares,
@@ -8,36 +8,36 @@ and meet all values. Both products are dense tiles in registers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import llvmlite.ir as ir
+import numpy as np
 
 from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
 from autoprune.repack.kernels.fields import FLOAT, NUMBER, OFFSET, SLOT, Fields
 from autoprune.repack.kernels.ir import (
     F32,
-    FLOATS,
-    I64,
+    I32,
     address,
     at,
     const,
     float_field,
-    fma,
     fold,
-    inner_function,
     load_vector,
     loop,
+    masked_load,
     op_function,
     smaller,
     splat,
     store_vector,
-    vector,
 )
-from autoprune.repack.kernels.math import exp2, splat_float
+from autoprune.repack.kernels.math import exp, exp2, splat_float
+from autoprune.repack.kernels.panels import Lines, pack, pack_turned, panel_product, tile
 from autoprune.repack.kernels.rows import each, united
 
 TILES = 2  # of queries that meet a panel while it is near
+LOWEST = float(np.finfo(np.float32).min)
 _LINE = 16  # floats in a cache line
 
 
@@ -70,27 +70,28 @@ class Field(Fields):
     HEADS = NUMBER
     QUERIES = NUMBER
     KEYS = NUMBER
-    WIDTH = NUMBER  # of a head
+    WIDTH = NUMBER  # of a query and a key
+    VALUE_WIDTH = NUMBER
     SCALE = FLOAT
+    BIAS_SLOT = SLOT.of("bias")
+    BIAS_OFFSET = OFFSET.of("bias")
+    BIAS_IMAGE = NUMBER.of("bias")
+    BIAS_HEAD = NUMBER.of("bias")
+    BIAS_TOKEN = NUMBER.of("bias")  # from a query to the next; keys are neighbours
 
 
-def tile(target: Target) -> tuple[int, int]:
-    """Queries by vectors that stay in registers."""
-    return (12, 2) if target.lanes == 16 else (6, 2)
-
-
-def scratch(keys: int, width: int, target: Target) -> int:
+def scratch(keys: int, width: int, value_width: int, target: Target) -> int:
     """Floats of scratch a thread needs."""
     rows, vectors = tile(target)
     wide = vectors * target.lanes
-    keys_, width_ = (-(-each // wide) * wide for each in (keys, width))
+    keys_, width_ = (-(-each // wide) * wide for each in (keys, value_width))
     floats = keys_ + wide + keys_ * width + keys * width_ + TILES * rows * (keys_ + width_ + 1)
     return -(-floats // _LINE) * _LINE
 
 
 @dataclass(frozen=True)
 class _Scratch:
-    """Where a thread's scratch holds what; `keys_` and `width_` are padded to whole panels."""
+    """Where a thread's scratch holds what; `keys_` and `width_`, of values, are padded to whole panels."""
 
     keys_: ir.Value
     width_: ir.Value
@@ -103,8 +104,11 @@ class _Scratch:
 
 
 @once_a_process
-def attention(target: Target) -> int:
-    """The op; an item is a head of an image."""
+def attention(target: Target, biased: bool = False) -> int:
+    """The op, with a bias or without; an item is a head of an image.
+
+    A query for which every key has a bias of minus infinity gets zeros.
+    """
     module, lanes = ir.Module(), target.lanes
     most, vectors = tile(target)
     b, fields, slots, item, thread = op_function(module)
@@ -118,13 +122,17 @@ def attention(target: Target) -> int:
 
     q, k, v, y = (base(name) for name in "QKVY")
     place = _place(b, get, slots, thread, target)
-    _pack_keys(b, get, k, place, vectors, lanes)
-    _pack_values(b, get, v, place, vectors * lanes)
+    factor = float_field(b, get[Field.SCALE])
+    factor = factor if biased else b.fmul(factor, splat_float(1 / math.log(2), 1))  # scores as powers of 2
+    pack_turned(b, Lines(k, get[Field.K_TOKEN], get[Field.KEYS], get[Field.WIDTH]), place.keys, vectors, lanes, factor)
+    pack(b, Lines(v, get[Field.V_TOKEN], get[Field.KEYS], get[Field.VALUE_WIDTH]), place.values, vectors * lanes)
+    _begin_scores(b, get, place, vectors * lanes)
+    bias = base("BIAS") if biased else None
     many = b.icmp_signed(">=", get[Field.QUERIES], const(most))
     with b.if_else(many) as (tiled, single):
         for branch, rows in ((tiled, most), (single, 1)):
             with branch:
-                _attend(b, module, get, q, y, place, rows, target)
+                _attend(b, module, get, q, y, bias, place, rows, target)
     b.ret_void()
     return compile_op(module, "op", target)
 
@@ -133,7 +141,9 @@ def _place(b: ir.IRBuilder, get: dict[Field, ir.Value], slots: ir.Value, thread:
     rows, vectors = tile(target)
     wide = vectors * target.lanes
     keys, width = get[Field.KEYS], get[Field.WIDTH]
-    keys_, width_ = (b.mul(b.sdiv(b.add(n, const(wide - 1)), const(wide)), const(wide)) for n in (keys, width))
+    keys_, width_ = (
+        b.mul(b.sdiv(b.add(n, const(wide - 1)), const(wide)), const(wide)) for n in (keys, get[Field.VALUE_WIDTH])
+    )
     pointer = address(b, slots, get[Field.SCRATCH_SLOT], get[Field.SCRATCH_OFFSET])
     pointer = at(b, pointer, b.mul(thread, get[Field.SCRATCH]))
     many = const(TILES * rows)
@@ -147,33 +157,9 @@ def _place(b: ir.IRBuilder, get: dict[Field, ir.Value], slots: ir.Value, thread:
     return _Scratch(keys_, width_, start, panels, values, shares, results, pointer)
 
 
-def _pack_keys(
-    b: ir.IRBuilder, get: dict[Field, ir.Value], k: ir.Value, place: _Scratch, vectors: int, lanes: int
-) -> None:
-    """Panels of keys, transposed and times scale log2(e); the last key stands for those that pad a panel."""
-    keys, width, wide = get[Field.KEYS], get[Field.WIDTH], vectors * lanes
-    factor = b.fmul(float_field(b, get[Field.SCALE]), splat_float(1 / math.log(2), 1))
-    zero, last = ir.Constant(F32, 0.0), b.sub(keys, const(1))
-
-    def line(key: ir.Value, offset: int) -> ir.Value:
-        return at(b, k, b.mul(smaller(b, b.add(key, const(offset)), last), get[Field.K_TOKEN]))
-
-    with loop(b, const(0), place.keys_, lanes) as key:
-        panel = at(b, place.keys, b.mul(b.sdiv(key, const(wide)), b.mul(width, const(wide))))
-        panel = at(b, panel, b.srem(key, const(wide)))
-        lines = [line(key, lane) for lane in range(lanes)]
-        whole = b.icmp_signed(">=", width, const(lanes))
-        with b.if_else(whole) as (square, narrow):
-            with square, loop(b, const(0), width, lanes) as column:  # the last square is moved back
-                column = smaller(b, column, b.sub(width, const(lanes)))
-                found = [load_vector(b, at(b, source, column), lanes) for source in lines]
-                for lane, value in enumerate(_transposed(b, found)):
-                    into = at(b, panel, b.mul(b.add(column, const(lane)), const(wide)))
-                    store_vector(b, b.fmul(value, splat(b, factor, lanes)), into, lanes)
-            with narrow, loop(b, const(0), width) as column:
-                for lane, source in enumerate(lines):
-                    into = at(b, panel, b.add(b.mul(column, const(wide)), const(lane)))
-                    b.store(b.fmul(b.load(at(b, source, column)), factor), into)
+def _begin_scores(b: ir.IRBuilder, get: dict[Field, ir.Value], place: _Scratch, wide: int) -> None:
+    """What products begin with: 0, minus infinity where a key is padding, and zeros for a panel behind them."""
+    keys, zero = get[Field.KEYS], ir.Constant(F32, 0.0)
     for first, end, value in (
         (const(0), keys, zero), (keys, place.keys_, ir.Constant(F32, float("-inf"))),
         (place.keys_, b.add(place.keys_, const(wide)), zero),
@@ -182,48 +168,13 @@ def _pack_keys(
             b.store(value, at(b, place.start, key))
 
 
-def _transposed(b: ir.IRBuilder, rows: Sequence[ir.Value]) -> list[ir.Value]:
-    """A square of vectors: swaps its quarters, then those of the quarters, down to single floats."""
-    lanes, found = len(rows), list(rows)
-    kind = ir.VectorType(ir.IntType(32), lanes)
-    half = lanes // 2
-    while half:
-        upper = [lane if not lane & half else lane - half + lanes for lane in range(lanes)]
-        lower = [lane + half if not lane & half else lane + lanes for lane in range(lanes)]
-        for index in range(lanes):
-            if not index & half:
-                one, other = found[index], found[index + half]
-                found[index] = b.shuffle_vector(one, other, ir.Constant(kind, upper))
-                found[index + half] = b.shuffle_vector(one, other, ir.Constant(kind, lower))
-        half //= 2
-    return found
-
-
-def _pack_values(b: ir.IRBuilder, get: dict[Field, ir.Value], v: ir.Value, place: _Scratch, wide: int) -> None:
-    """Panels of values, zeros where a panel is padded."""
-    keys, width = get[Field.KEYS], get[Field.WIDTH]
-    with loop(b, const(0), place.width_, wide) as column:
-        panel = at(b, place.values, b.mul(column, keys))
-        inside = smaller(b, const(wide), b.sub(width, column))
-        with loop(b, const(0), keys) as key:
-            source = at(b, v, b.add(b.mul(key, get[Field.V_TOKEN]), column))
-            into = at(b, panel, b.mul(key, const(wide)))
-            with b.if_else(b.icmp_signed("==", inside, const(wide))) as (whole, partial):
-                with whole:
-                    store_vector(b, load_vector(b, source, wide), into, wide)
-                with partial:
-                    store_vector(b, ir.Constant(vector(wide), None), into, wide)
-                    with loop(b, const(0), inside) as offset:
-                        b.store(b.load(at(b, source, offset)), at(b, into, offset))
-
-
 def _attend(
-    b: ir.IRBuilder, module: ir.Module, get: dict[Field, ir.Value], q: ir.Value, y: ir.Value, place: _Scratch,
-    rows: int, target: Target,
+    b: ir.IRBuilder, module: ir.Module, get: dict[Field, ir.Value], q: ir.Value, y: ir.Value, bias: ir.Value | None,
+    place: _Scratch, rows: int, target: Target,
 ) -> None:  # fmt: skip
     """All queries, in tiles of `rows`; the last tile is moved back: some queries are computed twice."""
     lanes, wide = target.lanes, tile(target)[1] * target.lanes
-    product = _product(module, rows, wide // lanes, lanes)
+    product = panel_product(module, rows, wide // lanes, lanes)
     keys, width, keys_, width_ = get[Field.KEYS], get[Field.WIDTH], place.keys_, place.width_
     tiles = b.sdiv(b.add(get[Field.QUERIES], const(rows - 1)), const(rows))
 
@@ -238,7 +189,13 @@ def _attend(
                              at(b, place.keys, b.mul(key, width)), at(b, place.start, key),
                              at(b, shares, key), keys_])  # fmt: skip
         with loop(b, const(0), b.mul(b.sub(end, begin), const(rows))) as row:
-            total = _softmax(b, module, at(b, place.shares, b.mul(row, keys_)), keys, lanes)
+            line = at(b, place.shares, b.mul(row, keys_))
+            if bias is None:
+                total = _softmax(b, module, line, keys, lanes)
+            else:
+                query = b.add(first(b.add(begin, b.sdiv(row, const(rows)))), b.srem(row, const(rows)))
+                added = at(b, bias, b.mul(query, get[Field.BIAS_TOKEN]))
+                total = _softmax(b, module, line, keys, lanes, added)
             b.store(total, at(b, place.totals, row))
         with loop(b, const(0), width_, wide) as column, loop(b, begin, end) as index:
             row = b.mul(b.sub(index, begin), const(rows))
@@ -247,7 +204,11 @@ def _attend(
                              at(b, at(b, place.results, b.mul(row, width_)), column), width_])  # fmt: skip
         with loop(b, begin, end) as index, loop(b, const(0), const(rows)) as offset:
             row = b.add(b.mul(b.sub(index, begin), const(rows)), offset)
-            share = b.fdiv(ir.Constant(F32, 1.0), b.load(at(b, place.totals, row)))
+            total = b.load(at(b, place.totals, row))
+            share = b.fdiv(ir.Constant(F32, 1.0), total)
+            if bias is not None:
+                zero = ir.Constant(F32, 0.0)
+                share = b.select(b.fcmp_ordered("==", total, zero), zero, share)
             line = at(b, place.results, b.mul(row, width_))
             out = at(b, y, b.mul(b.add(first(index), offset), get[Field.Y_TOKEN]))
 
@@ -256,7 +217,7 @@ def _attend(
                 value = b.fmul(load_vector(b, at(b, line, position), count), splat(b, share, count))
                 store_vector(b, value, at(b, out, position), count)
 
-            each(b, width, lanes, write)
+            each(b, get[Field.VALUE_WIDTH], lanes, write)
 
 
 def _reduce(
@@ -269,44 +230,38 @@ def _reduce(
     return united(b, total, lanes, join)
 
 
-def _softmax(b: ir.IRBuilder, module: ir.Module, line: ir.Value, count: ir.Value, lanes: int) -> ir.Value:
-    """In place: 2 ** (x - max), whose total is returned; minus infinity where `line` is padded gives 0."""
+def _softmax(
+    b: ir.IRBuilder, module: ir.Module, line: ir.Value, count: ir.Value, lanes: int, bias: ir.Value | None = None
+) -> ir.Value:
+    """In place: 2 ** (x - max), whose total is returned; minus infinity where `line` is padded gives 0.
+
+    With a bias, which is added first: e ** (x - max), all zeros where every x is minus infinity. Its scores are not
+    in powers of 2, so that the lowest float, by which many models mask, does not become minus infinity.
+    """
 
     def most(x: ir.Value, y: ir.Value) -> ir.Value:
         return b.select(b.fcmp_ordered(">", x, y), x, y)  # may lose a NaN, which is in the total all the same
 
-    top = _reduce(b, count, lanes, float("-inf"), lambda total, i: most(total, load_vector(b, at(b, line, i), lanes)),
-                  most)  # fmt: skip
+    def score(position: ir.Value) -> ir.Value:
+        value = load_vector(b, at(b, line, position), lanes)
+        if bias is None:
+            return value
+        index = b.add(splat(b, b.trunc(position, I32), lanes),
+                      ir.Constant(ir.VectorType(I32, lanes), list(range(lanes))))  # fmt: skip
+        inside = b.icmp_signed("<", index, splat(b, b.trunc(count, I32), lanes))
+        value = b.fadd(value, masked_load(b, module, at(b, bias, position), inside, lanes))
+        store_vector(b, value, at(b, line, position), lanes)
+        return value
+
+    top = _reduce(b, count, lanes, float("-inf"), lambda total, i: most(total, score(i)), most)
+    if bias is not None:
+        top = most(top, ir.Constant(F32, LOWEST))
 
     def add(total: ir.Value, position: ir.Value) -> ir.Value:
         here = at(b, line, position)
-        power = exp2(b, module, b.fsub(load_vector(b, here, lanes), splat(b, top, lanes)), lanes)
+        away = b.fsub(load_vector(b, here, lanes), splat(b, top, lanes))
+        power = exp2(b, module, away, lanes) if bias is None else exp(b, module, away, lanes)
         store_vector(b, power, here, lanes)
         return b.fadd(total, power)
 
     return _reduce(b, count, lanes, 0.0, add, b.fadd)
-
-
-def _product(module: ir.Module, rows: int, vectors: int, lanes: int) -> ir.Function:
-    """C = start + A B for `rows` rows and a panel: (a, a's pitch, inner, panel, start, c, c's pitch)."""
-    kinds = [FLOATS, I64, I64, FLOATS, FLOATS, FLOATS, I64]
-    function = inner_function(module, f"product_{rows}", kinds)
-    left, left_pitch, inner, panel, start, out, out_pitch = function.args
-    b = ir.IRBuilder(function.append_basic_block("entry"))
-    lines = [at(b, left, b.mul(left_pitch, const(row))) for row in range(rows)]
-    initial = [load_vector(b, at(b, start, const(lanes * v)), lanes) for v in range(vectors)]
-
-    def add(k: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
-        source = at(b, panel, b.mul(k, const(vectors * lanes)))
-        inputs = [load_vector(b, at(b, source, const(lanes * v)), lanes) for v in range(vectors)]
-        factors = [splat(b, b.load(at(b, line, k)), lanes) for line in lines]
-        pairs = [(factor, given) for factor in factors for given in inputs]
-        return [b.call(fma(module, lanes), [*pair, total]) for pair, total in zip(pairs, sums, strict=True)]
-
-    sums = fold(b, const(0), inner, initial * rows, add)
-    for row in range(rows):
-        target_line = at(b, out, b.mul(out_pitch, const(row)))
-        for v in range(vectors):
-            store_vector(b, sums[row * vectors + v], at(b, target_line, const(lanes * v)), lanes)
-    b.ret_void()
-    return function

@@ -125,6 +125,17 @@ def _hardswish(b: ir.IRBuilder, module: ir.Module, x: ir.Value, lanes: int) -> i
     return b.fmul(x, _hardsigmoid(b, module, x, lanes))
 
 
+def _sqrt(b: ir.IRBuilder, module: ir.Module, x: ir.Value, lanes: int) -> ir.Value:
+    name = f"llvm.sqrt.v{lanes}f32" if lanes > 1 else "llvm.sqrt.f32"
+    function = module.globals.get(name) or ir.Function(module, ir.FunctionType(x.type, [x.type]), name)
+    return b.call(function, [x])
+
+
+def _abs(b: ir.IRBuilder, module: ir.Module, x: ir.Value, lanes: int) -> ir.Value:
+    bits = b.and_(b.bitcast(x, _splat_int(0, lanes).type), _splat_int(2**31 - 1, lanes))
+    return b.bitcast(bits, x.type)
+
+
 ACTIVATIONS: Mapping[str, Emit] = {
     "silu": _silu,
     "gelu": _gelu,
@@ -135,6 +146,18 @@ ACTIVATIONS: Mapping[str, Emit] = {
     "hardsigmoid": _hardsigmoid,
 }
 """Name -> emitter; activations that are clamps are not here, see `clamp_bounds`."""
+
+FUNCTIONS: Mapping[str, Emit] = {
+    **ACTIVATIONS,
+    "exp": exp,
+    "sqrt": _sqrt,
+    "rsqrt": lambda b, module, x, lanes: b.fdiv(splat_float(1.0, lanes), _sqrt(b, module, x, lanes)),
+    "reciprocal": lambda b, module, x, lanes: b.fdiv(splat_float(1.0, lanes), x),
+    "square": lambda b, module, x, lanes: b.fmul(x, x),
+    "neg": lambda b, module, x, lanes: b.fneg(x),
+    "abs": _abs,
+}
+"""Name -> emitter of what `kernels.strided` computes of one value: activations, and what no layer ends in."""
 
 _CLAMPS: Mapping[str, tuple[float, float]] = {
     "": (-math.inf, math.inf),

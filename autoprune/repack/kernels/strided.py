@@ -27,7 +27,7 @@ from autoprune.repack.kernels.ir import (
     splat,
     store_vector,
 )
-from autoprune.repack.kernels.math import ACTIVATIONS
+from autoprune.repack.kernels.math import FUNCTIONS
 
 AXES = 4
 
@@ -60,7 +60,7 @@ class Field(Fields):
     Y_STRIDE_0 = NUMBER
     Y_STRIDE_1 = NUMBER
     Y_STRIDE_2 = NUMBER
-    Y_STRIDE_3 = NUMBER  # 1
+    Y_STRIDE_3 = NUMBER
     SIZE_0 = NUMBER
     SIZE_1 = NUMBER
     SIZE_2 = NUMBER
@@ -86,15 +86,18 @@ OPERATIONS: Mapping[str, Operation] = {
 
 
 @once_a_process
-def strided(x: Along, other: Along | None, operation: str, activation: str, target: Target) -> int:
+def strided(
+    x: Along, other: Along | None, operation: str, activation: str, target: Target, together: bool = True
+) -> int:
     """Y = activation(clamp(x [operation other])); an item is some rows along the last axis.
 
     Args:
         x: how the operand lies.
         other: how the second does; there is none where it is None.
         operation: a row of OPERATIONS; empty without a second operand.
-        activation: a row of ACTIVATIONS that is no clamp; empty for none.
+        activation: a row of `math.FUNCTIONS`; empty for none.
         target: what to compile for.
+        together: whether the results are neighbours along the last axis.
     """
     module, lanes = ir.Module(), target.lanes
     b, fields, slots, item, _ = op_function(module)
@@ -129,8 +132,14 @@ def strided(x: Along, other: Along | None, operation: str, activation: str, targ
             value = values[0] if other is None else OPERATIONS[operation](b, values[0], values[1])
             value = clamp(b, value, splat(b, low, wide), splat(b, high, wide))
             if activation:
-                value = ACTIVATIONS[activation](b, module, value, wide)
-            store_vector(b, value, at(b, lines[-1], position), wide)
+                value = FUNCTIONS[activation](b, module, value, wide)
+            if together or wide == 1:
+                place = position if together else b.mul(position, strides[-1][-1])
+                store_vector(b, value, at(b, lines[-1], place), wide)
+                return
+            for lane in range(wide):
+                place = at(b, lines[-1], b.mul(b.add(position, const(lane)), strides[-1][-1]))
+                b.store(b.extract_element(value, const(lane)), place)
 
         spans(b, const(0), sizes[-1], (lanes, 1), compute)
     b.ret_void()

@@ -34,7 +34,7 @@ from autoprune.repack.graph.ops import (
 )
 from autoprune.repack.graph.reference import evaluate_op
 from autoprune.repack.kernels.compiler import Target
-from autoprune.repack.lowering import conv_rules, pointwise, pool_rules, tokens
+from autoprune.repack.lowering import conv_rules, matrices, pointwise, pool_rules, tokens
 from autoprune.repack.lowering.buffers import Buffer, place
 from autoprune.repack.lowering.context import Lowering, copied
 from autoprune.repack.lowering.steps import (
@@ -153,7 +153,8 @@ def lower_op(lowering: Lowering, op: Op) -> None:
             return
         op = found
     rule, before = RULES[type(op)], len(lowering.steps)
-    fitting = isinstance(op, TorchOp) or all(is_float(lowering.values[name]) for name in op.inputs)
+    given = op.inputs[:3] if isinstance(op, Attention) else op.inputs  # its mask may be of booleans
+    fitting = isinstance(op, TorchOp) or all(is_float(lowering.values[name]) for name in given)
     if rule is not None and fitting and rule(lowering, op):
         # steps before it bring its inputs into the layouts it reads, one behind a layer its output into rows
         own = next((step for step in lowering.steps[before:] if getattr(step, "layer", None) is op), lowering.steps[-1])
@@ -205,7 +206,7 @@ RULES: Mapping[type[Op], Callable[[Lowering, Any], bool] | None] = {
     AdaptiveAvgPool2d: None,  # by torch where its windows differ; else it is one of the others
     GlobalAvgPool: pool_rules.global_avg_pool,
     LayerNorm: tokens.layer_norm,
-    Attention: tokens.attention,
+    Attention: matrices.attention,
     Activation: pointwise.elementwise,
     Add: pointwise.elementwise,
     Reshape: None,

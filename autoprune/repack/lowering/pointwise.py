@@ -6,7 +6,7 @@ concatenated by channel become a map again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from autoprune.repack.graph.ops import Activation, Add, Op, Reshape, TorchOp
 from autoprune.repack.graph.reference import evaluate_op
-from autoprune.repack.lowering import map_nodes, strided_nodes
+from autoprune.repack.lowering import map_nodes, matrices, strided_nodes
 from autoprune.repack.lowering.buffers import Buffer, StridedRef
 from autoprune.repack.lowering.context import fitting, operand, write
 from autoprune.repack.lowering.layout import FLOAT_BYTES, LONG_FLOATS
@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 
 _OPERATIONS: Mapping[str, str] = {f"aten.{name}.Tensor": name for name in ("add", "sub", "mul", "div")}
 
+_FUNCTIONS: Mapping[str, str] = {
+    f"aten.{name}.default": name for name in ("exp", "sqrt", "rsqrt", "neg", "abs", "square", "reciprocal")
+}
+_POWER = "aten.pow.Tensor_Scalar"
+_POWERS: Mapping[Any, str] = {2: "square", 0.5: "sqrt", -0.5: "rsqrt", -1: "reciprocal"}
 _COPIES = ("aten.reshape.default", "aten.clone.default", "aten.contiguous.default")
 
 
@@ -36,17 +41,24 @@ def in_rows(lowering: Lowering, op: Activation | Add) -> bool:
 
 def torch_operator(lowering: Lowering, op: TorchOp) -> bool:
     """One of torch's operators; False when torch has to run it itself."""
-    if op.op == "aten.cat.default":
-        return _concatenated(lowering, op)
-    if op.op == "aten.embedding.default":
-        return _looked_up(lowering, op)
-    if op.op == "aten.gather.default":
-        return _taken(lowering, op)
+    if op.op in _RULES:
+        return _RULES[op.op](lowering, op)
+    if op.op in _FUNCTIONS or op.op == _POWER:
+        return _of_one(lowering, op)
     operation = _OPERATIONS.get(op.op)
     if operation is None or op.kwargs or len(op.args) != 2:
         return False
     given = [each["ref"] if isinstance(each, dict) and "ref" in each else each for each in op.args]
     return _computed(lowering, op, given, operation, None)
+
+
+def _of_one(lowering: Lowering, op: TorchOp) -> bool:
+    """A function of one value."""
+    function = _FUNCTIONS.get(op.op) if op.op != _POWER else _POWERS.get(op.args[1])
+    given = op.args[0]["ref"]
+    if function is None or op.kwargs or not is_float(lowering.values[given]):
+        return False
+    return _computed(lowering, op, [given], "", function)
 
 
 def is_copy(op: Op) -> bool:
@@ -164,6 +176,17 @@ def _taken(lowering: Lowering, op: TorchOp) -> bool:
 
     lowering.steps.append(NativeStep(op.output, [given.buffer, told.buffer, wrong], buffer, build))
     return True
+
+
+_RULES: Mapping[str, Callable[[Lowering, TorchOp], bool]] = {
+    "aten.cat.default": _concatenated,
+    "aten.embedding.default": _looked_up,
+    "aten.gather.default": _taken,
+    **dict.fromkeys(("aten.matmul.default", "aten.bmm.default", "aten.mm.default"), matrices.product),
+    **dict.fromkeys(("aten.softmax.int", "aten._softmax.default"), matrices.softmax),
+    **dict.fromkeys(("aten.mean.dim", "aten.sum.dim_IntList"), matrices.total),
+    "aten.stack.default": matrices.stack,
+}
 
 
 def elementwise(lowering: Lowering, op: Activation | Add) -> bool:

@@ -27,7 +27,7 @@ def pointwise(
         shape: of y.
         x: strided as `shape`; strides of 0 repeat a value.
         other: likewise; None where there is one value.
-        y: likewise; its last axis of more than one entry has stride 1.
+        y: likewise.
         operation: a row of `strided.OPERATIONS`; empty where there is one value.
         activation: a name, see `kernels.math`.
         target: what to compile for.
@@ -51,7 +51,8 @@ def pointwise(
         given |= dict(zip(strided.per_axis(f"{operand}_STRIDE"), steps, strict=True))
     lie = [strided.Along.RUN if steps[-1] == 1 else strided.Along.APART if steps[-1] else strided.Along.SAME
            for steps in strides[:-1]]  # fmt: skip
-    kernel = strided.strided(lie[0], None if other is None else lie[1], operation, function, target)
+    second, together = None if other is None else lie[1], strides[-1][-1] == 1
+    kernel = strided.strided(lie[0], second, operation, function, target, together)
     return op_of(name, kernel, f, given, -(-rows // block) if sizes[-1] else 0)
 
 
@@ -99,10 +100,7 @@ def taken(
 def merged_axes(
     shape: tuple[int, ...], strides: Sequence[tuple[int, ...]]
 ) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
-    """Sizes and strides of the same entries in as few axes as can be, at least `strided.AXES`.
-
-    The last axis has stride 1 in the last operand.
-    """
+    """Sizes and strides of the same entries in as few axes as can be, at least `strided.AXES`."""
     sizes, steps = list[int](), [list[int]() for _ in strides]
     for size, *apart in zip(shape, *strides, strict=True):
         if size == 1:
@@ -115,7 +113,7 @@ def merged_axes(
             sizes.append(size)
             for each, step in zip(steps, apart, strict=True):
                 each.append(step)
-    if not sizes or steps[-1][-1] != 1:
+    if not sizes:
         sizes.append(1)
         for each in steps:
             each.append(1)

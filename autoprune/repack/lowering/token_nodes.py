@@ -210,7 +210,8 @@ class Heads(NamedTuple):
         heads: of each.
         queries: of a head.
         keys: of a head, and values.
-        width: features of a query, a key and a value.
+        width: features of a query and a key.
+        value_width: features of a value and a result.
     """
 
     batch: int
@@ -218,11 +219,12 @@ class Heads(NamedTuple):
     queries: int
     keys: int
     width: int
+    value_width: int
 
 
 def attend(
-    name: str, size: Heads, q: StridedRef, k: StridedRef, v: StridedRef, y: StridedRef, scratch: Buffer, scale: float,
-    target: Target,
+    name: str, size: Heads, q: StridedRef, k: StridedRef, v: StridedRef, y: StridedRef, bias: StridedRef | None,
+    scratch: Buffer, scale: float, target: Target,
 ) -> NativeOp:  # fmt: skip
     """Scaled dot-product attention.
 
@@ -231,8 +233,9 @@ def attend(
         size: of the values.
         q: ``(batch, heads, queries, width)``; the features of a head are neighbours, as in k, v and y.
         k: ``(batch, heads, keys, width)``.
-        v: as k.
-        y: as q.
+        v: ``(batch, heads, keys, value_width)``.
+        y: ``(batch, heads, queries, value_width)``.
+        bias: ``(batch, heads, queries, keys)``, added to the scaled products; the keys are neighbours.
         scratch: `attention.scratch` floats for each thread.
         scale: of the products of queries and keys.
         target: what to compile for.
@@ -246,7 +249,13 @@ def attend(
         f.V_IMAGE: v.strides[0], f.V_HEAD: v.strides[1], f.V_TOKEN: v.strides[2],
         f.Y_IMAGE: y.strides[0], f.Y_HEAD: y.strides[1], f.Y_TOKEN: y.strides[2],
         f.SCRATCH_SLOT: scratch.slot, f.SCRATCH_OFFSET: scratch.offset,
-        f.SCRATCH: attention.scratch(size.keys, size.width, target), f.HEADS: size.heads, f.QUERIES: size.queries,
-        f.KEYS: size.keys, f.WIDTH: size.width, f.SCALE: float(scale),
+        f.SCRATCH: attention.scratch(size.keys, size.width, size.value_width, target), f.HEADS: size.heads,
+        f.QUERIES: size.queries, f.KEYS: size.keys, f.WIDTH: size.width, f.VALUE_WIDTH: size.value_width,
+        f.SCALE: float(scale),
     }  # fmt: skip
-    return op_of(name, attention.attention(target), f, given, size.batch * size.heads)
+    if bias is not None:
+        given |= {
+            f.BIAS_SLOT: bias.slot, f.BIAS_OFFSET: bias.offset_bytes, f.BIAS_IMAGE: bias.strides[0],
+            f.BIAS_HEAD: bias.strides[1], f.BIAS_TOKEN: bias.strides[2],
+        }  # fmt: skip
+    return op_of(name, attention.attention(target, bias is not None), f, given, size.batch * size.heads)

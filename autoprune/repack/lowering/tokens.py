@@ -1,4 +1,4 @@
-"""Lowers what works on rows of tokens: Linears, layer norms, attention, recurrences."""
+"""Lowers what works on rows of tokens: Linears, layer norms, recurrences."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from autoprune.errors import AutopruneError
-from autoprune.repack.graph.ops import Attention, LayerNorm, Linear, Recurrent
-from autoprune.repack.kernels.attention import scratch as scratch_size
+from autoprune.repack.graph.ops import LayerNorm, Linear, Recurrent
 from autoprune.repack.lowering import convolutions, token_nodes
 from autoprune.repack.lowering.buffers import Buffer
 from autoprune.repack.lowering.context import turn_back, turned
@@ -39,28 +38,6 @@ def layer_norm(lowering: Lowering, op: LayerNorm) -> bool:
         return token_nodes.layer_norm(op.output, tokens, x.rows(), y, weight, bias, op.eps, lowering.target)
 
     lowering.steps.append(NativeStep(op.output, [x.buffer], buffer, build))
-    return True
-
-
-def attention(lowering: Lowering, op: Attention) -> bool:
-    """Queries, keys and values are read where they lie; False where a head's features do not lie together."""
-    views = [lowering.plain(name) for name in op.inputs]
-    q, k, v = views
-    if any(len(each.shape) != 4 or each.stride[3] != 1 for each in views):
-        return False
-    batch, heads, queries, width = q.shape
-    keys = k.shape[2]
-    if k.shape != (batch, heads, keys, width) or v.shape != k.shape or keys < 1:
-        return False
-    meta = lowering.define(op.output, q.shape, order=(0, 2, 1, 3))
-    buffer = lowering.buffers[storage_of(meta)] = Buffer(meta.numel())
-    scratch = lowering.scratch(scratch_size(keys, width, lowering.target))
-
-    def build(*_: Any) -> NativeOp:
-        size, y = token_nodes.Heads(batch, heads, queries, keys, width), buffer.ref(*meta.stride())
-        return token_nodes.attend(op.output, size, q.ref(), k.ref(), v.ref(), y, scratch, op.scale, lowering.target)
-
-    lowering.steps.append(NativeStep(op.output, [*(each.buffer for each in views), scratch], buffer, build))
     return True
 
 

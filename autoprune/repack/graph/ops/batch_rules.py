@@ -19,8 +19,13 @@ def not_last(op: Op, axes: Axes, shapes: Shapes, axis: int) -> bool:
 
 
 def outer(op: Op, axes: Axes, shapes: Shapes, axis: int) -> bool:
-    """Attention: the batch is one of the first two axes."""
-    return axis < 2 and all(axes[name] == axis for name in op.inputs)
+    """A product of matrices: the batch is one of the axes before their rows; one operand may be the same for all."""
+    return axis < len(shapes[op.output]) - 2 and aligned(op, axes, shapes, axis)
+
+
+def attending(op: Op, axes: Axes, shapes: Shapes, axis: int) -> bool:
+    """Attention: likewise, and queries, keys and values are all of the batch."""
+    return outer(op, axes, shapes, axis) and all(axes[name] is not None for name in op.inputs[:3])
 
 
 def aligned(op: Op, axes: Axes, shapes: Shapes, axis: int) -> bool:

@@ -113,6 +113,13 @@ def _looked_up(op: Op, axes: Axes, shapes: Shapes, axis: int) -> bool:
     return axes[op.args[1]["ref"]] == axis
 
 
+def _stacked(op: Op, axes: Axes, shapes: Shapes, axis: int) -> bool:
+    """Values beside each other along a new axis, which is not the batch's."""
+    assert isinstance(op, TorchOp)
+    new = op.named_args().get("dim", 0) % len(shapes[op.output])
+    return new != axis and all(axes[name] == axis - (new < axis) for name in op.inputs)
+
+
 _BATCH_RULES: Mapping[str, BatchRule] = {
     **dict.fromkeys(
         (
@@ -137,6 +144,8 @@ _BATCH_RULES: Mapping[str, BatchRule] = {
         ),
         batch_rules.refolded,
     ),
+    **dict.fromkeys(("aten.matmul.default", "aten.bmm.default"), batch_rules.outer),
+    "aten.stack.default": _stacked,
     "aten.embedding.default": _looked_up,
     "aten.expand.default": batch_rules.repeated,
     "aten.clone.default": batch_rules.aligned,
