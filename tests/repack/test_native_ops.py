@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,12 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from autoprune.repack import repack
 from autoprune.repack.graph.capture import capture
 from autoprune.repack.graph.ir import Graph
+from autoprune.repack.graph.ops import LayerOp
 from autoprune.repack.graph.passes import simplify
+from autoprune.repack.graph.reference import reference
 from autoprune.repack.kernels.compiler import Target, host
+from autoprune.repack.lowering.geometry import Tiling
 from autoprune.repack.lowering.steps import TorchStep
 from autoprune.repack.runtime.program import Program
+from tests.laws.test_program import told
 from tests.repack.test_kernels import assert_stays_inside
 from tests.repack.test_token_kernels import target_of
 
@@ -173,3 +179,153 @@ def test_softmax_of_what_is_not_finite_is_torchs() -> None:
     x = data(4, 20)
     x[0, 3], x[1, 4], x[2] = float("nan"), float("-inf"), float("-inf")
     assert_native(lambda x: x.softmax(-1), x)
+
+
+# What models write out ------------------------------------------------------------------------------------------------
+
+
+class ByHand(nn.Module):
+    """Attention as many models write it."""
+
+    def __init__(self, scores: Run, product: Run | None = None) -> None:
+        super().__init__()
+        self.qkv, self.scores, self.product = nn.Linear(12, 2 * (4 + 4 + 6)), scores, product
+        self.bias = nn.Parameter(data(2, 9, 9))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (2, 14)).transpose(1, 2).split([4, 4, 6], -1)
+        scores = torch.einsum("bhid,bhjd->bhij", q, k) if self.product else q @ k.transpose(-2, -1)
+        shares = self.scores(self, scores).softmax(-1)
+        y = torch.einsum("b h i j, b h j d -> b h i d", shares, v) if self.product else shares @ v
+        return y.transpose(1, 2).flatten(2)
+
+
+BY_HAND: dict[str, Run] = {
+    "scaled": lambda m, s: s * 0.5,
+    "divided": lambda m, s: s / 2,
+    "as it is": lambda m, s: s,
+    "biased": lambda m, s: s * 0.5 + m.bias,
+    "bias first": lambda m, s: m.bias + s,
+    "filled": lambda m, s: s.masked_fill(torch.ones(9, 9).triu(1).bool(), -torch.inf),
+    "filled with the lowest": lambda m, s: (s * 0.5).masked_fill(m.bias > 0, LOWEST),
+}
+
+
+@pytest.mark.parametrize("einsum", [False, True])
+@pytest.mark.parametrize("name", BY_HAND)
+def test_attention_by_hand_is_attention(name: str, einsum: bool) -> None:
+    model = ByHand(BY_HAND[name], torch.einsum if einsum else None).eval()
+    x = data(2, 9, 12)
+    graph = simplify(capture(model, (x,)))
+    assert [op.kind for op in graph.ops].count("attention") == 1
+    assert not any(op.label in ("aten.softmax.int", "aten.matmul.default") for op in graph.ops)
+    for given_input in (x, data(3, 9, 12)):
+        assert torch.allclose(reference(graph, (given_input,)), model(given_input), atol=1e-5)
+
+
+@pytest.mark.parametrize("scores", [lambda m, s: (s + m.bias) * 0.5, lambda m, s: s.masked_fill(m.bias > 0, -2.0)])
+def test_what_is_no_attention_stays_as_it_is(scores: Run) -> None:
+    model, x = ByHand(scores).eval(), data(2, 9, 12)
+    graph = simplify(capture(model, (x,)))
+    assert "attention" not in [op.kind for op in graph.ops]
+    assert torch.allclose(reference(graph, (x,)), model(x), atol=1e-5)
+
+
+def test_an_integer_that_is_added_is_no_mask() -> None:
+    class Added(nn.Module):
+        def forward(self, x: Tensor, n: Tensor) -> Tensor:
+            return ((x @ x.transpose(1, 2)) + n).softmax(-1) @ x
+
+    x, n = data(2, 5, 4), torch.randint(0, 3, (2, 5, 5))
+    graph = simplify(capture(Added(), (x, n)))
+    assert torch.allclose(reference(graph, (x, n)), Added()(x, n), atol=1e-5)
+
+
+# Lengths ------------------------------------------------------------------------------------------------------------
+
+
+def lengths_net(residual: bool = True) -> nn.Module:
+    class Lengths(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.norm = nn.Conv1d(3, 8, 5, padding=2, bias=False), nn.BatchNorm1d(8)
+            self.first, self.last = nn.Conv1d(8, 8, 3, padding="same", dilation=2), nn.Conv1d(8, 8, 3, padding=1)
+            self.down, self.head = nn.Conv1d(8, 6, 2, 2, groups=2), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.max_pool1d(F.relu(self.norm(self.stem(x))), 3, 1, 1)
+            x = F.gelu(x + self.last(F.relu(self.first(x)))) if residual else x
+            x = F.avg_pool1d(self.down(x), 3, 2, ceil_mode=True)
+            y: Tensor = self.head(F.adaptive_avg_pool1d(x, 1).flatten(1))
+            return y
+
+    torch.manual_seed(0)
+    net = Lengths().eval()
+    assert net.norm.running_var is not None
+    nn.init.uniform_(net.norm.running_var, 0.5, 2)
+    return net
+
+
+def test_lengths_are_maps_of_height_one(tmp_path: Path) -> None:
+    net, x = lengths_net(), data(2, 3, 40)
+    graph = simplify(capture(net, (x,)))
+    kinds = [op.kind for op in graph.ops if op.kind not in ("reshape", "scalar")]
+    assert kinds == ["conv2d", "max_pool2d", *["conv2d"] * 3, "avg_pool2d", "global_avg_pool", "linear"]
+    assert [op.last_activation for op in graph.ops if op.kind == "conv2d"] == ["relu", "relu", "gelu", None]
+    assert {op.layer for op in graph.ops if isinstance(op, LayerOp)} == {"stem", "first", "last", "down", "head"}
+    for given_input in (x, data(3, 3, 57)):
+        assert torch.allclose(reference(graph, (given_input,)), net(given_input), atol=1e-5)
+    fast = repack(net, x, form="program", threads=1, cache=told(tmp_path, Tiling))
+    for given_input in (x, data(3, 3, 57)):
+        assert torch.allclose(fast(given_input), net(given_input), atol=1e-5)
+
+
+# Maps ---------------------------------------------------------------------------------------------------------------
+
+WEIGHT, BIAS = data(6), data(6) + 1
+MAPS: dict[str, tuple[Run, tuple[int, ...]]] = {
+    "group norm": (lambda x: F.group_norm(x, 3, WEIGHT, BIAS), (2, 6, 5, 7)),
+    "group norm of one group": (lambda x: F.group_norm(x, 1), (1, 6, 9, 33)),
+    "instance norm": (lambda x: F.instance_norm(x, weight=WEIGHT, bias=BIAS), (2, 6, 4, 5)),
+    "group norm of lengths": (lambda x: F.group_norm(x, 2, WEIGHT), (2, 6, 41)),
+    "nearest": (lambda x: F.interpolate(x, scale_factor=2), (2, 3, 5, 9)),
+    "nearest, uneven": (lambda x: F.interpolate(x, size=(7, 20)), (1, 3, 5, 9)),
+    "nearest, smaller": (lambda x: F.interpolate(x, scale_factor=0.6), (1, 3, 11, 17)),
+    "bilinear": (lambda x: F.interpolate(x, scale_factor=(2, 3), mode="bilinear"), (2, 3, 5, 17)),
+    "bilinear, corners": (lambda x: F.interpolate(x, size=(8, 33), mode="bilinear", align_corners=True), (1, 3, 5, 7)),
+    "border of zeros": (lambda x: F.pad(x, (1, 2, 0, 3)), (2, 3, 5, 7)),
+    "border at one side": (lambda x: F.pad(x, (0, 1)), (2, 3, 5, 16)),
+    "border that is cut": (lambda x: F.pad(x, (-1, -2, 1, 0)), (2, 3, 5, 16)),
+    "border of reflections": (lambda x: F.pad(x, (2, 1, 1, 2), "reflect"), (1, 3, 5, 18)),
+    "border of the edge": (lambda x: F.pad(x, (2, 1, 1, 2), "replicate"), (1, 3, 5, 18)),
+    "border from the other side": (lambda x: F.pad(x, (2, 1, 1, 2), "circular"), (1, 3, 5, 18)),
+    "pool to uneven parts": (lambda x: F.adaptive_avg_pool2d(x, (3, 7)), (2, 3, 8, 19)),
+    "pool to more": (lambda x: F.adaptive_avg_pool2d(x, (7, 7)), (1, 3, 4, 4)),
+}
+
+
+@pytest.mark.parametrize("lanes", [None, 4])
+@pytest.mark.parametrize("name", MAPS)
+def test_what_works_on_maps_is_native(name: str, lanes: int | None) -> None:
+    run, shape = MAPS[name]
+    x = data(*shape)
+    for inside in (run, lambda x: F.max_pool2d(run(x.relu()).relu(), 3, 1, 1) if x.dim() == 4 else run(x)):
+        wanted, graph = inside(x), simplified(inside, x)
+        target = host() if lanes is None else target_of(lanes)
+        assert torch_steps(graph, x, target=target) == []
+        program = Program(graph, {}, threads=1, target=target)
+        assert torch.allclose(program(x), wanted, atol=1e-4)
+    if lanes is not None:
+        assert_stays_inside(program, [x])
+
+
+def test_standardised_weights_are_constants() -> None:
+    class Standardised(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            weight = F.batch_norm(self.weight.reshape(1, 8, -1), None, None, training=True).reshape_as(self.weight)
+            return F.conv2d(x, weight, self.bias)
+
+    net, x = nn.Sequential(Standardised(3, 8, 3)).eval(), data(1, 3, 7, 7)
+    graph = simplify(capture(net, (x,)))
+    assert [op.kind for op in graph.ops] == ["conv2d"]
+    assert torch.allclose(reference(graph, (x,)), net(x), atol=1e-5)

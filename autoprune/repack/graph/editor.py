@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -74,9 +74,7 @@ class Editor:
         return replace(op, tensors={**op.tensors, **named})
 
     def _constant(self, name: str, value: Tensor) -> str:
-        taken = {each.name for each in self.inputs}
-        while name in self.constants or name in self.ops or name in taken:
-            name += "_"
+        name = self.free_name(name)
         self.constants[name] = value.detach().contiguous()
         return name
 
@@ -85,6 +83,23 @@ class Editor:
         assert op.output == by.output
         self.ops[op.output] = by
         self.prune()
+
+    def expand(self, op: Op, ops: Sequence[Op]) -> None:
+        """Puts several operations in the place of one; the last defines its value, the others new ones."""
+        assert ops[-1].output == op.output
+        self.ops = {
+            each.output: each
+            for name, old in self.ops.items() for each in (ops if name == op.output else (old,))
+        }  # fmt: skip
+        self.prune()
+        self.shapes = infer_shapes(self.graph())
+
+    def free_name(self, name: str) -> str:
+        """The name, changed where it is taken."""
+        taken = {each.name for each in self.inputs}
+        while name in self.constants or name in self.ops or name in taken:
+            name += "_"
+        return name
 
     def merge(self, first: Op, second: Op, merged: Op) -> None:
         """Makes one operation of two, in the place of the second: all that either reads is defined by then."""
@@ -117,10 +132,15 @@ def unusual(graph: Graph) -> dict[int, int]:
 
 def infer_shapes(graph: Graph) -> dict[str, tuple[int, ...]]:
     """The shape of every value, of `unusual` extents where a call may choose; () for integers. Computes nothing."""
+    return {name: tuple(value.shape) if isinstance(value, Tensor) else () for name, value in meta_values(graph).items()}
+
+
+def meta_values(graph: Graph) -> dict[str, Any]:
+    """Every value on the meta device, or an integer; of `unusual` extents where a call may choose."""
     constants: Mapping[str, Tensor] = {name: value.to("meta") for name, value in graph.constants.items()}
     values: dict[str, Any] = {}
     for each, shape in zip(graph.inputs, extents.with_extents(graph.inputs, unusual(graph)), strict=True):
         values[each.name] = torch.empty(shape, dtype=decode_dtype(each.dtype), device="meta")
     for op in graph.ops:
         values[op.output] = evaluate_op(op, values, constants)
-    return {name: tuple(value.shape) if isinstance(value, Tensor) else () for name, value in values.items()}
+    return values

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from autoprune.repack.graph import aten
+from autoprune.repack.graph import aten, lengths
+from autoprune.repack.graph.einsum import einsum
 from autoprune.repack.graph.ops import (
     Activation,
     AdaptiveAvgPool2d,
@@ -118,7 +119,18 @@ def _norm(site: Site) -> Result:
     names = ("input", "weight", "bias", "running_mean", "running_var")
     args: list[Any] = [None if a[name] is None else {"ref": site.name(name)} for name in names]
     args += [False, a["momentum"], a["eps"], False]
-    return TorchOp.of(site.output, "aten.batch_norm.default", tuple(args))
+    lifted = TorchOp.of(site.output, "aten.batch_norm.default", tuple(args))
+    return lengths.norm(site, lifted) if len(site.shape("input")) == 3 else lifted
+
+
+def _instance_norm(site: Site) -> Result:
+    """A group norm of a channel each."""
+    a, channels = site.args, site.shape("input")[1]
+    if not a["use_input_stats"] or not site.is_value("input", 4) or not isinstance(channels, int):
+        return None
+    weights = [None if a[role] is None else {"ref": site.name(role)} for role in ("weight", "bias")]
+    args = ({"ref": site.name("input")}, channels, *weights, a["eps"], False)
+    return TorchOp.of(site.output, "aten.group_norm.default", args)
 
 
 def _activation(name: str) -> Callable[[Site], Result]:
@@ -179,7 +191,7 @@ def _adaptive_avg_pool2d(site: Site) -> Result:
     if not all(isinstance(size, int) for size in extent):
         return AdaptiveAvgPool2d(site.output, (site.name("self"),), size=output)
     if any(int(size) % parts for size, parts in zip(extent, output, strict=True)):
-        return None
+        return AdaptiveAvgPool2d(site.output, (site.name("self"),), size=output)
     kernel = (int(extent[0]) // output[0], int(extent[1]) // output[1])
     if kernel == (1, 1):
         return Alias(site.name("self"))
@@ -337,12 +349,15 @@ _LIFTINGS: Mapping[str, Callable[[Site], Result]] = {
     "conv2d.padding": _conv2d,
     "autoprune.channel_gate.default": _gate,
     "autoprune.scale_channels.default": _scale,
+    **lengths.LIFTINGS,
+    "einsum.default": einsum,
     "linear.default": _linear,
     "addmm.default": _addmm,
     "mm.default": lambda site: _product(site, "self", "mat2", None),
     "matmul.default": lambda site: _product(site, "self", "other", None),
     "batch_norm.default": _norm,
     "_native_batch_norm_legit_no_training.default": _norm,
+    "instance_norm.default": _instance_norm,
     "relu.default": _activation("relu"),
     "relu6.default": _activation("relu6"),
     "hardtanh.default": _clamp("min_val", "max_val"),

@@ -37,6 +37,7 @@ from autoprune.repack.graph.ops import (
     WindowPoolOp,
 )
 from autoprune.repack.graph.schema import validate
+from autoprune.repack.graph.written_out import fuse_attention
 
 _NORM = "aten.batch_norm.default"
 
@@ -212,6 +213,23 @@ def _merge_reshapes(edited: Editor, op: Op) -> bool:
     return True
 
 
+def _reshape_last(edited: Editor, op: Op) -> bool:
+    """An activation or a sum of what layers gave in another shape comes before the reshape, where it can be fused."""
+    if not isinstance(op, (Activation, Add)):
+        return False
+    reshapes = [edited.ops.get(name) for name in op.inputs]
+    known = [each for each in reshapes if isinstance(each, Reshape) and edited.only_reader(each, op)]
+    sources = [edited.ops.get(each.inputs[0]) for each in known]
+    alike = len({edited.shapes[each.inputs[0]] for each in known}) == 1
+    fusing = any(isinstance(each, (FusedLayerOp, Add)) and each.activation is None for each in sources)
+    if len(known) < len(reshapes) or not alike or not fusing:
+        return False
+    name = edited.free_name(f"{op.output} before")
+    moved = replace(op, output=name, inputs=tuple(each.inputs[0] for each in known))
+    edited.expand(op, [moved, replace(known[0], output=op.output, inputs=(name,))])
+    return True
+
+
 def _interleave_gates(edited: Editor, op: Op) -> bool:
     """A unit's gates become neighbours in the recurrent weight and in the Linear that projects the input."""
     if not isinstance(op, Recurrent) or op.interleaved:
@@ -312,7 +330,10 @@ def _drop_zero_branch(edited: Editor, op: Op) -> bool:
 
 
 _PASSES: tuple[Callable[[Editor, Op], bool], ...] = (
+    fuse_attention,
+    _merge_reshapes,
     _fold_norm,
+    _reshape_last,
     _interleave_gates,
     _drop_silent_units,
     _read_live_units,

@@ -93,7 +93,7 @@ class Site:
         return "" if name == "weight" else name.removesuffix(".weight")
 
 
-Result = Op | Alias | None
+Result = Op | tuple[Op, ...] | Alias | None  # of several the last is the result
 
 
 def extents(node: Node) -> tuple[int | str, ...]:

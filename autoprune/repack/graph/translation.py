@@ -174,7 +174,9 @@ class _Translation:
         assert isinstance(source.target, torch._ops.OpOverload)
         if not isinstance(node.meta.get("val"), Tensor):
             raise CaptureError(f"the model uses the operator {source.target}, which a program cannot.")
-        self.emit(node, replace(self.as_torch(source, source.target), output=node.name, item=index))
+        op = replace(self.as_torch(source, source.target), output=node.name, item=index)
+        if not self.folded(node, op):
+            self.emit(node, op)
 
     def operator(self, node: fx.Node, target: torch._ops.OpOverload) -> None:
         if target is torch.ops.aten._assert_tensor_metadata.default:
@@ -189,14 +191,16 @@ class _Translation:
                 self.names[node] = lifted.name
                 return
             if lifted is not None:
-                self.emit(node, lifted)
+                for each in lifted if isinstance(lifted, tuple) else (lifted,):
+                    self.emit(node, each)
                 return
         if reason := _refusal(target, bound):
             raise CaptureError(reason)
         if isinstance(node.meta.get("val"), (tuple, list)):
             return  # each of its results becomes an operation of its own
-        if not self.folded(node, target):
-            self.emit(node, self.as_torch(node, target))
+        op = self.as_torch(node, target)
+        if not self.folded(node, op):
+            self.emit(node, op)
 
     def as_torch(self, node: fx.Node, target: torch._ops.OpOverload) -> TorchOp:
         for argument in (*node.args, *node.kwargs.values()):
@@ -225,17 +229,15 @@ class _Translation:
             return aten.encode_number(value)
         raise CaptureError(f"the model passes {value!r} to an operator, which a program cannot hold.")
 
-    def folded(self, node: fx.Node, target: torch._ops.OpOverload) -> bool:
+    def folded(self, node: fx.Node, op: TorchOp) -> bool:
         """Computes now what depends on constants alone, unless that would blow them up."""
-        read = node.all_input_nodes
         value = node.meta.get("val")
-        if any(self.names[x] not in self.constants for x in read) or not isinstance(value, Tensor):
+        if any(name not in self.constants for name in op.reads) or not isinstance(value, Tensor):
             return False
         if not all(isinstance(extent, int) for extent in extents(node)):
             return False
-        if value.numel() > max(FOLD_LIMIT, sum(self.constants[self.names[x]].numel() for x in read)):
+        if value.numel() > max(FOLD_LIMIT, sum(self.constants[name].numel() for name in op.reads)):
             return False
-        op = self.as_torch(node, target)
         with torch.no_grad():
             computed = evaluate_op(op, {}, self.constants)
         assert isinstance(computed, Tensor)

@@ -34,7 +34,7 @@ from autoprune.repack.graph.ops import (
 )
 from autoprune.repack.graph.reference import evaluate_op
 from autoprune.repack.kernels.compiler import Target
-from autoprune.repack.lowering import conv_rules, matrices, pointwise, pool_rules, tokens
+from autoprune.repack.lowering import conv_rules, map_rules, matrices, pointwise, pool_rules, tokens
 from autoprune.repack.lowering.buffers import Buffer, place
 from autoprune.repack.lowering.context import Lowering, copied
 from autoprune.repack.lowering.steps import (
@@ -203,7 +203,7 @@ RULES: Mapping[type[Op], Callable[[Lowering, Any], bool] | None] = {
     Recurrent: tokens.recurrent,
     MaxPool2d: pool_rules.pool,
     AvgPool2d: pool_rules.pool,
-    AdaptiveAvgPool2d: None,  # by torch where its windows differ; else it is one of the others
+    AdaptiveAvgPool2d: map_rules.adaptive,  # where its windows differ; else it is one of the others
     GlobalAvgPool: pool_rules.global_avg_pool,
     LayerNorm: tokens.layer_norm,
     Attention: matrices.attention,

@@ -7,13 +7,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from autoprune.repack.kernels import copy, maps, window
+from autoprune.repack.kernels import copy, maps, resample, window
+from autoprune.repack.kernels import group_norm as norms
 from autoprune.repack.kernels.compiler import Target
 from autoprune.repack.kernels.fields import Given
 from autoprune.repack.kernels.math import clamped
-from autoprune.repack.lowering.buffers import MapAt, StridedRef
+from autoprune.repack.lowering.buffers import Buffer, MapAt, StridedRef
 from autoprune.repack.lowering.geometry import CHUNK_FLOATS, Window
-from autoprune.repack.lowering.layout import MapLayout
+from autoprune.repack.lowering.layout import MapLayout, aligned
 from autoprune.repack.native.op import NativeOp, op_of
 
 
@@ -124,6 +125,55 @@ def mean(name: str, batch: int, x: MapAt, y: StridedRef, target: Target) -> Nati
         f.MASK: layout.mask(), f.SCALE: 1 / (layout.height * layout.width),
     }  # fmt: skip
     return op_of(name, maps.channel_mean(target), f, given, batch * chunks)
+
+
+def group_norm(
+    name: str, batch: int, x: MapAt, y: MapAt, groups: int, weight: NDArray[np.float32], bias: NDArray[np.float32],
+    epsilon: float, target: Target,
+) -> NativeOp:  # fmt: skip
+    """Each group of channels of `batch` images normalised; the maps have one pitch, weight and bias are (channels,)."""
+    f = norms.Field
+    layout, out = x.layout, y.layout
+    channels = layout.channels // groups
+    given: dict[norms.Field, Given] = {
+        f.X_SLOT: x.buffer.slot, f.X_OFFSET: x.offset, f.X_IMAGE: layout.image, f.X_CHANNEL: layout.channel(1),
+        f.Y_SLOT: y.buffer.slot, f.Y_OFFSET: y.offset, f.Y_IMAGE: out.image, f.Y_CHANNEL: out.channel(1),
+        f.GROUPS: groups, f.CHANNELS: channels, f.POSITIONS: out.positions, f.MASK: out.mask(), f.WEIGHT: weight,
+        f.BIAS: bias, f.EPSILON: epsilon, f.SHARE: 1 / (channels * layout.height * layout.width),
+        f.BORDER: out.behind, f.BORDER_FIRST: out.before,
+    }  # fmt: skip
+    return op_of(name, norms.group_norm(target), f, given, batch * groups)
+
+
+class Taps(NamedTuple):
+    """What is summed along an axis: both are ``(outputs, taps)``."""
+
+    index: NDArray[np.int32]
+    weight: NDArray[np.float32]
+
+
+def resampled(
+    name: str, batch: int, x: MapAt, y: MapAt, rows: Taps, columns: Taps, scratch: Buffer, room: int, target: Target
+) -> NativeOp:
+    """A map whose rows and columns are sums of x's; `room`: floats of scratch for each thread, a row of x and more."""
+    f = resample.Field
+    layout, out = x.layout, y.layout
+    wide = aligned(out.pitch)
+    index, weight = np.zeros((columns.index.shape[1], wide), np.int32), np.zeros(
+        (columns.index.shape[1], wide), np.float32
+    )  # fmt: skip
+    index[:, : out.width], weight[:, : out.width] = columns.index.T, columns.weight.T
+    mask = -(np.arange(wide) < out.width).astype(np.int32)
+    given: dict[resample.Field, Given] = {
+        f.X_SLOT: x.buffer.slot, f.X_OFFSET: x.offset, f.X_IMAGE: layout.image, f.X_CHANNEL: layout.channel(1),
+        f.X_ROW: layout.pitch, f.X_WIDTH: layout.width, f.Y_SLOT: y.buffer.slot, f.Y_OFFSET: y.offset,
+        f.Y_IMAGE: out.image, f.Y_CHANNEL: out.channel(1), f.Y_ROW: out.pitch, f.CHANNELS: out.channels,
+        f.ROWS: out.height, f.COLUMNS: wide, f.ROW_TAPS: rows.index.shape[1], f.ROW_INDEX: rows.index,
+        f.ROW_WEIGHT: rows.weight, f.COLUMN_TAPS: len(index), f.COLUMN_INDEX: index, f.COLUMN_WEIGHT: weight,
+        f.MASK: mask, f.SCRATCH_SLOT: scratch.slot, f.SCRATCH_OFFSET: scratch.offset, f.SCRATCH: room,
+        f.POSITIONS: out.positions, f.BORDER: out.behind, f.BORDER_FIRST: out.before,
+    }  # fmt: skip
+    return op_of(name, resample.resample(target), f, given, batch * out.channels)
 
 
 def _chunks(channels: int, positions: int) -> tuple[int, int]:

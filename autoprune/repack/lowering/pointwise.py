@@ -14,7 +14,7 @@ from torch import Tensor
 
 from autoprune.repack.graph.ops import Activation, Add, Op, Reshape, TorchOp
 from autoprune.repack.graph.reference import evaluate_op
-from autoprune.repack.lowering import map_nodes, matrices, strided_nodes
+from autoprune.repack.lowering import map_nodes, map_rules, matrices, strided_nodes
 from autoprune.repack.lowering.buffers import Buffer, StridedRef
 from autoprune.repack.lowering.context import fitting, operand, write
 from autoprune.repack.lowering.layout import FLOAT_BYTES, LONG_FLOATS
@@ -186,6 +186,9 @@ _RULES: Mapping[str, Callable[[Lowering, TorchOp], bool]] = {
     **dict.fromkeys(("aten.softmax.int", "aten._softmax.default"), matrices.softmax),
     **dict.fromkeys(("aten.mean.dim", "aten.sum.dim_IntList"), matrices.total),
     "aten.stack.default": matrices.stack,
+    "aten.group_norm.default": map_rules.group_norm,
+    **dict.fromkeys(("aten.upsample_nearest2d.vec", "aten.upsample_bilinear2d.vec"), map_rules.resized),
+    **dict.fromkeys(("aten.pad.default", "aten.constant_pad_nd.default"), map_rules.padded),
 }
 
 

@@ -113,6 +113,12 @@ def _looked_up(op: Op, axes: Axes, shapes: Shapes, axis: int) -> bool:
     return axes[op.args[1]["ref"]] == axis
 
 
+def _sample_by_sample(op: Op, axes: Axes, shapes: Shapes, axis: int) -> bool:
+    """The batch comes first; weights are the same for all samples."""
+    first, *weights = op.inputs
+    return axis == 0 and axes[first] == 0 and all(axes.get(name) is None for name in weights)
+
+
 def _stacked(op: Op, axes: Axes, shapes: Shapes, axis: int) -> bool:
     """Values beside each other along a new axis, which is not the batch's."""
     assert isinstance(op, TorchOp)
@@ -146,6 +152,12 @@ _BATCH_RULES: Mapping[str, BatchRule] = {
     ),
     **dict.fromkeys(("aten.matmul.default", "aten.bmm.default"), batch_rules.outer),
     "aten.stack.default": _stacked,
+    **dict.fromkeys(
+        (
+            "aten.group_norm.default", "aten.upsample_nearest2d.vec", "aten.upsample_bilinear2d.vec",
+        ),
+        _sample_by_sample,
+    ),
     "aten.embedding.default": _looked_up,
     "aten.expand.default": batch_rules.repeated,
     "aten.clone.default": batch_rules.aligned,
