@@ -12,7 +12,7 @@ from autoprune.errors import AutopruneError, ConfigError, MissingExtra, did_you_
 from autoprune.latency.engines import ENGINES
 from autoprune.latency.timer import Clock, Protocol, measure_together
 from autoprune.model.copies import copy_for_inference, uncompiled_
-from autoprune.model.inventory import weighted_layers
+from autoprune.model.weights import weighted_layers
 from autoprune.progress import SILENT, Progress
 from autoprune.repack import ProgramModel, RepackedModel, repack
 from autoprune.repack.probes import fresh

@@ -17,7 +17,7 @@ from autoprune.envs.projection import check_movable
 from autoprune.errors import AutopruneError
 from autoprune.masks import Batches, Loss, Masks
 from autoprune.model.inventory import Inventory, take_inventory
-from autoprune.model.recurrent.names import layer_at
+from autoprune.model.weights import weight_of
 from autoprune.patterns import PATTERNS
 from autoprune.pipeline.retarget import latency_table, plan_at
 from autoprune.plan import LayerPlan, Plan
@@ -229,7 +229,7 @@ class PruningHooks:
 
 def _check_trainable(model: nn.Module, names: Sequence[str]) -> None:
     """Raises AutopruneError where a mask on a layer's weight would not hold, or the layer could not recover."""
-    weights = {name: layer_at(model, name).weight for name in names}
+    weights = {name: weight_of(model, name) for name in names}
     if computed := [name for name, weight in weights.items() if not isinstance(weight, nn.Parameter)]:
         raise AutopruneError(
             f"the weight of {', '.join(computed[:3])} is computed from other tensors (weight or spectral norm, another "

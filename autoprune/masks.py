@@ -12,13 +12,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from autoprune.criteria import CRITERIA, LayerStatistics
+from autoprune.criteria import CRITERIA, Criterion, LayerStatistics
 from autoprune.errors import AutopruneError
-from autoprune.model.arguments import call_with
+from autoprune.model.arguments import Arguments, call_with
 from autoprune.model.columns import input_moments, squared_gradients
 from autoprune.model.given import called, check_loss, read
-from autoprune.model.inventory import Inventory, watch_forward
-from autoprune.model.recurrent.names import layer_at, partner_of
+from autoprune.model.inventory import Inventory
+from autoprune.model.recurrent.names import partner_of
+from autoprune.model.uses import Use, watch_weights
+from autoprune.model.weights import as_held, as_read, weight_of
 from autoprune.patterns import PATTERNS
 from autoprune.patterns.base import Pattern
 from autoprune.patterns.layered import mask_of, masks_of
@@ -29,13 +31,6 @@ Batches = Iterable[Any]  # (inputs, target), or another form that `inputs_and_ta
 Loss = Callable[[Any, Any], Tensor]
 
 
-def weight_of(model: nn.Module, name: str) -> Tensor:
-    """The weight parameter of the layer called `name`."""
-    weight = layer_at(model, name).weight
-    assert isinstance(weight, Tensor)
-    return weight
-
-
 def collect_statistics(
     model: nn.Module, names: Iterable[str], batches: Batches, loss: Loss, needs: Iterable[str]
 ) -> dict[str, LayerStatistics]:
@@ -43,18 +38,19 @@ def collect_statistics(
     names, wanted = list(names), frozenset(needs)
     if not wanted:
         return {name: LayerStatistics() for name in names}
-    modules = {name: layer_at(model, name) for name in names}
     sums: dict[str, _Sums] = {}
+    samples = 1
 
-    def seen(name: str, args: tuple[Any, ...], output: Tensor) -> None:
-        sums.setdefault(name, _Sums(modules[name])).add(args[0].detach(), output, wanted)
+    def seen(name: str, use: Use) -> None:
+        sums.setdefault(name, _Sums(weight_of(model, name))).add(use, samples, wanted)
 
     was_training = model.training
     model.eval()  # batch norm must not drift
     try:
-        with watch_forward(model, names, seen):
+        with watch_weights(model, names, seen):
             for number, inputs, target in read(batches, "the calibration data"):
                 with called(f"the model cannot be calibrated on batch {number}"):
+                    samples = max(1, Arguments.of(inputs).samples)
                     if wanted & _DIFFERENTIATED:
                         for name, gradient in _gradients(model, names, loss, inputs, target).items():
                             sums[name].gradient += gradient.abs()
@@ -74,27 +70,30 @@ _DIFFERENTIATED = frozenset({"gradient", "squared_gradient"})
 class _Sums:
     """What is summed of one layer while batches pass."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+    def __init__(self, weight: Tensor) -> None:
         self.samples = self.columns = 0
-        self.gradient: Tensor = torch.zeros_like(cast("Tensor", module.weight))
+        self.turned = False
+        self.gradient: Tensor = torch.zeros_like(weight)
         self.squared_gradient = self.input_square = self.input_moments = torch.zeros(())
 
-    def add(self, x: Tensor, output: Tensor, wanted: frozenset[str]) -> None:
-        """Takes in one call of the layer."""
+    def add(self, use: Use, samples: int, wanted: frozenset[str]) -> None:
+        """Takes in one use of the weight on a batch of so many samples."""
+        self.turned = use.turned
+        x, output = use.by_sample(use.x.detach(), samples), use.output
         if "input_norm" in wanted:
-            axis = 1 if isinstance(self.module, nn.Conv2d) else x.ndim - 1
+            axis = x.ndim - 1 if use.kind == "linear" else 1
             total = x.double().square().sum(dim=[d for d in range(x.ndim) if d != axis])  # (in,)
             self.input_square = self.input_square + total
         if "input_moments" in wanted:
-            self.input_moments = self.input_moments + input_moments(self.module, x)
-            self.columns += output.numel() // len(cast("Tensor", self.module.weight))
+            self.input_moments = self.input_moments + input_moments(use, x)
+            self.columns += output.numel() // len(use.weight)
         if "squared_gradient" in wanted:
             self.samples += len(x)
 
             def add_gradient(gradient: Tensor) -> None:
-                own = gradient.reshape(output.shape) * len(x)  # of a sample's own loss: the batch's is their mean
-                self.squared_gradient = self.squared_gradient + squared_gradients(self.module, x, own)
+                own = use.by_sample(gradient.reshape(output.shape), samples)
+                own = own * len(x)  # of a sample's own loss: the batch's is their mean
+                self.squared_gradient = self.squared_gradient + squared_gradients(use, x, own)
 
             # A hook, not a gradient asked for later: an in-place ReLU would take the output's place. Where the output
             # is a view, as that of a Linear is, such a ReLU would take the hook away too, but not its base's.
@@ -104,7 +103,7 @@ class _Sums:
     def statistics(self, wanted: frozenset[str]) -> LayerStatistics:
         moments = (self.input_moments / max(1, self.columns)).float()
         found = {
-            "gradient": self.gradient,
+            "gradient": as_read(self.gradient, self.turned),
             "input_norm": self.input_square.sqrt().float(),
             "squared_gradient": self.squared_gradient / max(1, self.samples),
             "input_moments": moments,
@@ -136,12 +135,16 @@ def score_layers(
     """
     plan.check_layers(inventory.names)
     return {
-        name: CRITERIA.create(layer.criterion).saliency(
-            weight_of(model, name), statistics[name], inventory[name].conv_groups
-        )
+        name: saliency_of(CRITERIA.create(layer.criterion), inventory[name], weight_of(model, name), statistics[name])
         for name, layer in plan.layers.items()
         if layer.sparsity > 0.0
     }
+
+
+def saliency_of(criterion: Criterion, layer: LayerSpec, weight: Tensor, statistics: LayerStatistics) -> Tensor:
+    """A criterion's scores of a layer, in the shape of its parameter, `weight`."""
+    scores = criterion.saliency(as_read(weight, layer.turned), statistics, layer.conv_groups)
+    return as_held(scores, layer.turned)
 
 
 def cut_layers(
@@ -229,36 +232,44 @@ def apply_masks_(model: nn.Module, masks: Mapping[str, Tensor], inventory: Inven
     with torch.no_grad():
         for name, mask in masks.items():
             weight_of(model, name).mul_(mask)
-            cut = None if inventory is None else silent_filters(name, masks)
+            cut = None if inventory is None else silent_filters(inventory[name], masks)
             if inventory is not None and cut is not None:
                 for row in filter_rows(model, inventory[name]).values():
                     row.masked_fill_(cut, 0.0)
     return model
 
 
-def silent_filters(name: str, kept: Mapping[str, Tensor]) -> Tensor | None:
+def silent_filters(layer: LayerSpec, kept: Mapping[str, Tensor]) -> Tensor | None:
     """The filters of a layer of which nothing is left, ``(out,)``; None where there are none.
 
     Args:
-        name: of the layer.
+        layer: whose filters are meant.
         kept: masks, or weights with zeros, by layer.
     """
-    rows, partner = ~kept[name].flatten(1).any(dim=1), partner_of(name)
+    rows, partner = ~live_filters(layer, kept[layer.name]), partner_of(layer.name)
     if partner is not None:
         if partner not in kept:
             return None
-        rows &= ~kept[partner].flatten(1).any(dim=1)
+        rows &= ~live_filters(layer, kept[partner])
     return rows if bool(rows.any()) else None
 
 
+def live_filters(layer: LayerSpec, kept: Tensor) -> Tensor:
+    """The filters of which a mask, or a weight with zeros, leaves anything, ``(out,)``."""
+    return as_read(kept, layer.turned).flatten(1).any(dim=1)
+
+
 def filter_rows(model: nn.Module, layer: LayerSpec) -> dict[str, Tensor]:
-    """The parameters with one entry a filter, by name: the layer's bias, and weight and bias of the norm behind it."""
-    rows: dict[str, Tensor] = {}
-    for module, roles in ((layer.name, ("bias",)), (layer.norm, ("weight", "bias"))):
-        if module is not None:
-            named = {role: getattr(layer_at(model, module), role) for role in roles}
-            rows |= {f"{module}.{role}": value for role, value in named.items() if isinstance(value, Tensor)}
-    return rows
+    """The parameters with one entry a filter, by name: what is added to the product, and the norm behind it."""
+    norms = [] if layer.norm is None else [f"{layer.norm}.{role}".lstrip(".") for role in ("weight", "bias")]
+    return {name: _tensor(model, name) for name in (*layer.biases, *norms)}
+
+
+def _tensor(model: nn.Module, name: str) -> Tensor:
+    head, _, tail = name.rpartition(".")
+    tensor = getattr(model.get_submodule(head), tail)
+    assert isinstance(tensor, Tensor)
+    return tensor
 
 
 def sparsity(mask: Tensor) -> float:

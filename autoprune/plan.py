@@ -22,15 +22,18 @@ class LayerSpec:
     """One prunable layer as it was seen to run on the example input.
 
     Attributes:
-        name: fully qualified module name; of a recurrent weight, its own: ``encoder.weight_hh_l0``.
+        name: fully qualified module name; of a weight that is not its module's ``weight``, its own:
+            ``encoder.weight_hh_l0``, ``attention.in_proj_weight``.
         kind: ``conv2d``, ``linear``, ``lstm`` or ``gru``.
-        weight_shape: ``(out, in / conv_groups, kh, kw)`` or ``(out, in)``.
+        weight_shape: ``(out, in / conv_groups, kh, kw)`` or ``(out, in)``, as the operator reads the parameter.
         conv_groups: groups of a grouped convolution; 1 otherwise.
         input_shape: shape of the layer's input, batch included.
         positions: output positions an inference (batch x height x width, or tokens), over all calls.
         calls: how often the layer runs in one inference.
         gates: rows a unit of a recurrent weight has, those of one gate together; 1 otherwise.
         norm: the affine batch norm that reads this layer's output as it is and nothing else, or None.
+        turned: whether the parameter holds `weight_shape` the other way round: ``(in, out)``.
+        biases: the parameters, by qualified name, that are added to the product: one entry a filter.
     """
 
     name: str
@@ -45,6 +48,8 @@ class LayerSpec:
     calls: int = 1
     gates: int = 1
     norm: str | None = None
+    turned: bool = False
+    biases: tuple[str, ...] = ()
 
     @property
     def weights(self) -> int:

@@ -19,7 +19,8 @@ import torch
 
 from autoprune.config import parse_config
 from autoprune.files import read_json, write_tensors
-from autoprune.masks import sparsity, weight_of
+from autoprune.masks import sparsity
+from autoprune.model.weights import weight_of
 from autoprune.patterns.group import Group
 from autoprune.pipeline.run import Run
 from autoprune.repack import PackedWeight, load, pack, save

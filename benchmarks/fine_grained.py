@@ -30,7 +30,8 @@ import torch
 from autoprune.agents.halving import rungs
 from autoprune.config import HalvingSection, parse_config
 from autoprune.files import cache_folder
-from autoprune.masks import sparsity, weight_of
+from autoprune.masks import sparsity
+from autoprune.model.weights import weight_of
 from autoprune.pipeline.run import Run
 from autoprune.report.console import Console
 from autoprune.report.table import markdown_table, mean_and_spread

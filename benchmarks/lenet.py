@@ -24,8 +24,8 @@ import torch
 from torch import nn
 
 from autoprune.files import cache_folder, read_tensors, write_tensors
-from autoprune.masks import weight_of
 from autoprune.model.inventory import take_inventory
+from autoprune.model.weights import weight_of
 from autoprune.plan import LayerPlan, Plan
 from autoprune.registry import Choice
 from autoprune.report.console import Console

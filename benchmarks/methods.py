@@ -34,8 +34,9 @@ from autoprune.files import cache_folder, read_tensors, write_tensors
 from autoprune.latency.engines import ENGINES, baselines
 from autoprune.latency.machine import machine_text
 from autoprune.latency.timer import Protocol, measure_together, speedup
-from autoprune.masks import sparsity, weight_of
+from autoprune.masks import sparsity
 from autoprune.model.inventory import Inventory, take_inventory
+from autoprune.model.weights import weight_of
 from autoprune.plan import LayerPlan, Plan
 from autoprune.registry import Choice
 from autoprune.repack import remaining_macs, repack

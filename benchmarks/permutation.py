@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from autoprune.config import load_config
 from autoprune.evaluation.dense import dense_model
-from autoprune.masks import Masks, apply_masks_, weight_of
+from autoprune.masks import Masks, apply_masks_
 from autoprune.model.inventory import Inventory, take_inventory
+from autoprune.model.weights import weight_of
 from autoprune.patterns import PATTERNS
 from autoprune.patterns.base import Pattern
 from autoprune.registry import Choice

@@ -30,10 +30,10 @@ from autoprune.files import cache_folder, read_tensors, write_tensors
 from autoprune.latency.engines import ENGINES, baselines
 from autoprune.latency.machine import machine_text
 from autoprune.latency.timer import Latency, Protocol, measure_together, speedup
-from autoprune.masks import weight_of
 from autoprune.metric import ACCURACY, BITS_PER_CHARACTER, Metric
 from autoprune.model.inventory import as_tuple, take_inventory
 from autoprune.model.recurrent.modules import cut_states_, recurrent_modules
+from autoprune.model.weights import weight_of
 from autoprune.plan import LayerPlan, Plan
 from autoprune.registry import Choice
 from autoprune.report.console import Console

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from autoprune.errors import AutopruneError
-from autoprune.masks import weight_of
 from autoprune.model.net2wider import expand
+from autoprune.model.weights import weight_of
 from autoprune.tasks.zoo import build_model
 from autoprune.tasks.zoo.initialise import randomise_norms_
 

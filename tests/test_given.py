@@ -19,9 +19,9 @@ from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, Tensor
 import autoprune
 from autoprune import PruningHooks
 from autoprune.errors import AutopruneError, ConfigError
-from autoprune.masks import weight_of
 from autoprune.model.copies import copy_for_inference
 from autoprune.model.inventory import take_inventory
+from autoprune.model.weights import weight_of
 from autoprune.repack import ProgramModel
 from autoprune.settings import TrainingSettings
 from autoprune.tasks.checks import check_training, unfreeze_

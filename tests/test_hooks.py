@@ -20,8 +20,9 @@ import autoprune
 from autoprune import PruningHooks
 from autoprune.errors import AutopruneError, ConfigError, InfeasibleTarget, StaleTable
 from autoprune.latency.cost import LatencyCost
-from autoprune.masks import sparsity, weight_of
+from autoprune.masks import sparsity
 from autoprune.model.inventory import take_inventory
+from autoprune.model.weights import weight_of
 from autoprune.pipeline import retarget
 from autoprune.plan import LayerPlan, Plan
 from autoprune.registry import Choice

@@ -27,8 +27,8 @@ from autoprune.errors import ConfigError
 from autoprune.files import read_json
 from autoprune.latency.machine import machine_identity
 from autoprune.latency.table import LatencyTable
-from autoprune.masks import weight_of
 from autoprune.metric import BITS_PER_CHARACTER
+from autoprune.model.weights import weight_of
 from autoprune.pipeline import preparation
 from autoprune.pipeline.compare import _ACTIONS
 from autoprune.pipeline.run import Run

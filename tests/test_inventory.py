@@ -41,7 +41,7 @@ def test_layers_and_reasons() -> None:
     model = Odd().train()
     inventory = take_inventory(model, torch.randn(2, 8, 8, 8), keep_dense=["f*"])
     assert model.training
-    assert inventory.names == ["conv", "same", "twice"]
+    assert inventory.names == ["conv", "same", "twice", "behind"]
     conv = inventory["conv"]
     assert (conv.weight_shape, conv.conv_groups, conv.stride, conv.padding) == ((16, 4, 3, 3), 2, (2, 2), (1, 1))
     assert conv.positions == 2 * 4 * 4
@@ -51,17 +51,21 @@ def test_layers_and_reasons() -> None:
     reasons = {row.name: row.reason for row in inventory.dense}
     assert "padding mode 'reflect'" in reasons["reflect"]
     assert "only 32 weights" in reasons["tiny"]
-    assert "never ran" in reasons["behind"]
-    assert "shared" in reasons["tied"]
-    assert "never ran" in reasons["unused"]
+    assert inventory["behind"].calls == 2  # by its weight alone, and as another layer's
+    assert inventory["behind"].biases == ("behind.bias", "tied.bias")
+    assert "that of behind" in reasons["tied"]
+    assert "does not read it" in reasons["unused"]
     assert "config" in reasons["fc"]
 
 
-def test_a_fused_transformer_layer_offers_its_linears() -> None:
+def test_a_fused_transformer_layer_offers_its_attention_and_its_linears() -> None:
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 2).eval()
-    x = torch.randn(2, 5, 32)
-    inventory = take_inventory(model, x)
-    assert inventory.names == ["layers.0.linear1", "layers.0.linear2", "layers.1.linear1", "layers.1.linear2"]
+    inventory = take_inventory(model, torch.randn(2, 5, 32))
+    own = ["self_attn.in_proj_weight", "self_attn.out_proj", "linear1", "linear2"]
+    assert inventory.names == [f"layers.{layer}.{name}" for layer in (0, 1) for name in own]
+    assert {layer.kind for layer in inventory.layers} == {"linear"}
+    assert inventory["layers.0.self_attn.in_proj_weight"].biases == ("layers.0.self_attn.in_proj_bias",)
+    assert inventory["layers.0.self_attn.in_proj_weight"].positions == 2 * 5
 
 
 def test_inputs_of_a_wrong_shape_are_explained() -> None:

@@ -8,16 +8,9 @@ from torch import nn
 
 from autoprune.criteria import LayerStatistics
 from autoprune.errors import AutopruneError, ConfigError
-from autoprune.masks import (
-    apply_masks_,
-    collect_statistics,
-    filter_rows,
-    make_masks,
-    nonzero_parameters,
-    sparsity,
-    weight_of,
-)
+from autoprune.masks import apply_masks_, collect_statistics, filter_rows, make_masks, nonzero_parameters, sparsity
 from autoprune.model.inventory import take_inventory
+from autoprune.model.weights import weight_of
 from autoprune.patterns import PATTERNS
 from autoprune.plan import LayerPlan, Plan
 from autoprune.registry import Choice

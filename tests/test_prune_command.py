@@ -18,7 +18,8 @@ from autoprune.evaluation.recovery.finetune import budget_cost
 from autoprune.files import read_json, write_json
 from autoprune.latency.cost import LatencyCost
 from autoprune.latency.timer import Latency
-from autoprune.masks import sparsity, weight_of
+from autoprune.masks import sparsity
+from autoprune.model.weights import weight_of
 from autoprune.patterns import PATTERNS
 from autoprune.pipeline.results import report_of
 from autoprune.pipeline.run import Run

@@ -15,10 +15,11 @@ import autoprune
 from autoprune.criteria import CRITERIA
 from autoprune.errors import AutopruneError, ConfigError
 from autoprune.evaluation.recovery.reconstruct import reconstruct_
-from autoprune.masks import apply_masks_, collect_statistics, make_masks, weight_of
+from autoprune.masks import apply_masks_, collect_statistics, make_masks
 from autoprune.model.inventory import record_inputs, take_inventory
 from autoprune.model.recurrent.modules import cut_states_
-from autoprune.model.recurrent.names import GATES, by_unit, layer_at, partner_of
+from autoprune.model.recurrent.names import GATES, by_unit, partner_of
+from autoprune.model.weights import layer_at, weight_of
 from autoprune.patterns import PATTERNS
 from autoprune.patterns.layered import cells_of, mask_of, put_back, seen_by
 from autoprune.plan import LayerPlan, Plan
@@ -99,7 +100,7 @@ def test_projections_stay_dense_and_the_reason_is_told() -> None:
         take_inventory(model, torch.randn(STEPS, 2, FEATURES))
     inventory = take_inventory(Projected(model), torch.randn(STEPS, 2, FEATURES))
     assert inventory.names == ["head"]
-    assert [row.name for row in inventory.dense] == ["rnn"]
+    assert [row.name for row in inventory.dense] == ["rnn.weight_ih_l0", "rnn.weight_hh_l0", "rnn.weight_hr_l0"]
     with pytest.raises(ConfigError, match="projections"):
         cut_states_(model, keep=0.5)
 

@@ -23,7 +23,8 @@ from autoprune.errors import AutopruneError, ConfigError, FileError, InfeasibleT
 from autoprune.evaluation.recovery import Subject
 from autoprune.files import append_line, read_json, read_lines, read_tensors, write_json, write_tensors
 from autoprune.latency.timer import Latency, Protocol
-from autoprune.masks import sparsity, weight_of
+from autoprune.masks import sparsity
+from autoprune.model.weights import weight_of
 from autoprune.patterns import PATTERNS
 from autoprune.pipeline.results import report_of, results
 from autoprune.pipeline.run import Run

@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """What one calibration pass saw of a layer.
+    """What one calibration pass saw of a layer, its weight taken as the operator reads it.
 
     Attributes:
         gradient: sum over batches of |dL/dw| in the weight's shape, or None when no criterion asked for it.

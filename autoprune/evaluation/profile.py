@@ -27,16 +27,17 @@ from autoprune.latency.machine import machine_identity
 from autoprune.latency.record import MeasurementRecord
 from autoprune.latency.table import LatencyTable, LayerTable, Point
 from autoprune.latency.timer import Clock, Protocol, measure_together, torch_threads
+from autoprune.masks import saliency_of
 from autoprune.model.copies import copy_for_inference
 from autoprune.model.inventory import Inventory, KeptDense, record_inputs
-from autoprune.model.recurrent.names import layer_at
+from autoprune.model.weights import layer_at, weight_of
 from autoprune.patterns import PATTERNS
 from autoprune.patterns.layered import mask_of
 from autoprune.plan import LayerPlan, LayerSpec, Plan
 from autoprune.processes.locks import turn
 from autoprune.progress import SILENT, Progress
 from autoprune.registry import Choice
-from autoprune.repack import CaptureError, Graph, ProgramModel, capture, lower_layer, repack
+from autoprune.repack import CaptureError, Graph, ProgramModel, capture, is_replaceable, lower_layer, repack
 from autoprune.repack.tuning.layer_times import LayerTime, layer_times
 from autoprune.repack.tuning.tuning import VERSION
 
@@ -220,7 +221,7 @@ def _program_times(
     model = copy.deepcopy(subject.dense)
     if sparsity > 0.0:
         for spec in subject.inventory.layers:
-            _mask_(layer_at(model, spec.name), spec, pattern, sparsity)
+            _mask_(weight_of(model, spec.name), spec, pattern, sparsity)
     fast = repack(model, inputs, graph=graph, clock=clock)
     if not isinstance(fast, ProgramModel):
         return None
@@ -235,10 +236,8 @@ def _program_times(
     }
 
 
-def _mask_(module: nn.Module, spec: LayerSpec, pattern: Choice, sparsity: float) -> None:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    saliency = Magnitude().saliency(weight, LayerStatistics(), spec.conv_groups)
+def _mask_(weight: Tensor, spec: LayerSpec, pattern: Choice, sparsity: float) -> None:
+    saliency = saliency_of(Magnitude(), spec, weight, LayerStatistics())
     with torch.no_grad():
         weight.mul_(mask_of(PATTERNS.create(pattern), spec, saliency, sparsity))
 
@@ -257,8 +256,9 @@ def _one_by_one(
     layers = {}
     with progress.bar("latency table", len(subject.inventory.layers)) as bar, torch_threads(protocol.threads):
         for spec in subject.inventory.layers:
-            module = layer_at(subject.dense, spec.name)
-            layers[spec.name] = _layer(module, recorded[spec.name], patterns, spec, protocol, clock, record)
+            module = layer_at(subject.dense, spec.name, spec.turned)
+            packs = is_replaceable(subject.dense, spec.name)
+            layers[spec.name] = _layer(module, recorded[spec.name], patterns, spec, packs, protocol, clock, record)
             bar.advance()
     return layers
 
@@ -268,15 +268,19 @@ def _layer(
     x: Tensor,
     patterns: Sequence[Choice],
     spec: LayerSpec,
+    packs: bool,
     protocol: Protocol,
     clock: Clock,
     record: MeasurementRecord,
 ) -> LayerTable:
+    """Times one layer; by torch alone unless it `packs` outside of a program."""
+    dense = {"dense": module}
+
     def fastest(choice: Choice, sparsity: float) -> dict[str, Any]:
         masked = copy.deepcopy(module)
-        if sparsity > 0.0:
-            _mask_(masked, spec, choice, sparsity)
-        timed = {name: _call(option, x) for name, option in lower_layer(masked).items()}
+        if sparsity > 0.0 and packs:
+            _mask_(weight_of(masked, ""), spec, choice, sparsity)
+        timed = {name: _call(option, x) for name, option in (lower_layer(masked) if packs else dense).items()}
         times = measure_together(timed, protocol, clock)
         best = min(times, key=lambda name: times[name].median_ms)
         return asdict(_Cell(times["dense"].median_ms * 1e3, times[best].median_ms * 1e3, best, spec.calls))

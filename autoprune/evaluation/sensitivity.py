@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from autoprune.errors import AutopruneError, FileError
@@ -32,8 +32,8 @@ from autoprune.latency.quiet import working
 from autoprune.masks import masks_at
 from autoprune.model.arguments import Arguments, call_with
 from autoprune.model.given import called, check_loss
-from autoprune.model.inventory import watch_forward
-from autoprune.model.recurrent.names import layer_at
+from autoprune.model.uses import Use, watch_weights
+from autoprune.model.weights import as_read
 from autoprune.plan import LayerPlan, LayerSpec, Plan
 from autoprune.progress import SILENT, Progress
 from autoprune.registry import Choice
@@ -106,17 +106,20 @@ def _probe(
 ) -> Sensitivity:
     model = copy.deepcopy(subject.dense).eval()
     model.requires_grad_(True)  # not every parameter of a user's model may
-    probes = {name: _LayerProbe(layer_at(model, name), subject.inventory[name], masks[name]) for name in names}
+    probes = {name: _LayerProbe(subject.inventory[name], masks[name]) for name in names}
     draws = torch.Generator().manual_seed(subject.seed)
     batches = list(_samples(subject))
 
-    def seen(name: str, args: tuple[Any, ...], output: Tensor) -> None:
-        probes[name].watch(args[0].detach(), output)
+    batch = 1
+
+    def seen(name: str, use: Use) -> None:
+        probes[name].watch(use, batch)
 
     with progress.bar("sensitivity", len(batches)) as bar, torch.enable_grad():
         for number, (inputs, target) in enumerate(batches, 1):
             with called(f"the sensitivity cannot be probed on batch {number} of the calibration data"):
-                with watch_forward(model, names, seen):
+                batch = max(1, Arguments.of(inputs).samples)
+                with watch_weights(model, names, seen):
                     output = call_with(model, inputs)
                 # A mean over samples: each sample's own gradient is as many times larger.
                 loss = subject.task.loss(output, _drawn_targets(output, target, draws))
@@ -160,7 +163,6 @@ def _drawn_targets(output: Any, target: Tensor, draws: torch.Generator) -> Tenso
 class _LayerProbe:
     """What is summed of one layer while batches pass."""
 
-    module: nn.Module
     spec: LayerSpec
     masks: Sequence[Tensor]
     samples: int = 0
@@ -169,21 +171,21 @@ class _LayerProbe:
     variance: float = 0.0
     _slopes: Tensor | None = None  # g . e of each sample of the batch, over all calls: (anchors, samples)
 
-    def watch(self, x: Tensor, output: Tensor) -> None:
-        """Takes in one call of the layer: the rest follows when the backward pass comes by."""
+    def watch(self, use: Use, batch: int) -> None:
+        """Takes in one use of the weight, on a batch of so many samples: the rest follows in the backward pass."""
+        x, output = use.by_sample(use.x.detach(), batch), use.output
 
         def arrived(gradient: Tensor) -> None:
-            self._add(x, gradient.reshape(output.shape))
+            self._add(use, x, use.by_sample(gradient.reshape(output.shape), batch))
 
         # A hook on the base: an in-place ReLU after a view would take a hook on the view away.
         base = output._base if output._is_view() else output
         cast("Tensor", base).register_hook(arrived)
 
     @torch.no_grad()
-    def _add(self, x: Tensor, gradient: Tensor) -> None:
-        weight = cast("Tensor", self.module.weight)
-        convolution = isinstance(self.module, nn.Conv2d)
-        whole = _by_channel(_product(self.module, x, weight), convolution)
+    def _add(self, use: Use, x: Tensor, gradient: Tensor) -> None:
+        convolution = use.kind != "linear"
+        whole = _by_channel(_product(use, x, use.weight), convolution)
         mean = whole.mean((0, 2), keepdim=True)
         self.variance += float((whole - mean).square().sum())
         if self.spec.norm is not None:
@@ -197,7 +199,7 @@ class _LayerProbe:
         count = whole.shape[0] * whole.shape[2]
         slopes = []
         for place, mask in enumerate(self.masks):
-            left = _by_channel(_product(self.module, x, weight * mask), convolution)
+            left = _by_channel(_product(use, x, use.weight * as_read(mask, use.turned)), convolution)
             lo, lg = _products(fixed, left)
             ll = _products(left.unsqueeze(2), left)[0].sum(0)
             if self.spec.norm is not None:  # what is left gets the output's deviation, and no mean
@@ -222,11 +224,11 @@ class _LayerProbe:
         self._slopes = None
 
 
-def _product(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+def _product(use: Use, x: Tensor, weight: Tensor) -> Tensor:
     """The layer without its bias, with another weight."""
-    if isinstance(module, nn.Conv2d):
-        return cast("Tensor", module._conv_forward(x, weight, None))
-    return functional.linear(x, weight)
+    if use.kind == "linear":
+        return functional.linear(x, weight)
+    return functional.conv2d(x, weight, None, **use.settings)
 
 
 def _by_channel(values: Tensor, convolution: bool) -> Tensor:

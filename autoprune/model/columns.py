@@ -5,41 +5,40 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
-from autoprune.model.inventory import conv_padding
+from autoprune.model.uses import Use
 
 CHUNK = 1 << 23  # numbers unfolded at a time
 
 
-def input_columns(module: nn.Module, x: Tensor) -> Iterator[Tensor]:
+def input_columns(use: Use, x: Tensor) -> Iterator[Tensor]:
     """What each row of the weight is multiplied with, some samples at a time.
 
     Args:
-        module: a Conv2d or Linear.
+        use: of the weight, by a product of matrices or a conv2d.
         x: its input, ``(samples, ...)``.
 
     Yields:
         ``(samples, conv_groups, in / conv_groups * kh * kw, positions)``, in the weight's order.
     """
-    if not isinstance(module, nn.Conv2d):
+    if use.kind == "linear":
         for part in x.split(max(1, CHUNK * len(x) // max(1, x.numel()))):
             yield part.reshape(len(part), -1, x.shape[-1]).transpose(1, 2)[:, None]
         return
-    kernel = module.kernel_size[0] * module.kernel_size[1]
-    for part in x.split(max(1, CHUNK * len(x) // max(1, x.numel() * kernel))):
-        unfolded = functional.unfold(
-            part, module.kernel_size, dilation=module.dilation, padding=conv_padding(module), stride=module.stride
-        )
-        yield unfolded.reshape(len(part), module.groups, -1, unfolded.shape[-1])
+    kernel = (use.weight.shape[2], use.weight.shape[3])
+    stride, padding, dilation = (use.setting(name) for name in ("stride", "padding", "dilation"))
+    for part in x.split(max(1, CHUNK * len(x) // max(1, x.numel() * kernel[0] * kernel[1]))):
+        unfolded = functional.unfold(part, kernel, dilation=dilation, padding=padding, stride=stride)
+        yield unfolded.reshape(len(part), use.conv_groups, -1, unfolded.shape[-1])
 
 
-def output_rows(module: nn.Module, y: Tensor) -> Tensor:
-    """A layer's output, or its gradient, ``(samples, conv_groups, out / conv_groups, positions)``."""
-    if not isinstance(module, nn.Conv2d):
+def output_rows(use: Use, y: Tensor) -> Tensor:
+    """The output, or its gradient, ``(samples, conv_groups, out / conv_groups, positions)``."""
+    if use.kind == "linear":
         return y.reshape(len(y), -1, y.shape[-1]).transpose(1, 2)[:, None]
-    return y.reshape(len(y), module.groups, y.shape[1] // module.groups, -1)
+    return y.reshape(len(y), use.conv_groups, y.shape[1] // use.conv_groups, -1)
 
 
 def joined(values: Tensor) -> Tensor:
@@ -47,26 +46,24 @@ def joined(values: Tensor) -> Tensor:
     return values.permute(1, 2, 0, 3).flatten(2)
 
 
-def input_moments(module: nn.Module, x: Tensor) -> Tensor:
+def input_moments(use: Use, x: Tensor) -> Tensor:
     """Sum over samples and positions of ``c c^T``, for columns c: ``(conv_groups, columns, columns)``, float64."""
-    columns = (joined(part) for part in input_columns(module, x))
+    columns = (joined(part) for part in input_columns(use, x))
     return torch.stack([(c @ c.transpose(1, 2)).double() for c in columns]).sum(0)
 
 
-def squared_gradients(module: nn.Module, x: Tensor, gradient: Tensor) -> Tensor:
+def squared_gradients(use: Use, x: Tensor, gradient: Tensor) -> Tensor:
     """Sum over samples of the squared gradient of the weight, in its shape.
 
     Args:
-        module: a Conv2d or Linear.
+        use: of the weight, by a product of matrices or a conv2d.
         x: its input, ``(samples, ...)``.
-        gradient: of its output.
+        gradient: of its output, likewise.
     """
-    rows, done = output_rows(module, gradient), 0
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    total = weight.new_zeros(weight.shape)
-    for columns in input_columns(module, x):
+    rows, done = output_rows(use, gradient), 0
+    total = torch.zeros(use.weight.shape)
+    for columns in input_columns(use, x):
         for sample in columns:
-            total += (rows[done] @ sample.transpose(1, 2)).square().reshape(weight.shape)
+            total += (rows[done] @ sample.transpose(1, 2)).square().reshape(total.shape)
             done += 1
     return total

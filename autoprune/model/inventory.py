@@ -1,19 +1,18 @@
 """Model + example inputs -> which layers can be pruned, and which stay dense and why.
 
-The model is run once and every candidate's `forward` is watched without hooks (a hook would change the
-path some modules take), so a layer whose weight is read behind its back is found out, not guessed.
+The model is run once and watched: every weight is asked for by what multiplies by it, whatever module holds it. So
+each parameter of two axes or more is a layer, or is listed with the reason why it is none.
 """
 
 from __future__ import annotations
 
 import fnmatch
-import math
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +21,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from autoprune.errors import AutopruneError, first_line
 from autoprune.model.arguments import Arguments, call_with
 from autoprune.model.copies import copy_for_inference, not_running, out_of_reach
-from autoprune.model.recurrent.modules import run_stepwise
-from autoprune.model.recurrent.names import GATES, cell_of, layer_at, layers_of, split_name
+from autoprune.model.recurrent.names import GATES
+from autoprune.model.uses import Use, watch_weights
+from autoprune.model.weights import first_names, kind_of, module_at, weight_of, weighted_layers
 from autoprune.plan import LayerSpec
 
 MIN_WEIGHTS = 64  # below this a layer's time is dispatch, and its zeros save nothing
+_PRUNED = ("linear", "conv2d")  # kinds of products that are packed
 
 
 @dataclass(frozen=True)
@@ -57,39 +58,16 @@ class Inventory:
         return [layer.name for layer in self.layers]
 
 
-@dataclass
-class _Call:
-    input_shape: tuple[int, ...]
-    positions: int
-    calls: int = 1
-
-
 def as_tuple(inputs: Any) -> tuple[Any, ...]:
     """A tensor or a tuple of them -> the tuple a model is called with."""
     return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
 
 
-def weighted_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Every layer of a kind this library can prune, by qualified name; the first name of a shared one.
-
-    Each weight of an LSTM or GRU is a layer, under its own name: a Linear that shares it.
-    """
-    layers: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            layers[name] = module
-        elif cell_of(module) is not None:
-            layers |= {f"{name}.{own}".lstrip("."): layer for own, layer in layers_of(module).items()}
-        elif isinstance(module, nn.LSTM):
-            layers[name] = module  # with projections: only to say that it stays as it is
-    return layers
-
-
 @contextmanager
 def watch_forward(model: nn.Module, names: Iterable[str], seen: Any) -> Iterator[None]:
-    """Calls ``seen(name, args, output)`` after each forward of the layers called `names`, without registering hooks.
+    """Calls ``seen(name, args, output)`` after each forward of the modules called `names`, without registering hooks.
 
-    A recurrent module one of whose weights is named runs a step at a time, so that each use of the weight is seen.
+    A hook would change the path that some modules take.
     """
 
     def watched(name: str, forward: Any) -> Any:
@@ -100,31 +78,11 @@ def watch_forward(model: nn.Module, names: Iterable[str], seen: Any) -> Iterator
 
         return run
 
-    def stepwise(path: str, module: Any, weights: frozenset[str]) -> Any:
-        def call(weight: str, x: Tensor) -> Tensor:
-            output: Tensor = layer_at(module, weight)(x)
-            if weight in weights:
-                seen(f"{path}.{weight}".lstrip("."), (x,), output)
-            return output
-
-        return lambda x, hx=None: run_stepwise(module, x, hx, call)
-
-    forwards: dict[nn.Module, Any] = {}
-    recurrent: dict[str, set[str]] = {}
-    for name in names:
-        place = split_name(name)
-        if place is not None and cell_of(model.get_submodule(place[0])) is not None:
-            recurrent.setdefault(place[0], set()).add(place[1])
-        else:
-            module = model.get_submodule(name)
-            forwards[module] = watched(name, module.forward)
-    for path, weights in recurrent.items():
-        module = model.get_submodule(path)
-        forwards[module] = stepwise(path, module, frozenset(weights))
-    before = [(module, module.__dict__.get("forward")) for module in forwards]
+    modules = [(name, model.get_submodule(name)) for name in names]
+    before = [(module, module.__dict__.get("forward")) for _, module in modules]
     try:
-        for module, forward in forwards.items():
-            module.forward = forward
+        for name, module in modules:
+            module.forward = watched(name, module.forward)
         yield
     finally:
         for module, own in before:
@@ -153,16 +111,23 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def record_inputs(model: nn.Module, example_inputs: Any, names: Sequence[str]) -> dict[str, Tensor]:
-    """Runs `model` once and returns the first input of each named layer; layers never called are left out."""
-    inputs: dict[str, Tensor] = {}
-    wanted = weighted_layers(model).keys() & set(names)
+    """Runs `model` once and returns the first input of each named layer; layers never called are left out.
+
+    That of a module is what its forward is given, that of any other weight what is multiplied by it.
+    """
+    given: dict[str, Tensor] = {}
+    multiplied: dict[str, Tensor] = {}
+    modules = [name for name in names if module_at(model, name) is not None]
 
     def seen(name: str, args: tuple[Any, ...], _: Any) -> None:
-        inputs.setdefault(name, args[0])
+        given.setdefault(name, args[0])
 
-    with watch_forward(model, wanted, seen), torch.inference_mode():
+    def used(name: str, use: Use) -> None:
+        multiplied.setdefault(name, use.x)
+
+    with watch_forward(model, modules, seen), watch_weights(model, names, used), torch.inference_mode():
         call_with(model, example_inputs)
-    return inputs
+    return {**multiplied, **given}
 
 
 def take_inventory(
@@ -180,60 +145,88 @@ def take_inventory(
         AutopruneError: when the model does not run on the inputs, or no layer can be pruned.
     """
     probe = copy_for_inference(model)
-    candidates = weighted_layers(probe)
     norms = {name: module for name, module in probe.named_modules() if isinstance(module, _BatchNorm)}
-    calls, of_layers = _watch_calls(probe, example_inputs, candidates, norms)
-    owners = _weight_owners(probe)
+    run = _run(probe, example_inputs, norms)
+    first = first_names(probe)
     layers, dense = [], []
-    order = list(calls) + [name for name in candidates if name not in calls]
-    for name in order:
-        module = candidates[name]
-        kind = kind_of(probe, name, module)
-        reason = _reason_to_keep(name, module, calls.get(name), owners, keep_dense, min_weights)
-        if reason:
-            dense.append(KeptDense(name, kind, reason))
+    for name in dict.fromkeys((*run.calls, *weighted_layers(probe), *first)):
+        call = run.calls.get(name)
+        kind = kind_of(probe, name) if call is None else _kind(probe, name, call)
+        reason = _reason_to_keep(probe, name, run, keep_dense, min_weights)
+        if first.get(name, name) != name:
+            reason = f"its weight is that of {first[name]}, and is pruned where that is"
+        if reason or call is None:
+            dense.append(KeptDense(name, kind, reason or ""))
         else:
-            norm = of_layers.get(name)
-            whole = norm is not None and _normalises_filters(norms[norm], module, calls[name])
-            layers.append(_spec(name, kind, module, calls[name], norm if whole else None))
+            norm = run.norms.get(name)
+            whole = norm is not None and _normalises_filters(norms[norm], call)
+            layers.append(_spec(name, kind, call, _names_of(probe, call.biases), norm if whole else None))
     dense += [KeptDense(name, kind, why) for name, (kind, why) in out_of_reach(probe).items()]
     if not layers:
-        why = (
-            "; ".join(f"{row.name}: {row.reason}" for row in dense[:5]) or "it has no Conv2d, Linear, LSTM or GRU layer"
-        )
+        why = "; ".join(f"{row.name}: {row.reason}" for row in dense[:5]) or "no product reads a parameter of it"
         raise AutopruneError(f"no layer of this model can be pruned ({why}).")
     return Inventory(tuple(layers), tuple(dense))
 
 
-def _watch_calls(
-    probe: nn.Module, example_inputs: Any, candidates: Mapping[str, nn.Module], norms: Mapping[str, nn.Module]
-) -> tuple[dict[str, _Call], Mapping[str, str]]:
-    """Runs `probe` once: how each layer was called, in the order of the first calls, and layer -> batch norm behind it.
+@dataclass
+class _Calls:
+    """How a layer's weight was used: the first time, and in sum."""
+
+    first: Use
+    positions: int = 0
+    calls: int = 0
+    biases: list[Tensor] = field(default_factory=list)
+    alike: bool = True  # every time in the same way
+
+    def add(self, use: Use) -> None:
+        self.positions += use.output.numel() // max(1, use.weight.shape[0])
+        self.calls += 1
+        if use.bias is not None and not any(bias is use.bias for bias in self.biases):
+            self.biases.append(use.bias)
+        same = (use.kind, use.turned, use.weight.shape, use.settings)
+        self.alike &= same == (self.first.kind, self.first.turned, self.first.weight.shape, self.first.settings)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What one run of the model showed.
+
+    Attributes:
+        calls: of each layer whose weight is multiplied by, in the order of the first ones.
+        read_by: layer -> names of the functions that read its weight and are no such product.
+        norms: layer -> batch norm behind it.
+    """
+
+    calls: Mapping[str, _Calls]
+    read_by: Mapping[str, Sequence[str]]
+    norms: Mapping[str, str]
+
+
+def _run(probe: nn.Module, example_inputs: Any, norms: Mapping[str, nn.Module]) -> _Run:
+    """Runs `probe` once, watched.
 
     Raises:
         AutopruneError: it does not run on the inputs.
     """
-    calls: dict[str, _Call] = {}
+    calls: dict[str, _Calls] = {}
+    read_by: dict[str, list[str]] = {}
     readings = _Readings()
 
-    def seen(name: str, args: tuple[Any, ...], output: Any) -> None:
-        if name in norms:
-            readings.read(name, args[0])
-            return
-        if isinstance(output, Tensor):
-            readings.written(name, output)
-        tensor = output[0] if isinstance(output, tuple) else output
-        channels = tensor.shape[1] if isinstance(candidates[name], nn.Conv2d) else tensor.shape[-1]
-        positions = tensor.numel() // max(1, channels)
-        if name in calls:
-            calls[name].positions += positions
-            calls[name].calls += 1
-        else:
-            calls[name] = _Call(tuple(args[0].shape), positions)
+    def used(name: str, use: Use) -> None:
+        calls.setdefault(name, _Calls(use)).add(use)
+        readings.written(name, use.output)
+
+    def read(name: str, function: str) -> None:
+        if function not in read_by.setdefault(name, []):
+            read_by[name].append(function)
+
+    def normed(name: str, args: tuple[Any, ...], _: Any) -> None:
+        readings.read(name, args[0])
 
     try:
         # inference tensors have no version, whatever mode the caller is in
-        with watch_forward(probe, [*candidates, *norms], seen), torch.inference_mode(False), torch.no_grad():
+        watching = watch_forward(probe, norms, normed), watch_weights(probe, None, used, read)
+        with watching[0], watching[1], torch.inference_mode(False), torch.no_grad():
             call_with(probe, example_inputs)
     except AttributeError as error:
         raise not_running(error) from error
@@ -243,7 +236,7 @@ def _watch_calls(
             f"the model does not run on its example inputs of shape {shapes}: "
             f"{first_line(error) or type(error).__name__}. Give inputs shaped as the model is called, batch included."
         ) from error
-    return calls, readings.norms()
+    return _Run(calls, read_by, readings.norms())
 
 
 class _Readings:
@@ -274,81 +267,61 @@ class _Readings:
         }
 
 
-def _normalises_filters(norm: nn.Module, layer: nn.Module, call: _Call) -> bool:
+def _normalises_filters(norm: nn.Module, call: _Calls) -> bool:
     """Whether an entry of `norm` is one filter's; in a Linear's output of three dimensions it is a position's."""
-    weight = cast("Tensor", layer.weight)
-    flat = isinstance(layer, nn.Conv2d) or len(call.input_shape) == 2
-    return flat and isinstance(norm.weight, Tensor) and len(norm.weight) == len(weight)
+    flat = call.first.kind != "linear" or call.first.x.ndim == 2
+    return flat and isinstance(norm.weight, Tensor) and len(norm.weight) == call.first.weight.shape[0]
 
 
-def _weight_owners(model: nn.Module) -> dict[int, list[str]]:
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
-    return owners
+def _names_of(model: nn.Module, tensors: Sequence[Tensor]) -> tuple[str, ...]:
+    """The qualified names of those that are parameters."""
+    return tuple(name for name, own in model.named_parameters() if any(own is each for each in tensors))
 
 
-def _reason_to_keep(
-    name: str,
-    module: nn.Module,
-    call: _Call | None,
-    owners: dict[int, list[str]],
-    keep_dense: Sequence[str],
-    min_weights: int,
-) -> str | None:
+def _kind(model: nn.Module, name: str, call: _Calls) -> str:
+    named = kind_of(model, name)
+    return named if named in GATES else call.first.kind
+
+
+def _reason_to_keep(model: nn.Module, name: str, run: _Run, keep_dense: Sequence[str], min_weights: int) -> str | None:
     if any(fnmatch.fnmatch(name, pattern) for pattern in keep_dense):
         return "the config keeps it dense"
-    if isinstance(module, nn.LSTM):
-        return "an LSTM with projections (proj_size) is not prunable: use one without, and a Linear behind it"
-    if call is None:
-        return "its forward never ran: the model reads its weight directly, or does not use it"
-    weight = module.weight
+    weight, call, module = weight_of(model, name), run.calls.get(name), module_at(model, name)
     if not isinstance(weight, nn.Parameter):
         return "its weight is no parameter, so that it cannot be trained"
+    if call is None and kind_of(model, name) == "lstm":
+        return "an LSTM with projections (proj_size) is not prunable: use one without, and a Linear behind it"
+    if call is None:
+        return _unused(run.read_by.get(name, ()))
     if weight.dtype != torch.float32:
         return f"its weight is {str(weight.dtype).removeprefix('torch.')}, not float32"
-    if len(owners.get(id(weight), [])) > 1:
-        return f"its weight is shared with {', '.join(o for o in owners[id(weight)] if o != name + '.weight')}"
-    if isinstance(module, nn.Conv2d):
-        if module.padding_mode != "zeros":
-            return f"padding mode {module.padding_mode!r} has no packed form"
-        if isinstance(module.padding, str) and module.padding == "same" and any(s % 2 == 0 for s in module.kernel_size):
-            return "'same' padding of an even kernel has no packed form"
-    if math.prod(weight.shape) < min_weights:
-        return f"only {math.prod(weight.shape)} weights"
+    if not call.alike:
+        return "it is used in more than one way"
+    if call.first.kind not in _PRUNED:
+        return f"no packed form is of its kind: {call.first.kind} runs in torch, zeros or not"
+    if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
+        return f"padding mode {module.padding_mode!r} has no packed form"
+    if call.first.settings.get("padding") == "same" and any(extent % 2 == 0 for extent in weight.shape[2:]):
+        return "'same' padding of an even kernel has no packed form"
+    if weight.numel() < min_weights:
+        return f"only {weight.numel()} weights"
     return None
 
 
-def conv_padding(module: nn.Conv2d) -> tuple[int, int]:
-    """The zero rows and columns added on each side, for numeric and string paddings alike."""
-    if module.padding == "valid":
-        return (0, 0)
-    if module.padding == "same":
-        high, wide = (d * (k - 1) // 2 for d, k in zip(module.dilation, module.kernel_size, strict=True))
-        return (high, wide)
-    return (int(module.padding[0]), int(module.padding[1]))
+def _unused(functions: Sequence[str]) -> str:
+    """Why a weight is no layer that nothing multiplies by as it is."""
+    if not functions:
+        return "the model does not read it on these inputs"
+    return f"nothing multiplies by it as it is; what reads it: {', '.join(functions[:3])}"
 
 
-def kind_of(model: nn.Module, name: str, module: nn.Module) -> str:
-    """What the layer `module`, called `name` in `model`, is: ``conv2d``, ``linear``, ``lstm`` or ``gru``."""
-    place = split_name(name)
-    cell = None if place is None else cell_of(model.get_submodule(place[0]))
-    return cell or type(module).__name__.lower()
-
-
-def _spec(name: str, kind: str, module: nn.Module, call: _Call, norm: str | None) -> LayerSpec:
-    common = {"name": name, "input_shape": call.input_shape, "positions": call.positions, "calls": call.calls}
-    common["norm"] = norm
-    if isinstance(module, nn.Conv2d):
-        return LayerSpec(
-            kind=kind,
-            weight_shape=tuple(module.weight.shape),
-            conv_groups=module.groups,
-            stride=(module.stride[0], module.stride[1]),
-            padding=conv_padding(module),
-            dilation=(module.dilation[0], module.dilation[1]),
-            **common,  # type: ignore[arg-type]
-        )
-    assert isinstance(module, nn.Linear)
-    gates = GATES.get(kind, 1)
-    return LayerSpec(kind=kind, weight_shape=tuple(module.weight.shape), gates=gates, **common)  # type: ignore[arg-type]
+def _spec(name: str, kind: str, call: _Calls, biases: tuple[str, ...], norm: str | None) -> LayerSpec:
+    use = call.first
+    window: dict[str, Any] = {}
+    if kind == "conv2d":
+        window = {key: use.setting(key) for key in ("stride", "padding", "dilation")}
+    return LayerSpec(
+        name=name, kind=kind, weight_shape=tuple(use.weight.shape), input_shape=tuple(use.x.shape),
+        positions=call.positions, conv_groups=use.conv_groups, calls=call.calls, gates=GATES.get(kind, 1),
+        norm=norm, turned=use.turned, biases=biases, **window,
+    )  # fmt: skip

@@ -1,4 +1,6 @@
-"""A pattern on a layer: on a weight as it is, or on a recurrent one with the gates of each unit side by side.
+"""A pattern on a layer: on the weight as its operator reads it, a recurrent unit's gates side by side.
+
+A parameter may hold that the other way round (`as_read`). Masks and scores lie as their parameter does.
 
 Rows of a recurrent weight are gates of units. Patterns see a unit's rows together, so that a group of filters covers
 whole units and the packed cell reads its gates without a gather; patterns of whole filters see a unit as one.
@@ -11,23 +13,24 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from autoprune.model.recurrent.names import by_gate, by_unit
+from autoprune.model.weights import as_held, as_read
 from autoprune.patterns.base import Pattern
 from autoprune.plan import LayerSpec
 
 
 def seen_by(pattern: Pattern, layer: LayerSpec, values: Tensor) -> Tensor:
-    """`values`, in the shape of the layer's weight, as the pattern sees them."""
-    turned = by_unit(values, layer.gates)
-    return turned.reshape(len(turned) // layer.gates, -1) if layer.gates > 1 and pattern.whole_filters else turned
+    """`values` that lie as the layer's parameter, as the pattern sees them."""
+    units = by_unit(as_read(values, layer.turned), layer.gates)
+    return units.reshape(len(units) // layer.gates, -1) if layer.gates > 1 and pattern.whole_filters else units
 
 
 def put_back(layer: LayerSpec, values: Tensor) -> Tensor:
     """The opposite of `seen_by`."""
-    return by_gate(values.reshape(layer.weight_shape), layer.gates)
+    return as_held(by_gate(values.reshape(layer.weight_shape), layer.gates), layer.turned)
 
 
 def cells_of(pattern: Pattern, layer: LayerSpec) -> Tensor:
-    """The cell of each weight of the layer, int64 from 0, in the weight's shape."""
+    """The cell of each weight of the layer, int64 from 0, as the parameter lies."""
     whole = layer.gates > 1 and pattern.whole_filters
     shape = (layer.weight_shape[0] // layer.gates, layer.weight_shape[1] * layer.gates) if whole else layer.weight_shape
     return put_back(layer, pattern.cells(shape, layer.conv_groups))
@@ -41,7 +44,7 @@ def mask_of(
     within: Tensor | None = None,
     final_sparsity: float | None = None,
 ) -> Tensor:
-    """The pattern's mask of the layer; the arguments are those of `Pattern.mask`, in the weight's shape."""
+    """The pattern's mask of the layer; the arguments are those of `Pattern.mask`, as the parameter lies."""
     before = None if within is None else seen_by(pattern, layer, within)
     seen = seen_by(pattern, layer, saliency)
     return put_back(layer, pattern.mask(seen, sparsity, layer.conv_groups, before, final_sparsity))

@@ -20,8 +20,9 @@ from autoprune.latency.machine import differences, machine_identity
 from autoprune.latency.record import MeasurementRecord
 from autoprune.latency.table import LatencyTable
 from autoprune.latency.timer import Latency, Protocol, measure_together, speedup, torch_threads
-from autoprune.masks import nonzero_parameters, sparsity, weight_of
+from autoprune.masks import nonzero_parameters, sparsity
 from autoprune.model.inventory import KeptDense
+from autoprune.model.weights import weight_of
 from autoprune.pipeline import baselines
 from autoprune.pipeline.application import FineTuned, Repacked
 from autoprune.pipeline.contest import best_by_source, read_contenders, winner

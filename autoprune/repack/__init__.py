@@ -8,7 +8,7 @@ from autoprune.repack.graph.ir import Graph
 from autoprune.repack.graph.record import Record
 from autoprune.repack.model import repack
 from autoprune.repack.modules.backends import BACKENDS, Backend, LayerForm, Support
-from autoprune.repack.modules.replacement import lower_layer
+from autoprune.repack.modules.replacement import is_replaceable, lower_layer
 from autoprune.repack.onnx.export import EngineCheck, ExportedLayer, ExportReport, export_onnx
 from autoprune.repack.report import LayerReport, ProgramModel, RepackedModel, SwappedModel
 from autoprune.repack.weights.packed import PackedWeight, pack
@@ -35,6 +35,7 @@ __all__ = [
     "export_onnx",
     "find_branches",
     "find_readers",
+    "is_replaceable",
     "load",
     "lower_layer",
     "pack",

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from autoprune.errors import AutopruneError
 from autoprune.latency.timer import Clock, Protocol, measure_together
 from autoprune.masks import Masks, apply_masks_
+from autoprune.masks import sparsity as fraction_of_zeros
 from autoprune.model.arguments import Arguments
 from autoprune.model.copies import check_inputs, copy_for_inference, not_running, uncompiled_
-from autoprune.model.inventory import kind_of, weighted_layers
 from autoprune.model.recurrent.modules import cut_states_
+from autoprune.model.recurrent.names import cell_of
+from autoprune.model.weights import first_names, kind_of, weight_of
 from autoprune.repack.graph.batching import apart
 from autoprune.repack.graph.calls import Signature, record_classes
 from autoprune.repack.graph.capture import CaptureError, capture
@@ -36,7 +38,7 @@ from autoprune.repack.modules.methods import has_methods, sharing
 from autoprune.repack.modules.replacement import GAIN, Choose, swap_layers
 from autoprune.repack.outputs import same_output
 from autoprune.repack.probes import agrees, fresh
-from autoprune.repack.report import DENSE, LayerReport, ProgramModel, RepackedModel
+from autoprune.repack.report import DENSE, LayerReport, ProgramModel, RepackedModel, unreached
 from autoprune.repack.runtime.program import Program, check_threads, shapes_of
 from autoprune.repack.sparsity import sparsities
 from autoprune.repack.tuning.tuning import Layer, Tuned, TuningCache, faster_by_sample, streams_little, tune
@@ -258,16 +260,20 @@ def build_program(
 def _report(
     original: nn.Module, zeros: Mapping[str, float], graph: Graph, layers: dict[str, Layer], tuned: Tuned
 ) -> list[LayerReport]:
-    by_layer = {op.layer: op for op in graph.ops if isinstance(op, LayerOp)}
-    rows = []
-    for name, module in weighted_layers(original).items():
-        if not isinstance(module.weight, Tensor):
-            rows.append(LayerReport(name, "lstm", 0.0, 1, DENSE, None, None, "", "it has projections (proj_size)"))
-            continue
-        kind, sparsity = kind_of(original, name, module), zeros[name]
-        op = by_layer.get(name)
+    by_layer = {op.layer: op for op in graph.ops if isinstance(op, LayerOp) and op.layer is not None}
+    rows = [
+        unreached(name, "lstm", "it has projections (proj_size)")
+        for name, module in original.named_modules()
+        if isinstance(module, nn.LSTM) and cell_of(module) is None
+    ]
+    first = first_names(original)
+    named = [first.get(name, name) for name in (*zeros, *by_layer) if name in zeros or name in first]
+    for name in dict.fromkeys(named):  # a shared weight once, by its first name
+        weight, op = weight_of(original, name), by_layer.get(name)
+        kind = kind_of(original, name) if op is None or name in zeros else op.kind
+        sparsity = zeros.get(name, fraction_of_zeros(weight))
         if op is None:
-            dtype = module.weight.dtype
+            dtype = weight.dtype
             why = "the program does not call it" if dtype == torch.float32 else f"it runs in {dtype}"
             rows.append(LayerReport(name, kind, sparsity, 1, DENSE, None, None, "", why))
         elif op.output in layers:

@@ -11,7 +11,8 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from autoprune.masks import sparsity
-from autoprune.model.inventory import watch_forward, weighted_layers
+from autoprune.model.inventory import watch_forward
+from autoprune.model.weights import weighted_layers
 
 
 def sparsities(model: nn.Module, run: Callable[[], Any]) -> dict[str, float]:

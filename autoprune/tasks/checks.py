@@ -18,7 +18,7 @@ from autoprune.masks import Batches, Loss
 from autoprune.model.arguments import Arguments, call_with
 from autoprune.model.copies import check_weights
 from autoprune.model.given import called, check_loss, inputs_and_target, kind, read
-from autoprune.model.inventory import weighted_layers
+from autoprune.model.weights import weighted_layers
 from autoprune.tasks.batches import drawing_alike
 
 LOOKED_AT = 8  # batches, of data that are not held in memory

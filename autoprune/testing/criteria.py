@@ -7,7 +7,8 @@ from dataclasses import fields
 import torch
 
 from autoprune.criteria.base import Criterion, LayerStatistics
-from autoprune.masks import collect_statistics, weight_of
+from autoprune.masks import collect_statistics
+from autoprune.model.weights import weight_of
 from autoprune.testing.cases import LOSS, conv_net, copied, inventory_of_conv_net, random_batches, same_tensors
 from autoprune.testing.law import require
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from autoprune.allocation import WeightCost
 from autoprune.errors import ConfigError
-from autoprune.masks import Masks, filter_rows, sparsity, weight_of
+from autoprune.masks import Masks, filter_rows, sparsity
+from autoprune.model.weights import weight_of
 from autoprune.patterns import PATTERNS
 from autoprune.registry import Choice
 from autoprune.settings import TrainingSettings

@@ -7,7 +7,8 @@ import copy
 import torch
 
 from autoprune.evaluation.recovery.base import Recovery, Subject
-from autoprune.masks import collect_statistics, sparsity, weight_of
+from autoprune.masks import collect_statistics, sparsity
+from autoprune.model.weights import weight_of
 from autoprune.patterns import PATTERNS
 from autoprune.plan import LayerPlan, Plan
 from autoprune.settings import TrainingSettings

@@ -23,9 +23,9 @@ from autoprune.masks import (
     cut_layers,
     score_layers,
     sparsity,
-    weight_of,
 )
 from autoprune.model.inventory import Inventory
+from autoprune.model.weights import weight_of
 from autoprune.plan import LayerPlan, Plan
 
 

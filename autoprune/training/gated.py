@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from autoprune.allocation import Cost, Layers, WeightCost
+from autoprune.model.weights import as_read
 from autoprune.training.latent import LatentTraining
 
 
@@ -32,8 +33,8 @@ class CellTable:
     thresholds: int
 
     @classmethod
-    def of(cls, cells: Tensor) -> CellTable:
-        """The table of a layer's cells, int64 from 0, in the weight's shape."""
+    def of(cls, cells: Tensor, turned: bool = False) -> CellTable:
+        """The table of a layer's cells, int64 from 0, in the weight's shape; `turned`: that has a filter a column."""
         flat = cells.flatten()
         size = torch.bincount(flat)
         first = size.cumsum(0) - size
@@ -41,7 +42,7 @@ class CellTable:
         places = torch.full((len(size), int(size.max())), len(flat))
         sorted_cells = flat[order]
         places[sorted_cells, torch.arange(len(flat)) - first[sorted_cells]] = order
-        owner = _owners(cells, len(size))
+        owner = _owners(as_read(cells, turned), len(size))
         return cls(cells, places, size.float(), owner, int(owner.max()) + 1)
 
     def sums(self, values: Tensor) -> Tensor:
@@ -129,7 +130,7 @@ class GatedTraining(LatentTraining):
         self.cost = pruner.cost or WeightCost(pruner.inventory)
         self.planned = Layers(pruner.inventory, pruner.plan, {}, self.cost)
         self.planned.check_free(f"training method {type(self).__name__.lower()!r}")
-        self.tables = {name: CellTable.of(pruner.cells(name)) for name in self.latent}
+        self.tables = {name: CellTable.of(pruner.cells(name), pruner.inventory[name].turned) for name in self.latent}
         self.frozen = not self.latent
         self.freeze_step = max(1, round(self.freeze * self.total_steps))
         self.parameters = {name: value.detach().requires_grad_() for name, value in self.make_parameters().items()}

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from autoprune.masks import filter_rows, silent_filters
+from autoprune.masks import filter_rows, live_filters, silent_filters
 from autoprune.model.recurrent.names import partner_of
 from autoprune.training.base import Pruner, Signals, SparseTraining
 
@@ -113,15 +113,16 @@ class LatentTraining(SparseTraining):
 
     def _silent(self, name: str, shown: Mapping[str, Tensor]) -> Tensor | None:
         """The filters that are cut as a whole, ``(out,)``, not those that are zero of themselves; None for none."""
-        silent = silent_filters(name, shown)
+        layer = self.pruner.inventory[name]
+        silent = silent_filters(layer, shown)
         if silent is None:
             return None
         cut = torch.zeros_like(silent)
         for each in (name, partner_of(name)):
             if each is not None:
-                cut |= self.latent[each].flatten(1).any(dim=1)
+                cut |= live_filters(layer, self.latent[each])
                 if each in self.masks:
-                    cut |= ~self.masks[each].flatten(1).any(dim=1)
+                    cut |= ~live_filters(layer, self.masks[each])
         return silent & cut
 
     def signals(self) -> Signals:

@@ -8,7 +8,8 @@ from typing import TypeVar
 
 from torch import nn
 
-from autoprune.masks import Masks, apply_masks_, weight_of
+from autoprune.masks import Masks, apply_masks_
+from autoprune.model.weights import weight_of
 from autoprune.patterns import PATTERNS
 from autoprune.patterns.layered import mask_of
 from autoprune.plan import LayerSpec

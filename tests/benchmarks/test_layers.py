@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from autoprune.masks import sparsity, weight_of
+from autoprune.masks import sparsity
 from autoprune.model.inventory import take_inventory
+from autoprune.model.weights import weight_of
 from autoprune.registry import Choice
 from autoprune.repack.tuning.layer_times import LayerTime
 from benchmarks import engine_report, layers

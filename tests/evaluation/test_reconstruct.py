@@ -12,8 +12,8 @@ from autoprune.criteria import LayerStatistics
 from autoprune.errors import AutopruneError, ConfigError
 from autoprune.evaluation.recovery import RECOVERIES, Subject
 from autoprune.evaluation.recovery.reconstruct import reconstruct_
-from autoprune.masks import weight_of
 from autoprune.model.inventory import take_inventory
+from autoprune.model.weights import weight_of
 from autoprune.patterns import PATTERNS
 from autoprune.plan import LayerPlan, Plan
 from autoprune.registry import Choice

@@ -16,8 +16,9 @@ from autoprune.errors import AutopruneError, FileError
 from autoprune.evaluation.recovery import Subject
 from autoprune.evaluation.sensitivity import ANCHORS, probe_sensitivity
 from autoprune.files import read_json, write_json
-from autoprune.masks import collect_statistics, weight_of
+from autoprune.masks import collect_statistics
 from autoprune.model.inventory import take_inventory
+from autoprune.model.weights import weight_of
 from autoprune.plan import LayerPlan, Plan
 from autoprune.registry import Choice
 from autoprune.settings import TrainingSettings

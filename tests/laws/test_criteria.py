@@ -8,7 +8,8 @@ from torch import nn
 
 from autoprune.criteria import CRITERIA
 from autoprune.errors import ConfigError
-from autoprune.masks import collect_statistics, weight_of
+from autoprune.masks import collect_statistics
+from autoprune.model.weights import weight_of
 from autoprune.registry import Choice
 from autoprune.testing import check_criterion
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from autoprune.errors import AutopruneError
-from autoprune.masks import weight_of
+from autoprune.model.weights import weight_of
 from autoprune.repack import Branch, capture, cut_branches_, find_branches, rank_branches, remaining_macs, repack
 from autoprune.repack.graph.passes import simplify
 from autoprune.repack.graph.reference import reference

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from autoprune.errors import FileError
 from autoprune.files import read_tensors, write_tensors
-from autoprune.masks import weight_of
+from autoprune.model.weights import weight_of
 from autoprune.repack import load, repack, save
 from autoprune.repack.graph.demand import LARGEST, MEMORY, PARTS, WORK
 from autoprune.repack.graph.ir import Graph, Input

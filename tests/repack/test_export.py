@@ -20,7 +20,7 @@ from autoprune.cli import app
 from autoprune.errors import AutopruneError, ConfigError, MissingExtra
 from autoprune.latency.engines.export import OnnxEngine
 from autoprune.latency.timer import Protocol
-from autoprune.masks import weight_of
+from autoprune.model.weights import weight_of
 from autoprune.patterns import PATTERNS
 from autoprune.registry import Choice
 from autoprune.repack import ExportReport, LayerForm, export_onnx

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from autoprune.allocation import MacsCost
-from autoprune.masks import apply_masks_, sparsity, weight_of
+from autoprune.masks import apply_masks_, sparsity
 from autoprune.model.inventory import Inventory, take_inventory
+from autoprune.model.weights import weight_of
 from autoprune.patterns import PATTERNS
 from autoprune.plan import LayerPlan, Plan
 from autoprune.registry import Choice

@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize, prune
 
 from autoprune.errors import AutopruneError, ConfigError
 from autoprune.latency.timer import Latency, Protocol
-from autoprune.masks import weight_of
+from autoprune.model.weights import weight_of
 from autoprune.repack import CaptureError, LayerForm, ProgramModel, RepackedModel, SwappedModel, capture, load, repack
 from autoprune.repack import model as repack_module
 from autoprune.repack.graph.ir import Graph

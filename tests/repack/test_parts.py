@@ -15,8 +15,8 @@ import autoprune
 from autoprune import PruningHooks
 from autoprune.bench import bench_model
 from autoprune.errors import AutopruneError
-from autoprune.masks import weight_of
 from autoprune.model.inventory import take_inventory
+from autoprune.model.weights import weight_of
 from autoprune.repack import CaptureError, ProgramModel, SwappedModel, export_onnx, repack
 from autoprune.repack.outputs import same_output
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from autoprune.errors import AutopruneError
 from autoprune.files import read_json, write_json
-from autoprune.masks import weight_of
+from autoprune.model.weights import weight_of
 from autoprune.repack import Graph, ProgramModel, capture, load, repack, save
 from autoprune.repack.graph.passes import simplify
 from autoprune.repack.lowering.buffers import Buffer, place

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from autoprune.errors import FileError
-from autoprune.masks import weight_of
+from autoprune.model.weights import weight_of
 from autoprune.settings import TEACHER_WEIGHTS, TrainingSettings
 from autoprune.testing.cases import random_batches
 from autoprune.training import TrainingResult, train_

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autoprune.masks import filter_rows, weight_of
+from autoprune.masks import filter_rows
 from autoprune.model.inventory import take_inventory
+from autoprune.model.weights import weight_of
 from autoprune.plan import LayerPlan, Plan
 from autoprune.registry import Choice
 from autoprune.training import Pruner

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from autoprune.errors import AutopruneError, ConfigError
-from autoprune.masks import sparsity, weight_of
+from autoprune.masks import sparsity
+from autoprune.model.weights import weight_of
 from autoprune.patterns import PATTERNS
 from autoprune.plan import LayerPlan, Plan
 from autoprune.registry import Choice

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from autoprune.errors import ConfigError
-from autoprune.masks import weight_of
 from autoprune.model.inventory import take_inventory
+from autoprune.model.weights import weight_of
 from autoprune.plan import LayerPlan, Plan
 from autoprune.registry import Choice
 from autoprune.settings import TrainingSettings

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from autoprune.errors import ConfigError
-from autoprune.masks import sparsity, weight_of
+from autoprune.masks import sparsity
 from autoprune.model.inventory import take_inventory
+from autoprune.model.weights import weight_of
 from autoprune.patterns import PATTERNS
 from autoprune.plan import LayerPlan, Plan
 from autoprune.registry import Choice

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from autoprune.allocation import ALLOCATIONS, Layers, WeightCost, make_allocation
 from autoprune.errors import ConfigError
-from autoprune.masks import sparsity, weight_of
+from autoprune.masks import sparsity
 from autoprune.model.inventory import take_inventory
+from autoprune.model.weights import weight_of
 from autoprune.plan import LayerPlan, Plan
 from autoprune.registry import Choice
 from autoprune.settings import TrainingSettings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,11 +11,12 @@ from torch import Tensor, nn
 from autoprune.criteria.obs import damped
 from autoprune.errors import AutopruneError, ConfigError
 from autoprune.evaluation.recovery.base import Recovery, Subject
-from autoprune.masks import Batches, apply_masks_, weight_of
+from autoprune.masks import Batches, apply_masks_
 from autoprune.model.arguments import call_with
 from autoprune.model.columns import input_columns, joined, output_rows
-from autoprune.model.inventory import eval_mode, watch_forward
-from autoprune.model.recurrent.names import layer_at
+from autoprune.model.inventory import eval_mode
+from autoprune.model.uses import Use, watch_weights
+from autoprune.model.weights import as_held, as_read, weight_of
 from autoprune.plan import Plan
 from autoprune.training.loop import recalibrate_batch_norm_
 
@@ -51,59 +53,57 @@ def reconstruct_(
     Args:
         model: masked; its other layers feed this one.
         dense: the model to follow.
-        name: of the layer, a Conv2d or Linear.
+        name: of the layer.
         mask: its mask, True keeps; what it cuts stays zero.
         batches: to run both on.
         damping: > 0; of the distance from the masked dense weights, over the mean square of the layer's input.
     """
     weight = weight_of(model, name)
-    moments, cross = _sums(model, dense, name, batches)
+    moments, cross, turned = _sums(model, dense, name, batches)
     shape = cross.shape  # (conv_groups, out / conv_groups, columns)
-    rows = (weight.detach() * mask).double().reshape(shape)
+    rows = as_read(weight.detach() * mask, turned).double().reshape(shape)
     missed = cross - rows @ moments
     systems = damped(moments, damping)
-    for group, (kept, own) in enumerate(zip(mask.reshape(shape), rows, strict=True)):
+    for group, (kept, own) in enumerate(zip(as_read(mask, turned).reshape(shape), rows, strict=True)):
         supports, which = kept.unique(dim=0, return_inverse=True)  # filters of a group share theirs: one system
         for index, support in enumerate(supports):
             at, filters = support.nonzero().flatten(), (which == index).nonzero().flatten()
             change = torch.linalg.solve(systems[group][at][:, at], missed[group][filters][:, at].T).T
             own[filters[:, None], at] += change
     with torch.no_grad():
-        weight.copy_(rows.reshape(weight.shape))
+        weight.copy_(as_held(rows.reshape(as_read(weight, turned).shape), turned))
 
 
-def _sums(model: nn.Module, dense: nn.Module, name: str, batches: Batches) -> tuple[Tensor, Tensor]:
-    """Over all samples and positions: sums of ``c c^T`` and of ``y c^T``.
+def _sums(model: nn.Module, dense: nn.Module, name: str, batches: Batches) -> tuple[Tensor, Tensor, bool]:
+    """Over all samples and positions: sums of ``c c^T`` and of ``y c^T``; and whether the parameter lies turned.
 
     c are the columns that the masked model's layer reads, ``(conv_groups, columns, columns)``, and y the dense model's
     output, bias left out, ``(conv_groups, out / conv_groups, columns)``; both float64.
     """
-    module = layer_at(model, name)
     moments = cross = torch.zeros(())
+    turned = False
     for inputs, _ in batches:
-        read = [x for x, _ in _calls(model, name, inputs)]
-        wanted = [y for _, y in _calls(dense, name, inputs)]
-        for x, y in zip(read, wanted, strict=True):
-            rows, done = output_rows(module, y), 0
-            if isinstance(module.bias, Tensor):
-                rows = rows - module.bias.detach().reshape(rows.shape[1], -1, 1)
-            for part in input_columns(module, x):
+        for use, wanted in zip(_uses(model, name, inputs), _uses(dense, name, inputs), strict=True):
+            rows, done, turned = output_rows(use, wanted.output), 0, use.turned
+            if wanted.bias is not None:
+                rows = rows - wanted.bias.detach().reshape(use.conv_groups, -1, 1)
+            for part in input_columns(use, use.x):
                 columns, targets = joined(part), joined(rows[done : done + len(part)])
                 moments = moments + (columns @ columns.transpose(1, 2)).double()
                 cross = cross + (targets @ columns.transpose(1, 2)).double()
                 done += len(part)
     if not moments.ndim:
         raise AutopruneError(f"calibration never reached {name}: give batches that run the whole model.")
-    return moments, cross
+    return moments, cross, turned
 
 
-def _calls(model: nn.Module, name: str, inputs: Any) -> list[tuple[Tensor, Tensor]]:
-    """The input and the output of each call of a layer when the model runs in eval mode."""
-    calls: list[tuple[Tensor, Tensor]] = []
+def _uses(model: nn.Module, name: str, inputs: Any) -> list[Use]:
+    """Every use of a layer's weight when the model runs in eval mode."""
+    uses: list[Use] = []
 
-    def seen(_: str, args: tuple[Any, ...], output: Tensor) -> None:
-        calls.append((args[0].clone(), output.clone()))  # what follows may work in place
+    def seen(_: str, use: Use) -> None:
+        uses.append(replace(use, x=use.x.clone(), output=use.output.clone()))  # what follows may work in place
 
-    with eval_mode(model), watch_forward(model, [name], seen), torch.no_grad():
+    with eval_mode(model), watch_weights(model, [name], seen), torch.no_grad():
         call_with(model, inputs)
-    return calls
+    return uses

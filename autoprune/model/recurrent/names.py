@@ -41,18 +41,11 @@ def partner_of(name: str) -> str | None:
 
 def layers_of(module: nn.Module) -> dict[str, nn.Linear]:
     """The weights of a recurrent module as Linear layers that share its parameters, by name in the module."""
-    return {name: _as_linear(module, name) for name, _ in module.named_parameters() if _WEIGHT.fullmatch(name)}
+    return {name: as_linear(module, name) for name, _ in module.named_parameters() if _WEIGHT.fullmatch(name)}
 
 
-def layer_at(model: nn.Module, name: str) -> nn.Module:
-    """The module called `name`, or a Linear that shares the recurrent weight called so."""
-    place = split_name(name)
-    if place is None or cell_of(model.get_submodule(place[0])) is None:
-        return model.get_submodule(name)
-    return _as_linear(model.get_submodule(place[0]), place[1])
-
-
-def _as_linear(module: nn.Module, name: str) -> nn.Linear:
+def as_linear(module: nn.Module, name: str) -> nn.Linear:
+    """A Linear that shares a parameter of `module`, ``(out, in)``, and the bias that is called alike."""
     weight = cast("nn.Parameter", getattr(module, name))
     linear = nn.Linear(1, 1, bias=False, device="meta")
     linear.out_features, linear.in_features = weight.shape

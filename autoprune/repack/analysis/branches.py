@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.errors import AutopruneError, did_you_mean
-from autoprune.masks import Batches, Loss, apply_masks_, weight_of
+from autoprune.masks import Batches, Loss, apply_masks_
 from autoprune.model.arguments import call_with
 from autoprune.model.inventory import take_inventory
+from autoprune.model.weights import weight_of
 from autoprune.repack.graph.capture import capture
 from autoprune.repack.graph.editor import Editor
 from autoprune.repack.graph.ir import Graph

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx
 
+from autoprune.model.weights import layer_name
 from autoprune.repack.graph.calls import in_model
 from autoprune.repack.graph.integers import Integers
 from autoprune.repack.graph.ops import Op
@@ -80,17 +81,30 @@ class Site:
         return found
 
     def layer(self, argument: str = "weight") -> str:
-        """The qualified name of the module that this is the forward of."""
+        """The layer whose weight this is: by the parameter's first name, or, of a computed weight, by the module."""
+        held, name = self.context.program.state_dict, self.name(argument)
+        weight = held.get(f"model.{name}")
+        if weight is not None:
+            first = next(path for path, each in held.items() if each is weight)
+            return layer_name(in_model(first))
         stack = list((self.node.meta.get("nn_module_stack") or {}).values())
         path = str(stack[-1][0]) if stack else ""
-        held = self.context.program.state_dict
-        if f"{path}.weight" in held:
+        start = f"{path}.weight"  # and weight_v, weight_orig: what the weight is computed from
+        if any(key == start or key.startswith(f"{start}_") for key in held):
             return in_model(path)
-        name = self.name(argument)
-        start = f"{path}.weight_"  # weight_v, weight_orig: what the weight is computed from
-        if f"model.{name}" not in held and any(key.startswith(start) for key in held):
-            return in_model(path)
-        return "" if name == "weight" else name.removesuffix(".weight")
+        return layer_name(self._computed_from(argument) or name)
+
+    def _computed_from(self, argument: str) -> str | None:
+        """The parameter of the same extents that a constant was computed from, where it is one alone."""
+        parameters = self.context.program.graph_signature.inputs_to_parameters
+        found, seen, left = set(), set(), [self.args[argument]]
+        while left:
+            node = left.pop()
+            seen.add(node)
+            if node.name in parameters and extents(node) == self.shape(argument):
+                found.add(in_model(parameters[node.name]))
+            left += [each for each in node.all_input_nodes if each not in seen]
+        return found.pop() if len(found) == 1 else None
 
 
 Result = Op | tuple[Op, ...] | Alias | None  # of several the last is the result

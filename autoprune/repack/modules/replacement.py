@@ -17,10 +17,13 @@ from torch import Tensor, nn
 
 from autoprune.errors import AutopruneError
 from autoprune.latency.timer import Clock, Protocol, measure_together
+from autoprune.masks import sparsity
 from autoprune.model.arguments import Arguments
 from autoprune.model.copies import copy_for_inference, has_memory, not_running, out_of_reach
 from autoprune.model.inventory import watch_forward
 from autoprune.model.recurrent.names import cell_of
+from autoprune.model.uses import watch_weights
+from autoprune.model.weights import first_names, kind_of, module_at
 from autoprune.repack.modules.backends import BACKENDS, LayerForm
 from autoprune.repack.modules.fusion import Fusion, find_fusions, fold_batch_norm_
 from autoprune.repack.outputs import same_output
@@ -36,6 +39,14 @@ Choose = Callable[[str, LayerForm], str]
 def is_layer(module: nn.Module) -> TypeGuard[nn.Conv2d | nn.Linear | nn.LSTM | nn.GRU]:
     """Whether a module is one that a backend may replace as a whole."""
     return isinstance(module, (nn.Conv2d, nn.Linear)) or cell_of(module) is not None
+
+
+def is_replaceable(model: nn.Module, layer: str) -> bool:
+    """Whether a layer, by its name, is of a module that a backend may replace; other weights are packed in programs."""
+    module = module_at(model, layer)
+    if module is None:
+        return cell_of(model.get_submodule(layer.rpartition(".")[0])) is not None
+    return is_layer(module)
 
 
 def lower_layer(module: nn.Module, relu: bool = False) -> dict[str, nn.Module]:
@@ -85,11 +96,14 @@ class _Seen:
     inputs: dict[str, Tensor]
     fusions: dict[str, Fusion]
     sparsities: dict[str, float]
+    multiplied: dict[str, float]  # weights that the model's own code multiplies by -> their fraction of zeros
 
 
 def _watch(model: nn.Module, arguments: Arguments) -> _Seen:
     layers: dict[str, nn.Module] = {name: m for name, m in model.named_modules() if is_layer(m)}
     first: dict[str, Tensor] = {}
+    multiplied: dict[str, float] = {}
+    others = [name for name in first_names(model) if not is_replaceable(model, name)]
 
     def keep(name: str, args: tuple[Any, ...], _: Any) -> None:
         first.setdefault(name, args[0])
@@ -99,11 +113,13 @@ def _watch(model: nn.Module, arguments: Arguments) -> _Seen:
         with torch.inference_mode():
             with watch_forward(model, layers, keep):
                 output = by_place(*fresh(inputs))
+            with watch_weights(model, others, lambda name, use: multiplied.update({name: sparsity(use.weight)})):
+                by_place(*fresh(inputs))
             fusions = find_fusions(model, arguments.with_tensors(fresh(inputs)))
         zeros = sparsities(model, lambda: by_place(*fresh(inputs)))
     except Exception as error:  # the model is the user's: it may raise anything
         raise not_running(error) from error
-    return _Seen(output, first, fusions, zeros)
+    return _Seen(output, first, fusions, zeros, multiplied)
 
 
 @dataclass
@@ -188,6 +204,7 @@ class _Job:
                 model = with_submodule(model, name, lowered)
                 relus[name] = relu
         rows += _without_form(self.original, rows)
+        rows += [_in_code(self.original, name, zeros) for name, zeros in self.seen.multiplied.items()]
         rows += [unreached(name, kind, why) for name, (kind, why) in out_of_reach(model).items()]
         return SwappedModel(model, rows, relus, removed)
 
@@ -245,6 +262,11 @@ def _without_form(model: nn.Module, rows: Sequence[LayerReport]) -> list[LayerRe
             kind = type(module).__name__.lower()
             found.append(LayerReport(name, kind, zeros, 1, DENSE, None, None, "", why))
     return found
+
+
+def _in_code(model: nn.Module, name: str, zeros: float) -> LayerReport:
+    why = "no module to replace: the model's own code multiplies by it"
+    return LayerReport(name, kind_of(model, name), zeros, 1, DENSE, None, None, "", why)
 
 
 def _row(name: str, form: LayerForm, backend: str, why: str) -> LayerReport:

@@ -26,7 +26,7 @@ from autoprune.latency.timer import Clock, Protocol, measure_together, speedup
 from autoprune.masks import Masks, apply_masks_
 from autoprune.model.arguments import Arguments
 from autoprune.model.copies import check_inputs, copy_for_inference, not_running, uncompiled_
-from autoprune.model.inventory import kind_of, weighted_layers
+from autoprune.model.weights import kind_of, weighted_layers
 from autoprune.repack.graph.calls import ByPlace, input_names
 from autoprune.repack.graph.capture import CaptureError, capture
 from autoprune.repack.graph.ir import Graph
@@ -251,8 +251,8 @@ def _as_it_stands(model: ByPlace, why: str) -> _Attempt:
     batched = [isinstance(x, Tensor) and x.ndim > 0 and x.shape[0] == len(inputs[0]) for x in inputs]
     zeros = sparsities(original, lambda: model(*fresh(inputs)))
     rows = tuple(
-        ExportedLayer(name, kind_of(original, name, module), zeros[name], DENSE, None, None, why)
-        for name, module, _ in _layers(original)
+        ExportedLayer(name, kind_of(original, name), zeros[name], DENSE, None, None, why)
+        for name, _ in _layers(original)
     )
     return _Attempt(model, batched, rows, input_names(original, model.arguments))
 
@@ -263,7 +263,7 @@ def _rows(model: ByPlace, graph: Graph, chosen: Mapping[str, Chosen]) -> tuple[E
     layers = (op for op in reversed(graph.ops) if isinstance(op, LayerOp))
     ops = {op.layer: op for op in layers if op.layer is not None}
     rows = []
-    for name, module, weight in _layers(original):
+    for name, weight in _layers(original):
         if (op := ops.get(name)) is None:
             choice = Chosen(DENSE, "not found in the graph: it does not run, or another layer took it over")
             left = weight.shape
@@ -276,14 +276,14 @@ def _rows(model: ByPlace, graph: Graph, chosen: Mapping[str, Chosen]) -> tuple[E
             why = f"{left[0]} of {len(weight)} filters, {left[1]} of {weight.shape[1]} channels are left"
             why += f"; {choice.why}" if choice.why else ""
         measured = (choice.dense_us, choice.packed_us)
-        rows.append(ExportedLayer(name, kind_of(original, name, module), zeros[name], form, *measured, why))
+        rows.append(ExportedLayer(name, kind_of(original, name), zeros[name], form, *measured, why))
     return tuple(rows)
 
 
-def _layers(model: nn.Module) -> list[tuple[str, nn.Module, Tensor]]:
-    """Name, layer and weight of every layer that could be packed."""
-    layers = ((name, module, getattr(module, "weight", None)) for name, module in weighted_layers(model).items())
-    return [(name, module, weight) for name, module, weight in layers if isinstance(weight, Tensor)]
+def _layers(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Name and weight of every layer that could be packed."""
+    layers = ((name, module.weight) for name, module in weighted_layers(model).items())
+    return [(name, weight) for name, weight in layers if isinstance(weight, Tensor)]
 
 
 def _written(

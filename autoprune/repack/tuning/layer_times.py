@@ -18,7 +18,7 @@ from autoprune.errors import AutopruneError
 from autoprune.latency.timer import Clock, Protocol, torch_threads
 from autoprune.model.copies import copy_for_inference
 from autoprune.model.inventory import as_tuple, record_inputs
-from autoprune.model.recurrent.names import layer_at
+from autoprune.model.weights import layer_at
 from autoprune.repack.graph.ops import (
     Activation,
     AdaptiveAvgPool2d,

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.masks import sparsity
-from autoprune.model.inventory import conv_padding
 from autoprune.model.recurrent.names import GATES, by_unit, cell_of, layers_of
 from autoprune.repack.weights.packed import PackedWeight, find_group_size, pack
 
@@ -103,3 +102,13 @@ class Backend(ABC):
     @abstractmethod
     def lower(self, form: LayerForm) -> nn.Module:
         """Returns the module that runs the layer."""
+
+
+def conv_padding(module: nn.Conv2d) -> tuple[int, int]:
+    """The zero rows and columns added on each side, for numeric and string paddings alike."""
+    if module.padding == "valid":
+        return (0, 0)
+    if module.padding == "same":
+        high, wide = (d * (k - 1) // 2 for d, k in zip(module.dilation, module.kernel_size, strict=True))
+        return (high, wide)
+    return (int(module.padding[0]), int(module.padding[1]))
