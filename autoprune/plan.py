@@ -24,9 +24,10 @@ class LayerSpec:
     Attributes:
         name: fully qualified module name; of a weight that is not its module's ``weight``, its own:
             ``encoder.weight_hh_l0``, ``attention.in_proj_weight``.
-        kind: ``conv2d``, ``linear``, ``lstm`` or ``gru``.
-        weight_shape: ``(out, in / conv_groups, kh, kw)`` or ``(out, in)``, as the operator reads the parameter.
+        kind: ``conv1d``, ``conv2d``, ``linear``, ``lstm`` or ``gru``.
+        weight_shape: ``(out, in)``, or with the kernel's axes behind ``in / conv_groups``, as the operator reads it.
         conv_groups: groups of a grouped convolution; 1 otherwise.
+        stride, padding, dilation: of a convolution, a conv1d being a conv2d of height 1.
         input_shape: shape of the layer's input, batch included.
         positions: output positions an inference (batch x height x width, or tokens), over all calls.
         calls: how often the layer runs in one inference.

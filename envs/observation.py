@@ -100,7 +100,8 @@ def log_loss(loss: float | Array) -> Array:
 def _kind(layer: LayerSpec) -> str:
     if layer.gates > 1:
         return "recurrent"
-    return "grouped conv2d" if layer.conv_groups > 1 else layer.kind
+    kind = "conv2d" if layer.kind == "conv1d" else layer.kind  # one of height 1
+    return f"grouped {kind}" if layer.conv_groups > 1 else kind
 
 
 def _layers(problem: Problem, start: Plan) -> Array:

@@ -187,7 +187,7 @@ def test_layers_of_their_own_say_what_multiplies_by_the_rest() -> None:
     for name in ("turned", "raw", "attend.in_proj_weight", "scaled"):
         assert rows[name].backend == "dense"
         assert rows[name].sparsity == pytest.approx(0.75)
-        assert "model's own code" in rows[name].why
+        assert "only a program" in rows[name].why
     torch.testing.assert_close(fast(x), masked(x), rtol=1e-4, atol=1e-4)
 
 
@@ -234,3 +234,60 @@ def test_a_hooked_attention_trains_within_its_masks() -> None:
     for name, mask in masks.items():
         assert not weight_of(model, name)[~mask].any()
         assert sparsity(mask) == pytest.approx(0.5)
+
+
+class Flat(nn.Module):
+    """Convolutions over one axis, of every sort of settings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv1d(8, 16, 5, stride=2, padding=2)
+        self.dilated = nn.Conv1d(16, 16, 3, padding="same", dilation=2, bias=False)
+        self.grouped = nn.Conv1d(16, 24, 3, groups=2)
+        self.volume = nn.Conv3d(1, 8, 3, padding=1)
+        self.last = nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.dilated(torch.relu(self.first(x)))
+        y = y + self.volume(y[:, None, None]).mean((1, 2))
+        z: Tensor = self.last(torch.relu(self.grouped(y)).mean(2))
+        return z
+
+
+def test_convolutions_over_one_axis_are_layers_and_packed() -> None:
+    torch.manual_seed(4)
+    model, x = Flat().eval(), torch.randn(2, 8, 40)
+    inventory = take_inventory(model, x)
+    assert inventory.names == ["first", "dilated", "grouped", "last"]
+    first = inventory["first"]
+    assert (first.kind, first.weight_shape, first.positions) == ("conv1d", (16, 8, 5), 2 * 20)
+    assert (first.stride, first.padding, first.dilation) == ((1, 2), (0, 2), (1, 1))
+    assert (inventory["dilated"].padding, inventory["grouped"].conv_groups) == ((0, 2), 2)
+    assert {row.name: row.reason for row in inventory.dense} == {
+        "volume": "no packed form is of its kind: conv3d runs in torch, zeros or not"
+    }
+    masked = pruned(model, inventory, plan_of(inventory))
+    fast = autoprune.repack(masked, x)
+    rows = {row.name: row for row in fast.report}
+    for name in inventory.names:
+        assert (rows[name].backend, rows[name].group_size) == ("jit", 4)
+    for other in (x, torch.randn(3, 8, 40), torch.randn(1, 8, 57)):
+        torch.testing.assert_close(fast(other), masked(other), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{"stride": 2, "padding": 1}, {"groups": 2, "dilation": 2}, {"padding": "same"}])
+def test_a_conv1d_has_the_statistics_of_a_conv2d_of_height_1(settings: dict[str, Any]) -> None:
+    torch.manual_seed(5)
+    flat, tall = nn.Conv1d(8, 12, 3, **settings), nn.Conv2d(8, 12, (1, 3), **settings)
+    if "stride" in settings:  # torch has them for both axes
+        tall.stride, tall.padding = (1, settings["stride"]), (0, settings["padding"])
+    tall.weight.data, tall.bias = flat.weight.data.unsqueeze(2), flat.bias
+    x = torch.randn(4, 8, 16)
+    found = []
+    for layer, given in ((flat, x), (tall, x.unsqueeze(2))):
+        model = nn.Sequential(layer, nn.Flatten())
+        target = torch.zeros(4, dtype=torch.int64)
+        found.append(collect_statistics(model, ["0"], [(given, target)], functional.cross_entropy, EVERY)["0"])
+    for name in EVERY:
+        one, other = (getattr(each, name) for each in found)
+        torch.testing.assert_close(one.reshape(other.shape), other)

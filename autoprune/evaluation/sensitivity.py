@@ -228,7 +228,8 @@ def _product(use: Use, x: Tensor, weight: Tensor) -> Tensor:
     """The layer without its bias, with another weight."""
     if use.kind == "linear":
         return functional.linear(x, weight)
-    return functional.conv2d(x, weight, None, **use.settings)
+    convolve = {"conv1d": functional.conv1d, "conv2d": functional.conv2d}[use.kind]
+    return convolve(x, weight, None, **use.settings)
 
 
 def _by_channel(values: Tensor, convolution: bool) -> Tensor:

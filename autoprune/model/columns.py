@@ -17,7 +17,7 @@ def input_columns(use: Use, x: Tensor) -> Iterator[Tensor]:
     """What each row of the weight is multiplied with, some samples at a time.
 
     Args:
-        use: of the weight, by a product of matrices or a conv2d.
+        use: of the weight, by a product of matrices, a conv1d or a conv2d.
         x: its input, ``(samples, ...)``.
 
     Yields:
@@ -27,8 +27,8 @@ def input_columns(use: Use, x: Tensor) -> Iterator[Tensor]:
         for part in x.split(max(1, CHUNK * len(x) // max(1, x.numel()))):
             yield part.reshape(len(part), -1, x.shape[-1]).transpose(1, 2)[:, None]
         return
-    kernel = (use.weight.shape[2], use.weight.shape[3])
-    stride, padding, dilation = (use.setting(name) for name in ("stride", "padding", "dilation"))
+    kernel, stride, padding, dilation = use.window
+    x = x.unsqueeze(2) if use.kind == "conv1d" else x
     for part in x.split(max(1, CHUNK * len(x) // max(1, x.numel() * kernel[0] * kernel[1]))):
         unfolded = functional.unfold(part, kernel, dilation=dilation, padding=padding, stride=stride)
         yield unfolded.reshape(len(part), use.conv_groups, -1, unfolded.shape[-1])
@@ -56,7 +56,7 @@ def squared_gradients(use: Use, x: Tensor, gradient: Tensor) -> Tensor:
     """Sum over samples of the squared gradient of the weight, in its shape.
 
     Args:
-        use: of the weight, by a product of matrices or a conv2d.
+        use: of the weight, by a product of matrices, a conv1d or a conv2d.
         x: its input, ``(samples, ...)``.
         gradient: of its output, likewise.
     """

@@ -27,7 +27,7 @@ from autoprune.model.weights import first_names, kind_of, module_at, weight_of, 
 from autoprune.plan import LayerSpec
 
 MIN_WEIGHTS = 64  # below this a layer's time is dispatch, and its zeros save nothing
-_PRUNED = ("linear", "conv2d")  # kinds of products that are packed
+_PRUNED = ("linear", "conv1d", "conv2d")  # kinds of products that are packed
 
 
 @dataclass(frozen=True)
@@ -299,7 +299,7 @@ def _reason_to_keep(model: nn.Module, name: str, run: _Run, keep_dense: Sequence
         return "it is used in more than one way"
     if call.first.kind not in _PRUNED:
         return f"no packed form is of its kind: {call.first.kind} runs in torch, zeros or not"
-    if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
+    if isinstance(module, (nn.Conv1d, nn.Conv2d)) and module.padding_mode != "zeros":
         return f"padding mode {module.padding_mode!r} has no packed form"
     if call.first.settings.get("padding") == "same" and any(extent % 2 == 0 for extent in weight.shape[2:]):
         return "'same' padding of an even kernel has no packed form"
@@ -318,8 +318,8 @@ def _unused(functions: Sequence[str]) -> str:
 def _spec(name: str, kind: str, call: _Calls, biases: tuple[str, ...], norm: str | None) -> LayerSpec:
     use = call.first
     window: dict[str, Any] = {}
-    if kind == "conv2d":
-        window = {key: use.setting(key) for key in ("stride", "padding", "dilation")}
+    if kind in ("conv1d", "conv2d"):
+        window = dict(zip(("stride", "padding", "dilation"), use.window[1:], strict=True))
     return LayerSpec(
         name=name, kind=kind, weight_shape=tuple(use.weight.shape), input_shape=tuple(use.x.shape),
         positions=call.positions, conv_groups=use.conv_groups, calls=call.calls, gates=GATES.get(kind, 1),

@@ -53,12 +53,21 @@ class Use:
     def conv_groups(self) -> int:
         return int(self.settings.get("groups", 1))
 
-    def setting(self, name: str) -> tuple[int, ...]:
+    @property
+    def window(self) -> tuple[tuple[int, int], ...]:
+        """Kernel, stride, padding and dilation of a conv2d, or of a conv1d as one of height 1."""
+        kernel = tuple(self.weight.shape[2:])
+        parts = (kernel, *(self._setting(name) for name in ("stride", "padding", "dilation")))
+        return tuple(
+            (part[0], part[1]) if len(part) == 2 else (one, part[0]) for part, one in zip(parts, _HEIGHT_1, strict=True)
+        )
+
+    def _setting(self, name: str) -> tuple[int, ...]:
         """A convolution's ``stride``, ``padding`` or ``dilation``, one number for each axis of its kernel."""
         kernel = self.weight.shape[2:]
         value = self.settings[name]
         if name == "padding" and isinstance(value, str):
-            dilation = self.setting("dilation")
+            dilation = self._setting("dilation")
             spans = [d * (k - 1) if value == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
             return tuple(span // 2 for span in spans)
         numbers = (value,) if isinstance(value, int) else tuple(value)
@@ -74,6 +83,8 @@ class Use:
             return values.reshape(samples, -1, values.shape[-1])  # an operator that takes matrices alone
         return values
 
+
+_HEIGHT_1 = (1, 1, 0, 1)  # kernel, stride, padding and dilation over the axis that a conv1d does not have
 
 Seen = Callable[[str, Use], None]
 Read = Callable[[str, str], None]  # name of a weight and of the function that reads it

@@ -82,7 +82,7 @@ def weighted_layers(model: nn.Module) -> dict[str, nn.Module]:
     layers: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         own: Mapping[str, nn.Module] = {}
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
+        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear)):
             layers[name] = module
         elif cell_of(module) is not None:
             own = layers_of(module)
@@ -100,7 +100,7 @@ def kind_of(model: nn.Module, layer: str) -> str:
     """
     module = module_at(model, layer)
     if module is not None:
-        for kind in (nn.Linear, nn.Conv2d):
+        for kind in (nn.Linear, nn.Conv1d, nn.Conv2d):
             if isinstance(module, kind):
                 return kind.__name__.lower()
         return type(module).__name__.lower()

@@ -265,7 +265,7 @@ def _without_form(model: nn.Module, rows: Sequence[LayerReport]) -> list[LayerRe
 
 
 def _in_code(model: nn.Module, name: str, zeros: float) -> LayerReport:
-    why = "no module to replace: the model's own code multiplies by it"
+    why = "no layer of its own has a packed form for it: only a program packs it"
     return LayerReport(name, kind_of(model, name), zeros, 1, DENSE, None, None, "", why)
 
 

@@ -271,7 +271,7 @@ def _rows(model: ByPlace, graph: Graph, chosen: Mapping[str, Chosen]) -> tuple[E
             choice = chosen.get(op.output, Chosen(DENSE, "grouped and gated convolutions and float16 have one form"))
             left = graph.constants[op.tensors["weight"]].shape
         form, why = choice.form, choice.why or "it has no zeros"
-        if left != weight.shape:
+        if left[:2] != weight.shape[:2]:  # the kernel of a conv1d has an axis more there
             form = COMPACTED if form == DENSE else form
             why = f"{left[0]} of {len(weight)} filters, {left[1]} of {weight.shape[1]} channels are left"
             why += f"; {choice.why}" if choice.why else ""
