@@ -19,10 +19,10 @@ from autoprune.masks import Batches, Loss, Masks
 from autoprune.model.inventory import Inventory, take_inventory
 from autoprune.model.weights import weight_of
 from autoprune.patterns import PATTERNS
-from autoprune.pipeline.retarget import latency_table, plan_at
+from autoprune.pipeline.retarget import faster_than_eager, latency_table, plan_at
 from autoprune.plan import LayerPlan, Plan
 from autoprune.registry import Choice
-from autoprune.target import Target
+from autoprune.target import Over, Target
 from autoprune.training import TRAINING, Pruner, Signals
 from autoprune.training.distributed import Alike
 from autoprune.training.lifecycle import Event, Lifecycle
@@ -54,9 +54,11 @@ class PruningHooks:
         example_inputs: as the model is called; see `Arguments`.
         method: a training method's name, or a `Choice` with its arguments.
         sparsity: of every prunable layer, in (0, 1). Methods that find the layers' shares spend the same budget.
-        speedup: in place of it: over dense torch eager on one thread, at the batch of `example_inputs`, as the latency
-            table predicts; the budget is then in milliseconds.
-        table: the latency table's file, for `speedup`: read when it is there, else measured (minutes) and written.
+        speedup: in place of it: on one thread, at the batch of `example_inputs`, as the latency table predicts; the
+            budget is then in milliseconds.
+        over: what that is over: ``best``, the best dense engine here (when left out), ``repacked`` or ``eager``.
+        table: the latency table's file: read when it is there, else measured (minutes) and written, with the engines'
+            times beside it. When left out, both are kept in the user's cache.
         plan: in place of `sparsity`, `pattern` and `criterion`, e.g. one that an agent found.
         pattern: a name or a `Choice`; groups of 8 filters when left out.
         criterion: a name or a `Choice`.
@@ -81,6 +83,7 @@ class PruningHooks:
         *,
         sparsity: float | None = None,
         speedup: float | None = None,
+        over: Over | None = None,
         table: Path | str | None = None,
         plan: Plan | None = None,
         pattern: str | Choice = Choice("group", {"size": 8}),  # noqa: B008 - frozen
@@ -92,10 +95,10 @@ class PruningHooks:
     ) -> None:
         if sum(given is not None for given in (sparsity, speedup, plan)) != 1:
             raise AutopruneError("give a sparsity, a speedup or a plan: exactly one of them says how much to prune.")
-        if table is not None and speedup is None:
-            raise AutopruneError("a latency table is for a speedup alone: leave it out, or give a speedup.")
-        if plan is None:
-            Target(speedup=speedup, sparsity=sparsity)  # checks the range, before anything that takes a while
+        if speedup is None and (table is not None or over is not None):
+            raise AutopruneError("table and over are for a speedup alone: leave them out, or give a speedup.")
+        if plan is None:  # the range is checked before anything that takes a while
+            target = Target(speedup=speedup, sparsity=sparsity, over=over or "best")
         self._name, self._method = Choice.of(method), TRAINING.create(Choice.of(method))
         self._lifecycle = Lifecycle()
         inventory = take_inventory(model, example_inputs, keep_dense=tuple(keep_dense))
@@ -109,7 +112,8 @@ class PruningHooks:
             check_movable(layer.pattern)  # before the table, which takes a while
             file = None if table is None else Path(table)
             measured = latency_table(model, example_inputs, inventory, layer.pattern, file)
-            plan, counted = plan_at(measured, inventory, layer, Choice.of(method), speedup)
+            baseline = faster_than_eager(model, example_inputs, target.over, file)
+            plan, counted = plan_at(measured, inventory, layer, Choice.of(method), target, baseline)
         plan.check_layers(inventory.names)
         _check_trainable(model, [name for name, layer in plan.layers.items() if layer.sparsity > 0.0])
         self._pruner = make_pruner_(

@@ -17,6 +17,7 @@ from autoprune.latency.table import LatencyTable
 from autoprune.patterns import PATTERNS
 from autoprune.plan import Plan
 from autoprune.registry import Choice
+from autoprune.target import BASELINES, Over
 
 _EDGE = 0.005
 _STEPS = 14  # halvings of the shift's interval: finer than the grid
@@ -100,12 +101,12 @@ def check_movable(pattern: Choice) -> None:
         )
 
 
-def check_feasible(reachable: float, speedup: float, max_sparsity: float) -> None:
-    """Raises InfeasibleTarget, with the best reachable figure, when `speedup` over torch eager is out of reach."""
+def check_feasible(reachable: float, speedup: float, over: Over, max_sparsity: float) -> None:
+    """Raises InfeasibleTarget, with the best `reachable` figure, when a speed-up over the same is out of reach."""
     if reachable < speedup:
         raise InfeasibleTarget(
-            f"no plan reaches a {speedup:g}x speed-up: with every layer at sparsity {max_sparsity:g} the measured "
-            f"latency table predicts {reachable:.2f}x at best. Ask for less, {ALLOW_MORE}"
+            f"no plan reaches {speedup:.4g}x over {BASELINES[over]}: with every layer at sparsity "
+            f"{max_sparsity:g} the measured latency table predicts {reachable:.2f}x at best. Ask for less, {ALLOW_MORE}"
         )
 
 

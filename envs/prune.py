@@ -227,7 +227,9 @@ class PruneEnv(gymnasium.Env[Observation, Action]):
     def _starting_plan(self) -> Plan:
         problem = self.problem
         if problem.required_speedup is not None:
-            check_feasible(self.reachable_speedup(), problem.required_speedup, problem.max_sparsity)
+            reachable, required = self.reachable_speedup(), problem.required_speedup
+            over = problem.baseline_speedup
+            check_feasible(reachable / over, required / over, problem.target.over, problem.max_sparsity)
         check_limits(problem)
         if self.start == "knapsack":
             return self.solved()

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
+from torch import nn
 
 from autoprune.envs.limits import FileSize
 from autoprune.errors import FileError
 from autoprune.files import read_json, temporary_folder, write_json
 from autoprune.latency.engines import ENGINES, baselines
 from autoprune.latency.machine import differences, machine_identity
-from autoprune.latency.timer import measure_together, speedup, torch_threads
-from autoprune.pipeline.preparation import Context, Prepared
+from autoprune.latency.timer import Clock, Protocol, measure_together, speedup, torch_threads
 from autoprune.repack import RepackedModel, repack, save
 from autoprune.repack.rivals import dense_calls
 from autoprune.target import Over
+
+if TYPE_CHECKING:  # hooks in a user's own loop need no run
+    from autoprune.pipeline.preparation import Context, Prepared
 
 Call = Callable[[], object]
 EAGER = "eager"
@@ -87,12 +90,36 @@ def prepare_engines(context: Context, prepared: Prepared) -> DenseEngines:
     inputs = prepared.task.example_inputs(latency.batch)
     names = [name for name in latency.engines or baselines() if name != EAGER]
     with context.progress.bar("dense engines", len(names)) as bar:
-        calls, left_out = dense_calls(prepared.dense, inputs, latency.threads, names, lambda name: bar.advance(1, name))
-    for name, why in left_out.items():
+        engines = engines_of(
+            prepared.dense, inputs, names, latency.threads, context.clock, lambda name: bar.advance(1, name)
+        )
+    for name, why in engines.left_out.items():
         context.progress.say(f"dense engine {name} left out: {why}")
-    eager = ENGINES.get(EAGER)().prepare(prepared.dense, inputs, latency.threads)
-    with torch_threads(latency.threads):
-        fast = repack(prepared.dense, inputs, clock=context.clock)
+    return engines
+
+
+def engines_of(
+    dense: nn.Module,
+    inputs: tuple[Any, ...],
+    names: Sequence[str],
+    threads: int,
+    clock: Clock,
+    done: Callable[[str], object] = lambda name: None,
+) -> DenseEngines:
+    """Compiles a dense model for engines, and repacks it.
+
+    Args:
+        dense: in eval mode; left as it is.
+        inputs: of one inference.
+        names: rows of ENGINES beside torch eager.
+        threads: of one inference.
+        clock: seconds.
+        done: told each engine when it is prepared or left out.
+    """
+    calls, left_out = dense_calls(dense, inputs, threads, names, done)
+    eager = ENGINES.get(EAGER)().prepare(dense, inputs, threads)
+    with torch_threads(threads):
+        fast = repack(dense, inputs, clock=clock)
         return DenseEngines({EAGER: eager, **calls, REPACKED: fast.bound_call(*inputs)}, left_out, fast)
 
 
@@ -103,28 +130,56 @@ def measure_baselines(context: Context, engines: Callable[[], DenseEngines]) -> 
         context: of the run.
         engines: called where they have to be timed.
     """
-    path, latency = context.directory / "baselines.json", context.config.latency
+    latency, value_bits = context.config.latency, context.config.repack.value_bits
     how = {"batch": latency.batch, "threads": latency.threads, "engines": list(latency.engines)}
-    machine = {**machine_identity(), **how, "value_bits": context.config.repack.value_bits}
-    if path.exists():
-        known = _read(path)
-        if not differences(known.machine, machine):
-            return known
-    prepared_engines = engines()
+    machine = {**machine_identity(), **how, "value_bits": value_bits}
+
+    def measure() -> Baselines:
+        measured = time_engines(engines(), context.final_protocol, context.clock, machine, value_bits)
+        context.progress.say(measured.text())
+        return measured
+
+    return kept_baselines(context.directory / "baselines.json", machine, measure)
+
+
+def time_engines(
+    engines: DenseEngines, protocol: Protocol, clock: Clock, machine: Mapping[str, Any], value_bits: int = 32
+) -> Baselines:
+    """Times engines interleaved, and weighs the file of the dense model repacked.
+
+    Args:
+        engines: of one model.
+        protocol: of the timing.
+        clock: seconds.
+        machine: where that is, and how it is done.
+        value_bits: of a weight in the file.
+    """
     with temporary_folder() as folder:
-        save(prepared_engines.repacked, folder / "dense.safetensors", value_bits=context.config.repack.value_bits)
+        save(engines.repacked, folder / "dense.safetensors", value_bits=value_bits)
         file_bytes = (folder / "dense.safetensors").stat().st_size
-    times = measure_together(prepared_engines.calls, context.final_protocol, context.clock)
+    times = measure_together(engines.calls, protocol, clock)
     ms = {name: took.median_ms for name, took in times.items()}
     same_work = [name for name in ms if name == EAGER or (name in ENGINES and ENGINES.get(name).float32)]
-    measured = Baselines(
+    return Baselines(
         best=min(same_work, key=lambda name: ms[name]),
         ms=ms,
         speedups={name: speedup(times[EAGER], took) for name, took in times.items()},
         file_bytes=file_bytes,
         machine=machine,
     )
-    context.progress.say(measured.text())
+
+
+def kept_baselines(path: Path, machine: Mapping[str, Any], measure: Callable[[], Baselines]) -> Baselines:
+    """The baselines of a file, where they were measured on this machine and in this way; else measured, and kept there.
+
+    Raises:
+        FileError: the file is corrupt.
+    """
+    if path.exists():
+        known = _read(path)
+        if not differences(known.machine, machine):
+            return known
+    measured = measure()
     write_json(path, asdict(measured))
     return measured
 

@@ -9,27 +9,36 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from autoprune.allocation import Cost
 from autoprune.criteria import LayerStatistics
 from autoprune.envs.projection import check_feasible, fastest, meet, release_useless
 from autoprune.errors import AutopruneError
-from autoprune.evaluation.profile import profile_record, profile_settings, profile_table, shared_or_measured
+from autoprune.evaluation.profile import (
+    profile_record,
+    profile_settings,
+    profile_table,
+    shared_file,
+    shared_or_measured,
+)
 from autoprune.evaluation.recovery import Subject
+from autoprune.identity.fingerprint import architecture_fingerprint
 from autoprune.latency.cost import LatencyCost
+from autoprune.latency.engines import baselines as engines
 from autoprune.latency.machine import machine_identity
 from autoprune.latency.table import LatencyTable
 from autoprune.latency.timer import Clock, Protocol
 from autoprune.model.arguments import Arguments
 from autoprune.model.copies import copy_for_inference
 from autoprune.model.inventory import Inventory
+from autoprune.pipeline.baselines import EAGER, Baselines, engines_of, kept_baselines, time_engines
 from autoprune.plan import LayerPlan, Plan
 from autoprune.processes.locks import turn
 from autoprune.registry import Choice
 from autoprune.settings import TrainingSettings
-from autoprune.target import Target
+from autoprune.target import Over, Target
 from autoprune.tasks.base import Task
 from autoprune.training.distributed import several
 
@@ -37,6 +46,10 @@ _LOG = logging.getLogger(__name__)
 THREADS = 1
 PROFILE_SAMPLES = 15
 MAX_SPARSITY = 0.95
+_ALONE = (
+    "each of several processes would measure times of its own, and plan differently: measure the table first, in one "
+    "process, with the same speedup, over and table='latency.json', and give that file to all."
+)
 
 
 def latency_table(
@@ -70,10 +83,7 @@ def latency_table(
     settings = profile_settings(subject, (pattern,), len(examples[0]), THREADS)
     protocol = Protocol(samples=PROFILE_SAMPLES, threads=THREADS)
     if several() and (file is None or not file.exists()):
-        raise AutopruneError(
-            "each of several processes would measure times of its own, and plan differently: measure the table first, "
-            "in one process, with table='latency.json', and give that file to all."
-        )
+        raise AutopruneError(_ALONE)
     if file is None:
         measure = partial(profile_table, subject, (pattern,), settings, protocol, clock)
         return shared_or_measured(settings, protocol, measure, _LOG.info)
@@ -88,8 +98,53 @@ def latency_table(
     return table
 
 
+def faster_than_eager(
+    model: nn.Module, inputs: Any, over: Over, table: Path | None = None, *, clock: Clock = time.perf_counter
+) -> float:
+    """How many times faster than torch eager that runs which a speed-up is over, on one thread.
+
+    The dense engines are timed once: what that gave is kept beside the latency table's file, or in the user's cache.
+
+    Args:
+        model: left as it is.
+        inputs: as for `latency_table`.
+        over: of the target.
+        table: the latency table's file; None where it is in the user's cache.
+        clock: seconds.
+
+    Raises:
+        AutopruneError: several processes would each time the engines.
+        FileError: the file is corrupt, or there is no place for one.
+    """
+    if over == EAGER:
+        return 1.0
+    dense = copy_for_inference(model).eval()
+    examples = Arguments.of(inputs).positional(dense)
+    names = [name for name in engines() if name != EAGER]
+    shapes = [list(each.shape) if isinstance(each, Tensor) else repr(each) for each in examples]
+    how = {"threads": THREADS, "engines": names, "architecture": architecture_fingerprint(dense), "inputs": shapes}
+    protocol = Protocol(threads=THREADS, lead=1)
+    file = shared_file("engines", how, protocol) if table is None else table.with_name(f"{table.stem}.engines.json")
+
+    machine = {**machine_identity(), **how}
+
+    def measure() -> Baselines:
+        if several():
+            raise AutopruneError(_ALONE)
+        ready = engines_of(dense, examples, names, THREADS, clock)
+        return time_engines(ready, protocol, clock, machine)
+
+    with turn(file, _LOG.info):
+        return kept_baselines(file, machine, measure).over_eager(over)
+
+
 def plan_at(
-    table: LatencyTable, inventory: Inventory, layer: LayerPlan, method: Choice, speedup: float
+    table: LatencyTable,
+    inventory: Inventory,
+    layer: LayerPlan,
+    method: Choice,
+    target: Target,
+    baseline: float,
 ) -> tuple[Plan, Callable[[Inventory], Cost]]:
     """The plan that treats every layer alike and meets a speed-up in the table, and its cost in milliseconds.
 
@@ -98,14 +153,14 @@ def plan_at(
         inventory: the layers it was measured on.
         layer: the pattern and the criterion of every layer.
         method: the plan's.
-        speedup: over dense torch eager, above 1.
+        target: a speed-up alone.
+        baseline: how many times faster than torch eager that runs which the speed-up is over.
 
     Raises:
-        ConfigError: the speed-up is out of range.
         InfeasibleTarget: with the best reachable figure.
     """
-    Target(speedup=speedup, over="eager")  # checks the range
+    assert target.speedup is not None
     plan = Plan(dict.fromkeys(inventory.names, layer), method)
-    check_feasible(fastest(plan, table, MAX_SPARSITY), speedup, MAX_SPARSITY)
-    plan = release_useless(meet(plan, table, speedup, MAX_SPARSITY), table)
+    check_feasible(fastest(plan, table, MAX_SPARSITY) / baseline, target.speedup, target.over, MAX_SPARSITY)
+    plan = release_useless(meet(plan, table, target.speedup * baseline, MAX_SPARSITY), table)
     return plan, lambda pruned: LatencyCost(table, plan, inventory, pruned)

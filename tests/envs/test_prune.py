@@ -86,7 +86,7 @@ def test_the_zero_action_is_the_uniform_plan() -> None:
 
 
 def test_an_infeasible_target_is_refused_with_the_best_figure() -> None:
-    with pytest.raises(InfeasibleTarget, match=r"500x speed-up.*predicts \d+\.\d\dx at best"):
+    with pytest.raises(InfeasibleTarget, match=r"500x over the best dense engine.*predicts \d+\.\d\dx at best"):
         PruneEnv(fake_problem(Target(speedup=500.0)))
 
 
