@@ -20,7 +20,7 @@ from autoprune.latency.table import LatencyTable
 from autoprune.latency.timer import Clock, Latency, Protocol, measure_together, speedup, torch_threads
 from autoprune.model.recurrent.names import GATES
 from autoprune.plan import Plan
-from autoprune.repack import CaptureError, Graph, LayerForm, RepackedModel, capture, repack
+from autoprune.repack import LayerForm, RepackedModel, repack
 
 TIMINGS = 5  # of one plan, at most
 AGREE = 0.1  # how far a speed-up may be from the table's to be believed at once
@@ -78,19 +78,12 @@ class Evaluator(Evaluate):
         """Repacks for the measurement: as a program, or with the backends the latency table found fastest."""
         inputs = self.subject.task.example_inputs(self.batch)
         with torch_threads(self.protocol.threads):
-            if self.graph is None:
+            graph = self.subject.graph(self.batch)
+            if graph is None:
                 return repack(model, inputs, choose=self.chooser(plan))
             # the method may have widened it
             alike = [x.shape for x in model.parameters()] == [x.shape for x in self.subject.dense.parameters()]
-            return repack(model, inputs, graph=self.graph if alike else None, clock=self.clock)
-
-    @cached_property
-    def graph(self) -> Graph | None:
-        """The model's graph, captured once for all trials; None when it cannot be captured."""
-        try:
-            return capture(self.subject.dense, self.subject.task.example_inputs(self.batch))
-        except CaptureError:
-            return None
+            return repack(model, inputs, graph=graph if alike else None, clock=self.clock)
 
     def chooser(self, plan: Plan) -> TableChoice:
         return TableChoice(self.table, plan)

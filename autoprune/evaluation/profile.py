@@ -37,7 +37,7 @@ from autoprune.plan import LayerPlan, LayerSpec, Plan
 from autoprune.processes.locks import turn
 from autoprune.progress import SILENT, Progress
 from autoprune.registry import Choice
-from autoprune.repack import CaptureError, Graph, ProgramModel, capture, is_replaceable, lower_layer, repack
+from autoprune.repack import Graph, ProgramModel, is_replaceable, lower_layer, repack
 from autoprune.repack.tuning.layer_times import LayerTime, layer_times
 from autoprune.repack.tuning.tuning import VERSION
 
@@ -136,7 +136,7 @@ def profile_table(
     if record.known:
         progress.say(f"latency table: {record.known} of its measurements were made before")
     inputs = subject.task.example_inputs(int(settings["batch"]))
-    layers = _in_programs(subject, patterns, inputs, protocol, clock, progress, record)
+    layers = _in_programs(subject, patterns, int(settings["batch"]), protocol, clock, progress, record)
     if layers is not None:
         return _joined(subject, layers, patterns[-1], settings, protocol, clock, record)
     layers = _one_by_one(subject, patterns, inputs, protocol, clock, progress, record)
@@ -146,7 +146,7 @@ def profile_table(
 def _in_programs(
     subject: Subject,
     patterns: Sequence[Choice],
-    inputs: tuple[Tensor, ...],
+    batch: int,
     protocol: Protocol,
     clock: Clock,
     progress: Progress,
@@ -158,9 +158,8 @@ def _in_programs(
     recurrent weight does one step there, in a program all of them. None where the model is no program.
     """
     specs = subject.inventory.layers
-    try:
-        graph = capture(subject.dense, inputs)
-    except CaptureError:
+    graph, inputs = subject.graph(batch), subject.task.example_inputs(batch)
+    if graph is None:
         return None
     whole: dict[str, _Cell] | None = None
     curves: dict[str, dict[str, list[Point]]] = {spec.name: {} for spec in specs}

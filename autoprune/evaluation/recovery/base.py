@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from torch import nn
@@ -14,6 +14,7 @@ from autoprune.latency.table import LatencyTable
 from autoprune.masks import Masks, make_masks
 from autoprune.model.inventory import Inventory
 from autoprune.plan import Plan
+from autoprune.repack import CaptureError, Graph, capture
 from autoprune.settings import TrainingSettings
 from autoprune.tasks.base import Task
 
@@ -25,7 +26,8 @@ class Subject:
     """What is pruned and scored: a task, its trained dense model, and what calibration saw of its layers.
 
     `settings` are the run's fine-tuning settings; `seed` makes any training repeatable. `budget` is what a plan's
-    training counts where its method finds the layers' shares; ``latency`` needs `table`.
+    training counts where its method finds the layers' shares; ``latency`` needs `table`. `captured` is what `graph`
+    remembers; copies made with `dataclasses.replace` share it.
     """
 
     task: Task
@@ -36,6 +38,16 @@ class Subject:
     seed: int
     budget: Budget = "weights"
     table: LatencyTable | None = None
+    captured: dict[int, Graph | None] = field(default_factory=dict, repr=False, compare=False)  # by batch
+
+    def graph(self, batch: int) -> Graph | None:
+        """The dense model's graph, captured once for all evaluations; None where it cannot be captured."""
+        if batch not in self.captured:
+            try:
+                self.captured[batch] = capture(self.dense, self.task.example_inputs(batch))
+            except CaptureError:
+                self.captured[batch] = None
+        return self.captured[batch]
 
     def masks(self, plan: Plan) -> Masks:
         return make_masks(self.dense, self.inventory, plan, self.statistics)
