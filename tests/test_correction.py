@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -13,8 +14,8 @@ from hypothesis import strategies as st
 from autoprune.envs.limits import limits_of
 from autoprune.envs.problem import Problem
 from autoprune.envs.projection import project
-from autoprune.errors import InfeasibleTarget
-from autoprune.pipeline.baselines import Baselines
+from autoprune.errors import AutopruneError, InfeasibleTarget
+from autoprune.pipeline.baselines import Baselines, DenseEngines
 from autoprune.pipeline.correction import (
     HIGHEST,
     MEASUREMENTS,
@@ -173,6 +174,15 @@ def test_what_repacking_alone_gives_is_not_pruned_for(target: Target, free: bool
     limits = limits_of(target, PROBLEM.inventory, file)
     found = free_without_pruning(target, limits, PROBLEM.uniform(0.0), baselines)
     assert (found is not None) == free
+
+
+def test_an_engine_that_is_gone_is_named_with_what_to_do() -> None:
+    engines = DenseEngines({"eager": lambda: None}, {"openvino": "pip install openvino."}, None)  # type: ignore[arg-type]
+    assert engines.call("eager", Path("baselines.json"))() is None
+    with pytest.raises(
+        AutopruneError, match=r"over openvino.*runs/a/baselines.json.*: pip install openvino\. .*delete"
+    ):
+        engines.call("openvino", Path("runs/a/baselines.json"))
 
 
 @pytest.mark.parametrize("figures", [{"sparsity": 0.83}, {"macs": 200_000}, {"size_bytes": 40_000}])

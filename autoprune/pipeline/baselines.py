@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from autoprune.envs.limits import FileSize
-from autoprune.errors import FileError
+from autoprune.errors import AutopruneError, FileError
 from autoprune.files import read_json, temporary_folder, write_json
 from autoprune.latency.engines import ENGINES, baselines
 from autoprune.latency.machine import differences, machine_identity
@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # hooks in a user's own loop need no run
     from autoprune.pipeline.preparation import Context, Prepared
 
 Call = Callable[[], object]
+BASELINES_FILE = "baselines.json"  # in a run's directory
 EAGER = "eager"
 REPACKED = "repacked"
 
@@ -41,6 +42,24 @@ class DenseEngines:
     calls: Mapping[str, Call]
     left_out: Mapping[str, str]
     repacked: RepackedModel
+
+    def call(self, name: str, measured_in: Path) -> Call:
+        """One inference by the engine that a target is over.
+
+        Args:
+            name: of the engine.
+            measured_in: the file that names it.
+
+        Raises:
+            AutopruneError: it was there when that file was written, and cannot run now.
+        """
+        if name not in self.calls:
+            why = self.left_out.get(name, "it is not among the engines of this run.")
+            raise AutopruneError(
+                f"the target is over {name}, the best dense engine by {measured_in}, which cannot run here now: {why} "
+                "Mend that; or delete the file, so that the target is over the best of the engines that are left."
+            )
+        return self.calls[name]
 
 
 @dataclass(frozen=True)
@@ -139,7 +158,7 @@ def measure_baselines(context: Context, engines: Callable[[], DenseEngines]) -> 
         context.progress.say(measured.text())
         return measured
 
-    return kept_baselines(context.directory / "baselines.json", machine, measure)
+    return kept_baselines(context.directory / BASELINES_FILE, machine, measure)
 
 
 def time_engines(

@@ -20,7 +20,7 @@ from autoprune.evaluation.evaluator import TIMINGS, Call, Evaluator, slower_of_a
 from autoprune.evaluation.recovery.none import NoRecovery
 from autoprune.files import temporary_folder
 from autoprune.latency.timer import speedup
-from autoprune.pipeline.baselines import REPACKED, Baselines, DenseEngines
+from autoprune.pipeline.baselines import BASELINES_FILE, REPACKED, Baselines, DenseEngines
 from autoprune.pipeline.preparation import Context
 from autoprune.plan import Plan
 from autoprune.repack import RepackedModel, save
@@ -160,7 +160,7 @@ def gauge(
     evaluator = replace(evaluator, protocol=protocol, timed=True, recovery=NoRecovery())
     baseline: Call = partial(evaluator.subject.dense, *evaluator.subject.task.example_inputs(evaluator.batch))
     if target.speedup is not None and baselines is not None:
-        baseline = engines().calls[baselines.engine(target.over)]
+        baseline = engines().call(baselines.engine(target.over), context.directory / BASELINES_FILE)
     return Gauge(context, evaluator, problem, baseline)
 
 
