@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from autoprune.errors import ConfigError, NumericalError
+from autoprune.progress import counted
 
 _ROUNDING = 1e-6  # that a mean in float32 may be out of its range by
 
@@ -89,7 +90,7 @@ class Metric:
 
     def allowance(self, drop: float) -> str:
         """A drop as it was asked for, e.g. ``2 points of accuracy``."""
-        return f"{abs(self.factor) * drop:g} {self.points}"
+        return counted(round(abs(self.factor) * drop, 12), self.points)
 
 
 def returned(given: Any, name: str) -> float:

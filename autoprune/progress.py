@@ -26,3 +26,9 @@ class Progress:
 
 
 SILENT = Progress()
+
+
+def counted(count: float, things: str) -> str:
+    """So many things as people read it; their plural ends in an s of its first word: ``1 point of accuracy``."""
+    first, space, rest = things.partition(" ")
+    return f"{count:g} {first.removesuffix('s') if count == 1 else first}{space}{rest}"

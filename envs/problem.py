@@ -13,7 +13,7 @@ from autoprune.latency.table import LatencyTable
 from autoprune.model.inventory import Inventory
 from autoprune.plan import LayerPlan, Plan
 from autoprune.registry import Choice
-from autoprune.target import Target
+from autoprune.target import BASELINES, Over, Target
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,12 @@ class Problem:
     def limits(self) -> tuple[Limit, ...]:
         """What a plan must keep beside its time."""
         return limits_of(self.target, self.inventory, self.file)
+
+    def speedup_text(self, over_eager: float) -> str:
+        """A measured speed-up over torch eager as people read it: over what the target's is over."""
+        over: Over = "eager" if self.target.speedup is None else self.target.over
+        baseline = 1.0 if self.target.speedup is None else self.baseline_speedup
+        return f"{over_eager / baseline:.2f}x over {BASELINES[over]}"
 
     def at(self, speedup: float) -> Problem:
         """The same problem, asked for a speed-up over torch eager alone."""

@@ -15,9 +15,9 @@ import typer
 from typer.testing import CliRunner
 
 from autoprune.agents import AGENTS
-from autoprune.cli import app
+from autoprune.cli import app, main
 from autoprune.cli.options import ReportOptions, TargetOptions, changes, completed_over, size_in_bytes
-from autoprune.cli.output import show_report
+from autoprune.cli.output import REFUSED, finish, show_report
 from autoprune.cli.registries import LISTED, names, row_of
 from autoprune.config import load_config
 from autoprune.errors import ConfigError
@@ -26,6 +26,7 @@ from autoprune.latency.engines.onnxruntime import OnnxRuntime
 from autoprune.latency.timer import Latency
 from autoprune.metric import ACCURACY
 from autoprune.patterns import PATTERNS
+from autoprune.pipeline.run import Run
 from autoprune.report.data import ResultRow
 from autoprune.report.stored import EAGER, REPACKED, Record, Results, write_page, write_stored
 from autoprune.target import FIGURES, OVER, Target
@@ -108,6 +109,32 @@ def test_a_script_reads_one_json_object(tmp_path: Path, asked: float, reached: b
     assert [row["name"] for row in said["rows"]] == [EAGER, "dense, openvino", REPACKED]
     assert said["rows"][1]["left_out"] == "not installed"
     assert (said["run_dir"], said["plan"]) == (str(folder), str(folder / "plan.json"))
+
+
+def test_a_script_reads_a_refusal_as_one_json_object(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for options in ([], ["--json"]):
+        monkeypatch.setattr(sys, "argv", ["autoprune", "run", "no.toml", *options])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        assert stopped.value.code == REFUSED == 2
+        out, err = capsys.readouterr()
+        assert err.startswith("error: the config not found: no.toml.")
+        assert out == (json.dumps({"error": err.removeprefix("error: ").rstrip()}) + "\n" if options else "")
+
+
+def test_a_finished_run_that_is_finished_again_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = finished(tmp_path / "run", 2.0)
+    run = Run(load_config(Path("digits")), tmp_path / "another")
+    monkeypatch.setattr(Run, "complete", True)
+    monkeypatch.setattr(Run, "settle", None)  # nothing is done
+    run.directory = folder
+    finish(run, ReportOptions(), "")
+    assert f"This run is complete: {folder}." in capsys.readouterr().out
 
 
 def test_strict_makes_a_missed_target_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -195,6 +195,14 @@ def test_limits_that_add_up_are_kept_exactly(figures: dict[str, float]) -> None:
     assert limit.cost(slower) > limit.at_most
 
 
+def test_a_measured_speed_up_is_shown_over_what_the_targets_is_over() -> None:
+    asked_for = replace(PROBLEM, target=Target(speedup=1.5), baseline_speedup=2.0)
+    assert asked_for.speedup_text(3.3) == "1.65x over the best dense engine"
+    assert replace(PROBLEM, target=Target(latency_ms=1.0), baseline_speedup=2.0).speedup_text(3.3) == (
+        "3.30x over dense torch eager"
+    )
+
+
 def test_several_limits_hold_at_once() -> None:
     problem = replace(PROBLEM, target=Target(speedup=2.0, sparsity=0.9, over="eager"))
     plan = project(problem.uniform(0.5), problem)

@@ -11,6 +11,7 @@ from typer.testing import CliRunner, Result
 from autoprune.cli import app
 from autoprune.config import load_config
 from autoprune.errors import ConfigError, InfeasibleTarget
+from autoprune.evaluation import profile
 from autoprune.pipeline.run import Run
 from autoprune.testing import save_fake_table
 from tests.helpers import SMALL_TOML
@@ -41,8 +42,10 @@ def loaders():
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """With the directory of a run that got as far as its latency table."""
+    cache = tmp_path_factory.mktemp("tables")
+    monkeypatch.setattr(profile, "cache_folder", lambda: cache)  # another test may have measured the same
     monkeypatch.chdir(tmp_path)
     config = tmp_path / "small.toml"
     config.write_text(TOML)
@@ -72,7 +75,8 @@ def test_a_dry_run_says_what_a_run_would_do_and_changes_nothing(folder: Path) ->
     assert rows["latency table"].startswith("read: ")
     assert "over the best dense engine" in rows["repacking alone"]
     assert "predicted, with every layer at sparsity 0.95" in rows["in reach"]
-    for part in ("search, at most", "fine-tuning", "final table"):
+    assert rows["latency table"].endswith("% of dense torch eager's time")
+    for part in ("dense engines", "search, at most", "fine-tuning", "final table"):
         assert part in rows["minutes, about"]
     assert "Nothing was changed in runs/small: this was measured in a temporary folder." in done.stdout
     assert contents(folder) == before
@@ -84,6 +88,11 @@ def test_a_target_out_of_reach_is_measured_and_refused(folder: Path) -> None:
     assert "**the target is out of reach**" in done.stdout
     assert "x measured" in done.stdout
     assert not Path("other").exists()
+    done = call("run", "small.toml", "--speedup", "900", "--over", "eager", "--run-dir", "other", "--json", "--quiet")
+    assert done.exit_code == 2
+    said = json.loads(done.stdout)
+    assert said["error"] == said["out_of_reach"]
+    assert done.stderr == f"error: {said['error']}\n"
 
 
 def test_the_directory_of_another_config_is_refused(folder: Path) -> None:
@@ -96,7 +105,7 @@ def test_a_method_needs_no_search_and_no_more_minutes_than_given_are_told(folder
     done = call("prune", "small.toml", "--method", "gradual", "--sparsity", "0.5", "--json")
     assert done.exit_code == 0, done.output
     said = json.loads(done.stdout)
-    assert said["minutes"].keys() == {"latency table", "fine-tuning", "final table"}
+    assert said["minutes"].keys() == {"latency table", "dense engines", "fine-tuning", "final table"}
     assert said["target"] == {"sparsity": 0.5}
     assert said["out_of_reach"] is None
     assert said["run_dir"] == "runs/small-gradual"

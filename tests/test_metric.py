@@ -49,6 +49,8 @@ def test_figures_read_as_themselves() -> None:
 def test_a_target_is_told_in_the_metric() -> None:
     target = Target(accuracy_drop=0.02)
     assert target.text(ACCURACY) == "at most 2 points of accuracy worse, fastest"
+    assert Target(accuracy_drop=0.01).text(ACCURACY) == "at most 1 point of accuracy worse, fastest"
+    assert BITS_PER_CHARACTER.allowance(1.0) == "1 bit per character"
     assert target.text(BITS_PER_CHARACTER) == "at most 0.02 bits per character worse, fastest"
     assert Target(speedup=3.0).text(BITS_PER_CHARACTER) == (
         "at least 3x faster than the best dense engine, best bits per character"

@@ -218,6 +218,14 @@ def test_several_methods_make_one_table_and_what_is_done_is_not_done_again(confi
     again = prune(config, *args)
     assert page in again.output
     assert [path.stat().st_mtime_ns for path in files] == made
+    for strict, status in (((), 0), (("--strict",), 3)):
+        scripted = prune(config, *args, "--json", "--quiet", *strict)
+        assert scripted.exit_code == status
+        said = json.loads(scripted.stdout)
+        assert [row["method"] for row in said["methods"]] == ["gradual", "one_shot", "adaptive"]
+        assert [row["missed"] for row in said["methods"]] == [False, False, True]
+        assert not said["reached"]
+        assert said["run_dir"] == str(folder)
 
 
 def test_stopped_methods_go_on_and_share_what_is_measured_of_the_dense_model(

@@ -5,12 +5,14 @@ Commands import what they need when they run: ``--help`` waits neither for torch
 
 from __future__ import annotations
 
+import json
 import sys
 from typing import Annotated
 
 import typer
 
 from autoprune.cli.models import bench, export, repack
+from autoprune.cli.output import REFUSED
 from autoprune.cli.plans import finetune, prune
 from autoprune.cli.registries import LISTED, listing
 from autoprune.cli.runs import profile, report, run
@@ -58,19 +60,27 @@ def _version(
         raise typer.Exit
 
 
+def _refusing() -> None:
+    try:
+        app()
+    except AutopruneError as error:
+        reason = str(error)
+    except OSError as error:
+        what = error.filename or type(error).__name__
+        reason = f"{what}: {error.strerror or error}. Once that is mended, the same command goes on."
+    else:
+        return
+    typer.echo(f"error: {reason}", err=True)
+    if "--json" in sys.argv[1:]:
+        typer.echo(json.dumps({"error": reason}))
+    sys.exit(REFUSED)
+
+
 def main() -> None:
     """Entry point: one paragraph and a non-zero status for what a user can mend, Ctrl-C without a traceback."""
     end_forks_with_this()
     try:
-        app()
-    except AutopruneError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(2)
-    except OSError as error:
-        what = error.filename or type(error).__name__
-        reason = f"{what}: {error.strerror or error}. Once that is mended, the same command goes on."
-        typer.echo(f"error: {reason}", err=True)
-        sys.exit(2)
+        _refusing()
     except SystemExit as stop:
         if stop.code == INTERRUPTED:
             typer.echo("stopped; give the same command again to go on from here.", err=True)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # imported when a command runs: --help does not wait for torc
     from autoprune.config import Config
     from autoprune.pipeline.run import Run
 
+REFUSED = 2  # the status where a command cannot be done; the reason is on stderr
 MISSED = 3  # the status where --strict was given and the target was missed
 
 
@@ -45,6 +46,8 @@ def show_report(directory: Path, options: ReportOptions, remark: str = "") -> No
 def finish(job: Run, options: ReportOptions, watch: str) -> None:
     """Does what is left of a run with a plan or a search, writes its report and shows it; raises as `show_report`.
 
+    Of a run that is complete the report is shown, and that it is.
+
     Args:
         job: the run.
         options: what to print.
@@ -53,6 +56,11 @@ def finish(job: Run, options: ReportOptions, watch: str) -> None:
     from autoprune.pipeline.results import report_of
     from autoprune.report.run_report import write_report
 
+    _ = job.task  # refused where the directory was made with another one
+    if job.complete:
+        again = f"This run is complete: {job.directory}. Give another --run-dir, or delete it, to run again.\n"
+        show_report(job.directory, options, again)
+        return
     job.settle()
     write_report(report_of(job))
     show_report(job.directory, options, f"Written to {job.directory}.{watch}\n")
@@ -80,7 +88,7 @@ def show_forecast(
         workers: that evaluate its trials.
 
     Raises:
-        InfeasibleTarget: after it was printed, where the run would be refused.
+        InfeasibleTarget: after it was printed, where the run would be refused; typer.Exit after a JSON object.
         ConfigError: the directory is another run's.
     """
     from autoprune.config import check_directory
@@ -95,9 +103,14 @@ def show_forecast(
         with closing(run.lock):
             found = forecast(run, searches=searches, trains=trains)
     if options.as_json:
-        typer.echo(json.dumps({**found.to_json(), "run_dir": str(directory)}))
-    else:
-        typer.echo(found.text())
-        typer.echo(f"Nothing was changed in {directory}: this was measured in a temporary folder.")
+        said = {**found.to_json(), "run_dir": str(directory)}
+        refused = {} if found.refusal is None else {"error": str(found.refusal)}
+        typer.echo(json.dumps({**said, **refused}))
+        if refused:
+            typer.echo(f"error: {found.refusal}", err=True)
+            raise typer.Exit(REFUSED)
+        return
+    typer.echo(found.text())
+    typer.echo(f"Nothing was changed in {directory}: this was measured in a temporary folder.")
     if found.refusal is not None:
         raise found.refusal

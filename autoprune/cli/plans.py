@@ -21,7 +21,7 @@ from autoprune.cli.options import (
     open_run,
     with_groups,
 )
-from autoprune.cli.output import finish, show_forecast
+from autoprune.cli.output import MISSED, finish, show_forecast
 from autoprune.cli.registries import completed
 from autoprune.errors import ConfigError
 
@@ -107,8 +107,14 @@ def _prune_by(
         return
     if len(methods) > 1:
         configs = {name: load_config(config, by(name)) for name in methods}
-        typer.echo(compare_methods(configs, directory, shown.progress))
-        typer.echo(f"Written to {directory / 'methods.md'}. Watch the training: tensorboard --logdir {directory}")
+        compared = compare_methods(configs, directory, shown.progress)
+        if shown.as_json:
+            typer.echo(json.dumps(compared.to_json()))
+        else:
+            typer.echo(compared.page)
+            typer.echo(f"Written to {directory / 'methods.md'}. Watch the training: tensorboard --logdir {directory}")
+        if shown.strict and compared.missed:
+            raise typer.Exit(MISSED)
         return
     job = open_run(config, directory, by(method), progress=shown.progress)
     job.plan_uniformly()

@@ -64,11 +64,6 @@ def run(
     job = open_run(
         config, run_dir, given, workers=workers, ray=ray, minutes=minutes, finished=True, progress=shown.progress
     )
-    _ = job.task  # refused where the directory was made with another one
-    if job.complete:
-        again = f"This run is complete: {job.directory}. Give another --run-dir, or delete it, to run again.\n"
-        show_report(job.directory, shown, again)
-        return
     finish(job, shown, f" Watch the search: tensorboard --logdir {job.directory.parent}")
 
 

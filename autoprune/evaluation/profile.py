@@ -365,10 +365,12 @@ def worth_pruning(inventory: Inventory, table: LatencyTable, max_sparsity: float
         if share >= min_saving:
             layers.append(layer)
         else:
-            dense.append(KeptDense(layer.name, layer.kind, f"pruning it saves at most {100 * share:.1f}% of the time"))
+            dense.append(
+                KeptDense(layer.name, layer.kind, f"pruning it saves at most {100 * share:.1f}% of torch eager's time")
+            )
     if not layers:
         raise AutopruneError(
             f"no layer is worth pruning: none could save {100 * min_saving:g}% of the dense model's "
-            f"{table.dense_ms:.3f} ms on this machine. Use repack alone, or lower env.min_saving."
+            f"{table.dense_ms:.3f} ms in torch eager on this machine. Use repack alone, or lower env.min_saving."
         )
     return Inventory(tuple(layers), tuple(dense))

@@ -48,7 +48,7 @@ class Forecast:
         kept_dense: layer -> why it stays dense.
         baselines: the dense engines, and the dense model repacked.
         table_was_read: whether the latency table was the run directory's, or in the user's cache; else it was measured.
-        prunable: share of the dense time that these layers take, by the latency table.
+        prunable: share of dense torch eager's time that these layers take, by the latency table.
         predicted: speed-up over torch eager of the most pruned model, by the latency table.
         sparsity: of every layer of that model.
         measured: what the most pruned model reaches of the target, where the table left a doubt; else None.
@@ -110,7 +110,7 @@ class Forecast:
             (
                 "latency table",
                 f"{'read' if self.table_was_read else 'measured'}: the pruned layers take "
-                f"{100 * self.prunable:.0f}% of the dense time",
+                f"{100 * self.prunable:.0f}% of dense torch eager's time",
             ),
             ("repacking alone", f"{self.repacking_alone:.2f}x over {over}" + (": enough" if self.unpruned else "")),
             ("in reach", f"{reach}" + ("" if self.refusal is None else ": **the target is out of reach**")),
@@ -166,7 +166,12 @@ def forecast(run: Run, *, searches: bool = True, trains: bool = True) -> Forecas
     table_was_read, began_s = run.preparation.table_is_known, clock()
     table, offered = run.preparation.table, run.preparation.offered
     minutes = {} if table_was_read else {"latency table": (clock() - began_s) / 60}
+    began_s = clock()
+    if trains:
+        _ = run.search.engines  # compiled for the final table, whether or not their times are known
     baselines = run.search.all_baselines
+    if trains or run.search.baselines is not None:
+        minutes["dense engines"] = (clock() - began_s) / 60
     problem, most_pruned = run.search.by_table, run.search.most_pruned
     unpruned = run.unpruned
     measured, refusal = (None, None) if unpruned is not None else _reach(run, problem, most_pruned)

@@ -6,12 +6,15 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from autoprune.config import Config
 from autoprune.errors import AutopruneError, InUse
 from autoprune.files import read_json, write_json, write_text
 from autoprune.latency.timer import Clock
+from autoprune.pipeline.baselines import BASELINES_FILE
 from autoprune.pipeline.results import report_of
 from autoprune.pipeline.run import Run
 from autoprune.progress import SILENT, Progress
@@ -29,12 +32,39 @@ are parameters that are not zero, as a share of the dense model's. *Minutes* are
 attempts where the target was missed at first.
 """
 _TIME = "minutes.json"
-_BASELINES = "baselines.json"  # measured of the dense model, which all runs have in common
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Training methods side by side.
+
+    Attributes:
+        directory: with a run each in a folder of its name, and the page.
+        rows: a method each, in the order in which they were asked for.
+        page: as markdown, with the dense model repacked beside them.
+    """
+
+    directory: Path
+    rows: tuple[MethodRow, ...]
+    page: str
+
+    @property
+    def missed(self) -> bool:
+        """Whether a method missed the target, or cannot do it."""
+        return any(row.missed for row in self.rows)
+
+    def to_json(self) -> dict[str, Any]:
+        """All but the page as plain data."""
+        return {
+            "reached": not self.missed,
+            "methods": [asdict(row) for row in self.rows],
+            "run_dir": str(self.directory),
+        }
 
 
 def compare_methods(
     configs: Mapping[str, Config], directory: Path, progress: Progress = SILENT, clock: Clock = time.perf_counter
-) -> str:
+) -> Comparison:
     """Prunes without a search once by each config, all of one task and target, and writes ``methods.md``.
 
     What is done already is not done again. The page is written after each method.
@@ -46,7 +76,7 @@ def compare_methods(
         clock: seconds; of all timing.
 
     Returns:
-        The page as markdown. A method that cannot do it has a row that says why.
+        The comparison. A method that cannot do it has a row that says why.
 
     Raises:
         ConfigError: there is no such method.
@@ -69,12 +99,12 @@ def compare_methods(
         except AutopruneError as error:
             progress.say(f"{name} cannot do it: {error}")
             errors.append(error)
-            rows.append(MethodRow(name, remark=f"cannot do it: {error}"))
+            rows.append(MethodRow(name, remark=f"cannot do it: {error}", missed=True))
         if done is not None:
             write_text(directory / "methods.md", _page(done, rows))
     if done is None:
         raise errors[0]
-    return _page(done, rows)
+    return Comparison(directory, tuple(rows), _page(done, rows))
 
 
 def _page(report: RunReport, rows: Sequence[MethodRow]) -> str:
@@ -107,15 +137,15 @@ def _row(name: str, report: RunReport) -> MethodRow:
     if record.unpruned is not None:
         remark = f"nothing was pruned: {record.unpruned} by repacking alone"
     kept, minutes = (fast.parameters or 0) / (dense.parameters or 1), _minutes(report.directory)
-    return MethodRow(name, fast.score, fast.speedup_over_best, fast.speedup, kept, minutes, remark)
+    return MethodRow(name, fast.score, fast.speedup_over_best, fast.speedup, kept, minutes, remark, bool(misses))
 
 
 def _share_baselines(run: Run, directory: Path) -> None:
     """Gives a run what another one measured of the dense engines: it takes a while, and one target is one target."""
     _ = run.prepared  # claims the directory
-    known = next(iter(sorted(directory.glob(f"*/{_BASELINES}"))), None)
-    if known is not None and not (run.directory / _BASELINES).exists():
-        shutil.copyfile(known, run.directory / _BASELINES)
+    known = next(iter(sorted(directory.glob(f"*/{BASELINES_FILE}"))), None)
+    if known is not None and not (run.directory / BASELINES_FILE).exists():
+        shutil.copyfile(known, run.directory / BASELINES_FILE)
 
 
 def _minutes(directory: Path) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -35,13 +35,22 @@ def trial_row(trial: Trial) -> TrialRow:
 class SearchMonitor:
     """Shows trials as they come; `resumed` comes first, once, with those of an interrupted search.
 
-    Trials that failed have a reward, and no place in the picture. `first` is the best plan that was there before.
+    Trials that failed have a reward, and no place in the picture. `shown` says a measurement in a few words; `first` is
+    the best plan that was there before.
     """
 
     def __init__(
-        self, directory: Path, config: str, metric: Metric, dense: MeasuredPoint, bar: Bar, first: Trial | None = None
+        self,
+        directory: Path,
+        config: str,
+        metric: Metric,
+        dense: MeasuredPoint,
+        bar: Bar,
+        shown: Callable[[Measurement], str],
+        first: Trial | None = None,
     ) -> None:
         self._directory, self._config, self._metric, self._dense, self._bar = directory, config, metric, dense, bar
+        self._shown = shown
         self._first = [] if first is None else [first]
         self._trials: list[Trial] = []  # that succeeded
         self._writer = TrialWriter(directory, config, metric=metric)
@@ -74,5 +83,5 @@ class SearchMonitor:
 
     def _advance(self, steps: int) -> None:
         best = self._best.measurement if self._first or self._trials else None
-        message = f"best {self._metric.text(best.score)} at {best.speedup:.2f}x" if best else ""
+        message = f"best {self._shown(best)}" if best else ""
         self._bar.advance(steps, message)

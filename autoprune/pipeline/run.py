@@ -259,8 +259,8 @@ class Run:
         else:
             best = self.searched.best
             self.progress.say(
-                f"best plan: {self.task.metric.describe(best.measurement.score)}, {best.measurement.speedup:.2f}x over "
-                f"torch eager, reward {best.reward:.3f}"
+                f"best plan: {self.task.metric.describe(best.measurement.score)}, "
+                f"{self.problem.speedup_text(best.measurement.speedup)}, reward {best.reward:.3f}"
             )
             plan = chosen_plan(self.context, self.preparation, self.search)
         plan.save(self._plan_file)

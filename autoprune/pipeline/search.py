@@ -9,7 +9,7 @@ import math
 import shutil
 from contextlib import closing
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 
 from autoprune.agents.base import succeeded
@@ -43,6 +43,7 @@ from autoprune.pipeline.selection import (
 )
 from autoprune.pipeline.time_limit import TimeLimit
 from autoprune.plan import Plan
+from autoprune.progress import counted
 from autoprune.report.data import MeasuredPoint
 
 
@@ -60,7 +61,8 @@ def run_search(context: Context, posed: SearchProblem, env: PruneEnv, measured: 
     if not (directory / "trials.jsonl").exists():
         shutil.rmtree(policy, ignore_errors=True)  # of a search that is there no more
     context.progress.say(
-        f"search: {config.search.agent}, {config.search.episodes} episodes, {config.target.text(posed.metric)}"
+        f"search: {config.search.agent}, {counted(config.search.episodes, 'episodes')}, "
+        f"{config.target.text(posed.metric)}"
     )
     dense = MeasuredPoint(problem.table.dense_ms, problem.dense_score)
     text = "\n".join(f"{key} = {value}" for key, value in sorted(flat(config.to_json()).items()))
@@ -69,7 +71,8 @@ def run_search(context: Context, posed: SearchProblem, env: PruneEnv, measured: 
         rules = try_rules(context, posed, env, limit) if config.search.rules else {}
         first = best_of(chain.from_iterable(rules.values()))
         with context.progress.bar("search", config.search.episodes) as bar:
-            monitor = SearchMonitor(context.directory / "tensorboard", text, posed.metric, dense, bar, first)
+            shown = partial(describe, problem=problem, metric=posed.metric)
+            monitor = SearchMonitor(context.directory / "tensorboard", text, posed.metric, dense, bar, shown, first)
             with closing(monitor):
                 result = search(
                     agent,
@@ -90,7 +93,7 @@ def run_search(context: Context, posed: SearchProblem, env: PruneEnv, measured: 
         raise error from posed.evaluations.error
     if len(result.trials) < config.search.episodes:
         why = f"{limit.minutes:g} minutes are over" if limit.over() else f"nothing better in {config.search.patience}"
-        context.progress.say(f"stopped after {len(result.trials)} episodes: {why}")
+        context.progress.say(f"stopped after {counted(len(result.trials), 'episodes')}: {why}")
     if not (policy / "policy.json").exists():
         agent.save_policy(policy, env)
     if config.search.halving:
@@ -111,7 +114,7 @@ def try_rules(context: Context, posed: SearchProblem, env: PruneEnv, limit: Time
     with context.progress.bar("rules", sum(map(len, plans.values()))) as bar:
         for rule, of_rule in plans.items():
             for evaluated in problem.evaluate.in_order(of_rule):
-                bar.advance(1, f"{rule}: {describe(evaluated, posed.metric)}")
+                bar.advance(1, f"{rule}: {describe(evaluated, problem, posed.metric)}")
                 if over := limit.over():
                     break
             if over:

@@ -11,7 +11,7 @@ from functools import partial
 from autoprune.agents.baseline import reward_at, uniform_at
 from autoprune.agents.halving import best_plans, halve, rungs
 from autoprune.agents.harness import SearchResult, TrialLog
-from autoprune.envs import PruneEnv
+from autoprune.envs import Problem, PruneEnv
 from autoprune.envs.rewards import as_trial
 from autoprune.envs.trial import Trial
 from autoprune.evaluation.evaluator import Evaluator, PairedEvaluator
@@ -98,7 +98,7 @@ def finalists_of(
         paired = paired_evaluate(context, posed.evaluator, *reference)
         for plan, evaluated in zip(plans, paired.in_order(plans), strict=True):
             finalists.append(as_trial(posed.problem, plan, evaluated))
-            bar.advance(1, describe(evaluated, posed.metric))
+            bar.advance(1, describe(evaluated, posed.problem, posed.metric))
     return tuple(finalists)
 
 
@@ -125,15 +125,16 @@ def halved(context: Context, posed: SearchProblem, trials: Sequence[Trial]) -> t
 
         def record(trial: Trial) -> None:
             log.append(trial)
-            bar.advance(1, f"{trial.fidelity} steps: {describe(trial.evaluated, posed.metric)}")
+            bar.advance(1, f"{trial.fidelity} steps: {describe(trial.evaluated, posed.problem, posed.metric)}")
 
         return tuple(halve(trials, ladder, evaluate_at, partial(as_trial, posed.problem), record, done))
 
 
-def describe(evaluated: Evaluated, metric: Metric) -> str:
+def describe(evaluated: Evaluated, problem: Problem, metric: Metric) -> str:
+    """A trial in a few words; its speed-up is over what the target's is over."""
     if isinstance(evaluated, Failure):
         return f"failed: {evaluated.reason}"
-    return f"{metric.text(evaluated.score)} at {evaluated.speedup:.2f}x"
+    return f"{metric.text(evaluated.score)} at {problem.speedup_text(evaluated.speedup)}"
 
 
 def compare_with_uniform(

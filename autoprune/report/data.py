@@ -93,6 +93,7 @@ class MethodRow:
         kept: parameters that are not zero, as a share of the dense model's.
         minutes: of training and repacking.
         remark: why there are no figures, or what of the target was missed.
+        missed: whether the target was missed, or the method cannot do it.
     """
 
     method: str
@@ -102,6 +103,7 @@ class MethodRow:
     kept: float | None = None
     minutes: float | None = None
     remark: str | None = None
+    missed: bool = False
 
 
 @dataclass(frozen=True)

@@ -175,11 +175,11 @@ def test_the_monitor_shows_failed_trials_by_their_reward(tmp_path: Path) -> None
     failed = as_trial(problem, problem.uniform(0.5), Failure(REASON))
     good = as_trial(problem, problem.uniform(0.4), Measurement(0.9, 1.0, 3.0))
     with SILENT.bar("search", 60) as bar:
-        monitor = SearchMonitor(tmp_path, "", ACCURACY, MeasuredPoint(2.0, 0.98), bar)
+        monitor = SearchMonitor(tmp_path, "", ACCURACY, MeasuredPoint(2.0, 0.98), bar, str)
         for index, trial in enumerate([failed] * 25 + [good] + [failed] * 24):
             monitor.trial(index, trial)
         monitor.close()
-        resumed = SearchMonitor(tmp_path, "", ACCURACY, MeasuredPoint(2.0, 0.98), bar)
+        resumed = SearchMonitor(tmp_path, "", ACCURACY, MeasuredPoint(2.0, 0.98), bar, str)
         resumed.resumed([failed, good, failed])
         resumed.trial(3, failed)
         resumed.close()

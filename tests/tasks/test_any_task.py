@@ -261,7 +261,7 @@ def test_how_a_score_reads(named: dict[str, str], metric: str, factor: int, said
     assert said in task.facts["score"]
     if metric in ("score", "accuracy") and factor == 100:
         assert 0.0 < score <= 1.0
-        assert task.metric.allowance(0.01) == f"1 points of {metric}"
+        assert task.metric.allowance(0.01) == f"1 point of {metric}"
     if metric == "mse":
         from any_project import X
 
