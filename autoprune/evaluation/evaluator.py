@@ -24,8 +24,10 @@ from autoprune.repack import LayerForm, RepackedModel, repack
 
 TIMINGS = 5  # of one plan, at most
 AGREE = 0.1  # how far a speed-up may be from the table's to be believed at once
+STEADY = 0.05  # how far the median round may be from the fastest rounds, which nothing disturbed
 REPEAT = 0.05  # how far two timings of one model may be apart to be believed
 Call = Callable[[], object]
+Timing = tuple[float, float]  # of a plan: its speed-up, and milliseconds
 _NUMERIC = (ArithmeticError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]  # it is documented there
 
 
@@ -113,18 +115,21 @@ class Evaluator(Evaluate):
     def measured(self, score: float, fast: RepackedModel, plan: Plan) -> Measurement:
         """Times a repacked model that scored `score`, again where the clock cannot be trusted.
 
-        A timing is believed that the latency table predicts, or that another timing of the same model repeats: what
-        disturbs a busy machine disturbs no two of them alike.
+        A timing is believed that was steady, and that the latency table predicts or another timing of the same model
+        repeats: what disturbs a busy machine disturbs no two of them alike. Where none is, the fastest rounds count.
         """
-        predicted, taken = self.table.predict_speedup(plan), []
+        predicted, steady, fastest = self.table.predict_speedup(plan), list[Timing](), list[Timing]()
         for _ in range(TIMINGS):
             dense, packed = self.time(fast)
-            taken.append((speedup(dense, packed), packed.median_ms))
-            believed = _believed(taken, predicted)
-            if believed is not None:
-                break
-        ratio, packed_ms = believed or sorted(taken)[len(taken) // 2]
-        return Measurement(score, packed_ms, ratio, timings=len(taken))
+            fastest.append((dense.p10_ms / packed.p10_ms, packed.p10_ms))
+            ratio = speedup(dense, packed)
+            if abs(ratio / fastest[-1][0] - 1.0) <= STEADY:
+                steady.append((ratio, packed.median_ms))
+                if (believed := _believed(steady, predicted)) is not None:
+                    break
+        else:
+            believed = sorted(fastest)[len(fastest) // 2]
+        return Measurement(score, believed[1], believed[0], timings=len(fastest))
 
     def score(self, model: nn.Module) -> float:
         """On the validation split.
@@ -146,8 +151,8 @@ class Evaluator(Evaluate):
         return times["baseline"], times["repacked"]
 
 
-def _believed(taken: Sequence[tuple[float, float]], predicted: float) -> tuple[float, float] | None:
-    """The last of some timings (speed-up, milliseconds), if the table or an earlier one agrees with it."""
+def _believed(taken: Sequence[Timing], predicted: float) -> Timing | None:
+    """The last of some timings, if the table or an earlier one agrees with it."""
     if abs(taken[-1][0] / predicted - 1.0) <= AGREE:
         return taken[-1]
     slower = slower_of_agreeing([ratio for ratio, _ in taken])
