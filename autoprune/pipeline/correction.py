@@ -134,8 +134,8 @@ class Corrected:
         if above <= HIGHEST - 1.0:
             return None
         return (
-            f"of {self.measurements} plans measured none lies between the target and {100 * above:.0f}% above it: the "
-            "kernels of so small a model become faster in steps"
+            f"of {self.measurements} plans measured none lies between the target and {100 * above:.0f}% above it: "
+            "kernels become faster in steps"
         )
 
 
