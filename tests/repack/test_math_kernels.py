@@ -103,13 +103,14 @@ def walled(count: int) -> tuple[Tensor, Tensor]:
 def attended(q: Tensor, k: Tensor, v: Tensor, scale: float, target: Target, thread: int = 0) -> Tensor:
     """Runs the op on (N, heads, tokens, d) views; asserts that it wrote to its output and its scratch alone."""
     batch, heads, queries, width = q.shape
-    size = attention.scratch(k.shape[2], width, target)
+    size = attention.scratch(k.shape[2], width, v.shape[3], target)
     out, y = walled(q.numel())
     work, scratch = walled(size * 3)
     result = y.view(batch, queries, heads, width).transpose(1, 2)
     f = attention.Field
     given: dict[attention.Field, Given] = {
-        f.HEADS: heads, f.QUERIES: queries, f.KEYS: k.shape[2], f.WIDTH: width, f.SCALE: float(scale),
+        f.HEADS: heads, f.QUERIES: queries, f.KEYS: k.shape[2], f.WIDTH: width,
+        f.VALUE_WIDTH: v.shape[3], f.SCALE: float(scale),
         f.SCRATCH_SLOT: 1, f.SCRATCH_OFFSET: 0, f.SCRATCH: size,
     }  # fmt: skip
     slots = np.array([0, scratch.data_ptr()], np.int64)

@@ -76,10 +76,11 @@ def _largest(b: ir.IRBuilder, x: ir.Value, count: ir.Value, lanes: int) -> ir.Va
     start, top = const(0), ir.Constant(F32, float("-inf"))
     for wide in (lanes, 1):
         stop = b.mul(b.sdiv(count, const(wide)), const(wide))
-        (held,) = fold(
-            b, start, stop, [splat_float(float("-inf"), wide)],
-            lambda i, held, wide=wide: [larger(held[0], load_vector(b, at(b, x, i), wide))], wide,
-        )  # fmt: skip
+
+        def meet(i: ir.Value, held: list[ir.Value], wide: int = wide) -> list[ir.Value]:
+            return [larger(held[0], load_vector(b, at(b, x, i), wide))]
+
+        (held,) = fold(b, start, stop, [splat_float(float("-inf"), wide)], meet, wide)
         top = larger(united(b, held, wide, larger), top)
         start = stop
     return top

@@ -148,7 +148,7 @@ def group_norm(
 class Taps(NamedTuple):
     """What is summed along an axis: both are ``(outputs, taps)``."""
 
-    index: NDArray[np.int32]
+    inputs: NDArray[np.int32]
     weight: NDArray[np.float32]
 
 
@@ -159,16 +159,16 @@ def resampled(
     f = resample.Field
     layout, out = x.layout, y.layout
     wide = aligned(out.pitch)
-    index, weight = np.zeros((columns.index.shape[1], wide), np.int32), np.zeros(
-        (columns.index.shape[1], wide), np.float32
+    index, weight = np.zeros((columns.inputs.shape[1], wide), np.int32), np.zeros(
+        (columns.inputs.shape[1], wide), np.float32
     )  # fmt: skip
-    index[:, : out.width], weight[:, : out.width] = columns.index.T, columns.weight.T
+    index[:, : out.width], weight[:, : out.width] = columns.inputs.T, columns.weight.T
     mask = -(np.arange(wide) < out.width).astype(np.int32)
     given: dict[resample.Field, Given] = {
         f.X_SLOT: x.buffer.slot, f.X_OFFSET: x.offset, f.X_IMAGE: layout.image, f.X_CHANNEL: layout.channel(1),
         f.X_ROW: layout.pitch, f.X_WIDTH: layout.width, f.Y_SLOT: y.buffer.slot, f.Y_OFFSET: y.offset,
         f.Y_IMAGE: out.image, f.Y_CHANNEL: out.channel(1), f.Y_ROW: out.pitch, f.CHANNELS: out.channels,
-        f.ROWS: out.height, f.COLUMNS: wide, f.ROW_TAPS: rows.index.shape[1], f.ROW_INDEX: rows.index,
+        f.ROWS: out.height, f.COLUMNS: wide, f.ROW_TAPS: rows.inputs.shape[1], f.ROW_INDEX: rows.inputs,
         f.ROW_WEIGHT: rows.weight, f.COLUMN_TAPS: len(index), f.COLUMN_INDEX: index, f.COLUMN_WEIGHT: weight,
         f.MASK: mask, f.SCRATCH_SLOT: scratch.slot, f.SCRATCH_OFFSET: scratch.offset, f.SCRATCH: room,
         f.POSITIONS: out.positions, f.BORDER: out.behind, f.BORDER_FIRST: out.before,

@@ -70,8 +70,10 @@ def resized(lowering: Lowering, op: TorchOp) -> bool:
         def resize(basis: Tensor, size: int) -> Tensor:
             scale = scales[axis - 2]
             if "nearest" in op.op:
-                return _aten.upsample_nearest1d.default(basis, [size], scale)
-            return _aten.upsample_linear1d.default(basis, [size], args["align_corners"], scale)
+                made: Tensor = _aten.upsample_nearest1d.default(basis, [size], scale)
+            else:
+                made = _aten.upsample_linear1d.default(basis, [size], args["align_corners"], scale)
+            return made
 
         return resize
 
@@ -116,7 +118,7 @@ def _resampled(lowering: Lowering, op: Op, name: str, along: tuple[_Along, _Alon
     if min(*x.shape, *shape) < 1 or max(*x.shape[2:], *shape[2:]) > LONGEST:
         return False
     taps = [_taps(run(torch.eye(x.shape[axis])[None], shape[axis])[0]) for axis, run in zip((2, 3), along, strict=True)]
-    if max(each.index.shape[1] for each in taps) > MOST_TAPS:
+    if max(each.inputs.shape[1] for each in taps) > MOST_TAPS:
         return False
     given, made = lowering.map(name), lowering.new_map(op, shape)
     if name in lowering.positive:

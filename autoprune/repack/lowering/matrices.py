@@ -112,6 +112,7 @@ def product(lowering: Lowering, op: TorchOp) -> bool:
     shape = (*outside, rows, columns)
     if math.prod(shape) * inner == 0:
         return False
+    outer: Sequence[Strides]
     if math.prod(other.shape[:-2]) == 1 and x.stride == contiguous_strides(x.shape):  # one right matrix for all rows
         (images, heads), outer, rows = (1, 1), [(0, 0)] * 3, math.prod(shape[:-1])
     else:
@@ -143,6 +144,8 @@ def softmax(lowering: Lowering, op: TorchOp) -> bool:
     if args.get("dtype") is not None or args.get("half_to_float") or not is_float(x) or not x.numel() or not x.dim():
         return False
     order = [axis for axis in range(x.dim()) if axis != args["dim"] % x.dim()] + [args["dim"] % x.dim()]
+    if x.shape[order[-1]] < lowering.target.lanes < x.numel():  # it would be computed a number at a time
+        return False
     turned = order != sorted(order)
     source = _turned(lowering, name, order) if turned else lowering.rows(name)
     if source is None:
