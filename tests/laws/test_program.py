@@ -104,9 +104,11 @@ def poolings(draw: st.DrawFn, shape: Shape) -> tuple[nn.Module, Shape]:
     sizes = [fitting(each, kernel, stride, padding, 1) for each in extent]
     if min(sizes) < 1:
         return nn.Identity(), shape
-    largest = nn.MaxPool2d(kernel, stride, padding)
-    average = nn.AvgPool2d(kernel, stride, padding, count_include_pad=draw(st.booleans()))
-    return draw(st.sampled_from([largest, average])), (channels, sizes[0], sizes[1])
+    ceil = draw(st.booleans())
+    largest = nn.MaxPool2d(kernel, stride, padding, ceil_mode=ceil)
+    average = nn.AvgPool2d(kernel, stride, padding, ceil_mode=ceil, count_include_pad=draw(st.booleans()))
+    _, high, wide = largest(torch.zeros(shape)).shape
+    return draw(st.sampled_from([largest, average])), (channels, high, wide)
 
 
 @st.composite
@@ -123,6 +125,11 @@ def functions(draw: st.DrawFn, shape: Shape) -> tuple[nn.Module, Shape]:
         (lambda x: x[:, :, -1:], (channels, 1, wide)),
         (lambda x: x[:, : (channels + 1) // 2, :, ::2], ((channels + 1) // 2, high, (wide + 1) // 2)),
         (lambda x: x.softmax(1), shape),
+        (lambda x: x.softmax(-1) @ x.transpose(2, 3), (channels, high, high)),
+        (lambda x: nn.functional.group_norm(x, 1), shape),
+        (lambda x: nn.functional.pad(x, (1, 0, 0, 2)), (channels, high + 2, wide + 1)),
+        (lambda x: nn.functional.interpolate(x, scale_factor=2), (channels, 2 * high, 2 * wide)),
+        (lambda x: x - x.mean((1, 3), keepdim=True), shape),
     ]
     parts: list[Callable[[Tensor], Iterable[Tensor]]] = [
         lambda weight: weight.chunk(2),

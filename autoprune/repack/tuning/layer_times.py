@@ -258,7 +258,7 @@ def _layer_flops(op: LayerOp, weights: Weights | None, values: Mapping[str, Tens
 
 
 def _attention_flops(op: Attention, weights: Weights | None, values: Mapping[str, Tensor]) -> int:
-    return 4 * values[op.inputs[0]].numel() * values[op.inputs[1]].shape[2]
+    return 2 * (values[op.inputs[0]].numel() + values[op.output].numel()) * values[op.inputs[1]].shape[-2]
 
 
 FLOPS: Mapping[type[Op], Callable[[Any, Weights | None, Mapping[str, Tensor]], int] | None] = {
