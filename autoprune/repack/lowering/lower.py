@@ -152,7 +152,7 @@ def lower_op(lowering: Lowering, op: Op) -> None:
         if found is None:
             return
         op = found
-    rule, before = RULES[type(op)], len(lowering.steps)
+    rule, before = None if of_shapes(lowering, op) else RULES[type(op)], len(lowering.steps)
     given = op.inputs[:3] if isinstance(op, Attention) else op.inputs  # its mask may be of booleans
     fitting = isinstance(op, TorchOp) or all(is_float(lowering.values[name]) for name in given)
     if rule is not None and fitting and rule(lowering, op):
@@ -171,10 +171,20 @@ def lower_op(lowering: Lowering, op: Op) -> None:
         source = lowering.values.get(name)
         if isinstance(source, Tensor) and storage_of(source) == storage_of(meta):
             lowering.plain(name)  # a view: nothing to run
+            if name in lowering.known:
+                values = {**lowering.values, **lowering.known}
+                lowering.known[op.output] = evaluate_op(op, values, lowering.graph.constants)
             return
     if pointwise.is_copy(op) and copied(lowering, op.inputs[0], meta):
         return
     lowering.torch_step(op, meta)
+
+
+def of_shapes(lowering: Lowering, op: Op) -> bool:
+    """Whether an operation computes of what depends on shapes alone, such as a causal mask: once, and by torch."""
+    read = [name for name in op.reads if isinstance(lowering.values[name], Tensor)]
+    known = all(name in lowering.known or name in lowering.constants for name in read)
+    return isinstance(op, TorchOp) and known and any(name in lowering.known for name in read)
 
 
 def _sharing(returned: Mapping[str, View], fixed: Collection[int]) -> frozenset[str]:
