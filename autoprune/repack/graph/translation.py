@@ -181,6 +181,8 @@ class _Translation:
     def operator(self, node: fx.Node, target: torch._ops.OpOverload) -> None:
         if target is torch.ops.aten._assert_tensor_metadata.default:
             return
+        if target in _ZEROS and any(user.op == "output" for user in node.users):
+            raise CaptureError("the model returns memory that it has not filled.")
         target = torch_export.IN_PLACE.get(target) or _ZEROS.get(target, target)
         bound = _bind(node, target)
         if bound.get("dropout_p"):
