@@ -17,6 +17,8 @@ from autoprune.errors import FileError
 from autoprune.repack import ProgramModel, SwappedModel, load, repack, save
 from autoprune.repack.graph import aten
 from autoprune.repack.graph.ops import TorchOp
+from autoprune.repack.lowering.steps import TorchStep
+from autoprune.repack.runtime.program import Plan
 
 torch.manual_seed(3)
 PLACES, TABLE = torch.randperm(12), torch.randint(0, 9, (12, 12))
@@ -88,6 +90,18 @@ def test_a_pure_operator_keeps_no_model_from_being_a_program(name: str, tmp_path
         with torch.inference_mode():
             torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(loaded(x), fast(x), rtol=0, atol=0)
+
+
+def test_what_depends_on_shapes_alone_is_computed_once() -> None:
+    model = Between(FUNCTIONS["distances"]).eval()
+    fast = repack(model, X, threads=1)
+    assert isinstance(fast, ProgramModel)
+    for x in (X, torch.randn(2, 15, 16)):
+        plan = fast.program.plan_for((x,))
+        assert isinstance(plan, Plan)
+        assert not [step for step in plan.lowered.steps if isinstance(step, TorchStep)]
+        with torch.inference_mode():
+            torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-4)
 
 
 def test_what_a_mask_picks_is_no_program() -> None:
