@@ -44,6 +44,14 @@ def filled(x: Tensor) -> Tensor:
     return made * x
 
 
+def shifted(x: Tensor) -> Tensor:
+    """As decoders shift their inputs."""
+    made = x.new_zeros(x.shape)
+    made[:, 1:] = x[:, :-1].clone()
+    made[:, 0] = 2.0
+    return made
+
+
 def positions(x: Tensor) -> Tensor:
     """Buckets of distances as T5 has them."""
     n = torch.arange(x.shape[1])
@@ -59,6 +67,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "new full": lambda x: x + x.new_full((x.shape[1], 1), 2.0),
     "new zeros": lambda x: x + x.new_zeros(x.shape),
     "empty, then filled": filled,
+    "written in parts": shifted,
     "and": lambda x: x.masked_fill((x > 0) & (x < 1), 0.5),
     "or, not": lambda x: x.masked_fill(~((x > 1) | (x < 0)), 0.5),
     "normalized": lambda x: F.normalize(x, dim=-1),

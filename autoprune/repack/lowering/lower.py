@@ -175,6 +175,9 @@ def lower_op(lowering: Lowering, op: Op) -> None:
                 values = {**lowering.values, **lowering.known}
                 lowering.known[op.output] = evaluate_op(op, values, lowering.graph.constants)
             return
+    if meta.storage_offset():  # of a copy of all that lay around it: it is told from its own first element on
+        meta = torch.empty_strided(meta.shape, meta.stride(), dtype=meta.dtype, device="meta")
+        lowering.values[op.output] = meta
     if pointwise.is_copy(op) and copied(lowering, op.inputs[0], meta):
         return
     lowering.torch_step(op, meta)
