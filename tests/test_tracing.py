@@ -239,3 +239,11 @@ def test_the_structured_trace_that_nobody_asks_for_ends(monkeypatch: pytest.Monk
     monkeypatch.setattr(trace_log, "handlers", [handler])
     repack(nn.Linear(4, 4).eval(), torch.zeros(2, 4), form="program")
     assert handler not in trace_log.handlers
+
+
+def test_a_flag_by_thread_computes_like_a_bool() -> None:
+    flag = ByThread(True, lambda: False)
+    assert (flag | False) is True
+    assert (False | flag) is True
+    assert (flag & False) is False
+    assert (True & flag) is True

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.errors import AutopruneError
+from autoprune.model.arguments import is_state
 from autoprune.repack import ProgramModel, SwappedModel, load, repack, save
 from autoprune.repack.modules.layers import PackedLinear
 from autoprune.repack.weights.packed import pack
@@ -184,3 +185,13 @@ def test_the_summary_says_why_it_is_no_program_and_what_is_gained() -> None:
     assert not fast.report
     assert "ms a call" in fast.summary
     assert "picks values by a mask" in fast.summary
+
+
+def test_only_objects_that_hold_data_alone_are_state() -> None:
+    own, config = Cache(2), SimpleNamespace(sizes=[1, 2.0, "x"], dtype=torch.int8, kind=Cache)
+    assert is_state(own)
+    assert is_state(config)
+    own.layers[1].seen = own
+    assert not is_state(own)  # it holds itself
+    for other in (nn.Linear(2, 2), torch.ones(2), [own], {"a": 1}, SimpleNamespace(call=print), Cache, object()):
+        assert not is_state(other)
