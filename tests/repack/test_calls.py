@@ -238,6 +238,27 @@ def plain(value: Any) -> Any:
     return type(value)(map(plain, value)) if isinstance(value, (tuple, list)) else value
 
 
+class Named(nn.Module):
+    """Its arguments are called like its own tensors, one of them in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.x = nn.Parameter(torch.randn(8, 8))
+        self.masks = nn.Module()
+        self.masks.register_buffer("0", torch.arange(8.0))
+
+    def forward(self, x: Tensor, masks: list[Tensor]) -> Tensor:
+        scale: Tensor = self.masks.get_buffer("0")
+        return x @ self.x * scale + masks[0]
+
+
+def test_arguments_may_be_called_like_the_models_own_tensors() -> None:
+    model, call = Named().eval(), (torch.randn(2, 8), [torch.randn(2, 8)])
+    fast = autoprune.repack(model, call, form="program")
+    with torch.inference_mode():
+        assert same_output(fast(*call), model(*call))
+
+
 def test_a_record_is_read_as_its_class_was() -> None:
     record: Any = Record({"logits": 1, "hidden": None, "count": 3})
     logits, *rest = record

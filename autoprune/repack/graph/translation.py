@@ -85,7 +85,7 @@ class _Translation:
         self.names: dict[fx.Node, str] = {}  # of the value or constant that stands for a node
         self.integers = Integers(self.ops, self.inputs, self.extents)
         self.asserted: list[Any] = []  # conditions that stand in the graph
-        self.taken = {node.name for node in program.graph.nodes}
+        self.taken = {x.name for x in self.inputs} | {node.name for node in program.graph.nodes}
         self.outputs: Any = None
 
     def graph(self) -> Graph:
