@@ -24,7 +24,6 @@ from autoprune.tasks.batches import first_batches
 from autoprune.training.loop import count_batches, train_
 
 STEPS = 3  # of training that are timed
-SHOWN = 4  # layers that stay dense
 KEPT = (
     "config.json",
     "identity.json",
@@ -92,9 +91,9 @@ class Forecast:
     def text(self) -> str:
         """All of it as people read it."""
         over = BASELINES[self.target.over]
-        whole = [f"{name} ({reason})" for name, reason in self.kept_dense.items()]
-        if len(whole) > SHOWN:
-            whole = [*whole[:SHOWN], f"and {len(whole) - SHOWN} more"]
+        whole: dict[str, list[str]] = {}
+        for name, reason in self.kept_dense.items():
+            whole.setdefault(reason, []).append(name)
         reach = f"{self.in_reach:.2f}x over {over} predicted, with every layer at sparsity {self.sparsity:g}"
         if self.measured is not None and self.measured.speedup is not None:
             reach += f"; {self.measured.speedup:.2f}x measured"
@@ -105,7 +104,7 @@ class Forecast:
             ("target", self.target_text),
             ("dense model", f"{self.dense} on the validation split"),
             ("pruned", f"{self.layers} layers: {self.weights:,} weights, {self.macs:,} multiply-adds a sample"),
-            ("left whole", "; ".join(whole) or "none"),
+            ("left whole", "; ".join(f"{', '.join(names)} ({reason})" for reason, names in whole.items()) or "none"),
             ("dense engines", self.baselines.text().partition(": ")[2]),
             (
                 "latency table",
