@@ -273,7 +273,8 @@ class _Watch(TorchFunctionMode):
             name = found[0] if found is not None else self.weights.inside(value)
             views = name is not None and all(self.weights.inside(each) == name for each in results)
             if name is not None and not views and self.read is not None:
-                self.read(name, str(getattr(func, "__name__", func)))
+                part = " of a part" if found is None else ""
+                self.read(name, f"{getattr(func, '__name__', func)}{part}")
 
 
 def _flat(values: Iterable[Any]) -> Iterator[Any]:
