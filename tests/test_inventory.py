@@ -66,6 +66,7 @@ def test_a_fused_transformer_layer_offers_its_attention_and_its_linears() -> Non
     assert {layer.kind for layer in inventory.layers} == {"linear"}
     assert inventory["layers.0.self_attn.in_proj_weight"].biases == ("layers.0.self_attn.in_proj_bias",)
     assert inventory["layers.0.self_attn.in_proj_weight"].positions == 2 * 5
+    assert {layer.input_shape[:2] for layer in inventory.layers} == {(2, 5)}
 
 
 def test_inputs_of_a_wrong_shape_are_explained() -> None:

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 import autoprune
 from autoprune.criteria import CRITERIA
+from autoprune.latency.timer import Protocol
 from autoprune.masks import apply_masks_, collect_statistics, make_masks, sparsity
 from autoprune.model.inventory import Inventory, take_inventory
 from autoprune.model.uses import Use, watch_weights
@@ -20,6 +21,7 @@ from autoprune.patterns import PATTERNS
 from autoprune.plan import LayerPlan, Plan
 from autoprune.registry import Choice
 from autoprune.repack import ProgramModel
+from autoprune.repack.tuning.layer_times import layer_times
 
 GROUPS = Choice("group", {"size": 4})
 EVERY = {"gradient", "input_norm", "squared_gradient", "input_moments"}
@@ -122,6 +124,7 @@ class Many(nn.Module):
         super().__init__()
         self.embed, self.place = nn.Embedding(40, 32), nn.Parameter(torch.randn(1, 12, 32))
         self.turned, self.raw = Turned(32, 64), nn.Parameter(torch.randn(32, 64) / 8)
+        self.right = nn.Parameter(torch.randn(64, 32) / 8)
         self.attend = nn.MultiheadAttention(32, 4, batch_first=True)
         self.behind, self.scaled = nn.Linear(32, 32), nn.Parameter(torch.randn(32, 32) / 6)
         self.standard = nn.Parameter(torch.randn(32, 32))
@@ -131,13 +134,14 @@ class Many(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embed(tokens) + self.place
-        x = x + functional.linear(torch.relu(self.turned(x)), self.raw)
+        y = torch.relu(self.turned(x))
+        x = x + functional.linear(y, self.raw) + y @ self.right
         x = x + self.attend(x, x, x, need_weights=False)[0]
         x = functional.linear(x, self.behind.weight, self.behind.bias)
         x = x + functional.linear(x, self.scaled * 0.5) + functional.linear(x, self.experts[1])
         weight = (self.standard - self.standard.mean(1, keepdim=True)) / self.standard.std(1, keepdim=True)
-        y: Tensor = self.head(x + functional.linear(x, weight))
-        return y
+        z: Tensor = self.head(x + functional.linear(x, weight))
+        return z
 
 
 def many() -> tuple[nn.Module, Tensor]:
@@ -148,9 +152,9 @@ def many() -> tuple[nn.Module, Tensor]:
 def test_every_weight_is_a_layer_or_has_its_reason() -> None:
     model, x = many()
     inventory = take_inventory(model, x)
-    own = ["turned", "raw", "attend.in_proj_weight", "attend.out_proj", "behind", "scaled", "embed"]
+    own = ["turned", "raw", "right", "attend.in_proj_weight", "attend.out_proj", "behind", "scaled", "embed"]
     assert inventory.names == own
-    assert [layer.name for layer in inventory.layers if layer.turned] == ["turned"]
+    assert [layer.name for layer in inventory.layers if layer.turned] == ["turned", "right"]
     assert {layer.kind for layer in inventory.layers} == {"linear"}
     assert inventory["attend.in_proj_weight"].biases == ("attend.in_proj_bias",)
     assert inventory["behind"].biases == ("behind.bias",)
@@ -175,6 +179,8 @@ def test_every_planned_weight_is_packed_and_the_model_computes_the_same() -> Non
         assert (rows[name].kind, rows[name].backend) == ("linear", "jit")
         assert rows[name].sparsity == pytest.approx(0.75)
     torch.testing.assert_close(fast(x), masked(x), rtol=1e-4, atol=1e-4)
+    times = {row.name: row for row in layer_times(fast, masked, x, Protocol(samples=1, warmup=1))}
+    assert all(times[name].dense_us is not None for name in inventory.names)
 
 
 def test_layers_of_their_own_say_what_multiplies_by_the_rest() -> None:
@@ -183,7 +189,7 @@ def test_layers_of_their_own_say_what_multiplies_by_the_rest() -> None:
     masked = pruned(model, inventory, plan_of(inventory))
     fast = autoprune.repack(masked, x, form="modules")
     rows = {row.name: row for row in fast.report}
-    for name in ("turned", "raw", "attend.in_proj_weight", "scaled"):
+    for name in ("turned", "raw", "right", "attend.in_proj_weight", "scaled"):
         assert rows[name].backend == "dense"
         assert rows[name].sparsity == pytest.approx(0.75)
         assert "only a program" in rows[name].why

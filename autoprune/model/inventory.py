@@ -10,7 +10,7 @@ import fnmatch
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -113,11 +113,11 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 def record_inputs(model: nn.Module, example_inputs: Any, names: Sequence[str]) -> dict[str, Tensor]:
     """Runs `model` once and returns the first input of each named layer; layers never called are left out.
 
-    That of a module is what its forward is given, that of any other weight what is multiplied by it.
+    That of a Linear or a convolution is what its forward is given, that of any other weight what is multiplied by it.
     """
     given: dict[str, Tensor] = {}
     multiplied: dict[str, Tensor] = {}
-    modules = [name for name in names if module_at(model, name) is not None]
+    modules = [name for name in weighted_layers(model) if name in names and module_at(model, name) is not None]
 
     def seen(name: str, args: tuple[Any, ...], _: Any) -> None:
         given.setdefault(name, args[0])
@@ -160,7 +160,9 @@ def take_inventory(
         else:
             norm = run.norms.get(name)
             whole = norm is not None and _normalises_filters(norms[norm], call)
-            layers.append(_spec(name, kind, call, _names_of(probe, call.biases), norm if whole else None))
+            spec = _spec(name, kind, call, Arguments.of(example_inputs).samples)
+            biases = _names_of(probe, call.biases)
+            layers.append(replace(spec, biases=biases, norm=norm if whole else None))
     dense += [KeptDense(name, kind, why) for name, (kind, why) in out_of_reach(probe).items()]
     if not layers:
         why = "; ".join(f"{row.name}: {row.reason}" for row in dense[:5]) or "no product reads a parameter of it"
@@ -315,13 +317,14 @@ def _unused(functions: Sequence[str]) -> str:
     return f"nothing multiplies by it as it is; what reads it: {', '.join(functions[:3])}"
 
 
-def _spec(name: str, kind: str, call: _Calls, biases: tuple[str, ...], norm: str | None) -> LayerSpec:
+def _spec(name: str, kind: str, call: _Calls, samples: int) -> LayerSpec:
     use = call.first
     window: dict[str, Any] = {}
     if kind in ("conv1d", "conv2d"):
         window = dict(zip(("stride", "padding", "dilation"), use.window[1:], strict=True))
+    x = use.by_sample(use.x, max(1, samples))
     return LayerSpec(
-        name=name, kind=kind, weight_shape=tuple(use.weight.shape), input_shape=tuple(use.x.shape),
+        name=name, kind=kind, weight_shape=tuple(use.weight.shape), input_shape=tuple(x.shape),
         positions=call.positions, conv_groups=use.conv_groups, calls=call.calls, gates=GATES.get(kind, 1),
-        norm=norm, turned=use.turned, biases=biases, **window,
+        turned=use.turned, **window,
     )  # fmt: skip

@@ -37,7 +37,7 @@ class Use:
         output: the product, bias included.
         bias: what is added to it, or None.
         settings: of a convolution, by name: ``stride``, ``padding``, ``dilation``, ``groups``.
-        steps_first: whether `x` is ``(steps, samples, in)``, or that with its first two axes as one.
+        batch: in torch's attention, whose `x` is ``(steps, batch, in)`` or has these first two axes as one; else None.
     """
 
     kind: str
@@ -47,7 +47,7 @@ class Use:
     output: Tensor
     bias: Tensor | None
     settings: Mapping[str, Any]
-    steps_first: bool = False
+    batch: int | None = None
 
     @property
     def conv_groups(self) -> int:
@@ -77,8 +77,8 @@ class Use:
         """`x`, the output or its gradient with the samples of a batch on its first axis, as far as can be told."""
         if self.kind != "linear":
             return values
-        if self.steps_first:
-            return values.reshape(-1, samples, values.shape[-1]).transpose(0, 1)
+        if self.batch is not None:
+            return values.reshape(-1, self.batch, values.shape[-1]).transpose(0, 1)
         if values.ndim == 2 and len(values) > samples and len(values) % samples == 0:
             return values.reshape(samples, -1, values.shape[-1])  # an operator that takes matrices alone
         return values
@@ -213,19 +213,20 @@ class _Watch(TorchFunctionMode):
     def __init__(self, weights: _Weights, seen: Seen, read: Read | None) -> None:
         super().__init__()
         self.weights, self.seen, self.read = weights, seen, read
-        self.in_attention = False
+        self.batch: int | None = None
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         given = dict(kwargs or {})
         if func is functional.multi_head_attention_forward:
-            before, self.in_attention = self.in_attention, True
+            query = args[0] if args else given["query"]
+            before, self.batch = self.batch, query.shape[1] if query.ndim == 3 else 1
             try:
                 with self:
                     return _attention(*args, **given)
             finally:
-                self.in_attention = before
+                self.batch = before
         output = func(*args, **given)
         call = self._product(func, args, given, output)
         if call is not None:
@@ -257,7 +258,7 @@ class _Watch(TorchFunctionMode):
             return None
         x = bound.get("input", bound.get("mat1"))
         bias = bound.get("bias")
-        return name, Use(kind, as_read, turned, x, output, bias, settings, self.in_attention)
+        return name, Use(kind, as_read, turned, x, output, bias, settings, self.batch)
 
     def _look(self, func: Any, given: Iterable[Any], output: Any) -> None:
         """A function that is no product: it gives a view of a weight, the weight scaled, or what was made of it."""

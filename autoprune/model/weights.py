@@ -53,6 +53,8 @@ def layer_at(model: nn.Module, layer: str, turned: bool = False) -> nn.Module:
         turned: whether a parameter that is no module's ``weight`` is ``(in, out)``.
     """
     module = module_at(model, layer)
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):  # which look up the weight that others multiply by
+        return as_linear(module, "weight")
     if module is not None:
         return module
     head, _, tail = layer.rpartition(".")

@@ -50,7 +50,8 @@ def as_linear(module: nn.Module, name: str) -> nn.Linear:
     linear = nn.Linear(1, 1, bias=False, device="meta")
     linear.out_features, linear.in_features = weight.shape
     linear.weight = weight
-    linear.register_parameter("bias", getattr(module, name.replace("weight", "bias"), None))
+    beside = name.replace("weight", "bias")
+    linear.register_parameter("bias", getattr(module, beside, None) if beside != name else None)
     return linear
 
 

@@ -18,7 +18,7 @@ from autoprune.errors import AutopruneError
 from autoprune.latency.timer import Clock, Protocol, torch_threads
 from autoprune.model.copies import copy_for_inference
 from autoprune.model.inventory import as_tuple, record_inputs
-from autoprune.model.weights import layer_at
+from autoprune.model.weights import layer_at, module_at, weight_of
 from autoprune.repack.graph.ops import (
     Activation,
     AdaptiveAvgPool2d,
@@ -189,14 +189,20 @@ def _dense_passes(
     original = copy_for_inference(model)
     recorded = record_inputs(original, fresh(inputs), list(names))
     contiguous, channels_last = FORMATS
-    layers = {(name, contiguous): (layer_at(original, name), x.contiguous()) for name, x in recorded.items()}
+    layers = {(name, contiguous): (_dense_layer(original, name, x), x.contiguous()) for name, x in recorded.items()}
     last: dict[tuple[str, str], tuple[nn.Module, Tensor]] = {}
     other = copy_for_inference(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for name, x in recorded.items():
-        if isinstance(layer_at(original, name), nn.Conv2d) and x.dim() == 4:
+        if isinstance(module_at(original, name), nn.Conv2d) and x.dim() == 4:
             x = x.contiguous(memory_format=torch.channels_last)
             last[name, channels_last] = other.get_submodule(name), x
     return [partial(_dense_pass, each, clock) for each in (layers, last)]
+
+
+def _dense_layer(model: nn.Module, name: str, x: Tensor) -> nn.Module:
+    """What multiplies `x` by the weight of a layer in torch."""
+    other = module_at(model, name) is None and weight_of(model, name).shape[1] != x.shape[-1]
+    return layer_at(model, name, turned=other)
 
 
 def _dense_pass(layers: Mapping[tuple[str, str], tuple[nn.Module, Tensor]], clock: Clock) -> _Timed:
