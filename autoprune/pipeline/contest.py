@@ -13,7 +13,7 @@ from typing import Any
 
 from autoprune.agents.harness import SearchResult
 from autoprune.envs.trial import Trial
-from autoprune.errors import ConfigError, FileError, NumericalError
+from autoprune.errors import ConfigError, FileError, InfeasibleTarget, NumericalError
 from autoprune.files import read_json, write_json
 from autoprune.pipeline.application import AppliedPlan, adopt_fine_tuned
 from autoprune.pipeline.correction import Corrected
@@ -81,22 +81,23 @@ def contest(
         The contenders in the order of `plans`; plans that are the same on the target are trained once.
 
     Raises:
-        NumericalError: the training of all of them diverged.
+        NumericalError: the training of all of them diverged, or the last one's did.
+        InfeasibleTarget: none of them could be put on the target, or not the last one.
     """
     contenders: list[Contender] = []
-    error: NumericalError | None = None
+    error: NumericalError | InfeasibleTarget | None = None
     for number, (source, plan) in enumerate(plans.items(), start=1):
         folder = context.directory / FOLDER / source.replace(" ", "_")
         at = replace(context, directory=folder)
-        on_target, speedup = _on_target(folder / "plan.json", plan, correct)
-        if any(each.plan.key == on_target.key for each in contenders):
-            continue
         context.progress.say(f"contender {number} of {len(plans)}: the plan of {source}")
         try:
+            on_target, speedup = _on_target(folder / "plan.json", plan, correct)
+            if any(each.plan.key == on_target.key for each in contenders):
+                continue
             model = AppliedPlan(at, preparation, on_target).fine_tuned.model
-        except NumericalError as diverged:
-            context.progress.say(f"the plan of {source} is out: {diverged}")
-            error = diverged
+        except (NumericalError, InfeasibleTarget) as out:
+            context.progress.say(f"the plan of {source} is out: {out}")
+            error = out
             continue
         task = preparation.prepared.task
         contenders.append(Contender(source, on_target, speedup, task.evaluate(model), task.test(model)))

@@ -27,6 +27,7 @@ from autoprune.repack import RepackedModel, save
 from autoprune.target import BASELINES, Target
 
 HIGHEST = 1.03  # of the target: a plan that is so much better is pruned for nothing
+LEAST = 0.97  # of the target: less is no noise of the clock
 AIM = 1.013  # of the target: the next table may find it a percent slower
 RESERVE = 1.08  # of the best that was measured: a figure that is offered must hold when it is asked for
 FINE_GRID = 1000  # of sparsities: where all layers are at 90%, one more percent of each is 10% of the work
@@ -268,12 +269,29 @@ def _in_layer(best: Corrected, name: str, too_little: float, enough: float, prob
     return round(min(enough - inside, max(too_little + inside, right)) * FINE_GRID) / FINE_GRID
 
 
-def further(plan: Plan, reached: Reached, problem: Problem) -> Plan:
-    """A plan moved by what its trained, repacked model is short of the target."""
-    moved = partial(_moved, plan, problem)
-    if reached.least >= 1.0:
-        return plan
-    return moved(_beyond(moved, problem, plan, reached.least, 0.0))
+def further(plan: Plan, reached: Reached, measure: Callable[[Plan], Reached], problem: Problem) -> Corrected:
+    """Moves a plan whose trained, repacked model misses the target, so that the model trained by it meets it.
+
+    What training changes (the shares that a method finds itself, what runs fastest) is taken to be the same factor
+    for plans nearby.
+
+    Args:
+        plan: the model's.
+        reached: by the trained model.
+        measure: what a plan's repacked model reaches untrained.
+        problem: the target, the layers and their table.
+
+    Returns:
+        As `correct`; the plan may be the same, where timing again finds it on the target.
+    """
+    before = measure(plan).of_target
+    lost = {name: value / before[name] for name, value in reached.of_target.items()}
+
+    def as_trained(candidate: Plan) -> Reached:
+        untrained = measure(candidate)
+        return replace(untrained, of_target={name: x * lost[name] for name, x in untrained.of_target.items()})
+
+    return correct(plan, as_trained, problem)
 
 
 def _moved(plan: Plan, problem: Problem, amount: float) -> Plan:
@@ -301,6 +319,20 @@ def _beyond(moved: Callable[[float], Plan], problem: Problem, candidate: Plan, r
     return amount + math.copysign(min(step, _REACH), further_by)
 
 
+def check_reached(corrected: Corrected, problem: Problem) -> None:
+    """Refuses a speed-up or a time that a plan could not be moved onto, before anything is trained for it.
+
+    Raises:
+        InfeasibleTarget: with the best figure that was measured, less what the clock may be off by.
+    """
+    timed = [value for name, value in corrected.reached.of_target.items() if name in ("speedup", "latency_ms")]
+    if min(timed, default=1.0) < LEAST:
+        highest = max((layer.sparsity for layer in corrected.plan.layers.values()), default=0.0)
+        raise InfeasibleTarget(
+            _out_of_reach(problem, corrected.reached, f"with layers at sparsities up to {highest:g}")
+        )
+
+
 def check_reachable(problem: Problem, most_pruned: Sequence[Plan], measure: Callable[[Plan], Reached]) -> float:
     """Refuses a target that the most pruned model is measured to miss.
 
@@ -325,22 +357,22 @@ def check_reachable(problem: Problem, most_pruned: Sequence[Plan], measure: Call
         return 1.0
     best = max((measure(plan) for plan in plans[:2]), key=lambda each: each.least)
     if best.least < 1.0:
-        raise InfeasibleTarget(_out_of_reach(problem, best))
+        everywhere = f"with every layer at sparsity {problem.max_sparsity:g}"
+        raise InfeasibleTarget(_out_of_reach(problem, best, everywhere))
     return max(1.0, required * best.least / predicted)
 
 
-def _out_of_reach(problem: Problem, best: Reached) -> str:
-    target, worst = problem.target, min(best.of_target, key=lambda name: best.of_target[name])
-    everywhere = f"with every layer at sparsity {problem.max_sparsity:g}"
-    if worst == "speedup" and best.speedup is not None:
+def _out_of_reach(problem: Problem, best: Reached, how: str) -> str:
+    target, speed = problem.target, best.of_target.get("speedup", math.inf)
+    if speed < best.of_target.get("latency_ms", math.inf) and best.speedup is not None:
         safe = math.floor(best.speedup / RESERVE * 100) / 100
         return (
-            f"no plan reaches {target.speedup:g}x over {BASELINES[target.over]} here: {everywhere} the repacked model "
+            f"no plan reaches {target.speedup:g}x over {BASELINES[target.over]} here: {how} the repacked model "
             f"was measured {best.speedup:.2f}x as fast. Ask for at most {safe:g}x, {ALLOW_MORE}"
         )
     safe_ms = (best.latency_ms or 0.0) * RESERVE
     return (
-        f"no plan takes at most {target.latency_ms:g} ms here: {everywhere} the repacked model was measured to take "
+        f"no plan takes at most {target.latency_ms:g} ms here: {how} the repacked model was measured to take "
         f"{best.latency_ms:.4g} ms. Ask for at least {safe_ms:.4g} ms, {ALLOW_MORE}"
     )
 

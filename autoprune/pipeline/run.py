@@ -31,7 +31,7 @@ from autoprune.latency.timer import Clock
 from autoprune.model.inventory import Inventory
 from autoprune.pipeline.application import AppliedPlan, is_complete
 from autoprune.pipeline.contest import best_by_source, clear, contest, take_winner
-from autoprune.pipeline.correction import Corrected, correct, free_without_pruning, further
+from autoprune.pipeline.correction import Corrected, check_reached, correct, free_without_pruning, further
 from autoprune.pipeline.preparation import Context, Preparation, Prepared, create_choices
 from autoprune.pipeline.problem import file_size
 from autoprune.pipeline.search import PlanSearch
@@ -68,7 +68,11 @@ def uniform_plan(context: Context, preparation: Preparation, search: PlanSearch)
 
 
 def corrected(context: Context, search: PlanSearch, plan: Plan) -> Corrected | None:
-    """A plan put on the target by measurement; None where that is not what tells if it is met, or nothing is timed."""
+    """A plan put on the target by measurement; None where that is not what tells if it is met, or nothing is timed.
+
+    Raises:
+        InfeasibleTarget: it cannot be.
+    """
     if not context.config.target.measured or not context.measures:
         return None
     moved = correct(plan, search.gauge.of_plan, search.unscored)
@@ -76,6 +80,7 @@ def corrected(context: Context, search: PlanSearch, plan: Plan) -> Corrected | N
         context.progress.say(
             f"moved onto the target in {moved.measurements} measurements: {moved.reached.least:.3f} of it"
         )
+    check_reached(moved, search.unscored)
     path = context.directory / CORRECTED
     known = read_json(path, "how near the target plans are") if path.exists() else {}
     figures = {**asdict(moved.reached), "measurements": moved.measurements, "remark": moved.remark}
@@ -310,7 +315,7 @@ class Run:
             reached = self.search.gauge(self.plan, self.repacked)
             if reached.least >= 1.0 or attempt == ATTEMPTS:
                 break
-            moved = further(self.plan, reached, problem)
+            moved = further(self.plan, reached, self.search.gauge.of_plan, problem).plan
             if moved == self.plan:
                 break
             self.progress.say(f"{reached.least:.3f} of the target is reached: pruned further, and trained again")
