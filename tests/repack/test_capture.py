@@ -164,6 +164,8 @@ ONE_LINERS: dict[str, tuple[Any, str]] = {
     "clamp min": (lambda m, x: m.c(x).clamp_min(0), "relu"),
     "silu": (lambda m, x: F.silu(m.c(x), inplace=True), "silu"),
     "gelu": (lambda m, x: F.gelu(m.c(x)), "gelu"),
+    "leaky relu": (lambda m, x: F.leaky_relu(m.c(x)), "leaky_relu_0.01"),
+    "leaky relu, steeper": (lambda m, x: F.leaky_relu(m.c(x), 0.2, inplace=True), "leaky_relu_0.2"),
     "gelu tanh": (lambda m, x: F.gelu(m.c(x), approximate="tanh"), "gelu_tanh"),
     "sigmoid": (lambda m, x: m.c(x).sigmoid(), "sigmoid"),
     "tanh": (lambda m, x: torch.tanh(m.c(x)), "tanh"),

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from autoprune.repack.graph import lengths, views
+from autoprune.repack.graph.activations import SLOPES
 from autoprune.repack.graph.einsum import einsum
 from autoprune.repack.graph.ops import (
     Activation,
@@ -140,6 +141,11 @@ def _activation(name: str) -> Callable[[Site], Result]:
 
 def _gelu(site: Site) -> Result:
     return _activation({"none": "gelu", "tanh": "gelu_tanh"}[site.args["approximate"]])(site)
+
+
+def _leaky_relu(site: Site) -> Result:
+    slope = site.args["negative_slope"]
+    return _activation(f"leaky_relu_{slope}")(site) if slope in SLOPES else None
 
 
 def _clamp(low: str, high: str) -> Callable[[Site], Result]:
@@ -274,6 +280,7 @@ _LIFTINGS: Mapping[str, Callable[[Site], Result]] = {
     "clamp.default": _clamp("min", "max"),
     "clamp_min.default": _clamp("min", "max"),
     "silu.default": _activation("silu"),
+    "leaky_relu.default": _leaky_relu,
     "gelu.default": _gelu,
     "sigmoid.default": _activation("sigmoid"),
     "tanh.default": _activation("tanh"),

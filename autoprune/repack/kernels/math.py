@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import llvmlite.ir as ir
 import numpy as np
@@ -125,6 +126,11 @@ def _hardswish(b: ir.IRBuilder, module: ir.Module, x: ir.Value, lanes: int) -> i
     return b.fmul(x, _hardsigmoid(b, module, x, lanes))
 
 
+def _leaky_relu(b: ir.IRBuilder, module: ir.Module, x: ir.Value, lanes: int, slope: float) -> ir.Value:
+    negative = b.fcmp_ordered("<", x, splat_float(0.0, lanes))
+    return b.select(negative, b.fmul(x, splat_float(slope, lanes)), x)
+
+
 def _sqrt(b: ir.IRBuilder, module: ir.Module, x: ir.Value, lanes: int) -> ir.Value:
     name = f"llvm.sqrt.v{lanes}f32" if lanes > 1 else "llvm.sqrt.f32"
     function = module.globals.get(name) or ir.Function(module, ir.FunctionType(x.type, [x.type]), name)
@@ -144,6 +150,7 @@ ACTIVATIONS: Mapping[str, Emit] = {
     "tanh": _tanh,
     "hardswish": _hardswish,
     "hardsigmoid": _hardsigmoid,
+    **{f"leaky_relu_{slope}": partial(_leaky_relu, slope=slope) for slope in (0.001, 0.01, 0.1, 0.2)},
 }
 """Name -> emitter; activations that are clamps are not here, see `clamp_bounds`."""
 
