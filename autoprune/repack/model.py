@@ -45,7 +45,7 @@ from autoprune.repack.tuning.tuning import Layer, Tuned, TuningCache, faster_by_
 
 Form = Literal["program", "modules"]
 
-WHOLE = Protocol(samples=5, warmup=1)  # of a model whose layers were timed one by one
+WHOLE = Protocol(samples=15, warmup=2)  # of a model whose layers were timed one by one
 
 
 def repack(
