@@ -15,7 +15,7 @@ from autoprune.errors import FileError, StaleTable
 from autoprune.evaluation import profile
 from autoprune.files import read_json, write_json
 from autoprune.latency.machine import machine_identity
-from autoprune.latency.table import LatencyTable
+from autoprune.latency.table import TABLE_VERSION, LatencyTable
 from autoprune.pipeline import preparation, retarget
 from autoprune.pipeline.run import Run
 from autoprune.registry import Choice
@@ -69,6 +69,14 @@ def test_what_the_table_holds_for_is_measured_apart(opened: Open, measured: list
     for number, latency in enumerate(({}, {"batch": 2}, {"profile_samples": 7})):
         assert opened(f"run-{number}", "{speedup = 2.0}", **latency).preparation.table
     assert len(measured) == 3
+
+
+def test_a_release_that_measures_otherwise_takes_no_table_of_an_older_one(
+    opened: Open, measured: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert opened("old", "{speedup = 2.0}").preparation.table
+    monkeypatch.setattr(profile, "TABLE_VERSION", TABLE_VERSION + 1)
+    assert not opened("new", "{speedup = 2.0}").preparation.table_is_known
 
 
 def test_a_table_that_is_measured_anew_is_everyones(opened: Open, measured: list[float]) -> None:

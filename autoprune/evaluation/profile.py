@@ -25,7 +25,7 @@ from autoprune.files import cache_folder, check_cache
 from autoprune.identity.fingerprint import architecture_fingerprint
 from autoprune.latency.machine import machine_identity
 from autoprune.latency.record import MeasurementRecord
-from autoprune.latency.table import LatencyTable, LayerTable, Point
+from autoprune.latency.table import TABLE_VERSION, LatencyTable, LayerTable, Point
 from autoprune.latency.timer import Clock, Protocol, measure_together, torch_threads
 from autoprune.masks import saliency_of
 from autoprune.model.copies import copy_for_inference
@@ -72,7 +72,8 @@ def shared_file(what: str, settings: Mapping[str, Any], protocol: Protocol) -> P
         FileError: there is no place for a cache, or it cannot be written.
     """
     check_cache()
-    about = {"settings": settings, "machine": machine_identity(), "samples": protocol.samples, "kernels": VERSION}
+    versions = {"kernels": VERSION, "table": TABLE_VERSION}
+    about = {"settings": settings, "machine": machine_identity(), "samples": protocol.samples, **versions}
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
     return cache_folder() / f"{what}-{digest}.json"
 
