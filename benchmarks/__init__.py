@@ -21,6 +21,7 @@ BENCHMARKS: Mapping[str, str] = {
     "kills": "whether killed commands go on without losing or doubling anything",
     "layers": "how near packed layers come to the processor's peak",
     "lenet": "how far LeNet-5 can be pruned at a loss of 0.1 point",
+    "main_job": "whether README's main job delivers, and what its rules would have",
     "methods": "which training method loses least, at one budget of epochs and weights",
     "onnx_export": "whether exported ONNX files are faster than the same zeros exported dense",
     "permutation": "what choosing the filters of a group by similarity gives",

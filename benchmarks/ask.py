@@ -14,14 +14,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from autoprune.report.console import Console
 from autoprune.report.table import markdown_table
 from benchmarks.ask_models import DATA
+from benchmarks.lib.busy import busy_core
 from benchmarks.lib.command_line import add_report, among, command_line, listed
 from benchmarks.lib.page import page, write_page
 from benchmarks.lib.sweep import Row, Rows, missing, sweep
@@ -79,19 +79,6 @@ def main(argv: Sequence[str]) -> int:
             failed = sweep(rows, missing(rows, points), _asked, Console(), note=_note)
     write_page(given.output, "ask", report(list(rows.last().values())))
     return 1 if failed else 0
-
-
-@contextmanager
-def busy_core(busy: bool) -> Iterator[None]:
-    """Another process that computes all the time, if asked for."""
-    if not busy:
-        yield
-        return
-    with subprocess.Popen([sys.executable, "-c", "while True: sum(range(10**6))"]) as process:
-        try:
-            yield
-        finally:
-            process.kill()
 
 
 def _note(row: Asked) -> str:
