@@ -309,6 +309,18 @@ MAPS: dict[str, tuple[Run, tuple[int, ...]]] = {
     "border from the other side": (lambda x: F.pad(x, (2, 1, 1, 2), "circular"), (1, 3, 5, 18)),
     "pool to uneven parts": (lambda x: F.adaptive_avg_pool2d(x, (3, 7)), (2, 3, 8, 19)),
     "pool to more": (lambda x: F.adaptive_avg_pool2d(x, (7, 7)), (1, 3, 4, 4)),
+    "pool to wide parts": (lambda x: F.adaptive_avg_pool2d(x, (3, 2)), (2, 3, 6, 38)),
+    "largest of parts": (lambda x: F.adaptive_max_pool2d(x, (3, 2)), (2, 3, 6, 38)),
+    "largest of uneven parts": (lambda x: F.adaptive_max_pool2d(x, (3, 7)), (2, 3, 8, 19)),
+    "largest of all": (lambda x: F.adaptive_max_pool2d(x, 1), (2, 3, 7, 9)),
+    "largest, where it lies left out": (lambda x: F.max_pool2d(x, 3, 2, 1, return_indices=True)[0], (2, 3, 9, 9)),
+    "lengths to parts": (lambda x: F.adaptive_avg_pool1d(x, 4), (2, 6, 32)),
+    "lengths to uneven parts": (lambda x: F.adaptive_avg_pool1d(x, 5), (1, 6, 32)),
+    "largest of parts of lengths": (lambda x: F.adaptive_max_pool1d(x, 4), (2, 6, 30)),
+    "largest of lengths, where it lies left out": (
+        lambda x: F.max_pool1d(x, 2, return_indices=True)[0],
+        (2, 6, 30),
+    ),
 }
 
 
@@ -330,6 +342,22 @@ def test_what_works_on_maps_is_native(name: str, lanes: int | None) -> None:
         assert torch.allclose(program(x), wanted, atol=1e-4)
     if lanes is not None:
         assert_stays_inside(program, [x])
+
+
+def test_parts_that_hold_no_numbers_stay_where_they_are() -> None:
+    """A window with fewer columns than others must not look at its neighbour's."""
+    x = data(1, 2, 5, 19)
+    x[0, 0, 0, 3], x[0, 1, 4, 11] = torch.nan, torch.inf
+    for pool in (F.adaptive_avg_pool2d, F.adaptive_max_pool2d):
+        assert_native(lambda x, pool=pool: pool(x, (3, 7)), x)
+
+
+def test_where_the_largest_lies_is_left_to_torch() -> None:
+    def both(x: Tensor) -> Tensor:
+        y, index = F.adaptive_max_pool2d(x, 2, return_indices=True)
+        return y + index
+
+    assert_native(both, data(1, 3, 8, 8), left=["aten.adaptive_max_pool2d.default", "aten.add.Tensor"])
 
 
 def test_standardised_weights_are_constants() -> None:

@@ -163,6 +163,8 @@ def _max_pool2d(site: Site) -> Result:
     a = site.args
     kernel = _pair(a["kernel_size"])
     stride, padding, dilation = _pair(a["stride"], a["kernel_size"]), _pair(a["padding"]), _pair(a["dilation"])
+    if site.result is None:
+        return None
     if not site.is_value("self", 4) or kernel is None or stride is None or padding is None or dilation is None:
         return None
     return MaxPool2d(
@@ -287,6 +289,7 @@ _LIFTINGS: Mapping[str, Callable[[Site], Result]] = {
     "hardswish.default": _activation("hardswish"),
     "hardsigmoid.default": _activation("hardsigmoid"),
     "max_pool2d.default": _max_pool2d,
+    "max_pool2d_with_indices.default": _max_pool2d,
     "avg_pool2d.default": _avg_pool2d,
     "adaptive_avg_pool2d.default": _adaptive_avg_pool2d,
     "mean.dim": _mean,

@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
-from autoprune.repack.graph.ops import AvgPool2d, Conv2d, GlobalAvgPool, MaxPool2d, Op, Reshape, TorchOp
+from autoprune.repack.graph.ops import (
+    AdaptiveAvgPool2d,
+    AvgPool2d,
+    Conv2d,
+    GlobalAvgPool,
+    MaxPool2d,
+    Op,
+    Reshape,
+    TorchOp,
+)
 from autoprune.repack.graph.site import Result, Site, extents
 
 _Made = Callable[[str, str], Op]  # names of the map it reads and of the one it makes -> the operation
@@ -27,12 +37,14 @@ def _on_maps(site: Site, argument: str, make: _Made) -> Result:
     def lengths(of: Any) -> list[Any]:
         return [extent(*each) for each in zip(extents(of), of.meta["val"].shape, strict=True)]
 
+    result = site.result
+    assert result is not None
     batch, channels, length = lengths(node)
     made = make(f"{name} given", f"{name} made")
     return (
         Reshape(f"{name} given", (source,), shape=(batch, channels, 1, length)),
         made,
-        Reshape(name, (made.output,), shape=tuple(lengths(site.node))),
+        Reshape(name, (made.output,), shape=tuple(lengths(result))),
     )
 
 
@@ -85,6 +97,8 @@ def _group_norm(site: Site) -> Result:
 
 def _max_pool1d(site: Site) -> Result:
     a = site.args
+    if site.result is None:
+        return None
     kernel, stride = _one(a["kernel_size"]), _one(a["stride"], a["kernel_size"])
     padding, dilation = _one(a["padding"]), _one(a["dilation"])
     if not site.is_value("self", 3) or kernel is None or stride is None or padding is None or dilation is None:
@@ -113,9 +127,24 @@ def _avg_pool1d(site: Site) -> Result:
 
 
 def _adaptive_avg_pool1d(site: Site) -> Result:
-    if not site.is_value("self", 3) or _one(site.args["output_size"]) != 1:
+    size = _one(site.args["output_size"])
+    if not site.is_value("self", 3) or size is None:
         return None
-    return _on_maps(site, "self", lambda given, made: GlobalAvgPool(made, (given,), keepdim=True))
+    if size == 1:
+        return _on_maps(site, "self", lambda given, made: GlobalAvgPool(made, (given,), keepdim=True))
+    return _on_maps(site, "self", lambda given, made: AdaptiveAvgPool2d(made, (given,), size=(1, size)))
+
+
+def _adaptive_max_pool1d(site: Site) -> Result:
+    size = _one(site.args["output_size"])
+    if not site.is_value("self", 3) or size is None or site.result is None:
+        return None
+
+    def make(given: str, made: str) -> Op:
+        pool = TorchOp.of(made, "aten.adaptive_max_pool2d.default", ({"ref": given}, [1, size]))
+        return replace(pool, item=0)
+
+    return _on_maps(site, "self", make)
 
 
 LIFTINGS: Mapping[str, Callable[[Site], Result]] = {
@@ -123,6 +152,8 @@ LIFTINGS: Mapping[str, Callable[[Site], Result]] = {
     "conv1d.padding": _conv1d,
     "group_norm.default": _group_norm,
     "max_pool1d.default": _max_pool1d,
+    "max_pool1d_with_indices.default": _max_pool1d,
     "avg_pool1d.default": _avg_pool1d,
     "adaptive_avg_pool1d.default": _adaptive_avg_pool1d,
+    "adaptive_max_pool1d.default": _adaptive_max_pool1d,
 }

@@ -48,6 +48,14 @@ class Site:
         """The name of what it computes."""
         return self.node.name
 
+    @property
+    def result(self) -> Node | None:
+        """The node of its result; of several results the first's, or None where another is read, or none."""
+        if isinstance(self.node.meta["val"], Tensor):
+            return self.node
+        read = [user for user in self.node.users if user.users]
+        return read[0] if len(read) == 1 and read[0].args[1] == 0 else None
+
     def name(self, argument: str) -> str:
         return self.context.names[self.args[argument]]
 

@@ -168,7 +168,7 @@ class _Translation:
         source, index = node.args
         assert isinstance(source, fx.Node)
         assert isinstance(index, int)
-        if source in self.names:  # a batch norm, whose other results are empty outside training
+        if source in self.names:  # of its results nobody reads another: those of a batch norm are empty, as a rule
             self.names[node] = self.names[source]
             return
         assert isinstance(source.target, torch._ops.OpOverload)

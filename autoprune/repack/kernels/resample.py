@@ -1,10 +1,13 @@
-"""Resampling of a feature map, a native op: each row and each column of the output is a sum of some of the input's.
+"""Resampling of a feature map, a native op: each row and each column of the output comes from some of the input's.
 
-So resize and adaptive pooling are computed, and a border of zeros or of what lies inside is added. The rows of an
-output row are summed first, then its columns, which are picked by number.
+It is their sum or the largest of them. So resize and adaptive pooling are computed, and a border of zeros or of what
+lies inside is added. The rows of an output row are combined first, then its columns, which are picked by number.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
 
 import llvmlite.ir as ir
 
@@ -30,6 +33,7 @@ from autoprune.repack.kernels.ir import (
     store_vector,
 )
 from autoprune.repack.kernels.math import splat_float
+from autoprune.repack.kernels.window import maximum
 
 
 class Field(Fields):
@@ -49,12 +53,12 @@ class Field(Fields):
     CHANNELS = NUMBER
     ROWS = NUMBER  # of the output
     COLUMNS = NUMBER  # of the output and its border, whole vectors
-    ROW_TAPS = NUMBER  # rows that are summed
+    ROW_TAPS = NUMBER  # rows that become one
     ROW_INDEX = INT32_ARRAY  # (rows, taps)
-    ROW_WEIGHT = FLOAT32_ARRAY
+    ROW_WEIGHT = FLOAT32_ARRAY  # of a sum alone
     COLUMN_TAPS = NUMBER
     COLUMN_INDEX = INT32_ARRAY  # (taps, columns)
-    COLUMN_WEIGHT = FLOAT32_ARRAY
+    COLUMN_WEIGHT = FLOAT32_ARRAY  # of a sum alone
     MASK = INT32_ARRAY  # per column: -1 inside the map, 0 on its border
     SCRATCH_SLOT = SLOT
     SCRATCH_OFFSET = OFFSET
@@ -65,8 +69,13 @@ class Field(Fields):
 
 
 @once_a_process
-def resample(target: Target) -> int:
-    """The op; an item is a channel of an image."""
+def resample(target: Target, largest: bool) -> int:
+    """The op; an item is a channel of an image.
+
+    Args:
+        target: what to compile for.
+        largest: whether the largest is taken; else a weighted sum.
+    """
     module, lanes = ir.Module(), target.lanes
     b, fields, slots, item, thread = op_function(module)
     get = Field.load(b, fields)
@@ -84,7 +93,11 @@ def resample(target: Target) -> int:
     row_weight, column_weight = (
         pointer_field(b, get[field], FLOATS) for field in (Field.ROW_WEIGHT, Field.COLUMN_WEIGHT)
     )
-    columns, zero = get[Field.COLUMNS], splat_float(0.0, lanes)
+    columns, empty = get[Field.COLUMNS], splat_float(float("-inf") if largest else 0.0, lanes)
+
+    def combined(x: ir.Value, weight: Callable[[], ir.Value], held: ir.Value) -> ir.Value:
+        return maximum(b, x, held) if largest else b.call(fma(module, lanes), [x, weight(), held])
+
     with loop(b, const(0), get[Field.ROWS]) as row:
         first = b.mul(row, get[Field.ROW_TAPS])
         with loop(b, const(0), get[Field.X_WIDTH], lanes) as position:
@@ -94,10 +107,10 @@ def resample(target: Target) -> int:
             ) -> list[ir.Value]:
                 number = b.add(first, tap)
                 source = at(b, x, b.add(b.mul(long_at(b, row_index, number), get[Field.X_ROW]), position))
-                weight = splat(b, b.load(at(b, row_weight, number)), lanes)
-                return [b.call(fma(module, lanes), [load_vector(b, source, lanes), weight, held[0]])]
+                weight = partial(_weight, b, at(b, row_weight, number), lanes)
+                return [combined(load_vector(b, source, lanes), weight, held[0])]
 
-            (total,) = fold(b, const(0), get[Field.ROW_TAPS], [zero], add_row)
+            (total,) = fold(b, const(0), get[Field.ROW_TAPS], [empty], add_row)
             store_vector(b, total, at(b, line, position), lanes)
         out = at(b, y, b.mul(row, get[Field.Y_ROW]))
         with loop(b, const(0), columns, lanes) as position:
@@ -105,11 +118,15 @@ def resample(target: Target) -> int:
             def add_column(tap: ir.Value, held: list[ir.Value], position: ir.Value = position) -> list[ir.Value]:
                 number = b.add(b.mul(tap, columns), position)
                 places = [at(b, line, long_at(b, column_index, b.add(number, const(lane)))) for lane in range(lanes)]
-                weight = load_vector(b, at(b, column_weight, number), lanes)
-                return [b.call(fma(module, lanes), [gathered(b, places), weight, held[0]])]
+                weight = partial(load_vector, b, at(b, column_weight, number), lanes)
+                return [combined(gathered(b, places), weight, held[0])]
 
-            (total,) = fold(b, const(0), get[Field.COLUMN_TAPS], [zero], add_column)
+            (total,) = fold(b, const(0), get[Field.COLUMN_TAPS], [empty], add_column)
             store_vector(b, masked(b, total, at(b, mask, position), lanes), at(b, out, position), lanes)
     clear_border(b, y, item, (get[Field.POSITIONS], get[Field.BORDER], get[Field.BORDER_FIRST]))
     b.ret_void()
     return compile_op(module, "op", target)
+
+
+def _weight(b: ir.IRBuilder, place: ir.Value, lanes: int) -> ir.Value:
+    return splat(b, b.load(place), lanes)

@@ -174,14 +174,14 @@ def _run(
     return function
 
 
-def _maximum(b: ir.IRBuilder, one: ir.Value, other: ir.Value) -> ir.Value:
+def maximum(b: ir.IRBuilder, one: ir.Value, other: ir.Value) -> ir.Value:
     """NaN wins, as in torch."""
     larger = b.select(b.fcmp_ordered(">", one, other), one, other)  # one instruction; `other` where one of them is NaN
     return b.select(b.fcmp_unordered("uno", one, one), one, larger)
 
 
 _POOLING: Mapping[Mode, tuple[float, Callable[[ir.IRBuilder, ir.Value, ir.Value], ir.Value]]] = {
-    Mode.MAX: (float("-inf"), _maximum),
+    Mode.MAX: (float("-inf"), maximum),
     Mode.AVERAGE: (0.0, lambda b, one, other: b.fadd(one, other)),
 }
 """What a pooling begins with, and how two values become one."""

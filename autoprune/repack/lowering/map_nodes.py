@@ -146,16 +146,30 @@ def group_norm(
 
 
 class Taps(NamedTuple):
-    """What is summed along an axis: both are ``(outputs, taps)``."""
+    """What becomes one along an axis: both are ``(outputs, taps)``."""
 
     inputs: NDArray[np.int32]
     weight: NDArray[np.float32]
 
 
 def resampled(
-    name: str, batch: int, x: MapAt, y: MapAt, rows: Taps, columns: Taps, scratch: Buffer, room: int, target: Target
-) -> NativeOp:
-    """A map whose rows and columns are sums of x's; `room`: floats of scratch for each thread, a row of x and more."""
+    name: str, batch: int, x: MapAt, y: MapAt, rows: Taps, columns: Taps, scratch: Buffer, room: int, target: Target,
+    largest: bool = False,
+) -> NativeOp:  # fmt: skip
+    """A map whose rows and columns are sums of some of x's, or the `largest` of them.
+
+    Args:
+        name: of what is computed.
+        batch: images.
+        x: the map that is read.
+        y: of x's channels.
+        rows: which rows of x become a row of y.
+        columns: likewise.
+        scratch: where each thread works.
+        room: floats of it for each thread, a row of x and more.
+        target: what to compile for.
+        largest: whether weights do not count.
+    """
     f = resample.Field
     layout, out = x.layout, y.layout
     wide = aligned(out.pitch)
@@ -173,7 +187,7 @@ def resampled(
         f.MASK: mask, f.SCRATCH_SLOT: scratch.slot, f.SCRATCH_OFFSET: scratch.offset, f.SCRATCH: room,
         f.POSITIONS: out.positions, f.BORDER: out.behind, f.BORDER_FIRST: out.before,
     }  # fmt: skip
-    return op_of(name, resample.resample(target), f, given, batch * out.channels)
+    return op_of(name, resample.resample(target, largest), f, given, batch * out.channels)
 
 
 def _chunks(channels: int, positions: int) -> tuple[int, int]:

@@ -102,14 +102,22 @@ def adaptive(lowering: Lowering, op: AdaptiveAvgPool2d) -> bool:
     return _resampled(lowering, op, op.inputs[0], (pool, pool))
 
 
-def _resampled(lowering: Lowering, op: Op, name: str, along: tuple[_Along, _Along]) -> bool:
-    """An operation that is linear, alike in every channel, and along either axis by itself.
+def adaptive_max(lowering: Lowering, op: TorchOp) -> bool:
+    """The largest of each of as many windows as the output has positions; where they lie is left to torch."""
+    pool: _Along = F.adaptive_avg_pool1d  # of the same windows
+    return op.item == 0 and _resampled(lowering, op, op.inputs[0], (pool, pool), largest=True)
+
+
+def _resampled(lowering: Lowering, op: Op, name: str, along: tuple[_Along, _Along], largest: bool = False) -> bool:
+    """An operation that is alike in every channel, and along either axis by itself: a sum, or the largest.
 
     Args:
         lowering: what is known so far.
         op: the operation.
         name: of the map.
-        along: rows or columns ``(1, of anything, extent)`` and the extent wanted -> as the operation makes them.
+        along: rows or columns ``(1, of anything, extent)`` and the extent wanted -> as the operation makes them; of
+            the largest, anything but 0 for what is looked at.
+        largest: whether it is the largest of what a sum would hold.
     """
     x = lowering.values[name]
     if x.dim() != 4 or not is_float(x):
@@ -128,7 +136,7 @@ def _resampled(lowering: Lowering, op: Op, name: str, along: tuple[_Along, _Alon
 
     def build(*_: Any) -> NativeOp:
         return map_nodes.resampled(
-            op.output, x.shape[0], given.at, made.at, taps[0], taps[1], scratch, room, lowering.target
+            op.output, x.shape[0], given.at, made.at, taps[0], taps[1], scratch, room, lowering.target, largest
         )
 
     lowering.steps.append(NativeStep(op.output, [given.buffer, scratch], made.buffer, build))
@@ -136,10 +144,10 @@ def _resampled(lowering: Lowering, op: Op, name: str, along: tuple[_Along, _Alon
 
 
 def _taps(matrix: Tensor) -> map_nodes.Taps:
-    """What each column of ``(inputs, outputs)`` is a sum of."""
+    """What each column of ``(inputs, outputs)`` comes from; of fewer inputs than others, from its first several times."""
     weights = matrix.t().numpy()
     most = max(1, int((weights != 0).sum(1).max()))
-    index = np.sort(np.argsort(weights == 0, axis=1, kind="stable")[:, :most], axis=1)
-    return map_nodes.Taps(
-        np.ascontiguousarray(index, np.int32), np.ascontiguousarray(np.take_along_axis(weights, index, 1), np.float32)
-    )
+    index = np.argsort(weights == 0, axis=1, kind="stable")[:, :most]
+    weight = np.take_along_axis(weights, index, 1)
+    index = np.where(weight == 0, index[:, :1], index)
+    return map_nodes.Taps(np.ascontiguousarray(index, np.int32), np.ascontiguousarray(weight, np.float32))

@@ -189,6 +189,7 @@ _RULES: Mapping[str, Callable[[Lowering, TorchOp], bool]] = {
     "aten.group_norm.default": map_rules.group_norm,
     **dict.fromkeys(("aten.upsample_nearest2d.vec", "aten.upsample_bilinear2d.vec"), map_rules.resized),
     **dict.fromkeys(("aten.pad.default", "aten.constant_pad_nd.default"), map_rules.padded),
+    "aten.adaptive_max_pool2d.default": map_rules.adaptive_max,
 }
 
 

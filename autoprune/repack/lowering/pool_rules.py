@@ -70,6 +70,8 @@ def pooling(lowering: Lowering, op: AdaptiveAvgPool2d) -> AdaptiveAvgPool2d | Av
     if x.dim() != 4 or any(extent % parts for extent, parts in zip(x.shape[2:], op.size, strict=True)):
         return op
     kernel = (x.shape[2] // op.size[0], x.shape[3] // op.size[1])
+    if kernel[1] > WIDEST_STRIDE:
+        return op
     if kernel != (1, 1):
         return AvgPool2d(op.output, op.inputs, kernel=kernel, stride=kernel, padding=(0, 0), count_include_pad=True)
     lowering.values[op.output] = x

@@ -155,6 +155,7 @@ _BATCH_RULES: Mapping[str, BatchRule] = {
     **dict.fromkeys(
         (
             "aten.group_norm.default", "aten.upsample_nearest2d.vec", "aten.upsample_bilinear2d.vec",
+            "aten.adaptive_max_pool2d.default",
         ),
         _sample_by_sample,
     ),
