@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from autoprune.repack.graph.activations import ACTIVATIONS
-from autoprune.repack.kernels import attention, math, rows
+from autoprune.repack.kernels import attention, few_attention, math, rows
 from autoprune.repack.kernels.compiler import Target, call_op, compile_function, host, narrowed
+from autoprune.repack.kernels.few_rows import few
 from autoprune.repack.kernels.fields import Given
 from autoprune.repack.kernels.ir import FLOATS, I64, at, const, load_vector, loop, store_vector
+from autoprune.repack.lowering.token_nodes import Heads, attention_scratch
 
 LANES = (4, 8, 16)
 INF, NAN = float("inf"), float("nan")
@@ -103,7 +105,8 @@ def walled(count: int) -> tuple[Tensor, Tensor]:
 def attended(q: Tensor, k: Tensor, v: Tensor, scale: float, target: Target, thread: int = 0) -> Tensor:
     """Runs the op on (N, heads, tokens, d) views; asserts that it wrote to its output and its scratch alone."""
     batch, heads, queries, width = q.shape
-    size = attention.scratch(k.shape[2], width, v.shape[3], target)
+    size = attention_scratch(Heads(batch, heads, queries, k.shape[2], width, v.shape[3]), target)
+    kernel = few_attention.attention if few(queries, target) else attention.attention
     out, y = walled(q.numel())
     work, scratch = walled(size * 3)
     result = y.view(batch, queries, heads, width).transpose(1, 2)
@@ -119,7 +122,7 @@ def attended(q: Tensor, k: Tensor, v: Tensor, scale: float, target: Target, thre
         given |= {f[f"{name}_{axis}"]: view.stride(at) for at, axis in enumerate(("IMAGE", "HEAD", "TOKEN"))}
     fields = f.array(given)
     for item in range(batch * heads):
-        call_op(attention.attention(target), fields.ctypes.data, slots.ctypes.data, item, thread)
+        call_op(kernel(target), fields.ctypes.data, slots.ctypes.data, item, thread)
     for whole, count in ((out, q.numel()), (work, 3 * size)):
         assert whole[:WALL].isnan().all()
         assert whole[WALL + count :].isnan().all()

@@ -133,10 +133,21 @@ def test_attention_with_what_is_added_is_native(lanes: int | None) -> None:
         allowed[..., :2, :] = False  # queries that may look at nothing
         for mask in (data(*shape), torch.where(allowed, 0.0, LOWEST), torch.where(allowed, 0.0, -torch.inf)):
             assert_native(attended(), *QKV, mask, lanes=lanes)
-    assert_native(attended(), *QKV, allowed, left=["aten.where.Scalar"])
+    assert_native(attended(), *QKV, allowed, lanes=lanes)
     assert_native(attended(data(21, 37)), *QKV, lanes=lanes)
     assert_native(attended(causal=True), *QKV, lanes=lanes)
     assert_native(attended(causal=True, widths=(3, 5)), *(data(1, 1, 2 * n) for n in (3, 3, 5)), lanes=lanes)
+
+
+@pytest.mark.parametrize("lanes", [None, 4, 16])
+@pytest.mark.parametrize("queries", [1, 3])
+def test_attention_of_few_queries_is_native(queries: int, lanes: int | None) -> None:
+    inputs = (data(2, queries, 16), *QKV[1:])
+    masked = torch.where(torch.rand(2, 1, queries, 37) < 0.5, 0.0, -torch.inf)
+    masked[0, :, 0] = -torch.inf  # a query that may look at nothing
+    for more in ((), (data(2, 2, queries, 37),), (data(queries, 37) + LOWEST,), (masked,)):
+        assert_native(attended(), *inputs, *more, lanes=lanes)
+    assert_native(attended(widths=(3, 35)), data(1, queries, 6), data(1, 5, 6), data(1, 5, 70), lanes=lanes)
 
 
 @pytest.mark.parametrize("lanes", [4, 16])
@@ -152,14 +163,23 @@ MATRICES: dict[str, tuple[Run, list[tuple[int, ...]]]] = {
     "product": (lambda x, y: x @ y, [(2, 3, 13, 7), (2, 3, 7, 33)]),
     "product of a turned one": (lambda x, y: x @ y.transpose(-2, -1), [(2, 3, 29, 70), (2, 3, 33, 70)]),
     "product with turned rows": (lambda x, y: x.transpose(1, 2) @ y, [(2, 9, 40), (2, 9, 5)]),
+    "product of few rows": (lambda x, y: x @ y, [(2, 3, 3, 70), (2, 3, 70, 151)]),
+    "product of a row": (lambda x, y: x @ y[..., 1:-1], [(2, 3, 1, 5), (2, 3, 5, 9)]),
+    "product of few rows with a turned one": (lambda x, y: x @ y.transpose(-2, -1), [(2, 3, 2, 70), (2, 3, 37, 70)]),
+    "product of a row with a turned one": (lambda x, y: x @ y.transpose(-2, -1), [(3, 1, 3), (3, 5, 3)]),
     "one right matrix": (lambda x, y: x @ y, [(2, 5, 6, 8), (8, 17)]),
     "one left matrix": (lambda x, y: x @ y, [(6, 8), (3, 8, 17)]),
     "bmm": (lambda x, y: torch.bmm(x, y), [(3, 1, 8), (3, 8, 31)]),
     "softmax": (lambda x: x.softmax(-1), [(2, 5, 77)]),
     "softmax of columns": (lambda x: x.softmax(1), [(2, 37, 5)]),
     "stack": (lambda x, y: torch.stack([-y, x], -1).flatten(2), [(2, 5, 19), (2, 5, 19)]),
+    "past and new keys": (lambda x, y: torch.cat([x, y.transpose(1, 2)], 2) + 1, [(1, 4, 9, 16), (1, 1, 4, 16)]),
+    "past and new keys of many": (lambda x, y: torch.cat([x, y.transpose(1, 2)], -2), [(2, 4, 9, 8), (2, 3, 4, 8)]),
+    "an empty cache": (lambda x: torch.cat([torch.tensor([]), x.transpose(1, 2)], -2), [(1, 3, 2, 8)]),
     "stack in front": (lambda x, y: torch.stack([x, y], 1), [(2, 5, 19), (2, 5, 19)]),
     "mean": (lambda x: x.mean(1), [(2, 33, 21)]),
+    "mean of many columns": (lambda x: x.mean(1), [(2, 33, 150)]),
+    "functions of many": (lambda x: x.exp() * x.neg() - x, [(3, 211)]),
     "mean, last": (lambda x: x.mean(-1, keepdim=True), [(2, 7, 81)]),
     "sum": (lambda x: x.sum((1, 3)), [(2, 5, 7, 19)]),
     "sum of columns": (lambda x: x.transpose(1, 2).sum((0, 2)), [(3, 5, 7)]),
@@ -179,6 +199,31 @@ def test_softmax_of_what_is_not_finite_is_torchs() -> None:
     x = data(4, 20)
     x[0, 3], x[1, 4], x[2] = float("nan"), float("-inf"), float("-inf")
     assert_native(lambda x: x.softmax(-1), x)
+
+
+MASKS: dict[str, Run] = {
+    "where": lambda x, m: torch.where(m, x, -x),
+    "where, repeated": lambda x, m: torch.where(m[:, :, :1], x, x[:, :1]),
+    "where or a number": lambda x, m: torch.where(m[:1], x, 0.5),
+    "a number or where": lambda x, m: torch.where(m, -2, x),
+    "numbers": lambda x, m: torch.where(m, 0.0, -1e30) + x,
+    "one boolean": lambda x, m: torch.where(m[0, 0, 0], x, 1.0),
+    "filled": lambda x, m: x.masked_fill(m, 3),
+    "filled, turned": lambda x, m: x.transpose(1, 2).masked_fill(m.transpose(1, 2), -1.0),
+    "filled, in steps": lambda x, m: x[..., ::2].masked_fill(m[..., ::2], -1.0),
+}
+
+
+@pytest.mark.parametrize("lanes", [None, 4, 16])
+@pytest.mark.parametrize("name", MASKS)
+def test_what_booleans_pick_is_native(name: str, lanes: int | None) -> None:
+    assert_native(MASKS[name], data(2, 6, 38), data(2, 6, 38) > 0, lanes=lanes)
+
+
+def test_numbers_that_booleans_pick_may_be_no_floats() -> None:
+    run: Run = lambda x, m: x + torch.where(m, 1, 2)  # noqa: E731
+    x, m = data(2, 6, 38), data(2, 6, 38) > 0
+    assert torch.equal(Program(simplified(run, x, m), {}, threads=1)(x, m), run(x, m))
 
 
 # What models write out ------------------------------------------------------------------------------------------------
@@ -302,6 +347,7 @@ MAPS: dict[str, tuple[Run, tuple[int, ...]]] = {
     "bilinear": (lambda x: F.interpolate(x, scale_factor=(2, 3), mode="bilinear"), (2, 3, 5, 17)),
     "bilinear, corners": (lambda x: F.interpolate(x, size=(8, 33), mode="bilinear", align_corners=True), (1, 3, 5, 7)),
     "border of zeros": (lambda x: F.pad(x, (1, 2, 0, 3)), (2, 3, 5, 7)),
+    "border, and columns that are cut": (lambda x: F.pad(x, (3, -4, -1, 2)), (2, 3, 5, 40)),
     "border at one side": (lambda x: F.pad(x, (0, 1)), (2, 3, 5, 16)),
     "border that is cut": (lambda x: F.pad(x, (-1, -2, 1, 0)), (2, 3, 5, 16)),
     "border of reflections": (lambda x: F.pad(x, (2, 1, 1, 2), "reflect"), (1, 3, 5, 18)),

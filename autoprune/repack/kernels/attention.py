@@ -2,7 +2,8 @@
 
 An item is a head of an image. Its keys (transposed) and its values are stored in the thread's scratch as panels: some
 vectors of columns, line after line, as the tiles read them. Then some queries at a time meet all keys, become shares,
-and meet all values. Both products are dense tiles in registers.
+and meet all values. Both products are dense tiles in registers. Where the queries fill no tile, `few_attention` is
+faster.
 """
 
 from __future__ import annotations
@@ -105,21 +106,15 @@ class _Scratch:
 
 @once_a_process
 def attention(target: Target, biased: bool = False) -> int:
-    """The op, with a bias or without; an item is a head of an image.
+    """The op for at least a tile's queries, with a bias or without; an item is a head of an image.
 
     A query for which every key has a bias of minus infinity gets zeros.
     """
     module, lanes = ir.Module(), target.lanes
-    most, vectors = tile(target)
+    vectors = tile(target)[1]
     b, fields, slots, item, thread = op_function(module)
     get = Field.load(b, fields)
-    head, image = b.srem(item, get[Field.HEADS]), b.sdiv(item, get[Field.HEADS])
-
-    def base(name: str) -> ir.Value:
-        slot, offset, image_, head_ = (get[Field[f"{name}_{what}"]] for what in ("SLOT", "OFFSET", "IMAGE", "HEAD"))
-        start = address(b, slots, slot, offset)
-        return at(b, start, b.add(b.mul(image, image_), b.mul(head, head_)))
-
+    base = heads(b, get, slots, item)
     q, k, v, y = (base(name) for name in "QKVY")
     place = _place(b, get, slots, thread, target)
     factor = float_field(b, get[Field.SCALE])
@@ -127,14 +122,23 @@ def attention(target: Target, biased: bool = False) -> int:
     pack_turned(b, Lines(k, get[Field.K_TOKEN], get[Field.KEYS], get[Field.WIDTH]), place.keys, vectors, lanes, factor)
     pack(b, Lines(v, get[Field.V_TOKEN], get[Field.KEYS], get[Field.VALUE_WIDTH]), place.values, vectors * lanes)
     _begin_scores(b, get, place, vectors * lanes)
-    bias = base("BIAS") if biased else None
-    many = b.icmp_signed(">=", get[Field.QUERIES], const(most))
-    with b.if_else(many) as (tiled, single):
-        for branch, rows in ((tiled, most), (single, 1)):
-            with branch:
-                _attend(b, module, get, q, y, bias, place, rows, target)
+    _attend(b, module, get, q, y, base("BIAS") if biased else None, place, target)
     b.ret_void()
     return compile_op(module, "op", target)
+
+
+def heads(
+    b: ir.IRBuilder, get: dict[Field, ir.Value], slots: ir.Value, item: ir.Value
+) -> Callable[[str], ir.Value]:  # fmt: skip
+    """Where an item's head of the operand with this name in `Field` begins."""
+    head, image = b.srem(item, get[Field.HEADS]), b.sdiv(item, get[Field.HEADS])
+
+    def base(name: str) -> ir.Value:
+        slot, offset, image_, head_ = (get[Field[f"{name}_{what}"]] for what in ("SLOT", "OFFSET", "IMAGE", "HEAD"))
+        start = address(b, slots, slot, offset)
+        return at(b, start, b.add(b.mul(image, image_), b.mul(head, head_)))
+
+    return base
 
 
 def _place(b: ir.IRBuilder, get: dict[Field, ir.Value], slots: ir.Value, thread: ir.Value, target: Target) -> _Scratch:
@@ -170,10 +174,11 @@ def _begin_scores(b: ir.IRBuilder, get: dict[Field, ir.Value], place: _Scratch, 
 
 def _attend(
     b: ir.IRBuilder, module: ir.Module, get: dict[Field, ir.Value], q: ir.Value, y: ir.Value, bias: ir.Value | None,
-    place: _Scratch, rows: int, target: Target,
+    place: _Scratch, target: Target,
 ) -> None:  # fmt: skip
-    """All queries, in tiles of `rows`; the last tile is moved back: some queries are computed twice."""
-    lanes, wide = target.lanes, tile(target)[1] * target.lanes
+    """All queries, in tiles; the last tile is moved back: some queries are computed twice."""
+    rows, vectors = tile(target)
+    lanes, wide = target.lanes, vectors * target.lanes
     product = panel_product(module, rows, wide // lanes, lanes)
     keys, width, keys_, width_ = get[Field.KEYS], get[Field.WIDTH], place.keys_, place.width_
     tiles = b.sdiv(b.add(get[Field.QUERIES], const(rows - 1)), const(rows))
@@ -191,11 +196,11 @@ def _attend(
         with loop(b, const(0), b.mul(b.sub(end, begin), const(rows))) as row:
             line = at(b, place.shares, b.mul(row, keys_))
             if bias is None:
-                total = _softmax(b, module, line, keys, lanes)
+                total = softmax_in_place(b, module, line, keys, lanes)
             else:
                 query = b.add(first(b.add(begin, b.sdiv(row, const(rows)))), b.srem(row, const(rows)))
                 added = at(b, bias, b.mul(query, get[Field.BIAS_TOKEN]))
-                total = _softmax(b, module, line, keys, lanes, added)
+                total = softmax_in_place(b, module, line, keys, lanes, added)
             b.store(total, at(b, place.totals, row))
         with loop(b, const(0), width_, wide) as column, loop(b, begin, end) as index:
             row = b.mul(b.sub(index, begin), const(rows))
@@ -204,20 +209,23 @@ def _attend(
                              at(b, at(b, place.results, b.mul(row, width_)), column), width_])  # fmt: skip
         with loop(b, begin, end) as index, loop(b, const(0), const(rows)) as offset:
             row = b.add(b.mul(b.sub(index, begin), const(rows)), offset)
-            total = b.load(at(b, place.totals, row))
-            share = b.fdiv(ir.Constant(F32, 1.0), total)
-            if bias is not None:
-                zero = ir.Constant(F32, 0.0)
-                share = b.select(b.fcmp_ordered("==", total, zero), zero, share)
+            factor = share(b, b.load(at(b, place.totals, row)), bias is not None)
             line = at(b, place.results, b.mul(row, width_))
             out = at(b, y, b.mul(b.add(first(index), offset), get[Field.Y_TOKEN]))
 
             def write(position: ir.Value, count: int, line: ir.Value = line, out: ir.Value = out,
-                      share: ir.Value = share) -> None:  # fmt: skip
-                value = b.fmul(load_vector(b, at(b, line, position), count), splat(b, share, count))
+                      factor: ir.Value = factor) -> None:  # fmt: skip
+                value = b.fmul(load_vector(b, at(b, line, position), count), splat(b, factor, count))
                 store_vector(b, value, at(b, out, position), count)
 
             each(b, get[Field.VALUE_WIDTH], lanes, write)
+
+
+def share(b: ir.IRBuilder, total: ir.Value, biased: bool) -> ir.Value:
+    """What results are multiplied by for shares to sum to 1; 0 where a bias leaves no key."""
+    zero, one = (ir.Constant(F32, value) for value in (0.0, 1.0))
+    given = b.fdiv(one, total)
+    return b.select(b.fcmp_ordered("==", total, zero), zero, given) if biased else given
 
 
 def _reduce(
@@ -230,7 +238,7 @@ def _reduce(
     return united(b, total, lanes, join)
 
 
-def _softmax(
+def softmax_in_place(
     b: ir.IRBuilder, module: ir.Module, line: ir.Value, count: ir.Value, lanes: int, bias: ir.Value | None = None
 ) -> ir.Value:
     """In place: 2 ** (x - max), whose total is returned; minus infinity where `line` is padded gives 0.

@@ -26,7 +26,7 @@ from autoprune.repack.kernels.ir import (
     store_vector,
 )
 from autoprune.repack.kernels.math import splat_float
-from autoprune.repack.kernels.rows import united
+from autoprune.repack.kernels.rows import CHAINS, united
 
 
 class Field(Fields):
@@ -56,6 +56,7 @@ class Field(Fields):
 def group_norm(target: Target) -> int:
     """Y = (x - mean) / sqrt(variance + epsilon) * weight + bias, a group at a time; an item is a group of an image."""
     module, lanes = ir.Module(), target.lanes
+    wide = CHAINS * lanes  # what is read beyond a channel lies in the map's buffer, and is masked
     b, fields, slots, item, _ = op_function(module)
     get = Field.load(b, fields)
     group, image = b.srem(item, get[Field.GROUPS]), b.sdiv(item, get[Field.GROUPS])
@@ -73,18 +74,17 @@ def group_norm(target: Target) -> int:
             plane = at(b, x, b.mul(channel, get[Field.X_CHANNEL]))
 
             def add(position: ir.Value, held: list[ir.Value]) -> list[ir.Value]:
-                value = load_vector(b, at(b, plane, position), lanes)
-                value = value if mean is None else b.fsub(value, splat(b, mean, lanes))
-                value = masked(b, value, at(b, mask, position), lanes)
+                value = load_vector(b, at(b, plane, position), wide)
+                value = value if mean is None else b.fsub(value, splat(b, mean, wide))
+                value = masked(b, value, at(b, mask, position), wide)
                 if mean is None:
                     return [b.fadd(held[0], value)]
-                return [b.call(fma(module, lanes), [value, value, held[0]])]
+                return [b.call(fma(module, wide), [value, value, held[0]])]
 
-            (total,) = fold(b, const(0), positions, [splat_float(0.0, lanes)], add, lanes)
-            return [b.fadd(held[0], united(b, total, lanes, b.fadd))]
+            return fold(b, const(0), positions, held, add, wide)
 
-        (total,) = fold(b, first, last, [ir.Constant(F32, 0.0)], add_channel)
-        return b.fmul(total, share)
+        (total,) = fold(b, first, last, [splat_float(0.0, wide)], add_channel)
+        return b.fmul(united(b, total, wide, b.fadd), share)
 
     mean = averaged(None)
     root = ir.Function(module, ir.FunctionType(F32, [F32]), "llvm.sqrt.f32")

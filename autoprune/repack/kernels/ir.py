@@ -60,8 +60,8 @@ def fold(
 
 
 def gathered(b: ir.IRBuilder, places: Sequence[ir.Value]) -> ir.Value:
-    """A vector of the floats at `places`."""
-    vector_ = ir.Constant(vector(len(places)), ir.Undefined)
+    """A vector of what lies at `places`."""
+    vector_ = ir.Constant(ir.VectorType(places[0].type.pointee, len(places)), ir.Undefined)
     for lane, place in enumerate(places):
         vector_ = b.insert_element(vector_, b.load(place), ir.Constant(I32, lane))
     return vector_
@@ -127,9 +127,10 @@ def splat(b: ir.IRBuilder, scalar: ir.Value, lanes: int) -> ir.Value:
 
 
 def load_vector(b: ir.IRBuilder, pointer: ir.Value, lanes: int) -> ir.Value:
-    """`lanes` floats from `pointer`, which need not be aligned to more than a float."""
-    loaded = b.load(b.bitcast(pointer, vector(lanes).as_pointer()))
-    loaded.align = 4
+    """`lanes` floats from `pointer`, or of what it points to, which need not be aligned to more than one of them."""
+    kind = pointer.type.pointee
+    loaded = b.load(b.bitcast(pointer, (ir.VectorType(kind, lanes) if lanes > 1 else kind).as_pointer()))
+    loaded.align = 1 if kind == I8 else 4
     return loaded
 
 

@@ -1,7 +1,7 @@
 """Products of many pairs of matrices, a native op; the operands are read through strides.
 
 An item is one pair. Its right matrix is stored in the thread's scratch as panels; then some rows of the left one at a
-time meet each panel.
+time meet each panel. Where the rows fill no tile, `few_rows` is faster.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class Field(Fields):
     Y_IMAGE = NUMBER
     Y_HEAD = NUMBER
     Y_ROW = NUMBER
-    SCRATCH_SLOT = SLOT
-    SCRATCH_OFFSET = OFFSET
-    SCRATCH = NUMBER  # from a thread's scratch to the next: see `scratch`
+    SCRATCH_SLOT = SLOT.of("panels")
+    SCRATCH_OFFSET = OFFSET.of("panels")
+    SCRATCH = NUMBER.of("panels")  # from a thread's scratch to the next: see `scratch`
     HEADS = NUMBER  # matrices of an image
     ROWS = NUMBER
     INNER = NUMBER
@@ -53,19 +53,16 @@ def scratch(inner: int, columns: int, target: Target) -> int:
 
 @once_a_process
 def matmul(target: Target, turned: bool) -> int:
-    """Y = x other; an item is one product. `turned`: a column of the right matrix lies together, not a row."""
+    """Y = x other, of at least a tile's rows; an item is one product.
+
+    `turned`: a column of the right matrix lies together, not a row.
+    """
     module, lanes = ir.Module(), target.lanes
     most, vectors = tile(target)
     wide = vectors * lanes
     b, fields, slots, item, thread = op_function(module)
     get = Field.load(b, fields)
-    head, image = b.srem(item, get[Field.HEADS]), b.sdiv(item, get[Field.HEADS])
-
-    def base(name: str) -> ir.Value:
-        slot, offset, image_, head_ = (get[Field[f"{name}_{what}"]] for what in ("SLOT", "OFFSET", "IMAGE", "HEAD"))
-        return at(b, address(b, slots, slot, offset), b.add(b.mul(image, image_), b.mul(head, head_)))
-
-    x, other, y = base("X"), base("OTHER"), base("Y")
+    x, other, y = matrices(b, get, slots, item)
     zeros = address(b, slots, get[Field.SCRATCH_SLOT], get[Field.SCRATCH_OFFSET])
     zeros = at(b, zeros, b.mul(thread, get[Field.SCRATCH]))
     rest = at(b, zeros, const(wide))  # results in columns that fill no panel
@@ -77,21 +74,29 @@ def matmul(target: Target, turned: bool) -> int:
         pack_turned(b, Lines(other, step, columns, inner), panels, vectors, lanes)
     else:
         pack(b, Lines(other, step, inner, columns), panels, wide)
-    with b.if_else(b.icmp_signed(">=", get[Field.ROWS], const(most))) as (tiled, single):
-        for branch, rows in ((tiled, most), (single, 1)):
-            with branch:
-                _multiply(b, module, get, (x, panels, zeros, rest, y), rows, target)
+    _multiply(b, module, get, (x, panels, zeros, rest, y), target)
     b.ret_void()
     return compile_op(module, "op", target)
 
 
+def matrices(b: ir.IRBuilder, get: dict[Field, ir.Value], slots: ir.Value, item: ir.Value) -> tuple[ir.Value, ...]:
+    """Where the left, the right and the resulting matrix of an item begin."""
+    head, image = b.srem(item, get[Field.HEADS]), b.sdiv(item, get[Field.HEADS])
+
+    def base(name: str) -> ir.Value:
+        slot, offset, image_, head_ = (get[Field[f"{name}_{what}"]] for what in ("SLOT", "OFFSET", "IMAGE", "HEAD"))
+        return at(b, address(b, slots, slot, offset), b.add(b.mul(image, image_), b.mul(head, head_)))
+
+    return base("X"), base("OTHER"), base("Y")
+
+
 def _multiply(
-    b: ir.IRBuilder, module: ir.Module, get: dict[Field, ir.Value], places: tuple[ir.Value, ...], rows: int,
-    target: Target,
-) -> None:  # fmt: skip
-    """All rows, in tiles of `rows`; the last tile is moved back: some rows are computed twice."""
+    b: ir.IRBuilder, module: ir.Module, get: dict[Field, ir.Value], places: tuple[ir.Value, ...], target: Target
+) -> None:
+    """All rows, in tiles; the last tile is moved back: some rows are computed twice."""
     x, panels, zeros, rest, y = places
-    lanes, wide = target.lanes, tile(target)[1] * target.lanes
+    rows, vectors = tile(target)
+    lanes, wide = target.lanes, vectors * target.lanes
     product = panel_product(module, rows, wide // lanes, lanes)
     inner, columns, pitch = get[Field.INNER], get[Field.COLUMNS], get[Field.Y_ROW]
     with loop(b, const(0), get[Field.ROWS], rows) as row:

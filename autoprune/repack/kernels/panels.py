@@ -78,7 +78,7 @@ def pack_turned(
             with square, loop(b, const(0), width, lanes) as column:  # the last square is moved back
                 column = smaller(b, column, b.sub(width, const(lanes)))
                 found = [load_vector(b, at(b, source, column), lanes) for source in lines]
-                for lane, value in enumerate(_transposed(b, found)):
+                for lane, value in enumerate(transposed(b, found)):
                     place = at(b, panel, b.mul(b.add(column, const(lane)), const(wide)))
                     store_vector(b, scaled(value, lanes), place, lanes)
             with narrow, loop(b, const(0), width) as column:
@@ -87,7 +87,7 @@ def pack_turned(
                     b.store(scaled(b.load(at(b, source, column)), 1), place)
 
 
-def _transposed(b: ir.IRBuilder, rows: Sequence[ir.Value]) -> list[ir.Value]:
+def transposed(b: ir.IRBuilder, rows: Sequence[ir.Value]) -> list[ir.Value]:
     """A square of vectors: swaps its quarters, then those of the quarters, down to single floats."""
     lanes, found = len(rows), list(rows)
     kind = ir.VectorType(ir.IntType(32), lanes)

@@ -23,7 +23,7 @@ from autoprune.repack.kernels.ir import (
     store_vector,
 )
 from autoprune.repack.kernels.math import splat_float
-from autoprune.repack.kernels.rows import summed
+from autoprune.repack.kernels.rows import CHAINS, summed
 
 KEPT, SUMMED = 3, 2  # axes at most
 
@@ -93,6 +93,6 @@ def reduce(run: Run, target: Target) -> int:
             (total,) = fold(b, const(0), outer, [splat_float(0.0, wide)], add_line)
             store_vector(b, b.fmul(total, splat(b, scale, wide)), at(b, y, position), wide)
 
-        spans(b, const(0), get[Field.SIZE_2], (lanes, 1) if run is Run.KEPT else (1,), compute)
+        spans(b, const(0), get[Field.SIZE_2], (CHAINS * lanes, lanes, 1) if run is Run.KEPT else (1,), compute)
     b.ret_void()
     return compile_op(module, "op", target)

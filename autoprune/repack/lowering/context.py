@@ -110,7 +110,8 @@ class Lowering:
                 return map_nodes.copied(name, source.shape, source.ref(), y, None, self.target)
 
             self.steps.append(NativeStep(name, [source.buffer], buffer, build))
-        return View(self.buffers[key], meta.storage_offset(), tuple(meta.shape), tuple(meta.stride()))
+        shape, stride = tuple(meta.shape), tuple(meta.stride())
+        return View(self.buffers[key], meta.storage_offset(), shape, stride, meta.element_size())
 
     def rows(self, name: str) -> View:
         """The value as contiguous rows; copied where it is not."""
@@ -288,14 +289,35 @@ def fitting(shape: tuple[int, ...], operands: Sequence[Operand]) -> bool:
 
 def write(
     lowering: Lowering, name: str, shape: tuple[int, ...], operands: Sequence[Operand], y: View, operation: str,
-    activation: str | None,
+    activation: str | None, choice: Operand | None = None,
 ) -> None:  # fmt: skip
-    """The step that computes `shape` of `y`."""
+    """The step that computes `shape` of `y`; with a `choice` of booleans it picks one of two operands."""
 
     def build(*_: Any) -> NativeOp:
         x, *others = (each.ref(shape) for each in operands)
-        other = others[0] if others else None
-        return strided_nodes.pointwise(name, shape, x, other, y.ref(), operation, activation, lowering.target)
+        other, picked = others[0] if others else None, None if choice is None else choice.ref(shape)
+        return strided_nodes.pointwise(name, shape, x, other, y.ref(), operation, activation, lowering.target, picked)
 
-    reads = [each.source.buffer for each in operands if not isinstance(each.source, np.ndarray)]
+    given = [*operands, *([] if choice is None else [choice])]
+    reads = [each.source.buffer for each in given if not isinstance(each.source, np.ndarray)]
     lowering.steps.append(NativeStep(name, reads, y.buffer, build))
+
+
+def picked(lowering: Lowering, name: str, choice: str, given: Sequence[Any]) -> bool:
+    """Defines `name`: the first of two values, or numbers, where `choice` is true, else the second.
+
+    False where `choice` holds no booleans, a value no floats, or the kernel has too few axes.
+    """
+    booleans = lowering.values[choice]
+    operands = [each for each in (operand(lowering, each) for each in given) if each is not None]
+    if booleans.dtype != torch.bool or len(operands) < len(given):
+        return False
+    chosen = Operand(lowering.plain(choice), tuple(booleans.shape))
+    shape = tuple(torch.broadcast_shapes(chosen.shape, *(each.shape for each in operands)))
+    if not fitting(shape, [*operands, chosen]):
+        return False
+    meta = lowering.define(name, shape)
+    buffer = lowering.buffers[storage_of(meta)] = Buffer(meta.numel())
+    y = View(buffer, 0, shape, contiguous_strides(shape))
+    write(lowering, name, shape, operands, y, "", None, chosen)
+    return True

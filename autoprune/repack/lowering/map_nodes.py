@@ -211,12 +211,7 @@ def copied(
     """
     f = copy.Field
     batch, channels, height, width = shape
-    (x_image, x_channel, x_row), (y_image, y_channel, y_row) = x.strides[:3], y.strides[:3]
-    given: dict[copy.Field, Given] = {
-        f.X_SLOT: x.slot, f.X_OFFSET: x.offset_bytes, f.Y_SLOT: y.slot, f.Y_OFFSET: y.offset_bytes,
-        f.CHANNELS: channels, f.HEIGHT: height, f.WIDTH: width, f.X_IMAGE: x_image, f.X_CHANNEL: x_channel,
-        f.X_ROW: x_row, f.Y_IMAGE: y_image, f.Y_CHANNEL: y_channel, f.Y_ROW: y_row,
-    }  # fmt: skip
+    given = _between(x, y) | {f.CHANNELS: channels, f.HEIGHT: height, f.WIDTH: width}
     if layout is None or layout.border != 0:
         return op_of(name, copy.copy_map(target), f, given, batch * channels)
     given |= {f.STRIDE_H: layout.stride_h, f.Y_PLANE: layout.plane}
@@ -231,3 +226,26 @@ def copied(
             f.BORDER_FIRST: layout.before,
         }  # fmt: skip
     return op_of(name, copy.planes(layout.stride_w, target), f, given, batch * channels)
+
+
+def _between(x: StridedRef, y: StridedRef) -> dict[copy.Field, Given]:
+    """Where a copy reads and writes."""
+    f = copy.Field
+    (x_image, x_channel, x_row), (y_image, y_channel, y_row) = x.strides[:3], y.strides[:3]
+    return {
+        f.X_SLOT: x.slot, f.X_OFFSET: x.offset_bytes, f.Y_SLOT: y.slot, f.Y_OFFSET: y.offset_bytes,
+        f.X_IMAGE: x_image, f.X_CHANNEL: x_channel, f.X_ROW: x_row, f.Y_IMAGE: y_image, f.Y_CHANNEL: y_channel,
+        f.Y_ROW: y_row,
+    }  # fmt: skip
+
+
+def padded(name: str, batch: int, x: MapAt, y: MapAt, corner: tuple[int, int], target: Target) -> NativeOp:
+    """Maps of `batch` images between zeros: x's position (0, 0) lies at `corner` of y, where there is one."""
+    f = copy.Field
+    layout, out = x.layout, y.layout
+    given = _between(x.ref(), y.ref()) | {
+        f.CHANNELS: out.channels, f.HEIGHT: layout.height, f.WIDTH: layout.width, f.STRIDE_H: 1, f.PAD_H: corner[0],
+        f.PAD_W: corner[1], f.ROWS: out.height, f.Y_PLANE: 0, f.POSITIONS: out.positions, f.BORDER: out.behind,
+        f.BORDER_FIRST: out.before,
+    }  # fmt: skip
+    return op_of(name, copy.planes(1, target), f, given, batch * out.channels)

@@ -88,12 +88,34 @@ def padded(lowering: Lowering, op: TorchOp) -> bool:
         type(each) is not int for each in pads
     ):  # fmt: skip
         return False
+    if mode == "constant" and _zero_padded(lowering, op, args["self"]["ref"], pads):
+        return True
     by_axis = {3: pads[:2], 2: pads[2:]}
 
     def along(axis: int) -> _Along:
         return lambda basis, _: F.pad(basis, by_axis[axis], mode) if any(by_axis[axis]) else basis
 
     return _resampled(lowering, op, args["self"]["ref"], (along(2), along(3)))
+
+
+def _zero_padded(lowering: Lowering, op: TorchOp, name: str, pads: list[int]) -> bool:
+    """A map is copied between rows and columns of zeros, or without some of its own."""
+    x = lowering.values[name]
+    if x.dim() != 4 or not is_float(x):
+        return False
+    shape = tuple(evaluate_op(op, lowering.values, lowering.constants).shape)
+    if min(*x.shape, *shape) < 1:
+        return False
+    given, made = lowering.map(name), lowering.new_map(op, shape)
+    if name in lowering.positive:
+        lowering.positive.add(op.output)
+    corner = (*pads[2:3], 0)[0], pads[0]
+
+    def build(*_: Any) -> NativeOp:
+        return map_nodes.padded(op.output, x.shape[0], given.at, made.at, corner, lowering.target)
+
+    lowering.steps.append(NativeStep(op.output, [given.buffer], made.buffer, build))
+    return True
 
 
 def adaptive(lowering: Lowering, op: AdaptiveAvgPool2d) -> bool:

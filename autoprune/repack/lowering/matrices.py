@@ -14,11 +14,11 @@ import torch
 
 from autoprune.repack.graph.ops import Attention, TorchOp
 from autoprune.repack.graph.reference import evaluate_op
-from autoprune.repack.kernels.attention import scratch as attention_scratch
+from autoprune.repack.kernels.few_rows import few
 from autoprune.repack.kernels.matmul import scratch as product_scratch
 from autoprune.repack.lowering import matrix_nodes, token_nodes
 from autoprune.repack.lowering.buffers import Buffer, StridedRef
-from autoprune.repack.lowering.context import Operand, fitting, operand, write
+from autoprune.repack.lowering.context import Operand, fitting, operand, picked, write
 from autoprune.repack.lowering.matrix_nodes import Axis, Matrices
 from autoprune.repack.lowering.steps import Map, NativeStep, View, contiguous_strides, is_float, storage_of
 from autoprune.repack.native.op import NativeOp
@@ -49,11 +49,11 @@ def attention(lowering: Lowering, op: Attention) -> bool:
     (batch, heads), outer = paired
     meta = lowering.define(op.output, shape, order=order)
     buffer = lowering.buffers[storage_of(meta)] = Buffer(meta.numel())
-    scratch = lowering.scratch(attention_scratch(keys, width, value_width, lowering.target))
+    size = token_nodes.Heads(batch, heads, queries, keys, width, value_width)
+    scratch = lowering.scratch(token_nodes.attention_scratch(size, lowering.target))
     strides = [(*apart, each[-2]) for apart, each in zip(outer, given, strict=True)]
 
     def build(*_: Any) -> NativeOp:
-        size = token_nodes.Heads(batch, heads, queries, keys, width, value_width)
         places = [each.ref() for each in (q, k, v)]
         at_q, at_k, at_v, at_y = (
             _at(place, apart) for place, apart in zip([*places, buffer.ref()], strides, strict=False)
@@ -88,9 +88,9 @@ def _bias(lowering: Lowering, op: Attention, shape: tuple[int, ...]) -> tuple[St
 
 
 def _added(lowering: Lowering, mask: str) -> str:
-    """What a mask of booleans adds: 0 where it is True, else minus infinity; torch computes it once a call."""
+    """What a mask of booleans adds: 0 where it is True, else minus infinity; computed once a call."""
     name = f"{mask} added"
-    if name not in lowering.values:
+    if name not in lowering.values and not picked(lowering, name, mask, (0.0, -math.inf)):
         op = TorchOp.of(name, "aten.where.Scalar", ({"ref": mask}, 0.0, {"float": "-inf"}))
         meta = lowering.values[name] = evaluate_op(op, lowering.values, lowering.constants)
         lowering.torch_step(op, meta)
@@ -123,7 +123,8 @@ def product(lowering: Lowering, op: TorchOp) -> bool:
         (images, heads), outer = paired
     meta = lowering.define(op.output, shape)
     buffer = lowering.buffers[storage_of(meta)] = Buffer(meta.numel())
-    scratch = lowering.scratch(product_scratch(inner, columns, lowering.target))
+    alone = few(rows, lowering.target)
+    scratch = None if alone else lowering.scratch(product_scratch(inner, columns, lowering.target))
     line = [x.stride[-2], other.stride[-1] if turned else other.stride[-2], columns]
 
     def build(*_: Any) -> NativeOp:
@@ -132,7 +133,8 @@ def product(lowering: Lowering, op: TorchOp) -> bool:
         size = Matrices(images, heads, rows, inner, columns)
         return matrix_nodes.product(op.output, size, at[0], at[1], turned, at[2], scratch, lowering.target)
 
-    lowering.steps.append(NativeStep(op.output, [x.buffer, other.buffer, scratch], buffer, build))
+    reads = [x.buffer, other.buffer, *([] if scratch is None else [scratch])]
+    lowering.steps.append(NativeStep(op.output, reads, buffer, build))
     return True
 
 

@@ -6,7 +6,7 @@ import math
 from typing import NamedTuple
 
 from autoprune.errors import AutopruneError
-from autoprune.repack.kernels import matmul, reduce, softmax
+from autoprune.repack.kernels import few_rows, matmul, reduce, softmax
 from autoprune.repack.kernels.compiler import Target
 from autoprune.repack.kernels.fields import Given
 from autoprune.repack.lowering.buffers import Buffer, StridedRef
@@ -33,7 +33,7 @@ class Matrices(NamedTuple):
 
 
 def product(
-    name: str, size: Matrices, x: StridedRef, other: StridedRef, turned: bool, y: StridedRef, scratch: Buffer,
+    name: str, size: Matrices, x: StridedRef, other: StridedRef, turned: bool, y: StridedRef, scratch: Buffer | None,
     target: Target,
 ) -> NativeOp:  # fmt: skip
     """Products of pairs of matrices.
@@ -45,7 +45,7 @@ def product(
         other: likewise; with `turned` the last is from a column, and the floats of a column are neighbours.
         turned: see `other`.
         y: as x.
-        scratch: `matmul.scratch` floats for each thread.
+        scratch: `matmul.scratch` floats for each thread; None where the rows are `few_rows.few`.
         target: what to compile for.
     """
     f = matmul.Field
@@ -55,9 +55,13 @@ def product(
         f.X_IMAGE: x.strides[0], f.X_HEAD: x.strides[1], f.X_ROW: x.strides[2],
         f.OTHER_IMAGE: other.strides[0], f.OTHER_HEAD: other.strides[1], f.OTHER_LINE: other.strides[2],
         f.Y_IMAGE: y.strides[0], f.Y_HEAD: y.strides[1], f.Y_ROW: y.strides[2],
+        f.HEADS: size.heads, f.ROWS: size.rows, f.INNER: size.inner, f.COLUMNS: size.columns,
+    }  # fmt: skip
+    if scratch is None:
+        return op_of(name, few_rows.product(target, turned), f, given, size.images * size.heads)
+    given |= {
         f.SCRATCH_SLOT: scratch.slot, f.SCRATCH_OFFSET: scratch.offset,
-        f.SCRATCH: matmul.scratch(size.inner, size.columns, target), f.HEADS: size.heads, f.ROWS: size.rows,
-        f.INNER: size.inner, f.COLUMNS: size.columns,
+        f.SCRATCH: matmul.scratch(size.inner, size.columns, target),
     }  # fmt: skip
     return op_of(name, matmul.matmul(target, turned), f, given, size.images * size.heads)
 

@@ -7,17 +7,19 @@ concatenated by channel become a map again.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from autoprune.repack.graph import aten
 from autoprune.repack.graph.ops import Activation, Add, Op, Reshape, TorchOp
 from autoprune.repack.graph.reference import evaluate_op
 from autoprune.repack.lowering import map_nodes, map_rules, matrices, strided_nodes
-from autoprune.repack.lowering.buffers import Buffer, StridedRef
-from autoprune.repack.lowering.context import fitting, operand, write
-from autoprune.repack.lowering.layout import FLOAT_BYTES, LONG_FLOATS
+from autoprune.repack.lowering.buffers import Buffer
+from autoprune.repack.lowering.context import fitting, operand, picked, write
+from autoprune.repack.lowering.layout import LONG_FLOATS
 from autoprune.repack.lowering.steps import NativeStep, View, contiguous_strides, is_float, storage_of
 from autoprune.repack.native.op import NativeOp
 
@@ -61,6 +63,16 @@ def _of_one(lowering: Lowering, op: TorchOp) -> bool:
     return _computed(lowering, op, [given], "", function)
 
 
+def _picked(lowering: Lowering, op: TorchOp) -> bool:
+    """One of two values, or numbers, by booleans: ``where`` and ``masked_fill``."""
+    args = [aten.decode(each, {}) if isinstance(each, dict) and "ref" not in each else each for each in op.args]
+    if op.op == "aten.masked_fill.Scalar":
+        args = [args[1], args[2], args[0]]
+    names = [each["ref"] if isinstance(each, dict) else each for each in args]
+    meta = evaluate_op(op, lowering.values, lowering.constants)
+    return is_float(meta) and picked(lowering, op.output, names[0], names[1:])
+
+
 def is_copy(op: Op) -> bool:
     """Whether it gives its input's entries in their order."""
     return isinstance(op, Reshape) or (isinstance(op, TorchOp) and op.op in _COPIES)
@@ -88,10 +100,10 @@ def _concatenated(lowering: Lowering, op: TorchOp) -> bool:
     names = [each["ref"] for each in op.args[0]]
     meta = evaluate_op(op, lowering.values, lowering.constants)
     axis = (op.args[1] if len(op.args) > 1 else 0) % max(1, meta.dim())
+    if meta.dim() != 1:  # torch leaves out empty ones of one axis, as caches of keys begin
+        names = [name for name in names if lowering.values[name].shape != (0,)]
     shapes = [tuple(lowering.values[name].shape) for name in names]
-    if any(len(shape) != meta.dim() for shape in shapes):  # torch leaves out empty ones of one axis
-        return False
-    if not all(is_float(lowering.values[name]) for name in names):
+    if not all(is_float(value) for value in (meta, *(lowering.values[name] for name in names))):
         return False
     as_map = [(name, (1, 1), 0.0) in lowering.maps for name in names]
     if meta.dim() == 4 and axis == 1 and any(as_map):
@@ -130,8 +142,7 @@ def _looked_up(lowering: Lowering, op: TorchOp) -> bool:
     lowering.limits[slot] = min(rows, lowering.limits.get(slot, rows))
 
     def build(*_: Any) -> NativeOp:
-        x_at = StridedRef(given.buffer.slot, given.start * FLOAT_BYTES, (0, features))
-        index_at = StridedRef(told.buffer.slot, told.offset * LONG_FLOATS * FLOAT_BYTES, (0, 1))
+        x_at, index_at = replace(given.ref(), strides=(0, features)), replace(told.ref(), strides=(0, 1))
         return strided_nodes.taken(
             op.output, (1, count, features), x_at, index_at, buffer.ref(), None, lowering.target
         )  # fmt: skip
@@ -167,8 +178,7 @@ def _taken(lowering: Lowering, op: TorchOp) -> bool:
     limit = x.shape[-2]
 
     def build(*_: Any) -> NativeOp:
-        x_at = StridedRef(given.buffer.slot, given.start * FLOAT_BYTES, at_x)
-        index_at = StridedRef(told.buffer.slot, told.offset * LONG_FLOATS * FLOAT_BYTES, at_index)  # in no arena
+        x_at, index_at = replace(given.ref(), strides=at_x), replace(told.ref(), strides=at_index)
         check = strided_nodes.IndexCheck(wrong.ref(), limit)
         return strided_nodes.taken(
             op.output, (batch, rows, features), x_at, index_at, buffer.ref(), check, lowering.target
@@ -186,6 +196,8 @@ _RULES: Mapping[str, Callable[[Lowering, TorchOp], bool]] = {
     **dict.fromkeys(("aten.softmax.int", "aten._softmax.default"), matrices.softmax),
     **dict.fromkeys(("aten.mean.dim", "aten.sum.dim_IntList"), matrices.total),
     "aten.stack.default": matrices.stack,
+    **dict.fromkeys((f"aten.where.{name}" for name in ("self", "Scalar", "ScalarSelf", "ScalarOther")), _picked),
+    "aten.masked_fill.Scalar": _picked,
     "aten.group_norm.default": map_rules.group_norm,
     **dict.fromkeys(("aten.upsample_nearest2d.vec", "aten.upsample_bilinear2d.vec"), map_rules.resized),
     **dict.fromkeys(("aten.pad.default", "aten.constant_pad_nd.default"), map_rules.padded),

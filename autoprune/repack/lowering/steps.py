@@ -140,12 +140,13 @@ class TorchStep:
 
 @dataclass(frozen=True)
 class View:
-    """A tensor somewhere in a slot: element offset from the slot's base, shape and strides."""
+    """A tensor somewhere in a slot: element offset from the slot's base, shape, strides, and bytes of an element."""
 
     buffer: Buffer
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
+    entry_bytes: int = FLOAT_BYTES
 
     @property
     def start(self) -> int:
@@ -154,7 +155,7 @@ class View:
 
     def ref(self) -> StridedRef:
         """Where it lies; once its buffer's place is known."""
-        return StridedRef(self.buffer.slot, self.start * FLOAT_BYTES, self.stride)
+        return StridedRef(self.buffer.slot, self.buffer.offset + self.offset * self.entry_bytes, self.stride)
 
     def rows(self) -> StridedRef:
         """A contiguous value as (rows, features), whatever axes it has before the last."""

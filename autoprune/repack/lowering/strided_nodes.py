@@ -18,7 +18,7 @@ from autoprune.repack.native.op import NativeOp, op_of
 
 def pointwise(
     name: str, shape: tuple[int, ...], x: StridedRef, other: StridedRef | None, y: StridedRef, operation: str,
-    activation: str | None, target: Target,
+    activation: str | None, target: Target, choice: StridedRef | None = None,
 ) -> NativeOp:  # fmt: skip
     """One value, or two combined.
 
@@ -28,15 +28,17 @@ def pointwise(
         x: strided as `shape`; strides of 0 repeat a value.
         other: likewise; None where there is one value.
         y: likewise.
-        operation: a row of `strided.OPERATIONS`; empty where there is one value.
+        operation: a row of `strided.OPERATIONS`; empty where there is one value, or `choice`.
         activation: a name, see `kernels.math`.
         target: what to compile for.
+        choice: booleans, likewise: x where they are true, else `other`.
 
     Raises:
         AutopruneError: more axes than the kernel has.
     """
     f = strided.Field
-    refs = {"X": x, "Y": y} if other is None else {"X": x, "OTHER": other, "Y": y}
+    operands = {"X": x, "OTHER": other, "CHOICE": choice, "Y": y}
+    refs = {name: ref for name, ref in operands.items() if ref is not None}
     sizes, strides = merged_axes(shape, [ref.strides for ref in refs.values()])
     if len(sizes) > strided.AXES:
         raise AutopruneError(f"{name!r} of shape {shape} has more than {strided.AXES} axes that lie apart.")
@@ -44,15 +46,22 @@ def pointwise(
     block = max(1, min(rows, CHUNK_FLOATS // (4 * max(1, sizes[-1]))))
     low, high, function = clamped(activation)
     given: dict[strided.Field, Given] = {
-        **dict(zip(strided.per_axis("SIZE"), sizes, strict=True)), f.BLOCK: block, f.LOW: low, f.HIGH: high,
+        **dict(zip(strided.per_axis("SIZE"), sizes, strict=True)), f.BLOCK: block,
     }  # fmt: skip
+    bounded = (low, high) != (-math.inf, math.inf)
+    if bounded:
+        given |= {f.LOW: low, f.HIGH: high}
     for (operand, ref), steps in zip(refs.items(), strides, strict=True):
         given |= {f[f"{operand}_SLOT"]: ref.slot, f[f"{operand}_OFFSET"]: ref.offset_bytes}
         given |= dict(zip(strided.per_axis(f"{operand}_STRIDE"), steps, strict=True))
-    lie = [strided.Along.RUN if steps[-1] == 1 else strided.Along.APART if steps[-1] else strided.Along.SAME
-           for steps in strides[:-1]]  # fmt: skip
-    second, together = None if other is None else lie[1], strides[-1][-1] == 1
-    kernel = strided.strided(lie[0], second, operation, function, target, together)
+    along = {
+        name: strided.Along.RUN if steps[-1] == 1 else strided.Along.APART if steps[-1] else strided.Along.SAME
+        for name, steps in zip(refs, strides, strict=True)
+    }
+    together = strides[-1][-1] == 1
+    kernel = strided.strided(
+        along["X"], along.get("OTHER"), operation, function, target, together, bounded, along.get("CHOICE")
+    )
     return op_of(name, kernel, f, given, -(-rows // block) if sizes[-1] else 0)
 
 
@@ -98,7 +107,7 @@ def taken(
 
 
 def merged_axes(
-    shape: tuple[int, ...], strides: Sequence[tuple[int, ...]]
+    shape: Sequence[int], strides: Sequence[tuple[int, ...]]
 ) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
     """Sizes and strides of the same entries in as few axes as can be, at least `strided.AXES`."""
     sizes, steps = list[int](), [list[int]() for _ in strides]

@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoprune.model.recurrent.names import GATES
-from autoprune.repack.kernels import attention, recurrent, rows, rows_gemm, turn
+from autoprune.repack.kernels import attention, few_attention, recurrent, rows, rows_gemm, turn
 from autoprune.repack.kernels.compiler import Target
+from autoprune.repack.kernels.few_rows import few
 from autoprune.repack.kernels.fields import Given
 from autoprune.repack.kernels.math import clamped
 from autoprune.repack.lowering.buffers import Buffer, MapAt, StridedRef
@@ -222,6 +223,13 @@ class Heads(NamedTuple):
     value_width: int
 
 
+def attention_scratch(size: Heads, target: Target) -> int:
+    """Floats of scratch that `attend` needs for each thread."""
+    if few(size.queries, target):
+        return few_attention.scratch(size.keys, size.width)
+    return attention.scratch(size.keys, size.width, size.value_width, target)
+
+
 def attend(
     name: str, size: Heads, q: StridedRef, k: StridedRef, v: StridedRef, y: StridedRef, bias: StridedRef | None,
     scratch: Buffer, scale: float, target: Target,
@@ -236,7 +244,7 @@ def attend(
         v: ``(batch, heads, keys, value_width)``.
         y: ``(batch, heads, queries, value_width)``.
         bias: ``(batch, heads, queries, keys)``, added to the scaled products; the keys are neighbours.
-        scratch: `attention.scratch` floats for each thread.
+        scratch: `attention_scratch` floats for each thread.
         scale: of the products of queries and keys.
         target: what to compile for.
     """
@@ -249,7 +257,7 @@ def attend(
         f.V_IMAGE: v.strides[0], f.V_HEAD: v.strides[1], f.V_TOKEN: v.strides[2],
         f.Y_IMAGE: y.strides[0], f.Y_HEAD: y.strides[1], f.Y_TOKEN: y.strides[2],
         f.SCRATCH_SLOT: scratch.slot, f.SCRATCH_OFFSET: scratch.offset,
-        f.SCRATCH: attention.scratch(size.keys, size.width, size.value_width, target), f.HEADS: size.heads,
+        f.SCRATCH: attention_scratch(size, target), f.HEADS: size.heads,
         f.QUERIES: size.queries, f.KEYS: size.keys, f.WIDTH: size.width, f.VALUE_WIDTH: size.value_width,
         f.SCALE: float(scale),
     }  # fmt: skip
@@ -258,4 +266,5 @@ def attend(
             f.BIAS_SLOT: bias.slot, f.BIAS_OFFSET: bias.offset_bytes, f.BIAS_IMAGE: bias.strides[0],
             f.BIAS_HEAD: bias.strides[1], f.BIAS_TOKEN: bias.strides[2],
         }  # fmt: skip
-    return op_of(name, attention.attention(target, bias is not None), f, given, size.batch * size.heads)
+    kernel = few_attention.attention if few(size.queries, target) else attention.attention
+    return op_of(name, kernel(target, bias is not None), f, given, size.batch * size.heads)
