@@ -195,6 +195,18 @@ def test_what_works_on_matrices_is_native(name: str, lanes: int | None) -> None:
     assert_native(run, *(data(*shape) for shape in shapes), lanes=lanes)
 
 
+def test_what_is_beside_nothing_is_not_copied() -> None:
+    def cached(x: Tensor, y: Tensor) -> Tensor:
+        """As caches of transformers begin."""
+        return torch.cat([torch.cat([torch.tensor([]), x], -2), y], -2)
+
+    graph = simplified(cached, data(1, 2, 5, 4), data(1, 2, 1, 4))
+    assert len(graph.ops) == 1
+    assert_native(cached, data(1, 2, 5, 4), data(1, 2, 1, 4))
+    wide: Run = lambda x: torch.cat([torch.zeros(0, dtype=torch.float64), x], 0) * 2  # noqa: E731
+    assert torch.equal(Program(simplified(wide, data(2, 3)), {}, threads=1)(data(2, 3)), wide(data(2, 3)))
+
+
 def test_softmax_of_what_is_not_finite_is_torchs() -> None:
     x = data(4, 20)
     x[0, 3], x[1, 4], x[2] = float("nan"), float("-inf"), float("-inf")

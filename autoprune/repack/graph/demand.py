@@ -38,6 +38,8 @@ from autoprune.repack.graph.ops import (
     Op,
     Recurrent,
     Reshape,
+    RmsNorm,
+    Rotary,
     Scalar,
     Scale,
     TorchOp,
@@ -202,7 +204,9 @@ PRODUCTS: Mapping[type[Op], Callable[[Any, _Shapes], int] | None] = {
     Attention: _product_work,
     TorchOp: _torch_work,
     **dict.fromkeys(
-        (Gate, Scale, AdaptiveAvgPool2d, GlobalAvgPool, Activation, Add, LayerNorm, Reshape, Scalar), None
+        (
+            Gate, Scale, AdaptiveAvgPool2d, GlobalAvgPool, Activation, Add, LayerNorm, RmsNorm, Rotary, Reshape, Scalar,
+        )
     ),
 }  # fmt: skip
 """What each class of operations multiplies and adds beside `ELEMENT` for each element; None: no more than that."""

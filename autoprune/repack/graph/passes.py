@@ -17,7 +17,7 @@ from autoprune.model.recurrent.names import GATES, by_unit
 from autoprune.repack.debug import dump, dumping, verifying
 from autoprune.repack.graph.activations import KEEPS_ZERO
 from autoprune.repack.graph.channels import drop_dead_channels
-from autoprune.repack.graph.editor import Editor, infer_shapes
+from autoprune.repack.graph.editor import Editor, infer_shapes, meta_values
 from autoprune.repack.graph.ir import Graph
 from autoprune.repack.graph.ops import (
     Activation,
@@ -37,6 +37,7 @@ from autoprune.repack.graph.ops import (
     WindowPoolOp,
 )
 from autoprune.repack.graph.schema import validate
+from autoprune.repack.graph.written_functions import fuse_gelu, fuse_rms_norm, fuse_rotary
 from autoprune.repack.graph.written_out import fuse_attention
 
 _NORM = "aten.batch_norm.default"
@@ -304,6 +305,23 @@ def _keeps_features(op: TorchOp, edited: Editor) -> bool:
     return len(op.args) > 1 and type(op.args[1]) is int and op.args[1] % axes != axes - 1
 
 
+def _skip_empty(edited: Editor, op: Op) -> bool:
+    """A value beside an empty one of one axis, as caches of keys begin, is the value itself."""
+    if not isinstance(op, TorchOp) or op.op != "aten.cat.default" or len(edited.shapes[op.output]) == 1:
+        return False
+    names = [each["ref"] for each in op.args[0]]
+    kept = [name for name in names if _shape(edited, name) != (0,)]
+    if len(kept) != 1 or len(names) == 1 or kept[0] in edited.constants:
+        return False
+    values = meta_values(edited.graph())
+    return bool(values[kept[0]].dtype == values[op.output].dtype) and edited.bypass(op, kept[0])
+
+
+def _shape(edited: Editor, name: str) -> tuple[int, ...]:
+    constant = edited.constants.get(name)
+    return edited.shapes[name] if constant is None else tuple(constant.shape)
+
+
 _PICKING = ("aten.select.int", "aten.slice.Tensor", "aten.gather.default", "aten.index_select.default")
 
 
@@ -331,6 +349,10 @@ def _drop_zero_branch(edited: Editor, op: Op) -> bool:
 
 _PASSES: tuple[Callable[[Editor, Op], bool], ...] = (
     fuse_attention,
+    fuse_rms_norm,
+    fuse_gelu,
+    fuse_rotary,
+    _skip_empty,
     _merge_reshapes,
     _fold_norm,
     _reshape_last,

@@ -161,6 +161,7 @@ FUNCTIONS: Mapping[str, Emit] = {
     "rsqrt": lambda b, module, x, lanes: b.fdiv(splat_float(1.0, lanes), _sqrt(b, module, x, lanes)),
     "reciprocal": lambda b, module, x, lanes: b.fdiv(splat_float(1.0, lanes), x),
     "square": lambda b, module, x, lanes: b.fmul(x, x),
+    "cube": lambda b, module, x, lanes: b.fmul(b.fmul(x, x), x),
     "neg": lambda b, module, x, lanes: b.fneg(x),
     "abs": _abs,
 }

@@ -1,4 +1,4 @@
-"""Native ops on rows of features (tokens): layer norm."""
+"""Native ops on rows of features (tokens): layer norm and RMS norm."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Field(Fields):
     FEATURES = NUMBER
     BLOCK = NUMBER  # rows an item
     WEIGHT = FLOAT32_ARRAY  # (features,)
-    BIAS = FLOAT32_ARRAY
+    BIAS = FLOAT32_ARRAY.of("bias")
     EPSILON = FLOAT
     SHARE = FLOAT  # one over the number of features
 
@@ -87,6 +87,17 @@ def each(
 @once_a_process
 def layer_norm(target: Target) -> int:
     """Y = (x - mean) / sqrt(variance + epsilon) * weight + bias, a row at a time; an item is some rows."""
+    return _norm(target, centred=True)
+
+
+@once_a_process
+def rms_norm(target: Target) -> int:
+    """Y = x / sqrt(mean square + epsilon) * weight, a row at a time; an item is some rows."""
+    return _norm(target, centred=False)
+
+
+def _norm(target: Target, centred: bool) -> int:
+    """`centred`: the mean is subtracted first, and a bias is added."""
     module, lanes = ir.Module(), target.lanes
     b, fields, slots, item, _ = op_function(module)
     get = Field.load(b, fields)
@@ -102,23 +113,28 @@ def layer_norm(target: Target) -> int:
         def add(total: ir.Value, position: ir.Value, wide: int, x: ir.Value = x) -> ir.Value:
             return b.fadd(total, load_vector(b, at(b, x, position), wide))
 
-        mean = b.fmul(summed(b, features, lanes, add), share)
+        mean = b.fmul(summed(b, features, lanes, add), share) if centred else None
 
-        def square(total: ir.Value, position: ir.Value, wide: int, x: ir.Value = x, mean: ir.Value = mean) -> ir.Value:
-            away = b.fsub(load_vector(b, at(b, x, position), wide), splat(b, mean, wide))
-            return b.call(fma(module, wide), [away, away, total])
+        def away(position: ir.Value, wide: int, x: ir.Value = x, mean: ir.Value | None = mean) -> ir.Value:
+            value = load_vector(b, at(b, x, position), wide)
+            return value if mean is None else b.fsub(value, splat(b, mean, wide))
+
+        def square(total: ir.Value, position: ir.Value, wide: int) -> ir.Value:
+            value = away(position, wide)
+            return b.call(fma(module, wide), [value, value, total])
 
         variance = b.fmul(summed(b, features, lanes, square), share)
         scale = b.fdiv(ir.Constant(F32, 1.0), b.call(root, [b.fadd(variance, float_field(b, get[Field.EPSILON]))]))
 
-        def write(
-            position: ir.Value, wide: int, x: ir.Value = x, y: ir.Value = y, mean: ir.Value = mean,
-            scale: ir.Value = scale,
-        ) -> None:  # fmt: skip
-            away = b.fsub(load_vector(b, at(b, x, position), wide), splat(b, mean, wide))
-            value = b.fmul(away, splat(b, scale, wide))
-            gain, shift = (load_vector(b, at(b, array, position), wide) for array in (weight, bias))
-            store_vector(b, b.call(fma(module, wide), [value, gain, shift]), at(b, y, position), wide)
+        def write(position: ir.Value, wide: int, y: ir.Value = y, scale: ir.Value = scale) -> None:
+            value = b.fmul(away(position, wide), splat(b, scale, wide))
+            gain = load_vector(b, at(b, weight, position), wide)
+            if centred:
+                shift = load_vector(b, at(b, bias, position), wide)
+                value = b.call(fma(module, wide), [value, gain, shift])
+            else:
+                value = b.fmul(value, gain)
+            store_vector(b, value, at(b, y, position), wide)
 
         each(b, features, lanes, write)
     b.ret_void()

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from autoprune.repack.graph.ops import Attention, TorchOp
+from autoprune.repack.graph.ops import Attention, Rotary, TorchOp
 from autoprune.repack.graph.reference import evaluate_op
 from autoprune.repack.kernels.few_rows import few
 from autoprune.repack.kernels.matmul import scratch as product_scratch
-from autoprune.repack.lowering import matrix_nodes, token_nodes
+from autoprune.repack.lowering import matrix_nodes, strided_nodes, token_nodes
 from autoprune.repack.lowering.buffers import Buffer, StridedRef
 from autoprune.repack.lowering.context import Operand, fitting, operand, picked, write
 from autoprune.repack.lowering.matrix_nodes import Axis, Matrices
@@ -95,6 +95,32 @@ def _added(lowering: Lowering, mask: str) -> str:
         meta = lowering.values[name] = evaluate_op(op, lowering.values, lowering.constants)
         lowering.torch_step(op, meta)
     return name
+
+
+def rotary(lowering: Lowering, op: Rotary) -> bool:
+    """All operands are read where they lie; False where features lie apart, or too many axes do."""
+    x, *angles = (_lines(lowering, name) for name in op.inputs)
+    if not x.shape:
+        return False
+    shape, (*lead, features) = x.shape, x.shape
+    whole = all(each.shape[-1:] == (features,) for each in angles)
+    if features % 2 or math.prod(shape) == 0 or not whole:
+        return False
+    if torch.broadcast_shapes(shape, *(each.shape for each in angles)) != shape:
+        return False
+    strides = [x.stride[:-1], *(_broadcast(each, len(shape))[:-1] for each in angles)]
+    sizes, steps = strided_nodes.merged_axes(lead, strides)
+    if sizes[0] != 1:
+        return False
+    meta = lowering.define(op.output, shape)
+    buffer = lowering.buffers[storage_of(meta)] = Buffer(meta.numel())
+
+    def build(*_: Any) -> NativeOp:
+        places = [_at(each.ref(), apart[1:]) for each, apart in zip((x, *angles), steps, strict=True)]
+        return strided_nodes.turned(op.output, (*sizes[1:], features), *places, buffer.ref(), lowering.target)
+
+    lowering.steps.append(NativeStep(op.output, [each.buffer for each in (x, *angles)], buffer, build))
+    return True
 
 
 def product(lowering: Lowering, op: TorchOp) -> bool:

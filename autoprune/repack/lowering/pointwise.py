@@ -32,7 +32,7 @@ _FUNCTIONS: Mapping[str, str] = {
     f"aten.{name}.default": name for name in ("exp", "sqrt", "rsqrt", "neg", "abs", "square", "reciprocal")
 }
 _POWER = "aten.pow.Tensor_Scalar"
-_POWERS: Mapping[Any, str] = {2: "square", 0.5: "sqrt", -0.5: "rsqrt", -1: "reciprocal"}
+_POWERS: Mapping[Any, str] = {2: "square", 3: "cube", 0.5: "sqrt", -0.5: "rsqrt", -1: "reciprocal"}
 _COPIES = ("aten.reshape.default", "aten.clone.default", "aten.contiguous.default")
 
 

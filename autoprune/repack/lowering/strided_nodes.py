@@ -1,4 +1,4 @@
-"""Builds the ops that read values wherever they lie, by their strides: element by element, or rows by their numbers."""
+"""Builds the ops that read values wherever they lie, by their strides: elements, turned rows, rows by their numbers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from autoprune.errors import AutopruneError
-from autoprune.repack.kernels import gather, strided
+from autoprune.repack.kernels import gather, rotary, strided
 from autoprune.repack.kernels.compiler import Target
 from autoprune.repack.kernels.fields import Given
 from autoprune.repack.kernels.math import clamped
@@ -104,6 +104,33 @@ def taken(
     if check is not None:
         given |= {f.WRONG_SLOT: check.flag.slot, f.WRONG_OFFSET: check.flag.offset_bytes, f.LIMIT: check.limit}
     return op_of(name, gather.gather(check is not None, target), f, given, -(-batch * rows // block))
+
+
+def turned(
+    name: str, size: tuple[int, ...], x: StridedRef, cos: StridedRef, sin: StridedRef, y: StridedRef, target: Target
+) -> NativeOp:
+    """Rotary position embedding.
+
+    Args:
+        name: of what is computed.
+        size: three axes and the features, an even number, which are neighbours in every operand.
+        x: strides are those of the three axes.
+        cos: likewise.
+        sin: likewise.
+        y: contiguous, of shape `size`.
+        target: what to compile for.
+    """
+    f = rotary.Field
+    rows, features = math.prod(size[:-1]), size[-1]
+    block = max(1, min(rows, CHUNK_FLOATS // (4 * features)))
+    given: dict[rotary.Field, Given] = {
+        f.Y_SLOT: y.slot, f.Y_OFFSET: y.offset_bytes, f.SIZE_0: size[0], f.SIZE_1: size[1], f.SIZE_2: size[2],
+        f.HALF: features // 2, f.BLOCK: block,
+    }  # fmt: skip
+    for operand, ref in (("X", x), ("COS", cos), ("SIN", sin)):
+        given |= {f[f"{operand}_SLOT"]: ref.slot, f[f"{operand}_OFFSET"]: ref.offset_bytes}
+        given |= {f[f"{operand}_STRIDE_{axis}"]: step for axis, step in enumerate(ref.strides)}
+    return op_of(name, rotary.rotary(target), f, given, -(-rows // block))
 
 
 def merged_axes(

@@ -1,4 +1,4 @@
-"""Builds the ops on rows of tokens: Linears, recurrences, layer norms, attention; and between rows and maps."""
+"""Builds the ops on rows of tokens: Linears, recurrences, norms, attention; and between rows and maps."""
 
 from __future__ import annotations
 
@@ -187,20 +187,25 @@ def out_of_planes(
     return op_of(name, turn.out_of_planes(target, other), f, given, -(-tokens // target.lanes))
 
 
-def layer_norm(
-    name: str, tokens: int, x: StridedRef, y: StridedRef, weight: NDArray[np.float32], bias: NDArray[np.float32],
-    epsilon: float, target: Target,
+def norm(
+    name: str, tokens: int, x: StridedRef, y: StridedRef, weight: NDArray[np.float32],
+    bias: NDArray[np.float32] | None, epsilon: float, target: Target,
 ) -> NativeOp:  # fmt: skip
-    """Each row normalised; x and y are (tokens, features), contiguous, weight and bias (features,)."""
+    """Each row normalised; x and y are (tokens, features), contiguous, weight and bias (features,).
+
+    By mean and variance, or where there is no bias by the mean square alone.
+    """
     f = rows.Field
     features = len(weight)
     block = max(1, min(tokens, CHUNK_FLOATS // (4 * features)))
     given: dict[rows.Field, Given] = {
         f.X_SLOT: x.slot, f.X_OFFSET: x.offset_bytes, f.Y_SLOT: y.slot, f.Y_OFFSET: y.offset_bytes, f.ROWS: tokens,
-        f.FEATURES: features, f.BLOCK: block, f.WEIGHT: weight, f.BIAS: bias, f.EPSILON: float(epsilon),
-        f.SHARE: 1 / features,
+        f.FEATURES: features, f.BLOCK: block, f.WEIGHT: weight, f.EPSILON: float(epsilon), f.SHARE: 1 / features,
     }  # fmt: skip
-    return op_of(name, rows.layer_norm(target), f, given, -(-tokens // block))
+    if bias is not None:
+        given[f.BIAS] = bias
+    kernel = rows.rms_norm if bias is None else rows.layer_norm
+    return op_of(name, kernel(target), f, given, -(-tokens // block))
 
 
 class Heads(NamedTuple):

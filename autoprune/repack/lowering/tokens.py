@@ -1,4 +1,4 @@
-"""Lowers what works on rows of tokens: Linears, layer norms, recurrences."""
+"""Lowers what works on rows of tokens: Linears, norms, recurrences."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from autoprune.errors import AutopruneError
-from autoprune.repack.graph.ops import LayerNorm, Linear, Recurrent
+from autoprune.repack.graph.ops import LayerNorm, Linear, Recurrent, RmsNorm
 from autoprune.repack.lowering import convolutions, token_nodes
 from autoprune.repack.lowering.buffers import Buffer
 from autoprune.repack.lowering.context import turn_back, turned
@@ -21,21 +21,24 @@ if TYPE_CHECKING:
     from autoprune.repack.lowering.context import Lowering
 
 
-def layer_norm(lowering: Lowering, op: LayerNorm) -> bool:
+def norm(lowering: Lowering, op: LayerNorm | RmsNorm) -> bool:
     """Each row normalised; False where its weights do not fit and torch has to run it."""
-    x, features = lowering.rows(op.inputs[0]), op.size
+    x = lowering.rows(op.inputs[0])
+    features = op.size if isinstance(op, LayerNorm) else (0, *x.shape)[-1]
     arrays = {role: lowering.graph.constants[name] for role, name in op.tensors.items()}
     fitting = all(is_float(each) and each.shape == (features,) for each in arrays.values())
-    if x.shape[-1:] != (features,) or not fitting:
+    if x.shape[-1:] != (features,) or not features or not fitting:
         return False
     weight = arrays.get("weight", torch.ones(features, dtype=torch.float32, device="cpu")).contiguous().numpy()
-    bias = arrays.get("bias", torch.zeros(features, dtype=torch.float32, device="cpu")).contiguous().numpy()
+    bias = None
+    if isinstance(op, LayerNorm):
+        bias = arrays.get("bias", torch.zeros(features, dtype=torch.float32, device="cpu")).contiguous().numpy()
     meta = lowering.define(op.output, x.shape)
     buffer = lowering.buffers[storage_of(meta)] = Buffer(meta.numel())
 
     def build(*_: Any) -> NativeOp:
         tokens, y = meta.numel() // features, buffer.ref(features, 1)
-        return token_nodes.layer_norm(op.output, tokens, x.rows(), y, weight, bias, op.eps, lowering.target)
+        return token_nodes.norm(op.output, tokens, x.rows(), y, weight, bias, op.eps, lowering.target)
 
     lowering.steps.append(NativeStep(op.output, [x.buffer], buffer, build))
     return True

@@ -30,6 +30,8 @@ from autoprune.repack.graph.ops import (
     Op,
     Recurrent,
     Reshape,
+    RmsNorm,
+    Rotary,
     Scalar,
     Scale,
     TorchOp,
@@ -82,7 +84,7 @@ MODULES: Mapping[type[Op], Callable[[Any, Tensor, bool], nn.Conv2d | nn.Linear] 
     **dict.fromkeys(
         (
             GatedConv2d, Gate, Scale, Recurrent, MaxPool2d, AvgPool2d, AdaptiveAvgPool2d, GlobalAvgPool, Activation,
-            Add, LayerNorm, Attention, Reshape, Scalar, TorchOp,
+            Add, LayerNorm, RmsNorm, Rotary, Attention, Reshape, Scalar, TorchOp,
         )
     ),
 }  # fmt: skip

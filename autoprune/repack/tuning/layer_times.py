@@ -37,6 +37,8 @@ from autoprune.repack.graph.ops import (
     Op,
     Recurrent,
     Reshape,
+    RmsNorm,
+    Rotary,
     Scalar,
     Scale,
     TorchOp,
@@ -275,8 +277,8 @@ FLOPS: Mapping[type[Op], Callable[[Any, Weights | None, Mapping[str, Tensor]], i
     Attention: _attention_flops,
     **dict.fromkeys(
         (
-            Gate, Scale, MaxPool2d, AvgPool2d, AdaptiveAvgPool2d, GlobalAvgPool, Activation, Add, LayerNorm, Reshape,
-            Scalar, TorchOp,
+            Gate, Scale, MaxPool2d, AvgPool2d, AdaptiveAvgPool2d, GlobalAvgPool, Activation, Add, LayerNorm, RmsNorm,
+            Rotary, Reshape, Scalar, TorchOp,
         )
     ),
 }  # fmt: skip

@@ -21,13 +21,16 @@ from autoprune.repack.graph.ops.linear import Linear
 from autoprune.repack.graph.ops.pooling import AdaptiveAvgPool2d, AvgPool2d, GlobalAvgPool, MaxPool2d, WindowPoolOp
 from autoprune.repack.graph.ops.recurrent import Recurrent
 from autoprune.repack.graph.ops.reshape import Reshape
+from autoprune.repack.graph.ops.rms_norm import RmsNorm
+from autoprune.repack.graph.ops.rotary import Rotary
 from autoprune.repack.graph.ops.scalar import Scalar
 from autoprune.repack.graph.ops.torch_op import TorchOp
 
 __all__ = [
     "OPS", "Activation", "AdaptiveAvgPool2d", "Add", "Attention", "AvgPool2d", "Conv2d", "ConvolutionOp",
     "FusedLayerOp", "Gate", "GatedConv2d", "GlobalAvgPool", "LayerNorm", "LayerOp", "Linear", "MaxPool2d", "Op",
-    "Recurrent", "Reshape", "Scalar", "Scale", "Shapes", "TorchOp", "Values", "WindowPoolOp", "op_from_json",
+    "Recurrent", "Reshape", "RmsNorm", "Rotary", "Scalar", "Scale", "Shapes", "TorchOp", "Values", "WindowPoolOp",
+    "op_from_json",
 ]  # fmt: skip
 
 OPS: Mapping[str, type[Op]] = {
@@ -43,6 +46,8 @@ OPS: Mapping[str, type[Op]] = {
     "activation": Activation,
     "add": Add,
     "layer_norm": LayerNorm,
+    "rms_norm": RmsNorm,
+    "rotary": Rotary,
     "attention": Attention,
     "recurrent": Recurrent,
     "reshape": Reshape,
