@@ -33,6 +33,23 @@ IN_PLACE: Mapping[Any, torch._ops.OpOverload] = {
     _aten.sub_.Tensor: _aten.sub.Tensor,
     _aten.mul_.Tensor: _aten.mul.Tensor,
     _aten.div_.Tensor: _aten.div.Tensor,
+    _aten.dropout_.default: _aten.dropout.default,
+    _aten.feature_dropout_.default: _aten.feature_dropout.default,
+    _aten.alpha_dropout_.default: _aten.alpha_dropout.default,
+    _aten.feature_alpha_dropout_.default: _aten.feature_alpha_dropout.default,
+    _aten.detach_.default: _aten.detach.default,
+}
+# Of these, what gives its input back as it is: a dropout that draws numbers is in no program.
+_IDLE = {
+    *(_aten.dropout_.default, _aten.feature_dropout_.default, _aten.alpha_dropout_.default),
+    *(_aten.feature_alpha_dropout_.default, _aten.detach_.default),
+}
+# Operators whose result shares memory with their first argument, if with any tensor.
+_VIEWS = {
+    *_IDLE,
+    *(IN_PLACE[each] for each in _IDLE),
+    *(_aten.alias.default, _aten.slice.Tensor, _aten.view.default, _aten.reshape.default, _aten.flatten.using_ints),
+    *(_aten.transpose.int, _aten.permute.default, _aten.unsqueeze.default, _aten.squeeze.dim),
 }
 # Operators whose result never shares memory with another tensor.
 _FRESH = {
@@ -117,12 +134,19 @@ def is_functional(graph: fx.Graph) -> bool:
             continue
         if node.target is torch.ops.aten.batch_norm.default and node.args[5]:
             return False  # it updates its statistics, which its schema does not say
-        if node.target._schema.is_mutable:
-            written = node.args[0]
-            fresh = isinstance(written, fx.Node) and written.target in _FRESH | IN_PLACE.keys()
-            if node.target not in IN_PLACE or not fresh or len(written.users) > 1:
-                return False
+        writes = node.target._schema.is_mutable and node.target not in _IDLE
+        if writes and not (node.target in IN_PLACE and _seen_once(node.args[0])):
+            return False
     return True
+
+
+def _seen_once(x: Any) -> bool:
+    """Whether `x` is, or is a view of, a fresh tensor, and nothing but its one user sees that."""
+    while isinstance(x, fx.Node) and len(x.users) == 1:
+        if x.target not in _VIEWS:
+            return x.target in _FRESH or x.target in IN_PLACE
+        x = x.args[0]
+    return False
 
 
 @contextmanager
