@@ -28,7 +28,7 @@ from autoprune.metric import ACCURACY
 from autoprune.patterns import PATTERNS
 from autoprune.pipeline.run import Run
 from autoprune.report.data import ResultRow
-from autoprune.report.stored import EAGER, REPACKED, Record, Results, write_page, write_stored
+from autoprune.report.stored import CALLED, EAGER, REPACKED, Record, Results, write_page, write_stored
 from autoprune.target import FIGURES, OVER, Target
 from autoprune.tasks import TASKS
 
@@ -90,7 +90,8 @@ def finished(folder: Path, asked: float) -> Path:
         return ResultRow(name, 0.9, Latency.from_samples([1.0 / speedup] * 3, 1), speedup, speedup, 100, 1000)
 
     folder.mkdir()
-    rows = (row(EAGER, 1.0), ResultRow("dense, openvino", left_out="not installed"), row(REPACKED, 3.0))
+    left_out = ResultRow("dense, openvino", left_out="not installed")
+    rows = (row(EAGER, 1.0), left_out, row(CALLED, 2.5), row(REPACKED, 3.0))
     write_stored(folder / "results.json", Results(rows, {"batch": 1}, {"cpu": "some"}))
     record = Record("a run", {}, Target(speedup=asked), ACCURACY, (), (), (), {"fc": 0.5})
     write_stored(folder / "report.json", record)
@@ -106,7 +107,9 @@ def test_a_script_reads_one_json_object(tmp_path: Path, asked: float, reached: b
     assert len(said["missed"]) == (0 if reached else 1)
     assert said["speedup_over_best"] == said["speedup_over_eager"] == 3.0
     assert (said["score"], said["dense_score"], said["size_bytes"]) == (0.9, 0.9, 1000)
-    assert [row["name"] for row in said["rows"]] == [EAGER, "dense, openvino", REPACKED]
+    assert (said["metric"], said["figure"], said["dense_figure"]) == ("accuracy", 90.0, 90.0)
+    assert said["called_speedup_over_best"] == 2.5
+    assert [row["name"] for row in said["rows"]] == [EAGER, "dense, openvino", CALLED, REPACKED]
     assert said["rows"][1]["left_out"] == "not installed"
     assert (said["run_dir"], said["plan"]) == (str(folder), str(folder / "plan.json"))
 

@@ -217,6 +217,8 @@ def load_task(context: Context, given: Task | None) -> LoadedTask:
         ConfigError: the directory was made with another model, other data or functions.
     """
     config = context.config
+    if given is None:
+        context.progress.say(f"loading {config.task}")  # a function of a user's own may take a while
     task = given or TASKS.create(config.task)
     parts = {**task_parts(task), "the config": {key: repr(v) for key, v in flat(config.to_json()).items()}}
     with context.lock.or_in_use():
@@ -306,7 +308,7 @@ def profile(context: Context, subject: Subject, *, fresh: bool = False) -> Laten
     table.save(path)
     record.clear()
     context.progress.say(
-        f"latency table: dense {table.dense_ms:.3f} ms, of which prunable layers "
+        f"latency table: dense in torch eager {table.dense_ms:.3f} ms; its prunable layers one by one "
         f"{sum(table.dense_us(name) for name in table.layers) / 1e3:.3f} ms ({path})"
     )
     return table

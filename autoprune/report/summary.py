@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from autoprune.report.data import ResultRow
-from autoprune.report.stored import EAGER, REPACKED, Record, Results, headline, missed, read_stored, row_of
+from autoprune.report.stored import CALLED, EAGER, REPACKED, Record, Results, headline, missed, read_stored, row_of
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,13 @@ class Summary:
         return headline(self.rows, self.record.target, self.record.metric, self.record.unpruned)
 
     def to_json(self) -> dict[str, Any]:
-        """All of it as plain data; speed-ups are ratios, scores higher when better, times milliseconds."""
-        dense, fast = row_of(self.rows, EAGER), row_of(self.rows, REPACKED)
+        """All of it as plain data.
+
+        Speed-ups are ratios, times milliseconds, scores higher when better; ``figure`` and ``dense_figure`` are the
+        metric's, as the report shows it.
+        """
+        dense, fast, metric = row_of(self.rows, EAGER), row_of(self.rows, REPACKED), self.record.metric
+        called = next((row for row in self.rows if row.name == CALLED), None)
         return {
             "reached": not self.missed,
             "missed": self.missed,
@@ -54,9 +59,12 @@ class Summary:
             "target": self.record.target.to_json(),
             "speedup_over_best": fast.speedup_over_best,
             "speedup_over_eager": fast.speedup,
+            "called_speedup_over_best": None if called is None else called.speedup_over_best,
             "latency_ms": None if fast.latency is None else fast.latency.median_ms,
             "size_bytes": fast.size_bytes,
-            "metric": self.record.metric.name,
+            "metric": metric.name,
+            "figure": None if fast.score is None else metric.figure(fast.score),
+            "dense_figure": None if dense.score is None else metric.figure(dense.score),
             "score": fast.score,
             "dense_score": dense.score,
             "rows": [_row(row) for row in self.rows],
