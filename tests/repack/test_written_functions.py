@@ -116,7 +116,8 @@ def rotated(x: Tensor) -> Tensor:
 
 
 def heads(x: Tensor) -> Tensor:
-    return x.unflatten(-1, (3, 8)).transpose(1, 2)
+    split: Tensor = x.unflatten(-1, (3, 8)).transpose(1, 2)
+    return split
 
 
 WIDE, NARROW = data(70), data(8)  # what is added to them leaves features no other number

@@ -116,8 +116,8 @@ def rotary(lowering: Lowering, op: Rotary) -> bool:
     buffer = lowering.buffers[storage_of(meta)] = Buffer(meta.numel())
 
     def build(*_: Any) -> NativeOp:
-        places = [_at(each.ref(), apart[1:]) for each, apart in zip((x, *angles), steps, strict=True)]
-        return strided_nodes.turned(op.output, (*sizes[1:], features), *places, buffer.ref(), lowering.target)
+        given, cos, sin = (_at(each.ref(), apart[1:]) for each, apart in zip((x, *angles), steps, strict=True))
+        return strided_nodes.turned(op.output, (*sizes[1:], features), given, cos, sin, buffer.ref(), lowering.target)
 
     lowering.steps.append(NativeStep(op.output, [each.buffer for each in (x, *angles)], buffer, build))
     return True
