@@ -229,7 +229,8 @@ def test_odd_models(name: str) -> None:
 
 def test_same_padding() -> None:
     assert kinds(check(nn.Sequential(conv(padding="same", dilation=2)), 1, 3, 6, 6)) == ["conv2d"]
-    assert "aten.conv2d.padding" in kinds(check(nn.Sequential(conv(size=2, padding="same")), 1, 3, 6, 6))
+    for even in (conv(size=2, padding="same"), conv(size=4, padding="same", dilation=3)):
+        assert kinds(check(nn.Sequential(even), 1, 3, 6, 6)) == ["aten.pad.default", "conv2d"]
     assert kinds(check(nn.Sequential(conv(padding="valid")), 1, 3, 6, 6)) == ["conv2d"]
 
 
@@ -258,6 +259,47 @@ def test_batch_norms() -> None:
     # behind a Linear with tokens it normalises the tokens
     left = kinds(check(nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5)), 2, 5, 4))
     assert [kind for kind in left if kind != "scalar"] == ["linear", "reshape", "conv2d", "reshape"]
+
+
+def test_batch_norms_of_rows() -> None:
+    class Rows(nn.Module):
+        """As LeViT normalises the tokens of a Linear."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.norm = nn.Linear(4, 5, bias=False), nn.BatchNorm1d(5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.linear(x)
+            return F.relu(self.norm(y.flatten(0, 1)).reshape_as(y))
+
+    rows = [op for op in check(Rows(), 2, 3, 4).ops if op.kind not in ("scalar", "reshape")]
+    assert [(op.kind, op.last_activation) for op in rows] == [("linear", "relu")]
+    before = check(nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU()), 2, 4)
+    assert kinds(before) == ["linear"]
+    alone = check(nn.Sequential(nn.BatchNorm1d(4), nn.Tanh()), 2, 4)
+    assert kinds(alone) == ["aten.mul.Tensor", "aten.add.Tensor", "activation"]
+    twice = check(Call(lambda m, x: (y := m.n(x), m.l(y)), n=nn.BatchNorm1d(4), l=nn.Linear(4, 5)), 2, 4)
+    assert kinds(twice) == ["aten.mul.Tensor", "aten.add.Tensor", "linear"]
+
+
+BORDERS: dict[str, tuple[Any, list[str]]] = {
+    "alike": (lambda m, x: m.c(F.pad(x, (2, 2, 1, 1))), ["conv2d"]),
+    "columns": (lambda m, x: m.c(F.pad(x, (1, 1))), ["conv2d"]),
+    "twice": (lambda m, x: m.c(F.pad(F.pad(x, (1, 1)), (0, 0, 2, 2))), ["conv2d"]),
+    "read by two": (lambda m, x: m.c(y := F.pad(x, (1, 1, 1, 1))) + m.d(y), ["conv2d", "conv2d"]),
+    "at one side": (lambda m, x: m.c(F.pad(x, (0, 1, 0, 1))), ["aten.pad.default", "conv2d"]),
+    "of ones": (lambda m, x: m.c(F.pad(x, (1, 1, 1, 1), value=1.0)), ["aten.pad.default", "conv2d"]),
+    "that is cut": (lambda m, x: m.c(F.pad(x, (-1, -1, 0, 0))), ["aten.pad.default", "conv2d"]),
+    "of reflections": (lambda m, x: m.c(F.pad(x, (1, 1, 1, 1), "reflect")), ["aten.pad.default", "conv2d"]),
+}
+
+
+@pytest.mark.parametrize("name", BORDERS)
+def test_borders_of_zeros_go_into_the_convolution(name: str) -> None:
+    run, left = BORDERS[name]
+    small = check(Call(run, c=conv(stride=2), d=conv(stride=2)), 1, 3, 7, 9)
+    assert kinds(small) == left
 
 
 def test_zeros_survive_folding() -> None:

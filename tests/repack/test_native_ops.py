@@ -372,6 +372,8 @@ MAPS: dict[str, tuple[Run, tuple[int, ...]]] = {
     "largest of uneven parts": (lambda x: F.adaptive_max_pool2d(x, (3, 7)), (2, 3, 8, 19)),
     "largest of all": (lambda x: F.adaptive_max_pool2d(x, 1), (2, 3, 7, 9)),
     "largest, where it lies left out": (lambda x: F.max_pool2d(x, 3, 2, 1, return_indices=True)[0], (2, 3, 9, 9)),
+    "border of lengths": (lambda x: F.pad(x, (3, 0)), (2, 6, 30)),
+    "border of reflected lengths": (lambda x: F.pad(x, (3, 2), "reflect"), (1, 6, 30)),
     "lengths to parts": (lambda x: F.adaptive_avg_pool1d(x, 4), (2, 6, 32)),
     "lengths to uneven parts": (lambda x: F.adaptive_avg_pool1d(x, 5), (1, 6, 32)),
     "largest of parts of lengths": (lambda x: F.adaptive_max_pool1d(x, 4), (2, 6, 30)),

@@ -70,10 +70,11 @@ class Editor:
 
     def with_weights(self, op: AnyOp, **weights: Tensor) -> AnyOp:
         """The operation with weights of its own; those it shared stay as they are for the others."""
-        named = {role: self._constant(f"{op.output}.{role}", value) for role, value in weights.items()}
+        named = {role: self.constant(f"{op.output}.{role}", value) for role, value in weights.items()}
         return replace(op, tensors={**op.tensors, **named})
 
-    def _constant(self, name: str, value: Tensor) -> str:
+    def constant(self, name: str, value: Tensor) -> str:
+        """Adds a constant and returns the name it got."""
         name = self.free_name(name)
         self.constants[name] = value.detach().contiguous()
         return name

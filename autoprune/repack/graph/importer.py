@@ -26,6 +26,7 @@ from autoprune.repack.graph.ops import (
     LayerNorm,
     Linear,
     MaxPool2d,
+    Op,
     Recurrent,
     Scale,
     TorchOp,
@@ -50,23 +51,29 @@ def _conv2d(site: Site) -> Result:
     stride, dilation = _pair(site.args["stride"]), _pair(site.args["dilation"])
     if tensors is None or stride is None or dilation is None:
         return None
-    padding = _padding(site, dilation)
+    padding, more = _padding(site, dilation)
     if padding is None:
         return None
-    return Conv2d(
-        site.output, (site.name("input"),), tensors, stride=stride, padding=padding, dilation=dilation,
+    source, border = site.name("input"), list[Op]()
+    if any(more):
+        border = [TorchOp.of(f"{site.output} given", "aten.pad.default", ({"ref": source}, [0, more[1], 0, more[0]]))]
+        source = border[0].output
+    made = Conv2d(
+        site.output, (source,), tensors, stride=stride, padding=padding, dilation=dilation,
         groups=site.args["groups"], activation=None, layer=site.layer(),
     )  # fmt: skip
+    return (*border, made)
 
 
-def _padding(site: Site, dilation: tuple[int, int]) -> tuple[int, int] | None:
+def _padding(site: Site, dilation: tuple[int, int]) -> tuple[tuple[int, int] | None, tuple[int, int]]:
+    """At either side, and how many rows below and columns to the right there are before it: 1 or 0."""
     given = site.args["padding"]
     if given == "valid":
-        return 0, 0
+        return (0, 0), (0, 0)
     if given != "same":
-        return _pair(given)
-    spans = [step * (int(extent) - 1) for step, extent in zip(dilation, site.shape("weight")[2:], strict=True)]
-    return None if any(span % 2 for span in spans) else (spans[0] // 2, spans[1] // 2)
+        return _pair(given), (0, 0)
+    high, wide = (step * (int(extent) - 1) for step, extent in zip(dilation, site.shape("weight")[2:], strict=True))
+    return (high // 2, wide // 2), (high % 2, wide % 2)
 
 
 def _linear(site: Site) -> Result:

@@ -126,6 +126,19 @@ def _avg_pool1d(site: Site) -> Result:
     )  # fmt: skip
 
 
+def _pad(site: Site) -> Result:
+    """At both ends of a length."""
+    a = site.args
+    pads, mode, value = a["pad"], a.get("mode", "constant"), a["value"]
+    if not site.is_value("self", 3) or len(pads) != 2 or any(type(each) is not int for each in pads) or value:
+        return None
+
+    def make(given: str, made: str) -> Op:
+        return TorchOp.of(made, "aten.pad.default", ({"ref": given}, [*pads, 0, 0], mode))
+
+    return _on_maps(site, "self", make)
+
+
 def _adaptive_avg_pool1d(site: Site) -> Result:
     size = _one(site.args["output_size"])
     if not site.is_value("self", 3) or size is None:
@@ -151,6 +164,8 @@ LIFTINGS: Mapping[str, Callable[[Site], Result]] = {
     "conv1d.default": _conv1d,
     "conv1d.padding": _conv1d,
     "group_norm.default": _group_norm,
+    "pad.default": _pad,
+    "constant_pad_nd.default": _pad,
     "max_pool1d.default": _max_pool1d,
     "max_pool1d_with_indices.default": _max_pool1d,
     "avg_pool1d.default": _avg_pool1d,

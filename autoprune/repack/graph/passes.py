@@ -1,24 +1,25 @@
 """Making a graph smaller without changing what it computes, up to the last bits of float32.
 
-Batch norms go into the convolutions before them, activations and residual sums behind them, reshapes into each other,
-and channels that nobody needs away (see `channels`). What the graph returns is never touched.
+Batch norms go into the layers beside them (see `norms`), borders of zeros into convolutions (`borders`), activations
+and residual sums into what they follow, reshapes into each other, and channels that nobody needs away (`channels`).
+What the graph returns is never touched.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TypeGuard
 
 import torch
-from torch import Tensor
 
 from autoprune.model.recurrent.names import GATES, by_unit
 from autoprune.repack.debug import dump, dumping, verifying
 from autoprune.repack.graph.activations import KEEPS_ZERO
+from autoprune.repack.graph.borders import fold_border
 from autoprune.repack.graph.channels import drop_dead_channels
 from autoprune.repack.graph.editor import Editor, infer_shapes, meta_values
 from autoprune.repack.graph.ir import Graph
+from autoprune.repack.graph.norms import fold_norm, fold_norm_forward, fold_norm_of_tokens, standalone_norm
 from autoprune.repack.graph.ops import (
     Activation,
     AdaptiveAvgPool2d,
@@ -40,14 +41,12 @@ from autoprune.repack.graph.schema import validate
 from autoprune.repack.graph.written_functions import fuse_gelu, fuse_rms_norm, fuse_rotary
 from autoprune.repack.graph.written_out import fuse_attention
 
-_NORM = "aten.batch_norm.default"
-
 
 def simplify(graph: Graph) -> Graph:
     """Applies every pass until none finds anything more to do."""
     dump("captured", graph)
     edited = Editor(graph)
-    for step in (*_PASSES, _standalone_norms):
+    for step in (*_PASSES, standalone_norm):
         _exhaust(edited, step)
     while True:
         for step in _PASSES:
@@ -71,54 +70,6 @@ def _exhaust(edited: Editor, step: Callable[[Editor, Op], bool]) -> None:
         dump(step.__name__.strip("_"), edited.graph())
     if ever and verifying():
         validate(edited.graph())
-
-
-def _fold_norm(edited: Editor, op: Op) -> bool:
-    """A batch norm scales the filters of the layer before it; zeros stay zeros."""
-    if not _is_norm(op):
-        return False
-    layer = edited.ops.get(op.inputs[0])
-    if not isinstance(layer, (Conv2d, Linear)) or not edited.only_reader(layer, op) or layer.is_fused:
-        return False
-    if isinstance(layer, Linear) and len(edited.shapes[layer.output]) != 2:
-        return False  # it normalises the second axis, which is not the Linear's
-    scale, shift = _affine(edited, op)
-    weight = edited.weight(layer, "weight")
-    bias = edited.weights(layer).get("bias", torch.zeros(len(weight))).double() * scale + shift
-    scaled = weight.double() * scale.reshape(-1, *[1] * (weight.ndim - 1))
-    merged = replace(layer, output=op.output)
-    edited.merge(layer, op, edited.with_weights(merged, weight=scaled.to(weight.dtype), bias=bias.to(weight.dtype)))
-    return True
-
-
-def _is_norm(op: Op) -> TypeGuard[TorchOp]:
-    return isinstance(op, TorchOp) and op.op == _NORM
-
-
-def _affine(edited: Editor, op: TorchOp) -> tuple[Tensor, Tensor]:
-    """What a batch norm multiplies each channel by and adds, in float64."""
-    args = op.args
-    weight, bias, mean, var = (None if x is None else edited.constants[x["ref"]].double() for x in args[1:5])
-    assert mean is not None
-    assert var is not None
-    scale = torch.rsqrt(var + args[7])
-    scale = scale if weight is None else scale * weight
-    shift = -mean * scale
-    return scale, shift if bias is None else shift + bias
-
-
-def _standalone_norms(edited: Editor, op: Op) -> bool:
-    """A batch norm with no layer to go into is a depthwise convolution with one tap."""
-    if not _is_norm(op) or len(edited.shapes[op.output]) != 4:
-        return False
-    if edited.constants[op.args[3]["ref"]].dtype != torch.float32:
-        return False
-    scale, shift = (x.float() for x in _affine(edited, op))
-    made = Conv2d(
-        op.output, op.inputs[:1], stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=len(scale), activation=None
-    )
-    edited.replace(op, edited.with_weights(made, weight=scale[:, None, None, None], bias=shift))
-    return True
 
 
 def _fuse_activation(edited: Editor, op: Op) -> bool:
@@ -354,7 +305,10 @@ _PASSES: tuple[Callable[[Editor, Op], bool], ...] = (
     fuse_rotary,
     _skip_empty,
     _merge_reshapes,
-    _fold_norm,
+    fold_norm,
+    fold_norm_of_tokens,
+    fold_norm_forward,
+    fold_border,
     _reshape_last,
     _interleave_gates,
     _drop_silent_units,

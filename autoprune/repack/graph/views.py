@@ -104,6 +104,8 @@ LIFTINGS: Mapping[str, Callable[[Site], Result]] = {
     "view.default": _reshape,
     "_unsafe_view.default": _reshape,
     "reshape.default": _reshape,
+    "reshape_as.default": _reshape,
+    "view_as.default": _reshape,
     "flatten.using_ints": _reshape,
     "unflatten.int": _reshape,
     "unsqueeze.default": _reshape,

@@ -27,6 +27,12 @@ _ERF = (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592)  # Ab
 _ERF_SLOPE = 0.3275911
 
 
+def maximum(b: ir.IRBuilder, one: ir.Value, other: ir.Value) -> ir.Value:
+    """The larger of each two floats; NaN wins, as in torch."""
+    larger = b.select(b.fcmp_ordered(">", one, other), one, other)  # one instruction; `other` where one of them is NaN
+    return b.select(b.fcmp_unordered("uno", one, one), one, larger)
+
+
 def splat_float(value: float, lanes: int) -> ir.Constant:
     """A constant in every lane."""
     scalar = ir.Constant(F32, float(np.float32(value)))

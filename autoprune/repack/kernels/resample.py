@@ -32,8 +32,7 @@ from autoprune.repack.kernels.ir import (
     splat,
     store_vector,
 )
-from autoprune.repack.kernels.math import splat_float
-from autoprune.repack.kernels.window import maximum
+from autoprune.repack.kernels.math import maximum, splat_float
 
 
 class Field(Fields):

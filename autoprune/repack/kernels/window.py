@@ -41,7 +41,7 @@ from autoprune.repack.kernels.ir import (
     store_vector,
     vector,
 )
-from autoprune.repack.kernels.math import ACTIVATIONS
+from autoprune.repack.kernels.math import ACTIVATIONS, maximum
 from autoprune.repack.kernels.register_tile import cover
 
 
@@ -172,12 +172,6 @@ def _run(
         store_vector(b, masked(b, value, at(b, mask, at_v), lanes), at(b, y, at_v), lanes)
     b.ret_void()
     return function
-
-
-def maximum(b: ir.IRBuilder, one: ir.Value, other: ir.Value) -> ir.Value:
-    """NaN wins, as in torch."""
-    larger = b.select(b.fcmp_ordered(">", one, other), one, other)  # one instruction; `other` where one of them is NaN
-    return b.select(b.fcmp_unordered("uno", one, one), one, larger)
 
 
 _POOLING: Mapping[Mode, tuple[float, Callable[[ir.IRBuilder, ir.Value, ir.Value], ir.Value]]] = {

@@ -166,7 +166,7 @@ def _resampled(lowering: Lowering, op: Op, name: str, along: tuple[_Along, _Alon
 
 
 def _taps(matrix: Tensor) -> map_nodes.Taps:
-    """What each column of ``(inputs, outputs)`` comes from; of fewer inputs than others, from its first several times."""
+    """What each column of ``(inputs, outputs)`` comes from; where that is less than for others, its first again."""
     weights = matrix.t().numpy()
     most = max(1, int((weights != 0).sum(1).max()))
     index = np.argsort(weights == 0, axis=1, kind="stable")[:, :most]
