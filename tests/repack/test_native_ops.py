@@ -404,6 +404,28 @@ def test_what_works_on_maps_is_native(name: str, lanes: int | None) -> None:
         assert_stays_inside(program, [x])
 
 
+ROLLS: dict[str, Run] = {
+    "one axis": lambda x: x.roll(2, 1),
+    "backwards": lambda x: x.roll(-1, -1),
+    "two axes": lambda x: torch.roll(x, (-3, -2), (1, 2)),
+    "further than it is long": lambda x: x.roll(13, 2),
+}
+
+
+@pytest.mark.parametrize("name", ROLLS)
+def test_rolls_are_copies(name: str) -> None:
+    assert_native(lambda x: ROLLS[name]((x * 2).unflatten(1, (6, 8, 5))), data(2, 240), lanes=4)
+
+
+def test_a_roll_along_a_free_extent_may_be_longer_than_it() -> None:
+    assert_native(lambda x: x.roll(4, 1) * 2, data(2, 6, 8), left=["aten.roll.default"])
+
+
+def test_a_roll_by_the_whole_extent_does_nothing() -> None:
+    graph = simplified(lambda x: x.unflatten(1, (6, 8)).roll(6, 1) * 2, data(2, 48))
+    assert [op.label for op in graph.ops if op.kind == "torch"] == ["aten.mul.Tensor"]
+
+
 def test_parts_that_hold_no_numbers_stay_where_they_are() -> None:
     """A window with fewer columns than others must not look at its neighbour's."""
     x = data(1, 2, 5, 19)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import fx
 
 from autoprune.repack.graph import aten
-from autoprune.repack.graph.ops import Reshape, TorchOp
+from autoprune.repack.graph.ops import Op, Reshape, TorchOp
 from autoprune.repack.graph.site import Alias, Result, Site, extents
 
 
@@ -100,6 +101,29 @@ def _whole(site: Site) -> Result:
     return _nothing(site) if extents(site.node) == site.shape("self") and site.args.get("step", 1) == 1 else None
 
 
+def _rolled(site: Site) -> Result:
+    """What leaves at one end comes in at the other: along each axis its two parts change places."""
+    a, extent = site.args, site.shape("self")
+    if not site.is_value("self") or not a["dims"] or any(type(each) is not int for each in a["shifts"]):
+        return None
+    made, source = list[Op](), site.name("self")
+    for number, (shift, dim) in enumerate(zip(a["shifts"], a["dims"], strict=True)):
+        size = extent[dim % len(extent)]
+        if not isinstance(size, int) or not size:
+            return None
+        if not shift % size:
+            continue
+        first, last = f"{site.output} first {number}", f"{site.output} last {number}"
+        cut, given = size - shift % size, {"ref": source}
+        made += [
+            TorchOp.of(last, "aten.slice.Tensor", (given, dim, cut, size)),
+            TorchOp.of(first, "aten.slice.Tensor", (given, dim, 0, cut)),
+            TorchOp.of(f"{site.output} {number}", "aten.cat.default", ([{"ref": last}, {"ref": first}], dim)),
+        ]
+        source = made[-1].output
+    return (*made[:-1], replace(made[-1], output=site.output)) if made else Alias(source)
+
+
 LIFTINGS: Mapping[str, Callable[[Site], Result]] = {
     "view.default": _reshape,
     "_unsafe_view.default": _reshape,
@@ -127,6 +151,7 @@ LIFTINGS: Mapping[str, Callable[[Site], Result]] = {
     "to.other": _moved,
     **{f"new_{name}.default": _filled(name) for name in ("zeros", "ones", "full")},
     **{f"{name}_like.default": _filled(name) for name in ("zeros", "ones", "full")},
+    "roll.default": _rolled,
     "slice.Tensor": _whole,
     "expand.default": _whole,
 }
