@@ -21,7 +21,7 @@ from autoprune.repack.kernels.ir import (
 )
 from autoprune.repack.kernels.math import splat_float
 from autoprune.repack.kernels.matmul import Field, matrices
-from autoprune.repack.kernels.panels import Lines, tile, transposed
+from autoprune.repack.kernels.panels import Lines, sums, tile
 from autoprune.repack.kernels.rows import CHAINS, summed
 
 
@@ -65,12 +65,9 @@ def times_turned(
             factor = read(row)
             return [b.call(fma(module, lanes), [factor, read(line), held[n]]) for n, line in enumerate(lines)]
 
-        sums = fold(b, const(0), whole, [splat_float(0.0, lanes)] * lanes, add, lanes)
-        sums = fold(b, whole, width, sums, lambda position, held: add(position, held, rest=True), lanes)
-        parts = transposed(b, sums)
-        while len(parts) > 1:
-            parts = [b.fadd(one, other) for one, other in zip(parts[::2], parts[1::2], strict=True)]
-        store_vector(b, parts[0], at(b, into, first), lanes)
+        totals = fold(b, const(0), whole, [splat_float(0.0, lanes)] * lanes, add, lanes)
+        totals = fold(b, whole, width, totals, lambda position, held: add(position, held, rest=True), lanes)
+        store_vector(b, sums(b, totals), at(b, into, first), lanes)
 
     def single(first: ir.Value) -> None:
         line = at(b, matrix.start, b.mul(first, matrix.step))

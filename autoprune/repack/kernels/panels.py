@@ -78,7 +78,7 @@ def pack_turned(
             with square, loop(b, const(0), width, lanes) as column:  # the last square is moved back
                 column = smaller(b, column, b.sub(width, const(lanes)))
                 found = [load_vector(b, at(b, source, column), lanes) for source in lines]
-                for lane, value in enumerate(transposed(b, found)):
+                for lane, value in enumerate(_transposed(b, found)):
                     place = at(b, panel, b.mul(b.add(column, const(lane)), const(wide)))
                     store_vector(b, scaled(value, lanes), place, lanes)
             with narrow, loop(b, const(0), width) as column:
@@ -87,7 +87,7 @@ def pack_turned(
                     b.store(scaled(b.load(at(b, source, column)), 1), place)
 
 
-def transposed(b: ir.IRBuilder, rows: Sequence[ir.Value]) -> list[ir.Value]:
+def _transposed(b: ir.IRBuilder, rows: Sequence[ir.Value]) -> list[ir.Value]:
     """A square of vectors: swaps its quarters, then those of the quarters, down to single floats."""
     lanes, found = len(rows), list(rows)
     kind = ir.VectorType(ir.IntType(32), lanes)
@@ -102,6 +102,22 @@ def transposed(b: ir.IRBuilder, rows: Sequence[ir.Value]) -> list[ir.Value]:
                 found[index + half] = b.shuffle_vector(one, other, ir.Constant(kind, lower))
         half //= 2
     return found
+
+
+def sums(b: ir.IRBuilder, rows: Sequence[ir.Value]) -> ir.Value:
+    """The sum of each of a square of vectors, as a vector: halves of two vectors are added and become one."""
+    lanes, found = len(rows), list(rows)
+    kind, half = ir.VectorType(ir.IntType(32), lanes), lanes // 2
+    while half:
+        upper = [lane if not lane & half else lane - half + lanes for lane in range(lanes)]
+        lower = [lane + half if not lane & half else lane + lanes for lane in range(lanes)]
+        masks = [ir.Constant(kind, picked) for picked in (upper, lower)]
+        found = [
+            b.fadd(*(b.shuffle_vector(one, other, mask) for mask in masks))
+            for one, other in zip(found[:half], found[half:], strict=True)
+        ]
+        half //= 2
+    return found[0]
 
 
 def panel_product(module: ir.Module, rows: int, vectors: int, lanes: int) -> ir.Function:
