@@ -192,7 +192,9 @@ def _percent(share: float | None) -> str:
 def _about_columns() -> str:
     return (
         "`native`: share of the time that native code takes; `planned`: share of the prunable weights that "
-        "autoprune itself would offer for pruning; `repack s`: with an empty cache, and when the cache "
+        "autoprune itself would offer for pruning; `load`: of the machine when the model was timed: well above 1, "
+        "other processes ran meanwhile, which interrupt long calls more than short ones, so that speed-ups look "
+        "larger than they are and seconds are too many; `repack s`: with an empty cache, and when the cache "
         "knows the model; `MB`: peak of the process, and how much repacking added; `error`: of the largest "
         "output; `loaded`: whether the model that is read from a file computes the same bits."
     )
