@@ -9,6 +9,7 @@ leaves the rest.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import statistics
@@ -178,8 +179,11 @@ def compared(fast: nn.Module, masked: nn.Module, call: Arguments | None) -> floa
             return f"{kind}{first_line(error)}"
     errors = [0.0]
     for ours, theirs in zip(given, right, strict=True):
-        if theirs.is_floating_point() and theirs.numel():
-            errors.append(float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-30)))
+        if ours.shape != theirs.shape:
+            errors.append(math.inf)
+        elif theirs.is_floating_point() and theirs.numel():
+            far = float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-30))
+            errors.append(far if math.isfinite(far) else math.inf)
         else:
             errors.append(0.0 if torch.equal(ours, theirs) else 1.0)
     return max(errors)

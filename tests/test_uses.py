@@ -210,6 +210,21 @@ def test_an_attentions_samples_are_told_from_its_steps(batch_first: bool) -> Non
     assert seen["out_proj"].by_sample(seen["out_proj"].x, 3).shape == x.shape
 
 
+def test_what_divides_is_not_pruned() -> None:
+    """Its zeros would become infinite."""
+
+    class Dividing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.over, self.under = nn.Parameter(torch.rand(24, 16) + 1), nn.Parameter(torch.rand(24, 24) + 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return functional.linear(functional.linear(x, self.over / 2), 1 / self.under)
+
+    found = take_inventory(Dividing(), (torch.randn(2, 16),))
+    assert found.names == ["over"]
+
+
 def test_a_scaled_weight_is_forgotten_with_the_forward() -> None:
     """The memory of a product that is gone is another tensor's next."""
     weight = nn.Parameter(torch.randn(16, 16))

@@ -260,14 +260,14 @@ class _Watch(TorchFunctionMode):
         bias = bound.get("bias")
         return name, Use(kind, as_read, turned, x, output, bias, settings, self.batch)
 
-    def _look(self, func: Any, given: Iterable[Any], output: Any) -> None:
+    def _look(self, func: Any, given: tuple[Any, ...], output: Any) -> None:
         """A function that is no product: it gives a view of a weight, the weight scaled, or what was made of it."""
         results = [value for value in _flat((output,)) if isinstance(value, Tensor)]
         if not results:
             return
         for value in _flat(given):
             found = self.weights.find(value)
-            if found is not None and func in _SCALING and results[0].shape == found[1].shape == value.shape:
+            if found is not None and _scales(func, given, value) and results[0].shape == found[1].shape == value.shape:
                 if self.weights.find(results[0]) is None:  # else it is the same tensor
                     self.weights.add(found[0], results[0])
                 continue
@@ -276,6 +276,11 @@ class _Watch(TorchFunctionMode):
             if name is not None and not views and self.read is not None:
                 part = " of a part" if found is None else ""
                 self.read(name, f"{getattr(func, '__name__', func)}{part}")
+
+
+def _scales(func: Any, given: tuple[Any, ...], value: Tensor) -> bool:
+    """Whether what is 0 in `value`, an argument, stays 0 in the result: not in what divides."""
+    return func in _SCALING and (func not in (torch.div, Tensor.div) or value is given[0])
 
 
 def _flat(values: Iterable[Any]) -> Iterator[Any]:

@@ -81,13 +81,13 @@ def contest(
         The contenders in the order of `plans`; plans that are the same on the target are trained once.
 
     Raises:
-        NumericalError: the training of all of them diverged, or the last one's did.
-        InfeasibleTarget: none of them could be put on the target, or not the last one.
+        NumericalError: none is left, and the training of the last one diverged.
+        InfeasibleTarget: none is left, and the last one could not be put on the target.
     """
     contenders: list[Contender] = []
     error: NumericalError | InfeasibleTarget | None = None
     for number, (source, plan) in enumerate(plans.items(), start=1):
-        folder = context.directory / FOLDER / source.replace(" ", "_")
+        folder = _folder(context, source)
         at = replace(context, directory=folder)
         context.progress.say(f"contender {number} of {len(plans)}: the plan of {source}")
         try:
@@ -108,10 +108,15 @@ def contest(
     return tuple(contenders)
 
 
+def _folder(context: Context, source: str) -> Path:
+    """Where the plan of a source is trained."""
+    return context.directory / FOLDER / source.replace(" ", "_")
+
+
 def _on_target(path: Path, plan: Plan, correct: Callable[[Plan], Corrected | None]) -> tuple[Plan, float | None]:
     """The plan on the target and its speed-up there, measured once a run."""
-    if path.exists() and (known := read_json(path, "a contender's plan"))["of"] == plan.key:
-        return Plan.from_json(known["plan"]), known["speedup"]
+    if path.exists() and (known := read_json(path, "a contender's plan")).get("of") == plan.key:
+        return Plan.from_json(known.get("plan")), known.get("speedup")
     corrected = correct(plan)
     moved, speedup = (plan, None) if corrected is None else (corrected.plan, corrected.reached.speedup)
     write_json(path, {"of": plan.key, "plan": moved.to_json(), "speedup": speedup})
@@ -127,7 +132,7 @@ def take_winner(context: Context, contenders: Sequence[Contender]) -> Plan:
     """Makes the winner's fine-tuned model the run's, and keeps the figures of all."""
     won = winner(contenders)
     write_json(context.directory / RECORD, {"contenders": [each.to_json() for each in contenders]})
-    adopt_fine_tuned(context, context.directory / FOLDER / won.source.replace(" ", "_"))
+    adopt_fine_tuned(context, _folder(context, won.source))
     return won.plan
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -132,6 +133,7 @@ def test_errors_are_shares_of_the_largest_output_and_refusals_are_words() -> Non
     x, exact, off = torch.tensor([1.0, 4.0]), Model(0.0), Model(0.04)
     assert coverage_work.compared(exact, exact, Arguments(x)) == 0.0
     assert coverage_work.compared(off, exact, Arguments(x)) == pytest.approx(0.005)
+    assert coverage_work.compared(Model(math.nan), exact, Arguments(x)) == math.inf
     assert coverage_work.compared(Refusing(AutopruneError), exact, Arguments(x)) == "not this"
     assert coverage_work.compared(Refusing(ValueError), exact, Arguments(x)) == "ValueError: not this"
     assert coverage_work.compared(off, exact, None) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -84,6 +85,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "differences": lambda x: torch.diff(x, dim=-1, prepend=x[..., :1]),
     "histogram": lambda x: x + torch.histc(x, 4, -2, 2)[0],
     "moved": lambda x: x.to("cpu", torch.float64).to(x),
+    "to the power of infinity": lambda x: x.sigmoid().pow(math.inf) + x,
     "window": lambda x: x * torch.hann_window(16),
 }  # fmt: skip
 

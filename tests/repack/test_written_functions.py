@@ -57,6 +57,7 @@ GELUS: dict[str, Function] = {
 OTHERS: dict[str, Function] = {
     "mean of another axis": lambda m, x: x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + 1e-3),
     "mean of another value": lambda m, x: x * root(x.sigmoid()),
+    "the root weighed first": lambda m, x: x * (m.weight * root(x)),
     "mean of cubes": lambda m, x: x * torch.rsqrt(x.abs().pow(3).mean(-1, keepdim=True) + 1e-3),
     "of another value": lambda m, x: 0.5 * x.sigmoid() * (1 + torch.tanh(0.8 * (x + 0.044715 * x.pow(3)))),
     "another slope": lambda m, x: 0.5 * x * (1 + torch.tanh(0.8 * (x + 0.044715 * x.pow(3)))),

@@ -132,7 +132,7 @@ def _check_parts(op: Op, values: Mapping[str, Any]) -> None:
     parting = ("aten.unbind.", "aten.split.", "aten.chunk.", "aten.meshgrid.", *_SECTIONS)
     if not isinstance(op, TorchOp) or not op.op.startswith(parting):
         return
-    args, name = aten.decode(op.args, values), op.op
+    name, args = op.op, [aten.decode(each, values) for each in op.named_args().values()]
     extent = max((n for x in args if isinstance(x, Tensor) for n in x.shape), default=0)
     sizes = [n for n in args[1:2] if type(n) is int and not name.startswith("aten.unbind.")] or [1]
     parts = sizes[0] if name.startswith("aten.chunk.") else extent // max(1, sizes[0])

@@ -27,6 +27,11 @@ def einsum(site: Site) -> Result:
     known = sorted([*batch, *rows, *columns]) == sorted(out) and len(set(left)) == len(left)
     if not known or len(set(right)) < len(right) or (len(summed), len(rows), len(columns)) != (1, 1, 1):
         return None
+    extents = [
+        node.meta["val"].shape[letters.index(summed[0])] for node, letters in zip(tensors, (left, right), strict=True)
+    ]
+    if extents[0] != extents[1]:
+        return None  # one of them is 1, and repeated
     made: list[Op] = []
 
     def permuted(name: str, given: str, letters: Sequence[str], order: Sequence[str]) -> str:

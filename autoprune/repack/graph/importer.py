@@ -134,6 +134,8 @@ def _instance_norm(site: Site) -> Result:
     a, channels = site.args, site.shape("input")[1]
     if not a["use_input_stats"] or not site.is_value("input", 4) or not isinstance(channels, int):
         return None
+    if a["running_mean"] is not None or a["running_var"] is not None:
+        return None  # which it would update
     weights = [None if a[role] is None else {"ref": site.name(role)} for role in ("weight", "bias")]
     args = ({"ref": site.name("input")}, channels, *weights, a["eps"], False)
     return TorchOp.of(site.output, "aten.group_norm.default", args)

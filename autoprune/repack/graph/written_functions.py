@@ -35,8 +35,8 @@ def _of_mean_square(edited: Editor, root: Op | None, x: str) -> float | None:
         return None
     mean, eps = _numbered(edited.ops.get(root.inputs[0]), _ADD)
     average = edited.ops.get(mean)
-    if not isinstance(average, TorchOp) or average.op != "aten.mean.dim" or eps is None:
-        return None
+    if not isinstance(average, TorchOp) or average.op != "aten.mean.dim" or eps is None or x not in edited.shapes:
+        return None  # a constant has no shape there: this factor is the weight
     args, last = average.named_args(), len(edited.shapes[x]) - 1
     if [axis % (last + 1) for axis in args["dim"] or ()] != [last] or not args.get("keepdim") or args.get("dtype"):
         return None

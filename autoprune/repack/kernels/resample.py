@@ -1,7 +1,7 @@
 """Resampling of a feature map, a native op: each row and each column of the output comes from some of the input's.
 
-It is their sum or the largest of them. So resize and adaptive pooling are computed, and a border of zeros or of what
-lies inside is added. The rows of an output row are combined first, then its columns, which are picked by number.
+It is their sum or the largest of them. So resize and adaptive pooling are computed, and a border of what lies inside is
+added. The rows of an output row are combined first, then its columns, which are picked by number.
 """
 
 from __future__ import annotations

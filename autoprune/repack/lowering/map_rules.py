@@ -88,8 +88,8 @@ def padded(lowering: Lowering, op: TorchOp) -> bool:
         type(each) is not int for each in pads
     ):  # fmt: skip
         return False
-    if mode == "constant" and _zero_padded(lowering, op, args["self"]["ref"], pads):
-        return True
+    if mode == "constant":
+        return _zero_padded(lowering, op, args["self"]["ref"], pads)
     by_axis = {3: pads[:2], 2: pads[2:]}
 
     def along(axis: int) -> _Along:
@@ -166,10 +166,17 @@ def _resampled(lowering: Lowering, op: Op, name: str, along: tuple[_Along, _Alon
 
 
 def _taps(matrix: Tensor) -> map_nodes.Taps:
-    """What each column of ``(inputs, outputs)`` comes from; where that is less than for others, its first again."""
+    """What each column of ``(inputs, outputs)`` comes from; where that is less than for others, its first in shares.
+
+    (Of weight 0 it would make infinity a NaN.)
+    """
     weights = matrix.t().numpy()
     most = max(1, int((weights != 0).sum(1).max()))
     index = np.argsort(weights == 0, axis=1, kind="stable")[:, :most]
     weight = np.take_along_axis(weights, index, 1)
-    index = np.where(weight == 0, index[:, :1], index)
+    spare = weight == 0
+    index = np.where(spare, index[:, :1], index)
+    share = weight[:, :1] / (1 + spare.sum(1, keepdims=True))
+    weight = np.where(spare, share, weight)
+    weight[:, :1] = share
     return map_nodes.Taps(np.ascontiguousarray(index, np.int32), np.ascontiguousarray(weight, np.float32))

@@ -56,6 +56,8 @@ def torch_operator(lowering: Lowering, op: TorchOp) -> bool:
 
 def _of_one(lowering: Lowering, op: TorchOp) -> bool:
     """A function of one value."""
+    if op.op == _POWER and type(op.args[1]) not in (int, float):
+        return False  # known at a call alone, or infinite
     function = _FUNCTIONS.get(op.op) if op.op != _POWER else _POWERS.get(op.args[1])
     given = op.args[0]["ref"]
     if function is None or op.kwargs or not is_float(lowering.values[given]):
