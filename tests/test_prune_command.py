@@ -86,7 +86,8 @@ def test_a_method_that_misses_the_speedup_prunes_further(config: Path, monkeypat
     first = Plan(dict.fromkeys(run.prepared.inventory.names, layer), run.config.finetune.method)
     first.save(run.directory / "plan.json")
     table = save_fake_table(run)
-    took = iter([1.2, 1.2, 0.99, 0.99])  # each until two timings agree: 1.25x of 1.5x; then 1.515x
+    # each until two timings agree: 1.25x of 1.5x, trained and untrained; then, moved, 1.515x, and so when it is trained
+    took = iter([1.2] * 4 + [0.99] * 4)
 
     def timed(*_: object) -> tuple[Latency, Latency]:
         return Latency.from_samples([1.5] * 3, 1), Latency.from_samples([next(took)] * 3, 1)

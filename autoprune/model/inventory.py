@@ -148,8 +148,10 @@ def take_inventory(
     norms = {name: module for name, module in probe.named_modules() if isinstance(module, _BatchNorm)}
     run = _run(probe, example_inputs, norms)
     first = first_names(probe)
-    layers, dense = [], []
+    layers, dense, outside = [], [], out_of_reach(probe)
     for name in dict.fromkeys((*run.calls, *weighted_layers(probe), *first)):
+        if any(name == each or name.startswith(f"{each}.") for each in outside):
+            continue
         call = run.calls.get(name)
         kind = kind_of(probe, name) if call is None else _kind(probe, name, call)
         reason = _reason_to_keep(probe, name, run, keep_dense, min_weights)
@@ -163,7 +165,7 @@ def take_inventory(
             spec = _spec(name, kind, call, Arguments.of(example_inputs).samples)
             biases = _names_of(probe, call.biases)
             layers.append(replace(spec, biases=biases, norm=norm if whole else None))
-    dense += [KeptDense(name, kind, why) for name, (kind, why) in out_of_reach(probe).items()]
+    dense += [KeptDense(name, kind, why) for name, (kind, why) in outside.items()]
     if not layers:
         why = "; ".join(f"{row.name}: {row.reason}" for row in dense[:5]) or "no product reads a parameter of it"
         raise AutopruneError(f"no layer of this model can be pruned ({why}).")

@@ -284,11 +284,11 @@ def further(plan: Plan, reached: Reached, measure: Callable[[Plan], Reached], pr
     Returns:
         As `correct`; the plan may be the same, where timing again finds it on the target.
     """
-    before = measure(plan).of_target
-    lost = {name: value / before[name] for name, value in reached.of_target.items()}
+    before = measure(plan)
+    lost = {name: value / before.of_target[name] for name, value in reached.of_target.items()}
 
     def as_trained(candidate: Plan) -> Reached:
-        untrained = measure(candidate)
+        untrained = before if candidate == plan else measure(candidate)
         return replace(untrained, of_target={name: x * lost[name] for name, x in untrained.of_target.items()})
 
     return correct(plan, as_trained, problem)

@@ -82,11 +82,16 @@ def corrected(context: Context, search: PlanSearch, plan: Plan) -> Corrected | N
             f"moved onto the target in {moved.measurements} measurements: {moved.reached.least:.3f} of it"
         )
     check_reached(moved, search.unscored)
+    keep_figures(context, moved)
+    return moved
+
+
+def keep_figures(context: Context, moved: Corrected) -> None:
+    """Writes down how near the target a plan was moved, beside the figures of others."""
     path = context.directory / CORRECTED
     known = read_json(path, "how near the target plans are") if path.exists() else {}
     figures = {**asdict(moved.reached), "measurements": moved.measurements, "remark": moved.remark}
     write_json(path, {**known, moved.plan.key: figures})
-    return moved
 
 
 def on_target(context: Context, search: PlanSearch, plan: Plan) -> Plan:
@@ -316,12 +321,13 @@ class Run:
             reached = self.search.gauge(self.plan, self.repacked)
             if reached.least >= SETTLED or attempt == ATTEMPTS:
                 break
-            moved = further(self.plan, reached, self.search.gauge.of_plan, problem).plan
-            if moved == self.plan:
+            moved = further(self.plan, reached, self.search.gauge.of_plan, problem)
+            if moved.plan == self.plan:
                 break
             self.progress.say(f"{reached.least:.3f} of the target is reached: pruned further, and trained again")
-            moved.save(self._plan_file)
-            self._applied = AppliedPlan(self.context, self.preparation, moved)
+            keep_figures(self.context, moved)
+            moved.plan.save(self._plan_file)
+            self._applied = AppliedPlan(self.context, self.preparation, moved.plan)
         write_json(path, {**asdict(reached), "attempts": attempt})
 
 

@@ -99,6 +99,25 @@ class Tokens(nn.Module):
         return {"y": self.out(y) + x, "more": [x * 0.5, None, (1, x.softmax(-1))]}
 
 
+class Decoding(nn.Module):
+    """What decoders write out: RMS norm, rotary embedding and GELU by tanh."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.qkv, self.out = nn.Parameter(torch.ones(12)), nn.Linear(12, 24), nn.Linear(8, 5)
+        self.angles = nn.Buffer(torch.arange(36 * 4.0).reshape(36, 4) / 50)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.reshape(x.shape[0], -1, 12)
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * self.scale
+        q, k, v = self.qkv(x).reshape(x.shape[0], -1, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        cos, sin = self.angles[: x.shape[1]].cos(), self.angles[: x.shape[1]].sin()
+        q, k = (each * cos + torch.cat((-each[..., 2:], each[..., :2]), -1) * sin for each in (q, k))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(x.shape[0], -1, 8)
+        z: Tensor = self.out(F.gelu(y, approximate="tanh"))
+        return z
+
+
 class States(nn.Module):
     """Recurrent operations: with and without states to begin with, in both directions, states cut, a silent unit."""
 
@@ -124,7 +143,8 @@ def sequences() -> nn.Sequential:
 
 
 BUILDS: dict[str, Callable[[], nn.Module]] = {
-    "modules": layers, "maps": Maps, "gated": Silenced, "tokens": Tokens, "states": States, "sequences": sequences,
+    "modules": layers, "maps": Maps, "gated": Silenced, "tokens": Tokens, "decoding": Decoding, "states": States,
+    "sequences": sequences,
 }  # fmt: skip
 MODULES = ("modules", "sequences")
 FORMS = pytest.mark.parametrize("form", BUILDS)
@@ -236,7 +256,7 @@ def test_a_round_trip_is_equal_bit_for_bit(form: str, tmp_path: Path, path: Path
 
 def test_the_programs_hold_every_kind_of_operation() -> None:
     kinds: set[str] = set()
-    for form in ("maps", "gated", "tokens", "states"):
+    for form in ("maps", "gated", "tokens", "decoding", "states"):
         model = repacked(form)
         assert isinstance(model, ProgramModel)
         kinds |= {op.kind for op in model.program.graph.ops}

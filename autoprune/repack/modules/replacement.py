@@ -23,7 +23,7 @@ from autoprune.model.copies import copy_for_inference, has_memory, not_running, 
 from autoprune.model.inventory import watch_forward
 from autoprune.model.recurrent.names import cell_of
 from autoprune.model.uses import watch_weights
-from autoprune.model.weights import first_names, kind_of, module_at
+from autoprune.model.weights import first_names, kind_of, module_at, weight_of, weighted_layers
 from autoprune.repack.modules.backends import BACKENDS, LayerForm
 from autoprune.repack.modules.fusion import Fusion, find_fusions, fold_batch_norm_
 from autoprune.repack.outputs import same_output
@@ -204,7 +204,11 @@ class _Job:
                 model = with_submodule(model, name, lowered)
                 relus[name] = relu
         rows += _without_form(self.original, rows)
-        rows += [_in_code(self.original, name, zeros) for name, zeros in self.seen.multiplied.items()]
+        rows += [
+            _in_code(self.original, name, zeros)
+            for name, zeros in self.seen.multiplied.items()
+            if not _belongs_to(self.original, name, rows)
+        ]
         rows += [unreached(name, kind, why) for name, (kind, why) in out_of_reach(model).items()]
         return SwappedModel(model, rows, relus, removed)
 
@@ -262,6 +266,15 @@ def _without_form(model: nn.Module, rows: Sequence[LayerReport]) -> list[LayerRe
             kind = type(module).__name__.lower()
             found.append(LayerReport(name, kind, zeros, 1, DENSE, None, None, "", why))
     return found
+
+
+def _belongs_to(model: nn.Module, name: str, rows: Sequence[LayerReport]) -> bool:
+    """Whether a layer that has a row reads this weight: it is its own by another name, or what it makes its own of."""
+    names = {row.name for row in rows}
+    shared = any(
+        module.weight is weight_of(model, name) for at, module in weighted_layers(model).items() if at in names
+    )
+    return shared or name.rpartition(".")[0] in names
 
 
 def _in_code(model: nn.Module, name: str, zeros: float) -> LayerReport:
