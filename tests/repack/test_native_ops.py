@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from autoprune.errors import AutopruneError
 from autoprune.repack import repack
 from autoprune.repack.graph.capture import capture
-from autoprune.repack.graph.ir import Graph
-from autoprune.repack.graph.ops import LayerOp
+from autoprune.repack.graph.ir import Graph, Input
+from autoprune.repack.graph.ops import Attention, LayerOp, Op, Scalar, TorchOp
 from autoprune.repack.graph.passes import simplify
 from autoprune.repack.graph.reference import reference
 from autoprune.repack.kernels.compiler import Target, host
@@ -452,3 +453,85 @@ def test_standardised_weights_are_constants() -> None:
     graph = simplify(capture(net, (x,)))
     assert [op.kind for op in graph.ops] == ["conv2d"]
     assert torch.allclose(reference(graph, (x,)), net(x), atol=1e-5)
+
+
+# Graphs of files ------------------------------------------------------------------------------------------------------
+
+Shapes = list[tuple[int, ...]]
+
+MISFITS: dict[str, tuple[Run, Shapes, Shapes]] = {  # what is captured, and what a call brings
+    "product": (lambda x, y: x @ y, [(2, 13, 7), (2, 7, 33)], [(2, 13, 900), (2, 7, 33)]),
+    "product of a turned one": (lambda x, y: x @ y.mT, [(2, 13, 7), (2, 33, 7)], [(2, 13, 9), (2, 33, 7)]),
+    "one right matrix": (lambda x, y: x @ y, [(2, 5, 8), (8, 17)], [(2, 5, 8), (5, 17)]),
+    "mm": (lambda x, y: x.mm(y), [(6, 8), (8, 17)], [(6, 9), (8, 17)]),
+    "bmm of more": (lambda x, y: x.bmm(y), [(3, 4, 8), (3, 8, 31)], [(1, 4, 8), (3, 8, 31)]),
+    "group norm": (lambda x: F.group_norm(x, 3), [(2, 6, 5, 7)], [(2, 7, 5, 7)]),
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_extents_that_do_not_fit_are_an_error(name: str) -> None:
+    """A file may leave any extent free, and need no condition of it."""
+    run, shapes, others = MISFITS[name]
+    program = Program(simplified(run, *(data(*shape) for shape in shapes)), {}, threads=1)
+    program.plan(tuple(shapes))
+    with pytest.raises(AutopruneError, match="does not take what it is given"):
+        program.plan(tuple(others))
+
+
+def written(*ops: Op, constants: dict[str, Tensor] | None = None, **inputs: Tensor) -> Graph:
+    """A graph as a file may hold it, which returns what its last operation computes."""
+    given = tuple(Input(name, tuple(x.shape), str(x.dtype).removeprefix("torch.")) for name, x in inputs.items())
+    return Graph(given, ops, ops[-1].output, constants or {})
+
+
+SCORED = [(2, 3, 5, 8), (2, 3, 7, 8), (2, 3, 7, 4)]
+ATTENDED = Attention("y", ("q", "k", "v", "m"), scale=1.0)
+
+
+@pytest.mark.parametrize("booleans", [False, True])
+@pytest.mark.parametrize("shape", [(6, 7), (2, 7), (2, 5, 7), (5, 9), (4, 1, 5, 7)])
+def test_a_mask_that_does_not_fit_is_an_error(shape: tuple[int, ...], booleans: bool) -> None:
+    q, k, v = (data(*each) for each in SCORED)
+    mask = data(5, 7) > 0 if booleans else data(5, 7)
+    program = Program(written(ATTENDED, q=q, k=k, v=v, m=mask), {}, threads=1)
+    program.plan((*SCORED, (5, 7)))
+    with pytest.raises(AutopruneError, match="does not take what it is given"):
+        program.plan((*SCORED, shape))
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 5, 7), (1, 1, 3, 5, 7)])
+def test_a_mask_of_more_than_the_scores_is_left_to_torch(shape: tuple[int, ...]) -> None:
+    """Which takes it while nothing is computed, and refuses it then."""
+    q, k, v = (data(1, *each[1:]) for each in SCORED)
+    mask = data(*shape)
+    graph = written(ATTENDED, q=q, k=k, v=v, m=mask)
+    assert torch_steps(graph, q, k, v, mask) == ["attention"]
+    with pytest.raises(AutopruneError, match="does not take these values"):
+        Program(graph, {}, threads=1)(q, k, v, mask)
+
+
+@pytest.mark.parametrize("groups", [0, -3, 4, 12, 2**40])
+def test_groups_that_do_not_part_the_channels_are_an_error(groups: int) -> None:
+    x = data(2, 6, 5, 7)
+    program = Program(written(TorchOp.of("y", "aten.group_norm.default", ({"ref": "x"}, groups)), x=x), {}, threads=1)
+    with pytest.raises(AutopruneError, match="does not take what it is given"):
+        program.plan((tuple(x.shape),))
+
+
+def test_a_number_of_groups_may_be_computed() -> None:
+    x = data(2, 6, 5, 7)
+    norm = TorchOp.of("y", "aten.group_norm.default", ({"ref": "x"}, {"ref": "n"}))
+    program = Program(written(Scalar.of("n", "size", ("x", 0)), norm, x=x), {}, threads=1)
+    assert torch.allclose(program(x), F.group_norm(x, 2), atol=1e-5)
+
+
+def test_booleans_pick_from_arguments_by_name() -> None:
+    x, z = data(3, 20), data(1, 20)
+    refs: Any = {name: {"ref": name} for name in "mxz"}
+    chosen = TorchOp.of("y", "aten.where.self", (refs["m"],), {"other": refs["z"], "self": refs["x"]})
+    filled = TorchOp.of("y", "aten.masked_fill.Scalar", (refs["x"],), {"value": 2.0, "mask": refs["m"]})
+    for op, wanted in ((chosen, torch.where(x > 0, x, z)), (filled, x.masked_fill(x > 0, 2.0))):
+        graph = written(op, m=x > 0, x=x, z=z)
+        assert torch_steps(graph, x > 0, x, z) == []
+        assert torch.equal(Program(graph, {}, threads=1)(x > 0, x, z), wanted)

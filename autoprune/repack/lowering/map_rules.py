@@ -35,9 +35,12 @@ def group_norm(lowering: Lowering, op: TorchOp) -> bool:
     arrays = [_array(lowering, args.get(role), x, default) for role, default in (("weight", 1.0), ("bias", 0.0))]
     if x.dim() != 4 or not is_float(x) or not x.numel() or any(each is None for each in arrays):
         return False
+    evaluate_op(op, lowering.values, lowering.constants)  # raises unless the channels come in so many groups
+    groups, epsilon = args["num_groups"], float(args.get("eps", 1e-5))
+    if type(groups) is not int:  # computed
+        return False
     given, made = lowering.map(name), lowering.new_map(op, tuple(x.shape))
     made.pitch.join(given.pitch)
-    groups, epsilon = args["num_groups"], float(args.get("eps", 1e-5))
     weight, bias = (each for each in arrays if each is not None)
 
     def build(*_: Any) -> NativeOp:

@@ -79,11 +79,14 @@ def _bias(lowering: Lowering, op: Attention, shape: tuple[int, ...]) -> tuple[St
     if len(op.inputs) < 4:
         return None
     name = op.inputs[3]
-    if lowering.values[name].dtype == torch.bool:
-        name = _added(lowering, name)
-    view = _lines(lowering, name) if is_float(lowering.values[name]) else None
-    if view is None or view.shape[-1] != shape[-1] or len(view.shape) > len(shape):
+    mask = lowering.values[name]
+    if mask.shape[-1:] != shape[-1:] or torch.broadcast_shapes(mask.shape, shape) != shape:
         return None
+    if mask.dtype == torch.bool:
+        name = _added(lowering, name)
+    elif not is_float(mask):
+        return None
+    view = _lines(lowering, name)
     return StridedRef(0, 0, _broadcast(view, len(shape))), view
 
 
@@ -130,12 +133,11 @@ def product(lowering: Lowering, op: TorchOp) -> bool:
     names = [each["ref"] for each in op.args]
     if not all(is_float(lowering.values[name]) and lowering.values[name].dim() > 1 for name in names):
         return False
+    shape = tuple(evaluate_op(op, lowering.values, lowering.constants).shape)
     x, other = _lines(lowering, names[0]), lowering.plain(names[1])
     turned = other.stride[-1] != 1 and other.stride[-2] == 1
     other = other if turned or other.stride[-1] == 1 else lowering.rows(names[1])
     (*_, rows, inner), columns = x.shape, other.shape[-1]
-    outside = torch.broadcast_shapes(x.shape[:-2], other.shape[:-2])
-    shape = (*outside, rows, columns)
     if math.prod(shape) * inner == 0:
         return False
     outer: Sequence[Strides]
@@ -143,7 +145,7 @@ def product(lowering: Lowering, op: TorchOp) -> bool:
         (images, heads), outer, rows = (1, 1), [(0, 0)] * 3, math.prod(shape[:-1])
     else:
         strides = [_broadcast(x, len(shape)), _broadcast(other, len(shape)), contiguous_strides(shape)]
-        paired = _paired(outside, [each[:-2] for each in strides])
+        paired = _paired(shape[:-2], [each[:-2] for each in strides])
         if paired is None:
             return False
         (images, heads), outer = paired

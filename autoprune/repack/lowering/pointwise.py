@@ -67,10 +67,11 @@ def _of_one(lowering: Lowering, op: TorchOp) -> bool:
 
 def _picked(lowering: Lowering, op: TorchOp) -> bool:
     """One of two values, or numbers, by booleans: ``where`` and ``masked_fill``."""
-    args = [aten.decode(each, {}) if isinstance(each, dict) and "ref" not in each else each for each in op.args]
-    if op.op == "aten.masked_fill.Scalar":
-        args = [args[1], args[2], args[0]]
-    names = [each["ref"] if isinstance(each, dict) else each for each in args]
+    args = op.named_args()
+    roles = ("mask", "value", "self") if op.op == "aten.masked_fill.Scalar" else ("condition", "self", "other")
+    given = [args[role] for role in roles]
+    given = [aten.decode(each, {}) if isinstance(each, dict) and "ref" not in each else each for each in given]
+    names = [each["ref"] if isinstance(each, dict) else each for each in given]
     meta = evaluate_op(op, lowering.values, lowering.constants)
     return is_float(meta) and picked(lowering, op.output, names[0], names[1:])
 
