@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,15 @@ from autoprune.errors import AutopruneError
 from autoprune.repack import repack
 from autoprune.repack.graph.capture import capture
 from autoprune.repack.graph.ir import Graph, Input
-from autoprune.repack.graph.ops import Attention, LayerOp, Op, Scalar, TorchOp
+from autoprune.repack.graph.ops import Attention, LayerOp, Linear, Op, Scalar, TorchOp
 from autoprune.repack.graph.passes import simplify
 from autoprune.repack.graph.reference import reference
 from autoprune.repack.kernels.compiler import Target, host
 from autoprune.repack.lowering.geometry import Tiling
 from autoprune.repack.lowering.steps import TorchStep
+from autoprune.repack.lowering.weights import Weights
 from autoprune.repack.runtime.program import Program
+from autoprune.repack.weights.packed import pack
 from tests.laws.test_program import told
 from tests.repack.test_kernels import assert_stays_inside
 from tests.repack.test_token_kernels import target_of
@@ -535,3 +538,24 @@ def test_booleans_pick_from_arguments_by_name() -> None:
         graph = written(op, m=x > 0, x=x, z=z)
         assert torch_steps(graph, x > 0, x, z) == []
         assert torch.equal(Program(graph, {}, threads=1)(x > 0, x, z), wanted)
+
+
+@pytest.mark.parametrize("between", [False, True])
+def test_what_a_mask_adds_takes_no_name_of_the_graph(between: bool) -> None:
+    q, k, v = (data(*shape) for shape in SCORED)
+    mask, other = data(5, 7) > 0, data(5, 7)
+    named = TorchOp.of("m added", "aten.neg.default", ({"ref": "o"},))
+    ops = [*([ATTENDED] if between else []), named, replace(ATTENDED, output="z")]
+    graph = written(*ops, q=q, k=k, v=v, m=mask, o=other)
+    wanted = F.scaled_dot_product_attention(q, k, v, mask, scale=1.0)
+    assert torch.allclose(Program(graph, {}, threads=1)(q, k, v, mask, other), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["y before", "y before x"])
+def test_a_sum_before_it_is_one_takes_no_name_of_the_graph(name: str) -> None:
+    x, more, weight = data(40, 8), data(90, 8), data(8, 8)
+    first = Linear("y", ("x", "x"), {"weight": "w"}, activation=None)
+    ops = [first, *(replace(first, output=new, inputs=(old,)) for new, old in ((name, "o"), ("z", name)))]
+    graph = written(*ops, constants={"w": weight}, x=x, o=more)
+    program = Program(graph, {op.output: Weights.of(pack(weight), None) for op in ops}, threads=1)
+    assert torch.allclose(program(x, more), more @ weight.T @ weight.T, atol=1e-4)

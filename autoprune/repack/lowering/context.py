@@ -55,6 +55,7 @@ class Lowering:
         buffers: storage of a meta tensor -> where it lies.
         positive: values that are nowhere negative.
         steps: in the order they run.
+        names: of all that the graph holds.
     """
 
     def __init__(self, graph: Graph, weights: Mapping[str, Weights], target: Target, threads: int) -> None:
@@ -74,6 +75,7 @@ class Lowering:
         self.input_slots: dict[str, int] = {}
         self.limits: dict[int, int] = {}
         self.constants = {name: tensor.to("meta") for name, tensor in graph.constants.items()}
+        self.names = {*graph.constants, *(each.name for each in graph.inputs), *(op.output for op in graph.ops)}
 
     # Values ---------------------------------------------------------------------------------------------------------
 
@@ -81,6 +83,12 @@ class Lowering:
         """A buffer that is a slot of its own."""
         self.slots += 1
         return Buffer(0, slot=self.slots - 1)
+
+    def own_name(self, name: str) -> str:
+        """A name for a value that the graph does not hold: `name`, or longer where one of the graph's is called so."""
+        while name in self.names:
+            name += "'"
+        return name
 
     def define(self, name: str, shape: tuple[int, ...], order: tuple[int, ...] | None = None) -> Tensor:
         """A new float value: contiguous, or contiguous after permuting its axes into `order`."""
@@ -120,7 +128,7 @@ class Lowering:
         if name not in self.copies:
             meta = self.values[name].contiguous()
             view = copied(self, name, meta)
-            op = TorchOp.of(f"{name} contiguous", "aten.contiguous.default", ({"ref": name},))
+            op = TorchOp.of(self.own_name(f"{name} contiguous"), "aten.contiguous.default", ({"ref": name},))
             self.copies[name] = (meta, view or self.torch_step(op, meta))
         return self.copies[name][1]
 

@@ -92,7 +92,7 @@ def _bias(lowering: Lowering, op: Attention, shape: tuple[int, ...]) -> tuple[St
 
 def _added(lowering: Lowering, mask: str) -> str:
     """What a mask of booleans adds: 0 where it is True, else minus infinity; computed once a call."""
-    name = f"{mask} added"
+    name = lowering.own_name(f"{mask} added")
     if name not in lowering.values and not picked(lowering, name, mask, (0.0, -math.inf)):
         op = TorchOp.of(name, "aten.where.Scalar", ({"ref": mask}, 0.0, {"float": "-inf"}))
         meta = lowering.values[name] = evaluate_op(op, lowering.values, lowering.constants)

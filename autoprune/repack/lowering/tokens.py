@@ -127,6 +127,6 @@ def _by_position(lowering: Lowering, op: Linear, tokens: int) -> None:
     residual = None if added is None else lowering.rows(added)
     reads = [given.buffer, scratch]
     lowering.steps.append(NativeStep(op.output, reads, made.buffer, build, op, (tokens, 1), by_position=True))
-    lowering.planes[op.output if added is None else f"{op.output} before {added}"] = made
+    lowering.planes[op.output if added is None else lowering.own_name(f"{op.output} before")] = made
     if residual is not None:
         turn_back(lowering, op.output, made, residual, op.activation)
