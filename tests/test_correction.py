@@ -131,15 +131,6 @@ def test_a_plan_is_moved_by_what_its_training_lost(lost: float, power: float) ->
     assert 1.0 <= lost * untrained(moved.plan).least <= HIGHEST
 
 
-def test_what_the_trained_model_misses_by_the_clock_s_mood_moves_nothing() -> None:
-    """The same plan, timed again, is as much slower as its trained model was: the machine is, not the model."""
-    problem = asked(3.0)
-    plan = correct(project(problem.uniform(0.5), problem), measured(problem, 1.0, 1.0), problem).plan
-    slower = Reached({"speedup": 0.9}, speedup=2.7)
-    moods = iter([replace(slower, of_target={"speedup": 0.89}), *[replace(slower, of_target={"speedup": 1.001})] * 9])
-    assert further(plan, slower, lambda _: next(moods), problem).plan == plan
-
-
 def test_a_plan_that_cannot_be_moved_onto_the_target_is_refused_before_the_training() -> None:
     problem = asked(3.0)
     plan = project(problem.uniform(0.5), problem)

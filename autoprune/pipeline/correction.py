@@ -282,7 +282,7 @@ def further(plan: Plan, reached: Reached, measure: Callable[[Plan], Reached], pr
         problem: the target, the layers and their table.
 
     Returns:
-        As `correct`; the plan may be the same, where timing again finds it on the target.
+        As `correct`; the plan is the same where there is no plan nearer the target.
     """
     before = measure(plan)
     lost = {name: value / before.of_target[name] for name, value in reached.of_target.items()}

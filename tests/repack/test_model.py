@@ -323,7 +323,7 @@ SHAPES: dict[str, Callable[[Tensor], Any]] = {
     "text": lambda y: {"a": [y, None], "b": {"c": (y.argmax(1), "text", 3)}},
     "named tuple": lambda y: Pair(y, [y + 1, True]),
     "dataclass": lambda y: Output(y, "x"),
-    "distribution": lambda y: torch.distributions.Categorical(logits=y.flatten(1)),
+    "distribution": lambda y: torch.distributions.Categorical(logits=y.flatten(1), validate_args=False),
     "complex": torch.fft.fft,
     "nan": lambda y: y * float("nan"),
     "infinite": lambda y: y / 0.0,
