@@ -10,6 +10,7 @@ from torch import Tensor
 
 from autoprune.repack.graph.editor import AnyOp, Editor
 from autoprune.repack.graph.ops import Conv2d, LayerOp, Linear, Op, Reshape, TorchOp
+from autoprune.repack.weights.batch_norm import affine, folded
 
 _NORM = "aten.batch_norm.default"
 
@@ -84,20 +85,15 @@ def _is_norm(op: Op) -> TypeGuard[TorchOp]:
 
 def _scaled(edited: Editor, layer: LayerOp, made: AnyOp, norm: TorchOp) -> AnyOp:
     """`made` with the weights of `layer`, and `norm` in them."""
-    scale, shift = _affine(edited, norm)
-    weight = edited.weight(layer, "weight")
-    bias = edited.weights(layer).get("bias", torch.zeros(len(weight))).double() * scale + shift
-    scaled = weight.double() * scale.reshape(-1, *[1] * (weight.ndim - 1))
-    return edited.with_weights(made, weight=scaled.to(weight.dtype), bias=bias.to(weight.dtype))
+    held = edited.weights(layer)
+    weight, bias = folded(held["weight"], held.get("bias"), *_affine(edited, norm))
+    return edited.with_weights(made, weight=weight, bias=bias)
 
 
 def _affine(edited: Editor, op: TorchOp) -> tuple[Tensor, Tensor]:
     """What a batch norm multiplies each channel by and adds, in float64."""
     args = op.args
-    weight, bias, mean, var = (None if x is None else edited.constants[x["ref"]].double() for x in args[1:5])
+    weight, bias, mean, var = (None if x is None else edited.constants[x["ref"]] for x in args[1:5])
     assert mean is not None
     assert var is not None
-    scale = torch.rsqrt(var + args[7])
-    scale = scale if weight is None else scale * weight
-    shift = -mean * scale
-    return scale, shift if bias is None else shift + bias
+    return affine(mean, var, weight, bias, args[7])

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from autoprune.model.arguments import call_with
 from autoprune.model.inventory import watch_forward
+from autoprune.repack.weights.batch_norm import affine, folded
 
 
 @dataclass(frozen=True)
@@ -97,13 +98,7 @@ def fold_batch_norm_(conv: nn.Conv2d, norm: nn.Module) -> None:
     assert norm.running_mean is not None
     assert norm.running_var is not None
     with torch.no_grad():
-        scale = torch.rsqrt(norm.running_var.double() + norm.eps)
-        if norm.weight is not None:
-            scale = scale * norm.weight.double()
-        bias = -norm.running_mean.double() * scale
-        if norm.bias is not None:
-            bias = bias + norm.bias.double()
-        if conv.bias is not None:
-            bias = bias + conv.bias.double() * scale
-        conv.weight.copy_(conv.weight.double() * scale[:, None, None, None])
-        conv.bias = nn.Parameter(bias.to(conv.weight.dtype), requires_grad=False)
+        scale, shift = affine(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
+        weight, bias = folded(conv.weight, conv.bias, scale, shift)
+        conv.weight.copy_(weight)
+        conv.bias = nn.Parameter(bias, requires_grad=False)
