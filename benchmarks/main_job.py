@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from autoprune.agents.rules import KNAPSACK, POLICY, UNIFORM
-from autoprune.pipeline.contest import read_contenders
+from autoprune.pipeline.contest import read_contenders, winner
 from autoprune.report.console import Console
 from autoprune.report.table import MISSING, markdown_table, mean_and_spread
 from benchmarks.lib.busy import busy_core
@@ -97,7 +97,7 @@ def _done(point: tuple[int, bool]) -> Job:
         if done.returncode != 0:
             raise RuntimeError(done.stderr[-2000:])
         said, contenders = json.loads(done.stdout), read_contenders(run)
-    chosen = max(contenders, key=lambda each: each.validation).source
+    chosen = winner(contenders).source
     others = {each.source: each.test for each in contenders}
     return Job(seed, busy, seconds, said["speedup_over_best"], said["dense_score"], said["score"], chosen, others)
 

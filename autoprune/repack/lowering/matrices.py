@@ -288,19 +288,7 @@ def _at(place: StridedRef, strides: Strides) -> StridedRef:
 
 def _paired(lead: Sequence[int], strides: Sequence[Strides]) -> tuple[tuple[int, int], list[Strides]] | None:
     """Leading axes as two, with the strides of every operand; None where more lie apart."""
-    sizes: list[int] = []
-    steps: list[list[int]] = [[] for _ in strides]
-    for size, *apart in zip(lead, *strides, strict=True):
-        if size == 1:
-            continue
-        if sizes and all(each[-1] == step * size for each, step in zip(steps, apart, strict=True)):
-            sizes[-1] *= size
-            for each, step in zip(steps, apart, strict=True):
-                each[-1] = step
-        else:
-            sizes.append(size)
-            for each, step in zip(steps, apart, strict=True):
-                each.append(step)
+    sizes, steps = strided_nodes.coalesced(lead, strides)
     if len(sizes) > 2:
         return None
     missing = 2 - len(sizes)

@@ -133,10 +133,8 @@ def turned(
     return op_of(name, rotary.rotary(target), f, given, -(-rows // block))
 
 
-def merged_axes(
-    shape: Sequence[int], strides: Sequence[tuple[int, ...]]
-) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
-    """Sizes and strides of the same entries in as few axes as can be, at least `strided.AXES`."""
+def coalesced(shape: Sequence[int], strides: Sequence[tuple[int, ...]]) -> tuple[list[int], list[list[int]]]:
+    """Sizes and strides, operand by operand, of the same entries in as few axes as can be; none for a single entry."""
     sizes, steps = list[int](), [list[int]() for _ in strides]
     for size, *apart in zip(shape, *strides, strict=True):
         if size == 1:
@@ -149,6 +147,14 @@ def merged_axes(
             sizes.append(size)
             for each, step in zip(steps, apart, strict=True):
                 each.append(step)
+    return sizes, steps
+
+
+def merged_axes(
+    shape: Sequence[int], strides: Sequence[tuple[int, ...]]
+) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
+    """Sizes and strides of the same entries in as few axes as can be, at least `strided.AXES`."""
+    sizes, steps = coalesced(shape, strides)
     if not sizes:
         sizes.append(1)
         for each in steps:
