@@ -39,6 +39,7 @@ ATTRIBUTES: dict[str, dict[str, Any]] = {
     "global_avg_pool": {"keepdim": False},
     "activation": {"name": "tanh"},
     "add": {"activation": "relu6"},
+    "quantize": {"scale": 0.5, "zero_point": 3},
     "layer_norm": {"size": 8, "eps": 1e-5},
     "rms_norm": {"eps": 1e-6},
     "rotary": {},

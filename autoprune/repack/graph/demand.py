@@ -36,6 +36,7 @@ from autoprune.repack.graph.ops import (
     Linear,
     MaxPool2d,
     Op,
+    Quantize,
     Recurrent,
     Reshape,
     RmsNorm,
@@ -206,6 +207,7 @@ PRODUCTS: Mapping[type[Op], Callable[[Any, _Shapes], int] | None] = {
     **dict.fromkeys(
         (
             Gate, Scale, AdaptiveAvgPool2d, GlobalAvgPool, Activation, Add, LayerNorm, RmsNorm, Rotary, Reshape, Scalar,
+            Quantize,
         )
     ),
 }  # fmt: skip

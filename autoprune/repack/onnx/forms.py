@@ -28,6 +28,7 @@ from autoprune.repack.graph.ops import (
     Linear,
     MaxPool2d,
     Op,
+    Quantize,
     Recurrent,
     Reshape,
     RmsNorm,
@@ -84,7 +85,7 @@ MODULES: Mapping[type[Op], Callable[[Any, Tensor, bool], nn.Conv2d | nn.Linear] 
     **dict.fromkeys(
         (
             GatedConv2d, Gate, Scale, Recurrent, MaxPool2d, AvgPool2d, AdaptiveAvgPool2d, GlobalAvgPool, Activation,
-            Add, LayerNorm, RmsNorm, Rotary, Attention, Reshape, Scalar, TorchOp,
+            Add, LayerNorm, RmsNorm, Rotary, Attention, Reshape, Scalar, Quantize, TorchOp,
         )
     ),
 }  # fmt: skip

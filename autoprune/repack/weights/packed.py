@@ -1,7 +1,7 @@
 """The packed weight: only the kept positions, in the order a kernel reads them.
 
 Filters lie in groups. The filters of a group share their kept positions, so a position is stored once a group, and its
-values, one a filter, lie side by side.
+values, one a filter, lie side by side: floats, or signed bytes and a scale for each filter.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from autoprune.errors import FileError
+from autoprune.quantization.grid import WEIGHT_LEVELS
 from autoprune.repack.weights.grouping import GROUP_SIZES, Grouping
 
 MAX_EXTENT = 2**31 - 1  # indices are int32
 
 Ints = NDArray[np.int32]
 Floats = NDArray[np.float32]
+Bytes = NDArray[np.int8]
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class PackedWeight:
         index: ``(kept,)`` positions ``channel * kh * kw + tap``, channel counted over the whole input.
         values: ``(kept, group_size)``; zero where a group has fewer filters.
         out_index: ``(groups, group_size)``; the filter each row is, -1 where a group has fewer.
+        scale: ``(out,)``, what a filter's values are multiplied by where they are bytes; None where they are floats.
     """
 
     shape: tuple[int, ...]
@@ -41,8 +44,9 @@ class PackedWeight:
     group_size: int
     group_pointer: Ints
     index: Ints
-    values: Floats
+    values: Floats | Bytes
     out_index: Ints
+    scale: Floats | None = None
 
     @property
     def taps(self) -> int:
@@ -55,15 +59,22 @@ class PackedWeight:
 
     def unpack(self) -> Tensor:
         """The dense weight, zeros and all."""
+        dense = self.unpack_values()
+        if self.scale is not None:
+            dense = dense * self.scale.reshape(-1, *[1] * (len(self.shape) - 1))
+        return torch.from_numpy(dense)
+
+    def unpack_values(self) -> Floats | Bytes:
+        """The values in their places, zeros and all, in the dense weight's shape."""
         out, columns = self.shape[0], int(np.prod(self.shape[1:], dtype=np.int64))
-        dense = np.zeros((out, columns), np.float32)
+        dense = np.zeros((out, columns), self.values.dtype)
         kept = np.diff(self.group_pointer)
         rows = np.repeat(self.out_index, kept, axis=0)  # (kept, group_size)
         position = np.broadcast_to(self.index[:, None], rows.shape)
         real = rows >= 0
         first = rows // (out // self.conv_groups) * columns  # where the filter's own channels begin
         dense[rows[real], (position - first)[real]] = self.values[real]
-        return torch.from_numpy(dense).reshape(self.shape)
+        return dense.reshape(self.shape)
 
     def validate(self) -> PackedWeight:
         """Checks everything native code relies on; raises FileError that says what is wrong.
@@ -79,7 +90,13 @@ class PackedWeight:
         arrays = {"group_pointer": self.group_pointer, "index": self.index, "out_index": self.out_index}
         for name, array in arrays.items():
             _require(array.dtype == np.int32 and array.flags.c_contiguous, f"{name} is {array.dtype}")
-        _require(self.values.dtype == np.float32 and self.values.flags.c_contiguous, f"values are {self.values.dtype}")
+        kind = np.float32 if self.scale is None else np.int8
+        _require(self.values.dtype == kind and self.values.flags.c_contiguous, f"values are {self.values.dtype}")
+        if self.scale is not None:
+            _require(self.scale.dtype == np.float32 and self.scale.shape == shape[:1], f"{len(self.scale)} scales")
+            fine = np.isfinite(self.scale) & (self.scale >= np.finfo(np.float32).tiny)
+            _require(bool(fine.all()), "a scale that is not positive and finite")
+            _require(int(self.values.min(initial=0)) >= -WEIGHT_LEVELS, "a value of -128")
         pointer, index, rows = self.group_pointer, self.index, self.out_index
         _require(pointer.ndim == 1 and len(pointer) >= 1 and index.ndim == 1, "array dimensions")
         _require(int(pointer[0]) == 0 and int(pointer[-1]) == len(index), "group_pointer's ends")
@@ -122,8 +139,11 @@ def pack(
     return pack_rows(weight, conv_groups, grouping.rows(grouping.best_size() if size is None else size))
 
 
-def pack_rows(weight: Tensor, conv_groups: int, rows: Ints) -> PackedWeight:
-    """Packs a weight whose groups are known: `rows` is the `out_index` of the packed weight."""
+def pack_rows(weight: Tensor, conv_groups: int, rows: Ints, scale: Tensor | None = None) -> PackedWeight:
+    """Packs a weight whose groups are known: `rows` is the `out_index` of the packed weight.
+
+    With a `scale` for each filter the values become bytes: the nearest to each weight, as many steps from zero.
+    """
     dense = weight.detach().reshape(weight.shape[0], -1).numpy()
     alive = np.concatenate([dense != 0, np.zeros((1, dense.shape[1]), np.bool_)])  # row -1 stands for no filter
     kept = np.logical_or.reduce(alive[rows], axis=1)  # (groups, columns)
@@ -133,7 +153,11 @@ def pack_rows(weight: Tensor, conv_groups: int, rows: Ints) -> PackedWeight:
     index = (column + owner[group] * dense.shape[1]).astype(np.int32)
     members = rows[group]  # (kept, size)
     values = np.where(members >= 0, dense[members, column[:, None]], 0).astype(np.float32, copy=False)
-    return PackedWeight(tuple(weight.shape), conv_groups, rows.shape[1], pointer, index, values, rows)
+    if scale is None:
+        return PackedWeight(tuple(weight.shape), conv_groups, rows.shape[1], pointer, index, values, rows)
+    scales = np.ascontiguousarray(scale.detach().numpy(), np.float32)
+    steps = np.rint(values / scales[members]).clip(-WEIGHT_LEVELS, WEIGHT_LEVELS).astype(np.int8)
+    return PackedWeight(tuple(weight.shape), conv_groups, rows.shape[1], pointer, index, steps, rows, scales)
 
 
 def owners(rows: Ints, filters: int, conv_groups: int) -> Ints:

@@ -19,6 +19,7 @@ from autoprune.repack.graph.ops.layer import FusedLayerOp, LayerOp
 from autoprune.repack.graph.ops.layer_norm import LayerNorm
 from autoprune.repack.graph.ops.linear import Linear
 from autoprune.repack.graph.ops.pooling import AdaptiveAvgPool2d, AvgPool2d, GlobalAvgPool, MaxPool2d, WindowPoolOp
+from autoprune.repack.graph.ops.quantize import Quantize
 from autoprune.repack.graph.ops.recurrent import Recurrent
 from autoprune.repack.graph.ops.reshape import Reshape
 from autoprune.repack.graph.ops.rms_norm import RmsNorm
@@ -29,8 +30,8 @@ from autoprune.repack.graph.ops.torch_op import TorchOp
 __all__ = [
     "OPS", "Activation", "AdaptiveAvgPool2d", "Add", "Attention", "AvgPool2d", "Conv2d", "ConvolutionOp",
     "FusedLayerOp", "Gate", "GatedConv2d", "GlobalAvgPool", "LayerNorm", "LayerOp", "Linear", "MaxPool2d", "Op",
-    "Recurrent", "Reshape", "RmsNorm", "Rotary", "Scalar", "Scale", "Shapes", "TorchOp", "Values", "WindowPoolOp",
-    "op_from_json",
+    "Quantize", "Recurrent", "Reshape", "RmsNorm", "Rotary", "Scalar", "Scale", "Shapes", "TorchOp", "Values",
+    "WindowPoolOp", "op_from_json",
 ]  # fmt: skip
 
 OPS: Mapping[str, type[Op]] = {
@@ -45,6 +46,7 @@ OPS: Mapping[str, type[Op]] = {
     "global_avg_pool": GlobalAvgPool,
     "activation": Activation,
     "add": Add,
+    "quantize": Quantize,
     "layer_norm": LayerNorm,
     "rms_norm": RmsNorm,
     "rotary": Rotary,

@@ -24,7 +24,7 @@ from autoprune.repack.graph.ops.layer import FusedLayerOp
 class ConvolutionOp(FusedLayerOp):
     """A 2d convolution. Maps ``(batch, channels, height, width)``, weight ``(filters, channels / groups, h, w)``."""
 
-    roles: ClassVar[Roles] = {"weight": (4, True), "bias": (1, False)}
+    roles: ClassVar[Roles] = {"weight": (4, True), "bias": (1, False), "scale": (1, False)}
 
     stride: Window
     padding: Padding

@@ -21,6 +21,8 @@ from autoprune.repack.graph.ops.base import Op
 class LayerOp(Op):
     """An operation whose weight is packed: ``(filters, ...)``, with a bias of ``(filters,)`` or without.
 
+    Of an int8 layer the weight holds whole multiples, -127 to 127, of each filter's scale, and the input is on a grid.
+
     Attributes:
         layer: the qualified name of the module it came from; None for what a pass made.
     """
@@ -48,6 +50,8 @@ class LayerOp(Op):
         fits = bias is None or (bias.shape == weight.shape[:1] and bias.dtype == weight.dtype)
         if min(weight.shape) < 1 or not fits:
             raise FileError(f"{self} has a weight of shape {tuple(weight.shape)} and a bias that does not fit it.")
+        if "scale" in self.tensors and constants[self.tensors["scale"]].shape != weight.shape[:1]:
+            raise FileError(f"{self} has a weight of shape {tuple(weight.shape)} and scales that do not fit it.")
         if weight.shape[0] % self.conv_groups:
             raise FileError(f"{self} has {weight.shape[0]} filters in {self.conv_groups} groups.")
 

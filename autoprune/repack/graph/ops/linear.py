@@ -22,7 +22,7 @@ class Linear(FusedLayerOp):
 
     kind = "linear"
     operands = (1, 2)
-    roles: ClassVar[Roles] = {"weight": (2, True), "bias": (1, False)}
+    roles: ClassVar[Roles] = {"weight": (2, True), "bias": (1, False), "scale": (1, False)}
 
     def evaluate(self, x: list[Any], w: Mapping[str, Tensor], values: Values) -> Tensor:
         return self.finished(F.linear(x[0], w["weight"], w.get("bias")), x[1] if len(x) > 1 else None)

@@ -1,0 +1,12 @@
+"""Numbers as 8-bit integers: their grids, and how ranges are found."""
+
+from __future__ import annotations
+
+from autoprune.quantization.grid import LEVELS, WEIGHT_LEVELS, Grid, weight_scales
+from autoprune.quantization.observer import Observer
+from autoprune.quantization.ranges import METHODS, least_squares_weight_scales, on_scales
+
+__all__ = [
+    "LEVELS", "METHODS", "WEIGHT_LEVELS", "Grid", "Observer", "least_squares_weight_scales", "on_scales",
+    "weight_scales",
+]  # fmt: skip
