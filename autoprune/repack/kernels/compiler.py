@@ -5,12 +5,13 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import platform
 import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import llvmlite.binding as llvm
 import llvmlite.ir as ir
@@ -24,6 +25,17 @@ Kernel = TypeVar("Kernel")
 _LOCK = threading.Lock()  # LLVM's global state is not thread-safe
 _ENGINES: list[Any] = []  # a compiled function lives as long as its engine
 _WIDTHS = (("avx512f", 16), ("avx", 8))  # floats in a vector register, by feature
+_PERMIT_TILES = (158, 0x1023, 18)  # arch_prctl, ARCH_REQ_XCOMP_PERM, the state of tile registers
+Dot = Literal["vnni", "madd", "plain"]
+_DOTS: tuple[tuple[int, tuple[str, ...], Dot], ...] = (
+    (16, ("avx512vnni",), "vnni"),
+    (8, ("avxvnni",), "vnni"),
+    (8, ("avx512vnni", "avx512vl"), "vnni"),
+    (4, ("avxvnni",), "vnni"),
+    (4, ("avx512vnni", "avx512vl"), "vnni"),
+    (16, ("avx512bw",), "madd"),
+    (8, ("avx2",), "madd"),
+)  # (lanes, features, dot product), the best first
 
 
 @dataclass(frozen=True)
@@ -45,6 +57,23 @@ class Target:
         """Vector registers."""
         return 32 if self.lanes == 16 else 16
 
+    @property
+    def dot(self) -> Dot:
+        """How four products of bytes are added to each 32-bit lane.
+
+        By one instruction (vnni), by one for each two pairs of 16-bit halves (madd), or as LLVM multiplies (plain).
+        """
+        return next((dot for lanes, needed, dot in _DOTS if lanes == self.lanes and self._has(*needed)), "plain")
+
+    @property
+    def amx(self) -> bool:
+        """Whether it multiplies tiles of bytes, see `dot_amx`."""
+        return self.lanes == 16 and self.dot == "vnni" and self._has("amx-tile", "amx-int8")
+
+    def _has(self, *names: str) -> bool:
+        named = [(feature[1:], feature.startswith("+")) for feature in self.features.split(",") if feature]
+        return all(dict(named).get(name, False) for name in names)  # the last word on a feature counts
+
     def tile(self, rows: int) -> tuple[int, int]:
         """Register tile for groups of `rows` filters: (rows, vectors of positions) that fit the registers."""
         if self.registers == 32:
@@ -54,10 +83,19 @@ class Target:
 
 @cache
 def host() -> Target:
-    """This machine."""
+    """This machine, with what the system lets a process use of it."""
     features = llvm.get_host_cpu_features()
+    if features.get("amx-tile") and not _amx_permitted():
+        features["amx-tile"] = False
     lanes = next((lanes for name, lanes in _WIDTHS if features.get(name)), 4)
     return Target(lanes, llvm.get_host_cpu_name(), features.flatten())
+
+
+def _amx_permitted() -> bool:
+    """Asks Linux for the tile registers, once for all threads: their state makes a thread's larger."""
+    if not sys.platform.startswith("linux") or platform.machine() != "x86_64":
+        return False
+    return int(ctypes.CDLL(None).syscall(*_PERMIT_TILES)) == 0
 
 
 def narrowed(lanes: int) -> Target:

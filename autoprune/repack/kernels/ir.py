@@ -79,24 +79,28 @@ def spans(
         start = stop
 
 
-def clear(b: ir.IRBuilder, pointer: ir.Value, count: ir.Value) -> None:
-    """Sets `count` floats to zero."""
+ZERO = ir.Constant(F32, 0.0)
+
+
+def clear(b: ir.IRBuilder, pointer: ir.Value, count: ir.Value, value: ir.Value = ZERO) -> None:
+    """Sets `count` entries to `value`."""
     with loop(b, const(0), count) as i:
-        b.store(ir.Constant(F32, 0.0), at(b, pointer, i))
+        b.store(value, at(b, pointer, i))
 
 
 def clear_border(
-    b: ir.IRBuilder, channel: ir.Value, number: ir.Value, border: tuple[ir.Value, ir.Value, ir.Value]
-) -> None:
-    """Clears what lies around a channel's positions, where other maps lay before.
+    b: ir.IRBuilder, channel: ir.Value, number: ir.Value, border: tuple[ir.Value, ir.Value, ir.Value],
+    value: ir.Value = ZERO,
+) -> None:  # fmt: skip
+    """Sets what lies around a channel's positions to `value`, where other maps lay before.
 
-    `number` is 0 for the map's first channel. `border`: how many positions, floats behind them, and before the first
+    `number` is 0 for the map's first channel. `border`: how many positions, entries behind them, and before the first
     channel.
     """
     positions, behind, before = border
-    clear(b, at(b, channel, positions), behind)
+    clear(b, at(b, channel, positions), behind, value)
     with b.if_then(b.icmp_signed("==", number, const(0))):
-        clear(b, at(b, channel, b.neg(before)), before)
+        clear(b, at(b, channel, b.neg(before)), before, value)
 
 
 def smaller(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
@@ -145,7 +149,9 @@ def masked_load(b: ir.IRBuilder, module: ir.Module, pointer: ir.Value, wanted: i
 
 
 def store_vector(b: ir.IRBuilder, value: ir.Value, pointer: ir.Value, lanes: int) -> None:
-    stored = b.store(value, b.bitcast(pointer, vector(lanes).as_pointer()))
+    """Stores `lanes` floats, or int32s, which need not be aligned to more than one of them."""
+    kind = ir.VectorType(value.type.element, lanes) if lanes > 1 else value.type
+    stored = b.store(value, b.bitcast(pointer, kind.as_pointer()))
     stored.align = 4
 
 

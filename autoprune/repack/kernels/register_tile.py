@@ -21,6 +21,7 @@ from autoprune.repack.kernels.ir import (
     I64,
     INTS,
     LONGS,
+    ZERO,
     at,
     clamp,
     clear,
@@ -45,12 +46,15 @@ from autoprune.repack.kernels.math import ACTIVATIONS
 CARRY_IN, CARRY_OUT = 1, 2  # bits: sums go on from a panel before; to a panel after
 
 
-def tiles(rows: int, target: Target) -> dict[int, int]:
-    """Vectors of positions -> rows of the register tile that computes them, for groups of `rows` filters."""
+def tiles(rows: int, target: Target, parts: int = 1) -> dict[int, int]:
+    """Vectors of positions -> rows of the register tile that computes them, for groups of `rows` filters.
+
+    `parts`: registers that an input or a weight takes.
+    """
     _, widest = target.tile(rows)
 
     def height(count: int) -> int:
-        fitting = [each for each in (1, 2, 4, 8, 16) if each * count + count + 1 <= target.registers]
+        fitting = [each for each in (1, 2, 4, 8, 16) if each * count + parts * (count + 1) <= target.registers]
         return min(rows, fitting[-1] if fitting else 1)
 
     return {count: height(count) for count in range(1, widest + 1)}
@@ -237,17 +241,17 @@ def _taken(more: list[ir.Value], wanted: Extra, extra: Extra) -> list[ir.Value] 
 
 def clear_borders(
     b: ir.IRBuilder, item: ir.Value, block: ir.Value, y: ir.Value, channels: ir.Value,
-    rows: tuple[ir.Value, ir.Value], field: type[Fields], get: Mapping[Any, ir.Value],
+    rows: tuple[ir.Value, ir.Value], field: type[Fields], get: Mapping[Any, ir.Value], value: ir.Value = ZERO,
 ) -> None:  # fmt: skip
-    """Clears the border of some rows' channels, once a map: other maps lay in this memory before.
+    """Sets the border of some rows' channels to `value`, once a map: other maps lay in this memory before.
 
     `field` has the names that `offset_gemm.Field` has.
     """
     begin, behind, before = (get[field[name]] for name in ("POSITIONS", "BORDER", "BORDER_FIRST"))
     with b.if_then(b.icmp_signed("==", block, const(0))), loop(b, *rows) as row:
-        clear(b, at(b, y, b.add(long_at(b, channels, row), begin)), behind)
+        clear(b, at(b, y, b.add(long_at(b, channels, row), begin)), behind, value)
     with b.if_then(b.icmp_signed("==", item, const(0))):
-        clear(b, at(b, y, b.neg(before)), before)
+        clear(b, at(b, y, b.neg(before)), before, value)
 
 
 def place_of(

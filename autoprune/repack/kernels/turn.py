@@ -62,7 +62,7 @@ def into_planes(target: Target) -> int:
         lines.append(at(b, rows, b.mul(token, get[Field.ROWS_TOKEN])))
     with loop(b, const(0), whole, lanes) as feature:
         block = [load_vector(b, at(b, line, feature), lanes) for line in lines]
-        for i, turned in enumerate(_turned(b, block)):
+        for i, turned in enumerate(turned_block(b, block)):
             plane = b.mul(b.add(feature, const(i)), get[Field.PLANES_FEATURE])
             store_vector(b, turned, at(b, planes, b.add(plane, first)), lanes)
     end = smaller(b, b.add(first, const(lanes)), tokens)
@@ -112,7 +112,7 @@ def out_of_planes(target: Target, activation: str = "") -> int:
         for i in range(lanes):
             plane = b.mul(b.add(feature, const(i)), get[Field.PLANES_FEATURE])
             block.append(load_vector(b, at(b, planes, b.add(plane, first)), lanes))
-        for i, turned in enumerate(_turned(b, block)):
+        for i, turned in enumerate(turned_block(b, block)):
             token = b.add(first, const(i))
             with b.if_then(b.icmp_signed("<", token, get[Field.TOKENS])):
                 finish(turned, token, feature, lanes)
@@ -124,7 +124,7 @@ def out_of_planes(target: Target, activation: str = "") -> int:
     return compile_op(module, "op", target)
 
 
-def _turned(b: ir.IRBuilder, block: list[ir.Value]) -> list[ir.Value]:
+def turned_block(b: ir.IRBuilder, block: list[ir.Value]) -> list[ir.Value]:
     """Lane j of vector i becomes lane i of vector j."""
     lanes, step = len(block), 1
     while step < lanes:

@@ -42,13 +42,13 @@ def sliding(
     (sh, sw), layout, out = window_.stride, x.layout, y.layout
     flat = (sh, sw) == (1, 1)  # then input and output have one pitch
     low, high, other = clamped(activation)
-    chunk, chunks = _chunks(out.channels, out.positions)
+    chunk, chunks = chunked(out.channels, out.positions)
     taps, columns = window_.taps(), tuple[int, ...]()
     if mode is not window.Mode.DEPTHWISE:
         columns = tuple(number * window_.dilation[1] for number in range(window_.kernel[1]))
         taps = taps[:: window_.kernel[1]]  # the first of each row
     offsets = np.array([layout.tap(dy, dx) for dy, dx in taps], np.int32)
-    scale = np.zeros(1, np.float32) if counted is None else _shares(window_, layout, out, counted)
+    scale = np.zeros(1, np.float32) if counted is None else shares(window_, layout, out, counted)
     given: dict[window.Field, Given] = {
         f.X_SLOT: x.buffer.slot, f.X_OFFSET: x.offset, f.Y_SLOT: y.buffer.slot, f.Y_OFFSET: y.offset,
         f.X_IMAGE: layout.image, f.Y_IMAGE: out.image, f.X_CHANNEL: layout.channel(1), f.Y_CHANNEL: out.channel(1),
@@ -74,7 +74,7 @@ class Counted(NamedTuple):
     divisor: int | None
 
 
-def _shares(window_: Window, layout: MapLayout, out: MapLayout, counted: Counted) -> NDArray[np.float32]:
+def shares(window_: Window, layout: MapLayout, out: MapLayout, counted: Counted) -> NDArray[np.float32]:
     """One over the number of floats averaged, for every flat position of the output."""
 
     def inside(size: int, outputs: int, step: int, pad: int, kernel: int) -> NDArray[np.int64]:
@@ -97,7 +97,7 @@ def combine(
     """The sum of two maps of `batch` images and one pitch, or one map alone, through an activation."""
     f = maps.Field
     low, high, function = clamped(activation)
-    chunk, chunks = _chunks(x.layout.channels, y.layout.positions)
+    chunk, chunks = chunked(x.layout.channels, y.layout.positions)
     given: dict[maps.Field, Given] = {
         f.X_SLOT: x.buffer.slot, f.X_OFFSET: x.offset, f.X_IMAGE: x.layout.image, f.X_CHANNEL: x.layout.channel(1),
         f.Y_SLOT: y.buffer.slot, f.Y_OFFSET: y.offset, f.Y_IMAGE: y.layout.image, f.Y_CHANNEL: y.layout.channel(1),
@@ -117,7 +117,7 @@ def mean(name: str, batch: int, x: MapAt, y: StridedRef, target: Target) -> Nati
     """The mean of each channel of `batch` images; y is (batch, channels)."""
     f = maps.Field
     layout = x.layout
-    chunk, chunks = _chunks(layout.channels, layout.positions)
+    chunk, chunks = chunked(layout.channels, layout.positions)
     given: dict[maps.Field, Given] = {
         f.X_SLOT: x.buffer.slot, f.X_OFFSET: x.offset, f.X_IMAGE: layout.image, f.X_CHANNEL: layout.channel(1),
         f.Y_SLOT: y.slot, f.Y_OFFSET: y.offset_bytes, f.Y_IMAGE: y.strides[0], f.Y_CHANNEL: y.strides[1],
@@ -190,7 +190,7 @@ def resampled(
     return op_of(name, resample.resample(target, largest), f, given, batch * out.channels)
 
 
-def _chunks(channels: int, positions: int) -> tuple[int, int]:
+def chunked(channels: int, positions: int) -> tuple[int, int]:
     """Channels an item of an element-wise op, and how many such chunks an image has."""
     chunk = max(1, min(channels, CHUNK_FLOATS // max(1, positions)))
     return chunk, -(-channels // chunk)
