@@ -179,7 +179,7 @@ def test_names_are_those_of_the_registry_and_of_a_table(listed: str, monkeypatch
 
 
 def test_a_table_has_arguments_and_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert row_of(PATTERNS, "group")[2:] == ("size=8, permute=False", "yes")
+    assert row_of(PATTERNS, "group")[2:] == ("size=8, permute=False, block=1", "yes")
     assert row_of(TASKS, "user")[2:] == ("model, data, loss=None, evaluate=None, metric=None", "yes")
     monkeypatch.setattr(OnnxRuntime, "needs", ("no_such_module",))
     assert row_of(ENGINES, "onnxruntime")[3] == 'pip install "autoprune[engines]"'

@@ -1,7 +1,8 @@
 """Group-wise: `size` filters share their kept positions (after 1xN, Lin et al. 2022).
 
 They are neighbours, or with `permute` any that are alike (after TETRIS, Ji et al. 2018): a repacked layer carries the
-order and undoes it in its output.
+order and undoes it in its output. With a `block` they keep whole blocks of neighbouring inputs, as int8 layers read
+them.
 """
 
 from __future__ import annotations
@@ -22,26 +23,35 @@ class Group(Pattern):
     Args:
         size: filters in a group, 1 to 1024.
         permute: choose which filters share a group by their saliency, so that more of it is kept; never less.
+        block: neighbouring input channels that are kept or cut together, tap by tap, 1 to 64: 4 is what a dot product
+            of bytes reads at once. The last block of a layer may be smaller.
     """
 
-    def __init__(self, size: int = 8, permute: bool = False) -> None:
+    def __init__(self, size: int = 8, permute: bool = False, block: int = 1) -> None:
         if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= 1024:
             raise ConfigError(f"pattern 'group': size must be an integer from 1 to 1024, not {size!r}.")
         if not isinstance(permute, bool):
             raise ConfigError(f"pattern 'group': permute must be true or false, not {permute!r}.")
-        self.size, self.permute = size, permute
+        if not isinstance(block, int) or isinstance(block, bool) or not 1 <= block <= 64:
+            raise ConfigError(f"pattern 'group': block must be an integer from 1 to 64, not {block!r}.")
+        if permute and block > 1:
+            raise ConfigError(
+                f"pattern 'group': block={block} takes neighbouring filters, not permute=true; int8 layers, which "
+                "blocks are for, cannot be permuted."
+            )
+        self.size, self.permute, self.block = size, permute, block
 
     @property
     def nested(self) -> bool:
         return not self.permute  # who shares a group depends on the sparsity
 
     def cells(self, shape: tuple[int, ...], conv_groups: int = 1) -> Tensor:
-        return _cells(self._places(shape[0], conv_groups), shape)
+        return _cells(self._places(shape[0], conv_groups), shape, self.block)
 
     def arrange(self, saliency: Tensor, sparsity: float, conv_groups: int = 1) -> Tensor:
         shape, places = tuple(saliency.shape), self._places(len(saliency), conv_groups)
         if not self.permute or sparsity <= 0.0 or not 1 < self.size < shape[0] // conv_groups:
-            return _cells(places, shape)
+            return _cells(places, shape, self.block)
         rows = saliency.flatten(1)
         kind = self._kinds(rows, conv_groups)
         neighbours, by_norm = torch.empty_like(places), torch.empty_like(places)  # (out,): the group of each filter
@@ -90,5 +100,8 @@ class Group(Pattern):
         return number
 
 
-def _cells(group: Tensor, shape: tuple[int, ...]) -> Tensor:
-    return (group[:, None] * columns(shape) + torch.arange(columns(shape))).reshape(shape)
+def _cells(group: Tensor, shape: tuple[int, ...], block: int = 1) -> Tensor:
+    taps = columns(shape) // shape[1]
+    column = torch.arange(columns(shape))
+    of_block = column // taps // block * taps + column % taps
+    return (group[:, None] * (int(of_block[-1]) + 1) + of_block).reshape(shape)

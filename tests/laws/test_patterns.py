@@ -15,7 +15,7 @@ from autoprune.testing.patterns import check_masks
 
 PERMUTED = [{"size": size, "permute": True} for size in (1, 2, 3, 8)]
 EXTRA = {
-    "group": [{"size": 1}, {"size": 3}, {"size": 16}, *PERMUTED],
+    "group": [{"size": 1}, {"size": 3}, {"size": 16}, {"size": 8, "block": 4}, {"size": 1, "block": 3}, *PERMUTED],
     "n:m": [{"n": 1, "m": 4}, {"n": 4, "m": 8}],
     "block": [{"rows": 1, "columns": 1}, {"rows": 4, "columns": 2}, {"rows": 3, "columns": 5}],
 }
@@ -137,6 +137,13 @@ def test_groups_do_not_straddle_convolution_groups() -> None:
     assert len(set(cells[:3].flatten().tolist()) & set(cells[3:].flatten().tolist())) == 0
 
 
+def test_groups_with_blocks_keep_neighbouring_inputs_of_one_tap() -> None:
+    cells = PATTERNS.create(Choice("group", {"size": 2, "block": 2})).cells((4, 3, 1, 2))
+    assert cells[0].reshape(-1).tolist() == [0, 1, 0, 1, 2, 3]  # a channel alone is the last block
+    assert torch.equal(cells[1], cells[0])
+    assert torch.equal(cells[2], cells[0] + 4)
+
+
 def test_blocks_are_filters_by_channels_and_do_not_straddle_convolution_groups() -> None:
     cells = PATTERNS.create(Choice("block", {"rows": 2, "columns": 3})).cells((6, 4, 1, 2), conv_groups=2)
     rows = [[0, 0, 0, 1], [0, 0, 0, 1], [2, 2, 2, 3], [4, 4, 4, 5], [4, 4, 4, 5], [6, 6, 6, 7]]
@@ -156,6 +163,8 @@ def test_a_sparsity_outside_its_range_is_refused(sparsity: float) -> None:
         (Choice("group", {"sise": 8}), "Did you mean 'size'"),
         (Choice("group", {"size": 0}), "from 1 to 1024"),
         (Choice("group", {"permute": 1}), "true or false"),
+        (Choice("group", {"block": 0}), "from 1 to 64"),
+        (Choice("group", {"block": 4, "permute": True}), "takes neighbouring filters"),
         (Choice("n:m", {"n": 4, "m": 4}), "1 <= n < m"),
         (Choice("block", {"columns": 0}), "columns must be an integer from 1 to 1024"),
         (Choice("channel", {"size": 8}), "takes no arguments"),
