@@ -38,7 +38,7 @@ from autoprune.repack.tuning.tuning import tiling_from_json
 from autoprune.repack.weights.packed import PackedWeight
 from autoprune.repack.weights.serialized import flag, restore, store
 
-FILE_VERSION = 6
+FILE_VERSION = 7
 _PROGRAM, _MODULES = "program", "modules"
 
 
@@ -113,16 +113,21 @@ def load(path: Path | str, model: nn.Module | None = None, *, threads: int | Non
     raise FileError(f"{path} holds weights alone: give load the model they belong to, as load(path, model).")
 
 
-_ROW = {"name": str, "kind": str, "sparsity": float, "group_size": int, "backend": str, "fused": str, "why": str}
+_ROW = {
+    "name": str, "kind": str, "sparsity": float, "group_size": int, "backend": str, "fused": str, "why": str,
+    "precision": str,
+}  # fmt: skip
 
 
 def _report_row(row: Any) -> LayerReport:
     for name, kind in _ROW.items():
         if not isinstance(row[name], kind):
             raise FileError(f"the report's {name} is {row[name]!r}")
-    for name in ("dense_us", "packed_us"):
+    for name in ("dense_us", "packed_us", "scale", "snr_db"):
         if not (row[name] is None or isinstance(row[name], float)):
             raise FileError(f"the report's {name} is {row[name]!r}")
+    if not (row["zero_point"] is None or type(row["zero_point"]) is int):
+        raise FileError(f"the report's zero_point is {row['zero_point']!r}")
     made = LayerReport(**row)
     slow = unavailable() if made.backend == "jit" else None
     return replace(made, why=f"run by torch's own operators, slower: {slow}") if slow else made
@@ -174,6 +179,8 @@ def _read_program(tensors: Mapping[str, Tensor], about: Any, threads: int | None
             shape = constants[op.tensors["weight"]].shape
             if not isinstance(op, LayerOp) or (shape, op.conv_groups) != _described(packed[op.output]):
                 raise FileError(f"{op.output!r} is not the layer that was packed")
+            if ("scale" in op.tensors) != (packed[op.output].scale is not None):
+                raise FileError(f"{op.output!r} and its packed weight are not of one precision")
             bias = constants[op.tensors["bias"]] if "bias" in op.tensors else None
             weights[op.output] = Weights.of(packed[op.output], bias)
     if set(weights) != set(packed):

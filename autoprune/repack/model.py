@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -32,16 +32,19 @@ from autoprune.repack.graph.ir import Graph
 from autoprune.repack.graph.ops import Conv2d, Gate, GatedConv2d, LayerOp, Recurrent
 from autoprune.repack.graph.passes import simplify
 from autoprune.repack.graph.proofs import proven
+from autoprune.repack.int8 import Precision, check_precision, freed, quantised, reproduces, with_precision
 from autoprune.repack.kernels.compiler import refused, unavailable
 from autoprune.repack.lowering.conv_rules import is_depthwise
 from autoprune.repack.modules.methods import has_methods, sharing
 from autoprune.repack.modules.replacement import GAIN, Choose, swap_layers
 from autoprune.repack.outputs import same_output
 from autoprune.repack.probes import agrees, fresh
-from autoprune.repack.report import DENSE, LayerReport, ProgramModel, RepackedModel, unreached
+from autoprune.repack.quantize import LayerPrecision
+from autoprune.repack.report import DENSE, LayerReport, ProgramModel, RepackedModel, SwappedModel, unreached
 from autoprune.repack.runtime.program import Program, check_threads, shapes_of
 from autoprune.repack.sparsity import sparsities
-from autoprune.repack.tuning.tuning import Layer, Tuned, TuningCache, faster_by_sample, streams_little, tune
+from autoprune.repack.tuning.layer import Layer
+from autoprune.repack.tuning.tuning import Tuned, TuningCache, faster_by_sample, streams_little, tune
 
 Form = Literal["program", "modules"]
 
@@ -57,6 +60,8 @@ def repack(
     form: Form | None = None,
     backends: Sequence[str] | None = None,
     choose: Choose | None = None,
+    precision: Precision = "float32",
+    calibration: Iterable[Any] | None = None,
     protocol: Protocol | None = None,
     clock: Clock = time.perf_counter,
     graph: Graph | None = None,
@@ -75,6 +80,10 @@ def repack(
             torch.export and torch.compile accept; None: a program where the model can be captured.
         backends: rows of BACKENDS that a layer of the ``modules`` form may have besides ``dense``; all when None.
         choose: names a layer's backend in the ``modules`` form without measuring.
+        precision: of its layers: ``float32``; ``int8``: weights and activations in bytes wherever a layer can be;
+            ``mixed``: in bytes where that costs little of the output. A program only.
+        calibration: for int8: batches of inputs, each as the model is called, from which the ranges of its activations
+            are found.
         protocol: how layers of the ``modules`` form are timed.
         clock: seconds.
         graph: of this architecture, captured before with other weights: saves the time of capturing.
@@ -86,26 +95,35 @@ def repack(
             for and the model cannot be captured.
     """
     check_threads(threads)
+    only_modules = form == "modules" or (form is None and (backends is not None or choose is not None))
+    check_precision(precision, calibration, only_modules)
     refused()  # before the model runs
-    original = copy_for_inference(model)
-    if masks:
-        apply_masks_(original, masks)
-    original = uncompiled_(original)
+    original = _masked_copy(model, masks)
     arguments = Arguments.of(example_inputs).ordered(original)
     check_inputs(arguments.tensors)
-    only_modules = form == "modules" or (form is None and (backends is not None or choose is not None))
     reason = ""
     if not only_modules:
         try:
-            return _as_program(original, arguments, graph, threads, clock, cache, progress)
+            return _as_program(original, arguments, graph, threads, clock, cache, progress, (precision, calibration))
         except CaptureError as error:
-            if form == "program":
+            if form == "program" or precision != "float32":
                 raise
             reason = str(error).rstrip(".")
     swapped = swap_layers(original, arguments, backends=backends, choose=choose, protocol=protocol, clock=clock)
+    return _told(swapped, "" if choose else _gained(original, swapped, arguments, protocol or WHOLE, clock), reason)
+
+
+def _masked_copy(model: nn.Module, masks: Masks | None) -> nn.Module:
+    original = copy_for_inference(model)
+    if masks:
+        apply_masks_(original, masks)
+    return uncompiled_(original)
+
+
+def _told(swapped: SwappedModel, gain: str, reason: str) -> SwappedModel:
+    """The same model, whose rows and summary say why it is no program, for a `reason`, and what is gained."""
     if reason:
         swapped.report = tuple(_since(row, reason) for row in swapped.report)
-    gain = "" if choose is not None else _gained(original, swapped, arguments, protocol or WHOLE, clock)
     swapped.summary = "; ".join(filter(None, (gain, reason and f"layer by layer, since {reason}")))
     return swapped
 
@@ -130,7 +148,7 @@ def _since(row: LayerReport, reason: str) -> LayerReport:
 
 def _as_program(
     original: nn.Module, arguments: Arguments, graph: Graph | None, threads: int | None, clock: Clock,
-    cache: TuningCache | None, progress: Callable[[str], None],
+    cache: TuningCache | None, progress: Callable[[str], None], wish: tuple[Precision, Iterable[Any] | None],
 ) -> ProgramModel:  # fmt: skip
     if reason := unavailable():
         raise CaptureError(reason)
@@ -142,7 +160,12 @@ def _as_program(
         raise not_running(error) from error
     progress("capturing the model")
     known = graph.rebound(original) if graph is not None else None
-    graph = simplify(known if known is not None else capture(original, arguments))
+    graph = plain = simplify(known if known is not None else capture(original, arguments))
+    precisions: tuple[LayerPrecision, ...] = ()
+    if wish[1] is not None:
+        progress("quantising the model")
+        plain = freed(graph, by_place, inputs)
+        graph, precisions = quantised(plain, original, wish[1], wish[0])
     layers = packable(graph)
     try:
         program, tuned = build_program(graph, layers, inputs, threads, clock, cache, progress)
@@ -151,10 +174,14 @@ def _as_program(
     except AutopruneError as error:
         raise CaptureError(f"the captured program cannot run: {error}") from error
     made = ProgramModel(program, (), Signature.of(original, arguments), record_classes(wanted))
-    _check(original, arguments, made, wanted)
+    if plain is graph:
+        _check(original, arguments, made, wanted)
+    elif not reproduces(made.by_place, graph, plain, inputs):
+        raise CaptureError("the captured program does not reproduce the quantised model.")
     zeros = sparsities(original, lambda: by_place(*fresh(inputs)))
-    made.report = tuple(_report(original, zeros, graph, layers, tuned))
-    if not has_methods(original):
+    rows = _report(original, zeros, graph, layers, tuned)
+    made.report = tuple(with_precision(row, precisions) for row in rows)
+    if not has_methods(original) or plain is not graph:
         return made
     outputs = {op.layer or "": op.output for op in graph.ops if isinstance(op, LayerOp) and op.output in layers}
     packed = {name: program.weights[output] for name, output in outputs.items()}
@@ -216,7 +243,8 @@ def packable(graph: Graph) -> dict[str, Layer]:
             weight = graph.constants[op.tensors["weight"]]
             if weight.dtype == torch.float32 and not is_depthwise(op, weight):
                 bias = graph.constants[op.tensors["bias"]] if "bias" in op.tensors else None
-                layers[op.output] = Layer(weight, bias, op.conv_groups, gated_together(graph, op))
+                scale = graph.constants[op.tensors["scale"]] if "scale" in op.tensors else None
+                layers[op.output] = Layer(weight, bias, op.conv_groups, gated_together(graph, op), scale)
     return layers
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -43,6 +44,22 @@ def _same_tensor(got: Tensor, wanted: Tensor, tolerance: float) -> bool:
     largest = torch.where(wanted.isfinite(), wanted, 0).abs().amax()
     close = (got - wanted).abs() <= tolerance * largest
     return bool((close | (got == wanted) | (got.isnan() & wanted.isnan())).all())
+
+
+def noise_of(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    """The largest error of an output, as a share of its size (both root mean squares); infinite for other shapes.
+
+    Outputs of integers do not count: one may follow from a comparison that the error turns.
+    """
+    if [x.shape for x in got] != [x.shape for x in wanted]:
+        return math.inf
+    shares = [0.0]
+    for ours, right in zip(got, wanted, strict=True):
+        if right.is_floating_point() and right.numel():
+            size = float(right.double().square().mean().sqrt())
+            error = float((ours.double() - right.double()).square().mean().sqrt())
+            shares.append(error / size if size else math.inf if error else 0.0)
+    return math.inf if any(map(math.isnan, shares)) else max(shares)
 
 
 def difference(got: Sequence[Tensor], wanted: Sequence[Tensor], tolerance: float = TOLERANCE) -> str:

@@ -22,7 +22,11 @@ SEEDS = 2  # a model that decides by a threshold may tip over in one draw, but h
 
 
 def agrees(
-    original: Callable[..., Any], made: Callable[..., Any], inputs: tuple[Any, ...], shapes: Shapes | None = None
+    original: Callable[..., Any],
+    made: Callable[..., Any],
+    inputs: tuple[Any, ...],
+    shapes: Shapes | None = None,
+    same: Callable[[Any, Any], bool] = same_output,
 ) -> bool | None:
     """Whether `made` computes what `original` does for other values than the examples'.
 
@@ -31,6 +35,7 @@ def agrees(
         made: called like it.
         inputs: the examples.
         shapes: of the inputs to try; those of the examples when None.
+        same: whether what `made` gives, its first argument, is what was wanted.
 
     Returns:
         None where the original takes no inputs of these shapes.
@@ -42,7 +47,7 @@ def agrees(
         given, wanted = tried
         try:
             with torch.inference_mode():
-                if same_output(made(*fresh(given)), wanted):
+                if same(made(*fresh(given)), wanted):
                     return True
         except AutopruneError:  # what is made cannot, and the original can
             return False

@@ -32,6 +32,9 @@ class LayerReport:
         packed_us: likewise of the fastest packed form.
         fused: what was folded into it: ``batch norm``, an activation, a sum, or nothing.
         why: the reason for the choice.
+        precision: of its work: ``float32`` or ``int8``.
+        scale, zero_point: of its input's bytes; None in float32.
+        snr_db: how far the quantising error lies below its output, decibels; None in float32.
     """
 
     name: str
@@ -43,6 +46,10 @@ class LayerReport:
     packed_us: float | None
     fused: str
     why: str
+    precision: str = "float32"
+    scale: float | None = None
+    zero_point: int | None = None
+    snr_db: float | None = None
 
 
 def unreached(name: str, kind: str, why: str) -> LayerReport:
@@ -51,7 +58,7 @@ def unreached(name: str, kind: str, why: str) -> LayerReport:
 
 
 class RepackedModel(nn.Module):
-    """A repacked model, called like the original; inference only, in float32 on the CPU.
+    """A repacked model, called like the original; inference only, float32 in and out, on the CPU.
 
     What would move it, convert it or make it learn is an error; what leaves it as it is (``to("cpu")``, ``float()``,
     ``eval()``, ``share_memory()``) does nothing.

@@ -144,7 +144,7 @@ def sequences() -> nn.Sequential:
 
 BUILDS: dict[str, Callable[[], nn.Module]] = {
     "modules": layers, "maps": Maps, "gated": Silenced, "tokens": Tokens, "decoding": Decoding, "states": States,
-    "sequences": sequences,
+    "sequences": sequences, "int8": Maps,
 }  # fmt: skip
 MODULES = ("modules", "sequences")
 FORMS = pytest.mark.parametrize("form", BUILDS)
@@ -169,6 +169,8 @@ def repacked(form: str) -> RepackedModel:
                 nn.init.uniform_(module.running_var, 0.5, 2.0)  # type: ignore[arg-type]
     if form == "sequences":
         return repack(model, X, form="modules", choose=lambda *_: "jit")
+    if form == "int8":
+        return repack(model, X, precision="int8", calibration=[X, X.flip(0)], threads=1)
     if form != "modules":
         return repack(model, X, form="program", threads=1)
     done = repack(model, X, choose=lambda name, _: BACKENDS_IN_TURN[name])
@@ -256,7 +258,7 @@ def test_a_round_trip_is_equal_bit_for_bit(form: str, tmp_path: Path, path: Path
 
 def test_the_programs_hold_every_kind_of_operation() -> None:
     kinds: set[str] = set()
-    for form in ("maps", "gated", "tokens", "decoding", "states"):
+    for form in ("maps", "gated", "tokens", "decoding", "states", "int8"):
         model = repacked(form)
         assert isinstance(model, ProgramModel)
         kinds |= {op.kind for op in model.program.graph.ops}
@@ -508,7 +510,7 @@ def test_a_changed_description_is_refused_or_harmless(form: str, path: Path) -> 
         results[outcome(path, form)] += 1
     assert results["refused"] > 50
     assert results["ran"] > 4  # a changed timing is harmless
-    assert results["cannot run"] or form in MODULES
+    assert results["cannot run"] or form in (*MODULES, "int8")
 
 
 NUMBERS = [("version",)] + [

@@ -10,7 +10,7 @@ from torch import Tensor
 from autoprune.errors import FileError
 from autoprune.repack.graph import aten, extents
 from autoprune.repack.graph.ir import Graph, Input
-from autoprune.repack.graph.ops import op_from_json
+from autoprune.repack.graph.ops import MaxPool2d, Quantize, Reshape, op_from_json
 from autoprune.repack.graph.ops.attributes import integer, is_number
 
 
@@ -76,6 +76,7 @@ def validate(graph: Graph) -> Graph:
             if name not in known:
                 raise FileError(f"{op.output!r} reads {name!r} before it is defined.")
         define(op.output, known)
+    _check_grids(graph)
     for condition in graph.conditions:
         extents.check(condition, extents.examples(graph.inputs))
     check_outputs(graph.outputs)
@@ -83,6 +84,16 @@ def validate(graph: Graph) -> Graph:
         if name not in known:
             raise FileError(f"the graph returns {name!r}, which is never defined.")
     return graph
+
+
+def _check_grids(graph: Graph) -> None:
+    """Raises FileError unless every layer with int8 weights reads a value on a grid."""
+    on_grid: set[str] = set()
+    for op in graph.ops:
+        if isinstance(op, Quantize) or (isinstance(op, MaxPool2d | Reshape) and op.inputs[0] in on_grid):
+            on_grid.add(op.output)
+        if "scale" in op.tensors and op.inputs[0] not in on_grid:
+            raise FileError(f"{op.output!r} has int8 weights and reads {op.inputs[0]!r}, which lies on no grid.")
 
 
 def to_json(graph: Graph) -> dict[str, Any]:

@@ -9,7 +9,7 @@ they form a class, whose pitch is what its widest member needs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from autoprune.errors import AutopruneError
+from autoprune.quantization.grid import Grid
 from autoprune.repack.graph.ir import FOLD_LIMIT, Graph
 from autoprune.repack.graph.ops import Op, TorchOp
 from autoprune.repack.kernels.compiler import Target
@@ -52,6 +53,12 @@ class Lowering:
         values: meta tensors, and plain integers.
         maps: (value, stride of its phase planes, border value) -> its feature map.
         planes: rows of tokens with a channel a feature.
+        grids: of the values that lie on one.
+        made_of_bytes: value on a grid -> what appends the step that makes its floats.
+        interleaved: (value on a grid, stride of its phase planes, byte around it) -> its bytes.
+        unrounded: value on a grid -> the value that is rounded to it.
+        readers: value -> the operations that read it.
+        returned: the values that the model returns.
         buffers: storage of a meta tensor -> where it lies.
         positive: values that are nowhere negative.
         steps: in the order they run.
@@ -64,6 +71,11 @@ class Lowering:
         self.values: dict[str, Any] = {}  # meta tensors, and plain integers
         self.maps: dict[tuple[str, tuple[int, int], float], Map] = {}
         self.planes: dict[str, Map] = {}  # rows of tokens with a channel a feature
+        self.grids: dict[str, Grid] = {}
+        self.made_of_bytes: dict[str, Callable[[Lowering, str], None]] = {}
+        self.interleaved: dict[tuple[str, tuple[int, int], int], Map] = {}
+        self.unrounded: dict[str, str] = {}
+        self.readers, self.returned = graph.consumers(), set(graph.output_names())
         self.buffers: dict[int, Buffer] = {}  # storage of a meta tensor -> where it lies
         self.copies: dict[str, tuple[Tensor, View]] = {}  # in rows; holds the tensor, so that its storage is no other's
         self.positive: set[str] = set()
@@ -109,6 +121,8 @@ class Lowering:
             self.fixed[self.slots - 1] = self.graph.constants[name]
         if key not in self.buffers and name in self.planes:
             turn_back(self, name, self.planes[name])
+        if key not in self.buffers and name in self.made_of_bytes:
+            self.made_of_bytes[name](self, name)
         if key not in self.buffers:
             source = self.maps[name, (1, 1), 0.0]
             buffer = self.buffers[key] = Buffer(meta.numel())

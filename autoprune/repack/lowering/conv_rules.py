@@ -16,7 +16,7 @@ from autoprune.repack.kernels.gate import scratch as gate_scratch
 from autoprune.repack.kernels.gated_gemm import Dead
 from autoprune.repack.kernels.gated_gemm import scratch as gated_scratch
 from autoprune.repack.kernels.window import Mode
-from autoprune.repack.lowering import convolutions, map_nodes
+from autoprune.repack.lowering import byte_map_rules, byte_rules, convolutions, map_nodes
 from autoprune.repack.lowering.buffers import Buffer
 from autoprune.repack.lowering.context import Lowering
 from autoprune.repack.lowering.geometry import Tiling, Window
@@ -53,8 +53,14 @@ def conv2d(lowering: Lowering, op: ConvolutionOp) -> bool:
             f"of shape {tuple(lowering.values[x].shape)}: its channels differ or it is smaller than the kernel."
         )
     lowering.same_shape(op, op.residual, shape)
+    if op.output not in lowering.weights and "scale" in op.tensors and is_depthwise(op, weight):
+        byte_map_rules.depthwise(lowering, op, window, shape)
+        return True
     if op.output not in lowering.weights:
         depthwise(lowering, op, window, shape)
+        return True
+    if byte_rules.in_bytes(lowering, op):
+        byte_rules.conv2d(lowering, op, window, shape)
         return True
     if skips(lowering, x, window):
         given, window = subsampled(lowering, x, window.stride), replace(window, stride=(1, 1))

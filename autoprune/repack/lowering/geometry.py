@@ -60,6 +60,9 @@ class Tiling:
         serpentine: whether every other group walks its kept positions backwards, so that it begins with what the one
             before it has just read.
         columns: whether a recurrent weight is walked by column, those of zero states left out; by group else.
+        whole: of a weight of bytes: channels that a group keeps of four neighbours for them to be read as they lie;
+            others are put together four by four. 1: all are read as they lie.
+        tiles: whether a weight of bytes is multiplied in tile registers (AMX), on a target that has them.
     """
 
     group_size: int = 0
@@ -69,3 +72,5 @@ class Tiling:
     panel: int = 0
     serpentine: bool = False
     columns: bool = False
+    whole: int = 1
+    tiles: bool = False

@@ -26,6 +26,7 @@ from autoprune.repack.graph.ops import (
     Linear,
     MaxPool2d,
     Op,
+    Quantize,
     Recurrent,
     Reshape,
     RmsNorm,
@@ -36,7 +37,7 @@ from autoprune.repack.graph.ops import (
 )
 from autoprune.repack.graph.reference import evaluate_op
 from autoprune.repack.kernels.compiler import Target
-from autoprune.repack.lowering import conv_rules, map_rules, matrices, pointwise, pool_rules, tokens
+from autoprune.repack.lowering import conv_rules, interleaved, map_rules, matrices, pointwise, pool_rules, tokens
 from autoprune.repack.lowering.buffers import Buffer, place
 from autoprune.repack.lowering.context import Lowering, copied
 from autoprune.repack.lowering.steps import (
@@ -120,7 +121,7 @@ def _placed(lowering: Lowering) -> Lowered:
 
 def native_buffers(lowering: Lowering) -> list[Buffer]:
     """Buffers that lie in the arena, sized now that every layout stands."""
-    maps = [*lowering.maps.values(), *lowering.planes.values()]
+    maps = [*lowering.maps.values(), *lowering.planes.values(), *lowering.interleaved.values()]
     for each in maps:
         if each.over is not None:
             each.padded(each.over.pad, each.over.reach)  # one layout, so that one place can hold both
@@ -149,6 +150,9 @@ def lower_op(lowering: Lowering, op: Op) -> None:
     if isinstance(op, Scalar):
         lowering.values[op.output] = evaluate_op(op, lowering.values, lowering.constants)
         return
+    if isinstance(op, Quantize):
+        interleaved.declare(lowering, op)
+        return
     if isinstance(op, AdaptiveAvgPool2d):
         found = pool_rules.pooling(lowering, op)
         if found is None:
@@ -166,6 +170,8 @@ def lower_op(lowering: Lowering, op: Op) -> None:
     meta = evaluate_op(op, lowering.values, lowering.constants)
     meta = settled(meta) if isinstance(meta, Tensor) else meta
     lowering.values[op.output] = meta
+    if isinstance(op, Reshape) and op.inputs[0] in lowering.grids:
+        interleaved.put_on(lowering, op.output, lowering.grids[op.inputs[0]])
     if not isinstance(meta, Tensor):
         lowering.torch_step(op, meta)
         return
@@ -226,6 +232,7 @@ RULES: Mapping[type[Op], Callable[[Lowering, Any], bool] | None] = {
     Attention: matrices.attention,
     Activation: pointwise.elementwise,
     Add: pointwise.elementwise,
+    Quantize: None,
     Reshape: None,
     Scalar: None,  # computed while the graph is lowered
     TorchOp: pointwise.torch_operator,

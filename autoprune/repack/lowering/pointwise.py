@@ -16,7 +16,7 @@ from torch import Tensor
 from autoprune.repack.graph import aten
 from autoprune.repack.graph.ops import Activation, Add, Op, Reshape, TorchOp
 from autoprune.repack.graph.reference import evaluate_op
-from autoprune.repack.lowering import map_nodes, map_rules, matrices, strided_nodes
+from autoprune.repack.lowering import byte_map_rules, map_nodes, map_rules, matrices, strided_nodes
 from autoprune.repack.lowering.buffers import Buffer
 from autoprune.repack.lowering.context import fitting, operand, picked, write
 from autoprune.repack.lowering.layout import LONG_FLOATS
@@ -108,6 +108,8 @@ def _concatenated(lowering: Lowering, op: TorchOp) -> bool:
     shapes = [tuple(lowering.values[name].shape) for name in names]
     if not all(is_float(value) for value in (meta, *(lowering.values[name] for name in names))):
         return False
+    if byte_map_rules.joined(lowering, op, names, tuple(meta.shape), axis):
+        return True
     as_map = [(name, (1, 1), 0.0) in lowering.maps for name in names]
     if meta.dim() == 4 and axis == 1 and any(as_map):
         made, first = lowering.new_map(op, tuple(meta.shape)), 0
@@ -211,6 +213,8 @@ _RULES: Mapping[str, Callable[[Lowering, TorchOp], bool]] = {
 def elementwise(lowering: Lowering, op: Activation | Add) -> bool:
     """On maps, or on values that lie in rows."""
     shape = tuple(lowering.values[op.inputs[0]].shape)
+    if isinstance(op, Add) and byte_map_rules.added(lowering, op):
+        return True
     if not all((name, (1, 1), 0.0) in lowering.maps for name in op.inputs):
         return in_rows(lowering, op)
     lowering.same_shape(op, op.inputs[-1], shape)

@@ -7,7 +7,7 @@ from typing import Any
 from autoprune.errors import AutopruneError
 from autoprune.repack.graph.ops import AdaptiveAvgPool2d, AvgPool2d, GlobalAvgPool, MaxPool2d, Op
 from autoprune.repack.kernels.window import Mode
-from autoprune.repack.lowering import map_nodes
+from autoprune.repack.lowering import byte_map_rules, byte_rules, map_nodes
 from autoprune.repack.lowering.buffers import Buffer
 from autoprune.repack.lowering.context import Lowering
 from autoprune.repack.lowering.geometry import Window
@@ -56,7 +56,11 @@ def pool(lowering: Lowering, op: MaxPool2d | AvgPool2d) -> bool:
     shape = (*x.shape[:2], *window.outputs(x.shape[2], x.shape[3], op.ceil_mode))
     if min(shape[1:]) < 1:
         raise AutopruneError(f"a pooling by a {window.kernel} kernel takes no input of shape {tuple(x.shape)}.")
-    if isinstance(op, MaxPool2d):
+    if isinstance(op, MaxPool2d) and op.inputs[0] in lowering.grids:
+        byte_rules.max_pool(lowering, op, window, shape)
+    elif isinstance(op, AvgPool2d) and byte_map_rules.average(lowering, op, window, shape):
+        return True
+    elif isinstance(op, MaxPool2d):
         slide(lowering, op, window, shape, Mode.MAX, border=float("-inf"))
     else:
         counted = map_nodes.Counted(op.count_include_pad, op.divisor)
@@ -81,6 +85,9 @@ def pooling(lowering: Lowering, op: AdaptiveAvgPool2d) -> AdaptiveAvgPool2d | Av
 
 
 def global_avg_pool(lowering: Lowering, op: GlobalAvgPool) -> bool:
+    if op.inputs[0] in lowering.grids:
+        byte_rules.global_avg_pool(lowering, op)
+        return True
     given = lowering.map(op.inputs[0])
     batch, channels, _, _ = given.shape
     meta = lowering.define(op.output, (batch, channels, 1, 1) if op.keepdim else (batch, channels))

@@ -8,7 +8,7 @@ import torch
 
 from autoprune.errors import AutopruneError
 from autoprune.repack.graph.ops import LayerNorm, Linear, Recurrent, RmsNorm
-from autoprune.repack.lowering import convolutions, token_nodes
+from autoprune.repack.lowering import byte_rules, convolutions, token_nodes
 from autoprune.repack.lowering.buffers import Buffer
 from autoprune.repack.lowering.context import turn_back, turned
 from autoprune.repack.lowering.geometry import Tiling, Window
@@ -86,6 +86,9 @@ def linear(lowering: Lowering, op: Linear) -> bool:
         raise AutopruneError(f"a Linear takes {weight.shape[1]} features, not an input of shape {tuple(given)}.")
     shape = (*given[:-1], weight.shape[0])
     lowering.same_shape(op, op.residual, shape)
+    if byte_rules.in_bytes(lowering, op):
+        byte_rules.linear(lowering, op, shape)
+        return True
     meta = lowering.define(op.output, shape)
     tokens = meta.numel() // weight.shape[0]
     if tokens >= lowering.target.lanes:

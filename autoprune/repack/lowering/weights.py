@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -15,6 +15,7 @@ from autoprune.errors import FileError
 from autoprune.repack.kernels.rows_gemm import Twin
 from autoprune.repack.weights.grouping import GROUP_SIZES
 from autoprune.repack.weights.packed import PackedWeight
+from autoprune.repack.weights.quads import Quads, quads, row_sums
 
 Ints = NDArray[np.int32]
 Floats = NDArray[np.float32]
@@ -53,6 +54,20 @@ class Weights:
                 self._orders.pop(old, None)
             self._orders[key] = made
         return made
+
+    def quads(self, whole: int) -> Quads:
+        """A weight of bytes in cells of four channels; see `weights.quads`."""
+        return self.ordered(("quads", whole), lambda: quads(self.packed, whole))
+
+    @cached_property
+    def row_sums(self) -> NDArray[np.int64]:
+        """The sum of each row's weights, of bytes."""
+        return row_sums(self.packed)
+
+    @cached_property
+    def largest_sum(self) -> int:
+        """The largest sum of a row's magnitudes, of bytes."""
+        return int(row_sums(replace(self.packed, values=np.abs(self.packed.values))).max(initial=0))
 
     @cached_property
     def fills_groups(self) -> bool:
@@ -107,4 +122,4 @@ class Weights:
         order = np.argsort(packed.index, kind="stable")
         ends = np.cumsum(np.bincount(packed.index, minlength=packed.shape[1]))
         pointer = np.concatenate([[0], ends]).astype(np.int32)
-        return pointer, self.first[group[order]], packed.values[order]
+        return pointer, self.first[group[order]], packed.values[order].astype(np.float32, copy=False)

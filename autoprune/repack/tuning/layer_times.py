@@ -35,6 +35,7 @@ from autoprune.repack.graph.ops import (
     Linear,
     MaxPool2d,
     Op,
+    Quantize,
     Recurrent,
     Reshape,
     RmsNorm,
@@ -278,7 +279,7 @@ FLOPS: Mapping[type[Op], Callable[[Any, Weights | None, Mapping[str, Tensor]], i
     **dict.fromkeys(
         (
             Gate, Scale, MaxPool2d, AvgPool2d, AdaptiveAvgPool2d, GlobalAvgPool, Activation, Add, LayerNorm, RmsNorm,
-            Rotary, Reshape, Scalar, TorchOp,
+            Rotary, Reshape, Scalar, Quantize, TorchOp,
         )
     ),
 }  # fmt: skip

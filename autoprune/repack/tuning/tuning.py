@@ -13,11 +13,10 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,66 +35,17 @@ from autoprune.repack.native.op import NativeOp
 from autoprune.repack.native.sequence import NativeSequence
 from autoprune.repack.runtime.program import Plan, Program, shapes_of
 from autoprune.repack.tuning.cache_model import Cache, fetched
-from autoprune.repack.weights.grouping import GROUP_SIZES, Grouping
-from autoprune.repack.weights.packed import pack, pack_rows
+from autoprune.repack.tuning.layer import WHOLE, WORTH_TRYING, Layer
+from autoprune.repack.weights.grouping import GROUP_SIZES
+from autoprune.repack.weights.quads import QUAD
 from autoprune.repack.weights.serialized import flag
 
 _LOG = logging.getLogger(__name__)
-VERSION = 7  # of the kernels: what was tuned for others is not used
+VERSION = 8  # of the kernels: what was tuned for others is not used
 ROUNDS = 5
-# What a kept weight costs in groups of this size, relative to the largest: smaller groups load more for each.
-# A vector holds positions, or the filters of a group.
-COST_BY_POSITION = {16: 1.0, 8: 1.0, 4: 1.08, 2: 1.6, 1: 2.4}
-COST_BY_FILTER = {16: 1.0, 8: 1.4, 4: 2.8, 2: 5.0, 1: 8.0}
-WORTH_TRYING = 1.35  # candidates up to this much dearer than the cheapest are timed
 PANELS = ((96, 288), (192, 144), (192, 288), (192, 576))  # positions an item, inputs a panel
 ITEMS_A_THREAD = 8  # so that threads finish together
 STREAMED = 0.06  # bytes of a Linear's weight, read for few tokens, an operation of the whole model
-
-
-@dataclass(frozen=True)
-class Layer:
-    """What a packed layer is made of.
-
-    Attributes:
-        weight: dense, ``(out, in / groups, kh, kw)`` or ``(out, in)``, with its zeros.
-        bias: ``(out,)`` or None.
-        groups: of a grouped convolution.
-        together: neighbouring filters that live or die together, so that only they share a packed group; 0: any may.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    groups: int
-    together: int = 0
-
-    @cached_property
-    def grouping(self) -> Grouping:
-        """Its filters in groups of each size."""
-        return Grouping(self.weight, self.groups)
-
-    def pack(self, size: int) -> Weights:
-        """Its weights in groups of `size`; 0: in the largest that its zeros allow."""
-        if self.together:
-            rows = np.arange(len(self.weight), dtype=np.int32).reshape(-1, size or self.sizes()[0])
-            return Weights.of(pack_rows(self.weight, self.groups, rows), self.bias)
-        return Weights.of(pack(self.weight, self.groups, size or None, self.grouping), self.bias)
-
-    def sizes(self, by_position: bool = False) -> list[int]:
-        """Group sizes worth timing, the most promising first."""
-        factors = COST_BY_POSITION if by_position else COST_BY_FILTER
-        if self.together:
-            fitting = [size for size in GROUP_SIZES if len(self.weight) % size == 0 and size <= max(4, self.together)]
-            cost = {size: self.neighbours_density(size) * factors[size] for size in fitting}
-        else:
-            cost = {size: self.grouping.density(size) * factors[size] for size in GROUP_SIZES}
-        best = min(cost.values())
-        return sorted((size for size in cost if cost[size] <= best * WORTH_TRYING + 1e-9), key=cost.__getitem__)
-
-    def neighbours_density(self, size: int) -> float:
-        """What is stored where neighbours share a group, as a share of the weight."""
-        alive = (self.weight.reshape(len(self.weight) // size, size, -1) != 0).any(dim=1)
-        return float(alive.double().mean())
 
 
 class TuningCache:
@@ -148,10 +98,15 @@ def _say_once(text: str) -> None:
 def tiling_from_json(row: Mapping[str, Any]) -> Tiling:
     """Checks what a file says; raises ValueError or TypeError."""
     tiling = Tiling(**row)
-    numbers = (tiling.group_size, tiling.block, tiling.chunk, tiling.panel)
+    numbers = (tiling.group_size, tiling.block, tiling.chunk, tiling.panel, tiling.whole)
     fine = all(type(n) is int and 0 <= n < 2**31 for n in numbers) and tiling.group_size in (0, *GROUP_SIZES)
-    flags = (tiling.inputs_first, tiling.serpentine, tiling.columns)
-    if not fine or tiling.block < 1 or not all(isinstance(flag, bool) for flag in flags):
+    flags = (tiling.inputs_first, tiling.serpentine, tiling.columns, tiling.tiles)
+    if (
+        not fine
+        or tiling.block < 1
+        or not 1 <= tiling.whole <= QUAD
+        or not all(isinstance(flag, bool) for flag in flags)
+    ):
         raise ValueError("no tiling")
     return tiling
 
@@ -264,9 +219,10 @@ def key_of(step: NativeStep, layer: Layer, plan: Plan) -> str:
     """What a layer's fastest tiling depends on, as text."""
     op = step.layer
     assert op is not None
-    densities = [round(layer.grouping.density(size) * 20) / 20 for size in GROUP_SIZES]
+    densities = [round(layer.density(size) * 20) / 20 for size in GROUP_SIZES]
     what = [op.kind, list(layer.weight.shape), layer.groups, _geometry(op), step.size, densities, plan.threads]
     what += [layer.together, op.gate, op.live] if isinstance(op, GatedConv2d) else []
+    what += ["int8"] if layer.scale is not None else []
     return json.dumps(what)
 
 
@@ -293,7 +249,7 @@ class _Bench:
         candidates: dict[Tiling, NativeSequence] = {}
         packs = {size: layer.pack(size) for size in layer.sizes(issubclass(step.form, ConvolutionOp))}
         for weights in packs.values():
-            for tiling in tilings(step, weights, self.plan.threads):
+            for tiling in tilings(step, weights, self.plan.threads, self.target):
                 candidates[tiling] = NativeSequence([step.build(weights, tiling)])
         best = self.timed(candidates)
         winner = min(best, key=best.__getitem__)
@@ -321,7 +277,7 @@ class _Bench:
         self, step: NativeStep, weights: Weights, tiling: Tiling, op: NativeOp
     ) -> tuple[Tiling, NativeOp] | None:
         """The tiling in serpentine order and its op, where that would fetch less than `op` does."""
-        if step.form is not Conv2d:
+        if step.form is not Conv2d or weights.packed.scale is not None:
             return None
         other = replace(tiling, serpentine=True)
         made = step.build(weights, other)
@@ -332,10 +288,12 @@ class _Bench:
         return (other, made) if turned < rising else None
 
 
-def tilings(step: NativeStep, weights: Weights, threads: int) -> Iterable[Tiling]:
+def tilings(step: NativeStep, weights: Weights, threads: int, target: Target) -> Iterable[Tiling]:
     """The ways to cut a layer's work that are worth timing."""
     groups, size = weights.packed.groups, weights.packed.group_size
     positions, batch = step.size
+    if weights.packed.scale is not None:
+        return _byte_tilings(step, weights, threads, target)
     if step.form is Recurrent:
         # an item is some sequences of the batch, all their steps
         walks = (False,) if weights.by_column is None else (False, True)
@@ -362,6 +320,22 @@ def tilings(step: NativeStep, weights: Weights, threads: int) -> Iterable[Tiling
             chunk = -(-groups // max(1, -(-least // items)))
             made.append(Tiling(size, min(block, positions), chunk, True, panel))
     return dict.fromkeys([*made, whole])
+
+
+def _byte_tilings(step: NativeStep, weights: Weights, threads: int, target: Target) -> Iterable[Tiling]:
+    """Those of a layer whose weight is bytes: also whether its channels are read as they lie or put together."""
+    groups, size = weights.packed.groups, weights.packed.group_size
+    positions, batch = step.size
+    costs = {whole: weights.quads(whole).cost for whole in WHOLE}
+    least, made = ITEMS_A_THREAD * threads if threads > 1 else 1, []
+    for whole in (whole for whole in WHOLE if costs[whole] <= WORTH_TRYING * min(costs.values())):
+        for block in dict.fromkeys(min(block, positions) for block in (48, 192, positions)):
+            chunk = -(-groups // max(1, -(-least // (batch * -(-positions // block)))))
+            made.append(Tiling(size, block, chunk, True, whole=whole))
+        made.append(Tiling(size, positions, -(-groups // max(least, -(-groups // 4))), False, whole=whole))
+    same = {tuple(weights.quads(whole).pointer.tolist()): whole for whole in reversed(WHOLE)}
+    made = [each for each in made if each.whole in same.values()]
+    return dict.fromkeys([*made, *(replace(each, tiles=True) for each in made if target.amx)])
 
 
 def _by_rows(weights: Weights, positions: int, batch: int, threads: int) -> bool:

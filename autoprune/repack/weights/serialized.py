@@ -7,7 +7,7 @@ the zeros' own, and so hold zeros, telling them once a filter may be smaller: th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from autoprune.errors import AutopruneError, FileError
+from autoprune.quantization.grid import WEIGHT_LEVELS
 from autoprune.registry import Choice
 from autoprune.repack.weights.encodings import ENCODINGS, Cells, smallest
 from autoprune.repack.weights.grouping import GROUP_SIZES
-from autoprune.repack.weights.packed import Floats, Ints, PackedWeight, owners, pack_rows
+from autoprune.repack.weights.packed import Bytes, Floats, Ints, PackedWeight, owners, pack_rows
 
 VALUE_BITS = (32, 8)
 # Unpacking what is told once a filter takes the dense weight: of so many weights one must be kept.
@@ -35,8 +36,9 @@ class StoredWeight:
 
     Attributes:
         about: JSON that says how to read the tensors.
-        tensors: ``positions`` (bytes), ``values`` (float32, or int8 with ``scales``), and ``rows``, the filter of each
-            row, unless the filters are in order.
+        tensors: ``positions`` (bytes), ``values`` (float32; int8 with ``scales``, one a row; int8 with
+            ``filter_scales`` where the weight is of bytes), and ``rows``, the filter of each row, unless the filters
+            are in order.
     """
 
     about: Mapping[str, Any]
@@ -52,7 +54,7 @@ def store(packed: PackedWeight, value_bits: int = 32) -> StoredWeight:
 
     Args:
         packed: what to store; kept positions may be in any order within a group, and come back rising.
-        value_bits: 32, or 8 for values rounded to 1/127 of the largest one of their row.
+        value_bits: 32, or 8 for values rounded to 1/127 of the largest one of their row; bytes stay what they are.
 
     Raises:
         AutopruneError: no such number of bits.
@@ -71,7 +73,7 @@ def check_value_bits(value_bits: int) -> None:
         raise AutopruneError(f"values are stored in {' or '.join(map(str, VALUE_BITS))} bits, not {value_bits!r}.")
 
 
-def by_group(packed: PackedWeight) -> tuple[Cells, Floats]:
+def by_group(packed: PackedWeight) -> tuple[Cells, Floats | Bytes]:
     """The kept positions of each group, and their values, ``(kept, group_size)``."""
     columns = int(np.prod(packed.shape[1:], dtype=np.int64))
     row = np.repeat(np.arange(packed.groups, dtype=np.int64), np.diff(packed.group_pointer))
@@ -82,14 +84,14 @@ def by_group(packed: PackedWeight) -> tuple[Cells, Floats]:
     return Cells(packed.groups, columns, cell[order]), packed.values[order]
 
 
-def by_filter(packed: PackedWeight) -> tuple[Cells, Floats]:
+def by_filter(packed: PackedWeight) -> tuple[Cells, Floats | Bytes]:
     """The nonzero positions of each filter, and their values, ``(nonzeros, 1)``."""
-    dense = packed.unpack().reshape(packed.shape[0], -1).numpy()
+    dense = packed.unpack_values().reshape(packed.shape[0], -1)
     kept = np.flatnonzero(dense)
     return Cells(dense.shape[0], dense.shape[1], kept), dense.reshape(-1, 1)[kept]
 
 
-def _store(packed: PackedWeight, cells: Cells, values: Floats, shared: bool, value_bits: int) -> StoredWeight:
+def _store(packed: PackedWeight, cells: Cells, values: Floats | Bytes, shared: bool, value_bits: int) -> StoredWeight:
     encoding = smallest(cells)
     about = {
         "shape": list(packed.shape),
@@ -99,7 +101,10 @@ def _store(packed: PackedWeight, cells: Cells, values: Floats, shared: bool, val
         "shared": shared,
     }
     tensors = {"positions": torch.from_numpy(ENCODINGS.create(encoding).encode(cells))}
-    if value_bits == 8:
+    if packed.scale is not None:
+        tensors |= {"values": torch.from_numpy(values), "filter_scales": torch.from_numpy(packed.scale)}
+    elif value_bits == 8:
+        values = values.astype(np.float32, copy=False)
         quantised, scales = _quantise(values, cells)
         tensors |= {"values": torch.from_numpy(quantised), "scales": torch.from_numpy(scales)}
     else:
@@ -124,7 +129,9 @@ def restore(about: Any, tensors: Mapping[str, Tensor]) -> PackedWeight:
 
     shared, columns = flag(about["shared"]), int(np.prod(shape[1:], dtype=np.int64))
     values, scales, positions = tensors["values"], tensors.get("scales"), tensors["positions"]
-    kind, width = torch.float32 if scales is None else torch.int8, size if shared else 1
+    of_filters = tensors.get("filter_scales")
+    kind = torch.float32 if scales is None and of_filters is None else torch.int8
+    width = size if shared else 1
     if values.dtype != kind or values.dim() != 2 or values.shape[1] != width:
         raise FileError(f"values are {values.dtype} of shape {tuple(values.shape)}")
     if positions.dtype != torch.uint8 or positions.dim() != 1:
@@ -134,6 +141,7 @@ def restore(about: Any, tensors: Mapping[str, Tensor]) -> PackedWeight:
     encoding = ENCODINGS.create(Choice.from_json(about["encoding"]))
     cells = encoding.decode(positions.numpy(), len(rows) if shared else shape[0], columns, len(values))
     whole = values.numpy() if scales is None else _dequantise(values.numpy(), scales, cells)
+    scale = None if of_filters is None else _checked_scales(of_filters, values, shape[0])
     if shared:  # the decoder has checked the positions, and what is above all else that validate would
         pointer = cells.pointer
         before = (np.arange(len(rows), dtype=np.int64) - owners(rows, shape[0], conv_groups)) * columns
@@ -141,11 +149,23 @@ def restore(about: Any, tensors: Mapping[str, Tensor]) -> PackedWeight:
         index = cells.kept.astype(np.int32)
         index -= np.repeat(before.astype(np.int32), np.diff(pointer))
         return PackedWeight(
-            shape, conv_groups, size, pointer.astype(np.int32), index, np.ascontiguousarray(whole), rows
+            shape, conv_groups, size, pointer.astype(np.int32), index, np.ascontiguousarray(whole), rows, scale
         )
     dense = np.zeros(shape[0] * columns, np.float32)
     dense[cells.kept] = whole[:, 0]
-    return pack_rows(torch.from_numpy(dense).reshape(shape), conv_groups, rows)
+    made = pack_rows(torch.from_numpy(dense).reshape(shape), conv_groups, rows)
+    return made if scale is None else replace(made, values=made.values.astype(np.int8), scale=scale)
+
+
+def _checked_scales(scales: Tensor, values: Tensor, filters: int) -> Floats:
+    """The scale of each filter of a weight of bytes; raises FileError unless all are right."""
+    fine = scales.dtype == torch.float32 and scales.shape == (filters,)
+    least = torch.finfo(torch.float32).tiny
+    if not fine or not bool((scales.isfinite() & (scales >= least)).all()):
+        raise FileError(f"scales of filters are {scales.dtype} of shape {tuple(scales.shape)}, or not all positive")
+    if values.numel() and int(values.min()) < -WEIGHT_LEVELS:
+        raise FileError("a weight is -128 steps")
+    return np.ascontiguousarray(scales.numpy())
 
 
 def _quantise(values: Floats, cells: Cells) -> tuple[NDArray[np.int8], Floats]:

@@ -1,0 +1,129 @@
+"""Which layers of a captured model become int8, and whether the program computes what was decided.
+
+A program of bytes does not give the model's outputs to the last digits: it is compared with the quantised graph run by
+torch, and that graph, before it was quantised, with the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from autoprune.errors import AutopruneError
+from autoprune.model.arguments import Arguments
+from autoprune.repack.graph.extents import with_extents
+from autoprune.repack.graph.ir import Graph
+from autoprune.repack.graph.ops import FusedLayerOp
+from autoprune.repack.graph.proofs import proven
+from autoprune.repack.graph.reference import reference
+from autoprune.repack.outputs import noise_of, same_output
+from autoprune.repack.probes import agrees, fresh
+from autoprune.repack.quantize import LayerPrecision, Settings, quantised_graph
+from autoprune.repack.report import LayerReport
+
+Precision = Literal["float32", "int8", "mixed"]
+PRECISIONS: tuple[Precision, ...] = ("float32", "int8", "mixed")
+
+# A value near a tie may be rounded otherwise, and in a deep model one step grows to as much as quantising itself does:
+# two right programs differ by sqrt(2) of that.
+NOISE = 1.5
+LEAST = 1e-4  # of the outputs' size
+
+
+def check_precision(precision: object, calibration: object, modules: bool) -> None:
+    """Raises AutopruneError unless `precision` is one that the form has, with calibration where it needs it."""
+    if precision not in PRECISIONS:
+        raise AutopruneError(f"precision is one of {', '.join(PRECISIONS)}, not {precision!r}.")
+    if modules and precision != "float32":
+        raise AutopruneError(f"precision={precision!r} needs the form 'program': packed modules are float32.")
+    if precision == "float32" and calibration is not None:
+        raise AutopruneError("calibration batches are for precision='int8' or 'mixed'; float32 needs none.")
+    if precision != "float32" and calibration is None:
+        raise AutopruneError(
+            f"precision={precision!r} needs calibration=batches: some inputs of the model, as it will see them, from "
+            "which the ranges of its activations are found (four batches of 32 are plenty)."
+        )
+
+
+def quantised(
+    graph: Graph, model: nn.Module, calibration: Iterable[Any], precision: Precision
+) -> tuple[Graph, tuple[LayerPrecision, ...]]:
+    """The graph with its layers in int8, each where its precision says so; and what became of each layer.
+
+    Args:
+        graph: simplified, in float32.
+        model: that it was captured from.
+        calibration: batches of inputs, each as the model is called.
+        precision: ``int8``: every layer that can be; ``mixed``: those that cost little.
+    """
+    if isinstance(calibration, Tensor | nn.Module | str) or not isinstance(calibration, Iterable):
+        raise AutopruneError(
+            f"calibration is a list of batches, each as the model is called, not {type(calibration).__name__}."
+        )
+    batches = [Arguments.of(batch).ordered(model).tensors for batch in calibration]
+    layers = [op.output for op in graph.ops if isinstance(op, FusedLayerOp)]
+    chosen: Literal["int8", "mixed"] = "mixed" if precision == "mixed" else "int8"
+    made = quantised_graph(graph, layers, batches, Settings(precision=chosen))
+    constants, ops = dict(made.graph.constants), []
+    for op in made.graph.ops:
+        if op.output in made.scales:
+            name = f"{op.output}.scale"
+            constants[name] = made.scales[op.output]
+            op = replace(op, tensors={**op.tensors, "scale": name})
+        ops.append(op)
+    return replace(made.graph, ops=tuple(ops), constants=constants), made.precisions
+
+
+def freed(graph: Graph, original: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Graph:
+    """The graph, not yet quantised, with those extents free at which it computes what the model does."""
+
+    def right(chosen: Mapping[int, int]) -> bool:
+        shapes = with_extents(graph.inputs, chosen)
+        return bool(agrees(original, partial(_by_torch, graph), inputs, shapes, _same))
+
+    return proven(graph, right)
+
+
+def _by_torch(graph: Graph, *inputs: Tensor) -> Any:
+    return reference(graph, inputs)
+
+
+def _same(got: Any, wanted: Any) -> bool:
+    return same_output(tensors_in(got), tensors_in(wanted))
+
+
+def tensors_in(outputs: Any) -> tuple[Tensor, ...]:
+    """The tensors in a model's outputs, in order."""
+    return Arguments(outputs).tensors
+
+
+def reproduces(made: Callable[..., Any], graph: Graph, plain: Graph, inputs: tuple[Tensor, ...]) -> bool:
+    """Whether a program computes what its quantised graph says, as far as roundings that fall otherwise let it.
+
+    Args:
+        made: the program, called with the graph's inputs.
+        graph: quantised.
+        plain: the same before it was quantised.
+        inputs: to try.
+    """
+    with torch.inference_mode():
+        wanted, whole, got = (
+            tensors_in(run(*fresh(inputs))) for run in (partial(_by_torch, graph), partial(_by_torch, plain), made)
+        )
+    return noise_of(got, wanted) <= max(LEAST, NOISE * noise_of(wanted, whole))
+
+
+def with_precision(row: LayerReport, precisions: Iterable[LayerPrecision]) -> LayerReport:
+    """A layer's row with what became of its precision."""
+    for each in precisions:
+        if each.layer == row.name:
+            return replace(
+                row, precision=each.precision, scale=each.scale, zero_point=each.zero_point, snr_db=each.snr_db,
+                why=f"{row.why}; {each.why}" if each.why else row.why,
+            )  # fmt: skip
+    return row
