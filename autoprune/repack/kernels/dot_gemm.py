@@ -128,10 +128,10 @@ def dot_tiles(rows: int, target: Target, mixed: bool) -> dict[int, int]:
     """Vectors of positions -> rows of the register tile that computes them; whole lanes of rows, where `rows` are.
 
     Without an instruction for them, each input and each weight is taken apart into two. Mixed cells are put together
-    once a tile: it holds all rows of the group, where a single vector of positions leaves room for them.
+    once a tile: it has the most rows that there is room for.
     """
     heights = tiles(rows, target, 1 if target.dot == "vnni" else 2)
-    least = rows if mixed and heights[1] == rows else min(rows, QUAD)
+    least = heights[1] if mixed else min(rows, QUAD)
     return {count: height for count, height in heights.items() if height % least == 0}
 
 

@@ -53,7 +53,7 @@ from autoprune.repack.kernels.ir import (
     vector,
 )
 
-PARTS = 6  # independent sums, so that none waits for the one before it
+PARTS = 8  # independent sums at least, so that none waits for the one before it
 
 
 class Field(Fields):
