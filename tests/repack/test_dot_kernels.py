@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from autoprune.errors import AutopruneError
-from autoprune.repack.kernels import dot_amx, dot_gemm, dot_rows, math
+from autoprune.repack.kernels import compiler, dot_amx, dot_gemm, dot_rows, math
 from autoprune.repack.kernels.compiler import Target, call_op, host, narrowed
 from autoprune.repack.kernels.dot_tile import QUAD, Form
 from autoprune.repack.kernels.fields import Given
@@ -339,6 +339,13 @@ def test_threads_may_use_tiles() -> None:
     """The system is asked once for all of them."""
     with ThreadPoolExecutor(1) as pool:
         pool.submit(check_convolution, np.random.default_rng(0), Ending(16, "bytes"), host(), amx=True).result()
+
+
+def test_tiles_that_the_system_refuses_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "_amx_permitted", lambda: False)
+    target = compiler.host.__wrapped__()
+    assert not target.amx
+    assert target.dot == host().dot
 
 
 def test_a_target_without_tiles_refuses_them() -> None:
