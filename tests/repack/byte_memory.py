@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import random
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +18,7 @@ from autoprune.repack.lowering.buffers import Buffer, MapAt, StridedRef
 from autoprune.repack.lowering.byte_nodes import quads
 from autoprune.repack.lowering.layout import FLOAT_BYTES, MapLayout
 from autoprune.repack.native.op import NativeOp
+from tests.repack.test_kernels import LIBC
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
@@ -26,22 +29,31 @@ targets = pytest.mark.parametrize("target", list(TARGETS.values()), ids=list(TAR
 
 
 class Memory:
-    """One slot with buffers between walls; what is not written keeps what it held."""
+    """A slot for each buffer, which begins or ends where memory does: to touch what lies outside kills the process.
 
-    wall = 512
+    On its other side, and where a buffer is only read, nothing may change.
+    """
 
     def __init__(self, seed: int) -> None:
         self.rng = np.random.default_rng(seed)
-        self.lanes = self.rng.integers(-(2**31), 2**31, 1 << 19).astype(np.int32)
-        self.used = self.wall
-        self.written: list[tuple[int, int]] = []
+        self.behind = seed % 2 == 1
+        self.slots: list[NDArray[np.int32]] = [np.zeros(1, np.int32)]
+        self.written: dict[int, int] = {}
 
     def buffer(self, size: int, layout: MapLayout | None = None, written: bool = False) -> Buffer:
-        start, self.used = self.used, -(-(self.used + size + self.wall) // 16) * 16
-        assert self.used < len(self.lanes)
+        page = mmap.PAGESIZE
+        room = -(-size * FLOAT_BYTES // page) * page
+        region = mmap.mmap(-1, room + 2 * page)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(region))
+        for guard in (start, start + page + room) if LIBC is not None else ():
+            assert LIBC.mprotect(ctypes.c_void_p(guard), ctypes.c_size_t(page), 0) == 0
+        lanes = np.frombuffer(region, np.int32, room // FLOAT_BYTES, page)
+        lanes[:] = self.rng.integers(-(2**31), 2**31, len(lanes))
+        self.slots.append(lanes)
         if written:
-            self.written.append((start, start + size))
-        return Buffer(size, layout, 1, start * FLOAT_BYTES)
+            self.written[len(self.slots) - 1] = size
+        first = len(lanes) - size if self.behind else 0
+        return Buffer(size, layout, len(self.slots) - 1, first * FLOAT_BYTES)
 
     def map(self, batch: int, layout: MapLayout, written: bool = False) -> MapAt:
         return MapAt(self.buffer(layout.size(batch), layout, written), layout)
@@ -61,15 +73,15 @@ class Memory:
     def put(self, at: MapAt, q: Bytes, border: int) -> None:
         """Bytes of shape (N, C, H, W) into an interleaved map, and around them."""
         whole = bordered(q, at.layout, border)
-        self.lanes[self.places(at, len(q))] = lanes_of(whole)
+        self.slots[at.buffer.slot][self.places(at, len(q))] = lanes_of(whole)
 
     def put_floats(self, at: MapAt, x: Floats) -> None:
         layout = at.layout
         whole = np.pad(x, ((0, 0), (0, 0), (layout.pad_h,) * 2, (layout.pad_w,) * 2))
-        self.lanes[self.places(at, len(x))] = whole.view(np.int32)
+        self.slots[at.buffer.slot][self.places(at, len(x))] = whole.view(np.int32)
 
     def get(self, at: MapAt, batch: int) -> NDArray[np.int32]:
-        return self.lanes[self.places(at, batch)]
+        return self.slots[at.buffer.slot][self.places(at, batch)]
 
     def floats(self, shape: tuple[int, ...], strides: tuple[int, ...], x: Floats | None = None) -> StridedRef:
         """A strided value; `x` where it is read, else it is written."""
@@ -82,18 +94,19 @@ class Memory:
 
     def strided(self, ref: StridedRef, shape: tuple[int, ...]) -> NDArray[np.int32]:
         assert isinstance(ref.offset_bytes, int)
-        start = self.lanes[ref.offset_bytes // FLOAT_BYTES :]
+        start = self.slots[ref.slot][ref.offset_bytes // FLOAT_BYTES :]
         return np.lib.stride_tricks.as_strided(start, shape, [stride * FLOAT_BYTES for stride in ref.strides])
 
     def run(self, op: NativeOp) -> None:
         """In any order of its items; nothing outside of the written buffers changes."""
-        before = self.lanes.copy()
-        slots = np.array([0, self.lanes.ctypes.data], np.int64)
+        before = [lanes.copy() for lanes in self.slots]
+        slots = np.array([0, *(lanes.ctypes.data for lanes in self.slots[1:])], np.int64)
         for item in self.rng.permutation(op.items):
             call_op(op.kernel, op.fields.ctypes.data, slots.ctypes.data, int(item))
-        for start, stop in self.written:
-            before[start:stop] = self.lanes[start:stop]
-        assert np.array_equal(before, self.lanes)
+        for slot, size in self.written.items():
+            there = slice(-size, None) if self.behind else slice(size)
+            before[slot][there] = self.slots[slot][there]
+        assert all(map(np.array_equal, before, self.slots))
 
 
 def lanes_of(q: Bytes) -> NDArray[np.int32]:
