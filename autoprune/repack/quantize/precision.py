@@ -151,6 +151,7 @@ class _Calibration:
         self.ranges = fitted_ranges(graph, self.batches, whole, self.observers, settings.ranges)
         self.whole = whole
         self.outputs = [returned_floats(graph, batch) for batch in self.batches]
+        self._known: dict[tuple[str, Grid], Fitted] = {}
         self.snr_db: dict[str, float] = {}
         self.model_snr_db: dict[str, float] = {}
 
@@ -195,7 +196,11 @@ class _Calibration:
             placement = self.placing.of(chosen)
             grids = self.ranges.grids(placement)
             inputs = grids_of_inputs(placement, grids, chosen)
-            fitted = fitted_layers(self.graph, self.batches, inputs)
+            new = {name: grid for name, grid in inputs.items() if (name, grid) not in self._known}
+            if new:
+                found = fitted_layers(self.graph, self.batches, new)
+                self._known |= {(name, new[name]): each for name, each in found.items()}
+            fitted = {name: self._known[name, grid] for name, grid in inputs.items()}
             wide = [name for name, each in fitted.items() if not each.layer.fits]
             if not wide:
                 return placement, grids, fitted
