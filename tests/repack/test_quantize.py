@@ -190,6 +190,13 @@ def test_maps_that_no_int8_layer_follows_stay_floats() -> None:
     assert behind(found.graph) == ["x"]
 
 
+def test_outputs_that_are_infinite_do_not_hide_the_error_of_the_others() -> None:
+    built = Built(IMAGE).conv("a", "x", 8, 3)
+    built.constants["mask"] = torch.zeros(8, 8).masked_fill(torch.eye(8, dtype=torch.bool), -math.inf)
+    graph = built.add(TorchOp.of("masked", "aten.add.Tensor", ({"ref": "a"}, {"ref": "mask"}))).returning("masked")
+    assert quantised(graph, ranges="min_max").snr_db == pytest.approx(40, abs=5)
+
+
 def test_the_residual_stream_of_tokens_stays_float() -> None:
     built = Built(TOKENS).add(LayerNorm("norm", ("x",), size=16, eps=1e-5)).linear("up", "norm", 32, 16)
     built.linear("down", "up", 16, 32, residual="x").linear("head", "down", 4, 16)

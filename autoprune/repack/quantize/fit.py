@@ -25,10 +25,10 @@ BEST = "best"
 
 
 def decibels(signal: float, noise: float) -> float:
-    """A signal-to-noise ratio in dB; infinite where there is no noise."""
+    """A signal-to-noise ratio in dB; infinite where there is no noise, minus infinity where there is no end of it."""
     if noise == 0:
         return math.inf
-    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+    return 10 * math.log10(signal / noise) if signal > 0 and noise < math.inf else -math.inf
 
 
 def weighted_sums(op: LayerOp, x: Tensor, weight: Tensor) -> Tensor:

@@ -272,10 +272,13 @@ def _floats(values: Sequence[Any]) -> list[Tensor]:
 
 
 def _lowest_snr_db(exact: Sequence[Sequence[Tensor]], others: Sequence[Sequence[Tensor]]) -> float:
-    """The lowest signal-to-noise ratio of a model's outputs: `exact` and `others` hold those of each batch."""
+    """The lowest signal-to-noise ratio of a model's outputs: `exact` and `others` hold those of each batch.
+
+    Elements that are not finite, such as masked ones, do not count.
+    """
     found = [math.inf]
     for of_batches, same in zip(zip(*exact, strict=True), zip(*others, strict=True), strict=True):
-        signal = sum(float(x.square().sum(dtype=torch.float64)) for x in of_batches)
-        pairs = zip(of_batches, same, strict=True)
-        found.append(decibels(signal, sum(float((y - x).square().sum(dtype=torch.float64)) for x, y in pairs)))
+        x, y = (torch.cat([each.flatten().double() for each in outputs]) for outputs in (of_batches, same))
+        counts = torch.isfinite(x)
+        found.append(decibels(float(x[counts].square().sum()), float((y - x)[counts].square().sum())))
     return min(found)
