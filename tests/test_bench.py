@@ -258,7 +258,7 @@ def test_the_tables() -> None:
     assert [(row[0], row[2]) for row in whole[2:]] == [
         ("the model itself, torch eager", "0.67x"),
         ("onnxruntime, best dense", "1.00x"),
-        ("openvino_bf16 (not float32: not compared)", "4.00x"),
+        ("openvino_bf16 (bf16: not compared)", "4.00x"),
         ("repacked", "2.00x"),
     ]
     lines = [line for line in layers_table(found.layers, 100.0).splitlines() if line.startswith("|")]

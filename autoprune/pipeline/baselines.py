@@ -13,7 +13,7 @@ from torch import nn
 from autoprune.envs.limits import FileSize
 from autoprune.errors import AutopruneError, FileError
 from autoprune.files import read_json, temporary_folder, write_json
-from autoprune.latency.engines import ENGINES, baselines
+from autoprune.latency.engines import ENGINES, baselines, best_engine
 from autoprune.latency.machine import differences, machine_identity
 from autoprune.latency.timer import Clock, Protocol, measure_together, speedup, torch_threads
 from autoprune.repack import RepackedModel, repack, save
@@ -178,9 +178,8 @@ def time_engines(
         file_bytes = (folder / "dense.safetensors").stat().st_size
     times = measure_together(engines.calls, protocol, clock)
     ms = {name: took.median_ms for name, took in times.items()}
-    same_work = [name for name in ms if name == EAGER or (name in ENGINES and ENGINES.get(name).float32)]
     return Baselines(
-        best=min(same_work, key=lambda name: ms[name]),
+        best=best_engine(ms),
         ms=ms,
         speedups={name: speedup(times[EAGER], took) for name, took in times.items()},
         file_bytes=file_bytes,

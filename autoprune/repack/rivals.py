@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,14 @@ from torch.utils import _pytree as pytree
 
 from autoprune.errors import AutopruneError
 from autoprune.latency.engines import ENGINES
-from autoprune.latency.engines.base import Call
+from autoprune.latency.engines.base import Call, Precision
 from autoprune.model.copies import copy_for_inference, not_running
-from autoprune.repack.outputs import difference, same_output
+from autoprune.repack.outputs import difference, noise_of, same_output
 from autoprune.repack.probes import fresh
 
-ROUNDED, ROUNDED_BF16 = 1e-3, 0.1  # how far from the model's largest value an engine's rounding may lead
+ROUNDED: Mapping[Precision, float] = {"float32": 1e-3, "bf16": 0.1, "int8": 0.5}
+"""How far from the model's largest value an engine's rounding may lead. How far it does lead is for `signal_to_noise_db`:
+in int8 that is the model's matter; what is further off than this computes something else."""
 
 
 def dense_calls(
@@ -26,6 +29,7 @@ def dense_calls(
     threads: int,
     engines: Sequence[str],
     done: Callable[[str], object] = lambda name: None,
+    calibration: Sequence[tuple[Any, ...]] | None = None,
 ) -> tuple[dict[str, Call], dict[str, str]]:
     """Those of `engines` that compute what the model computes in torch; the others, and why they are left out.
 
@@ -35,6 +39,7 @@ def dense_calls(
         threads: of one inference.
         engines: rows of ENGINES.
         done: told each engine when it is prepared or left out.
+        calibration: of engines in int8: batches of inputs of the same shapes; `inputs` alone when None.
 
     Raises:
         AutopruneError: the model itself does not run.
@@ -50,10 +55,10 @@ def dense_calls(
     for name in engines:
         engine = ENGINES.get(name)()
         try:
-            call = engine.prepare(model, fresh(inputs), threads)
+            call = engine.prepare(model, fresh(inputs), threads, calibration)
             with engine.reasons():
                 outputs = call()
-            if why := _wrong(outputs, wanted, ROUNDED if engine.float32 else ROUNDED_BF16):
+            if why := _wrong(outputs, wanted, ROUNDED[engine.precision]):
                 left_out[name] = f"it computes something else than the model, which is wrong: {why}."
             else:
                 calls[name] = call
@@ -66,6 +71,26 @@ def dense_calls(
 def arrays_as_tensors(outputs: Sequence[Any]) -> list[Tensor]:
     """Copies of an ONNX engine's outputs, which its next call may overwrite."""
     return [torch.from_numpy(np.array(each)) for each in outputs]
+
+
+def signal_to_noise_db(outputs: Any, wanted: Any) -> float:
+    """How close an engine's outputs are to the model's.
+
+    Args:
+        outputs: of an engine, in its own form.
+        wanted: the model's in torch eager, in float32.
+
+    Returns:
+        Of the output that is furthest off: its mean square by that of its error, in dB. Infinite where there is no
+        error; minus infinity where an output has another shape or holds a NaN.
+    """
+    right = [x for x in pytree.tree_leaves(wanted) if isinstance(x, Tensor)]
+    if isinstance(outputs, (tuple, list)) and all(isinstance(x, np.ndarray) for x in outputs):
+        got = arrays_as_tensors(outputs)
+    else:
+        got = [x for x in pytree.tree_leaves(outputs) if isinstance(x, Tensor)]
+    noise = noise_of(got, right)
+    return math.inf if noise == 0 else -20 * math.log10(noise) if noise < math.inf else -math.inf
 
 
 def _wrong(outputs: Any, wanted: Any, tolerance: float) -> str:

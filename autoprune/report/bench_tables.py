@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from autoprune.latency.engines import baselines
+from autoprune.latency.engines import ENGINES, baselines, best_engine
 from autoprune.latency.timer import Latency, speedup
 from autoprune.repack import ExportReport, RepackedModel
 from autoprune.repack.onnx.export import CANNOT_RUN, RIGHT, WRONG
@@ -41,8 +41,7 @@ class Bench:
     @property
     def best(self) -> str:
         """The fastest dense engine that computes in float32."""
-        dense = [name for name in baselines() if name in self.latencies]
-        return min(dense, key=lambda name: self.latencies[name].median_ms)
+        return best_engine({name: latency.median_ms for name, latency in self.latencies.items()})
 
     def text(self) -> str:
         """Both tables."""
@@ -58,7 +57,7 @@ def models_table(bench: Bench) -> str:
     rows = []
     for name, latency in bench.latencies.items():
         label = {EAGER: "the model itself, torch eager"}.get(name, name)
-        label += ", best dense" if name == bench.best else "" if name in compared else " (not float32: not compared)"
+        label += ", best dense" if name == bench.best else "" if name in compared else f" ({ENGINES.get(name).precision}: not compared)"
         rows.append((label, str(latency), times(speedup(best, latency))))
     threads = bench.latencies[REPACKED].threads
     table = markdown_table((f"model, {threads} thread(s)", "latency ms (p10-p90)", "over the best dense"), rows)

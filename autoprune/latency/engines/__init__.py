@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 from autoprune.latency.engines.base import DenseEngine
 from autoprune.registry import Registry
 
@@ -14,13 +16,25 @@ ENGINES: Registry[DenseEngine] = Registry(
         "onnxruntime": "autoprune.latency.engines.onnxruntime:OnnxRuntime",
         "openvino": "autoprune.latency.engines.openvino:OpenVino",
         "openvino_bf16": "autoprune.latency.engines.openvino_bf16:OpenVinoBf16",
+        "onnxruntime_int8": "autoprune.latency.engines.onnxruntime_int8:OnnxRuntimeInt8",
+        "openvino_int8": "autoprune.latency.engines.openvino_int8:OpenVinoInt8",
     },
 )
 
 
 def baselines() -> tuple[str, ...]:
     """The engines that do the same work as the model itself: all in float32."""
-    return tuple(name for name in ENGINES if ENGINES.get(name).float32)
+    return tuple(name for name in ENGINES if ENGINES.get(name).precision == "float32")
 
 
-__all__ = ["ENGINES", "DenseEngine", "baselines"]
+def best_engine(ms: Mapping[str, float], among: Iterable[str] | None = None) -> str:
+    """The fastest dense engine.
+
+    Args:
+        ms: what was timed -> milliseconds; what is no dense engine does not count.
+        among: the rows of ENGINES that count: `baselines` when None, all of ENGINES for the best of any precision.
+    """
+    return min((name for name in (baselines() if among is None else among) if name in ms), key=lambda name: ms[name])
+
+
+__all__ = ["ENGINES", "DenseEngine", "baselines", "best_engine"]

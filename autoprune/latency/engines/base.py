@@ -6,11 +6,11 @@ import copy
 import importlib.util
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from autoprune.errors import AutopruneError, MissingExtra
 from autoprune.model.inventory import as_tuple
@@ -20,6 +20,8 @@ INSTALL = 'pip install "autoprune[engines]"'
 LONGEST = 400  # characters of an engine's reason
 
 Call = Callable[[], object]
+Inputs = tuple[Any, ...]
+Precision = Literal["float32", "bf16", "int8"]
 
 
 class DenseEngine(ABC):
@@ -27,11 +29,16 @@ class DenseEngine(ABC):
 
     Attributes:
         needs: the modules it imports beyond autoprune's own dependencies.
-        float32: whether it computes in float32 throughout; one that does not is shown, never compared with.
+        install: the command that installs them.
+        precision: of its products. Only ``float32`` is the model's own work; other engines are shown beside a float32
+            model, never compared with.
+        note: what `prepare` decided, in words; empty where there was nothing to decide.
     """
 
     needs: ClassVar[tuple[str, ...]] = ()
-    float32: ClassVar[bool] = True
+    install: ClassVar[str] = INSTALL
+    precision: ClassVar[Precision] = "float32"
+    note: str = ""
 
     @property
     def name(self) -> str:
@@ -40,15 +47,19 @@ class DenseEngine(ABC):
 
     def available(self) -> str | None:
         """None when the engine can be used here, else the command that installs what is missing."""
-        return None if all(importlib.util.find_spec(name) for name in self.needs) else INSTALL
+        return None if all(importlib.util.find_spec(name) for name in self.needs) else self.install
 
-    def prepare(self, model: nn.Module, example_inputs: Any, threads: int) -> Call:
+    def prepare(
+        self, model: nn.Module, example_inputs: Any, threads: int, calibration: Iterable[Any] | None = None
+    ) -> Call:
         """Compiles a copy of `model` (in eval mode, weights as they are) for these very shapes.
 
         Args:
             model: left as it was.
             example_inputs: a tensor or a tuple of them, batch included.
             threads: of one inference; at least 1.
+            calibration: batches of inputs, each of the example inputs' types and shapes, from which an int8 engine
+                finds the ranges of activations; the example inputs alone when None. Other engines need none.
 
         Returns:
             A call that runs one inference on `example_inputs` and returns the outputs in the engine's own
@@ -56,13 +67,16 @@ class DenseEngine(ABC):
 
         Raises:
             MissingExtra: the engine is not installed; the message carries the command.
-            AutopruneError: the engine cannot run the model.
+            AutopruneError: the engine cannot run the model, or not in its precision; or calibration batches that are
+                not like the example inputs.
         """
         command = self.available()
         if command is not None:
             raise MissingExtra(f"this engine needs what is not installed here. Install it with: {command}")
+        inputs = as_tuple(example_inputs)
+        batches = [inputs] if calibration is None else _checked([as_tuple(each) for each in calibration], inputs)
         with self.reasons():
-            return self._compile(copy.deepcopy(model).eval(), as_tuple(example_inputs), threads)
+            return self._compile(copy.deepcopy(model).eval(), inputs, threads, batches)
 
     @contextmanager
     def reasons(self) -> Iterator[None]:
@@ -78,5 +92,25 @@ class DenseEngine(ABC):
             raise AutopruneError(f"{self.name} cannot run this model: {why}.") from error
 
     @abstractmethod
-    def _compile(self, model: nn.Module, inputs: tuple[Any, ...], threads: int) -> Call:
-        """`prepare` on a copy of the model that may be changed."""
+    def _compile(self, model: nn.Module, inputs: Inputs, threads: int, calibration: Sequence[Inputs]) -> Call:
+        """`prepare` on a copy of the model that may be changed, with at least one calibration batch."""
+
+
+def _checked(batches: list[Inputs], inputs: Inputs) -> list[Inputs]:
+    """The calibration batches, each like the example inputs: an engine compiles for their very shapes."""
+    if not batches:
+        raise AutopruneError("there is no calibration batch: give at least one, or None for the example inputs.")
+    for number, batch in enumerate(batches):
+        if (given := _kinds(batch)) != (wanted := _kinds(inputs)):
+            raise AutopruneError(
+                f"calibration batch {number} is {given}, the example inputs are {wanted}: "
+                "give batches of the example inputs' types and shapes."
+            )
+    return batches
+
+
+def _kinds(inputs: Inputs) -> str:
+    return ", ".join(
+        f"{str(x.dtype).removeprefix('torch.')} of {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        for x in inputs
+    )

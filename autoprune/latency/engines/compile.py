@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import shutil
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from autoprune.errors import AutopruneError
-from autoprune.latency.engines.base import Call, DenseEngine
+from autoprune.latency.engines.base import Call, DenseEngine, Inputs
 from autoprune.latency.engines.eager import torch_call
 from autoprune.tracing import tracing
 
@@ -26,7 +26,7 @@ class Compile(DenseEngine):
 
         return None if any(name and shutil.which(name) for name in inductor.cpp.cxx) else INSTALL
 
-    def _compile(self, model: nn.Module, inputs: tuple[Any, ...], threads: int) -> Call:
+    def _compile(self, model: nn.Module, inputs: Inputs, threads: int, calibration: Sequence[Inputs]) -> Call:
         import torch._inductor.config as inductor
 
         try:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from autoprune.latency.engines.base import Call, DenseEngine
+from autoprune.latency.engines.base import Call, DenseEngine, Inputs
 from autoprune.latency.timer import torch_threads
 
 
 class Eager(DenseEngine):
     """torch eager."""
 
-    def _compile(self, model: nn.Module, inputs: tuple[Any, ...], threads: int) -> Call:
+    def _compile(self, model: nn.Module, inputs: Inputs, threads: int, calibration: Sequence[Inputs]) -> Call:
         return torch_call(model, inputs, threads)
 
 

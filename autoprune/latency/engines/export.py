@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from autoprune.errors import AutopruneError
 from autoprune.files import temporary_folder
-from autoprune.latency.engines.base import Call, DenseEngine
+from autoprune.latency.engines.base import Call, DenseEngine, Inputs
 from autoprune.model.copies import own_copy
 from autoprune.tracing import tracing
 
@@ -24,7 +24,7 @@ BATCH = "batch"  # what an extent that may be any is called in a file
 class OnnxEngine(DenseEngine):
     """An engine that reads ONNX files."""
 
-    def load(self, path: Path, inputs: tuple[Any, ...], threads: int) -> Call:
+    def load(self, path: Path, inputs: Inputs, threads: int) -> Call:
         """Compiles a file for inputs of these very shapes; the call is that of `prepare`. The file may go away.
 
         Raises:
@@ -36,16 +36,16 @@ class OnnxEngine(DenseEngine):
         return run
 
     @abstractmethod
-    def _load(self, path: Path, inputs: tuple[Any, ...], threads: int) -> Call:
+    def _load(self, path: Path, inputs: Inputs, threads: int) -> Call:
         """`load`, which may raise whatever the engine raises."""
 
-    def _compile(self, model: nn.Module, inputs: tuple[Any, ...], threads: int) -> Call:
+    def _compile(self, model: nn.Module, inputs: Inputs, threads: int, calibration: Sequence[Inputs]) -> Call:
         with onnx_file(model, inputs) as path:
             return self.load(path, inputs, threads)
 
 
 @contextmanager
-def onnx_file(model: nn.Module, inputs: tuple[Any, ...], opset: int | None = None) -> Iterator[Path]:
+def onnx_file(model: nn.Module, inputs: Inputs, opset: int | None = None) -> Iterator[Path]:
     """Exports `model` for exactly these shapes; the file lasts as long as the block. `opset` None takes torch's own.
 
     Raises:
@@ -61,12 +61,12 @@ def onnx_file(model: nn.Module, inputs: tuple[Any, ...], opset: int | None = Non
             lines = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
             raise AutopruneError(
                 f"the model cannot be exported to ONNX: {lines[0]}. "
-                "Leave the engines 'onnxruntime' and 'openvino' out, or make torch.export accept the model."
+                "Leave the engines that read ONNX files out, or make torch.export accept the model."
             ) from error
         yield path
 
 
-def arrays(inputs: tuple[Any, ...], expected: int) -> list[NDArray[Any]]:
+def arrays(inputs: Inputs, expected: int) -> list[NDArray[Any]]:
     """The example inputs as the engine's, in order; raises AutopruneError when they do not correspond."""
     if len(inputs) != expected or not all(isinstance(value, Tensor) for value in inputs):
         kinds = ", ".join(type(value).__name__ for value in inputs)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from autoprune.latency.engines.base import Call
+from autoprune.latency.engines.base import Call, Inputs, Precision
 from autoprune.latency.engines.export import OnnxEngine
-from autoprune.latency.engines.openvino import openvino_call
+from autoprune.latency.engines.openvino import openvino_call, openvino_model
 
 
 class OpenVinoBf16(OnnxEngine):
-    """OpenVINO's CPU plugin with its own choice of precision."""
+    """OpenVINO's CPU plugin with its own choice of precision, where that is bfloat16."""
 
     needs = ("onnx", "onnxscript", "openvino")
-    float32: ClassVar[bool] = False
+    precision: ClassVar[Precision] = "bf16"
 
-    def _load(self, path: Path, inputs: tuple[Any, ...], threads: int) -> Call:
-        return openvino_call(path, inputs, threads, {})
+    def _load(self, path: Path, inputs: Inputs, threads: int) -> Call:
+        return openvino_call(*openvino_model(path, inputs), threads, {}, products=("bf16",))

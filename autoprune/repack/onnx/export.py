@@ -205,7 +205,7 @@ def _runnable(model: nn.Module, example_inputs: Any, masks: Masks | None) -> ByP
 def _engines() -> dict[str, OnnxEngine]:
     """Those that read ONNX and compute in float32, installed or not."""
     every = {name: ENGINES.get(name)() for name in ENGINES}
-    return {name: each for name, each in every.items() if isinstance(each, OnnxEngine) and each.float32}
+    return {name: each for name, each in every.items() if isinstance(each, OnnxEngine) and each.precision == "float32"}
 
 
 def _engine(name: str) -> OnnxEngine:
