@@ -19,8 +19,8 @@ from autoprune.repack.outputs import difference, noise_of, same_output
 from autoprune.repack.probes import fresh
 
 ROUNDED: Mapping[Precision, float] = {"float32": 1e-3, "bf16": 0.1, "int8": 0.5}
-"""How far from the model's largest value an engine's rounding may lead. How far it does lead is for `signal_to_noise_db`:
-in int8 that is the model's matter; what is further off than this computes something else."""
+"""How far from the model's largest value an engine's rounding may lead: what is further off computes something else.
+How close it is, which is the model's matter in int8, is for `signal_to_noise_db`."""
 
 
 def dense_calls(

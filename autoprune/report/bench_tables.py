@@ -57,7 +57,13 @@ def models_table(bench: Bench) -> str:
     rows = []
     for name, latency in bench.latencies.items():
         label = {EAGER: "the model itself, torch eager"}.get(name, name)
-        label += ", best dense" if name == bench.best else "" if name in compared else f" ({ENGINES.get(name).precision}: not compared)"
+        label += (
+            ", best dense"
+            if name == bench.best
+            else ""
+            if name in compared
+            else f" ({ENGINES.get(name).precision}: not compared)"
+        )
         rows.append((label, str(latency), times(speedup(best, latency))))
     threads = bench.latencies[REPACKED].threads
     table = markdown_table((f"model, {threads} thread(s)", "latency ms (p10-p90)", "over the best dense"), rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,17 @@ from autoprune.latency.timer import Protocol
 from autoprune.repack import ProgramModel, repack
 from autoprune.repack.kernels.compiler import host
 from autoprune.repack.tuning.layer_times import LayerTime, layer_times
-from autoprune.repack.tuning.roofline import CHAINS, FMA_ROUNDS, _read_loop, fma_gflops, l3_gbs
+from autoprune.repack.tuning.roofline import (
+    CHAINS,
+    ROUNDS,
+    _bf16_loop,
+    _int8_loop,
+    _read_loop,
+    bf16_gflops,
+    fma_gflops,
+    int8_gops,
+    l3_gbs,
+)
 
 PROTOCOL = Protocol(samples=3, warmup=1)
 
@@ -153,8 +164,35 @@ def test_what_is_no_program_or_does_not_fit_is_an_error(net: nn.Module) -> None:
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_peak_is_work_by_time(threads: int) -> None:
-    flops = 2 * CHAINS * host().lanes * FMA_ROUNDS * threads
+    flops = 2 * CHAINS * host().lanes * ROUNDS * threads
     assert fma_gflops(threads, ticking(0.5)) == pytest.approx(flops / 0.5 / 1e9)
+
+
+@pytest.mark.parametrize(("peak", "products"), [(int8_gops, 4), (bf16_gflops, 2)])
+def test_the_peak_of_dot_products_is_work_by_time_or_none(peak: Any, products: int) -> None:
+    found = peak(1, ticking(0.5))
+    if found is None:
+        pytest.skip("this CPU has no such instruction")
+    assert found == pytest.approx(2 * products * CHAINS * host().lanes * ROUNDS / 0.5 / 1e9)
+
+
+def test_the_loop_of_bytes_does_every_round() -> None:
+    """The first two vectors are what is multiplied, and the first of the sums too."""
+    if int8_gops(1, ticking(0.5)) is None:
+        pytest.skip("this CPU has no such instruction")
+    numbers = torch.zeros(CHAINS, host().lanes, dtype=torch.int32)
+    numbers[0], numbers[1] = 0x01010101, 0x02020202
+    _int8_loop()(numbers.data_ptr())
+    assert (numbers[2:] == 4 * 2 * ROUNDS).all()
+
+
+def test_the_loop_of_bfloat16_does_every_round() -> None:
+    if bf16_gflops(1, ticking(0.5)) is None:
+        pytest.skip("this CPU has no such instruction")
+    numbers = torch.zeros(CHAINS, host().lanes)
+    numbers[:2] = torch.full((2, 2 * host().lanes), 1.0, dtype=torch.bfloat16).view(torch.float32)
+    _bf16_loop()(numbers.data_ptr())
+    assert (numbers[2:] == 2 * ROUNDS).all()
 
 
 def test_the_bandwidth_is_bytes_by_time() -> None:

@@ -1,4 +1,4 @@
-"""What this machine can do at most: fused multiply-adds and bytes read a second, measured with loops of nothing else.
+"""What this machine can do at most: products and sums, and bytes read, a second, measured with loops of nothing else.
 
 The two roofs of S. Williams, A. Waterman, D. Patterson, "Roofline: an insightful visual performance model", 2009.
 """
@@ -11,13 +11,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import llvmlite.ir as ir
 import torch
+from llvmlite import binding
 
 from autoprune.latency.timer import Clock
 from autoprune.repack.kernels.compiler import compile_function, host, once_a_process
-from autoprune.repack.kernels.ir import FLOATS, I64, at, const, fma, load_vector, store_vector
+from autoprune.repack.kernels.dot_tile import dot
+from autoprune.repack.kernels.ir import FLOATS, I32, I64, at, const, fma, load_vector, store_vector, vector
 
 CHAINS = 12  # independent sums: more than latency times issue width of any core needs
-FMA_ROUNDS = 1_000_000  # about two milliseconds: what it takes to start a thread does not count
+ROUNDS = 1_000_000  # about two milliseconds: what it takes to start a thread does not count
 SAMPLES = 20
 FEW_SAMPLES = 4  # where one takes tens of milliseconds
 MEMORY_BYTES = 1 << 27  # beyond the last-level cache that a core shares
@@ -33,16 +35,34 @@ def fma_gflops(threads: int = 1, clock: Clock = time.perf_counter) -> float:
 
     The best of a few milliseconds' samples: a share of it is a share of what the machine can do when it is quiet.
     """
-    kernel, floats = _fma_loop(), CHAINS * host().lanes
-    numbers = torch.zeros(threads, floats)
+    return _peak_gops(_fma_loop(), 1, threads, clock)
+
+
+def int8_gops(threads: int = 1, clock: Clock = time.perf_counter) -> float | None:
+    """Billions of products and sums that `threads` cores reach together with dot products of four bytes a lane.
+
+    None where the CPU has no instruction for them (VNNI). AMX is not counted: no kernel here uses it.
+    """
+    return _peak_gops(_int8_loop(), 4, threads, clock) if host().dot == "vnni" else None
+
+
+def bf16_gflops(threads: int = 1, clock: Clock = time.perf_counter) -> float | None:
+    """Likewise with dot products of two bfloat16 numbers a lane; None where the CPU has no instruction for them."""
+    has = host().lanes == 16 and "+avx512bf16" in host().features.split(",")
+    return _peak_gops(_bf16_loop(), 2, threads, clock) if has else None
+
+
+def _peak_gops(kernel: Kernel, products: int, threads: int, clock: Clock) -> float:
+    """What a loop of CHAINS sums reaches, which adds so many products to each lane in a round."""
+    lanes = CHAINS * host().lanes
+    numbers = torch.zeros(threads, lanes)
     rows = [row.data_ptr() for row in numbers]
-    flops = 2 * floats * FMA_ROUNDS * threads
     with ThreadPoolExecutor(threads) as pool:
 
         def run() -> None:
             list(pool.map(kernel, rows))
 
-        return flops / _fastest_s(run, clock) / 1e9
+        return 2 * products * lanes * ROUNDS * threads / _fastest_s(run, clock) / 1e9
 
 
 def memory_gbs(clock: Clock = time.perf_counter) -> float:
@@ -79,20 +99,53 @@ def _fastest_s(run: Callable[[], None], clock: Clock, samples: int = SAMPLES) ->
 
 @once_a_process
 def _fma_loop() -> Kernel:
-    """fmas(numbers): CHAINS sums over FMA_ROUNDS rounds."""
+    """CHAINS sums over ROUNDS rounds, of products of floats."""
+
+    def fused(b: ir.IRBuilder, total: ir.Value, x: ir.Value, y: ir.Value) -> ir.Value:
+        return b.call(fma(b.module, host().lanes), [total, x, y])
+
+    return _chains(vector(host().lanes), fused)
+
+
+@once_a_process
+def _int8_loop() -> Kernel:
+    """The same of four bytes a lane, by the instruction of the kernels."""
+
+    def products(b: ir.IRBuilder, total: ir.Value, x: ir.Value, y: ir.Value) -> ir.Value:
+        return dot(b, total, x, y, host())
+
+    return _chains(ir.VectorType(I32, host().lanes), products)
+
+
+@once_a_process
+def _bf16_loop() -> Kernel:
+    """The same of two bfloat16 numbers a lane. As assembly: llvmlite's IR has no such type."""
+    binding.initialize_native_asmparser()
+    sums, pairs = vector(host().lanes), ir.VectorType(I32, host().lanes)
+
+    def products(b: ir.IRBuilder, total: ir.Value, x: ir.Value, y: ir.Value) -> ir.Value:
+        read = [b.bitcast(each, pairs) for each in (x, y)]
+        kind = ir.FunctionType(sums, [sums, pairs, pairs])
+        return b.asm(kind, "vdpbf16ps $3, $2, $0", "=v,0,v,v", [total, *read], False)
+
+    return _chains(sums, products)
+
+
+def _chains(kind: ir.Type, step: Callable[[ir.IRBuilder, ir.Value, ir.Value, ir.Value], ir.Value]) -> Kernel:
+    """chains(numbers): CHAINS vectors, to each of which ROUNDS steps by the first two are done."""
     target, module = host(), ir.Module()
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [FLOATS]), "fmas")
-    b, fused = ir.IRBuilder(function.append_basic_block("entry")), fma(module, target.lanes)
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [FLOATS]), "chains")
+    b = ir.IRBuilder(function.append_basic_block("entry"))
     places = _places(b, function.args[0], target.lanes)
-    start = [load_vector(b, place, target.lanes) for place in places]
+    start = [b.bitcast(load_vector(b, place, target.lanes), kind) for place in places]
 
-    def add(_: ir.Value, sums: Sequence[ir.Value]) -> list[ir.Value]:
-        return [b.call(fused, [total, start[0], start[1]]) for total in sums]
+    def one_each(_: ir.Value, totals: Sequence[ir.Value]) -> list[ir.Value]:
+        return [step(b, total, start[0], start[1]) for total in totals]
 
-    for place, total in zip(places, _repeat(b, const(FMA_ROUNDS), start, add), strict=True):
-        store_vector(b, total, place, target.lanes)
+    for place, total in zip(places, _repeat(b, const(ROUNDS), start, one_each), strict=True):
+        store_vector(b, b.bitcast(total, vector(target.lanes)), place, target.lanes)
     b.ret_void()
-    return compile_function(module, "fmas", target, 1)
+    return compile_function(module, "chains", target, 1)
 
 
 @once_a_process
