@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from autoprune.latency.engines import ENGINES, baselines
 from autoprune.repack.tuning.layer_times import LayerTime
 from autoprune.report.plots import save_png
 from autoprune.report.table import MISSING, markdown_table
+from benchmarks.lib.isa import ALL, HELD
 from benchmarks.lib.page import page
 from benchmarks.lib.provenance import Provenance
 from benchmarks.lib.sweep import Row as SweepRow
@@ -22,21 +23,29 @@ from benchmarks.lib.sweep import Rows
 
 REPACKED = "repacked"
 NOT_SLOWER = 0.97  # below this a cell is slower than dense, not noise
-# Speed-ups over the best dense engine that the project set out for: model -> sparsity -> at batch 1, G=8.
-GOALS: Mapping[str, Mapping[float, float]] = {
-    "resnet18": {0.0: 0.9, 0.5: 1.7, 0.75: 3.0, 0.9: 5.0},
-    "resnet50": {0.5: 1.6, 0.75: 2.6, 0.9: 4.0},
-    "mobilenet_v2": {0.5: 1.3, 0.75: 1.8, 0.9: 2.5},
-    "vit_small": {0.5: 1.4, 0.75: 2.0, 0.9: 2.8},
-    "bert_mini": {0.5: 1.4, 0.75: 2.0, 0.9: 2.8},
+# Speed-ups that the project set out for, in float32 over the best dense engine of float32, in other precisions over the
+# best of any: precision -> model -> sparsity -> at batch 1, G=8.
+GOALS: Mapping[str, Mapping[str, Mapping[float, float]]] = {
+    "float32": {
+        "resnet18": {0.0: 0.9, 0.5: 1.7, 0.75: 3.0, 0.9: 5.0},
+        "resnet50": {0.5: 1.6, 0.75: 2.6, 0.9: 4.0},
+        "mobilenet_v2": {0.5: 1.3, 0.75: 1.8, 0.9: 2.5},
+        "vit_small": {0.5: 1.4, 0.75: 2.0, 0.9: 2.8},
+        "bert_mini": {0.5: 1.4, 0.75: 2.0, 0.9: 2.8},
+    },
+    "int8": {"resnet18": {0.5: 1.7, 0.75: 2.8, 0.9: 4.2}},
 }
 GOAL_GROUP = 8
 ABOUT = """\
-Random weights, float32, milliseconds an inference; all engines and the
-repacked model of a row were timed in turns in one run. The best dense engine is in bold. **Speed-up: over that
-engine**, the median over the rounds (p10-p90).
+Random weights, milliseconds an inference; all engines and the
+repacked model of a row were timed in turns in one run. The best dense engine of float32 is in bold. **Speed-up: over
+that engine**, the median over the rounds (p10-p90); beside it that over the best dense engine of any precision. Where
+a time is not of float32, dB tell how close the outputs are to torch eager's: the dense model's for engines, the masked
+one's for the repacked model. Engines in int8 and the repacked model in int8 are calibrated with the same four batches,
+none of which is the timed one.
 
-Pruned by magnitude in groups of G filters, each layer to the same sparsity: every convolution but the first and the
+Pruned by magnitude in groups of G filters, each layer to the same sparsity; with blocks of 4, neighbouring inputs are
+kept four by four: every convolution but the first and the
 depthwise ones (so the 1x1 convolutions of MobileNetV2), every Linear but the classifier. Dense engines run the model
 before pruning: zeros do not change their speed. So one that took 1.4 times as long as the best in the first cell of a
 model, batch and number of threads was not timed in the others.
@@ -52,9 +61,19 @@ class Cell:
     group: int
     batch: int
     threads: int
+    precision: str = "float32"
+    block: int = 1
+    isa: str = ALL
 
     def __str__(self) -> str:
-        return f"{self.model} {self.sparsity:.0%} G={self.group} batch {self.batch} threads {self.threads}"
+        text = f"{self.model} {self.sparsity:.0%} G={self.group} batch {self.batch} threads {self.threads}"
+        usual = {"float32", "block 1", ALL}
+        return " ".join([text, *(x for x in (self.precision, f"block {self.block}", self.isa) if x not in usual)])
+
+    @property
+    def engines(self) -> tuple[Any, ...]:
+        """What its dense engines depend on."""
+        return (self.model, self.batch, self.threads, self.isa)
 
 
 @dataclass(frozen=True)
@@ -80,6 +99,10 @@ class Row(SweepRow):
         repack_s: seconds that `autoprune.repack` took.
         load: the machine's load average before.
         commit: the revision measured.
+        best_any: the fastest dense engine of any precision; empty in rows from before there were others.
+        speedup_any: like `speedup`, over that engine.
+        snr_db: engine or repacked model -> signal-to-noise ratio of its outputs against torch eager's, where finite.
+        notes: engine -> what it decided.
     """
 
     cell: Cell
@@ -94,6 +117,10 @@ class Row(SweepRow):
     rounds: int
     load: float
     commit: str
+    best_any: str = ""
+    speedup_any: float | None = None
+    snr_db: dict[str, float] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
 
     @property
     def key(self) -> Cell:
@@ -133,10 +160,14 @@ def report(folder: Path, key: str) -> str:
     rows = sorted(kept.last().values(), key=lambda row: _order(row.cell))
     if not rows:
         return f"nothing is measured yet in {kept.path}"
-    parts = [f"{Provenance.here().machine_text}.", goals_table(rows), slowest(rows), table(rows)]
-    models = list(dict.fromkeys(row.cell.model for row in rows))
-    for model in models:
-        save_png(figure([row for row in rows if row.cell.model == model]), folder / f"engine_{model}.png")
+    parts = [f"{Provenance.here().machine_text}."]
+    for isa, precision in sorted({(row.cell.isa, row.cell.precision) for row in rows}, key=_section):
+        inside = [row for row in rows if (row.cell.isa, row.cell.precision) == (isa, precision)]
+        parts.append(f"## The repacked model in {precision}, engines {HELD[isa]}")
+        parts += [goals_table(inside, precision), slowest(inside), table(inside), notes(inside)]
+    drawn = [row for row in rows if (row.cell.isa, row.cell.precision, row.cell.block) == (ALL, "float32", 1)]
+    for model in dict.fromkeys(row.cell.model for row in drawn):
+        save_png(figure([row for row in drawn if row.cell.model == model]), folder / f"engine_{model}.png")
         parts.append(f"![{model}](engine_{model}.png)")
     text = page("Repacked models against dense engines", "engine", ABOUT, *parts)
     write_text(folder / "engine.md", text)
@@ -144,24 +175,40 @@ def report(folder: Path, key: str) -> str:
 
 
 def _order(cell: Cell) -> tuple[Any, ...]:
-    return (cell.batch, cell.threads, cell.model, cell.sparsity, cell.group)
+    return (cell.batch, cell.threads, cell.model, cell.sparsity, cell.group, cell.block)
 
 
-def goals_table(rows: Sequence[Row]) -> str:
-    """Speed-ups at batch 1 and G=8, and in brackets what the project set out for."""
+def _section(which: tuple[str, str]) -> tuple[bool, str, bool, str]:
+    isa, precision = which
+    return (isa != ALL, isa, precision != "float32", precision)  # what is usual first
+
+
+def goals_table(rows: Sequence[Row], precision: str) -> str:
+    """Speed-ups at batch 1 and G=8, of the best block, and in brackets what the project set out for.
+
+    Args:
+        rows: of one precision.
+        precision: float32 is compared with float32, others with the best dense engine of any precision.
+    """
     sparsities = sorted({row.cell.sparsity for row in rows})
-    found = {row.cell: row.speedup for row in rows}
+    found: dict[tuple[Any, ...], float] = {}
+    for row in rows:
+        value = row.speedup if precision == "float32" else row.speedup_any
+        if value is not None and row.cell.batch == 1:
+            place = (row.cell.model, row.cell.sparsity, row.cell.group, row.cell.threads)
+            found[place] = max(value, found.get(place, value))
     lines = []
     for model, threads in sorted({(row.cell.model, row.cell.threads) for row in rows if row.cell.batch == 1}):
         line = [model, str(threads)]
         for sparsity in sparsities:
             group = GOAL_GROUP if sparsity > 0 else 1
-            value = found.get(Cell(model, sparsity, group, 1, threads))
-            goal = GOALS.get(model, {}).get(sparsity)
+            value = found.get((model, sparsity, group, threads))
+            goal = GOALS.get(precision, {}).get(model, {}).get(sparsity)
             asked = f" ({goal:.1f}x)" if goal is not None else ""
             line.append(MISSING if value is None else f"{value:.2f}x{asked}")
         lines.append(line)
-    header = ("batch 1, G=8: speed-up (goal)", "threads", *(f"{sparsity:.0%}" for sparsity in sparsities))
+    over = "the best dense engine" + ("" if precision == "float32" else " of any precision")
+    header = (f"batch 1, G=8: speed-up over {over} (goal)", "threads", *(f"{sparsity:.0%}" for sparsity in sparsities))
     return markdown_table(header, lines)
 
 
@@ -176,27 +223,45 @@ def slowest(rows: Sequence[Row]) -> str:
 def table(rows: Sequence[Row]) -> str:
     """A row a cell."""
     engines = [name for name in ENGINES if any(name in row.times_ms for row in rows)]
-    titles = [name if name in baselines() else f"{name} (not compared)" for name in engines]
+    titles = [name if name in baselines() else f"{name} (not float32)" for name in engines]
     sparse = ["deepsparse (own process)"] if any(row.deepsparse_ms for row in rows) else []
     lines = []
     for row in rows:
         cell = row.cell
-        line = [cell.model, f"{cell.sparsity:.0%}", str(cell.group) if cell.sparsity else MISSING]
+        line = [cell.model, f"{cell.sparsity:.0%}"]
+        line += [str(cell.group), str(cell.block)] if cell.sparsity else [MISSING, MISSING]
         line += [str(cell.batch), str(cell.threads)]
-        line += [_ms(row.times_ms.get(name), bold=name == row.best) for name in engines]
+        line += [_ms(row.times_ms.get(name), _heard(row, name), bold=name == row.best) for name in engines]
         line += [_ms(row.deepsparse_ms)] if sparse else []
-        line += [_ms(row.times_ms[REPACKED])]
+        line += [_ms(row.times_ms[REPACKED], _heard(row, REPACKED))]
         line += [f"{row.speedup:.2f}x ({row.speedup_spread.p10:.2f}-{row.speedup_spread.p90:.2f})"]
+        line += [MISSING if row.speedup_any is None else f"{row.speedup_any:.2f}x ({row.best_any})"]
         line += [f"{row.relative_error:.0e}", f"{row.repack_s:.1f}", f"{row.load:.1f}", row.commit]
         lines.append(line)
-    header = ("model", "sparsity", "G", "batch", "threads", *titles, *sparse, REPACKED, "speed-up")
-    return markdown_table((*header, "error", "repack s", "load", "revision"), lines)
+    header = ("model", "sparsity", "G", "block", "batch", "threads", *titles, *sparse, REPACKED, "speed-up")
+    return markdown_table(
+        (*header, "over the best dense engine of any precision", "error", "repack s", "load", "revision"), lines
+    )
 
 
-def _ms(value: Spread | None, bold: bool = False) -> str:
+def notes(rows: Sequence[Row]) -> str:
+    """What engines decided, a line for each model and decision."""
+    found = {(row.cell.model, name, note) for row in rows for name, note in row.notes.items()}
+    return "\n".join(f"- {name}, {model}: {note}" for model, name, note in sorted(found))
+
+
+def _heard(row: Row, name: str) -> float | None:
+    """Its signal-to-noise ratio, where it is not of float32."""
+    exact = row.cell.precision == "float32" if name == REPACKED else name in baselines()
+    return None if exact else row.snr_db.get(name)
+
+
+def _ms(value: Spread | None, snr_db: float | None = None, bold: bool = False) -> str:
     if value is None:
         return MISSING
     text = f"{value.median:.2f}"
+    if snr_db is not None:
+        text += f" ({snr_db:.0f} dB)"
     return f"**{text}**" if bold else text
 
 

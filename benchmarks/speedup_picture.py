@@ -15,7 +15,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from autoprune.files import write_text
-from benchmarks.engine_report import Row, results_file
+from benchmarks.engine_report import Cell, Row, results_file
 from benchmarks.lib.command_line import command_line
 
 MACHINE = "amd-epyc-2-e9b0fcca"
@@ -36,12 +36,7 @@ STYLE: dict[Any, Any] = {
 
 def line_of(rows: Iterable[Row], model: str, group: int) -> list[Row]:
     """The rows of a model by sparsity; a dense model has no groups."""
-    found = [
-        row
-        for row in rows
-        if (row.cell.model, row.cell.batch, row.cell.threads) == (model, 1, 1)
-        and row.cell.group == (group if row.cell.sparsity else 1)
-    ]
+    found = [row for row in rows if row.cell == Cell(model, row.cell.sparsity, group if row.cell.sparsity else 1, 1, 1)]
     return sorted(found, key=lambda row: row.cell.sparsity)
 
 

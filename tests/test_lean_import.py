@@ -21,7 +21,7 @@ HEAVY = {
     *("torch._dynamo", "torch._inductor", "torch.onnx", "sympy"),  # torch's compiler takes longer than torch itself
     *("gymnasium", "stable_baselines3", "sb3_contrib", "cmaes", "optuna", "ray"),
     *("matplotlib", "tensorboard", "rich", "typer", "pydantic"),
-    *("sklearn", "scipy", "onnx", "onnxruntime", "openvino"),
+    *("sklearn", "scipy", "onnx", "onnxruntime", "openvino", "nncf"),
 }
 
 
