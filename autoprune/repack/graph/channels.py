@@ -7,6 +7,8 @@ over.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -20,14 +22,9 @@ WORTH_BREAKING = 0.75  # smaller groups, slower by themselves, must store less t
 
 def drop_dead_channels(edited: Editor) -> bool:
     """Removes what can be removed in one look at the graph; returns whether there was any."""
-    look = _Look(edited)
-    dead = {root: found for root in look.bundles.closed() if (found := look.dead(root)) is not None}
-    for root, channels in dead.items():
-        look.remove(root, channels)
-    edited.prune()
-    if dead:
-        edited.shapes = infer_shapes(edited.graph())
-    return bool(dead)
+    look = Channels(edited)
+    dead = {root: look.in_whole_groups(root, found) for root, found in look.dead().items()}
+    return look.remove(dead)
 
 
 def sole_readers(edited: Editor) -> dict[str, str]:
@@ -36,7 +33,7 @@ def sole_readers(edited: Editor) -> dict[str, str]:
     Such a layer need not compute what that one has zeros for. Several may share a reader that reads their sum; a layer
     behind a flattened map, where a channel is several features, has no place here.
     """
-    bundles = _Look(edited).bundles
+    bundles = Channels(edited).bundles
     readers: dict[str, list[str]] = {}
     for name in bundles.readers:
         readers.setdefault(bundles.root(edited.ops[name].inputs[0]), []).append(name)
@@ -46,34 +43,51 @@ def sole_readers(edited: Editor) -> dict[str, str]:
     return {name: alone[root] for name in layers if (root := bundles.root(name)) in alone}
 
 
-class _Look:
-    """One look at a graph: its bundles, and which channels of them are dead."""
+class Channels:
+    """The channels of a graph as it stands: its bundles, and which of their channels are dead.
 
-    def __init__(self, edited: Editor) -> None:
+    Args:
+        edited: the graph; `remove` changes it.
+        whole: values that keep every channel -> why.
+
+    Attributes:
+        because: values that need every channel -> why, as the first to say so has it.
+    """
+
+    def __init__(self, edited: Editor, whole: Mapping[str, str] | None = None) -> None:
         self.edited, self.bundles = edited, Bundles(edited.shapes, edited.constants)
-        self.bundles.bar(*(each.name for each in edited.inputs), *edited.returned)
+        self.because = {
+            **{each.name: "they are the model's inputs" for each in edited.inputs},
+            **dict.fromkeys(edited.returned, "the model returns them"),
+            **(whole or {}),
+        }
+        self.bundles.bar(*self.because)
         for op in edited.ops.values():
             op.tie_channels(self.bundles)
+            for name in (op.output, *op.inputs):
+                if name in self.bundles.barred:
+                    self.because.setdefault(name, f"{op.label} needs all of them")
 
     def readers_of(self, root: str) -> list[Op]:
         ops = [self.edited.ops[name] for name in self.bundles.readers]
         return [op for op in ops if self.bundles.root(op.inputs[0]) == root]
 
-    def dead(self, root: str) -> Tensor | None:
-        """Marks the channels to remove; None when there are none."""
-        readers = self.readers_of(root)
-        if not readers:
-            return None
-        dead = torch.stack([self.unneeded(op) for op in readers]).all(dim=0)
+    def dead(self) -> dict[str, Tensor]:
+        """Bundles that may lose channels, each by its root -> which of them no reader needs."""
+        readers = {root: self.readers_of(root) for root in self.bundles.closed()}
+        return {
+            root: torch.stack([self.unneeded(op) for op in ops]).all(dim=0) for root, ops in readers.items() if ops
+        }
+
+    def in_whole_groups(self, root: str, dead: Tensor) -> Tensor:
+        """Those of the dead channels whose loss leaves groups of filters whole that share their zeros."""
         before = None
         while before is None or not torch.equal(before, dead):
             before = dead.clone()
             for name in self.bundles.writers:
                 if self.bundles.root(name) == root:
                     dead = _whole_groups(self.edited.weight(self.edited.ops[name], "weight"), dead)
-        if dead.all():
-            dead[0] = False  # no layer is without channels
-        return dead if dead.any() else None
+        return dead
 
     def unneeded(self, op: Op) -> Tensor:
         """The channels that one reader can do without."""
@@ -88,7 +102,23 @@ class _Look:
         weight = self.edited.weight(op, "weight")
         return weight.reshape(len(weight), len(self.bundles.axes[op.inputs[0]].constant), -1)
 
-    def remove(self, root: str, dead: Tensor) -> None:
+    def remove(self, dead: Mapping[str, Tensor]) -> bool:
+        """Removes dead channels of the graph, all but one of each bundle; returns whether there were any."""
+        removable = {}
+        for root, channels in dead.items():
+            channels = channels.clone()
+            if channels.all():
+                channels[0] = False  # no layer is without channels
+            if channels.any():
+                removable[root] = channels
+        for root, channels in removable.items():
+            self._remove(root, channels)
+        self.edited.prune()
+        if removable:
+            self.edited.shapes = infer_shapes(self.edited.graph())
+        return bool(removable)
+
+    def _remove(self, root: str, dead: Tensor) -> None:
         keep = (~dead).nonzero().flatten()
         ops = self.edited.ops
         for op in self.readers_of(root):
