@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from autoprune.metric import Metric
     from autoprune.model.arguments import Arguments
     from autoprune.model.recurrent.modules import cut_states_
+    from autoprune.model.resize import load_shrunk
     from autoprune.plan import Plan
-    from autoprune.repack import ExportReport, RepackedModel, export_onnx, load, repack, save
+    from autoprune.repack import ExportReport, RepackedModel, Shrunk, export_onnx, load, repack, save, shrink
     from autoprune.target import Target
 
 _CORE = {
@@ -32,11 +33,14 @@ _CORE = {
     "Metric": "autoprune.metric",
     "Plan": "autoprune.plan",
     "RepackedModel": "autoprune.repack",
+    "Shrunk": "autoprune.repack",
     "Target": "autoprune.target",
     "cut_states_": "autoprune.model.recurrent.modules",
     "export_onnx": "autoprune.repack",
     "load": "autoprune.repack",
+    "load_shrunk": "autoprune.model.resize",
     "save": "autoprune.repack",
+    "shrink": "autoprune.repack",
 }
 _SEARCH = {"Compressed": "autoprune.api", "PruningHooks": "autoprune.hooks", "compress": "autoprune.api"}
 
@@ -49,14 +53,17 @@ __all__ = [
     "Plan",
     "PruningHooks",
     "RepackedModel",
+    "Shrunk",
     "Target",
     "__version__",
     "compress",
     "cut_states_",
     "export_onnx",
     "load",
+    "load_shrunk",
     "repack",
     "save",
+    "shrink",
 ]
 
 

@@ -332,6 +332,31 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], about: Mappin
 
 def read_tensors(path: Path, what: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Reads a file of `write_tensors` as (tensors, about); raises FileError that says what is wrong with it."""
+    tensors, said = _read_safetensors(path, what)
+    return tensors, _checked_about(path, what, tensors, said)
+
+
+def read_state(path: Path, what: str) -> dict[str, torch.Tensor]:
+    """Reads a state dict that `write_tensors` or any other program wrote as a safetensors file; raises FileError.
+
+    Where there is a checksum, it is checked.
+    """
+    tensors, said = _read_safetensors(path, what)
+    if _ABOUT in said:
+        _checked_about(path, what, tensors, said)
+    return tensors
+
+
+def _checked_about(path: Path, what: str, tensors: Mapping[str, torch.Tensor], said: Mapping[str, str]) -> Any:
+    try:
+        if set(said) != {_ABOUT}:
+            raise FileError("it has no checksum: an earlier release wrote it, or something else did")
+        return without_checksum(parse_json(said[_ABOUT]), partial(_checksum, tensors))
+    except (ValueError, FileError) as error:
+        raise _corrupt(path, what, error) from None
+
+
+def _read_safetensors(path: Path, what: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     with on_disk(path, "read"):
         if not path.exists():
             raise FileError(f"{what} not found: {path}.")
@@ -342,13 +367,13 @@ def read_tensors(path: Path, what: str) -> tuple[dict[str, torch.Tensor], dict[s
                 raise FileError("it is no safetensors file")
             with safe_open(str(path), framework="pt") as handle:
                 names, said = handle.keys(), dict(handle.metadata() or {})
-                tensors = {name: handle.get_tensor(name) for name in names}
-            if set(said) != {_ABOUT}:
-                raise FileError("it has no checksum: an earlier release wrote it, or something else did")
-            about = without_checksum(parse_json(said[_ABOUT]), partial(_checksum, tensors))
+                return {name: handle.get_tensor(name) for name in names}, said
         except (SafetensorError, ValueError, RuntimeError, FileError) as error:
-            raise FileError(f"{what} is corrupt: {path}: {error}. {_RESTORE}") from None
-    return tensors, about
+            raise _corrupt(path, what, error) from None
+
+
+def _corrupt(path: Path, what: str, error: Exception) -> FileError:
+    return FileError(f"{what} is corrupt: {path}: {error}. {_RESTORE}")
 
 
 def _checksum(tensors: Mapping[str, torch.Tensor], about: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from autoprune.cli.models import bench, export, repack
+from autoprune.cli.models import bench, export, repack, shrink
 from autoprune.cli.output import REFUSED
 from autoprune.cli.plans import finetune, prune
 from autoprune.cli.registries import LISTED, listing
@@ -32,6 +32,7 @@ COMMANDS = (
     prune,
     finetune,
     repack,
+    shrink,
     bench,
     export,
     report,

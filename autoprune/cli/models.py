@@ -65,6 +65,40 @@ def repack(
     typer.echo(f"Written: {job.directory / 'repacked.safetensors'}")
 
 
+def shrink(
+    target: ConfigOrFunction,
+    run_dir: RunDir = None,
+    overrides: Overrides = None,
+    shapes: Shapes = None,
+    dtypes: Dtypes = None,
+    save: Annotated[Path | None, typer.Option(help="Where the state dict of a function's model is written.")] = None,
+) -> None:
+    """Cut dead channels out of the masked model of a run, or any model with zeros in its weights: smaller, plain torch.
+
+    Example: autoprune shrink configs/digits.toml
+
+    Example: autoprune shrink my.models:build --input 1,3,224,224 --save small.safetensors
+    """
+    from autoprune.bench import example_inputs
+    from autoprune.files import given_path, write_tensors
+    from autoprune.repack import shrink as shrunk
+    from autoprune.report.bench_tables import shrunk_text
+
+    if is_function(target):
+        only_for("a config", {"--run-dir": run_dir, "--set": overrides})
+        if save is None:
+            raise ConfigError("say where the smaller model goes: --save small.safetensors.")
+        written, small = given_path(save), shrunk(model_of(target), example_inputs(shapes or (), dtypes or ()))
+    else:
+        only_for("a function", {"--input": shapes, "--dtype": dtypes, "--save": save})
+        job = open_run(Path(target), run_dir, overrides)
+        written = job.directory / "shrunk.safetensors"
+        small = shrunk(job.masked, job.task.example_inputs(job.config.latency.batch))
+    write_tensors(written, small.model.state_dict())
+    typer.echo(shrunk_text(small))
+    typer.echo(f"Written: {written}")
+
+
 def bench(
     target: ConfigOrFunction,
     run_dir: RunDir = None,

@@ -91,6 +91,11 @@ def copy_for_inference(model: nn.Module) -> nn.Module:
         what = "TorchScript, whose layers cannot be seen" if scripted else f"a {type(model).__name__}"
         raise AutopruneError(f"the model is {what}: give the torch.nn.Module that it was made of.")
     check_weights(model)
+    return unfuse_(settle_(deep_copy(model).eval()))
+
+
+def deep_copy(model: nn.Module) -> nn.Module:
+    """A copy that shares nothing with the model; raises AutopruneError where it holds what cannot be copied."""
     # torch refuses to copy a tensor that was computed, such as the product of a weight and its mask.
     attributes = (value for module in model.modules() for value in vars(module).values())
     computed = {id(x): x.detach().clone() for x in attributes if isinstance(x, Tensor) and not x.is_leaf}
@@ -102,7 +107,7 @@ def copy_for_inference(model: nn.Module) -> nn.Module:
             f"the model cannot be copied ({type(error).__name__}: {error}), and the original is never changed: it must "
             "hold dense tensors, and only what copy.deepcopy takes."
         ) from error
-    return unfuse_(settle_(copied.eval()))
+    return copied
 
 
 def settle_(model: nn.Module) -> nn.Module:

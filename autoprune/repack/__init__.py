@@ -11,6 +11,7 @@ from autoprune.repack.modules.backends import BACKENDS, Backend, LayerForm, Supp
 from autoprune.repack.modules.replacement import is_replaceable, lower_layer
 from autoprune.repack.onnx.export import EngineCheck, ExportedLayer, ExportReport, export_onnx
 from autoprune.repack.report import LayerReport, ProgramModel, RepackedModel, SwappedModel
+from autoprune.repack.shrinking import Shrunk, ShrunkLayer, shrink
 from autoprune.repack.weights.packed import PackedWeight, pack
 
 __all__ = [
@@ -28,6 +29,8 @@ __all__ = [
     "ProgramModel",
     "Record",
     "RepackedModel",
+    "Shrunk",
+    "ShrunkLayer",
     "Support",
     "SwappedModel",
     "capture",
@@ -43,4 +46,5 @@ __all__ = [
     "remaining_macs",
     "repack",
     "save",
+    "shrink",
 ]

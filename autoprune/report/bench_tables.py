@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from autoprune.latency.engines import ENGINES, baselines, best_engine
 from autoprune.latency.timer import Latency, speedup
-from autoprune.repack import ExportReport, RepackedModel
+from autoprune.repack import ExportReport, RepackedModel, Shrunk
 from autoprune.repack.onnx.export import CANNOT_RUN, RIGHT, WRONG
 from autoprune.repack.tuning.cache_model import What
 from autoprune.repack.tuning.layer_memory import LayerMemory
@@ -160,6 +160,17 @@ def repack_text(model: RepackedModel) -> str:
     ]
     table = markdown_table(("layer", "sparsity", "group", "backend", "dense us", "packed us", "why"), rows)
     return f"{model.summary}\n\n{table}" if model.summary else table
+
+
+def shrunk_text(shrunk: Shrunk) -> str:
+    """What became of each module of a model whose dead channels were cut out."""
+    rows = [[row.name, row.kind, _extents(row.before), _extents(row.after), row.why] for row in shrunk.report]
+    table = markdown_table(("module", "kind", "weight before", "after", "why not smaller"), rows, left=2)
+    return f"{sum(each.numel() for each in shrunk.model.parameters()):,} parameters are left.\n\n{table}"
+
+
+def _extents(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
 
 
 def export_text(report: ExportReport) -> str:

@@ -20,7 +20,7 @@ class ChannelAxis:
     """The channels of one value.
 
     Attributes:
-        is_map: whether they lie on axis 1 of four; on the last axis otherwise.
+        is_map: whether they lie on axis 1, before the positions of a map; on the last axis otherwise.
         span: features of one channel on the last axis: more than one where a map was flattened.
         constant: ``(channels,)``: what a channel holds everywhere, NaN where it varies.
     """

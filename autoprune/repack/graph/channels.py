@@ -75,9 +75,7 @@ class Channels:
     def dead(self) -> dict[str, Tensor]:
         """Bundles that may lose channels, each by its root -> which of them no reader needs."""
         readers = {root: self.readers_of(root) for root in self.bundles.closed()}
-        return {
-            root: torch.stack([self.unneeded(op) for op in ops]).all(dim=0) for root, ops in readers.items() if ops
-        }
+        return {root: torch.stack([self.unneeded(op) for op in ops]).all(dim=0) for root, ops in readers.items() if ops}
 
     def in_whole_groups(self, root: str, dead: Tensor) -> Tensor:
         """Those of the dead channels whose loss leaves groups of filters whole that share their zeros."""
@@ -130,7 +128,7 @@ class Channels:
             if op.tensors:
                 rows = {role: value[keep] for role, value in self.edited.weights(op).items()}
                 op = self.edited.with_weights(op, **rows)
-            ops[name] = op.with_channels(len(keep), axis.span)
+            ops[name] = op.with_channels(len(keep), axis)
 
     def narrowed(self, op: Op, dead: Tensor) -> Op:
         """A reader without its dead inputs; what they held goes into its bias."""

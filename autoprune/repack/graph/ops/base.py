@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Self, get_origin, get_type_hints
 from torch import Tensor
 
 from autoprune.errors import FileError
-from autoprune.repack.graph.bundles import Bundles
+from autoprune.repack.graph.bundles import Bundles, ChannelAxis
 from autoprune.repack.graph.ops.attributes import Check, Key
 
 Values = Mapping[str, Any]
@@ -74,8 +74,8 @@ class Op(ABC):
         """Tells which channels its output shares with its inputs; by default it needs every channel of them."""
         bundles.bar(self.output, *self.inputs)
 
-    def with_channels(self, left: int, span: int) -> Op:
-        """The operation once its output has `left` channels of `span` features; its weights are cut by then."""
+    def with_channels(self, left: int, axis: ChannelAxis) -> Op:
+        """The operation once `left` channels are there of its output's `axis`; its weights are cut by then."""
         return self
 
     def with_input(self, old: str, new: str) -> Op:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from autoprune.errors import FileError
 from autoprune.model.channel_gates import scaled
-from autoprune.repack.graph.bundles import Bundles
+from autoprune.repack.graph.bundles import Bundles, ChannelAxis
 from autoprune.repack.graph.ops import batch_rules
 from autoprune.repack.graph.ops.attributes import Flag, Padding, Size, Window, integer
 from autoprune.repack.graph.ops.base import BatchRule, Op, Roles, Values
@@ -62,7 +62,7 @@ class Conv2d(ConvolutionOp):
         else:
             self._tie_depthwise(bundles)
 
-    def with_channels(self, left: int, span: int) -> Op:
+    def with_channels(self, left: int, axis: ChannelAxis) -> Op:
         return replace(self, groups=left) if self.groups > 1 else self
 
     def _tie_depthwise(self, bundles: Bundles) -> None:
