@@ -184,8 +184,10 @@ class _Cuts:
         for output, op in self.edited.ops.items():
             if isinstance(op, (Conv2d, Linear, _Norm)):
                 name = self.modules.get(output)
-                why = "it is computed with tensors of no module" if name is None else obstacles[name]
-                why = why or (f"it is called {uses[name]} times" if uses[name] > 1 else "")
+                if name is None:
+                    why = "it is computed with tensors of no module"
+                else:
+                    why = obstacles[name] or (f"it is called {uses[name]} times" if uses[name] > 1 else "")
                 if why:
                     whole |= {output: why, op.inputs[0]: f"{name or op.label} reads them, and {why}"}
         self.roots: set[str] = set()
