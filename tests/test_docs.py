@@ -90,10 +90,10 @@ def test_what_a_run_leaves_is_loaded_as_the_page_says(tmp_path: Path, monkeypatc
     given = (build(), [(x, y)], lambda _: 0.5, x[:1], target)
     done = autoprune.compress(*given, config=quick, directory="runs/mine")
     code = PYTHON.findall((ROOT / "docs/guide/what-you-get.md").read_text(encoding="utf-8"))
-    assert len(code) == 3
+    assert len(code) == 4
     Path("page.py").write_text("\n".join(code), encoding="utf-8")
     names = runpy.run_path("page.py", {"build": build, "x": x})
     masked = [p for p in names["model"].parameters() if p.ndim == 2]
     assert all(bool((weight == 0).any()) for weight in masked)
-    for output in (names["output"], torch.from_numpy(names["logits"]), done.model(x)):
+    for output in (names["output"], names["small"](x), torch.from_numpy(names["logits"]), done.model(x)):
         torch.testing.assert_close(output, names["model"](x), rtol=1e-3, atol=1e-4)

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
 
+import autoprune
 from autoprune.cli import app
 from autoprune.config import load_config
 from autoprune.errors import ConfigError, InfeasibleTarget
@@ -80,6 +86,29 @@ def test_a_dry_run_says_what_a_run_would_do_and_changes_nothing(folder: Path) ->
         assert part in rows["minutes, about"]
     assert "Nothing was changed in runs/small: this was measured in a temporary folder." in done.stdout
     assert contents(folder) == before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there a signal ends a process without asking it")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
+def test_a_dry_run_that_is_stopped_leaves_no_folder(folder: Path, name: str) -> None:
+    places = folder / "temporary"
+    places.mkdir()
+    command = [sys.executable, "-m", "autoprune", "run", "small.toml", "--set", "dense.epochs=100000", "--dry-run"]
+    environment = {**os.environ, "TMPDIR": str(places), "PYTHONPATH": str(Path(autoprune.__file__).parents[1])}
+    with subprocess.Popen(
+        [*command, "--run-dir", "new"], env=environment, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            while process.poll() is None and not any(places.glob("autoprune-*/*")):
+                time.sleep(0.05)
+            process.send_signal(getattr(signal, name))
+            _, told = process.communicate(timeout=120)
+        finally:
+            process.kill()
+    assert process.returncode == 128 + getattr(signal, name), told
+    assert "stopped; give the same command again" in told
+    assert "Traceback" not in told
+    assert not any(places.glob("autoprune-*"))
 
 
 def test_a_target_out_of_reach_is_measured_and_refused(folder: Path) -> None:

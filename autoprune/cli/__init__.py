@@ -19,6 +19,7 @@ from autoprune.cli.runs import profile, report, run
 from autoprune.cli.searches import apply, compare, train
 from autoprune.cli.starting import init
 from autoprune.errors import AutopruneError
+from autoprune.processes.stopping import STATUSES, unwind_on_signals
 from autoprune.processes.workers import end_forks_with_this
 from autoprune.version import __version__
 
@@ -78,11 +79,12 @@ def _refusing() -> None:
 
 
 def main() -> None:
-    """Entry point: one paragraph and a non-zero status for what a user can mend, Ctrl-C without a traceback."""
+    """Entry point: one paragraph and a status for what a user can mend; Ctrl-C and `kill` without a traceback."""
     end_forks_with_this()
+    unwind_on_signals()
     try:
         _refusing()
     except SystemExit as stop:
-        if stop.code == INTERRUPTED:
+        if stop.code in (INTERRUPTED, *STATUSES):
             typer.echo("stopped; give the same command again to go on from here.", err=True)
         raise

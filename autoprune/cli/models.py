@@ -81,6 +81,7 @@ def shrink(
     """
     from autoprune.bench import example_inputs
     from autoprune.files import given_path, write_tensors
+    from autoprune.pipeline.application import SHRUNK
     from autoprune.repack import shrink as shrunk
     from autoprune.report.bench_tables import shrunk_text
 
@@ -92,7 +93,7 @@ def shrink(
     else:
         only_for("a function", {"--input": shapes, "--dtype": dtypes, "--save": save})
         job = open_run(Path(target), run_dir, overrides)
-        written = job.directory / "shrunk.safetensors"
+        written = job.directory / SHRUNK
         small = shrunk(job.masked, job.task.example_inputs(job.config.latency.batch))
     write_tensors(written, small.model.state_dict())
     typer.echo(shrunk_text(small))

@@ -33,14 +33,16 @@ from autoprune.training import TRAINING
 
 MADE_FOR = "made_for"  # in a model's file: the run and the plan it is of, as `made_for` gives them
 _PRUNED, _MASKED, _REPACKED = "pruned.safetensors", "masked.safetensors", "repacked.safetensors"
+SHRUNK = "shrunk.safetensors"  # once a user asks for it
 _OUTCOMES = (
     _MASKED,
+    SHRUNK,
     _REPACKED,
     "results.json",
     "report.json",
     "report.html",
     "report.md",
-)  # each is made of the one before
+)  # each is made of one before it
 
 
 TRAININGS = 3  # of one plan, until one does not diverge
