@@ -192,7 +192,7 @@ def test_what_repacking_alone_gives_is_not_pruned_for(target: Target, free: bool
 
 
 def test_an_engine_that_is_gone_is_named_with_what_to_do() -> None:
-    engines = DenseEngines({"eager": lambda: None}, {"openvino": "pip install openvino."}, None)  # type: ignore[arg-type]
+    engines = DenseEngines({"eager": lambda: None}, {"openvino": "pip install openvino."}, None, 0.0)  # type: ignore[arg-type]
     assert engines.call("eager", Path("baselines.json"))() is None
     with pytest.raises(
         AutopruneError, match=r"over openvino.*runs/a/baselines.json.*: pip install openvino\. .*delete"

@@ -99,7 +99,7 @@ def test_a_dry_run_that_is_stopped_leaves_no_folder(folder: Path, name: str) -> 
         [*command, "--run-dir", "new"], env=environment, stderr=subprocess.PIPE, text=True
     ) as process:
         try:
-            while process.poll() is None and not any(places.glob("autoprune-*/*")):
+            while process.poll() is None and not any(places.glob("autoprune-*")):
                 time.sleep(0.05)
             process.send_signal(getattr(signal, name))
             _, told = process.communicate(timeout=120)

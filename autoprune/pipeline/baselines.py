@@ -37,11 +37,13 @@ class DenseEngines:
         calls: engine -> one inference; ``eager`` is torch's, ``repacked`` the dense model as this project runs it.
         left_out: engine -> why it is not there.
         repacked: the dense model, repacked.
+        prepared_s: how long it took to make all of them, seconds.
     """
 
     calls: Mapping[str, Call]
     left_out: Mapping[str, str]
     repacked: RepackedModel
+    prepared_s: float
 
     def call(self, name: str, measured_in: Path) -> Call:
         """One inference by the engine that a target is over.
@@ -72,6 +74,7 @@ class Baselines:
         speedups: likewise, over torch eager: medians of the rounds' ratios.
         file_bytes: of the dense model repacked and saved.
         machine: where they were measured, and how.
+        prepared_s: how long it took to make them ready to be timed, seconds; 0 where that was not noted.
     """
 
     best: str
@@ -79,6 +82,7 @@ class Baselines:
     speedups: Mapping[str, float]
     file_bytes: int
     machine: Mapping[str, Any] = field(repr=False)
+    prepared_s: float = 0.0
 
     def engine(self, over: Over) -> str:
         """What a speed-up is over, by its name in `ms`."""
@@ -135,11 +139,13 @@ def engines_of(
         clock: seconds.
         done: told each engine when it is prepared or left out.
     """
+    began_s = clock()
     calls, left_out = dense_calls(dense, inputs, threads, names, done)
     eager = ENGINES.get(EAGER)().prepare(dense, inputs, threads)
     with torch_threads(threads):
         fast = repack(dense, inputs, clock=clock)
-        return DenseEngines({EAGER: eager, **calls, REPACKED: fast.bound_call(*inputs)}, left_out, fast)
+        calls = {EAGER: eager, **calls, REPACKED: fast.bound_call(*inputs)}
+    return DenseEngines(calls, left_out, fast, clock() - began_s)
 
 
 def measure_baselines(context: Context, engines: Callable[[], DenseEngines]) -> Baselines:
@@ -184,6 +190,7 @@ def time_engines(
         speedups={name: speedup(times[EAGER], took) for name, took in times.items()},
         file_bytes=file_bytes,
         machine=machine,
+        prepared_s=engines.prepared_s,
     )
 
 

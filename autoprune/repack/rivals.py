@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from autoprune.errors import AutopruneError
 from autoprune.latency.engines import ENGINES
 from autoprune.latency.engines.base import Call, Precision
+from autoprune.latency.engines.export import Exported, OnnxEngine
 from autoprune.model.copies import copy_for_inference, not_running
 from autoprune.repack.outputs import difference, noise_of, same_output
 from autoprune.repack.probes import fresh
@@ -52,19 +53,23 @@ def dense_calls(
         raise not_running(error) from error
     calls: dict[str, Call] = {}
     left_out: dict[str, str] = {}
-    for name in engines:
-        engine = ENGINES.get(name)()
-        try:
-            call = engine.prepare(model, fresh(inputs), threads, calibration)
-            with engine.reasons():
-                outputs = call()
-            if why := _wrong(outputs, wanted, ROUNDED[engine.precision]):
-                left_out[name] = f"it computes something else than the model, which is wrong: {why}."
-            else:
-                calls[name] = call
-        except AutopruneError as error:
-            left_out[name] = str(error)
-        done(name)
+    with Exported(model, fresh(inputs)) as exported:
+        for name in engines:
+            engine = ENGINES.get(name)()
+            try:
+                if isinstance(engine, OnnxEngine):
+                    call = engine.prepare_from(exported, fresh(inputs), threads)
+                else:
+                    call = engine.prepare(model, fresh(inputs), threads, calibration)
+                with engine.reasons():
+                    outputs = call()
+                if why := _wrong(outputs, wanted, ROUNDED[engine.precision]):
+                    left_out[name] = f"it computes something else than the model, which is wrong: {why}."
+                else:
+                    calls[name] = call
+            except AutopruneError as error:
+                left_out[name] = str(error)
+            done(name)
     return calls, left_out
 
 

@@ -70,13 +70,17 @@ class DenseEngine(ABC):
             AutopruneError: the engine cannot run the model, or not in its precision; or calibration batches that are
                 not like the example inputs.
         """
-        command = self.available()
-        if command is not None:
-            raise MissingExtra(f"this engine needs what is not installed here. Install it with: {command}")
+        self.check_available()
         inputs = as_tuple(example_inputs)
         batches = [inputs] if calibration is None else _checked([as_tuple(each) for each in calibration], inputs)
         with self.reasons():
             return self._compile(copy.deepcopy(model).eval(), inputs, threads, batches)
+
+    def check_available(self) -> None:
+        """Raises MissingExtra where the engine is not installed; the message carries the command."""
+        command = self.available()
+        if command is not None:
+            raise MissingExtra(f"this engine needs what is not installed here. Install it with: {command}")
 
     @contextmanager
     def reasons(self) -> Iterator[None]:
