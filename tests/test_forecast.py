@@ -18,6 +18,7 @@ from autoprune.cli import app
 from autoprune.config import load_config
 from autoprune.errors import ConfigError, InfeasibleTarget
 from autoprune.evaluation import profile
+from autoprune.pipeline import search
 from autoprune.pipeline.run import Run
 from autoprune.testing import save_fake_table
 from tests.helpers import SMALL_TOML
@@ -109,6 +110,16 @@ def test_a_dry_run_that_is_stopped_leaves_no_folder(folder: Path, name: str) -> 
     assert "stopped; give the same command again" in told
     assert "Traceback" not in told
     assert not any(places.glob("autoprune-*"))
+
+
+def test_engines_whose_times_are_known_are_not_prepared(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(load_config(folder / "small.toml"), folder / "runs" / "small")
+    took_s = run.search.all_baselines.prepared_s
+    run.lock.close()
+    assert took_s > 0.0
+    monkeypatch.setattr(search, "prepare_engines", lambda *_: pytest.fail("the engines were prepared"))
+    said = json.loads(call("run", "small.toml", "--json").stdout)
+    assert said["minutes"]["dense engines"] == took_s / 60
 
 
 def test_a_target_out_of_reach_is_measured_and_refused(folder: Path) -> None:
