@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -120,14 +121,7 @@ def convolution(
         f.BORDER: y.at.layout.behind, f.BORDER_FIRST: y.at.layout.before, **work,
     }  # fmt: skip
     if mixed := bool(len(cells.mixed_index)):
-        pointer, index, values = _in_order(
-            weights, ("mixed", tiling.whole), tiled, cells.mixed_pointer, cells.mixed_index, cells.mixed_values
-        )
-        channel, tap = np.divmod(index.astype(np.int64), packed.taps)
-        given |= {
-            f.MIXED_POINTER: pointer, f.MIXED_OFFSETS: distance(channel // QUAD, tap),
-            f.MIXED_BYTES: (channel % QUAD).astype(np.int32), f.MIXED_VALUES: values,
-        }  # fmt: skip
+        given |= _mixed(weights, tiling, tiled, distance)
     if residual is not None:
         given |= {
             f.RESIDUAL_SLOT: residual.at.buffer.slot, f.RESIDUAL_OFFSET: residual.at.offset,
@@ -135,11 +129,25 @@ def convolution(
             f.RESIDUAL_SCALE: steps.residual,
         }  # fmt: skip
     if steps.activation:
-        inverse, zero = (1.0, 0.0) if y.grid is None else (y.grid.inverse, float(y.grid.zero_point))
-        given |= {f.INVERSE: inverse, f.ZERO: zero}
+        given |= {f.INVERSE: 1.0, f.ZERO: 0.0}
+        if y.grid is not None:
+            given |= {f.INVERSE: y.grid.inverse, f.ZERO: float(y.grid.zero_point)}
     form: Form | Literal[""] = "" if residual is None else _form(residual)
     kernel = dot_gemm.dot_gemm(packed.group_size, target, _form(y), steps.activation, form, mixed, tiled)
     return op_of(name, kernel, f, given, items)
+
+
+def _mixed(
+    weights: Weights, tiling: Tiling, tiled: bool, distance: Callable[[NDArray[np.int64], NDArray[np.int64]], Ints]
+) -> dict[dot_gemm.Field, Given]:
+    """The fields of cells whose four bytes lie anywhere."""
+    f, cells, key = dot_gemm.Field, weights.quads(tiling.whole), ("mixed", tiling.whole)
+    pointer, index, values = _in_order(weights, key, tiled, cells.mixed_pointer, cells.mixed_index, cells.mixed_values)
+    channel, tap = np.divmod(index.astype(np.int64), weights.packed.taps)
+    return {
+        f.MIXED_POINTER: pointer, f.MIXED_OFFSETS: distance(channel // QUAD, tap),
+        f.MIXED_BYTES: (channel % QUAD).astype(np.int32), f.MIXED_VALUES: values,
+    }  # fmt: skip
 
 
 def _in_order(
