@@ -149,7 +149,6 @@ class _Calibration:
         observed = [*whole.behind, *(value for chain in whole.chains.values() for value in chain)]
         self.observers = observe(graph, self.batches, list(dict.fromkeys(observed)))
         self.ranges = fitted_ranges(graph, self.batches, whole, self.observers, settings.ranges)
-        self.whole = whole
         self.outputs = [returned_floats(graph, batch) for batch in self.batches]
         self._known: dict[tuple[str, Grid], Fitted] = {}
         self.snr_db: dict[str, float] = {}
@@ -252,13 +251,13 @@ class _Calibration:
                 found[name] = _lowest_snr_db([_floats(exact)], [_floats(outputs)])
         return found
 
-    def _changed(self, op: LayerOp, x: Tensor, layer: Int8Layer, values: Mapping[str, Any]) -> dict[str, Any]:
+    def _changed(self, op: LayerOp, x: Tensor, layer: Int8Layer, values: dict[str, Any]) -> dict[str, Any]:
         """What the graph's values become where one layer reads `x` and is int8."""
         weights = {role: self.graph.constants[name] for role, name in op.tensors.items()} | {"weight": layer.weight}
         changed = {op.output: op.evaluate([x, *(values[name] for name in op.inputs[1:])], weights, values)}
         for other in self.graph.ops:
             if other.output != op.output and any(name in changed for name in other.reads):
-                changed[other.output] = evaluate_op(other, ChainMap(changed, values), self.graph.constants)  # type: ignore[arg-type]
+                changed[other.output] = evaluate_op(other, ChainMap(changed, values), self.graph.constants)
         return changed
 
 
