@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from autoprune.model.recurrent.modules import cut_states_
     from autoprune.model.resize import load_shrunk
     from autoprune.plan import Plan
-    from autoprune.repack import ExportReport, RepackedModel, Shrunk, export_onnx, load, repack, save, shrink
+    from autoprune.quantization import dequantize_
+    from autoprune.repack import ExportReport, RepackedModel, Shrunk, export_onnx, load, quantize_, repack, save, shrink
     from autoprune.target import Target
 
 _CORE = {
@@ -36,9 +37,11 @@ _CORE = {
     "Shrunk": "autoprune.repack",
     "Target": "autoprune.target",
     "cut_states_": "autoprune.model.recurrent.modules",
+    "dequantize_": "autoprune.quantization",
     "export_onnx": "autoprune.repack",
     "load": "autoprune.repack",
     "load_shrunk": "autoprune.model.resize",
+    "quantize_": "autoprune.repack",
     "save": "autoprune.repack",
     "shrink": "autoprune.repack",
 }
@@ -58,9 +61,11 @@ __all__ = [
     "__version__",
     "compress",
     "cut_states_",
+    "dequantize_",
     "export_onnx",
     "load",
     "load_shrunk",
+    "quantize_",
     "repack",
     "save",
     "shrink",

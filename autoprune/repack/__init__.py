@@ -10,6 +10,7 @@ from autoprune.repack.model import repack
 from autoprune.repack.modules.backends import BACKENDS, Backend, LayerForm, Support
 from autoprune.repack.modules.replacement import is_replaceable, lower_layer
 from autoprune.repack.onnx.export import EngineCheck, ExportedLayer, ExportReport, export_onnx
+from autoprune.repack.quantize import quantize_
 from autoprune.repack.report import LayerReport, ProgramModel, RepackedModel, SwappedModel
 from autoprune.repack.shrinking import Shrunk, ShrunkLayer, shrink
 from autoprune.repack.weights.packed import PackedWeight, pack
@@ -42,6 +43,7 @@ __all__ = [
     "load",
     "lower_layer",
     "pack",
+    "quantize_",
     "rank_branches",
     "remaining_macs",
     "repack",

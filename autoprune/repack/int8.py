@@ -7,7 +7,7 @@ torch, and that graph, before it was quantised, with the model.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from autoprune.errors import AutopruneError
 from autoprune.model.arguments import Arguments
+from autoprune.quantization import Grid
 from autoprune.repack.graph.extents import with_extents
 from autoprune.repack.graph.ir import Graph
 from autoprune.repack.graph.ops import FusedLayerOp
@@ -23,7 +24,15 @@ from autoprune.repack.graph.proofs import proven
 from autoprune.repack.graph.reference import reference
 from autoprune.repack.outputs import noise_of, same_output
 from autoprune.repack.probes import agrees, fresh
-from autoprune.repack.quantize import LayerPrecision, Settings, quantised_graph
+from autoprune.repack.quantize import (
+    LayerPrecision,
+    Modules,
+    Quantised,
+    Settings,
+    batches_of,
+    quantised_graph,
+    trained_graph,
+)
 from autoprune.repack.report import LayerReport
 
 Precision = Literal["float32", "int8", "mixed"]
@@ -35,40 +44,67 @@ NOISE = 1.5
 LEAST = 1e-4  # of the outputs' size
 
 
-def check_precision(precision: object, calibration: object, modules: bool) -> None:
-    """Raises AutopruneError unless `precision` is one that the form has, with calibration where it needs it."""
-    if precision not in PRECISIONS:
-        raise AutopruneError(f"precision is one of {', '.join(PRECISIONS)}, not {precision!r}.")
-    if modules and precision != "float32":
-        raise AutopruneError(f"precision={precision!r} needs the form 'program': packed modules are float32.")
-    if precision == "float32" and calibration is not None:
-        raise AutopruneError("calibration batches are for precision='int8' or 'mixed'; float32 needs none.")
-    if precision != "float32" and calibration is None:
-        raise AutopruneError(
-            f"precision={precision!r} needs calibration=batches: some inputs of the model, as it will see them, from "
-            "which the ranges of its activations are found (four batches of 32 are plenty)."
-        )
+@dataclass(frozen=True)
+class Wish:
+    """What precision a model's layers are to have, and where the grids of its values come from.
 
-
-def quantised(
-    graph: Graph, model: nn.Module, calibration: Iterable[Any], precision: Precision
-) -> tuple[Graph, tuple[LayerPrecision, ...]]:
-    """The graph with its layers in int8, each where its precision says so; and what became of each layer.
-
-    Args:
-        graph: simplified, in float32.
-        model: that it was captured from.
+    Attributes:
+        precision: ``float32``; ``int8``: every layer that can be; ``mixed``: those that cost little.
         calibration: batches of inputs, each as the model is called.
-        precision: ``int8``: every layer that can be; ``mixed``: those that cost little.
+        grids: of a fake-quantised model, by place; empty of any other.
     """
-    if isinstance(calibration, Tensor | nn.Module | str) or not isinstance(calibration, Iterable):
-        raise AutopruneError(
-            f"calibration is a list of batches, each as the model is called, not {type(calibration).__name__}."
-        )
-    batches = [Arguments.of(batch).ordered(model).tensors for batch in calibration]
-    layers = [op.output for op in graph.ops if isinstance(op, FusedLayerOp)]
-    chosen: Literal["int8", "mixed"] = "mixed" if precision == "mixed" else "int8"
-    made = quantised_graph(graph, layers, batches, Settings(precision=chosen))
+
+    precision: Precision
+    calibration: Iterable[Any] | None
+    grids: Mapping[str, Grid]
+
+    def check(self, modules: bool) -> None:
+        """Raises AutopruneError unless it is one that the form has, with data where it needs it, and only there."""
+        if self.precision not in PRECISIONS:
+            raise AutopruneError(f"precision is one of {', '.join(PRECISIONS)}, not {self.precision!r}.")
+        if modules and self.precision != "float32":
+            raise AutopruneError(f"precision={self.precision!r} needs the form 'program': packed modules are float32.")
+        if self.precision == "float32" and self.grids:
+            raise AutopruneError(
+                "the model is fake-quantised: repack it with precision='int8', or make it plain before, with "
+                "autoprune.dequantize_(model)."
+            )
+        if self.precision == "float32" and self.calibration is not None:
+            raise AutopruneError("calibration batches are for precision='int8' or 'mixed'; float32 needs none.")
+        if self.grids and self.calibration is not None:
+            raise AutopruneError(
+                "the model is fake-quantised and was trained with its grids: leave calibration out, or calibrate it anew "
+                "after autoprune.dequantize_(model)."
+            )
+        if self.precision != "float32" and self.calibration is None and not self.grids:
+            raise AutopruneError(
+                f"precision={self.precision!r} needs calibration=batches: some inputs of the model, as it will see "
+                "them, from which the ranges of its activations are found (four batches of 32 are plenty)."
+            )
+
+    def quantised(
+        self, graph: Graph, captured: Graph, model: nn.Module, arguments: Arguments
+    ) -> tuple[Graph, tuple[LayerPrecision, ...]]:
+        """The graph with its layers in int8, each where its precision says so; and what became of each layer.
+
+        Args:
+            graph: simplified, in float32.
+            captured: before it was simplified.
+            model: that it was captured from, without fake quantisation.
+            arguments: that the model is called with.
+        """
+        if self.calibration is None:
+            made = trained_graph(graph, Modules.of(model, arguments, captured, graph), self.grids)
+        else:
+            layers = [op.output for op in graph.ops if isinstance(op, FusedLayerOp)]
+            chosen: Literal["int8", "mixed"] = "mixed" if self.precision == "mixed" else "int8"
+            batches = batches_of(self.calibration, model)
+            made = quantised_graph(graph, layers, batches, Settings(precision=chosen))
+        return _with_scales(made), made.precisions
+
+
+def _with_scales(made: Quantised) -> Graph:
+    """The graph whose int8 layers have their scales among their weights."""
     constants, ops = dict(made.graph.constants), []
     for op in made.graph.ops:
         if op.output in made.scales:
@@ -76,7 +112,7 @@ def quantised(
             constants[name] = made.scales[op.output]
             op = replace(op, tensors={**op.tensors, "scale": name})
         ops.append(op)
-    return replace(made.graph, ops=tuple(ops), constants=constants), made.precisions
+    return replace(made.graph, ops=tuple(ops), constants=constants)
 
 
 def freed(graph: Graph, original: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Graph:

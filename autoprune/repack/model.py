@@ -24,6 +24,7 @@ from autoprune.model.copies import check_inputs, copy_for_inference, not_running
 from autoprune.model.recurrent.modules import cut_states_
 from autoprune.model.recurrent.names import cell_of
 from autoprune.model.weights import first_names, kind_of, weight_of
+from autoprune.quantization.fake import dequantize_, grids_of
 from autoprune.repack.graph.batching import apart
 from autoprune.repack.graph.calls import Signature, record_classes
 from autoprune.repack.graph.capture import CaptureError, capture
@@ -32,7 +33,7 @@ from autoprune.repack.graph.ir import Graph
 from autoprune.repack.graph.ops import Conv2d, Gate, GatedConv2d, LayerOp, Recurrent
 from autoprune.repack.graph.passes import simplify
 from autoprune.repack.graph.proofs import proven
-from autoprune.repack.int8 import Precision, check_precision, freed, quantised, reproduces, with_precision
+from autoprune.repack.int8 import Precision, Wish, freed, reproduces, with_precision
 from autoprune.repack.kernels.compiler import refused, unavailable
 from autoprune.repack.lowering.conv_rules import is_depthwise
 from autoprune.repack.modules.methods import has_methods, sharing
@@ -83,7 +84,7 @@ def repack(
         precision: of its layers: ``float32``; ``int8``: weights and activations in bytes wherever a layer can be;
             ``mixed``: in bytes where that costs little of the output. A program only.
         calibration: for int8: batches of inputs, each as the model is called, from which the ranges of its activations
-            are found.
+            are found. None of a model that `quantize_` made ready: it has the grids it was trained with.
         protocol: how layers of the ``modules`` form are timed.
         clock: seconds.
         graph: of this architecture, captured before with other weights: saves the time of capturing.
@@ -96,15 +97,17 @@ def repack(
     """
     check_threads(threads)
     only_modules = form == "modules" or (form is None and (backends is not None or choose is not None))
-    check_precision(precision, calibration, only_modules)
-    refused()  # before the model runs
     original = _masked_copy(model, masks)
+    wish = Wish(precision, calibration, grids_of(original))
+    wish.check(only_modules)
+    refused()  # before the model runs
+    dequantize_(original, rounded=True)
     arguments = Arguments.of(example_inputs).ordered(original)
     check_inputs(arguments.tensors)
     reason = ""
     if not only_modules:
         try:
-            return _as_program(original, arguments, graph, threads, clock, cache, progress, (precision, calibration))
+            return _as_program(original, arguments, graph, threads, clock, cache, progress, wish)
         except CaptureError as error:
             if form == "program" or precision != "float32":
                 raise
@@ -148,7 +151,7 @@ def _since(row: LayerReport, reason: str) -> LayerReport:
 
 def _as_program(
     original: nn.Module, arguments: Arguments, graph: Graph | None, threads: int | None, clock: Clock,
-    cache: TuningCache | None, progress: Callable[[str], None], wish: tuple[Precision, Iterable[Any] | None],
+    cache: TuningCache | None, progress: Callable[[str], None], wish: Wish,
 ) -> ProgramModel:  # fmt: skip
     if reason := unavailable():
         raise CaptureError(reason)
@@ -160,12 +163,13 @@ def _as_program(
         raise not_running(error) from error
     progress("capturing the model")
     known = graph.rebound(original) if graph is not None else None
-    graph = plain = simplify(known if known is not None else capture(original, arguments))
+    captured = known if known is not None else capture(original, arguments)
+    graph = plain = simplify(captured)
     precisions: tuple[LayerPrecision, ...] = ()
-    if wish[1] is not None:
+    if wish.precision != "float32":
         progress("quantising the model")
         plain = freed(graph, by_place, inputs)
-        graph, precisions = quantised(plain, original, wish[1], wish[0])
+        graph, precisions = wish.quantised(plain, captured, original, arguments)
     layers = packable(graph)
     try:
         program, tuned = build_program(graph, layers, inputs, threads, clock, cache, progress)

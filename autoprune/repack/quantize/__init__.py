@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from autoprune.repack.quantize.batches import batches_of
 from autoprune.repack.quantize.placement import quantisable
 from autoprune.repack.quantize.precision import LayerPrecision, Quantised, Settings, quantised_graph
+from autoprune.repack.quantize.trained import Modules, trained_graph
+from autoprune.repack.quantize.training import quantize_
 
-__all__ = ["LayerPrecision", "Quantised", "Settings", "quantisable", "quantised_graph"]
+__all__ = [
+    "LayerPrecision", "Modules", "Quantised", "Settings", "batches_of", "quantisable", "quantize_", "quantised_graph",
+    "trained_graph",
+]  # fmt: skip

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from autoprune.errors import AutopruneError
+from autoprune.model.arguments import Arguments
 from autoprune.quantization import Observer
 from autoprune.repack.graph.extents import check_shapes
 from autoprune.repack.graph.ir import Graph
@@ -17,6 +18,20 @@ from autoprune.repack.graph.reference import evaluate_op
 
 Batch = tuple[Tensor, ...]
 """The tensors of one call, in the order of the graph's inputs."""
+
+
+def batches_of(calibration: Iterable[Any], model: nn.Module) -> list[Batch]:
+    """The tensors of batches that are given as the model is called.
+
+    Raises:
+        AutopruneError: it is one batch, or none of these things.
+    """
+    if isinstance(calibration, Tensor | nn.Module | str) or not isinstance(calibration, Iterable):
+        raise AutopruneError(
+            f"calibration is a list of batches, each as the model is called, not {type(calibration).__name__}."
+        )
+    given = (Arguments.of(batch).ordered(model).tensors for batch in calibration)
+    return [tuple(x.detach().cpu() for x in tensors) for tensors in given]
 
 
 def fitting_batches(graph: Graph, batches: Sequence[Batch]) -> list[Batch]:

@@ -95,12 +95,13 @@ class Placing:
         self.shapes = {name: tuple(x.shape) for name, x in tensors.items()}
         self.maps = self._feature_maps({name for name, x in tensors.items() if x.dtype == torch.float32})
 
-    def of(self, layers: Collection[str]) -> Placement:
-        """The placement where the layers with these outputs are int8."""
+    def of(self, layers: Collection[str], floats: Collection[str] = ()) -> Placement:
+        """The placement where the layers with these outputs are int8; `floats` are values that some read as floats."""
         alone: set[str] = set()
         for name in [*(op.output for op in reversed(self.graph.ops)), *(each.name for each in self.graph.inputs)]:
             readers = [op for op in self.readers[name] if not _reads_extents(op)]
-            if readers and name not in self.returned and all(self._takes(op, name, layers, alone) for op in readers):
+            kept = name in self.returned or name in floats
+            if readers and not kept and all(self._takes(op, name, layers, alone) for op in readers):
                 alone.add(name)
         chains = {name: tuple(self._chain(self.producers[name].inputs[0], alone)) for name in layers}
         behind = {chain[-1] for chain in chains.values()}

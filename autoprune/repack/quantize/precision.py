@@ -105,13 +105,13 @@ class Quantised:
         scales: output of each int8 layer -> ``(filters,)``.
         precisions: one of each layer, in the order they run.
         snr_db: signal-to-noise ratio of the model's outputs on the calibration data, the lowest where there are
-            several; infinite where they hold no floats.
+            several; infinite where they hold no floats, NaN where no data was needed.
     """
 
     graph: Graph
     scales: Mapping[str, Tensor]
     precisions: tuple[LayerPrecision, ...]
-    snr_db: float
+    snr_db: float = math.nan
 
 
 def quantised_graph(
@@ -129,11 +129,10 @@ def quantised_graph(
     Raises:
         AutopruneError: there is no calibration data, or it does not fit the graph or is not finite.
     """
-    calibration = _Calibration(graph, layers, batches, settings or Settings())
-    return calibration.mixed() if calibration.settings.precision == "mixed" else calibration.quantised(())
+    return Calibration(graph, layers, batches, settings or Settings()).chosen()
 
 
-class _Calibration:
+class Calibration:
     """A graph, calibration data and what is known by them; quantises any choice of the layers."""
 
     def __init__(self, graph: Graph, layers: Collection[str], batches: Sequence[Batch], settings: Settings) -> None:
@@ -153,6 +152,10 @@ class _Calibration:
         self._known: dict[tuple[str, Grid], Fitted] = {}
         self.snr_db: dict[str, float] = {}
         self.model_snr_db: dict[str, float] = {}
+
+    def chosen(self) -> Quantised:
+        """With the layers in int8 that the settings ask for."""
+        return self.mixed() if self.settings.precision == "mixed" else self.quantised(())
 
     def quantised(self, left: Collection[str]) -> Quantised:
         """All candidates in int8 but those that are `left` in float32."""

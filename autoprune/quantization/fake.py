@@ -1,0 +1,143 @@
+"""Fake quantisation: a model in training computes what its int8 layers will (Jacob et al. 2018).
+
+A layer that will be int8 rounds what it reads to a grid, and its weight to a scale a filter; a module whose output is
+kept as bytes rounds that. Gradients pass straight through, but not where a value lies beyond its grid (Bengio et al.
+2013). Hooks do it: modules keep their classes, and parameters their names and exact values, so that optimizers, masks
+and other hooks see what they always saw. The grids are buffers, and so in state dicts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autoprune.errors import AutopruneError
+from autoprune.quantization.grid import Grid, weight_scales
+from autoprune.quantization.ranges import on_scales
+
+INPUT, OUTPUT = "int8_input", "int8_output"
+"""Buffers, (scale, zero point): the grid of what an int8 layer reads, and of what a module gives."""
+
+
+class _StraightThrough(torch.autograd.Function):
+    """``rounded``, with the gradient going to x wherever x is `inside`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rounded: Tensor, inside: Tensor | None) -> Tensor:
+        ctx.inside = inside
+        return rounded
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = gradients
+        return gradient if ctx.inside is None else gradient * ctx.inside, None, None
+
+
+def fake_quantized(x: Tensor, grid: Grid) -> Tensor:
+    """x moved onto a grid, of x's shape and dtype."""
+    values = x.detach().float()
+    rounded = grid.rounded(values).to(x.dtype)
+    if not x.requires_grad:
+        return rounded
+    inside = (values >= grid.low) & (values <= grid.high)
+    return _StraightThrough.apply(x, rounded, inside)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def fake_quantized_weight(weight: Tensor) -> Tensor:
+    """A weight moved onto the scale that each filter's largest magnitude gives it; cut weights stay 0."""
+    exact = weight.detach()
+    rounded = on_scales(exact, weight_scales(exact))
+    return _StraightThrough.apply(weight, rounded, None)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def quantizable_module(module: nn.Module) -> bool:
+    """Whether hooks can make a module compute as an int8 layer does: its weight is a plain parameter, filters first."""
+    return isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear)) and "weight" in module._parameters
+
+
+def attach_(model: nn.Module, grids: Mapping[str, Grid]) -> None:
+    """Makes modules round.
+
+    Args:
+        model: changed in place.
+        grids: by place, ``<module>.int8_input`` or ``<module>.int8_output``; an input's makes the weight int8, too.
+
+    Raises:
+        AutopruneError: the model has no such module, or an input's can be no int8 layer.
+    """
+    for place, grid in grids.items():
+        name, _, side = place.rpartition(".")
+        try:
+            module = model.get_submodule(name)
+        except AttributeError:
+            raise AutopruneError(f"the model has no module {name!r}, whose grid was given.") from None
+        if side == INPUT and not quantizable_module(module):
+            raise AutopruneError(f"{name!r} is a {type(module).__name__} that cannot be fake-quantised.")
+        some = next(iter(module.parameters()), None)
+        held = torch.tensor([grid.scale, float(grid.zero_point)], device=None if some is None else some.device)
+        module.register_buffer(side, held)
+        if side == INPUT:
+            module.register_forward_pre_hook(_before, with_kwargs=True)
+            module.register_forward_hook(_after, always_call=True)
+        else:
+            module.register_forward_hook(_round_output)
+
+
+def grids_in(state: Mapping[str, Tensor]) -> dict[str, Grid]:
+    """The grids in a state dict, by place; empty of a model that is not fake-quantised."""
+    return {name: _grid(held) for name, held in state.items() if name.rpartition(".")[2] in (INPUT, OUTPUT)}
+
+
+def grids_of(model: nn.Module) -> dict[str, Grid]:
+    """The grids of a fake-quantised model, by place; empty of any other."""
+    return grids_in(dict(model.named_buffers()))
+
+
+def dequantize_(model: nn.Module, *, rounded: bool = False) -> nn.Module:
+    """Undoes fake quantisation; a model without it is left as it is.
+
+    Args:
+        model: changed in place, and returned.
+        rounded: whether the weights of int8 layers are left as those hold them, in place of the exact ones.
+    """
+    for module in model.modules():
+        if rounded and INPUT in module._buffers:
+            with torch.no_grad():
+                weight = module._parameters["weight"]
+                assert weight is not None
+                weight.copy_(fake_quantized_weight(weight))
+        for side in (INPUT, OUTPUT):
+            module._buffers.pop(side, None)
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if hook in (_before, _after, _round_output)]:
+                del hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+                module._forward_hooks_always_called.pop(key, None)
+    return model
+
+
+def _grid(held: Tensor) -> Grid:
+    scale, zero_point = held.tolist()
+    return Grid(scale, int(zero_point))
+
+
+def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What the layer reads, and the weight that hides its parameter during the call."""
+    grid, weight = _grid(module._buffers[INPUT]), module._parameters["weight"]  # type: ignore[arg-type]
+    assert weight is not None
+    vars(module)["weight"] = fake_quantized_weight(weight)
+    if args:
+        return (fake_quantized(args[0], grid), *args[1:]), kwargs
+    return args, {**kwargs, "input": fake_quantized(kwargs["input"], grid)}
+
+
+def _after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """The parameter is seen again, even where the call failed."""
+    vars(module).pop("weight", None)
+
+
+def _round_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    return fake_quantized(output, _grid(module._buffers[OUTPUT]))  # type: ignore[arg-type]
