@@ -32,6 +32,7 @@ class TrainingSettings:
             no such teacher.
         max_steps: stop after this many optimizer steps; None trains all epochs.
         clip_norm: largest L2 norm of the gradient, > 0; None never clips.
+        quantize_from: share of the epochs after which a model that will run in int8 trains fake-quantised, in [0, 1).
     """
 
     epochs: int = 5
@@ -47,6 +48,7 @@ class TrainingSettings:
     ema_teacher: float | None = None
     max_steps: int | None = None
     clip_norm: float | None = None
+    quantize_from: float = 0.5
 
     def __post_init__(self) -> None:
         """Raises ConfigError naming the setting, its value and what is allowed."""
@@ -91,6 +93,7 @@ _RANGES: Mapping[str, tuple[bool, str, Callable[[float], bool]]] = {
     "ema_teacher": (False, "in [0, 1) or nothing", lambda value: 0 <= value < 1),
     "max_steps": (True, "an integer >= 1 or nothing", lambda value: value >= 1),
     "clip_norm": (False, "a number > 0 or nothing", lambda value: value > 0),
+    "quantize_from": (False, "in [0, 1)", lambda value: 0 <= value < 1),
 }
 
 SCHEDULES: Mapping[str, Callable[[float], float]] = {  # progress in [0, 1] -> factor

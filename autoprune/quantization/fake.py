@@ -62,7 +62,7 @@ def attach_(model: nn.Module, grids: Mapping[str, Grid]) -> None:
     """Makes modules round.
 
     Args:
-        model: changed in place.
+        model: changed in place; grids that it has already are replaced.
         grids: by place, ``<module>.int8_input`` or ``<module>.int8_output``; an input's makes the weight int8, too.
 
     Raises:
@@ -78,7 +78,10 @@ def attach_(model: nn.Module, grids: Mapping[str, Grid]) -> None:
             raise AutopruneError(f"{name!r} is a {type(module).__name__} that cannot be fake-quantised.")
         some = next(iter(module.parameters()), None)
         held = torch.tensor([grid.scale, float(grid.zero_point)], device=None if some is None else some.device)
+        hooked = side in module._buffers
         module.register_buffer(side, held)
+        if hooked:
+            continue
         if side == INPUT:
             module.register_forward_pre_hook(_before, with_kwargs=True)
             module.register_forward_hook(_after, always_call=True)

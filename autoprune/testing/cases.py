@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from autoprune.model.inventory import Inventory, take_inventory
 from autoprune.plan import LayerPlan, Plan
+from autoprune.quantization import Grid, attach_
 from autoprune.registry import Choice
 from autoprune.training.base import Pruner
 
@@ -38,6 +39,12 @@ def conv_net() -> nn.Sequential:
             nn.Flatten(),
             nn.Linear(64, 12),
         )
+
+
+def fake_quantize_(model: nn.Module) -> None:
+    """Makes a `conv_net` compute as in int8, on grids that fit its inputs and first values."""
+    signed = dict.fromkeys(("0.int8_input", "5.int8_input"), Grid(0.03, 128))
+    attach_(model, {**signed, "2.int8_output": Grid(0.02), "3.int8_input": Grid(0.02)})
 
 
 def inventory_of_conv_net(model: nn.Module) -> Inventory:

@@ -16,11 +16,21 @@ from autoprune.errors import ConfigError
 from autoprune.masks import Masks, filter_rows, sparsity
 from autoprune.model.weights import weight_of
 from autoprune.patterns import PATTERNS
+from autoprune.quantization import grids_in
 from autoprune.registry import Choice
 from autoprune.settings import TrainingSettings
-from autoprune.testing.cases import LOSS, PATTERN_CHOICES, conv_net_pruner, copied, random_batches, same_tensors
+from autoprune.testing.cases import (
+    LOSS,
+    PATTERN_CHOICES,
+    conv_net_pruner,
+    copied,
+    fake_quantize_,
+    random_batches,
+    same_tensors,
+)
 from autoprune.testing.law import require
 from autoprune.training import Pruner, SparseTraining, train_
+from autoprune.training.loop import Quantize
 
 CRITERIA_TO_DRAW = ("magnitude", "gradient", "activation", "random")
 
@@ -108,24 +118,31 @@ def check_repeatable(make: Callable[[], SparseTraining]) -> None:
 
 
 def check_resumes(make: Callable[[], SparseTraining]) -> None:
-    """Checks that a training killed after two of four epochs ends as if it had never stopped (`state`, `load_state`).
+    """Checks that a training killed after three of four epochs ends as if it had never stopped (`state`, `load_state`).
+
+    Once more with a model that is fake-quantised after two epochs.
 
     Raises:
         BrokenLaw: it ends otherwise.
     """
-    whole = _trained(make(), None)
-    with tempfile.TemporaryDirectory() as folder:
-        with suppress(_Killed):
-            _trained(make(), Path(folder), kill_after=2)
-        resumed = _trained(make(), Path(folder))
-    require(same_tensors(whole, resumed), make(), "resumes a killed training bit for bit (`state`, `load_state`)")
+    for quantize_, of in ((None, ""), (fake_quantize_, " of a fake-quantised model")):
+        whole = _trained(make(), None, quantize_)
+        require(bool(grids_in(whole)) == bool(of), make(), f"leaves buffers as they are{of}")
+        with tempfile.TemporaryDirectory() as folder:
+            with suppress(_Killed):
+                _trained(make(), Path(folder), quantize_, kill_after=3)
+            resumed = _trained(make(), Path(folder), quantize_)
+        law = f"resumes a killed training{of} bit for bit (`state`, `load_state`)"
+        require(same_tensors(whole, resumed), make(), law)
 
 
 class _Killed(Exception):
     """Stands for a killed process."""
 
 
-def _trained(method: SparseTraining, folder: Path | None, kill_after: int | None = None) -> Mapping[str, Tensor]:
+def _trained(
+    method: SparseTraining, folder: Path | None, quantize_: Quantize | None = None, kill_after: int | None = None
+) -> Mapping[str, Tensor]:
     """The state of a model trained for four epochs, with a checkpoint in `folder` after each."""
 
     def on_epoch(epoch: int, _: dict[str, float]) -> None:
@@ -133,7 +150,7 @@ def _trained(method: SparseTraining, folder: Path | None, kill_after: int | None
             raise _Killed
 
     pruner = conv_net_pruner(Choice("filter"), [0.5, 0.5, 0.5])
-    train_(
+    result = train_(
         pruner.model,
         random_batches(),
         LOSS,
@@ -141,9 +158,12 @@ def _trained(method: SparseTraining, folder: Path | None, kill_after: int | None
         seed=0,
         method=method,
         pruner=pruner,
+        quantize_=quantize_,
         checkpoint=folder,
         on_epoch=on_epoch,
     )
+    cut = any(bool(weight_of(pruner.model, name)[~mask].any()) for name, mask in (result.masks or {}).items())
+    require(not cut, method, "leaves at zero what its masks cut")
     return pruner.model.state_dict()
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from autoprune.errors import AutopruneError, FileError
 from autoprune.files import read_tensors, write_tensors
+from autoprune.quantization import attach_, grids_in
 from autoprune.training.base import SparseTraining
 
 VERSION = 1
@@ -68,12 +69,14 @@ class Checkpoint:
             groups = self.optimizer.state_dict()["param_groups"]
             moments = self._moments(_under("optimizer", tensors))
             self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-            self.model.load_state_dict(_under("model", tensors))
+            held = _under("model", tensors)
+            attach_(self.model, grids_in(held))
+            self.model.load_state_dict(held)
             if self.average is not None:
                 self.average.load_state_dict(_under("average", tensors))
             if self.method is not None:
                 self.method.load_state(_under("method", tensors))
-        except (RuntimeError, ValueError, TypeError, LookupError) as error:
+        except (AutopruneError, RuntimeError, ValueError, TypeError, LookupError) as error:
             raise FileError(f"the training checkpoint {path} does not fit this model ({error}). Delete it.") from None
         return losses
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -60,7 +60,9 @@ class Distillation:
         if self.average is None or self.decay is None:
             return
         new = 1.0 - min(self.decay, 1.0 - 1.0 / (step + 1))
-        for mean, now in zip(_tensors(self.average), _tensors(self.model), strict=True):
+        current = _tensors(self.model)
+        for name, mean in _tensors(self.average).items():
+            now = current[name]
             if mean.is_floating_point():
                 mean.lerp_(now, new)
             else:
@@ -87,6 +89,5 @@ def check_teachers(model: nn.Module, settings: TrainingSettings, teachers: Seque
         raise AutopruneError("a teacher is the model itself: give a copy of the dense model, or set ema_teacher.")
 
 
-def _tensors(model: nn.Module) -> Iterator[Tensor]:
-    yield from model.parameters()
-    yield from model.buffers()
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}

@@ -29,6 +29,7 @@ from autoprune.training.distillation import Distillation, check_teachers
 
 OnSignals = Callable[[int, Signals], None]
 OnEpoch = Callable[[int, dict[str, float]], None]
+Quantize = Callable[[nn.Module], object]
 SIGNALS = 100  # a run
 
 
@@ -59,6 +60,7 @@ def train_(
     method: SparseTraining | None = None,
     pruner: Pruner | None = None,
     teachers: Sequence[nn.Module] = (),
+    quantize_: Quantize | None = None,
     checkpoint: Path | None = None,
     progress: Progress = SILENT,
     title: str = "training",
@@ -80,6 +82,8 @@ def train_(
         pruner: the plan the method reaches.
         teachers: models to distil from; needed when ``settings.distillation_weight > 0``, unless
             ``settings.ema_teacher`` is set, and unused at 0.
+        quantize_: fake-quantises the model: called once, before the first epoch that ``settings.quantize_from`` lets be
+            quantised; the model is left so.
         checkpoint: a folder written after each epoch and resumed from; whoever names it removes it.
         progress: where the steps are shown.
         title: of the progress bar.
@@ -95,7 +99,7 @@ def train_(
     _check_arguments(model, method, pruner)
     check_teachers(model, settings, teachers)
     lengths = _Lengths.of(settings, count_batches(batches))
-    trainer = _Trainer(model, loss, settings, lengths.steps, method, on_signals)
+    trainer = _Trainer(model, loss, settings, lengths.steps, method, on_signals, quantize_)
     with _kept_as_it_was(model, *teachers), progress.bar(title, lengths.steps) as bar:
         torch.manual_seed(epoch_seed(seed, 0))
         trainer.start(pruner, teachers)
@@ -131,9 +135,10 @@ class _Trainer:
         total_steps: int,
         method: SparseTraining | None,
         on_signals: OnSignals | None,
+        quantize_: Quantize | None,
     ) -> None:
         self.model, self.loss, self.settings, self.total_steps = model, loss, settings, total_steps
-        self.method, self.on_signals = method, on_signals
+        self.method, self.on_signals, self.quantize_ = method, on_signals, quantize_
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = make_optimizer(self.parameters, settings)
         self.distillation: Distillation | None = None
@@ -150,7 +155,7 @@ class _Trainer:
     ) -> Checkpoint | None:
         """What keeps this run in `folder`; after `start`."""
         run = {"seed": seed, "settings": self.settings.to_json(), "batches": lengths.epoch}
-        run |= {"teachers": len(teachers) if self.distillation else 0}
+        run |= {"teachers": len(teachers) if self.distillation else 0, "quantized": self.quantize_ is not None}
         run |= {"method": type(self.method).__name__, "plan": pruner.plan.key if self.method and pruner else None}
         average = self.distillation.average if self.distillation else None
         return Checkpoint(folder, run, self.model, self.optimizer, self.method, average) if folder else None
@@ -200,6 +205,8 @@ def _train_epochs_(
     losses = saved.load_() if saved else []
     bar.advance(min(len(losses) * lengths.epoch, lengths.steps))
     for epoch in range(len(losses) + 1, lengths.epochs + 1):
+        if trainer.quantize_ and epoch == 1 + math.floor(trainer.settings.quantize_from * lengths.epochs):
+            trainer.quantize_(trainer.model)
         torch.manual_seed(epoch_seed(seed, epoch))
         trainer.model.train()
         before = (epoch - 1) * lengths.epoch

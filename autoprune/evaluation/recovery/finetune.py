@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -12,10 +13,13 @@ from autoprune.allocation import Cost, MacsCost, WeightCost
 from autoprune.errors import AutopruneError
 from autoprune.evaluation.recovery.base import Subject
 from autoprune.latency.cost import LatencyCost
+from autoprune.masks import Batches
+from autoprune.model.given import read
 from autoprune.model.inventory import Inventory
 from autoprune.plan import Plan
 from autoprune.progress import SILENT, Progress
-from autoprune.repack import CaptureError, find_readers
+from autoprune.repack import CaptureError, find_readers, quantize_
+from autoprune.repack.int8 import Precision
 from autoprune.settings import TrainingSettings
 from autoprune.training import TRAINING, OnSignals
 from autoprune.training.loop import train_
@@ -33,8 +37,12 @@ def finetune_(
     progress: Progress = SILENT,
     title: str = "training",
     on_signals: OnSignals | None = None,
+    precision: Precision = "float32",
 ) -> None:
     """Trains `model`, a copy of the dense one, in place, by the plan's method and with its settings.
+
+    For a precision of bytes it trains what will run: ``settings.quantize_from`` says from when on. It is left
+    fake-quantised, for `repack` with that precision; `autoprune.dequantize_` makes it plain.
 
     Args:
         model: widened in place where the method widens.
@@ -46,6 +54,7 @@ def finetune_(
         progress: where the steps are shown.
         title: of the progress bar.
         on_signals: called now and then with the step and what the method shows of itself.
+        precision: that the model will run in.
     """
     task, settings = subject.task, settings.changed(plan.settings)
     method = TRAINING.create(plan.training)
@@ -62,11 +71,20 @@ def finetune_(
         method=method,
         pruner=pruner,
         teachers=(subject.dense, *teachers),
+        quantize_=None if precision == "float32" else partial(_quantize_, inputs, task.calibration, precision),
         checkpoint=checkpoint,
         progress=progress,
         title=title,
         on_signals=on_signals,
     )
+
+
+def _quantize_(
+    inputs: tuple[Any, ...], calibration: Batches, precision: Literal["int8", "mixed"], model: nn.Module
+) -> None:
+    """Fake-quantises a model in training."""
+    batches = [given for _, given, _ in read(calibration, "the calibration data")]
+    quantize_(model, inputs, batches, precision=precision)
 
 
 def budget_cost(subject: Subject, plan: Plan) -> Callable[[Inventory], Cost]:

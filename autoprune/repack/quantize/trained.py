@@ -38,7 +38,7 @@ class Modules:
 
     Attributes:
         layers: output of an operation -> the module that is this layer and reads its input, and is called once.
-        outputs: value -> the modules whose output it is, those that return last coming first.
+        outputs: value -> the modules whose output it is, in the order they return: what the first of them gives, all read.
     """
 
     layers: Mapping[str, str]
@@ -59,13 +59,13 @@ class Modules:
         values = _values(captured, arguments.tensors, wanted)
         calls = _Calls(model, values)
         calls.record(arguments)
-        names = [op.layer for op in ops]
+        every = [op.layer for op in ops]
         layers = {
             op.output: op.layer for op in ops
-            if op.layer is not None and names.count(op.layer) == 1 and _is_layer(model, op.layer)
+            if op.layer is not None and every.count(op.layer) == 1 and _is_layer(model, op.layer)
             and op.inputs[0] in calls.inputs.get(op.layer, ())
         }  # fmt: skip
-        return cls(layers, {value: tuple(reversed(modules)) for value, modules in calls.outputs.items()})
+        return cls(layers, {value: tuple(names) for value, names in calls.outputs.items()})
 
 
 def _is_layer(model: nn.Module, name: str) -> bool:
