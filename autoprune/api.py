@@ -25,6 +25,7 @@ from autoprune.pipeline.results import report_of
 from autoprune.pipeline.run import Run
 from autoprune.plan import Plan
 from autoprune.progress import SILENT, Progress
+from autoprune.quantization import check_plain
 from autoprune.repack import RepackedModel
 from autoprune.repack.kernels.compiler import refused
 from autoprune.repack.report import Sealed
@@ -119,6 +120,7 @@ def _given_run(
         raise ConfigError(f"config is a dictionary of sections, which are dictionaries, not {config!r:.60}.")
     refused()  # torch must know before a model runs
     check_model(model)
+    check_plain(model)
     dense = unfreeze_(uncompiled_(copy_for_inference(model)).cpu())  # torch.compile would compile each copy anew
     inputs = Arguments.of(example_inputs).positional(dense)
     if not inputs[0].dim():

@@ -21,6 +21,7 @@ from autoprune.model.weights import weight_of
 from autoprune.patterns import PATTERNS
 from autoprune.pipeline.retarget import faster_than_eager, latency_table, plan_at
 from autoprune.plan import LayerPlan, Plan
+from autoprune.quantization import unrounded
 from autoprune.registry import Choice
 from autoprune.target import Over, Target
 from autoprune.training import TRAINING, Pruner, Signals
@@ -101,7 +102,8 @@ class PruningHooks:
             target = Target(speedup=speedup, sparsity=sparsity, over=over or "best")
         self._name, self._method = Choice.of(method), TRAINING.create(Choice.of(method))
         self._lifecycle = Lifecycle()
-        inventory = take_inventory(model, example_inputs, keep_dense=tuple(keep_dense))
+        with unrounded():
+            inventory = take_inventory(model, example_inputs, keep_dense=tuple(keep_dense))
         counted: Callable[[Inventory], Cost] = WeightCost
         if plan is None:
             layer = LayerPlan(sparsity or 0.0, Choice.of(pattern), Choice.of(criterion))

@@ -25,6 +25,7 @@ from autoprune.patterns import PATTERNS
 from autoprune.patterns.base import Pattern
 from autoprune.patterns.layered import mask_of, masks_of
 from autoprune.plan import LayerSpec, Plan
+from autoprune.quantization import unrounded
 
 Masks = dict[str, Tensor]  # layer name -> bool, True keeps, in the weight's shape
 Batches = Iterable[Any]  # (inputs, target), or another form that `inputs_and_target` takes
@@ -47,7 +48,7 @@ def collect_statistics(
     was_training = model.training
     model.eval()  # batch norm must not drift
     try:
-        with watch_weights(model, names, seen):
+        with unrounded(), watch_weights(model, names, seen):
             for number, inputs, target in read(batches, "the calibration data"):
                 with called(f"the model cannot be calibrated on batch {number}"):
                     samples = max(1, Arguments.of(inputs).samples)

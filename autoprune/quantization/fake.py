@@ -8,7 +8,9 @@ and other hooks see what they always saw. The grids are buffers, and so in state
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -20,6 +22,9 @@ from autoprune.quantization.ranges import on_scales
 
 INPUT, OUTPUT = "int8_input", "int8_output"
 """Buffers, (scale, zero point): the grid of what an int8 layer reads, and of what a module gives."""
+
+
+_EXACT: ContextVar[bool] = ContextVar("exact", default=False)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -37,7 +42,7 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def fake_quantized(x: Tensor, grid: Grid) -> Tensor:
-    """x moved onto a grid, of x's shape and dtype."""
+    """X moved onto a grid, of x's shape and dtype."""
     values = x.detach().float()
     rounded = grid.rounded(values).to(x.dtype)
     if not x.requires_grad:
@@ -51,6 +56,16 @@ def fake_quantized_weight(weight: Tensor) -> Tensor:
     exact = weight.detach()
     rounded = on_scales(exact, weight_scales(exact))
     return _StraightThrough.apply(weight, rounded, None)  # type: ignore[no-any-return, no-untyped-call]
+
+
+@contextmanager
+def unrounded() -> Iterator[None]:
+    """Within it, fake-quantised models of this thread compute with their exact weights and values."""
+    before = _EXACT.set(True)
+    try:
+        yield
+    finally:
+        _EXACT.reset(before)
 
 
 def quantizable_module(module: nn.Module) -> bool:
@@ -99,6 +114,12 @@ def grids_of(model: nn.Module) -> dict[str, Grid]:
     return grids_in(dict(model.named_buffers()))
 
 
+def check_plain(model: nn.Module) -> None:
+    """Raises AutopruneError for a fake-quantised model."""
+    if grids_of(model):
+        raise AutopruneError("the model is fake-quantised: undo that first, with autoprune.dequantize_(model).")
+
+
 def dequantize_(model: nn.Module, *, rounded: bool = False) -> nn.Module:
     """Undoes fake quantisation; a model without it is left as it is.
 
@@ -129,6 +150,8 @@ def _grid(held: Tensor) -> Grid:
 
 def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What the layer reads, and the weight that hides its parameter during the call."""
+    if _EXACT.get():
+        return args, kwargs
     grid, weight = _grid(module._buffers[INPUT]), module._parameters["weight"]  # type: ignore[arg-type]
     assert weight is not None
     vars(module)["weight"] = fake_quantized_weight(weight)
@@ -143,4 +166,6 @@ def _after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
 
 
 def _round_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    if _EXACT.get():
+        return output
     return fake_quantized(output, _grid(module._buffers[OUTPUT]))  # type: ignore[arg-type]

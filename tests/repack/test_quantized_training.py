@@ -12,9 +12,8 @@ from torch.nn import functional as F
 
 import autoprune
 from autoprune.errors import AutopruneError
-from autoprune.quantization import Grid, grids_of
+from autoprune.quantization import Grid, attach_, grids_of
 from autoprune.quantization.fake import fake_quantized, fake_quantized_weight
-from autoprune.repack import LayerReport
 from autoprune.repack.outputs import noise_of
 from autoprune.tasks.zoo.small import lenet5, residual_cnn, tiny_transformer
 
@@ -104,5 +103,170 @@ def test_int8_computes_what_was_trained(name: str) -> None:
     for given in data(tuple(x.shape), 4, 4):
         with torch.inference_mode():
             wanted, whole, got = model(given), plain(given), fast(given)
-        print(name, noise_of((got,), (wanted,)) / noise_of((whole,), (wanted,)))
         assert noise_of((got,), (wanted,)) < 1e-3 * noise_of((whole,), (wanted,))
+
+
+def test_a_model_is_undone_and_its_parameters_stay_what_they_are() -> None:
+    model, x = ready("residual")
+    before, kinds = copy.deepcopy(model.state_dict()), [type(module) for module in model.modules()]
+    parameters = dict(model.named_parameters())
+    with torch.inference_mode():
+        plain = model(x)
+    rows = autoprune.quantize_(model, x, data(tuple(x.shape), 3))
+    assert {row.precision for row in rows} == {"int8"}
+    assert dict(model.named_parameters()) == parameters
+    assert [type(module) for module in model.modules()] == kinds
+    with torch.inference_mode():
+        assert 0 < noise_of((model(x),), (plain,)) < 0.1
+    assert autoprune.dequantize_(model) is model
+    assert not grids_of(model)
+    assert list(model.state_dict()) == list(before)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with torch.inference_mode():
+        assert torch.equal(model(x), plain)
+
+
+def test_rounded_weights_compute_the_same_and_are_a_fixed_point() -> None:
+    model, x = ready("pooled")
+    autoprune.quantize_(model, x, data(tuple(x.shape), 2))
+    rounded, grids = copy.deepcopy(model), grids_of(model)
+    autoprune.dequantize_(rounded, rounded=True)
+    weights = copy.deepcopy(rounded.state_dict())
+    with torch.inference_mode():
+        wanted = model(x)
+        attach_(rounded, grids)
+        assert noise_of((rounded(x),), (wanted,)) < 1e-6
+    assert all(torch.allclose(rounded.state_dict()[name], value, atol=1e-7) for name, value in weights.items())
+
+
+def test_states_and_copies_keep_the_grids() -> None:
+    model, x = ready("residual")
+    autoprune.quantize_(model, x, data(tuple(x.shape), 2, 1))
+    other, _ = ready("residual")
+    autoprune.quantize_(other, x, [10 * each for each in data(tuple(x.shape), 2, 2)])
+    assert grids_of(other) != grids_of(model)
+    other.load_state_dict(model.state_dict())
+    assert grids_of(other) == grids_of(model) == grids_of(copy.deepcopy(model))
+    with torch.inference_mode():
+        assert torch.equal(other(x), model(x))
+        assert torch.equal(copy.deepcopy(model)(x), model(x))
+
+
+def test_quantising_again_calibrates_anew() -> None:
+    model, x = ready("pooled")
+    batches = data(tuple(x.shape), 2)
+    autoprune.quantize_(model, x, batches)
+    once, hooks = grids_of(model), sum(len(each._forward_hooks) for each in model.modules())
+    autoprune.quantize_(model, x, batches)
+    assert grids_of(model) == once
+    assert sum(len(each._forward_hooks) for each in model.modules()) == hooks
+
+
+def test_a_failing_call_leaves_the_weight_in_its_place() -> None:
+    layer = nn.Sequential(nn.Conv2d(3, 4, 3))
+    attach_(layer, {"0.int8_input": Grid(0.1, 5)})
+    with pytest.raises(RuntimeError):
+        layer(torch.zeros(1, 2, 5, 5))
+    assert layer[0].weight is dict(layer.named_parameters())["0.weight"]
+
+
+def test_gradients_pass_where_values_are_on_the_grid() -> None:
+    x = torch.tensor([-1.0, -0.26, 0.1, 0.9, 5.0], requires_grad=True)
+    rounded = fake_quantized(x, Grid(0.01, 50))
+    assert torch.equal(rounded.detach(), Grid(0.01, 50).rounded(x.detach()))
+    rounded.backward(torch.arange(5.0))
+    assert x.grad is not None
+    assert x.grad.tolist() == [0, 1, 2, 3, 0]
+    weight = torch.randn(4, 3, requires_grad=True)
+    fake_quantized_weight(weight).sum().backward()
+    assert weight.grad is not None
+    assert torch.equal(weight.grad, torch.ones(4, 3))
+
+
+def test_half_precision_goes_on_in_half_precision() -> None:
+    model, x = ready("pooled")
+    autoprune.quantize_(model, x, data(tuple(x.shape), 2))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert model(x).dtype == torch.bfloat16
+
+
+def test_training_lowers_the_loss_of_the_rounded_model() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3)), torch.randn(64, 6)
+    target = x[:, :3] * x[:, 3:]
+    autoprune.quantize_(model, x, [x])
+
+    def loss() -> Tensor:
+        return F.mse_loss(model(x), target)
+
+    first, optimizer = loss().item(), torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(200):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+    assert loss().item() < first / 2
+
+
+def test_pruning_hooks_and_criteria_see_through_it() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), torch.randn(6, 8)
+    autoprune.quantize_(model, x, [x])
+    batches = [(x, torch.zeros(6, dtype=torch.int64))]
+    pruning = autoprune.PruningHooks(model, x, "one_shot", sparsity=0.5, criterion="activation", batches=batches)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    pruning.start(optimizer, 1)
+    model(x).sum().backward()
+    optimizer.step()
+    pruning.after_step()
+    masks = pruning.finish()
+    assert all((dict(model.named_parameters())[f"{name}.weight"] == 0).equal(~mask) for name, mask in masks.items())
+    fast = autoprune.repack(model, x, precision="int8")
+    with torch.inference_mode():
+        assert noise_of((fast(x),), (model(x),)) < 1e-5
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_a_layer_that_is_called_twice_stays_float(calls: int) -> None:
+    class Repeated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(calls):
+                x = F.relu(self.one(x))
+            return self.other(x)
+
+    model, x = Repeated(), torch.randn(4, 8)
+    rows = autoprune.quantize_(model, x, [x])
+    found = {row.precision for row in rows if row.layer == "one"}
+    assert found == {"int8" if calls == 1 else "float32"}
+    assert {row.precision for row in rows if row.layer == "other"} == {"int8"}
+
+
+def test_what_makes_no_sense_is_refused() -> None:
+    model, x = ready("pooled")
+    with pytest.raises(AutopruneError, match="a list of batches"):
+        autoprune.quantize_(model, x, x)
+    with pytest.raises(AutopruneError, match="NaN or infinite"):
+        autoprune.quantize_(model, x, [x / 0])
+    assert not grids_of(model)
+    autoprune.quantize_(model, x, [x])
+    with pytest.raises(AutopruneError, match="is fake-quantised: repack it with precision='int8'"):
+        autoprune.repack(model, x)
+    with pytest.raises(AutopruneError, match="leave calibration out"):
+        autoprune.repack(model, x, precision="int8", calibration=[x])
+    with pytest.raises(AutopruneError, match="is fake-quantised: undo that first"):
+        autoprune.export_onnx(model, x, "unwritten.onnx")
+    with pytest.raises(AutopruneError, match="no module 'nothing'"):
+        attach_(model, {"nothing.int8_input": Grid(1.0)})
+    with pytest.raises(AutopruneError, match="'1' is a ReLU"):
+        attach_(model, {"1.int8_input": Grid(1.0)})
+
+
+def test_grids_of_one_value_that_differ_are_refused() -> None:
+    model, x = ready("residual")
+    autoprune.quantize_(model, x, [x])
+    model.get_buffer("2.shortcut.0.int8_input").mul_(2)
+    with pytest.raises(AutopruneError, match="are grids of one value and differ"):
+        autoprune.repack(model, x, precision="int8")

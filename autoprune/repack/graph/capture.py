@@ -18,6 +18,7 @@ from autoprune.model.arguments import Arguments
 from autoprune.model.channel_gates import gates
 from autoprune.model.copies import copy_for_inference, has_memory, own_copy
 from autoprune.model.recurrent.modules import WholeSequences, recurrent_modules
+from autoprune.quantization import check_plain
 from autoprune.repack.graph import torch_export
 from autoprune.repack.graph.aten import FAILURES
 from autoprune.repack.graph.calls import ByPlace, Place, input_names
@@ -57,6 +58,7 @@ def capture(model: nn.Module, inputs: Any) -> Graph:
     if reason := unloadable():
         raise CaptureError(reason)
     copied = copy_for_inference(model)
+    check_plain(copied)
     recurrent = [module for _, module in recurrent_modules(copied)]
     names = input_names(copied, arguments)
     by_place = ByPlace(_whole_operators(copied), arguments)

@@ -27,6 +27,7 @@ from autoprune.masks import Masks, apply_masks_
 from autoprune.model.arguments import Arguments
 from autoprune.model.copies import check_inputs, copy_for_inference, not_running, uncompiled_
 from autoprune.model.weights import kind_of, weighted_layers
+from autoprune.quantization import check_plain
 from autoprune.repack.graph.calls import ByPlace, input_names
 from autoprune.repack.graph.capture import CaptureError, capture
 from autoprune.repack.graph.ir import Graph
@@ -188,6 +189,7 @@ def export_onnx(
 def _runnable(model: nn.Module, example_inputs: Any, masks: Masks | None) -> ByPlace:
     """A copy of the masked model that is called by its tensors alone, once it has run on the example inputs."""
     original = copy_for_inference(model)
+    check_plain(original)
     if masks:
         apply_masks_(original, masks)
     original = uncompiled_(original)

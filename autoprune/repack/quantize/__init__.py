@@ -9,6 +9,13 @@ from autoprune.repack.quantize.trained import Modules, trained_graph
 from autoprune.repack.quantize.training import quantize_
 
 __all__ = [
-    "LayerPrecision", "Modules", "Quantised", "Settings", "batches_of", "quantisable", "quantize_", "quantised_graph",
+    "LayerPrecision",
+    "Modules",
+    "Quantised",
+    "Settings",
+    "batches_of",
+    "quantisable",
+    "quantised_graph",
+    "quantize_",
     "trained_graph",
 ]  # fmt: skip

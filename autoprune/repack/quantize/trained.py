@@ -38,7 +38,7 @@ class Modules:
 
     Attributes:
         layers: output of an operation -> the module that is this layer and reads its input, and is called once.
-        outputs: value -> the modules whose output it is, in the order they return: what the first of them gives, all read.
+        outputs: value -> the modules whose output it is, in the order they return: all readers read what the first gives.
     """
 
     layers: Mapping[str, str]
