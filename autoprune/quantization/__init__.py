@@ -8,6 +8,6 @@ from autoprune.quantization.observer import Observer
 from autoprune.quantization.ranges import METHODS, least_squares_weight_scales, on_scales
 
 __all__ = [
-    "LEVELS", "METHODS", "WEIGHT_LEVELS", "Grid", "Observer", "attach_", "check_plain", "dequantize_", "grids_in", "grids_of",
-    "least_squares_weight_scales", "on_scales", "unrounded", "weight_scales",
+    "LEVELS", "METHODS", "WEIGHT_LEVELS", "Grid", "Observer", "attach_", "check_plain", "dequantize_", "grids_in",
+    "grids_of", "least_squares_weight_scales", "on_scales", "unrounded", "weight_scales",
 ]  # fmt: skip

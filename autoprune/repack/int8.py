@@ -73,8 +73,8 @@ class Wish:
             raise AutopruneError("calibration batches are for precision='int8' or 'mixed'; float32 needs none.")
         if self.grids and self.calibration is not None:
             raise AutopruneError(
-                "the model is fake-quantised and was trained with its grids: leave calibration out, or calibrate it anew "
-                "after autoprune.dequantize_(model)."
+                "the model is fake-quantised and was trained with its grids: leave calibration out, or calibrate it "
+                "anew after autoprune.dequantize_(model)."
             )
         if self.precision != "float32" and self.calibration is None and not self.grids:
             raise AutopruneError(

@@ -38,7 +38,8 @@ class Modules:
 
     Attributes:
         layers: output of an operation -> the module that is this layer and reads its input, and is called once.
-        outputs: value -> the modules whose output it is, in the order they return: all readers read what the first gives.
+        outputs: value -> the modules whose output it is, in the order they return: all readers read what the first
+            gives.
     """
 
     layers: Mapping[str, str]
@@ -233,7 +234,7 @@ def trained_graph(graph: Graph, modules: Modules, grids: Mapping[str, Grid]) -> 
 def _rounded(weight: Tensor) -> Int8Layer:
     """A filter has its largest magnitude at the end of its scale, as it had in training."""
     scales = weight_scales(weight)
-    return Int8Layer(on_scales(weight.detach(), scales), scales, None)
+    return Int8Layer(on_scales(weight.detach(), scales), scales)
 
 
 def _same_grid(places: Sequence[str], grids: Mapping[str, Grid]) -> Grid:
