@@ -102,8 +102,7 @@ class PruningHooks:
             target = Target(speedup=speedup, sparsity=sparsity, over=over or "best")
         self._name, self._method = Choice.of(method), TRAINING.create(Choice.of(method))
         self._lifecycle = Lifecycle()
-        with unrounded():
-            inventory = take_inventory(model, example_inputs, keep_dense=tuple(keep_dense))
+        inventory = _inventory(model, example_inputs, keep_dense)
         counted: Callable[[Inventory], Cost] = WeightCost
         if plan is None:
             layer = LayerPlan(sparsity or 0.0, Choice.of(pattern), Choice.of(criterion))
@@ -258,3 +257,9 @@ def _check_trains(optimizer: torch.optim.Optimizer, pruner: Pruner) -> None:
             f"the optimizer does not train {', '.join(missing[:3])}: make the hooks first (a method may widen the "
             "model), then the optimizer from model.parameters()."
         )
+
+
+def _inventory(model: nn.Module, example_inputs: Any, keep_dense: Sequence[str]) -> Inventory:
+    """What can be pruned, of a model that may be fake-quantised."""
+    with unrounded():
+        return take_inventory(model, example_inputs, keep_dense=tuple(keep_dense))

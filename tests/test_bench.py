@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ import autoprune
 from autoprune.bench import bench_model, example_inputs, parse_shape
 from autoprune.cli import app
 from autoprune.errors import AutopruneError, ConfigError
-from autoprune.latency.engines.base import Call, DenseEngine
+from autoprune.latency.engines.base import Call, DenseEngine, Inputs
 from autoprune.latency.timer import Latency
 from autoprune.repack.lowering.geometry import Tiling
 from autoprune.repack.rivals import dense_calls
@@ -207,7 +206,7 @@ class Flat(nn.Module):
 class Doubles(DenseEngine):
     """An engine that computes something else, at no cost."""
 
-    def _compile(self, model: nn.Module, inputs: tuple[Any, ...], threads: int) -> Call:
+    def _compile(self, model: nn.Module, inputs: Inputs, threads: int, calibration: Sequence[Inputs]) -> Call:
         with torch.inference_mode():
             result = 2 * model(*inputs)
         return lambda: result

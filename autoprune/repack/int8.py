@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from autoprune.errors import AutopruneError
 from autoprune.model.arguments import Arguments
-from autoprune.quantization import Grid
+from autoprune.quantization import Grid, dequantize_, grids_of
 from autoprune.repack.graph.extents import with_extents
 from autoprune.repack.graph.ir import Graph
 from autoprune.repack.graph.ops import FusedLayerOp
@@ -57,6 +57,17 @@ class Wish:
     precision: Precision
     calibration: Iterable[Any] | None
     grids: Mapping[str, Grid]
+
+    @classmethod
+    def of(cls, model: nn.Module, precision: Precision, calibration: Iterable[Any] | None, modules: bool) -> Wish:
+        """For a model of our own, whose fake quantisation is taken off, in a form of `modules` or a program's.
+
+        Raises AutopruneError as `check` does.
+        """
+        wish = cls(precision, calibration, grids_of(model))
+        wish.check(modules)
+        dequantize_(model, rounded=True)
+        return wish
 
     def check(self, modules: bool) -> None:
         """Raises AutopruneError unless it is one that the form has, with data where it needs it, and only there."""

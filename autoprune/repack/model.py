@@ -24,7 +24,6 @@ from autoprune.model.copies import check_inputs, copy_for_inference, not_running
 from autoprune.model.recurrent.modules import cut_states_
 from autoprune.model.recurrent.names import cell_of
 from autoprune.model.weights import first_names, kind_of, weight_of
-from autoprune.quantization.fake import dequantize_, grids_of
 from autoprune.repack.graph.batching import apart
 from autoprune.repack.graph.calls import Signature, record_classes
 from autoprune.repack.graph.capture import CaptureError, capture
@@ -96,12 +95,10 @@ def repack(
             for and the model cannot be captured.
     """
     check_threads(threads)
+    refused()  # before the model runs
     only_modules = form == "modules" or (form is None and (backends is not None or choose is not None))
     original = _masked_copy(model, masks)
-    wish = Wish(precision, calibration, grids_of(original))
-    wish.check(only_modules)
-    refused()  # before the model runs
-    dequantize_(original, rounded=True)
+    wish = Wish.of(original, precision, calibration, only_modules)
     arguments = Arguments.of(example_inputs).ordered(original)
     check_inputs(arguments.tensors)
     reason = ""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from autoprune.errors import AutopruneError
 from benchmarks.lib import isa
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,5 +44,5 @@ def test_a_process_that_is_held_already_goes_on() -> None:
 
 def test_elsewhere_it_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "riscv64")
-    with pytest.raises(isa.AutopruneError, match="leave --isa out"):
+    with pytest.raises(AutopruneError, match="leave --isa out"):
         isa.hold_to("vnni", [])

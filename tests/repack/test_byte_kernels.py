@@ -161,7 +161,7 @@ def steps(given: list[tuple[NDArray[Any], Grid | None]], grid: Grid) -> Floats:
     return total
 
 
-def put_on(memory: Memory, rng: random.Random, shape: Shape, pitch: int, made: Grid) -> tuple[byte_sums.On, Any]:
+def put_on(memory: Memory, rng: random.Random, shape: Shape, pitch: int, made: Grid) -> tuple[byte_nodes.On, Any]:
     """A map of bytes or of floats, and what is in it."""
     grid = rng.choice([made, grid_of(rng), None])
     pads = (rng.randint(0, 2), min(2, pitch - shape[3]))
@@ -171,10 +171,10 @@ def put_on(memory: Memory, rng: random.Random, shape: Shape, pitch: int, made: G
         x = floats_of(memory, shape, made)
         x[np.isinf(x)] = 0.0
         memory.put_floats(at, x)
-        return byte_sums.On(at, None), x
+        return byte_nodes.On(at, None), x
     q = bytes_of(memory, shape)
     memory.put(at, q, grid.zero_point)
-    return byte_sums.On(at, grid), q
+    return byte_nodes.On(at, grid), q
 
 
 @targets

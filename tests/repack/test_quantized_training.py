@@ -31,7 +31,8 @@ class Inline(nn.Module):
         x = F.max_pool2d(self.act(self.norm(self.stem(x))), 2)
         x = self.act(self.a(x)) + x
         x = self.act(self.b(x) + x)
-        return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
+        y: Tensor = self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
+        return y
 
 
 class Inverted(nn.Module):
@@ -43,7 +44,8 @@ class Inverted(nn.Module):
         self.norm, self.down = nn.BatchNorm2d(16), nn.Conv2d(16, 8, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(F.relu6(self.norm(self.deep(F.hardswish(self.up(x))))))
+        y: Tensor = x + self.down(F.relu6(self.norm(self.deep(F.hardswish(self.up(x))))))
+        return y
 
 
 class Rows(nn.Module):
@@ -56,7 +58,8 @@ class Rows(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.down(F.gelu(self.up(x)))
-        return self.head(self.norm(F.relu(x)))
+        y: Tensor = self.head(self.norm(F.relu(x)))
+        return y
 
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -235,7 +238,8 @@ def test_a_layer_that_is_called_twice_stays_float(calls: int) -> None:
         def forward(self, x: Tensor) -> Tensor:
             for _ in range(calls):
                 x = F.relu(self.one(x))
-            return self.other(x)
+            y: Tensor = self.other(x)
+            return y
 
     model, x = Repeated(), torch.randn(4, 8)
     rows = autoprune.quantize_(model, x, [x])
