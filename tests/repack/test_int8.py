@@ -121,6 +121,21 @@ class Wide(nn.Module):
         return y
 
 
+class Windows(nn.Module):
+    """Tokens of four axes, as windows of an image are; rows that two Linears read, and an operation in floats."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.one, self.two = nn.LayerNorm(12), nn.Linear(12, 20), nn.Linear(20, 12)
+        self.three = nn.Linear(12, 9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x.permute(0, 2, 3, 1))
+        y = self.two(F.relu(self.one(x))) + x
+        z: Tensor = self.three(y) * y.sum(-1, keepdim=True)
+        return z
+
+
 def images(batch: int = 2, channels: int = 3, size: int = 20) -> Tensor:
     return torch.randn(batch, channels, size, size, generator=torch.Generator().manual_seed(batch + size))
 
@@ -132,6 +147,7 @@ MODELS: dict[str, tuple[type[nn.Module], Tensor]] = {
     "pooled": (Pooled, images(size=16)),
     "joined": (Joined, images(size=13)),
     "wide": (Wide, images(channels=8, size=15)),
+    "windows": (Windows, images(channels=12, size=6)),
 }
 MASKS: dict[str, dict[str, Any] | None] = {
     "dense": None,

@@ -38,7 +38,7 @@ def conv2d(lowering: Lowering, op: ConvolutionOp, window: Window, shape: tuple[i
     """A packed convolution of bytes."""
     x = op.inputs[0]
     points = window.kernel == (1, 1) and window.padding == (0, 0) and window.stride != (1, 1)
-    if points and (x, window.stride, lowering.grids[x].zero_point) not in lowering.interleaved:
+    if points and (x, window.stride, lowering.grids[x].zero_point, False) not in lowering.interleaved:
         given, grid, window = _subsampled(lowering, x, window.stride), lowering.grids[x], POINT
     else:
         given, grid = interleaved(lowering, x, window.padding, window.stride), lowering.grids[x]
@@ -130,7 +130,7 @@ def global_avg_pool(lowering: Lowering, op: GlobalAvgPool) -> None:
 def linear(lowering: Lowering, op: Linear, shape: tuple[int, ...]) -> None:
     """A packed Linear of bytes over tokens, side by side in a vector."""
     tokens = math.prod(shape[:-1])
-    given, grid = interleaved(lowering, op.inputs[0]), lowering.grids[op.inputs[0]]
+    given, grid = interleaved(lowering, op.inputs[0], tokens=True), lowering.grids[op.inputs[0]]
     rounding = only_reader(lowering, op) if op.residual is None else None
     whole = (1, shape[-1], 1, tokens)
     on = None
@@ -139,7 +139,7 @@ def linear(lowering: Lowering, op: Linear, shape: tuple[int, ...]) -> None:
         made = Map(whole, (1, 1), 0.0).padded((0, 0))
         lowering.planes[op.output if op.residual is None else lowering.own_name(f"{op.output} before")] = made
     else:
-        made, on = made_on(lowering, op.output, rounding, shape), rounding.grid
+        made, on = made_on(lowering, op.output, rounding, shape, tokens=True), rounding.grid
     made.pitch.join(given.pitch)
     activation = op.activation if op.residual is None else None
 

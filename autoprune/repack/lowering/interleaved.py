@@ -20,6 +20,9 @@ from autoprune.repack.native.op import NativeOp
 from autoprune.repack.weights.quads import QUAD
 
 Stride = tuple[int, int]
+Key = tuple[str, Stride, int, bool]
+MAP_AXES = 4
+REACH = 1  # lanes before a map's first one: mixed cells are read from up to three bytes before a lane on
 Shape = tuple[int, int, int, int]
 
 
@@ -37,11 +40,12 @@ def put_on(lowering: Lowering, name: str, grid: Grid) -> None:
     lowering.made_of_bytes[name] = plain
 
 
-def as_map(shape: tuple[int, ...]) -> Shape:
-    """A value's shape as (images, channels, rows, columns): of tokens (1, features, 1, tokens)."""
-    if len(shape) == 4:
-        return shape
-    return (1, shape[-1], 1, math.prod(shape[:-1]))
+def as_map(shape: tuple[int, ...], tokens: bool) -> Shape:
+    """A value's shape as (images, channels, rows, columns): of tokens, features last, (1, features, 1, tokens)."""
+    if tokens:
+        return (1, shape[-1], 1, math.prod(shape[:-1]))
+    batch, channels, height, width = shape
+    return (batch, channels, height, width)
 
 
 def lanes_of(channels: int) -> int:
@@ -49,69 +53,77 @@ def lanes_of(channels: int) -> int:
     return -(-channels // QUAD)
 
 
-def made_map(lowering: Lowering, name: str, shape: Shape, stride: Stride = (1, 1)) -> Map:
+def made_map(
+    lowering: Lowering, name: str, shape: tuple[int, ...], tokens: bool = False, stride: Stride = (1, 1)
+) -> Map:
     """A new interleaved map of a value of `shape`, which the next step writes."""
-    batch, channels, height, width = shape
+    batch, channels, height, width = as_map(shape, tokens)
     made = Map((batch, lanes_of(channels), height, width), stride, 0.0)
-    lowering.interleaved[name, stride, lowering.grids[name].zero_point] = made
+    lowering.interleaved[name, stride, lowering.grids[name].zero_point, tokens] = made
     return made.padded((0, 0))
 
 
 def interleaved(
-    lowering: Lowering, name: str, padding: tuple[int, int] = (0, 0), stride: Stride = (1, 1), border: int | None = None
-) -> Map:
-    """A value on a grid as an interleaved map with room for `padding`, in phase planes where `stride` is given.
+    lowering: Lowering, name: str, padding: tuple[int, int] = (0, 0), stride: Stride = (1, 1),
+    border: int | None = None, tokens: bool = False,
+) -> Map:  # fmt: skip
+    """A value on a grid as an interleaved map with room for `padding`.
 
-    Around it lies `border`, a byte; the zero point when None.
+    Args:
+        lowering: where the value is known.
+        name: of the value.
+        padding: rows and columns around it that are read.
+        stride: where it is given the map lies in phase planes.
+        border: the byte that lies around it; the zero point when None.
+        tokens: whether its last axis is its features; else its second is its channels.
     """
     own = lowering.grids[name].zero_point
     border = own if border is None else border
-    key = (name, stride, border)
+    key = (name, stride, border, tokens)
     if key not in lowering.interleaved:
-        plain = (name, (1, 1), own)
-        if border != own and plain not in lowering.interleaved:
-            _quantised(lowering, name, (1, 1))
-        there = lowering.interleaved.get(plain)
+        whole = (name, (1, 1), own, tokens)
+        if border != own and whole not in lowering.interleaved:
+            _quantised(lowering, name, (1, 1), tokens)
+        there = lowering.interleaved.get(whole)
         if there is None:
-            _quantised(lowering, name, stride)
+            _quantised(lowering, name, stride, tokens)
         else:
-            _moved(lowering, name, there, stride, border)
-    return lowering.interleaved[key].padded(padding)
+            _moved(lowering, name, there, key)
+    return lowering.interleaved[key].padded(padding, REACH)
 
 
-def _quantised(lowering: Lowering, name: str, stride: Stride) -> None:
+def _quantised(lowering: Lowering, name: str, stride: Stride, tokens: bool) -> None:
     """The step that rounds a value's floats to bytes."""
     source, grid = lowering.unrounded.get(name, name), lowering.grids[name]
-    shape = as_map(tuple(lowering.values[source].shape))
-    floats = lowering.maps.get((source, (1, 1), 0.0)) if len(lowering.values[source].shape) == 4 else None
-    if floats is None:
-        floats = lowering.planes.get(source)
-    read: Map | View = floats if floats is not None else _plain(lowering, source)
-    made = made_map(lowering, name, shape, stride)
+    shape = as_map(tuple(lowering.values[source].shape), tokens)
+    floats = lowering.planes.get(source) if tokens else lowering.maps.get((source, (1, 1), 0.0))
+    read: Map | View = floats if floats is not None else _floats(lowering, source, tokens)
+    made = made_map(lowering, name, tuple(lowering.values[source].shape), tokens, stride)
 
     def build(*_: Any) -> NativeOp:
-        x = read.ref() if isinstance(read, Map) else _tokens(read, shape)
+        x = read.ref() if isinstance(read, Map) else _as_map_ref(read, shape, tokens)
         return byte_nodes.quantised(name, shape, x, made.at, grid, lowering.target)
 
     lowering.steps.append(NativeStep(name, [read.buffer], made.buffer, build))
 
 
-def _plain(lowering: Lowering, name: str) -> View:
+def _floats(lowering: Lowering, name: str, tokens: bool) -> View:
     view = lowering.plain(name)
-    return view if len(view.shape) == 4 and view.stride[3] == 1 else lowering.rows(name)
+    return view if not tokens and view.stride[3] == 1 else lowering.rows(name)
 
 
-def _tokens(view: View, shape: Shape) -> StridedRef:
+def _as_map_ref(view: View, shape: Shape, tokens: bool) -> StridedRef:
     """Rows as (images, channels, rows, columns)."""
-    if len(view.shape) == 4:
+    if not tokens:
         return view.ref()
     rows = view.rows()
     return StridedRef(rows.slot, rows.offset_bytes, (0, 1, 0, shape[1]))
 
 
-def _moved(lowering: Lowering, name: str, there: Map, stride: Stride, border: int) -> None:
+def _moved(lowering: Lowering, name: str, there: Map, key: Key) -> None:
     """The step that sorts a map into phase planes, or lays another border around it."""
-    made = lowering.interleaved[name, stride, border] = Map(there.shape, stride, 0.0).padded((0, 0))
+    _, stride, border, _ = key
+    made = lowering.interleaved[key] = Map(there.shape, stride, 0.0).padded((0, 0))
 
     def build(*_: Any) -> NativeOp:
         return byte_nodes.moved(name, there.shape[0], there.at, made.at, border, lowering.target)
@@ -121,24 +133,26 @@ def _moved(lowering: Lowering, name: str, there: Map, stride: Stride, border: in
 
 def plain(lowering: Lowering, name: str) -> None:
     """The step that makes a value's floats, in rows, of its bytes."""
-    meta, given = lowering.values[name], interleaved(lowering, name)
+    meta, zero = lowering.values[name], lowering.grids[name].zero_point
+    as_tokens = (name, (1, 1), zero, True)
+    tokens = meta.dim() != MAP_AXES or as_tokens in lowering.interleaved
+    given = interleaved(lowering, name, tokens=tokens)
     buffer = lowering.buffers[storage_of(meta)] = Buffer(meta.numel())
-    shape = as_map(tuple(meta.shape))
+    shape = as_map(tuple(meta.shape), tokens)
 
     def build(*_: Any) -> NativeOp:
-        strides = contiguous_strides(shape) if meta.dim() == 4 else (0, 1, 0, shape[1])
-        y, grid = buffer.ref(*strides), lowering.grids[name]
-        return byte_nodes.dequantised(name, shape, given.at, y, grid, lowering.target)
+        y = buffer.ref(*((0, 1, 0, shape[1]) if tokens else contiguous_strides(shape)))
+        return byte_nodes.dequantised(name, shape, given.at, y, lowering.grids[name], lowering.target)
 
     lowering.steps.append(NativeStep(name, [given.buffer], buffer, build))
 
 
-def made_on(lowering: Lowering, name: str, rounding: Quantize, shape: tuple[int, ...]) -> Map:
+def made_on(lowering: Lowering, name: str, rounding: Quantize, shape: tuple[int, ...], tokens: bool = False) -> Map:
     """The interleaved map that the next step writes, of a value that `rounding` alone reads."""
     lowering.define(name, shape)
     lowering.define(rounding.output, shape)
     put_on(lowering, rounding.output, rounding.grid)
-    return made_map(lowering, rounding.output, as_map(shape))
+    return made_map(lowering, rounding.output, shape, tokens)
 
 
 def only_reader(lowering: Lowering, op: Op) -> Quantize | None:
