@@ -128,47 +128,48 @@ def repeated(b: ir.IRBuilder, four: ir.Value, lanes: int) -> ir.Value:
     return b.shuffle_vector(four, ir.Constant(four.type, ir.Undefined), places)
 
 
-def _merged(b: ir.IRBuilder, one: ir.Value, other: ir.Value, bits: int, upper: bool, lanes: int) -> ir.Value:
+def _chosen(
+    b: ir.IRBuilder, pair: Sequence[ir.Value], bits: int, places: Sequence[tuple[int, int]], lanes: int
+) -> ir.Value:  # fmt: skip
+    """Of each 128 bits of two vectors, entries of `bits`: (which vector, which entry)."""
+    kind, block = ir.VectorType(ir.IntType(bits), 32 * lanes // bits), _BLOCK // bits
+    every = [side * kind.count + start + entry for start in range(0, kind.count, block) for side, entry in places]
+    one, other = (b.bitcast(each, kind) for each in pair)
+    return b.bitcast(b.shuffle_vector(one, other, ir.Constant(ir.VectorType(I32, kind.count), every)), ints(lanes))
+
+
+def _merged(b: ir.IRBuilder, pair: Sequence[ir.Value], bits: int, upper: bool, lanes: int) -> ir.Value:
     """Of each 128 bits, entries of `bits` of the lower or upper half of both, in turn."""
-    kind = ir.VectorType(ir.IntType(bits), 32 * lanes // bits)
-    block = _BLOCK // bits
-    places = []
-    for start in range(0, kind.count, block):
-        half = range(start + block // 2 * upper, start + block // 2 * (1 + upper))
-        places += [place for entry in half for place in (entry, kind.count + entry)]
-    picked = ir.Constant(ir.VectorType(I32, kind.count), places)
-    return b.bitcast(b.shuffle_vector(b.bitcast(one, kind), b.bitcast(other, kind), picked), ints(lanes))
+    half = _BLOCK // bits // 2
+    places = [(side, half * upper + entry) for entry in range(half) for side in (0, 1)]
+    return _chosen(b, pair, bits, places, lanes)
 
 
 def _interleaved(b: ir.IRBuilder, given: Sequence[ir.Value], lanes: int) -> list[ir.Value]:
     """Four vectors' bytes in turn: vector k holds position 4 i + k of each 128 bits, a lane a channel."""
     made = []
     for upper in (False, True):
-        pairs = [_merged(b, given[two], given[two + 1], 8, upper, lanes) for two in (0, 2)]
-        made += [_merged(b, pairs[0], pairs[1], 16, half, lanes) for half in (False, True)]
+        pairs = [_merged(b, given[two : two + 2], 8, upper, lanes) for two in (0, 2)]
+        made += [_merged(b, pairs, 16, half, lanes) for half in (False, True)]
     return made
 
 
 def _narrowed(b: ir.IRBuilder, values: Sequence[ir.Value], lanes: int) -> ir.Value:
     """Four vectors of int32s of one byte each, laid out as sums are, as one of lanes in order."""
 
-    def even(one: ir.Value, other: ir.Value, bits: int) -> ir.Value:
-        kind = ir.VectorType(ir.IntType(bits), 32 * lanes // bits)
-        block = _BLOCK // bits
-        places = []
-        for start in range(0, kind.count, block):
-            places += [side + entry for side in (0, kind.count) for entry in range(start, start + block, 2)]
-        picked = ir.Constant(ir.VectorType(I32, kind.count), places)
-        return b.shuffle_vector(b.bitcast(one, kind), b.bitcast(other, kind), picked)
+    def even(pair: Sequence[ir.Value], bits: int) -> ir.Value:
+        places = [(side, entry) for side in (0, 1) for entry in range(0, _BLOCK // bits, 2)]
+        return _chosen(b, pair, bits, places, lanes)
 
-    halves = [even(values[two], values[two + 1], 16) for two in (0, 2)]
-    return b.bitcast(even(halves[0], halves[1], 8), ints(lanes))
+    return even([even(values[two : two + 2], 16) for two in (0, 2)], 8)
 
 
 def _by_channel(b: ir.IRBuilder, values: Sequence[ir.Value], lanes: int) -> list[ir.Value]:
     """Four vectors of floats laid out as sums are, as one a channel, its positions in order."""
-    low, high = ([_merged(b, values[k], values[k + 2], 32, upper, lanes) for k in (0, 1)] for upper in (False, True))
-    made = [_merged(b, pair[0], pair[1], 32, upper, lanes) for pair in (low, high) for upper in (False, True)]
+    made = []
+    for upper in (False, True):
+        pairs = [_merged(b, values[k::2], 32, upper, lanes) for k in (0, 1)]
+        made += [_merged(b, pairs, 32, half, lanes) for half in (False, True)]
     return [b.bitcast(each, vector(lanes)) for each in made]
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import llvmlite.ir as ir
 import numpy as np
 
-from autoprune.repack.kernels.ir import F32, FLOATS, I8, I32, INTS, at, const, loop, masked_load, splat, vector
+from autoprune.repack.kernels.ir import F32, I8, I32, INTS, at, const, loop, masked_load, splat, vector
 
 BYTES = 4  # in a lane
 _SHIFTER = (
@@ -215,8 +215,3 @@ def kept_bytes(b: ir.IRBuilder, quad: ir.Value, channels: ir.Value) -> ir.Value:
     missing = b.sub(b.mul(b.add(quad, const(1)), const(BYTES)), channels)
     some = b.lshr(ir.Constant(I32, -1), b.trunc(b.mul(missing, const(8)), I32))
     return b.select(b.icmp_signed(">", missing, const(0)), some, ir.Constant(I32, -1))
-
-
-def as_floats(b: ir.IRBuilder, pointer: ir.Value) -> ir.Value:
-    """A pointer to lanes, or whatever, as one to floats."""
-    return b.bitcast(pointer, FLOATS)
