@@ -20,6 +20,7 @@ from autoprune.files import read_tensors, write_tensors
 from autoprune.model.inventory import take_inventory
 from autoprune.plan import LayerPlan, Plan
 from autoprune.progress import Bar, Progress
+from autoprune.quantization import Grid, attach_, grids_of
 from autoprune.registry import Choice
 from autoprune.settings import TrainingSettings
 from autoprune.training import TRAINING, Pruner, TrainingResult, recalibrate_batch_norm_, train_
@@ -191,6 +192,30 @@ def test_an_optimizer_state_that_fits_no_parameter_is_refused(tmp_path: Path, ch
     name = next(name for name in tensors if name.startswith("optimizer.") and tensors[name].dim() > 1)
     write_tensors(file, {**tensors, name: change(tensors[name])}, about)
     with pytest.raises(FileError, match=r"does not fit this model .*optimizer does not fit its parameter"):
+        run(TrainingSettings(epochs=2), None, tmp_path)
+
+
+@pytest.mark.parametrize(("share", "first"), [(0.0, 1), (0.5, 3), (0.9, 4)])
+def test_a_model_is_fake_quantised_from_an_epoch_on(share: float, first: int) -> None:
+    subject, grids = model(), []
+
+    def quantize_(given: nn.Module) -> None:
+        assert given is subject
+        attach_(given, {"5.int8_input": Grid(0.1)})
+
+    settings = TrainingSettings(epochs=4, quantize_from=share)
+    train_(subject, loader(), LOSS, settings, seed=0, quantize_=quantize_,
+           on_epoch=lambda epoch, _: grids.append(bool(grids_of(subject))))  # fmt: skip
+    assert grids == [epoch >= first for epoch in range(1, 5)]
+
+
+@pytest.mark.parametrize("damaged", [torch.tensor([math.nan, 0.0]), torch.tensor([0.1, 300.0]), torch.zeros(3)])
+def test_damaged_grids_of_a_checkpoint_are_refused(tmp_path: Path, damaged: Tensor) -> None:
+    run(TrainingSettings(epochs=2), None, tmp_path, 1)
+    (file,) = tmp_path.iterdir()
+    tensors, about = read_tensors(file, "the checkpoint")
+    write_tensors(file, {**tensors, "model.0.int8_input": damaged}, about)
+    with pytest.raises(FileError, match="does not fit this model"):
         run(TrainingSettings(epochs=2), None, tmp_path)
 
 

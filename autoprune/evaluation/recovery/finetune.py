@@ -18,6 +18,7 @@ from autoprune.model.given import read
 from autoprune.model.inventory import Inventory
 from autoprune.plan import Plan
 from autoprune.progress import SILENT, Progress
+from autoprune.quantization import dequantize_
 from autoprune.repack import CaptureError, find_readers, quantize_
 from autoprune.repack.int8 import Precision
 from autoprune.settings import TrainingSettings
@@ -41,8 +42,8 @@ def finetune_(
 ) -> None:
     """Trains `model`, a copy of the dense one, in place, by the plan's method and with its settings.
 
-    For a precision of bytes it trains what will run: ``settings.quantize_from`` says from when on. It is left
-    fake-quantised, for `repack` with that precision; `autoprune.dequantize_` makes it plain.
+    For a precision of bytes it trains what will run: fake-quantised, from ``settings.quantize_from`` of the epochs on.
+    The weights it is left with are plain and exact: ranges that are found for them anew do as well as the trained ones.
 
     Args:
         model: widened in place where the method widens.
@@ -77,6 +78,7 @@ def finetune_(
         title=title,
         on_signals=on_signals,
     )
+    dequantize_(model)
 
 
 def _quantize_(
