@@ -30,6 +30,7 @@ from autoprune.repack.quantize import (
     Quantised,
     Settings,
     batches_of,
+    order_channels,
     quantised_graph,
     trained_graph,
 )
@@ -110,7 +111,7 @@ class Wish:
             layers = [op.output for op in graph.ops if isinstance(op, FusedLayerOp)]
             chosen: Literal["int8", "mixed"] = "mixed" if self.precision == "mixed" else "int8"
             batches = batches_of(self.calibration, model)
-            made = quantised_graph(graph, layers, batches, Settings(precision=chosen))
+            made = quantised_graph(order_channels(graph), layers, batches, Settings(precision=chosen))
         return _with_scales(made), made.precisions
 
 

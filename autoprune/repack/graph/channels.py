@@ -1,8 +1,8 @@
-"""Dead channels: finding those whose removal changes nothing, and removing them from every weight they touch.
+"""Channels that can be removed or reordered without changing what a graph computes.
 
 Values whose channels are the same ones form a bundle (see `bundles`). A bundle that nothing but layers write and read
-may lose a channel when each of its readers has zeros for it, or gets a constant there that the reader's bias can take
-over.
+may have its channels in any order, and may lose one when each of its readers has zeros for it, or gets a constant there
+that the reader's bias can take over.
 """
 
 from __future__ import annotations
@@ -69,8 +69,13 @@ class Channels:
                     self.because.setdefault(name, f"{op.label} needs all of them")
 
     def readers_of(self, root: str) -> list[Op]:
+        """The layers that multiply the channels of a bundle."""
         ops = [self.edited.ops[name] for name in self.bundles.readers]
         return [op for op in ops if self.bundles.root(op.inputs[0]) == root]
+
+    def writers_of(self, root: str) -> list[Op]:
+        """The layers whose filters are the channels of a bundle; depthwise convolutions are none."""
+        return [self.edited.ops[name] for name in self.bundles.writers if self.bundles.root(name) == root]
 
     def dead(self) -> dict[str, Tensor]:
         """Bundles that may lose channels, each by its root -> which of them no reader needs."""
@@ -82,9 +87,8 @@ class Channels:
         before = None
         while before is None or not torch.equal(before, dead):
             before = dead.clone()
-            for name in self.bundles.writers:
-                if self.bundles.root(name) == root:
-                    dead = _whole_groups(self.edited.weight(self.edited.ops[name], "weight"), dead)
+            for op in self.writers_of(root):
+                dead = _whole_groups(self.edited.weight(op, "weight"), dead)
         return dead
 
     def unneeded(self, op: Op) -> Tensor:
@@ -110,36 +114,39 @@ class Channels:
             if channels.any():
                 removable[root] = channels
         for root, channels in removable.items():
-            self._remove(root, channels)
+            for op in self.readers_of(root):
+                self.edited.ops[op.output] = self.without(op, channels)
+            self.select(root, (~channels).nonzero().flatten())
         self.edited.prune()
         if removable:
             self.edited.shapes = infer_shapes(self.edited.graph())
         return bool(removable)
 
-    def _remove(self, root: str, dead: Tensor) -> None:
-        keep = (~dead).nonzero().flatten()
+    def select(self, root: str, kept: Tensor) -> None:
+        """Gives a bundle the channels `kept` of those it has, in that order, in every weight they touch."""
         ops = self.edited.ops
         for op in self.readers_of(root):
-            ops[op.output] = self.narrowed(op, dead)
+            weight = self.edited.weight(op, "weight")
+            narrowed = self.by_channel(op)[:, kept].reshape(len(weight), -1, *weight.shape[2:])
+            ops[op.output] = self.edited.with_weights(op, weight=narrowed)
         for name, op in list(ops.items()):
             axis = self.bundles.axes.get(name)
             if axis is None or self.bundles.root(name) != root:
                 continue
             if op.tensors:
-                rows = {role: value[keep] for role, value in self.edited.weights(op).items()}
+                rows = {role: value[kept] for role, value in self.edited.weights(op).items()}
                 op = self.edited.with_weights(op, **rows)
-            ops[name] = op.with_channels(len(keep), axis)
+            ops[name] = op.with_channels(len(kept), axis)
 
-    def narrowed(self, op: Op, dead: Tensor) -> Op:
-        """A reader without its dead inputs; what they held goes into its bias."""
+    def without(self, op: Op, dead: Tensor) -> Op:
+        """A reader whose bias holds what its dead inputs give."""
         weight, spread = self.edited.weight(op, "weight"), self.by_channel(op)
         held = self.bundles.axes[op.inputs[0]].constant[dead].double().nan_to_num()
         moved = (spread[:, dead].double().sum(dim=2) @ held).to(weight.dtype)
-        kept = spread[:, ~dead].reshape(len(weight), -1, *weight.shape[2:])
         if not moved.any():
-            return self.edited.with_weights(op, weight=kept)
+            return op
         bias = self.edited.weight(op, "bias") + moved if "bias" in op.tensors else moved
-        return self.edited.with_weights(op, weight=kept, bias=bias)
+        return self.edited.with_weights(op, bias=bias)
 
 
 def _whole_groups(weight: Tensor, dead: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from autoprune.repack.quantize.batches import batches_of
+from autoprune.repack.quantize.permute import order_channels
 from autoprune.repack.quantize.placement import quantisable
 from autoprune.repack.quantize.precision import LayerPrecision, Quantised, Settings, quantised_graph
 from autoprune.repack.quantize.trained import Modules, trained_graph
@@ -14,6 +15,7 @@ __all__ = [
     "Quantised",
     "Settings",
     "batches_of",
+    "order_channels",
     "quantisable",
     "quantised_graph",
     "quantize_",
