@@ -597,6 +597,7 @@ def test_hostile_arrays_with_right_checksums_are_refused_or_harmless(form: str, 
             about["graph"] = rewired(about["graph"], rng)
         path.write_bytes(file_of({key: value.contiguous() for key, value in tensors.items()}, about))
         results.setdefault(name.rpartition("|")[2], set()).add(outcome(path, form))
-    fields = {"positions", "rows", "values", *(["scales"] if form == "tokens" else [])}
-    assert all("refused" in results[field] for field in fields - ({"rows"} if form in ("maps", "gated") else set()))
+    scales = {"tokens": ["scales"], "int8": ["filter_scales"]}.get(form, [])
+    fields = {"positions", "values", *scales, *([] if form in ("maps", "gated", "int8") else ["rows"])}
+    assert all("refused" in results[field] for field in fields)
     assert any("ran" in each for each in results.values())
