@@ -44,9 +44,9 @@ a time is not of float32, dB tell how close the outputs are to torch eager's: th
 one's for the repacked model. Engines in int8 and the repacked model in int8 are calibrated with the same four batches,
 none of which is the timed one.
 
-Pruned by magnitude in groups of G filters, each layer to the same sparsity; with blocks of 4, neighbouring inputs are
-kept four by four: every convolution but the first and the
-depthwise ones (so the 1x1 convolutions of MobileNetV2), every Linear but the classifier. Dense engines run the model
+Pruned by magnitude in groups of G filters, each layer to the same sparsity: every convolution but the first and the
+depthwise ones (so the 1x1 convolutions of MobileNetV2), every Linear but the classifier. A block is how many
+neighbouring inputs are kept or cut together. Dense engines run the model
 before pruning: zeros do not change their speed. So one that took 1.4 times as long as the best in the first cell of a
 model, batch and number of threads was not timed in the others.
 """
