@@ -10,16 +10,20 @@ from torch import Tensor, nn
 
 from autoprune.errors import AutopruneError, ConfigError, MissingExtra, did_you_mean
 from autoprune.latency.engines import ENGINES
+from autoprune.latency.engines.base import Call
 from autoprune.latency.timer import Clock, Protocol, measure_together
+from autoprune.model.arguments import Arguments
 from autoprune.model.copies import copy_for_inference, uncompiled_
 from autoprune.model.weights import weighted_layers
+from autoprune.precision import Precision
 from autoprune.progress import SILENT, Progress
 from autoprune.repack import ProgramModel, RepackedModel, repack
 from autoprune.repack.probes import fresh
-from autoprune.repack.rivals import dense_calls
+from autoprune.repack.rivals import dense_calls, signal_to_noise_db
 from autoprune.repack.tuning.layer_times import LayerTime, layer_times
-from autoprune.repack.tuning.roofline import fma_gflops
-from autoprune.report.bench_tables import EAGER, REPACKED, Bench
+from autoprune.repack.tuning.roofline import fma_gflops, int8_gops
+from autoprune.report.bench_tables import EAGER, REPACKED, Bench, Peak
+from autoprune.tasks.batches import in_pieces
 
 DTYPES = {"float32": torch.float32, "int64": torch.int64}
 ROUNDS, WARMUP, MIN_SAMPLE_MS = 20, 2, 2.0
@@ -66,7 +70,14 @@ def example_inputs(shapes: Sequence[str], dtypes: Sequence[str], seed: int = 0) 
     return tuple(made(parse_shape(text), name) for text, name in zip(shapes, named, strict=True))
 
 
-def repack_shown(model: nn.Module, inputs: tuple[Tensor, ...], threads: int, progress: Progress) -> RepackedModel:
+def repack_shown(
+    model: nn.Module,
+    inputs: tuple[Tensor, ...],
+    threads: int,
+    progress: Progress,
+    precision: Precision = "float32",
+    calibration: Sequence[tuple[Tensor, ...]] | None = None,
+) -> RepackedModel:
     """`repack` with a progress bar.
 
     Raises:
@@ -92,7 +103,7 @@ def repack_shown(model: nn.Module, inputs: tuple[Tensor, ...], threads: int, pro
             told += 1
             bar.advance(1 if told < steps else 0, note)
 
-        fast = repack(model, inputs, threads=threads, progress=tell)
+        fast = repack(model, inputs, threads=threads, precision=precision, calibration=calibration, progress=tell)
         bar.advance(max(0, steps - told))
     return fast
 
@@ -104,6 +115,8 @@ def bench_model(
     threads: int = 1,
     engines: Sequence[str] | None = None,
     rounds: int = ROUNDS,
+    precision: Precision = "float32",
+    calibration: Sequence[tuple[Tensor, ...]] | None = None,
     clock: Clock = time.perf_counter,
     progress: Progress = SILENT,
 ) -> Bench:
@@ -115,6 +128,8 @@ def bench_model(
         threads: of one inference of the whole model; operations are timed on one.
         engines: rows of ENGINES besides the model itself (``eager``); None: every one that is installed and can run it.
         rounds: every form is timed once a round.
+        precision: of the repacked model; see `repack`.
+        calibration: batches of inputs, for it and for the engines in int8.
         clock: seconds.
         progress: where long work is shown.
 
@@ -125,12 +140,17 @@ def bench_model(
         if command := ENGINES.get(name)().available():
             raise MissingExtra(f"the engine {name} is not installed here. Install it with: {command}")
     model = uncompiled_(copy_for_inference(model))
-    fast = repack_shown(model, inputs, threads, progress)
+    fast = repack_shown(model, inputs, threads, progress, precision, calibration)
     names = [name for name in dict.fromkeys(ENGINES if engines is None else engines) if name != EAGER]
     with progress.bar("preparing engines", len(names)) as bar:
-        rivals, left_out = dense_calls(model, inputs, threads, names, lambda name: bar.advance(1, name))
+        pieces = in_pieces(calibration or (), Arguments(*inputs).samples) or None
+        rivals, left_out = dense_calls(model, inputs, threads, names, lambda name: bar.advance(1, name), pieces)
     itself = ENGINES.get(EAGER)().prepare(model, inputs, threads)
-    calls = {EAGER: itself, **rivals, REPACKED: lambda: fast(*inputs)}
+    calls: dict[str, Call] = {EAGER: itself, **rivals, REPACKED: lambda: fast(*inputs)}
+    rounded = [name for name in rivals if ENGINES.get(name).precision != "float32"]
+    rounded += [REPACKED] if precision != "float32" else []
+    wanted = itself()
+    snr_db = {name: signal_to_noise_db(calls[name](), wanted) for name in rounded}
     protocol = Protocol(rounds, WARMUP, threads, MIN_SAMPLE_MS, lead=1)
     with progress.bar("whole model", rounds) as bar:
         latencies = measure_together(calls, protocol, clock, lambda: bar.advance(1))
@@ -138,4 +158,10 @@ def bench_model(
     if isinstance(fast, ProgramModel):
         with progress.bar("a layer at a time", rounds) as bar:
             layers = layer_times(fast, model, inputs, protocol, clock, lambda: bar.advance(1))
-    return Bench(fast, latencies, left_out, layers, fma_gflops() if layers else 0.0)
+    return Bench(fast, latencies, left_out, layers, _peak(precision) if layers else None, precision, snr_db)
+
+
+def _peak(precision: Precision) -> Peak:
+    """What a core reaches at most in the products of this precision, where it has an instruction for them."""
+    in_bytes = None if precision == "float32" else int8_gops()
+    return Peak("FMA", fma_gflops()) if in_bytes is None else Peak("int8 dot product", in_bytes)

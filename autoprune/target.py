@@ -8,15 +8,26 @@ from typing import Any, Literal, get_args
 
 from autoprune.errors import ConfigError, did_you_mean
 from autoprune.metric import Metric, number
+from autoprune.precision import Precision
 
 Over = Literal["best", "repacked", "eager"]
 OVER: tuple[Over, ...] = get_args(Over)
-BASELINES: Mapping[Over, str] = {
+_BASELINES: Mapping[Over, str] = {
     "best": "the best dense engine",
     "repacked": "the dense model repacked",
     "eager": "dense torch eager",
 }
-"""What a speed-up is over, as people read it."""
+
+
+def baseline_name(over: Over, precision: Precision = "float32") -> str:
+    """What a speed-up is over, as people read it.
+
+    Args:
+        over: of the target.
+        precision: of the repacked model, which says which engines the best one is the best of.
+    """
+    of_any = " of any precision" if over == "best" and precision != "float32" else ""
+    return f"{_BASELINES[over]}{of_any}"
 
 
 @dataclass(frozen=True)
@@ -34,8 +45,8 @@ class Target:
         latency_ms: at most so many milliseconds an inference, measured here; above 0.
         size_bytes: of the file of the repacked model, at most; above 0.
         macs: multiply-adds of one sample, at most, of the layers that can be pruned; above 0.
-        over: what the speed-up is over: the ``best`` dense engine of this machine, the dense model ``repacked``, or
-            torch ``eager``.
+        over: what the speed-up is over: the ``best`` dense engine of this machine (in float32; of any precision for a
+            model that is repacked in int8), the dense model ``repacked``, or torch ``eager``.
 
     Raises:
         ConfigError: nothing is asked for, or a figure is out of its range.
@@ -94,12 +105,12 @@ class Target:
         """What differs from an empty target."""
         return self.asked | ({"over": self.over} if self.speedup is not None and self.over != "best" else {})
 
-    def text(self, metric: Metric) -> str:
-        """The target as people read it, of a task of this metric."""
+    def text(self, metric: Metric, precision: Precision = "float32") -> str:
+        """The target as people read it, of a task of this metric and a repacked model of this precision."""
         if not self.limits:
             return f"at most {metric.allowance(self.accuracy_drop or 0.0)} worse, fastest"
         texts = {
-            "speedup": lambda value: f"at least {value:g}x faster than {BASELINES[self.over]}",
+            "speedup": lambda value: f"at least {value:g}x faster than {baseline_name(self.over, precision)}",
             "sparsity": lambda value: f"{100 * value:g}% sparsity",
             "latency_ms": lambda value: f"at most {value:g} ms",
             "size_bytes": lambda value: f"at most {value:,} bytes",

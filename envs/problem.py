@@ -12,8 +12,9 @@ from autoprune.evaluation.sensitivity import Sensitivity
 from autoprune.latency.table import LatencyTable
 from autoprune.model.inventory import Inventory
 from autoprune.plan import LayerPlan, Plan
+from autoprune.precision import Precision
 from autoprune.registry import Choice
-from autoprune.target import BASELINES, Over, Target
+from autoprune.target import Target, baseline_name
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Problem:
         max_sparsity: the highest sparsity of any layer.
         baseline_speedup: how many times faster than torch eager that runs which the target's speed-up is over.
         file: what is known of the packed file's size.
+        precision: of the repacked model.
         curves: what every layer takes and loses at every sparsity.
     """
 
@@ -43,6 +45,7 @@ class Problem:
     max_sparsity: float = 0.95
     baseline_speedup: float = 1.0
     file: FileSize = field(default_factory=FileSize)
+    precision: Precision = "float32"
     curves: Curves = field(default=None, repr=False, compare=False)  # type: ignore[assignment]  # made when left out
 
     def __post_init__(self) -> None:
@@ -65,9 +68,13 @@ class Problem:
 
     def speedup_text(self, over_eager: float) -> str:
         """A measured speed-up over torch eager as people read it: over what the target's is over."""
-        over: Over = "eager" if self.target.speedup is None else self.target.over
         baseline = 1.0 if self.target.speedup is None else self.baseline_speedup
-        return f"{over_eager / baseline:.2f}x over {BASELINES[over]}"
+        return f"{over_eager / baseline:.2f}x over {self.baseline_name}"
+
+    @property
+    def baseline_name(self) -> str:
+        """What the target's speed-up is over, torch eager where none is asked for, as people read it."""
+        return baseline_name("eager" if self.target.speedup is None else self.target.over, self.precision)
 
     def at(self, speedup: float) -> Problem:
         """The same problem, asked for a speed-up over torch eager alone."""

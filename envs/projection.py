@@ -17,7 +17,6 @@ from autoprune.latency.table import LatencyTable
 from autoprune.patterns import PATTERNS
 from autoprune.plan import Plan
 from autoprune.registry import Choice
-from autoprune.target import BASELINES, Over
 
 _EDGE = 0.005
 _STEPS = 14  # halvings of the shift's interval: finer than the grid
@@ -101,11 +100,11 @@ def check_movable(pattern: Choice) -> None:
         )
 
 
-def check_feasible(reachable: float, speedup: float, over: Over, max_sparsity: float) -> None:
-    """Raises InfeasibleTarget, with the best `reachable` figure, when a speed-up over the same is out of reach."""
+def check_feasible(reachable: float, speedup: float, baseline: str, max_sparsity: float) -> None:
+    """Raises InfeasibleTarget, with the best `reachable` figure, when a speed-up over a baseline is out of reach."""
     if reachable < speedup:
         raise InfeasibleTarget(
-            f"no plan reaches {speedup:.4g}x over {BASELINES[over]}: with every layer at sparsity "
+            f"no plan reaches {speedup:.4g}x over {baseline}: with every layer at sparsity "
             f"{max_sparsity:g} the measured latency table predicts {reachable:.2f}x at best. Ask for less, {ALLOW_MORE}"
         )
 

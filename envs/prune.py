@@ -229,7 +229,7 @@ class PruneEnv(gymnasium.Env[Observation, Action]):
         if problem.required_speedup is not None:
             reachable, required = self.reachable_speedup(), problem.required_speedup
             over = problem.baseline_speedup
-            check_feasible(reachable / over, required / over, problem.target.over, problem.max_sparsity)
+            check_feasible(reachable / over, required / over, problem.baseline_name, problem.max_sparsity)
         check_limits(problem)
         if self.start == "knapsack":
             return self.solved()

@@ -21,7 +21,7 @@ from autoprune.latency.timer import Latency
 from autoprune.repack.lowering.geometry import Tiling
 from autoprune.repack.rivals import dense_calls
 from autoprune.repack.tuning.layer_times import LayerTime
-from autoprune.report.bench_tables import Bench, layers_table, models_table
+from autoprune.report.bench_tables import Bench, Peak, layers_table, models_table
 
 MODELS = """
 import torch
@@ -249,7 +249,11 @@ def test_the_tables() -> None:
     conv = LayerTime("conv1", "conv2d", "jit", 0.75, 8, tiling, 5_000_000, 1_000_000, 100.0, 90.0, 300.0, "contiguous")
     copy = LayerTime("input", "copy", "jit", None, None, None, 0, 1000, 10.0, 9.0)
     found = Bench(
-        autoprune.repack(nn.Sequential(nn.Linear(8, 4)), torch.ones(1, 8)), latencies, {}, (copy, conv), 100.0
+        autoprune.repack(nn.Sequential(nn.Linear(8, 4)), torch.ones(1, 8)),
+        latencies,
+        {},
+        (copy, conv),
+        Peak("FMA", 100.0),
     )
     assert found.best == "onnxruntime", "bfloat16 is not the same work"
     whole = [[cell.strip() for cell in line.split("|")[1:-1]] for line in models_table(found).splitlines()]
@@ -260,7 +264,7 @@ def test_the_tables() -> None:
         ("openvino_bf16 (bf16: not compared)", "4.00x"),
         ("repacked", "2.00x"),
     ]
-    lines = [line for line in layers_table(found.layers, 100.0).splitlines() if line.startswith("|")]
+    lines = [line for line in layers_table(found.layers, Peak("FMA", 100.0)).splitlines() if line.startswith("|")]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     assert "of 100 peak" in rows[0]
     assert rows[3] == [
@@ -270,6 +274,25 @@ def test_the_tables() -> None:
     assert rows[-1][:4] == ["all of these", "", "", "300.0"]
     assert rows[-1][8] == "110.0"
     assert models_table(found) in found.text()
+
+
+def test_a_model_in_bytes_is_compared_with_engines_of_any_precision() -> None:
+    names = ("eager", "onnxruntime", "openvino_bf16", "onnxruntime_int8", "repacked")
+    latencies = {
+        name: Latency.from_samples([ms, ms], 1) for name, ms in zip(names, (6.0, 4.0, 3.0, 2.0, 1.0), strict=True)
+    }
+    fast = autoprune.repack(nn.Sequential(nn.Linear(8, 4)), torch.ones(1, 8))
+    snr_db = {"openvino_bf16": 50.0, "onnxruntime_int8": 31.4, "repacked": 33.0}
+    found = Bench(fast, latencies, {}, (), None, "int8", snr_db)
+    assert found.best == "onnxruntime_int8"
+    whole = [[cell.strip() for cell in line.split("|")[1:-1]] for line in models_table(found).splitlines()]
+    assert [(row[0], row[1], row[2], row[4]) for row in whole[2:]] == [
+        ("the model itself, torch eager", "float32", "-", "0.33x"),
+        ("onnxruntime", "float32", "-", "0.50x"),
+        ("openvino_bf16", "bf16", "50.0", "0.67x"),
+        ("onnxruntime_int8, best dense", "int8", "31.4", "1.00x"),
+        ("repacked", "int8", "33.0", "2.00x"),
+    ]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="its names have no colon")

@@ -48,11 +48,12 @@ def test_every_figure_of_a_target_has_an_option(command: str) -> None:
 def test_options_replace_the_target_as_a_whole(tmp_path: Path) -> None:
     path = tmp_path / "some.toml"
     path.write_text('task = "digits"\ntarget = {accuracy_drop = 0.02}\nseed = 1\n')
-    config = load_config(path, changes(TargetOptions(speedup=3.0, over="eager", size="1.5 MB"), 7))
+    config = load_config(path, changes(TargetOptions(speedup=3.0, over="eager", size="1.5 MB"), 7, "int8"))
     assert config.target == Target(speedup=3.0, over="eager", size_bytes=1_500_000)
     assert config.seed == 7
-    assert changes(TargetOptions(), None) == []
-    small = load_config(path, [*changes(TargetOptions(latency_ms=1e-5), None), "target.accuracy_drop=0.1"])
+    assert config.precision == "int8"
+    assert changes(TargetOptions(), None, None) == []
+    small = load_config(path, [*changes(TargetOptions(latency_ms=1e-5), None, None), "target.accuracy_drop=0.1"])
     assert small.target == Target(latency_ms=1e-5, accuracy_drop=0.1), "--set adds to them"
 
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from autoprune.cli.options import (
+    Calibration,
     ConfigOrFunction,
     Dtypes,
     Overrides,
+    Precision,
     RunDir,
     Save,
     Shapes,
     Threads,
     ValueBits,
     console,
+    in_precision,
     is_function,
     model_of,
     only_for,
@@ -24,6 +28,11 @@ from autoprune.cli.options import (
 )
 from autoprune.cli.registries import completed_list
 from autoprune.errors import ConfigError
+
+if TYPE_CHECKING:  # imported when a command runs: --help does not wait for torch
+    from torch import Tensor, nn
+
+    from autoprune.precision import Precision as PrecisionName
 
 
 def repack(
@@ -35,14 +44,18 @@ def repack(
     threads: Threads = None,
     save: Save = None,
     value_bits: ValueBits = None,
+    precision: Precision = None,
+    calibration: Calibration = None,
 ) -> None:
     """Repack the masked model of a run, or any model with zeros in its weights, into smaller dense work.
 
     Example: autoprune repack configs/digits.toml
 
     Example: autoprune repack my.models:build --input 1,3,224,224 --save fast.safetensors --value-bits 8
+
+    Example: autoprune repack my.models:build --input 1,8 --save f.safetensors --precision int8 --calibration my:batches
     """
-    from autoprune.bench import example_inputs, repack_shown
+    from autoprune.bench import repack_shown
     from autoprune.repack import save as write
     from autoprune.repack.weights.serialized import check_value_bits
     from autoprune.report.bench_tables import repack_text
@@ -52,15 +65,15 @@ def repack(
         if save is None:
             raise ConfigError("say where the repacked model goes: --save fast.safetensors.")
         check_value_bits(value_bits or 32)
-        inputs = example_inputs(shapes or (), dtypes or ())
-        fast = repack_shown(model_of(target), inputs, threads or 1, console())
+        given = _given(target, shapes, dtypes, precision, calibration)
+        fast = repack_shown(given.model, given.inputs, threads or 1, console(), given.precision, given.calibration)
         write(fast, save, value_bits=value_bits or 32)
         typer.echo(repack_text(fast))
         typer.echo(f"Written: {save}")
         return
     of_functions = {"--input": shapes, "--dtype": dtypes, "--threads": threads}
-    only_for("a function", {**of_functions, "--save": save, "--value-bits": value_bits})
-    job = open_run(Path(target), run_dir, overrides)
+    only_for("a function", {**of_functions, "--save": save, "--value-bits": value_bits, "--calibration": calibration})
+    job = open_run(Path(target), run_dir, [*in_precision(precision), *(overrides or [])])
     typer.echo(repack_text(job.repacked))
     typer.echo(f"Written: {job.directory / 'repacked.safetensors'}")
 
@@ -121,6 +134,8 @@ def bench(
         int | None, typer.Option(help="How often every form of a function's model is timed. [default: 20]", min=1)
     ] = None,
     save: Save = None,
+    precision: Precision = None,
+    calibration: Calibration = None,
 ) -> None:
     """Measure: the final table of a run again, or any model as it stands against every dense engine, layer by layer.
 
@@ -130,33 +145,79 @@ def bench(
 
     Example: autoprune bench my.models:encoder --input 1,128 --dtype int64 --save fast.safetensors
 
+    Example: autoprune bench my.models:build --input 1,3,224,224 --precision int8 --calibration images.npy
+
     Example: autoprune bench my.models:build --input 1,3,224,224 --memory
     """
     if memory:
         only_for("bench without --memory", {"--engines": engines, "--rounds": rounds, "--save": save})
+        only_for("bench without --memory", {"--precision": precision, "--calibration": calibration})
         _bench_memory(target, run_dir, overrides, shapes, dtypes, threads)
         return
     if is_function(target):
-        from autoprune.bench import ROUNDS, bench_model, example_inputs
+        from autoprune.bench import ROUNDS, bench_model
         from autoprune.repack import save as write
 
         only_for("a config", {"--run-dir": run_dir, "--set": overrides})
-        inputs = example_inputs(shapes or (), dtypes or ())
+        given = _given(target, shapes, dtypes, precision, calibration)
         named = None if engines is None else [name.strip() for name in engines.split(",")]
         found = bench_model(
-            model_of(target), inputs, threads=threads or 1, engines=named, rounds=rounds or ROUNDS, progress=console()
-        )
+            given.model, given.inputs, threads=threads or 1, engines=named, rounds=rounds or ROUNDS,
+            precision=given.precision, calibration=given.calibration, progress=console(),
+        )  # fmt: skip
         typer.echo(found.text())
         if save is not None:
             write(found.fast, save)
             typer.echo(f"Written: {save}")
         return
     of_functions = {"--input": shapes, "--dtype": dtypes, "--threads": threads, "--engines": engines}
-    only_for("a function", {**of_functions, "--rounds": rounds, "--save": save})
+    only_for("a function", {**of_functions, "--rounds": rounds, "--save": save, "--calibration": calibration})
     from autoprune.pipeline.results import results
     from autoprune.report.table import result_table
 
-    typer.echo(result_table(results(open_run(Path(target), run_dir, overrides), again=True)))
+    changed = [*in_precision(precision), *(overrides or [])]
+    typer.echo(result_table(results(open_run(Path(target), run_dir, changed), again=True)))
+
+
+@dataclass(frozen=True)
+class _Given:
+    """A function's model and what it is repacked with."""
+
+    model: nn.Module
+    inputs: tuple[Tensor, ...]
+    precision: PrecisionName
+    calibration: list[tuple[Tensor, ...]] | None
+
+
+def _given(
+    target: str, shapes: list[str] | None, dtypes: list[str] | None, precision: str | None, calibration: str | None
+) -> _Given:
+    """Reads the arguments about a function's model.
+
+    The first samples of calibration data are the example inputs: what bytes lose is told on data as the model sees it.
+    """
+    from autoprune.bench import example_inputs
+    from autoprune.calibration import calibration_batches
+    from autoprune.errors import did_you_mean
+    from autoprune.precision import PRECISIONS
+    from autoprune.tasks.batches import in_pieces
+
+    named = next((each for each in PRECISIONS if each == (precision or "float32")), None)
+    if named is None:
+        raise ConfigError(f"--precision: {did_you_mean(str(precision), PRECISIONS)}")
+    if named == "float32":
+        only_for("--precision int8 or mixed", {"--calibration": calibration})
+    elif calibration is None:
+        raise ConfigError(
+            f"--precision {named} needs --calibration: package.module:function that yields batches of the model's "
+            "inputs, or a file of them, .npy or .safetensors; four batches of 32 are plenty."
+        )
+    inputs, model = example_inputs(shapes or (), dtypes or ()), model_of(target)
+    if calibration is None:
+        return _Given(model, inputs, named, None)
+    batches = calibration_batches(calibration, model, inputs)
+    alike = in_pieces(batches, len(inputs[0])) if inputs[0].ndim else []
+    return _Given(model, alike[0] if alike else inputs, named, batches)
 
 
 def _bench_memory(

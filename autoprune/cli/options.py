@@ -32,6 +32,22 @@ Overrides = Annotated[
 
 Seed = Annotated[int | None, typer.Option(help="Of everything that is drawn: the config's key seed.", min=0)]
 
+
+def completed_precision(incomplete: str) -> list[str]:
+    """Completes a precision."""
+    from autoprune.precision import PRECISIONS
+
+    return [name for name in PRECISIONS if name.startswith(incomplete)]
+
+
+Precision = Annotated[
+    str | None,
+    typer.Option(
+        help="Of the repacked model: float32, int8, or mixed (int8 where it costs little): the config's key precision.",
+        autocompletion=completed_precision,
+    ),
+]
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object in place of the report.")]
 
 # Of the commands that search.
@@ -65,6 +81,14 @@ Dtypes = Annotated[
 ]
 Threads = Annotated[
     int | None, typer.Option(help="Threads of one inference of a function's model. [default: 1]", min=1)
+]
+Calibration = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FUNCTION|FILE",
+        help="Of a function's model in int8: package.module:function that yields batches of its inputs, or a file of "
+        "them, .npy or .safetensors.",
+    ),
 ]
 Save = Annotated[Path | None, typer.Option(help="Where a function's repacked model is written.")]
 ValueBits = Annotated[
@@ -212,7 +236,7 @@ def with_groups(command: Callable[..., None]) -> Callable[..., None]:
     return expanded
 
 
-def changes(target: TargetOptions, seed: int | None) -> list[str]:
+def changes(target: TargetOptions, seed: int | None, precision: str | None) -> list[str]:
     """These options as overrides of a config.
 
     Raises:
@@ -220,10 +244,16 @@ def changes(target: TargetOptions, seed: int | None) -> list[str]:
     """
     asked = target.target()
     given = [] if seed is None else [f"seed={seed}"]
+    given += in_precision(precision)
     if asked is not None:
         table = ", ".join(f"{name} = {json.dumps(value)}" for name, value in asked.to_json().items())
         given.append(f"target={{{table}}}")
     return given
+
+
+def in_precision(precision: str | None) -> list[str]:
+    """The option --precision as overrides of a config."""
+    return [] if precision is None else [f"precision={json.dumps(precision)}"]
 
 
 def is_function(target: str) -> bool:

@@ -12,6 +12,7 @@ from autoprune.cli.options import (
     ConfigPath,
     DryRun,
     Overrides,
+    Precision,
     ReportOptions,
     RunDir,
     Seed,
@@ -49,6 +50,7 @@ def prune(
         ),
     ] = None,
     seed: Seed = None,
+    precision: Precision = None,
     dry_run: DryRun = False,
 ) -> None:
     """Mask the dense model by the plan, without fine-tuning; with --method: prune, train and measure without a search.
@@ -61,6 +63,8 @@ def prune(
 
     Example: autoprune prune configs/digits.toml --method gradual --speedup 4 --pattern '{name = "group", size = 16}'
 
+    Example: autoprune prune configs/digits.toml --method gradual --speedup 3 --precision int8
+
     Example: autoprune prune configs/digits.toml --method gradual --latency-ms 0.2 --dry-run
     """
     from autoprune.config import load_config
@@ -69,11 +73,11 @@ def prune(
         if plan is not None:
             raise ConfigError("--plan and --method exclude each other: a plan names its own method.")
         by_pattern = [] if pattern is None else [f"env.pattern={pattern}"]
-        changed = [*changes(target, seed), *by_pattern, *(overrides or [])]
+        changed = [*changes(target, seed, precision), *by_pattern, *(overrides or [])]
         _prune_by(method, config, run_dir, changed, shown, dry_run)
         return
     only_for("--method", {**target.given, "--pattern": pattern})
-    changed = [*changes(target, seed), *(overrides or [])]
+    changed = [*changes(target, seed, precision), *(overrides or [])]
     if dry_run:
         directory = run_dir or Path("runs") / config.stem
         show_forecast(load_config(config, changed), directory, shown, searches=plan is None, trains=False)

@@ -13,6 +13,7 @@ from autoprune.cli.options import (
     DryRun,
     Minutes,
     Overrides,
+    Precision,
     Ray,
     ReportOptions,
     RunDir,
@@ -21,6 +22,7 @@ from autoprune.cli.options import (
     Workers,
     changes,
     checked_minutes,
+    in_precision,
     open_run,
     with_groups,
 )
@@ -35,6 +37,7 @@ def run(
     run_dir: RunDir = None,
     overrides: Overrides = None,
     seed: Seed = None,
+    precision: Precision = None,
     workers: Workers = None,
     ray: Ray = None,
     minutes: Minutes = None,
@@ -48,6 +51,8 @@ def run(
 
     Example: autoprune run configs/digits.toml --size 60kB --accuracy-drop 0.01 --strict --json
 
+    Example: autoprune run configs/digits.toml --precision int8
+
     Example: autoprune run configs/digits.toml --minutes 30
 
     Example: autoprune run configs/digits.toml --speedup 5 --dry-run
@@ -56,7 +61,7 @@ def run(
     """
     from autoprune.config import load_config
 
-    given = [*changes(target, seed), *(overrides or [])]
+    given = [*changes(target, seed, precision), *(overrides or [])]
     if dry_run:
         directory = run_dir or Path("runs") / config.stem
         show_forecast(load_config(config, given), directory, shown, minutes=checked_minutes(minutes), workers=workers)
@@ -71,15 +76,19 @@ def profile(
     config: ConfigPath,
     run_dir: RunDir = None,
     overrides: Overrides = None,
+    precision: Precision = None,
     force: Annotated[bool, typer.Option("--force", help="Measure again even if there is a table.")] = False,
 ) -> None:
     """Measure the per-layer latency table with the real kernels, on this machine.
 
     Example: autoprune profile configs/digits.toml --force
+
+    Example: autoprune profile configs/digits.toml --precision int8
     """
     from autoprune.pipeline.results import latency_text
 
-    typer.echo(latency_text(open_run(config, run_dir, overrides, fresh_table=force).preparation.table))
+    given = [*in_precision(precision), *(overrides or [])]
+    typer.echo(latency_text(open_run(config, run_dir, given, fresh_table=force).preparation.table))
 
 
 def report(

@@ -12,6 +12,7 @@ from autoprune.cli.options import (
     DryRun,
     Minutes,
     Overrides,
+    Precision,
     Ray,
     ReportOptions,
     RunDir,
@@ -20,6 +21,7 @@ from autoprune.cli.options import (
     Workers,
     checked_minutes,
     console,
+    in_precision,
     open_run,
     with_groups,
 )
@@ -143,6 +145,7 @@ def apply(
     ] = None,
     overrides: Overrides = None,
     seed: Seed = None,
+    precision: Precision = None,
     workers: Workers = None,
     ray: Ray = None,
     minutes: Minutes = None,
@@ -153,6 +156,8 @@ def apply(
     Example: autoprune apply --model my.models:build --data my.data:loaders --speedup 3
 
     Example: autoprune apply --model my.models:build --data my.data:loaders --speedup 3 --episodes 50 --policy runs/mine
+
+    Example: autoprune apply --model my.models:build --data my.data:loaders --speedup 2 --precision int8
 
     Example: autoprune apply --model my.models:build --data my.data:loaders --accuracy-drop 0.01 --minutes 20
     """
@@ -165,7 +170,7 @@ def apply(
         episodes = 1 if minutes is None else SearchSection().episodes
     named = {"loss": loss, "evaluate": evaluate, "metric": metric}
     drawn = [] if seed is None else [f"seed={seed}"]
-    changed = parse_overrides([*drawn, *(overrides or [])])
+    changed = parse_overrides([*drawn, *in_precision(precision), *(overrides or [])])
     config = apply_config(policy, model, data, target.target() or Target(), episodes, changed, **named)
     if dry_run:
         show_forecast(config, run_dir, shown, minutes=checked_minutes(minutes), workers=workers)

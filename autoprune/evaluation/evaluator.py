@@ -78,14 +78,16 @@ class Evaluator(Evaluate):
 
     def repacked(self, model: nn.Module, plan: Plan) -> RepackedModel:
         """Repacks for the measurement: as a program, or with the backends the latency table found fastest."""
-        inputs = self.subject.task.example_inputs(self.batch)
+        task, precision = self.subject.task, self.subject.precision
+        inputs, calibration = task.example_inputs(self.batch), task.calibration_inputs(precision)
         with torch_threads(self.protocol.threads):
             graph = self.subject.graph(self.batch)
             if graph is None:
                 return repack(model, inputs, choose=self.chooser(plan))
             # the method may have widened it
             alike = [x.shape for x in model.parameters()] == [x.shape for x in self.subject.dense.parameters()]
-            return repack(model, inputs, graph=graph if alike else None, clock=self.clock)
+            known = graph if alike else None
+            return repack(model, inputs, precision=precision, calibration=calibration, graph=known, clock=self.clock)
 
     def chooser(self, plan: Plan) -> TableChoice:
         return TableChoice(self.table, plan)

@@ -51,6 +51,7 @@ def profile_settings(subject: Subject, patterns: Sequence[Choice], batch: int, t
     return {
         "batch": batch,
         "threads": threads,
+        "precision": subject.precision,
         "patterns": [str(pattern) for pattern in patterns],
         "architecture": architecture_fingerprint(subject.dense),  # the same layers may have other work between them
         "layers": {
@@ -138,9 +139,13 @@ def profile_table(
         progress.say(f"latency table: {record.known} of its measurements were made before")
     inputs = subject.task.example_inputs(int(settings["batch"]))
     layers = _in_programs(subject, patterns, int(settings["batch"]), protocol, clock, progress, record)
-    if layers is not None:
-        return _joined(subject, layers, patterns[-1], settings, protocol, clock, record)
-    layers = _one_by_one(subject, patterns, inputs, protocol, clock, progress, record)
+    if layers is None:
+        if subject.precision != "float32":
+            raise AutopruneError(
+                f"precision {subject.precision!r} cannot be profiled: layers that can be pruned are not in the program "
+                "of this model. Name them in env.keep_dense, or take precision = 'float32'."
+            )
+        layers = _one_by_one(subject, patterns, inputs, protocol, clock, progress, record)
     return _joined(subject, layers, patterns[-1], settings, protocol, clock, record)
 
 
@@ -222,7 +227,8 @@ def _program_times(
     if sparsity > 0.0:
         for spec in subject.inventory.layers:
             _mask_(weight_of(model, spec.name), spec, pattern, sparsity)
-    fast = repack(model, inputs, graph=graph, clock=clock)
+    calibration = subject.task.calibration_inputs(subject.precision)
+    fast = repack(model, inputs, precision=subject.precision, calibration=calibration, graph=graph, clock=clock)
     if not isinstance(fast, ProgramModel):
         return None
     rows: dict[str, list[LayerTime]] = {}

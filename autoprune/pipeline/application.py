@@ -183,10 +183,13 @@ def load_repacked(context: Context, prepared: Prepared, plan: Plan) -> Repacked 
 def repack_fine_tuned(context: Context, prepared: Prepared, fine_tuned: FineTuned) -> Repacked:
     """Repacks a fine-tuned model and saves it; values that the file rounds are rounded in the model too."""
     latency, path, plan = context.config.latency, context.directory / _REPACKED, fine_tuned.plan
+    precision = context.config.precision
     with torch_threads(latency.threads):
         model = repack(
             fine_tuned.model,
             prepared.task.example_inputs(latency.batch),
+            precision=precision,
+            calibration=prepared.task.calibration_inputs(precision),
             protocol=context.protocol(latency.search_samples),
             clock=context.clock,
         )

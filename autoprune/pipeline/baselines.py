@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
-from torch import nn
+from torch import Tensor, nn
 
 from autoprune.envs.limits import FileSize
 from autoprune.errors import AutopruneError, FileError
@@ -16,9 +16,11 @@ from autoprune.files import read_json, temporary_folder, write_json
 from autoprune.latency.engines import ENGINES, baselines, best_engine
 from autoprune.latency.machine import differences, machine_identity
 from autoprune.latency.timer import Clock, Protocol, measure_together, speedup, torch_threads
+from autoprune.precision import Precision
 from autoprune.repack import RepackedModel, repack, save
 from autoprune.repack.rivals import dense_calls
-from autoprune.target import Over
+from autoprune.target import Over, baseline_name
+from autoprune.tasks.batches import in_pieces
 
 if TYPE_CHECKING:  # hooks in a user's own loop need no run
     from autoprune.pipeline.preparation import Context, Prepared
@@ -69,12 +71,13 @@ class Baselines:
     """The dense model by every engine, timed interleaved in one run.
 
     Attributes:
-        best: the fastest dense engine of those that compute in float32.
+        best: the fastest dense engine of those that the run's precision is compared with: see `baselines`.
         ms: engine -> median of one inference, milliseconds; ``repacked`` is the dense model as this project runs it.
         speedups: likewise, over torch eager: medians of the rounds' ratios.
         file_bytes: of the dense model repacked and saved.
         machine: where they were measured, and how.
         prepared_s: how long it took to make them ready to be timed, seconds; 0 where that was not noted.
+        precision: of the repacked model.
     """
 
     best: str
@@ -83,6 +86,7 @@ class Baselines:
     file_bytes: int
     machine: Mapping[str, Any] = field(repr=False)
     prepared_s: float = 0.0
+    precision: Precision = "float32"
 
     def engine(self, over: Over) -> str:
         """What a speed-up is over, by its name in `ms`."""
@@ -91,6 +95,10 @@ class Baselines:
     def over_eager(self, over: Over) -> float:
         """How many times faster than torch eager that runs which a speed-up is over."""
         return self.speedups[self.engine(over)]
+
+    def name(self, over: Over) -> str:
+        """What a speed-up is over, as people read it."""
+        return baseline_name(over, self.precision)
 
     @property
     def repacked(self) -> float:
@@ -109,13 +117,14 @@ class Baselines:
 
 def prepare_engines(context: Context, prepared: Prepared) -> DenseEngines:
     """Compiles the dense model for the engines that the config names, or all that are installed."""
-    latency = context.config.latency
-    inputs = prepared.task.example_inputs(latency.batch)
-    names = [name for name in latency.engines or baselines() if name != EAGER]
+    latency, precision = context.config.latency, context.config.precision
+    task, inputs = prepared.task, prepared.task.example_inputs(latency.batch)
+    names = [name for name in latency.engines or baselines(precision) if name != EAGER]
     with context.progress.bar("dense engines", len(names)) as bar:
         engines = engines_of(
-            prepared.dense, inputs, names, latency.threads, context.clock, lambda name: bar.advance(1, name)
-        )
+            prepared.dense, inputs, names, latency.threads, context.clock, lambda name: bar.advance(1, name),
+            precision=precision, calibration=task.calibration_inputs(precision),
+        )  # fmt: skip
     for name, why in engines.left_out.items():
         context.progress.say(f"dense engine {name} left out: {why}")
     return engines
@@ -128,6 +137,9 @@ def engines_of(
     threads: int,
     clock: Clock,
     done: Callable[[str], object] = lambda name: None,
+    *,
+    precision: Precision = "float32",
+    calibration: Sequence[tuple[Tensor, ...]] | None = None,
 ) -> DenseEngines:
     """Compiles a dense model for engines, and repacks it.
 
@@ -138,12 +150,15 @@ def engines_of(
         threads: of one inference.
         clock: seconds.
         done: told each engine when it is prepared or left out.
+        precision: that the model is repacked in.
+        calibration: batches of inputs, for what runs in int8.
     """
     began_s = clock()
-    calls, left_out = dense_calls(dense, inputs, threads, names, done)
+    pieces = None if calibration is None else in_pieces(calibration, len(inputs[0]))
+    calls, left_out = dense_calls(dense, inputs, threads, names, done, pieces)
     eager = ENGINES.get(EAGER)().prepare(dense, inputs, threads)
     with torch_threads(threads):
-        fast = repack(dense, inputs, clock=clock)
+        fast = repack(dense, inputs, precision=precision, calibration=calibration, clock=clock)
         calls = {EAGER: eager, **calls, REPACKED: fast.bound_call(*inputs)}
     return DenseEngines(calls, left_out, fast, clock() - began_s)
 
@@ -155,12 +170,15 @@ def measure_baselines(context: Context, engines: Callable[[], DenseEngines]) -> 
         context: of the run.
         engines: called where they have to be timed.
     """
-    latency, value_bits = context.config.latency, context.config.repack.value_bits
+    latency, config = context.config.latency, context.config
     how = {"batch": latency.batch, "threads": latency.threads, "engines": list(latency.engines)}
-    machine = {**machine_identity(), **how, "value_bits": value_bits}
+    model = {"value_bits": config.repack.value_bits, "precision": config.precision}
+    machine = {**machine_identity(), **how, **model}
 
     def measure() -> Baselines:
-        measured = time_engines(engines(), context.final_protocol, context.clock, machine, value_bits)
+        measured = time_engines(
+            engines(), context.final_protocol, context.clock, machine, config.repack.value_bits, config.precision
+        )
         context.progress.say(measured.text())
         return measured
 
@@ -168,7 +186,12 @@ def measure_baselines(context: Context, engines: Callable[[], DenseEngines]) -> 
 
 
 def time_engines(
-    engines: DenseEngines, protocol: Protocol, clock: Clock, machine: Mapping[str, Any], value_bits: int = 32
+    engines: DenseEngines,
+    protocol: Protocol,
+    clock: Clock,
+    machine: Mapping[str, Any],
+    value_bits: int = 32,
+    precision: Precision = "float32",
 ) -> Baselines:
     """Times engines interleaved, and weighs the file of the dense model repacked.
 
@@ -178,6 +201,7 @@ def time_engines(
         clock: seconds.
         machine: where that is, and how it is done.
         value_bits: of a weight in the file.
+        precision: that says which engines count for the best.
     """
     with temporary_folder() as folder:
         save(engines.repacked, folder / "dense.safetensors", value_bits=value_bits)
@@ -185,12 +209,13 @@ def time_engines(
     times = measure_together(engines.calls, protocol, clock)
     ms = {name: took.median_ms for name, took in times.items()}
     return Baselines(
-        best=best_engine(ms),
+        best=best_engine(ms, baselines(precision)),
         ms=ms,
         speedups={name: speedup(times[EAGER], took) for name, took in times.items()},
         file_bytes=file_bytes,
         machine=machine,
         prepared_s=engines.prepared_s,
+        precision=precision,
     )
 
 

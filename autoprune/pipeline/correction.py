@@ -24,7 +24,7 @@ from autoprune.pipeline.baselines import BASELINES_FILE, REPACKED, Baselines, De
 from autoprune.pipeline.preparation import Context
 from autoprune.plan import Plan
 from autoprune.repack import RepackedModel, save
-from autoprune.target import BASELINES, Target
+from autoprune.target import Target
 
 HIGHEST = 1.03  # of the target: a plan that is so much better is pruned for nothing
 LEAST = 0.97  # of the target: less is no noise of the clock
@@ -367,7 +367,7 @@ def _out_of_reach(problem: Problem, best: Reached, how: str) -> str:
     if speed < best.of_target.get("latency_ms", math.inf) and best.speedup is not None:
         safe = math.floor(best.speedup / RESERVE * 100) / 100
         return (
-            f"no plan reaches {target.speedup:g}x over {BASELINES[target.over]} here: {how} the repacked model "
+            f"no plan reaches {target.speedup:g}x over {problem.baseline_name} here: {how} the repacked model "
             f"was measured {best.speedup:.2f}x as fast. Ask for at most {safe:g}x, {ALLOW_MORE}"
         )
     safe_ms = (best.latency_ms or 0.0) * RESERVE
@@ -395,4 +395,4 @@ def free_without_pruning(target: Target, limits: Sequence[Limit], nothing: Plan,
     if target.speedup is None:
         return f"{baselines.ms[REPACKED]:.4g} ms and {baselines.file_bytes:,} bytes are there"
     over = baselines.repacked / baselines.over_eager(target.over)
-    return f"{over:.2f}x over {BASELINES[target.over]} is there" if over >= target.speedup else None
+    return f"{over:.2f}x over {baselines.name(target.over)} is there" if over >= target.speedup else None

@@ -19,7 +19,7 @@ from autoprune.pipeline.correction import Reached, check_reachable
 from autoprune.pipeline.run import Run, uniform_plan
 from autoprune.plan import Plan
 from autoprune.report.table import markdown_table
-from autoprune.target import BASELINES, Target
+from autoprune.target import Target
 from autoprune.tasks.batches import first_batches
 from autoprune.training.loop import count_batches, train_
 
@@ -90,7 +90,7 @@ class Forecast:
 
     def text(self) -> str:
         """All of it as people read it."""
-        over = BASELINES[self.target.over]
+        over = self.baselines.name(self.target.over)
         whole: dict[str, list[str]] = {}
         for name, reason in self.kept_dense.items():
             whole.setdefault(reason, []).append(name)
@@ -184,7 +184,7 @@ def forecast(run: Run, *, searches: bool = True, trains: bool = True) -> Forecas
     return Forecast(
         task=prepared.task.name,
         target=context.config.target,
-        target_text=context.config.target.text(prepared.task.metric),
+        target_text=context.config.target.text(prepared.task.metric, context.config.precision),
         dense=prepared.task.metric.describe(prepared.dense_score),
         layers=len(offered.layers),
         weights=sum(layer.weights for layer in offered.layers),

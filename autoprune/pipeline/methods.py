@@ -132,7 +132,7 @@ def _made(run: Run, directory: Path, clock: Clock) -> RunReport:
 
 def _row(name: str, report: RunReport) -> MethodRow:
     dense, fast, record = row_of(report.rows, EAGER), row_of(report.rows, REPACKED), report.record
-    misses = "; ".join(missed(report.rows, record.target, record.metric))
+    misses = "; ".join(missed(report.rows, record))
     remark = f"missed: {misses}" if misses else None
     if record.unpruned is not None:
         remark = f"nothing was pruned: {record.unpruned} by repacking alone"

@@ -269,7 +269,12 @@ def calibrate(context: Context, prepared: Prepared) -> Subject:
         "latency" if config.target.timed else "macs" if config.target.macs is not None else "weights"
     )
     settings = recipe_for(prepared.dense).changed(config.finetune.settings)
-    return Subject(task, prepared.dense, prepared.inventory, statistics, settings, config.seed, budget)
+    subject = Subject(
+        task, prepared.dense, prepared.inventory, statistics, settings, config.seed, budget, precision=config.precision
+    )
+    if config.precision != "float32":
+        subject.graph(config.latency.batch)  # refused here, before any work, where the model is no program
+    return subject
 
 
 def table_settings(context: Context, subject: Subject) -> dict[str, Any]:

@@ -113,13 +113,15 @@ def build_problem(
         max_sparsity=env.max_sparsity,
         baseline_speedup=1.0 if baselines is None else baselines.over_eager(config.target.over),
         file=FileSize() if baselines is None else file_size(context, offered, baselines),
+        precision=config.precision,
     )
 
 
 def file_size(context: Context, inventory: Inventory, baselines: Baselines) -> FileSize:
     """What is known of the size of a packed file in which these layers are pruned."""
     weights = sum(layer.weights for layer in inventory.layers)
-    return baselines.file_size(weights, context.config.repack.value_bits)
+    in_bytes = context.config.precision != "float32"
+    return baselines.file_size(weights, 8 if in_bytes else context.config.repack.value_bits)
 
 
 def build_env(context: Context, problem: Problem) -> PruneEnv:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,28 +15,37 @@ from autoprune.envs.trial import Trial
 from autoprune.errors import GivenError, NumericalError
 from autoprune.evaluation.measurement import Failure
 from autoprune.files import read_json, write_tensors
-from autoprune.latency.engines import baselines as float32_engines
+from autoprune.latency.engines import baselines as compared_engines
 from autoprune.latency.machine import differences, machine_identity
 from autoprune.latency.record import MeasurementRecord
 from autoprune.latency.table import LatencyTable
-from autoprune.latency.timer import Latency, Protocol, measure_together, speedup, torch_threads
+from autoprune.latency.timer import Latency, Protocol, measure_together, speedup
 from autoprune.masks import nonzero_parameters, sparsity
 from autoprune.model.inventory import KeptDense
 from autoprune.model.weights import weight_of
-from autoprune.pipeline import baselines
 from autoprune.pipeline.application import FineTuned, Repacked
 from autoprune.pipeline.contest import best_by_source, read_contenders, winner
+from autoprune.pipeline.forms import Call, Form, forms_of
 from autoprune.pipeline.monitor import point
 from autoprune.pipeline.preparation import Context, Prepared
 from autoprune.pipeline.run import CORRECTED, Run
 from autoprune.report.data import ContenderRow, MeasuredPoint, PlanRow, ResultRow, SearchRow
 from autoprune.report.run_report import RunReport
-from autoprune.report.stored import CALLED, EAGER, MASKED, REPACKED, Front, Record, Results, read_stored, write_stored
+from autoprune.report.stored import (
+    CALLED,
+    EAGER,
+    MASKED,
+    REPACKED,
+    Front,
+    Record,
+    Results,
+    read_stored,
+    write_stored,
+)
 from autoprune.report.table import markdown_table
 from autoprune.tasks import Task
 
 ROUNDS = 10  # of the final table that are measured, and kept, together
-Call = Callable[[], object]
 
 # The final table ------------------------------------------------------------------------------------------------------
 
@@ -65,23 +74,18 @@ def measure_results(run: Run, fine_tuned: FineTuned, repacked: Repacked, *, from
     """
     context, prepared = run.context, run.prepared
     latency, machine = context.config.latency, machine_identity()
-    inputs = prepared.task.example_inputs(latency.batch)
     engines = run.search.engines
-    named = {name: EAGER if name == baselines.EAGER else f"dense, {name}" for name in engines.calls}
-    calls: dict[str, Call] = {named[name]: call for name, call in engines.calls.items()}
+    forms = forms_of(context, prepared, engines, fine_tuned.model, repacked.model)
     left_out = {f"dense, {name}": why for name, why in engines.left_out.items()}
-    calls[MASKED] = lambda: fine_tuned.model(*inputs)
-    calls[CALLED] = lambda: repacked.model(*inputs)
-    with torch_threads(latency.threads):
-        calls[REPACKED] = repacked.model.bound_call(*inputs)
     context.progress.say(
         f"measuring: batch {latency.batch}, {latency.threads} thread(s), {latency.samples} rounds in turns"
     )
-    record = _record_of_rounds(context, list(calls), machine)
+    record = _record_of_rounds(context, list(forms), machine)
     if from_start:
         record.clear()
+    calls = {name: form.call for name, form in forms.items()}
     times = _measured(calls, context.final_protocol, context, record)
-    rows = _result_rows(context, prepared, fine_tuned, repacked, times, left_out)
+    rows = _result_rows(context, prepared, forms, times, left_out)
     how = {"batch": latency.batch, "threads": latency.threads, "device": "cpu"}
     measured = Results(rows, {**how, "rounds, all rows in turns": latency.samples}, machine)
     write_stored(context.directory / "results.json", measured)
@@ -127,35 +131,39 @@ def _measured(
 def _result_rows(
     context: Context,
     prepared: Prepared,
-    fine_tuned: FineTuned,
-    repacked: Repacked,
+    forms: Mapping[str, Form],
     times: Mapping[str, Latency],
     left_out: Mapping[str, str],
 ) -> tuple[ResultRow, ...]:
     """The rows in this order: torch eager, other engines, those left out, masked, repacked."""
-    task, dense, dense_file = prepared.task, prepared.dense, context.directory / "dense.safetensors"
-    write_tensors(dense_file, dense.state_dict())
-    dense_score = _tested(task, dense, EAGER)
-    size, parameters = dense_file.stat().st_size, sum(p.numel() for p in dense.parameters())
-    same_work = {EAGER, *(f"dense, {name}" for name in float32_engines())}
-    best = min(same_work & set(times), key=lambda name: times[name].median_ms)
-
-    def row(name: str, label: str, score: float, count: int, size_bytes: int) -> ResultRow:
-        took = times[name]
-        return ResultRow(label, score, took, speedup(times[EAGER], took), speedup(times[best], took), count, size_bytes)
-
-    rows = [row(EAGER, EAGER, dense_score, parameters, size)]
-    for name in times:
-        if name not in (EAGER, MASKED, CALLED, REPACKED):
-            label = f"{name}, best engine" if name == best else name
-            rows.append(row(name, label, dense_score, parameters, size))
-    rows += [ResultRow(name, left_out=why) for name, why in left_out.items()]
-    kept = nonzero_parameters(fine_tuned.model)
+    dense_file = context.directory / "dense.safetensors"
+    write_tensors(dense_file, prepared.dense.state_dict())
+    size, parameters = dense_file.stat().st_size, sum(p.numel() for p in prepared.dense.parameters())
+    kept = nonzero_parameters(forms[MASKED].model or prepared.dense)
     packed_size = (context.directory / "repacked.safetensors").stat().st_size
-    rows.append(row(MASKED, MASKED, _tested(task, fine_tuned.model, MASKED), kept, size))
-    score = _tested(task, repacked.model, REPACKED)
-    rows += [row(name, name, score, kept, packed_size) for name in (CALLED, REPACKED)]
-    return tuple(rows)
+    compared = {EAGER, *(f"dense, {name}" for name in compared_engines(context.config.precision))}
+    best = min(compared & set(times), key=lambda name: times[name].median_ms)
+    scores: dict[int, float] = {}
+
+    def score(name: str) -> float | None:
+        model = forms[name].model
+        if model is not None and id(model) not in scores:  # several forms of one model have one score
+            scores[id(model)] = _tested(prepared.task, model, name)
+        return None if model is None else scores[id(model)]
+
+    def row(name: str, count: int, size_bytes: int) -> ResultRow:
+        took, form = times[name], forms[name]
+        label = f"{name}, best engine" if name == best != EAGER else name
+        over_eager, over_best = speedup(times[EAGER], took), speedup(times[best], took)
+        return ResultRow(
+            label, score(name), took, over_eager, over_best, count, size_bytes,
+            precision=form.precision, snr_db=form.snr_db(),
+        )  # fmt: skip
+
+    ours = (MASKED, CALLED, REPACKED)
+    rows = [row(name, parameters, size) for name in forms if name not in ours]
+    rows += [ResultRow(name, left_out=why) for name, why in left_out.items()]
+    return (*rows, row(MASKED, kept, size), *(row(name, kept, packed_size) for name in ours[1:]))
 
 
 def latency_text(table: LatencyTable) -> str:
@@ -177,7 +185,7 @@ def report_of(run: Run) -> RunReport:
     rows, config, metric = results(run), run.config, run.task.metric
     searched = run.search.exists
     record = Record(
-        title=f"{run.task.name}: {config.target.text(metric)}",
+        title=f"{run.task.name}: {config.target.text(metric, config.precision)}",
         facts={key: str(value) for key, value in _facts(run).items()},
         target=config.target,
         metric=metric,
@@ -191,11 +199,12 @@ def report_of(run: Run) -> RunReport:
         if searched
         else None,
         unpruned=_unpruned(run),
+        precision=config.precision,
     )
     hparams = {
         "agent": str(config.search.agent),
         "episodes": config.search.episodes,
-        "target": config.target.text(metric),
+        "target": config.target.text(metric, config.precision),
         "recovery": str(config.env.recovery),
         "training": str(run.plan.training),
         "learning_rate": run.preparation.subject.settings.learning_rate,
@@ -209,7 +218,8 @@ def _facts(run: Run) -> dict[str, Any]:
     facts = {
         "task": config.task,
         **run.task.facts,
-        "target": config.target.text(run.task.metric),
+        "target": config.target.text(run.task.metric, config.precision),
+        "precision": config.precision,
         **(_search_facts(run) if run.search.exists else {"plan": _origin(run)}),
         "training": run.plan.training,
         "fine-tuning epochs": run.preparation.subject.settings.epochs,
@@ -279,6 +289,9 @@ def _plan_rows(run: Run) -> tuple[PlanRow, ...]:
                 backend=made.backend,
                 dense_us=made.dense_us,
                 latency_us=made.packed_us if made.backend != "dense" else made.dense_us,
+                precision=made.precision,
+                scale=made.scale,
+                snr_db=made.snr_db,
             )
         )
     return tuple(rows)

@@ -38,7 +38,7 @@ from autoprune.plan import LayerPlan, Plan
 from autoprune.processes.locks import turn
 from autoprune.registry import Choice
 from autoprune.settings import TrainingSettings
-from autoprune.target import Over, Target
+from autoprune.target import Over, Target, baseline_name
 from autoprune.tasks.base import Task
 from autoprune.training.distributed import several
 
@@ -161,6 +161,8 @@ def plan_at(
     """
     assert target.speedup is not None
     plan = Plan(dict.fromkeys(inventory.names, layer), method)
-    check_feasible(fastest(plan, table, MAX_SPARSITY) / baseline, target.speedup, target.over, MAX_SPARSITY)
+    check_feasible(
+        fastest(plan, table, MAX_SPARSITY) / baseline, target.speedup, baseline_name(target.over), MAX_SPARSITY
+    )
     plan = release_useless(meet(plan, table, target.speedup * baseline, MAX_SPARSITY), table)
     return plan, lambda pruned: LatencyCost(table, plan, inventory, pruned)

@@ -62,7 +62,7 @@ def run_search(context: Context, posed: SearchProblem, env: PruneEnv, measured: 
         shutil.rmtree(policy, ignore_errors=True)  # of a search that is there no more
     context.progress.say(
         f"search: {config.search.agent}, {counted(config.search.episodes, 'episodes')}, "
-        f"{config.target.text(posed.metric)}"
+        f"{config.target.text(posed.metric, config.precision)}"
     )
     dense = MeasuredPoint(problem.table.dense_ms, problem.dense_score)
     text = "\n".join(f"{key} = {value}" for key, value in sorted(flat(config.to_json()).items()))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from autoprune.errors import AutopruneError
 from autoprune.model.arguments import Arguments
+from autoprune.precision import PRECISIONS, Precision
 from autoprune.quantization import Grid, dequantize_, grids_of
 from autoprune.repack.graph.extents import with_extents
 from autoprune.repack.graph.ir import Graph
@@ -35,9 +36,6 @@ from autoprune.repack.quantize import (
     trained_graph,
 )
 from autoprune.repack.report import LayerReport
-
-Precision = Literal["float32", "int8", "mixed"]
-PRECISIONS: tuple[Precision, ...] = ("float32", "int8", "mixed")
 
 # A value near a tie may be rounded otherwise, and in a deep model one step grows to as much as quantising itself does:
 # two right programs differ by sqrt(2) of that.

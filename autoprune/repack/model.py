@@ -24,6 +24,7 @@ from autoprune.model.copies import check_inputs, copy_for_inference, not_running
 from autoprune.model.recurrent.modules import cut_states_
 from autoprune.model.recurrent.names import cell_of
 from autoprune.model.weights import first_names, kind_of, weight_of
+from autoprune.precision import Precision
 from autoprune.repack.graph.batching import apart
 from autoprune.repack.graph.calls import Signature, record_classes
 from autoprune.repack.graph.capture import CaptureError, capture
@@ -32,7 +33,7 @@ from autoprune.repack.graph.ir import Graph
 from autoprune.repack.graph.ops import Conv2d, Gate, GatedConv2d, LayerOp, Recurrent
 from autoprune.repack.graph.passes import simplify
 from autoprune.repack.graph.proofs import proven
-from autoprune.repack.int8 import Precision, Wish, freed, reproduces, with_precision
+from autoprune.repack.int8 import Wish, freed, reproduces, with_precision
 from autoprune.repack.kernels.compiler import refused, unavailable
 from autoprune.repack.lowering.conv_rules import is_depthwise
 from autoprune.repack.modules.methods import has_methods, sharing

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from autoprune.latency.engines import ENGINES, baselines, best_engine
 from autoprune.latency.timer import Latency, speedup
-from autoprune.repack import ExportReport, RepackedModel, Shrunk
+from autoprune.precision import Precision
+from autoprune.repack import ExportReport, LayerReport, RepackedModel, Shrunk
 from autoprune.repack.onnx.export import CANNOT_RUN, RIGHT, WRONG
 from autoprune.repack.tuning.cache_model import What
 from autoprune.repack.tuning.layer_memory import LayerMemory
 from autoprune.repack.tuning.layer_times import LayerTime
-from autoprune.report.table import MISSING, markdown_table, microseconds, percent, times
+from autoprune.report.table import MISSING, ROUNDED, decibels, markdown_table, microseconds, percent, rounding, times
 
 EAGER = "eager"
 
 
 REPACKED = "repacked"
+
+
+@dataclass(frozen=True)
+class Peak:
+    """What one core of this machine reaches with one instruction alone.
+
+    Attributes:
+        instruction: what it does.
+        gflops: billions of products and sums a second.
+    """
+
+    instruction: str
+    gflops: float
 
 
 @dataclass(frozen=True)
@@ -29,53 +43,60 @@ class Bench:
         latencies: of every dense engine (``eager`` is the model itself) and of the repacked model, in turns.
         left_out: engine -> why it is missing: it is not installed, cannot run the model, or computes something else.
         layers: a row an operation of the program; empty where the model is no whole program.
-        peak_gflops: what one core of this machine reaches with multiply-adds alone.
+        peak: of the products of the model's precision; None without layers.
+        precision: that the model was repacked in.
+        snr_db: what does not compute in float32 -> how far its error lies below the output, decibels.
     """
 
     fast: RepackedModel
     latencies: dict[str, Latency]
     left_out: dict[str, str]
     layers: tuple[LayerTime, ...]
-    peak_gflops: float
+    peak: Peak | None
+    precision: Precision = "float32"
+    snr_db: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def best(self) -> str:
-        """The fastest dense engine that computes in float32."""
-        return best_engine({name: latency.median_ms for name, latency in self.latencies.items()})
+        """The fastest dense engine of those that the repacked model is compared with."""
+        ms = {name: latency.median_ms for name, latency in self.latencies.items()}
+        return best_engine(ms, baselines(self.precision))
 
     def text(self) -> str:
-        """Both tables."""
-        parts = [models_table(self), layers_table(self.layers, self.peak_gflops) if self.layers else ""]
-        if not self.layers:
-            parts[1] = "Not one program, so layers were timed when they were chosen:\n\n" + repack_text(self.fast)
+        """The tables of whole models and of layers, and in int8 of what became of each layer."""
+        parts = [models_table(self)]
+        if self.peak is None:
+            parts.append("Not one program, so layers were timed when they were chosen:\n\n" + repack_text(self.fast))
+        else:
+            parts.append(layers_table(self.layers, self.peak))
+        if self.precision != "float32":
+            parts.append(precision_table(self.fast.report))
         return "\n".join(parts)
 
 
 def models_table(bench: Bench) -> str:
     """The whole model in every form; ratios are medians over the rounds."""
-    best, compared = bench.latencies[bench.best], {*baselines(), REPACKED}
-    rows = []
+    best, compared = bench.latencies[bench.best], {*baselines(bench.precision), REPACKED}
+    rows, rounded = [], bool(bench.snr_db)
     for name, latency in bench.latencies.items():
+        precision = bench.precision if name == REPACKED else ENGINES.get(name).precision
         label = {EAGER: "the model itself, torch eager"}.get(name, name)
-        label += (
-            ", best dense"
-            if name == bench.best
-            else ""
-            if name in compared
-            else f" ({ENGINES.get(name).precision}: not compared)"
-        )
-        rows.append((label, str(latency), times(speedup(best, latency))))
+        label += ", best dense" if name == bench.best else "" if name in compared else f" ({precision}: not compared)"
+        told = (precision, decibels(bench.snr_db.get(name))) if rounded else ()
+        rows.append((label, *told, str(latency), times(speedup(best, latency))))
     threads = bench.latencies[REPACKED].threads
-    table = markdown_table((f"model, {threads} thread(s)", "latency ms (p10-p90)", "over the best dense"), rows)
+    more = ("precision", "SNR dB") if rounded else ()
+    header = (f"model, {threads} thread(s)", *more, "latency ms (p10-p90)", "over the best dense")
+    table = markdown_table(header, rows)
     missing = "".join(f"\n{name} left out: {why}\n" for name, why in bench.left_out.items())
     return table + missing
 
 
-def layers_table(rows: Sequence[LayerTime], peak_gflops: float) -> str:
+def layers_table(rows: Sequence[LayerTime], peak: Peak) -> str:
     """A row an operation."""
     header = (
         "layer", "kind", "sparsity", "dense best us", "format", "backend", "G", "cut", "us", "min us", "speed-up",
-        "GFLOP/s", f"of {peak_gflops:.0f} peak", "FLOP/byte",
+        "GFLOP/s", f"of {peak.gflops:.0f} peak", "FLOP/byte",
     )  # fmt: skip
     cells = []
     for row in rows:
@@ -93,18 +114,24 @@ def layers_table(rows: Sequence[LayerTime], peak_gflops: float) -> str:
             microseconds(row.min_us),
             times(None if row.dense_us is None else row.dense_us / row.median_us),
             f"{row.gflops:.1f}" if row.flops else MISSING,
-            percent(row.gflops / peak_gflops, 0) if row.flops else MISSING,
+            percent(row.gflops / peak.gflops, 0) if row.flops else MISSING,
             f"{row.intensity:.1f}" if row.flops else MISSING,
         ))  # fmt: skip
     dense, total = sum(row.dense_us or 0.0 for row in rows), sum(row.median_us for row in rows)
     lines = [""] * len(header)
     lines[0], lines[3], lines[8] = "all of these", microseconds(dense), microseconds(total)
     about = (
-        f"One thread; medians over the rounds, inside whole inferences. This machine's measured FMA peak: "
-        f"{peak_gflops:.0f} GFLOP/s a core. GFLOP/s count kept weights only. Dense: torch's own layer, without what is "
+        f"One thread; medians over the rounds, inside whole inferences. Measured {peak.instruction} peak: "
+        f"{peak.gflops:.0f} GFLOP/s a core. GFLOP/s count kept weights only. Dense: torch's own layer, without what is "
         "fused into ours. Cut: positions x groups an item.\n\n"
     )
     return about + markdown_table(header, [*cells, lines], left=2)
+
+
+def precision_table(rows: Sequence[LayerReport]) -> str:
+    """What became of each layer where not all are float32."""
+    cells = [(row.name, *rounding(row), row.why) for row in rows]
+    return markdown_table(("layer", *ROUNDED, "why"), cells, remarks=True)
 
 
 def memory_table(rows: Sequence[LayerMemory]) -> str:
@@ -146,6 +173,7 @@ def _bits(each: tuple[float | None, float | None]) -> str:
 
 def repack_text(model: RepackedModel) -> str:
     """What became of the whole, where it is no program, and of each layer."""
+    rounded = any(row.precision != "float32" for row in model.report)
     rows = [
         [
             row.name,
@@ -154,11 +182,13 @@ def repack_text(model: RepackedModel) -> str:
             row.backend,
             microseconds(row.dense_us),
             microseconds(row.packed_us),
+            *(rounding(row) if rounded else ()),
             row.why,
         ]
         for row in model.report
     ]
-    table = markdown_table(("layer", "sparsity", "group", "backend", "dense us", "packed us", "why"), rows)
+    more = ROUNDED if rounded else ()
+    table = markdown_table(("layer", "sparsity", "group", "backend", "dense us", "packed us", *more, "why"), rows)
     return f"{model.summary}\n\n{table}" if model.summary else table
 
 

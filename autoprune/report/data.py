@@ -24,6 +24,9 @@ class ResultRow:
         parameters: weights that are not zero, and all other parameters.
         size_bytes: of the file on disk.
         left_out: why the form was not measured, where it was not.
+        precision: of its products: ``float32``, ``bf16``, ``int8`` or ``mixed``.
+        snr_db: how far the error of that precision lies below the output, on the inputs that are timed: decibels;
+            None where there is none.
     """
 
     name: str
@@ -34,11 +37,16 @@ class ResultRow:
     parameters: int | None = None
     size_bytes: int | None = None
     left_out: str | None = None
+    precision: str = "float32"
+    snr_db: float | None = None
 
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One layer of the plan and what runs it; latencies in microseconds an inference, None if not measured."""
+    """One layer of the plan and what runs it; latencies in microseconds an inference, None if not measured.
+
+    `precision`, `scale` and `snr_db` are as of `autoprune.repack.LayerReport`.
+    """
 
     layer: str
     weights: int
@@ -48,6 +56,9 @@ class PlanRow:
     backend: str
     dense_us: float | None = None
     latency_us: float | None = None
+    precision: str = "float32"
+    scale: float | None = None
+    snr_db: float | None = None
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,12 @@ from autoprune.errors import FileError
 from autoprune.files import read_json, write_bytes, write_json, write_text
 from autoprune.metric import Metric
 from autoprune.model.inventory import KeptDense
+from autoprune.precision import Precision
 from autoprune.report.data import ContenderRow, MeasuredPoint, PlanRow, Report, ResultRow, SearchRow
 from autoprune.report.html import html_page
 from autoprune.report.page import report_page
 from autoprune.report.plots import front_figure, png_of, reward_figure, sparsity_figure
-from autoprune.target import BASELINES, Target
+from autoprune.target import Target, baseline_name
 
 EAGER = "dense, torch eager"
 WHOLE = "dense, repacked"
@@ -58,6 +59,7 @@ class Record:
         front: of the search; None where there was none.
         rewards: of the search's trials, by agent.
         unpruned: what repacking alone gives, where nothing was pruned for that.
+        precision: that the model was repacked in.
     """
 
     title: str
@@ -72,6 +74,7 @@ class Record:
     rewards: Mapping[str, tuple[float, ...]] | None = None
     unpruned: str | None = None
     contenders: tuple[ContenderRow, ...] = ()
+    precision: Precision = "float32"
 
 
 Stored = TypeVar("Stored", Results, Record)
@@ -117,7 +120,7 @@ def write_page(directory: Path) -> str:
     page = report_page(
         Report(
             title=record.title,
-            headline=headline(results.rows, record.target, record.metric, record.unpruned),
+            headline=headline(results.rows, record),
             facts=record.facts,
             results=results.rows,
             plan=record.plan,
@@ -145,18 +148,19 @@ def row_of(rows: tuple[ResultRow, ...], name: str) -> ResultRow:
     raise FileError(f"the results are corrupt: they have no row {name!r}. Delete results.json to measure again.")
 
 
-def headline(rows: tuple[ResultRow, ...], target: Target, metric: Metric, unpruned: str | None = None) -> str:
+def headline(rows: tuple[ResultRow, ...], record: Record) -> str:
     """The result in a few sentences; what was missed, and that nothing was pruned, stands first."""
+    metric, unpruned, best = record.metric, record.unpruned, baseline_name("best", record.precision)
     dense, fast = row_of(rows, EAGER), row_of(rows, REPACKED)
     if fast.score is None or dense.score is None or fast.speedup is None or fast.speedup_over_best is None:
         raise FileError("the results are corrupt: the dense or the repacked row lacks figures. Delete results.json.")
     text = ""
     if unpruned is not None:
         text += f"**Nothing was pruned**: {unpruned} without pruning, by repacking alone. Ask for more than that. "
-    if misses := missed(rows, target, metric):
+    if misses := missed(rows, record):
         text += f"**The target was missed**: {'; '.join(misses)}. "
     drop = dense.score - fast.score
-    text += f"The repacked model is **{fast.speedup_over_best:.2f}x** as fast as the best dense engine of the same run "
+    text += f"The repacked model is **{fast.speedup_over_best:.2f}x** as fast as {best}, timed in the same run, "
     text += f"and {fast.speedup:.2f}x as fast as dense torch eager, {metric.change(drop)}."
     called = next((row.speedup_over_best for row in rows if row.name == CALLED), None)
     if called is not None:
@@ -168,13 +172,14 @@ def headline(rows: tuple[ResultRow, ...], target: Target, metric: Metric, unprun
     return text
 
 
-def missed(rows: tuple[ResultRow, ...], target: Target, metric: Metric) -> list[str]:
+def missed(rows: tuple[ResultRow, ...], record: Record) -> list[str]:
     """What of the target the final table does not confirm, a sentence each; times within the timer's noise count."""
+    target, metric = record.target, record.metric
     dense, fast = row_of(rows, EAGER), row_of(rows, REPACKED)
     misses = []
     over = _over(rows, target)
     if target.speedup is not None and over < target.speedup * (1 - MISSED):
-        misses.append(f"{over:.2f}x of {target.speedup:g}x over {BASELINES[target.over]}")
+        misses.append(f"{over:.2f}x of {target.speedup:g}x over {baseline_name(target.over, record.precision)}")
     took = fast.latency.median_ms if fast.latency is not None else 0.0
     if target.latency_ms is not None and took > target.latency_ms * (1 + MISSED):
         misses.append(f"{took:.4g} ms of at most {target.latency_ms:g} ms")

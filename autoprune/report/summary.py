@@ -37,12 +37,12 @@ class Summary:
     @property
     def missed(self) -> list[str]:
         """What of the target the final table does not confirm, a sentence each."""
-        return missed(self.rows, self.record.target, self.record.metric)
+        return missed(self.rows, self.record)
 
     @property
     def headline(self) -> str:
         """The result in a few sentences, as markdown."""
-        return headline(self.rows, self.record.target, self.record.metric, self.record.unpruned)
+        return headline(self.rows, self.record)
 
     def to_json(self) -> dict[str, Any]:
         """All of it as plain data.
@@ -57,6 +57,7 @@ class Summary:
             "missed": self.missed,
             "unpruned": self.record.unpruned,
             "target": self.record.target.to_json(),
+            "precision": self.record.precision,
             "speedup_over_best": fast.speedup_over_best,
             "speedup_over_eager": fast.speedup,
             "called_speedup_over_best": None if called is None else called.speedup_over_best,

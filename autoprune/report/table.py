@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from math import inf
+from typing import Protocol
 
 from rich.cells import cell_len
 
@@ -46,9 +47,14 @@ def mean_and_spread(values: Sequence[float], form: str = ".2f") -> str:
 
 
 def result_table(rows: Sequence[ResultRow], metric: Metric = ACCURACY) -> str:
-    """The final table: the metric, latency, speed-ups, parameters, size; below it what was left out, and why."""
+    """The final table: the metric, latency, speed-ups, parameters, size; below it what was left out, and why.
+
+    With the precision of each row and the signal-to-noise ratio of its output where one is not float32.
+    """
+    rounded = any(row.precision != "float32" for row in rows if row.left_out is None)
     header = (
         "model",
+        *(("precision", "SNR dB") if rounded else ()),
         metric.name,
         "latency ms (p10-p90)",
         "speed-up",
@@ -59,6 +65,7 @@ def result_table(rows: Sequence[ResultRow], metric: Metric = ACCURACY) -> str:
     cells = [
         (
             row.name,
+            *((row.precision, decibels(row.snr_db)) if rounded else ()),
             MISSING if row.score is None else metric.text(row.score),
             MISSING if row.latency is None else str(row.latency),
             times(row.speedup),
@@ -76,7 +83,9 @@ def result_table(rows: Sequence[ResultRow], metric: Metric = ACCURACY) -> str:
 
 def plan_table(rows: Sequence[PlanRow]) -> str:
     """The plan layer by layer; the last row is the sparsity over all their weights."""
-    header = ("layer", "pattern", "criterion", "backend", "weights", "sparsity", "dense us", "pruned us")
+    rounded = any(row.precision != "float32" for row in rows)
+    more = ROUNDED if rounded else ()
+    header = ("layer", "pattern", "criterion", "backend", "weights", "sparsity", "dense us", "pruned us", *more)
     cells = [
         (
             row.layer,
@@ -87,12 +96,13 @@ def plan_table(rows: Sequence[PlanRow]) -> str:
             percent(row.sparsity, 1),
             microseconds(row.dense_us),
             microseconds(row.latency_us),
+            *(rounding(row) if rounded else ()),
         )
         for row in rows
     ]
     weights = sum(row.weights for row in rows)
     zeros = sum(row.weights * row.sparsity for row in rows)
-    total = ("all of these", "", "", "", f"{weights:,}", percent(zeros / max(1, weights), 1), "", "")
+    total = ("all of these", "", "", "", f"{weights:,}", percent(zeros / max(1, weights), 1), "", "", *[""] * len(more))
     return markdown_table(header, [*cells, total], left=4)
 
 
@@ -158,6 +168,29 @@ def times(value: float | None) -> str:
 
 def microseconds(value: float | None) -> str:
     return MISSING if value is None else f"{value:,.1f}"
+
+
+def decibels(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.1f}"
+
+
+class Rounded(Protocol):
+    """A layer of any precision."""
+
+    @property
+    def precision(self) -> str: ...
+    @property
+    def scale(self) -> float | None: ...
+    @property
+    def snr_db(self) -> float | None: ...
+
+
+ROUNDED = ("precision", "scale", "SNR dB")
+
+
+def rounding(layer: Rounded) -> tuple[str, str, str]:
+    """The cells of a layer under `ROUNDED`."""
+    return layer.precision, MISSING if layer.scale is None else f"{layer.scale:.3g}", decibels(layer.snr_db)
 
 
 def size(size_bytes: int | None) -> str:

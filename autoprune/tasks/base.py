@@ -14,6 +14,7 @@ from autoprune.masks import Batches, Loss
 from autoprune.metric import ACCURACY, Metric
 from autoprune.model.given import called
 from autoprune.model.inventory import as_tuple, eval_mode
+from autoprune.precision import Precision
 from autoprune.settings import TrainingSettings
 from autoprune.tasks.evaluations import accuracy
 
@@ -68,6 +69,10 @@ class Task:
             with called("the model cannot be evaluated"):
                 given = self.score(model, split)
             return self.metric.score(given)
+
+    def calibration_inputs(self, precision: Precision) -> tuple[tuple[Tensor, ...], ...] | None:
+        """The batches from which `repack` finds the ranges of activations; None for float32, which needs none."""
+        return None if precision == "float32" else tuple(as_tuple(inputs) for inputs, _ in self.calibration)
 
     def example_inputs(self, batch: int = 1) -> tuple[Tensor, ...]:
         """The model's inputs for `batch` samples, repeated where there are too few."""

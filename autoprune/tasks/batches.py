@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -96,6 +96,20 @@ def first_batches(batches: Batches, count: int) -> tuple[tuple[Any, Tensor], ...
         return ()
     with drawing_alike():
         return tuple((inputs, target) for _, inputs, target in islice(read(batches, "the data"), count))
+
+
+def in_pieces(batches: Iterable[tuple[Tensor, ...]], samples: int) -> list[tuple[Tensor, ...]]:
+    """Batches of inputs cut into batches of exactly so many samples, for what takes no other number of them.
+
+    The last piece of a batch that is no multiple shares samples with the one before it. A batch that holds fewer is
+    left out. Tensors that hold another number of samples than the first one of their batch stay whole.
+    """
+    return [
+        tuple(x[start : start + samples] if x.shape[:1] == (count,) else x for x in batch)
+        for batch in batches
+        if batch and batch[0].ndim and (count := len(batch[0])) >= samples
+        for start in (min(first, count - samples) for first in range(0, count, samples))
+    ]
 
 
 @contextmanager

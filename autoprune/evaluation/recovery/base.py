@@ -14,6 +14,7 @@ from autoprune.latency.table import LatencyTable
 from autoprune.masks import Masks, make_masks
 from autoprune.model.inventory import Inventory
 from autoprune.plan import Plan
+from autoprune.precision import Precision
 from autoprune.repack import CaptureError, Graph, capture
 from autoprune.settings import TrainingSettings
 from autoprune.tasks.base import Task
@@ -26,8 +27,8 @@ class Subject:
     """What is pruned and scored: a task, its trained dense model, and what calibration saw of its layers.
 
     `settings` are the run's fine-tuning settings; `seed` makes any training repeatable. `budget` is what a plan's
-    training counts where its method finds the layers' shares; ``latency`` needs `table`. `captured` is what `graph`
-    remembers; copies made with `dataclasses.replace` share it.
+    training counts where its method finds the layers' shares; ``latency`` needs `table`. `precision` is that of the
+    repacked models. `captured` is what `graph` remembers; copies made with `dataclasses.replace` share it.
     """
 
     task: Task
@@ -38,14 +39,24 @@ class Subject:
     seed: int
     budget: Budget = "weights"
     table: LatencyTable | None = None
+    precision: Precision = "float32"
     captured: dict[int, Graph | None] = field(default_factory=dict, repr=False, compare=False)  # by batch
 
     def graph(self, batch: int) -> Graph | None:
-        """The dense model's graph, captured once for all evaluations; None where it cannot be captured."""
+        """The dense model's graph, captured once for all evaluations; None where it cannot be captured.
+
+        Raises:
+            CaptureError: it cannot be, and the precision is for whole programs alone.
+        """
         if batch not in self.captured:
             try:
                 self.captured[batch] = capture(self.dense, self.task.example_inputs(batch))
-            except CaptureError:
+            except CaptureError as error:
+                if self.precision != "float32":
+                    raise CaptureError(
+                        f"precision {self.precision!r} is for whole programs, and this model is none: {error} "
+                        "Take precision = 'float32', or make torch.export accept the model."
+                    ) from error
                 self.captured[batch] = None
         return self.captured[batch]
 

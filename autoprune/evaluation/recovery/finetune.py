@@ -20,7 +20,7 @@ from autoprune.plan import Plan
 from autoprune.progress import SILENT, Progress
 from autoprune.quantization import dequantize_
 from autoprune.repack import CaptureError, find_readers, quantize_
-from autoprune.repack.int8 import Precision
+from autoprune.precision import Precision
 from autoprune.settings import TrainingSettings
 from autoprune.training import TRAINING, OnSignals
 from autoprune.training.loop import train_

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from autoprune.latency.engines.base import DenseEngine
+from autoprune.precision import Precision
 from autoprune.registry import Registry
 
 ENGINES: Registry[DenseEngine] = Registry(
@@ -22,9 +23,13 @@ ENGINES: Registry[DenseEngine] = Registry(
 )
 
 
-def baselines() -> tuple[str, ...]:
-    """The engines that do the same work as the model itself: all in float32."""
-    return tuple(name for name in ENGINES if ENGINES.get(name).precision == "float32")
+def baselines(precision: Precision = "float32") -> tuple[str, ...]:
+    """The engines that a model repacked in this precision is compared with.
+
+    In float32 those that do the same work as the model itself, all in float32. Who accepts the error of bytes could
+    run the dense model in any precision: all of them.
+    """
+    return tuple(name for name in ENGINES if precision != "float32" or ENGINES.get(name).precision == "float32")
 
 
 def best_engine(ms: Mapping[str, float], among: Iterable[str] | None = None) -> str:
