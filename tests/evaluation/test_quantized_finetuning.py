@@ -27,7 +27,7 @@ def test_it_trains_rounded_values_and_leaves_plain_weights(monkeypatch: pytest.M
     subject, ends, quantised = subject_to_recover(), {}, []
 
     def recorded(model: nn.Module, *args: object, precision: str) -> None:
-        quantize_(model, *args, precision=precision)  # type: ignore[arg-type]
+        quantize_(model, *args, precision=precision)
         quantised.append((precision, list(grids_of(model))))
 
     monkeypatch.setattr(finetune, "quantize_", recorded)
@@ -35,7 +35,7 @@ def test_it_trains_rounded_values_and_leaves_plain_weights(monkeypatch: pytest.M
     plan = Plan(dict.fromkeys(subject.inventory.names, layer), Choice("gradual"))
     for precision in ("float32", "int8"):
         model = copy.deepcopy(subject.dense)
-        finetune_(model, plan, subject, SETTINGS, precision=precision)  # type: ignore[arg-type]
+        finetune_(model, plan, subject, SETTINGS, precision=precision)
         assert not grids_of(model)
         assert list(model.state_dict()) == list(subject.dense.state_dict())
         weights = [weight_of(model, name) for name in subject.inventory.names]

@@ -17,10 +17,10 @@ from autoprune.masks import Batches
 from autoprune.model.given import read
 from autoprune.model.inventory import Inventory
 from autoprune.plan import Plan
+from autoprune.precision import Precision
 from autoprune.progress import SILENT, Progress
 from autoprune.quantization import dequantize_
 from autoprune.repack import CaptureError, find_readers, quantize_
-from autoprune.precision import Precision
 from autoprune.settings import TrainingSettings
 from autoprune.training import TRAINING, OnSignals
 from autoprune.training.loop import train_
