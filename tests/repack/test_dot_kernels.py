@@ -41,9 +41,10 @@ def fma(a: Any, b: Any, c: Any) -> Floats:
     return total
 
 
-def activated(name: str, values: Floats, target: Target) -> Floats:
+def activated(name: str, values: Floats, target: Target, output: str) -> Floats:
     """The kernels' own activation, which other tests compare with torch's."""
-    result: Floats = applied(math.ACTIVATIONS[name], torch.from_numpy(values.ravel()), target).numpy()
+    table = math.BYTE_ACTIVATIONS if output == "bytes" else math.ACTIVATIONS
+    result: Floats = applied(table[name], torch.from_numpy(values.ravel()), target).numpy()
     return result.reshape(values.shape)
 
 
@@ -89,7 +90,7 @@ class Ending:
         if residual is not None:
             value = fma(residual, numbers.residual_scale, value)
         if self.activation:
-            value = fma(activated(self.activation, value, target), numbers.inverse, numbers.zero)
+            value = fma(activated(self.activation, value, target, self.output), numbers.inverse, numbers.zero)
         value = np.clip(value, np.float32(numbers.low), np.float32(numbers.high))
         return np.rint(value) if self.output == "bytes" else value
 

@@ -71,6 +71,16 @@ def test_a_power_ends_in_zero_and_infinity(name: str, lanes: int) -> None:
 
 
 @pytest.mark.parametrize("lanes", LANES)
+@pytest.mark.parametrize("name", list(math.BYTE_ACTIVATIONS))
+def test_for_bytes_an_activation_is_right_to_a_few_thousandths_of_one(name: str, lanes: int) -> None:
+    x = torch.cat([torch.linspace(-12, 12, 48001), torch.tensor([0.0, -60.0, 60.0])])
+    wanted = ACTIVATIONS[name](x.double())
+    error = applied(math.BYTE_ACTIVATIONS[name], x, target_of(lanes)) - wanted
+    assert (error.abs() <= 2e-4 + 3e-5 * (x.abs() - 4).clamp(min=0)).all()
+    assert applied(math.BYTE_ACTIVATIONS[name], torch.full((5,), NAN), target_of(lanes)).isnan().all()
+
+
+@pytest.mark.parametrize("lanes", LANES)
 @pytest.mark.parametrize("name", list(math.ACTIVATIONS))
 def test_every_nan_stays_nan(name: str, lanes: int) -> None:
     bits = [0x7FC00000, 0x7FC00001, 0x7F800001, 0x7FFFFFFF, -0x400000, -0x3FFFFB, -1]  # quiet, signalling, of any sign

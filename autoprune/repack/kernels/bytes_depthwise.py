@@ -33,7 +33,7 @@ from autoprune.repack.kernels.ir import (
     store_vector,
     vector,
 )
-from autoprune.repack.kernels.math import ACTIVATIONS
+from autoprune.repack.kernels.math import ACTIVATIONS, BYTE_ACTIVATIONS
 
 _BLOCK = 128  # bits within which vectors are interleaved
 
@@ -114,7 +114,7 @@ def _real(
     for total in sums:
         value = b.call(multiply, [b.sitofp(total, vector(lanes)), factor, bias])
         if activation:
-            value = ACTIVATIONS[activation](b, module, value, lanes)
+            value = (ACTIVATIONS if floats else BYTE_ACTIVATIONS)[activation](b, module, value, lanes)
         if activation and not floats:
             ends = [splat(b, float_field(b, get[each]), lanes) for each in (Field.INVERSE, Field.OUTPUT_ZERO)]
             value = b.call(multiply, [value, *ends])

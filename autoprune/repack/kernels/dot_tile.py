@@ -39,7 +39,7 @@ from autoprune.repack.kernels.ir import (
     store_vector,
     vector,
 )
-from autoprune.repack.kernels.math import ACTIVATIONS, splat_float
+from autoprune.repack.kernels.math import ACTIVATIONS, BYTE_ACTIVATIONS, splat_float
 
 QUAD = 4  # bytes in a lane
 _ROUNDER = 12582912.0  # 1.5 * 2**23: adding it rounds half to even, and leaves the integer in the low bits
@@ -160,7 +160,8 @@ def finished(
     if residual is not None:
         value = b.call(multiply, [residual, scale, value])
     if ending.activation:
-        value = ACTIVATIONS[ending.activation](b, module, value, lanes)
+        table = BYTE_ACTIVATIONS if ending.output == "bytes" else ACTIVATIONS
+        value = table[ending.activation](b, module, value, lanes)
         value = b.call(multiply, [value, inverse, zero])
     if ending.output == "floats":
         return clamp(b, value, low, high)
