@@ -80,14 +80,16 @@ def _is_layer(model: nn.Module, name: str) -> bool:
 
 def _values(graph: Graph, batch: Batch, wanted: Collection[str]) -> dict[str, Tensor]:
     """The values of floats with these names; but none that is constant, which could be anyone's."""
-    found = dict(zip((each.name for each in graph.inputs), batch, strict=True))
+    found: dict[str, Any] = dict(zip((each.name for each in graph.inputs), batch, strict=True))
     with torch.inference_mode():
         for op, values in walked(graph, batch):
-            found[op.output] = values[op.output]
-    return {
-        name: x for name, x in found.items()
-        if name in wanted and isinstance(x, Tensor) and x.dtype == torch.float32 and x.numel() and x.min() < x.max()
-    }  # fmt: skip
+            if op.output in wanted:
+                found[op.output] = values[op.output]
+    return {name: x for name, x in found.items() if _tells(x)}
+
+
+def _tells(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.dtype == torch.float32 and x.numel() > 0 and bool(x.min() < x.max())
 
 
 class _Calls:
