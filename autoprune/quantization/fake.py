@@ -28,27 +28,28 @@ _EXACT: ContextVar[bool] = ContextVar("exact", default=False)
 
 
 class _StraightThrough(torch.autograd.Function):
-    """``rounded``, with the gradient going to x wherever x is `inside`."""
+    """``rounded``, with the gradient going to x; where there are bounds, only to what lies between them."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rounded: Tensor, inside: Tensor | None) -> Tensor:
-        ctx.inside = inside
+    def forward(ctx: Any, x: Tensor, rounded: Tensor, bounds: tuple[float, float] | None) -> Tensor:
+        ctx.bounds = bounds
+        if bounds is not None:
+            ctx.save_for_backward(x)
         return rounded
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = gradients
-        return gradient if ctx.inside is None else gradient * ctx.inside, None, None
+        if ctx.bounds is not None:  # one fused pass, several times faster than a mask
+            gradient = torch.ops.aten.hardtanh_backward(gradient, *ctx.saved_tensors, *ctx.bounds)
+        return gradient, None, None
 
 
 def fake_quantized(x: Tensor, grid: Grid) -> Tensor:
-    """X moved onto a grid, of x's shape and dtype."""
-    values = x.detach().float()
-    rounded = grid.rounded(values).to(x.dtype)
-    if not x.requires_grad:
-        return rounded
-    inside = (values >= grid.low) & (values <= grid.high)
-    return _StraightThrough.apply(x, rounded, inside)  # type: ignore[no-any-return, no-untyped-call]
+    """X moved onto a grid, of x's shape and dtype; its gradient is 0 where that is further than a rounding."""
+    rounded, half = grid.rounded(x.detach().float()).to(x.dtype), grid.scale / 2
+    bounds = grid.low - half, grid.high + half
+    return _StraightThrough.apply(x, rounded, bounds)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def fake_quantized_weight(weight: Tensor) -> Tensor:

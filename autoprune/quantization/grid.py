@@ -81,8 +81,8 @@ class Grid:
 
     def rounded(self, x: Tensor) -> Tensor:
         """Float32 values moved onto the grid, of x's shape; NaN stays NaN."""
-        q = (torch.round(x * self.inverse) + self.zero_point).clamp(0, LEVELS)
-        return (q - self.zero_point) * self.scale
+        q = (x * self.inverse).round_().add_(self.zero_point).clamp_(0, LEVELS)
+        return q.sub_(self.zero_point).mul_(self.scale)
 
 
 def weight_scales(weight: Tensor, levels: int = WEIGHT_LEVELS) -> Tensor:
