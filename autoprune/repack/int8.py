@@ -20,7 +20,7 @@ from autoprune.precision import PRECISIONS, Precision
 from autoprune.quantization import Grid, dequantize_, grids_of
 from autoprune.repack.graph.extents import with_extents
 from autoprune.repack.graph.ir import Graph
-from autoprune.repack.graph.ops import FusedLayerOp
+from autoprune.repack.graph.ops import LayerOp
 from autoprune.repack.graph.proofs import proven
 from autoprune.repack.graph.reference import reference
 from autoprune.repack.outputs import noise_of, same_output
@@ -28,7 +28,6 @@ from autoprune.repack.probes import agrees, fresh
 from autoprune.repack.quantize import (
     LayerPrecision,
     Modules,
-    Quantised,
     Settings,
     batches_of,
     order_channels,
@@ -106,23 +105,11 @@ class Wish:
         if self.calibration is None:
             made = trained_graph(graph, Modules.of(model, arguments, captured, graph), self.grids)
         else:
-            layers = [op.output for op in graph.ops if isinstance(op, FusedLayerOp)]
+            layers = [op.output for op in graph.ops if isinstance(op, LayerOp)]
             chosen: Literal["int8", "mixed"] = "mixed" if self.precision == "mixed" else "int8"
             batches = batches_of(self.calibration, model)
             made = quantised_graph(order_channels(graph), layers, batches, Settings(precision=chosen))
-        return _with_scales(made), made.precisions
-
-
-def _with_scales(made: Quantised) -> Graph:
-    """The graph whose int8 layers have their scales among their weights."""
-    constants, ops = dict(made.graph.constants), []
-    for op in made.graph.ops:
-        if op.output in made.scales:
-            name = f"{op.output}.scale"
-            constants[name] = made.scales[op.output]
-            op = replace(op, tensors={**op.tensors, "scale": name})
-        ops.append(op)
-    return replace(made.graph, ops=tuple(ops), constants=constants)
+        return made.graph, made.precisions
 
 
 def freed(graph: Graph, original: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Graph:

@@ -7,6 +7,7 @@ factors and the epilogue are those of `dot_gemm`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import reduce
 from typing import Literal, NamedTuple
 
@@ -114,8 +115,7 @@ def dot_rows(
     if rows % QUAD:
         raise AutopruneError(f"int8 rows need groups of a multiple of {QUAD} filters, not of {rows}.")
     module, ending = ir.Module(), Ending(output, activation, residual)
-    built = {tokens: _tile(module, rows, tokens, target, ending, mixed) for tokens in token_counts(rows, target)}
-    _op(module, rows, built, ending, mixed)
+    _op(module, rows, target, ending, mixed)
     return compile_op(module, "op", target)
 
 
@@ -125,47 +125,102 @@ def token_counts(rows: int, target: Target) -> list[int]:
     return [count for count in (16, 8, 4, 2, 1) if count * -(-rows // target.lanes) <= registers]
 
 
-def _op(module: ir.Module, rows: int, built: dict[int, ir.Function], ending: Ending, mixed: bool) -> None:
+def _op(module: ir.Module, rows: int, target: Target, ending: Ending, mixed: bool) -> None:
+    compute = group_product(module, rows, target, ending, mixed)
     b, fields, slots, item, _ = op_function(module)
     get = Field.load(b, fields)
     chunk, block = b.srem(item, get[Field.CHUNKS]), b.sdiv(item, get[Field.CHUNKS])
     first_token = b.mul(block, get[Field.BLOCK])
     last_token = smaller(b, b.add(first_token, get[Field.BLOCK]), get[Field.TOKENS])
-    lines, other_lines = (const(lines_of(rows, form)) for form in (ending.output, ending.residual))
 
-    def base(slot: Field, offset: Field) -> ir.Value:
-        return b.bitcast(address(b, slots, get[slot], get[offset]), INTS)
+    def lines(slot: Field, offset: Field, token: Field) -> Lines:
+        return b.bitcast(address(b, slots, get[slot], get[offset]), INTS), get[token]
 
-    def ints(field: Field, first: ir.Value) -> ir.Value:
-        return at(b, pointer_field(b, get[field], INTS), first)
-
-    x, y = base(Field.X_SLOT, Field.X_OFFSET), base(Field.Y_SLOT, Field.Y_OFFSET)
-    other = base(Field.RESIDUAL_SLOT, Field.RESIDUAL_OFFSET)
-    scalars = [float_field(b, get[Field[name.upper()]]) for name in Scalars._fields]
+    x = lines(Field.X_SLOT, Field.X_OFFSET, Field.X_TOKEN)
+    y = lines(Field.Y_SLOT, Field.Y_OFFSET, Field.Y_TOKEN)
+    other = lines(Field.RESIDUAL_SLOT, Field.RESIDUAL_OFFSET, Field.RESIDUAL_TOKEN)
+    residual = Residual(*other, get[Field.RESIDUAL_CHANNEL], get[Field.RESIDUAL_FIRST])
+    cells = PackedCells(*(get[Field[name.upper()]] for name in PackedCells._fields))
+    scalars = Scalars(*(float_field(b, get[Field[name.upper()]]) for name in Scalars._fields))
     first = b.mul(chunk, get[Field.CHUNK])
     with loop(b, first, smaller(b, b.add(first, get[Field.CHUNK]), get[Field.GROUPS])) as group:
-        begin, kept = entries(b, pointer_field(b, get[Field.GROUP_POINTER], INTS), group)
+        compute(b, cells, group, (first_token, last_token), x, y, residual, scalars)
+    b.ret_void()
+
+
+class PackedCells(NamedTuple):
+    """Fields that hold a packed weight of bytes: addresses, see `Field`; those of mixed cells are not always read."""
+
+    group_pointer: ir.Value
+    offsets: ir.Value
+    values: ir.Value
+    factor: ir.Value
+    bias: ir.Value
+    y_channel: ir.Value
+    first: ir.Value
+    mixed_pointer: ir.Value
+    mixed_offsets: ir.Value
+    mixed_bytes: ir.Value
+    mixed_values: ir.Value
+
+
+Lines = tuple[ir.Value, ir.Value]
+"""The first token's lanes, and how many there are from a token to the next."""
+
+
+class Residual(NamedTuple):
+    """What is added: its first token's lanes, lanes from a token to the next, and its fields, see `Field`."""
+
+    start: ir.Value
+    token: ir.Value
+    channel: ir.Value
+    first: ir.Value
+
+
+GroupProduct = Callable[
+    [
+        ir.IRBuilder, PackedCells, ir.Value, tuple[ir.Value, ir.Value], Lines, Lines, Residual | None, Scalars
+    ],
+    None,
+]  # fmt: skip
+"""(builder, weight, group, first and last token, x, y, residual, the epilogue's numbers): one group's results."""
+
+
+def group_product(module: ir.Module, rows: int, target: Target, ending: Ending, mixed: bool) -> GroupProduct:
+    """What emits the product of one group of `rows` filters, several tokens together."""
+    built = {tokens: _tile(module, rows, tokens, target, ending, mixed) for tokens in token_counts(rows, target)}
+    lines, other_lines = (const(lines_of(rows, form)) for form in (ending.output, ending.residual))
+
+    def compute(
+        b: ir.IRBuilder, cells: PackedCells, group: ir.Value, tokens: tuple[ir.Value, ir.Value], x: Lines, y: Lines,
+        residual: Residual | None, scalars: Scalars,
+    ) -> None:  # fmt: skip
+        def ints(field: ir.Value, first: ir.Value) -> ir.Value:
+            return at(b, pointer_field(b, field, INTS), first)
+
+        begin, kept = entries(b, pointer_field(b, cells.group_pointer, INTS), group)
         row0 = b.mul(group, const(rows))
-        weights = [ints(Field.OFFSETS, begin), kept, ints(Field.VALUES, b.mul(begin, const(rows)))]
-        weights += [at(b, pointer_field(b, get[each], FLOATS), row0) for each in (Field.FACTOR, Field.BIAS)]
-        where = [ints(Field.Y_CHANNEL, b.mul(group, lines)), b.load(ints(Field.FIRST, group))]
-        other_where = [ints(Field.RESIDUAL_CHANNEL, b.mul(group, other_lines))]
-        other_where += [b.load(ints(Field.RESIDUAL_FIRST, group)) if ending.residual else ir.Constant(I32, -1)]
+        weights = [ints(cells.offsets, begin), kept, ints(cells.values, b.mul(begin, const(rows)))]
+        weights += [at(b, pointer_field(b, each, FLOATS), row0) for each in (cells.factor, cells.bias)]
+        where = [ints(cells.y_channel, b.mul(group, lines)), b.load(ints(cells.first, group))]
+        other, other_where = y, where  # not read
+        if ending.residual:
+            assert residual is not None
+            other = residual.start, residual.token
+            other_where = [ints(residual.channel, b.mul(group, other_lines)), b.load(ints(residual.first, group))]
         more = []
         if mixed:
-            begin, kept = entries(b, pointer_field(b, get[Field.MIXED_POINTER], INTS), group)
-            more = [ints(each, b.mul(begin, const(QUAD))) for each in (Field.MIXED_OFFSETS, Field.MIXED_BYTES)]
-            more += [kept, ints(Field.MIXED_VALUES, b.mul(begin, const(rows)))]
+            begin, kept = entries(b, pointer_field(b, cells.mixed_pointer, INTS), group)
+            more = [ints(each, b.mul(begin, const(QUAD))) for each in (cells.mixed_offsets, cells.mixed_bytes)]
+            more += [kept, ints(cells.mixed_values, b.mul(begin, const(rows)))]
 
         def some(token: ir.Value, count: int) -> None:
-            steps = [get[each] for each in (Field.X_TOKEN, Field.Y_TOKEN, Field.RESIDUAL_TOKEN)]
-            given, into, added = (
-                [at(b, each, b.mul(token, step)), step] for each, step in zip((x, y, other), steps, strict=True)
-            )
+            given, into, added = ([at(b, start, b.mul(token, step)), step] for start, step in (x, y, other))
             b.call(built[count], [*given, *weights, *into, *where, *added, *other_where, *scalars, *more])
 
-        spans(b, first_token, last_token, built, some)
-    b.ret_void()
+        spans(b, *tokens, built, some)
+
+    return compute
 
 
 # long: one function of LLVM IR, emitted block after block; cut apart, its values would be passed around by the dozen.

@@ -2,8 +2,9 @@
 
 A row of the projections and of the recurrent weight is one gate of one unit; the gates of a unit are neighbours
 (row = unit * gates + gate), so a group of filters holds whole units and the cell reads the gates without a gather.
-At each step the packed recurrent weight meets the state before it in one of two ways: group by group, as a Linear; or
-column by column, the columns of states that are zero left out, which pays where many are.
+At each step the packed recurrent weight meets the state before it in one of three ways: group by group, as a Linear;
+column by column, the columns of states that are zero left out, which pays where many are; or, of bytes, with the state
+rounded to bytes, as in `dot_rows`.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ from dataclasses import dataclass
 import llvmlite.ir as ir
 
 from autoprune.model.recurrent.names import GATES
+from autoprune.repack.kernels import dot_rows, dot_tile
+from autoprune.repack.kernels.bytes_rows import Onto, quantise_row
 from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
 from autoprune.repack.kernels.fields import FLOAT, FLOAT32_ARRAY, INT32_ARRAY, NUMBER, OFFSET, SLOT, Fields
 from autoprune.repack.kernels.ir import (
     F32,
     FLOATS,
+    I8,
     I32,
     I64,
     INTS,
@@ -38,7 +42,8 @@ from autoprune.repack.kernels.ir import (
     store_vector,
     vector,
 )
-from autoprune.repack.kernels.math import exp, splat_float
+from autoprune.repack.kernels.math import splat_float
+from autoprune.repack.kernels.recurrent_cells import CELLS, gates_of
 from autoprune.repack.kernels.rows import each
 from autoprune.repack.kernels.rows_gemm import PackedArrays, group_product
 
@@ -74,10 +79,22 @@ class Field(Fields):
     UNITS = NUMBER  # that are computed; the others' states are 0
     UNIT_INDEX = INT32_ARRAY  # per unit: its place in the state
     GROUP_POINTER = INT32_ARRAY  # by group, or by column
-    INDEX = INT32_ARRAY  # per kept position: its column, or its group's first row
-    VALUES = FLOAT32_ARRAY
+    INDEX = INT32_ARRAY.of("floats")  # per kept position: its column, or its group's first row
+    VALUES = FLOAT32_ARRAY.of("floats")
+    OUT_INDEX = INT32_ARRAY.of("floats")  # per row: its place, -1 for none
+    OFFSETS = INT32_ARRAY.of("bytes")  # this and the next ones: see `dot_rows.Field`
+    CELLS = INT32_ARRAY.of("bytes")
+    FACTOR = FLOAT32_ARRAY.of("bytes")
+    Y_CHANNEL = INT32_ARRAY.of("bytes")
+    MIXED_POINTER = INT32_ARRAY.of("mixed")
+    MIXED_OFFSETS = INT32_ARRAY.of("mixed")
+    MIXED_BYTES = INT32_ARRAY.of("mixed")
+    MIXED_CELLS = INT32_ARRAY.of("mixed")
+    INVERSE = FLOAT.of("bytes")  # the grid of the states that meet bytes, see `bytes_rows.Field`
+    LOW = FLOAT.of("bytes")
+    HIGH = FLOAT.of("bytes")
+    ZERO = NUMBER.of("bytes")
     BIAS = FLOAT32_ARRAY  # by row of the groups, or by row
-    OUT_INDEX = INT32_ARRAY  # per row: its place, -1 for none
     FIRST = INT32_ARRAY  # per group: its first row when its rows are neighbours, else -1
     TWIN = INT32_ARRAY.of("twins")  # per group, see `rows_gemm.Twin`; only where twins are computed as one
     GROUPS = NUMBER
@@ -95,6 +112,8 @@ class Form:
         twins: whether groups are computed with their twins, see `rows_gemm.Twin`.
         columns: whether the weight is walked by column, zero states left out.
         prune: how states become zero: ``""``, ``threshold`` or ``top``.
+        int8: whether the weight is bytes, and so are the states that it meets.
+        mixed: whether it has mixed cells, see `dot_rows`.
     """
 
     cell: str
@@ -102,6 +121,8 @@ class Form:
     twins: bool = False
     columns: bool = False
     prune: str = ""
+    int8: bool = False
+    mixed: bool = False
 
 
 def scratch(cell: str, units: int, hidden: int) -> int:
@@ -113,7 +134,7 @@ def scratch(cell: str, units: int, hidden: int) -> int:
 def recurrent(form: Form, target: Target) -> int:
     """The op; an item is some entries of the batch, all steps of them."""
     module, lanes = ir.Module(), target.lanes
-    product = _by_column(module, form, target) if form.columns else _by_group(module, form, target)
+    product = (_by_cell if form.int8 else _by_column if form.columns else _by_group)(module, form, target)
     b, fields, slots, item, _ = op_function(module)
     get = Field.load(b, fields)
     x0 = address(b, slots, get[Field.X_SLOT], get[Field.X_OFFSET])
@@ -155,10 +176,10 @@ def recurrent(form: Form, target: Target) -> int:
             y = at(b, y0, b.add(b.mul(step, get[Field.Y_STEP]), b.mul(entry, get[Field.Y_ENTRY])))
 
             def compute(unit: ir.Value, wide: int, own: _Work = own, x: ir.Value = x) -> None:
-                given = _gates(b, at(b, x, b.mul(unit, const(gates))), gates, wide)
-                learned = _gates(b, at(b, own.projected, b.mul(unit, const(gates))), gates, wide)
+                given = gates_of(b, at(b, x, b.mul(unit, const(gates))), gates, wide)
+                learned = gates_of(b, at(b, own.projected, b.mul(unit, const(gates))), gates, wide)
                 cell = load_vector(b, at(b, own.cell, unit), wide)
-                cell, state = _CELLS[form.cell](b, module, given, learned, cell, wide)
+                cell, state = CELLS[form.cell](b, module, given, learned, cell, wide)
                 if form.prune == "threshold":
                     state = _cut(b, module, state, float_field(b, get[Field.THRESHOLD]), wide)
                 store_vector(b, cell if form.cell == "lstm" else state, at(b, own.cell, unit), wide)
@@ -180,7 +201,7 @@ class _Work:
         projected: the recurrent weight's product, gates of a unit side by side.
         cell: what the next step starts from, by unit.
         state: by unit.
-        live: room for the columns that are not zero.
+        live: room for the columns that are not zero, or for the bytes of a state.
     """
 
     projected: ir.Value
@@ -207,6 +228,34 @@ def _by_group(module: ir.Module, form: Form, target: Target) -> _Product:
         unbounded = ir.Constant(F32, -math.inf), ir.Constant(F32, math.inf)
         with loop(b, const(0), get[Field.GROUPS]) as group:
             compute(b, packed, group, (first, last), x, y, (y[0], const(0)), const(0), unbounded)
+
+    return product
+
+
+def _by_cell(module: ir.Module, form: Form, target: Target) -> _Product:
+    """Each group's rows at once, of bytes: the entries' states become bytes before."""
+    compute = dot_rows.group_product(module, form.rows, target, dot_tile.Ending("floats"), form.mixed)
+    numbers = dot_tile.Scalars(*(ir.Constant(F32, each) for each in (0.0, -math.inf, math.inf, 1.0, 0.0)))
+
+    def product(
+        b: ir.IRBuilder, get: _Get, past: ir.Value, past_entry: ir.Value, first: ir.Value, last: ir.Value,
+        entry_work: _Entries,
+    ) -> None:  # fmt: skip
+        inverse, low, high = (float_field(b, get[each]) for each in (Field.INVERSE, Field.LOW, Field.HIGH))
+        grid = Onto(inverse, low, high, get[Field.ZERO])
+        with loop(b, first, last) as entry:
+            place = b.bitcast(entry_work(entry).live, I8.as_pointer())
+            quantise_row(b, at(b, past, b.mul(entry, past_entry)), place, get[Field.HIDDEN], grid, target.lanes)
+        cells = dot_rows.PackedCells(
+            *(get[each] for each in (
+                Field.GROUP_POINTER, Field.OFFSETS, Field.CELLS, Field.FACTOR, Field.BIAS, Field.Y_CHANNEL, Field.FIRST,
+                Field.MIXED_POINTER, Field.MIXED_OFFSETS, Field.MIXED_BYTES, Field.MIXED_CELLS,
+            ))
+        )  # fmt: skip
+        own = entry_work(const(0))
+        x, y = (own.live, get[Field.SCRATCH]), (b.bitcast(own.projected, INTS), get[Field.SCRATCH])
+        with loop(b, const(0), get[Field.GROUPS]) as group:
+            compute(b, cells, group, (first, last), x, y, None, numbers)
 
     return product
 
@@ -254,61 +303,6 @@ def _by_column(module: ir.Module, form: Form, target: Target) -> _Product:
                         store_vector(b, total, here, wide)
 
     return product
-
-
-def _gates(b: ir.IRBuilder, pointer: ir.Value, gates: int, wide: int) -> list[ir.Value]:
-    """The gates of `wide` units, a vector each, from memory where those of a unit are neighbours."""
-    if wide == 1:
-        return [b.load(at(b, pointer, const(gate))) for gate in range(gates)]
-    mixed = load_vector(b, pointer, gates * wide)
-    undefined = ir.Constant(mixed.type, ir.Undefined)
-    kind = ir.VectorType(I32, wide)
-    places = ([gate + gates * unit for unit in range(wide)] for gate in range(gates))
-    return [b.shuffle_vector(mixed, undefined, ir.Constant(kind, place)) for place in places]
-
-
-def _decay(b: ir.IRBuilder, module: ir.Module, x: ir.Value, lanes: int) -> tuple[ir.Value, ir.Value]:
-    """Numerator and denominator of tanh(|x|)'s size with x's sign: (1 - e) and (1 + e) for e = exp(-2|x|)."""
-    one, zero = splat_float(1.0, lanes), splat_float(0.0, lanes)
-    twice = b.fmul(x, splat_float(2.0, lanes))
-    negative = b.fcmp_ordered("<", x, zero)
-    e = exp(b, module, b.select(negative, twice, b.fneg(twice)), lanes)
-    size = b.fsub(one, e)
-    return b.select(negative, b.fneg(size), size), b.fadd(one, e)
-
-
-def _against(b: ir.IRBuilder, module: ir.Module, x: ir.Value, lanes: int) -> ir.Value:
-    """The denominator of a sigmoid: 1 + exp(-x)."""
-    return b.fadd(splat_float(1.0, lanes), exp(b, module, b.fneg(x), lanes))
-
-
-_Cell = Callable[[ir.IRBuilder, ir.Module, list[ir.Value], list[ir.Value], ir.Value, int], tuple[ir.Value, ir.Value]]
-
-
-def _lstm(
-    b: ir.IRBuilder, module: ir.Module, given: list[ir.Value], learned: list[ir.Value], cell: ir.Value, lanes: int
-) -> tuple[ir.Value, ir.Value]:
-    """Cell and state; each product of a sigmoid and a tanh takes one division."""
-    opened, kept, new, shown = (b.fadd(one, other) for one, other in zip(given, learned, strict=True))
-    size, rest = _decay(b, module, new, lanes)
-    written = b.fdiv(size, b.fmul(rest, _against(b, module, opened, lanes)))
-    cell = b.fadd(b.fdiv(cell, _against(b, module, kept, lanes)), written)
-    size, rest = _decay(b, module, cell, lanes)
-    return cell, b.fdiv(size, b.fmul(rest, _against(b, module, shown, lanes)))
-
-
-def _gru(
-    b: ir.IRBuilder, module: ir.Module, given: list[ir.Value], learned: list[ir.Value], cell: ir.Value, lanes: int
-) -> tuple[ir.Value, ir.Value]:
-    reset = b.fdiv(splat_float(1.0, lanes), _against(b, module, b.fadd(given[0], learned[0]), lanes))
-    size, rest = _decay(b, module, b.call(fma(module, lanes), [reset, learned[2], given[2]]), lanes)
-    new = b.fdiv(size, rest)
-    carried = b.fdiv(b.fsub(cell, new), _against(b, module, b.fadd(given[1], learned[1]), lanes))
-    state = b.fadd(new, carried)
-    return state, state
-
-
-_CELLS: Mapping[str, _Cell] = {"lstm": _lstm, "gru": _gru}
 
 
 def _size(b: ir.IRBuilder, value: ir.Value, lanes: int) -> ir.Value:

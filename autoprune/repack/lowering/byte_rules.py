@@ -8,7 +8,7 @@ from typing import Any
 from autoprune.errors import AutopruneError
 from autoprune.quantization.grid import Grid
 from autoprune.repack.graph.ops import ConvolutionOp, FusedLayerOp, GlobalAvgPool, Linear, MaxPool2d
-from autoprune.repack.lowering import byte_nodes, dot_nodes
+from autoprune.repack.lowering import byte_nodes, byte_tokens, dot_nodes
 from autoprune.repack.lowering.buffers import Buffer
 from autoprune.repack.lowering.byte_nodes import On
 from autoprune.repack.lowering.context import Lowering, turn_back
@@ -128,8 +128,11 @@ def global_avg_pool(lowering: Lowering, op: GlobalAvgPool) -> None:
 
 
 def linear(lowering: Lowering, op: Linear, shape: tuple[int, ...]) -> None:
-    """A packed Linear of bytes over tokens, side by side in a vector."""
+    """A packed Linear of bytes over tokens, side by side in a vector where they fill one."""
     tokens = math.prod(shape[:-1])
+    if byte_tokens.few(lowering, tokens):
+        byte_tokens.linear(lowering, op, shape)
+        return
     given, grid = interleaved(lowering, op.inputs[0], tokens=True), lowering.grids[op.inputs[0]]
     rounding = only_reader(lowering, op) if op.residual is None else None
     whole = (1, shape[-1], 1, tokens)

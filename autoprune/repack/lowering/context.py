@@ -56,6 +56,7 @@ class Lowering:
         grids: of the values that lie on one.
         made_of_bytes: value on a grid -> what appends the step that makes its floats.
         interleaved: (value on a grid, stride of its phase planes, byte around it, whether as tokens) -> its bytes.
+        byte_rows: value on a grid -> its bytes where it has too few tokens for an interleaved map.
         unrounded: value on a grid -> the value that is rounded to it.
         readers: value -> the operations that read it.
         returned: the values that the model returns.
@@ -74,6 +75,7 @@ class Lowering:
         self.grids: dict[str, Grid] = {}
         self.made_of_bytes: dict[str, Callable[[Lowering, str], None]] = {}
         self.interleaved: dict[tuple[str, tuple[int, int], int, bool], Map] = {}
+        self.byte_rows: dict[str, Buffer] = {}
         self.unrounded: dict[str, str] = {}
         self.readers, self.returned = graph.consumers(), set(graph.output_names())
         self.buffers: dict[int, Buffer] = {}  # storage of a meta tensor -> where it lies

@@ -100,7 +100,7 @@ def convolution(
     """
     f, packed, cells = dot_gemm.Field, weights.packed, weights.quads(tiling.whole)
     assert x.grid is not None
-    _check_sums(name, weights)
+    check_sums(name, weights)
     taps = np.array([x.at.layout.tap(dy, dx) for dy, dx in window.taps()], np.int64)
 
     def distance(lane: NDArray[np.int64], tap: NDArray[np.int64]) -> NDArray[np.int32]:
@@ -109,7 +109,7 @@ def convolution(
     tiled = tiling.tiles and target.amx
     key = ("whole", tiling.whole)
     pointer, index, values = _in_order(weights, key, tiled, cells.pointer, cells.index, cells.values)
-    steps = _row_steps(weights, x.grid, y.grid, None if residual is None else residual.grid, activation)
+    steps = row_steps(weights, x.grid, y.grid, None if residual is None else residual.grid, activation)
     work, items = _items(tiling, y.at.layout.positions, packed.groups, batch, target)
     given: dict[dot_gemm.Field, Given] = {
         f.X_SLOT: x.at.buffer.slot, f.X_OFFSET: x.at.offset, f.X_IMAGE: x.at.layout.image,
@@ -132,8 +132,8 @@ def convolution(
         given |= {f.INVERSE: 1.0, f.ZERO: 0.0}
         if y.grid is not None:
             given |= {f.INVERSE: y.grid.inverse, f.ZERO: float(y.grid.zero_point)}
-    form: Form | Literal[""] = "" if residual is None else _form(residual)
-    kernel = dot_gemm.dot_gemm(packed.group_size, target, _form(y), steps.activation, form, mixed, tiled)
+    form: Form | Literal[""] = "" if residual is None else form_of(residual.grid)
+    kernel = dot_gemm.dot_gemm(packed.group_size, target, form_of(y.grid), steps.activation, form, mixed, tiled)
     return op_of(name, kernel, f, given, items)
 
 
@@ -179,7 +179,7 @@ def _items(
     return given, batch * blocks * chunks
 
 
-def _row_steps(weights: Weights, x: Grid, y: Grid | None, residual: Grid | None, activation: str | None) -> Steps:
+def row_steps(weights: Weights, x: Grid, y: Grid | None, residual: Grid | None, activation: str | None) -> Steps:
     """The epilogue of each row; one without a filter becomes zero where rows share a lane."""
     scale = weights.packed.scale
     assert scale is not None
@@ -189,13 +189,15 @@ def _row_steps(weights: Weights, x: Grid, y: Grid | None, residual: Grid | None,
     return steps_of(factor, bias, weights.row_sums, x, y, residual, activation)
 
 
-def _check_sums(name: str, weights: Weights) -> None:
+def check_sums(name: str, weights: Weights) -> None:
+    """Raises AutopruneError where a sum of products might not fit 32 bits."""
     if weights.largest_sum * LEVELS >= 2**31:
         raise AutopruneError(f"the sums of {name!r} do not fit 32 bits: it keeps too many weights for int8.")
 
 
-def _form(value: On) -> Form:
-    return "floats" if value.grid is None else "bytes"
+def form_of(grid: Grid | None) -> Form:
+    """How a value on a grid, or on none, is stored."""
+    return "floats" if grid is None else "bytes"
 
 
 def _channels(weights: Weights, value: On) -> NDArray[np.int32]:

@@ -132,7 +132,12 @@ def native_buffers(lowering: Lowering) -> list[Buffer]:
             each.buffer.size = each.layout.size(each.shape[0])
             if each.layout.image > 2**31 - 1:
                 raise AutopruneError(f"a feature map of shape {each.shape} is too large for 32-bit offsets.")
-    known = [*(each.buffer for each in maps), *lowering.buffers.values(), *lowering.scratches]
+    known = [
+        *(each.buffer for each in maps),
+        *lowering.buffers.values(),
+        *lowering.byte_rows.values(),
+        *lowering.scratches,
+    ]
     return [buffer for buffer in known if buffer.slot < 0]
 
 

@@ -108,6 +108,29 @@ class Sequences:
         return "threshold" if self.threshold > 0.0 else "top" if 0 < self.keep < self.computed else ""
 
 
+def sequence_fields(
+    size: Sequences, tiling: Tiling, x: StridedRef, y: StridedRef, before: tuple[StridedRef, ...], scratch: Buffer
+) -> tuple[dict[recurrent.Field, Given], int]:  # fmt: skip
+    """What a recurrent op is given whatever its weight is, and its items; arguments as of `sequence`."""
+    f, gates = recurrent.Field, GATES[size.cell] * size.computed
+    of_entry = (1, size.batch) if size.time_first else (size.steps, 1)  # from an entry, and a step, to the next
+    zeros = StridedRef(0, np.zeros(size.hidden, np.float32), (0,))
+    state, cell = (*before, zeros, zeros)[:2]
+    units = np.arange(size.hidden) if size.units is None else np.array(size.units)
+    block = max(1, -(-size.batch // max(1, min(size.batch, tiling.chunk))))
+    return {
+        f.X_SLOT: x.slot, f.X_OFFSET: x.offset_bytes, f.X_ENTRY: of_entry[0] * gates, f.X_STEP: of_entry[1] * gates,
+        f.Y_SLOT: y.slot, f.Y_OFFSET: y.offset_bytes, f.Y_ENTRY: of_entry[0] * size.hidden,
+        f.Y_STEP: of_entry[1] * size.hidden, f.Y_CELL: size.steps * size.batch * size.hidden,
+        f.H_SLOT: state.slot, f.H_OFFSET: state.offset_bytes, f.H_ENTRY: state.strides[0],
+        f.C_SLOT: cell.slot, f.C_OFFSET: cell.offset_bytes, f.C_ENTRY: cell.strides[0],
+        f.SCRATCH_SLOT: scratch.slot, f.SCRATCH_OFFSET: scratch.offset, f.SCRATCH: size.scratch, f.STEPS: size.steps,
+        f.BATCH: size.batch, f.BLOCK: block, f.REVERSE: int(size.reverse), f.HIDDEN: size.hidden,
+        f.UNITS: size.computed, f.UNIT_INDEX: units.astype(np.int32), f.THRESHOLD: float(size.threshold),
+        f.KEEP: size.keep,
+    }, -(-size.batch // block)  # fmt: skip
+
+
 def sequence(
     name: str, weights: Weights, tiling: Tiling, size: Sequences, x: StridedRef, y: StridedRef,
     before: tuple[StridedRef, ...], scratch: Buffer, target: Target,
@@ -126,32 +149,18 @@ def sequence(
         target: what to compile for.
     """
     f, packed = recurrent.Field, weights.packed
-    gates = GATES[size.cell] * size.computed
-    of_entry = (1, size.batch) if size.time_first else (size.steps, 1)  # from an entry, and a step, to the next
-    zeros = StridedRef(0, np.zeros(size.hidden, np.float32), (0,))
-    state, cell = (*before, zeros, zeros)[:2]
-    units = np.arange(size.hidden) if size.units is None else np.array(size.units)
-    block = max(1, -(-size.batch // max(1, min(size.batch, tiling.chunk))))
-    given: dict[recurrent.Field, Given] = {
-        f.X_SLOT: x.slot, f.X_OFFSET: x.offset_bytes, f.X_ENTRY: of_entry[0] * gates, f.X_STEP: of_entry[1] * gates,
-        f.Y_SLOT: y.slot, f.Y_OFFSET: y.offset_bytes, f.Y_ENTRY: of_entry[0] * size.hidden,
-        f.Y_STEP: of_entry[1] * size.hidden, f.Y_CELL: size.steps * size.batch * size.hidden,
-        f.H_SLOT: state.slot, f.H_OFFSET: state.offset_bytes, f.H_ENTRY: state.strides[0],
-        f.C_SLOT: cell.slot, f.C_OFFSET: cell.offset_bytes, f.C_ENTRY: cell.strides[0],
-        f.SCRATCH_SLOT: scratch.slot, f.SCRATCH_OFFSET: scratch.offset, f.SCRATCH: size.scratch, f.STEPS: size.steps,
-        f.BATCH: size.batch, f.BLOCK: block, f.REVERSE: int(size.reverse), f.HIDDEN: size.hidden,
-        f.UNITS: size.computed, f.UNIT_INDEX: units.astype(np.int32),
-        f.OUT_INDEX: np.ascontiguousarray(packed.out_index), f.FIRST: weights.first, f.GROUPS: packed.groups,
-        f.THRESHOLD: float(size.threshold), f.KEEP: size.keep,
-    }  # fmt: skip
+    given, items = sequence_fields(size, tiling, x, y, before, scratch)
     columns = weights.by_column if tiling.columns else None
     pointer, index, values = columns or (packed.group_pointer, packed.index, packed.values)
-    given |= {f.GROUP_POINTER: pointer, f.INDEX: index, f.VALUES: values}
-    given[f.BIAS] = weights.bias_rows if columns is None else weights.bias
+    given |= {
+        f.GROUP_POINTER: pointer, f.INDEX: index, f.VALUES: values, f.GROUPS: packed.groups, f.FIRST: weights.first,
+        f.OUT_INDEX: np.ascontiguousarray(packed.out_index),
+        f.BIAS: weights.bias_rows if columns is None else weights.bias,
+    }  # fmt: skip
     if twins := columns is None and _joins_twins(weights, target):
         given[f.TWIN] = weights.twin
     form = recurrent.Form(size.cell, packed.group_size, twins, columns is not None, size.prune)
-    return op_of(name, recurrent.recurrent(form, target), f, given, -(-size.batch // block))
+    return op_of(name, recurrent.recurrent(form, target), f, given, items)
 
 
 def into_planes(name: str, tokens: int, x: StridedRef, y: MapAt, target: Target) -> NativeOp:

@@ -8,7 +8,7 @@ import torch
 
 from autoprune.errors import AutopruneError
 from autoprune.repack.graph.ops import LayerNorm, Linear, Recurrent, RmsNorm
-from autoprune.repack.lowering import byte_rules, convolutions, token_nodes
+from autoprune.repack.lowering import byte_row_nodes, byte_rules, convolutions, token_nodes
 from autoprune.repack.lowering.buffers import Buffer
 from autoprune.repack.lowering.context import turn_back, turned
 from autoprune.repack.lowering.geometry import Tiling, Window
@@ -68,7 +68,8 @@ def recurrent(lowering: Lowering, op: Recurrent) -> bool:
     def build(weights: Weights | None, tiling: Tiling) -> NativeOp:
         assert weights is not None
         starts = tuple(view.rows() for view in before)
-        return token_nodes.sequence(
+        make = token_nodes.sequence if weights.packed.scale is None else byte_row_nodes.sequence
+        return make(
             op.output, weights, tiling, size, x.ref(), buffer.ref(), starts, scratch, lowering.target
         )  # fmt: skip
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from autoprune.quantization import METHODS, Grid, Observer, least_squares_weight_scales, on_scales, weight_scales
 from autoprune.repack.graph.ir import Graph
 from autoprune.repack.graph.ops import Conv2d, LayerOp
+from autoprune.repack.graph.ops.recurrent import STATES
 from autoprune.repack.quantize.batches import Batch, walked
 from autoprune.repack.quantize.placement import Int8Layer, Placement
 
@@ -129,7 +130,7 @@ def fitted_layers(graph: Graph, batches: Sequence[Batch], inputs: Mapping[str, G
     Args:
         graph: of floats.
         batches: as `fitting_batches` gives them.
-        inputs: the output of each layer -> the grid of its input.
+        inputs: the output of each layer -> the grid of what its weight meets.
     """
     layers = {op.output: op for op in graph.ops if isinstance(op, LayerOp) and op.output in inputs}
     weights = {name: graph.constants[op.tensors["weight"]].detach() for name, op in layers.items()}
@@ -142,7 +143,7 @@ def fitted_layers(graph: Graph, batches: Sequence[Batch], inputs: Mapping[str, G
             for op, values in walked(graph, batch):
                 if op.output not in layers:
                     continue
-                layer, x = layers[op.output], values[op.inputs[0]]
+                layer, x = layers[op.output], layers[op.output].met(values)
                 exact, on_grid = weighted_sums(layer, x, weights[op.output]), inputs[op.output].rounded(x)
                 signal[op.output] += _energy(exact)
                 for number, weight in enumerate(rounded[op.output]):
@@ -158,5 +159,5 @@ def fitted_layers(graph: Graph, batches: Sequence[Batch], inputs: Mapping[str, G
 
 
 def grids_of_inputs(placement: Placement, grids: Mapping[str, Grid], layers: Collection[str]) -> dict[str, Grid]:
-    """The grid of each layer's input."""
-    return {layer: grids[placement.source(layer)] for layer in layers}
+    """The grid of what each layer's weight meets: its input, or the states of a recurrent one."""
+    return {layer: grids[placement.source(layer)] if layer in placement.chains else STATES for layer in layers}

@@ -29,6 +29,7 @@ from autoprune.repack.graph.ops import (
     MaxPool2d,
     Op,
     Quantize,
+    Recurrent,
     Reshape,
     Scalar,
     TorchOp,
@@ -41,8 +42,10 @@ TOGETHER = 4  # channels that lie in one 32-bit lane
 
 def refusal(graph: Graph, op: LayerOp) -> str:
     """Why a layer cannot be int8; "" where it can."""
-    if not isinstance(op, (Conv2d, Linear)):
+    if not isinstance(op, (Conv2d, Linear, Recurrent)):
         return f"there is no int8 form of {op.label}"
+    if isinstance(op, Recurrent) and not op.interleaved:
+        return "the gates of its units are not neighbours, since its projection does more than to feed it"
     weight = graph.constants.get(op.tensors["weight"])
     if weight is None or weight.dtype != torch.float32:
         return "its weight is not a float32 constant"
@@ -70,7 +73,7 @@ class Placement:
     Attributes:
         behind: those that are moved onto a grid where they are made, in order.
         alone: those whose readers all take bytes.
-        chains: int8 layer -> the values from its input up to the one whose grid that input is on.
+        chains: int8 layer that reads bytes -> the values from its input up to the one whose grid that input is on.
         like: value -> the other value whose grid it takes: what is only joined is on the grid of the whole.
     """
 
@@ -96,7 +99,11 @@ class Placing:
         self.maps = self._feature_maps({name for name, x in tensors.items() if x.dtype == torch.float32})
 
     def of(self, layers: Collection[str], floats: Collection[str] = ()) -> Placement:
-        """The placement where the layers with these outputs are int8; `floats` are values that some read as floats."""
+        """The placement where the layers with these outputs are int8; `floats` are values that some read as floats.
+
+        Recurrent layers read projections as floats, and put their states on a grid by themselves.
+        """
+        layers = [name for name in layers if not isinstance(self.producers[name], Recurrent)]
         alone: set[str] = set()
         for name in [*(op.output for op in reversed(self.graph.ops)), *(each.name for each in self.graph.inputs)]:
             readers = [op for op in self.readers[name] if not _reads_extents(op)]
@@ -212,7 +219,7 @@ class Int8Layer:
 def with_int8_layers(
     graph: Graph, placement: Placement, grids: Mapping[str, Grid], layers: Mapping[str, Int8Layer]
 ) -> Graph:
-    """The graph with values moved onto their grids, and with the weights of int8 layers."""
+    """The graph with values moved onto their grids, and with the weights and scales of int8 layers."""
     edited = Editor(graph)
     names = {value: edited.free_name(f"{value} on grid") for value in placement.behind}
     moved = {value: Quantize(names[value], (value,), **vars(grids[value])) for value in placement.behind}
@@ -223,7 +230,7 @@ def with_int8_layers(
             ops.append(moved[op.output])
     edited.ops = {op.output: op for op in ops}
     for name, layer in layers.items():
-        edited.ops[name] = edited.with_weights(edited.ops[name], weight=layer.weight)
+        edited.ops[name] = edited.with_weights(edited.ops[name], weight=layer.weight, scale=layer.scales)
     return edited.graph()
 
 

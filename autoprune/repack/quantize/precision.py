@@ -22,6 +22,7 @@ from autoprune.quantization import METHODS, Grid
 from autoprune.repack.debug import dump
 from autoprune.repack.graph.ir import Graph
 from autoprune.repack.graph.ops import LayerOp
+from autoprune.repack.graph.ops.recurrent import STATES
 from autoprune.repack.graph.reference import evaluate_op, reference
 from autoprune.repack.graph.schema import validate
 from autoprune.repack.quantize.batches import Batch, fitting_batches, observe, returned_floats, walked
@@ -76,9 +77,9 @@ class LayerPrecision:
         layer: the qualified name of its module; that of its output where a pass made it.
         output: the value it defines.
         precision: ``int8`` or ``float32``.
-        scale: of the grid of its input; None where it is float32.
+        scale: of the grid of what its weight meets, its input or a state; None where it is float32.
         zero_point: likewise.
-        ranges: the range method that found the grid.
+        ranges: the range method that found the grid; None for states, whose range is known.
         snr_db: signal-to-noise ratio of its weighted sums with it alone in int8, on the calibration data.
         model_snr_db: of the model's outputs likewise; None where it was not asked for. Both without a corrected bias.
         why: the reason where it is float32; what to know about it where it is int8.
@@ -163,7 +164,7 @@ class Calibration:
         self.snr_db |= {name: each.snr_db for name, each in fitted.items()}
         layers = {name: each.layer for name, each in fitted.items()}
         graph = with_int8_layers(self.graph, placement, grids, layers)
-        graph, snr_db = self._corrected(graph, layers)
+        graph, snr_db = self._corrected(graph, [name for name in layers if name in placement.chains])
         dump("quantised", validate(graph))
         rows = tuple(self._row(name, placement, grids, fitted) for name in self.ops)
         scales = {name: layer.scales for name, layer in layers.items()}
@@ -218,6 +219,8 @@ class Calibration:
             return LayerPrecision(
                 layer, name, "float32", snr_db=own, model_snr_db=alone, why=self.why.get(name, "")
             )  # fmt: skip
+        if name not in placement.chains:
+            return LayerPrecision(layer, name, "int8", STATES.scale, STATES.zero_point, None, own, alone)
         value = placement.source(name)
         grid, seen = grids[value], self.observers[value]
         why = f"all calibration data that it read was {seen.low:g}: give data that varies" if seen.constant else ""
@@ -247,7 +250,8 @@ class Calibration:
             for op, now in walked(self.graph, batch):
                 values[op.output] = now[op.output]
             for name in self.candidates:
-                x = grids[placement.source(name)].rounded(values[self.ops[name].inputs[0]])
+                x = values[self.ops[name].inputs[0]]
+                x = grids[placement.source(name)].rounded(x) if name in placement.chains else x
                 changed = self._changed(self.ops[name], x, fitted[name].layer, values)
                 outputs = [changed.get(output, values.get(output)) for output in self.graph.output_names()]
                 exact = [values.get(output) for output in self.graph.output_names()]
@@ -256,7 +260,8 @@ class Calibration:
 
     def _changed(self, op: LayerOp, x: Tensor, layer: Int8Layer, values: dict[str, Any]) -> dict[str, Any]:
         """What the graph's values become where one layer reads `x` and is int8."""
-        weights = {role: self.graph.constants[name] for role, name in op.tensors.items()} | {"weight": layer.weight}
+        weights = {role: self.graph.constants[name] for role, name in op.tensors.items()}
+        weights |= {"weight": layer.weight, "scale": layer.scales}
         changed = {op.output: op.evaluate([x, *(values[name] for name in op.inputs[1:])], weights, values)}
         for other in self.graph.ops:
             if other.output != op.output and any(name in changed for name in other.reads):

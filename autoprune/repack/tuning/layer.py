@@ -18,7 +18,8 @@ from autoprune.repack.weights.quads import QUAD, cost_of
 # A vector holds positions, or the filters of a group.
 COST_BY_POSITION = {16: 1.0, 8: 1.0, 4: 1.08, 2: 1.6, 1: 2.4}
 COST_BY_FILTER = {16: 1.0, 8: 1.4, 4: 2.8, 2: 5.0, 1: 8.0}
-COST_OF_BYTES = {16: 1.0, 8: 1.0, 4: 1.1}
+COST_OF_BYTES = {16: 1.0, 8: 1.0, 4: 1.1}  # by position
+COST_OF_BYTES_BY_FILTER = {16: 1.0, 8: 1.6, 4: 3.0}
 WHOLE = (1, 3)  # see `Tiling.whole`
 WORTH_TRYING = 1.35  # candidates up to this much dearer than the cheapest are timed
 
@@ -60,7 +61,8 @@ class Layer:
         """Group sizes worth timing, the most promising first."""
         factors = COST_BY_POSITION if by_position else COST_BY_FILTER
         if self.scale is not None:
-            cost = {size: self._cells[size] * COST_OF_BYTES[size] for size in self._cells}
+            factors = COST_OF_BYTES if by_position else COST_OF_BYTES_BY_FILTER
+            cost = {size: self._cells[size] * factors[size] for size in self._cells}
         elif self.together:
             fitting = [size for size in GROUP_SIZES if len(self.weight) % size == 0 and size <= max(4, self.together)]
             cost = {size: self.neighbours_density(size) * factors[size] for size in fitting}
@@ -71,9 +73,12 @@ class Layer:
 
     @cached_property
     def _cells(self) -> dict[int, float]:
-        """Of bytes: group sizes that fill their lanes -> what groups of that size take, in cells of a filter."""
+        """Of bytes: group sizes that fill their lanes -> what groups of that size take, in cells of a filter.
+
+        The last group of a Linear need not be full.
+        """
         filters = -(-len(self.weight) // QUAD) * QUAD if self.groups == 1 else len(self.weight) // self.groups
-        fitting = [size for size in COST_OF_BYTES if filters % size == 0]
+        fitting = [size for size in COST_OF_BYTES if filters % size == 0 or self.weight.ndim == 2]
         kept = self.weight.numpy() != 0
         return {size: size * min(cost_of(kept, self.groups, size, whole) for whole in WHOLE) for size in fitting}
 

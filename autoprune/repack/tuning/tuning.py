@@ -329,13 +329,17 @@ def _byte_tilings(step: NativeStep, weights: Weights, threads: int, target: Targ
     costs = {whole: weights.quads(whole).cost for whole in WHOLE}
     least, made = ITEMS_A_THREAD * threads if threads > 1 else 1, []
     for whole in (whole for whole in WHOLE if costs[whole] <= WORTH_TRYING * min(costs.values())):
+        if step.form is Recurrent:  # an item is some sequences of the batch, all their steps
+            made.append(Tiling(size, 1, min(batch, threads), whole=whole))
+            continue
         for block in dict.fromkeys(min(block, positions) for block in (48, 192, positions)):
             chunk = -(-groups // max(1, -(-least // (batch * -(-positions // block)))))
             made.append(Tiling(size, block, chunk, True, whole=whole))
         made.append(Tiling(size, positions, -(-groups // max(least, -(-groups // 4))), False, whole=whole))
     same = {tuple(weights.quads(whole).pointer.tolist()): whole for whole in reversed(WHOLE)}
     made = [each for each in made if each.whole in same.values()]
-    return dict.fromkeys([*made, *(replace(each, tiles=True) for each in made if target.amx)])
+    tiled = target.amx and issubclass(step.form, ConvolutionOp)
+    return dict.fromkeys([*made, *(replace(each, tiles=True) for each in made if tiled)])
 
 
 def _by_rows(weights: Weights, positions: int, batch: int, threads: int) -> bool:

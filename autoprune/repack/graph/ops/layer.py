@@ -14,14 +14,14 @@ from autoprune.errors import FileError
 from autoprune.repack.graph.activations import activate
 from autoprune.repack.graph.bundles import Bundles, ChannelAxis
 from autoprune.repack.graph.ops.attributes import Fused, OptionalText
-from autoprune.repack.graph.ops.base import Op
+from autoprune.repack.graph.ops.base import Op, Values
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerOp(Op):
     """An operation whose weight is packed: ``(filters, ...)``, with a bias of ``(filters,)`` or without.
 
-    Of an int8 layer the weight holds whole multiples, -127 to 127, of each filter's scale, and the input is on a grid.
+    Of an int8 layer the weight holds whole multiples, -127 to 127, of each filter's scale; what it meets is on a grid.
 
     Attributes:
         layer: the qualified name of the module it came from; None for what a pass made.
@@ -38,6 +38,11 @@ class LayerOp(Op):
     def residual(self) -> str | None:
         """The value that it adds to its result."""
         return None
+
+    def met(self, values: Values) -> Tensor:
+        """What its weight is multiplied by, given the values of the graph, its output among them."""
+        x: Tensor = values[self.inputs[0]]
+        return x
 
     @abstractmethod
     def positions(self, shape: Sequence[int]) -> int:

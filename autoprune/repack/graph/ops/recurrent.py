@@ -14,6 +14,7 @@ from torch import Tensor
 from autoprune.errors import FileError
 from autoprune.model.recurrent.cells import run_steps
 from autoprune.model.recurrent.names import GATES, by_gate
+from autoprune.quantization.grid import Grid
 from autoprune.repack.graph.ops.attributes import LARGEST, Count, Flag, is_number, is_rising, one_of, optional
 from autoprune.repack.graph.ops.base import Roles, Values
 from autoprune.repack.graph.ops.layer import LayerOp
@@ -23,9 +24,16 @@ def _is_threshold(value: Any) -> bool:
     return is_number(value) and 0.0 <= value <= LARGEST
 
 
+STATES = Grid.of_range(-1.0, 1.0)
+"""The grid of the states that meet an int8 weight. No step leaves them beyond -1 and 1: it needs no data."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recurrent(LayerOp):
     """The states of all steps (and cells, of an LSTM): ``(1 or 2, batch, steps, hidden)``, or steps before the batch.
+
+    With a scale for each row its weight is int8, and the state that meets it is rounded to the grid `STATES`. The
+    states that are returned, and those that a GRU carries on, are not.
 
     Attributes:
         inputs: the projected inputs, a gate's rows behind another's, and the states to begin with where they are given.
@@ -40,7 +48,7 @@ class Recurrent(LayerOp):
 
     kind = "recurrent"
     operands = (1, 3)
-    roles: ClassVar[Roles] = {"weight": (2, True), "bias": (1, False)}
+    roles: ClassVar[Roles] = {"weight": (2, True), "bias": (1, False), "scale": (1, False)}
 
     cell: Annotated[str, one_of(GATES)]
     time_first: Flag
@@ -49,6 +57,15 @@ class Recurrent(LayerOp):
     keep: Count
     units: Annotated[tuple[int, ...] | None, optional(is_rising)]
     interleaved: Flag
+
+    def met(self, values: Values) -> Tensor:
+        """The state before each step, shaped like those after it, ``(batch, steps, hidden)`` or steps first."""
+        states, axis = values[self.output][0], 0 if self.time_first else 1
+        first = values[self.inputs[1]] if len(self.inputs) > 1 else torch.zeros_like(states.select(axis, 0))
+        start, count = first.unsqueeze(axis), states.shape[axis] - 1
+        if self.reverse:
+            return torch.cat([states.narrow(axis, 1, count), start], axis)
+        return torch.cat([start, states.narrow(axis, 0, count)], axis)
 
     def positions(self, shape: Sequence[int]) -> int:
         return math.prod(shape[1:3])
@@ -78,9 +95,13 @@ class Recurrent(LayerOp):
             weight, bias = by_gate(weight, gates), None if bias is None else by_gate(bias, gates)
         live = weight if units is None else weight[:, units]
         keep = 0 if units is not None and self.keep >= len(units) else self.keep
+
+        def learn(state: Tensor) -> Tensor:
+            return F.linear(STATES.rounded(state) if "scale" in w else state, live, bias)
+
         states = run_steps(
-            given, lambda state: F.linear(state, live, bias), *[*x[1:], None, None][:2], cell=self.cell,
-            time_first=self.time_first, reverse=self.reverse, threshold=self.threshold, keep=keep,
+            given, learn, *[*x[1:], None, None][:2], cell=self.cell, time_first=self.time_first, reverse=self.reverse,
+            threshold=self.threshold, keep=keep,
         )  # fmt: skip
         if units is None:
             return states
