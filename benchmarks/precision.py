@@ -15,6 +15,7 @@ benchmarks/results/precision.md.
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -129,8 +130,10 @@ def trained(point: Point) -> nn.Module:
     plan = Plan(dict.fromkeys(inventory.names, layer), training=Choice("gradual"))
     settings = TUNING.changed({"epochs": shown.epochs - shown.start_epochs})
     subject = Subject(task, dense, inventory, {}, settings, point.seed)
-    finetune_(model, plan, subject, settings, checkpoint=path.with_suffix(".training"))
+    unfinished = path.with_suffix(".training")
+    finetune_(model, plan, subject, settings, checkpoint=unfinished)
     write_tensors(path, model.state_dict())
+    shutil.rmtree(unfinished, ignore_errors=True)
     return model
 
 
