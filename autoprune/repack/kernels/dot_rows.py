@@ -54,7 +54,7 @@ from autoprune.repack.kernels.ir import (
     vector,
 )
 
-PARTS = 8  # independent sums at least, so that none waits for the one before it
+PARTS = 4  # independent sums at least, so that none waits for the one before it
 
 
 class Field(Fields):
@@ -231,6 +231,8 @@ def _tile(module: ir.Module, rows: int, tokens: int, target: Target, ending: End
     kinds = [INTS, I64, INTS, I64, INTS, FLOATS, FLOATS, INTS, I64, INTS, I32, INTS, I64, INTS, I32]
     kinds += [F32] * len(Scalars._fields) + ([INTS, INTS, I64, INTS] if mixed else [])
     function = inner_function(module, f"tile_{rows}x{tokens}", kinds)
+    if tokens == 1:  # then the work of a group may be less than that of calling a function with so many arguments
+        function.attributes.discard("noinline")
     (x, x_token, offsets, kept, weights, factor, bias, y, y_token, y_channel, y_first, residual, residual_token,
      residual_channel, residual_first, *more) = function.args  # fmt: skip
     scalars, more = Scalars(*more[: len(Scalars._fields)]), more[len(Scalars._fields) :]
