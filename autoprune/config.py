@@ -80,7 +80,7 @@ class EnvSection(Section):
     """The environment: what the agent may choose and how a plan is scored."""
 
     actions: tuple[ChoiceField, ...] = (Choice("mix"), Choice("coefficient", {"reach": 1.0}))
-    pattern: ChoiceField = Choice("group", {"size": 8})  # of layers whose pattern no action sets
+    pattern: ChoiceField = Choice("group", {"size": 8})  # of layers whose pattern no action sets; in int8: block = 4
     criterion: ChoiceField = Choice("magnitude")
     max_sparsity: Fraction = 0.95
     keep_dense: tuple[str, ...] = ()  # glob patterns of layer names
@@ -258,7 +258,18 @@ def _with_defaults(kind: type[Root], data: Mapping[str, Any]) -> dict[str, Any]:
         for name, field in kind.model_fields.items()
         if isinstance(field.default, Section) and isinstance(data.get(name), dict)
     }
-    return {**data, **kept}
+    return _in_quads({**data, **kept})
+
+
+def _in_quads(data: dict[str, Any]) -> dict[str, Any]:
+    """The data, with the pattern that int8 layers run fastest in where it has none.
+
+    They read four neighbouring inputs at once: groups of 8 that keep such quads are as fast at 50% as others at 75%.
+    """
+    env = data.get("env", {})
+    if data.get("precision", "float32") == "float32" or not isinstance(env, dict):
+        return data
+    return {**data, "env": {"pattern": {"name": "group", "size": 8, "block": 4}, **env}}
 
 
 def _validated(kind: type[Kind], data: Mapping[str, Any], where: str) -> Kind:

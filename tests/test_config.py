@@ -183,3 +183,17 @@ def test_settings_that_are_changed_keep_the_recipe_for_the_model() -> None:
     changes = parse_config({"task": "digits", "finetune": {"settings": {"epochs": 4}}}, "x.toml").finetune.settings
     for model, recipe in ((convolutional, CONVOLUTIONAL), (sequential, SEQUENTIAL), (nn.LSTM(3, 4), SEQUENTIAL)):
         assert recipe_for(model).changed(changes) == replace(recipe, epochs=4)
+
+
+def test_int8_layers_keep_four_neighbouring_inputs_unless_another_pattern_is_named() -> None:
+    quads = Choice("group", {"size": 8, "block": 4})
+    for given in ({}, {"env": {"max_sparsity": 0.9}}):
+        for precision in ("int8", "mixed"):
+            config = parse_config({"task": "digits", "precision": precision, **given}, "here")
+            assert config.env.pattern == quads
+            assert parse_config(config.to_json(), "again") == config
+    named = {"task": "digits", "precision": "int8", "env": {"pattern": "unstructured"}}
+    assert parse_config(named, "here").env.pattern == Choice("unstructured")
+    assert parse_config({"task": "digits"}, "here").env.pattern == Choice("group", {"size": 8})
+    with pytest.raises(ConfigError, match=r"precision: .*'float32', 'int8' or 'mixed'"):
+        parse_config({"task": "digits", "precision": "int4"}, "here")

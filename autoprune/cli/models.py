@@ -113,6 +113,7 @@ def shrink(
     typer.echo(f"Written: {written}")
 
 
+# long: a parameter is an option, with what --help says of it
 def bench(
     target: ConfigOrFunction,
     run_dir: RunDir = None,

@@ -27,6 +27,7 @@ from autoprune.cli.registries import completed
 from autoprune.errors import ConfigError
 
 
+# long: a parameter is an option, with what --help says of it
 @with_groups
 def prune(
     config: ConfigPath,

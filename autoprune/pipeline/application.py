@@ -26,6 +26,7 @@ from autoprune.latency.timer import torch_threads
 from autoprune.pipeline.preparation import Context, Preparation, Prepared
 from autoprune.plan import Plan
 from autoprune.progress import Progress
+from autoprune.quantization import dequantize_
 from autoprune.repack import RepackedModel, load, repack, save
 from autoprune.report.tensorboard import TrialWriter
 from autoprune.settings import TrainingSettings
@@ -112,6 +113,8 @@ def load_fine_tuned(context: Context, prepared: Prepared, plan: Plan) -> FineTun
 def fine_tune(context: Context, subject: Subject, plan: Plan) -> FineTuned:
     """Trains the dense model to the plan by the plan's method, or goes on training, and saves it.
 
+    For a run in int8 it is fake-quantised in the later part of the training, and learns to bear what bytes lose.
+
     Args:
         context: of the run.
         subject: the dense model; with the latency table where its budget is latency.
@@ -137,6 +140,7 @@ def fine_tune(context: Context, subject: Subject, plan: Plan) -> FineTuned:
                     progress=context.progress,
                     title="fine-tuning",
                     on_signals=lambda step, signals: writer.training(step, signals.scalars, signals.histograms),
+                    precision=subject.precision,
                 )
                 break
             except NumericalError as error:
@@ -144,7 +148,7 @@ def fine_tune(context: Context, subject: Subject, plan: Plan) -> FineTuned:
                     raise
                 context.progress.say(f"fine-tuning diverged ({error}): again, at {SLOWER:g} of the learning rate")
                 shutil.rmtree(checkpoint, ignore_errors=True)
-    model.eval()
+    dequantize_(model.eval())  # what is kept is plain: repacking finds the same grids on the same calibration data
     _remove_after(context.directory, _MASKED)
     write_tensors(context.directory / _MASKED, model.state_dict(), {MADE_FOR: made_for(context, plan)})
     shutil.rmtree(checkpoint, ignore_errors=True)

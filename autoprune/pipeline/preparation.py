@@ -261,17 +261,13 @@ def prepare(context: Context, loaded: LoadedTask) -> Prepared:
 
 def calibrate(context: Context, prepared: Prepared) -> Subject:
     """Collects what the criteria need to know of every layer, in one pass over the calibration batches."""
-    config, task = context.config, prepared.task
-    statistics = collect_statistics(
-        prepared.dense, prepared.inventory.names, task.calibration, task.loss, context.choices.statistics
-    )
+    config, task, dense, inventory = context.config, prepared.task, prepared.dense, prepared.inventory
+    statistics = collect_statistics(dense, inventory.names, task.calibration, task.loss, context.choices.statistics)
     budget = config.finetune.budget or (
         "latency" if config.target.timed else "macs" if config.target.macs is not None else "weights"
     )
-    settings = recipe_for(prepared.dense).changed(config.finetune.settings)
-    subject = Subject(
-        task, prepared.dense, prepared.inventory, statistics, settings, config.seed, budget, precision=config.precision
-    )
+    settings = recipe_for(dense).changed(config.finetune.settings)
+    subject = Subject(task, dense, inventory, statistics, settings, config.seed, budget, config.precision)
     if config.precision != "float32":
         subject.graph(config.latency.batch)  # refused here, before any work, where the model is no program
     return subject

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from autoprune.errors import AutopruneError
 from autoprune.masks import Batches, Loss
 from autoprune.metric import ACCURACY, Metric
+from autoprune.model.arguments import Arguments
 from autoprune.model.given import called
 from autoprune.model.inventory import as_tuple, eval_mode
 from autoprune.precision import Precision
@@ -71,8 +72,14 @@ class Task:
             return self.metric.score(given)
 
     def calibration_inputs(self, precision: Precision) -> tuple[tuple[Tensor, ...], ...] | None:
-        """The batches from which `repack` finds the ranges of activations; None for float32, which needs none."""
-        return None if precision == "float32" else tuple(as_tuple(inputs) for inputs, _ in self.calibration)
+        """The batches from which `repack` finds the ranges of activations, by place; None for float32.
+
+        Raises:
+            AutopruneError: one holds what is no tensor, or cannot be given by place.
+        """
+        if precision == "float32":
+            return None
+        return tuple(Arguments.of(inputs).positional(self.model) for inputs, _ in self.calibration)
 
     def example_inputs(self, batch: int = 1) -> tuple[Tensor, ...]:
         """The model's inputs for `batch` samples, repeated where there are too few."""

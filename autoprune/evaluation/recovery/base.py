@@ -38,8 +38,8 @@ class Subject:
     settings: TrainingSettings
     seed: int
     budget: Budget = "weights"
-    table: LatencyTable | None = None
     precision: Precision = "float32"
+    table: LatencyTable | None = None
     captured: dict[int, Graph | None] = field(default_factory=dict, repr=False, compare=False)  # by batch
 
     def graph(self, batch: int) -> Graph | None:
