@@ -102,13 +102,14 @@ class Wish:
             model: that it was captured from, without fake quantisation.
             arguments: that the model is called with.
         """
+        ordered = order_channels(graph)
         if self.calibration is None:
-            made = trained_graph(graph, Modules.of(model, arguments, captured, graph), self.grids)
+            made = trained_graph(ordered, Modules.of(model, arguments, captured, graph), self.grids)
         else:
             layers = [op.output for op in graph.ops if isinstance(op, LayerOp)]
             chosen: Literal["int8", "mixed"] = "mixed" if self.precision == "mixed" else "int8"
             batches = batches_of(self.calibration, model)
-            made = quantised_graph(order_channels(graph), layers, batches, Settings(precision=chosen))
+            made = quantised_graph(ordered, layers, batches, Settings(precision=chosen))
         return made.graph, made.precisions
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -26,9 +27,9 @@ SETTINGS = TrainingSettings(epochs=4, distillation_weight=0.5, ema_teacher=0.9, 
 def test_it_trains_rounded_values_and_leaves_plain_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     subject, ends, quantised = subject_to_recover(), {}, []
 
-    def recorded(model: nn.Module, *args: object, precision: str) -> None:
-        quantize_(model, *args, precision=precision)
-        quantised.append((precision, list(grids_of(model))))
+    def recorded(model: nn.Module, **given: Any) -> None:
+        quantize_(model, **given)
+        quantised.append((given["precision"], list(grids_of(model))))
 
     monkeypatch.setattr(finetune, "quantize_", recorded)
     layer = LayerPlan(0.5, Choice("group", {"size": 4}))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
@@ -13,8 +13,6 @@ from autoprune.allocation import Cost, MacsCost, WeightCost
 from autoprune.errors import AutopruneError
 from autoprune.evaluation.recovery.base import Subject
 from autoprune.latency.cost import LatencyCost
-from autoprune.masks import Batches
-from autoprune.model.given import read
 from autoprune.model.inventory import Inventory
 from autoprune.plan import Plan
 from autoprune.precision import Precision
@@ -22,6 +20,7 @@ from autoprune.progress import SILENT, Progress
 from autoprune.quantization import dequantize_
 from autoprune.repack import CaptureError, find_readers, quantize_
 from autoprune.settings import TrainingSettings
+from autoprune.tasks.base import Task
 from autoprune.training import TRAINING, OnSignals
 from autoprune.training.loop import train_
 from autoprune.training.widening import make_pruner_
@@ -72,7 +71,7 @@ def finetune_(
         method=method,
         pruner=pruner,
         teachers=(subject.dense, *teachers),
-        quantize_=None if precision == "float32" else partial(_quantize_, inputs, task.calibration, precision),
+        quantize_=_quantizing(task, inputs, precision),
         checkpoint=checkpoint,
         progress=progress,
         title=title,
@@ -81,12 +80,12 @@ def finetune_(
     dequantize_(model)
 
 
-def _quantize_(
-    inputs: tuple[Any, ...], calibration: Batches, precision: Literal["int8", "mixed"], model: nn.Module
-) -> None:
-    """Fake-quantises a model in training."""
-    batches = [given for _, given, _ in read(calibration, "the calibration data")]
-    quantize_(model, inputs, batches, precision=precision)
+def _quantizing(task: Task, inputs: tuple[Any, ...], precision: Precision) -> Callable[[nn.Module], object] | None:
+    """What fake-quantises a model in training; None in float32."""
+    calibration = task.calibration_inputs(precision)
+    if precision == "float32" or calibration is None:
+        return None
+    return partial(quantize_, example_inputs=inputs, calibration=calibration, precision=precision)
 
 
 def budget_cost(subject: Subject, plan: Plan) -> Callable[[Inventory], Cost]:

@@ -123,9 +123,7 @@ def _gelu_tanh(b: ir.IRBuilder, module: ir.Module, x: ir.Value, lanes: int) -> i
     return b.fmul(x, _sigmoid(b, module, b.fmul(x, inner), lanes))
 
 
-def _gated(
-    b: ir.IRBuilder, module: ir.Module, x: ir.Value, lanes: int, cut: float, odd: tuple[float, ...]
-) -> ir.Value:
+def _gated(b: ir.IRBuilder, module: ir.Module, x: ir.Value, lanes: int, cut: float, odd: tuple[float, ...]) -> ir.Value:
     """``x / 2 * (1 + p(x))`` with an odd polynomial of what lies within `cut` of zero, from its highest power on."""
     near = clamp(b, x, splat_float(-cut, lanes), splat_float(cut, lanes))
     share = b.fmul(near, _polynomial(b, module, b.fmul(near, near), odd, lanes))
