@@ -19,10 +19,9 @@ from autoprune.repack.graph.editor import Editor
 from autoprune.repack.graph.ir import Graph
 from autoprune.repack.graph.ops import LayerOp, Op
 from autoprune.repack.weights.grouping import Grouping
-from autoprune.repack.weights.quads import MIXED_COST, QUAD, cost_of
+from autoprune.repack.weights.quads import MIXED_COST, QUAD, WHOLE, cost_of
 
 SIZES = (16, 8, 4)  # filters in a group of an int8 layer
-WHOLE = (1, 3)  # see `quads`
 WORTH_REORDERING = 0.97  # what the layers that gain cost in another order must be less than this share
 ROUNDS = 100  # of trades, at most; hardly ever more than 30 are needed
 BUDGET = 2**28  # products in a round; readers of more are compared on some of what they keep

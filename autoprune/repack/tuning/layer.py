@@ -12,7 +12,7 @@ from torch import Tensor
 from autoprune.repack.lowering.weights import Weights
 from autoprune.repack.weights.grouping import GROUP_SIZES, Grouping
 from autoprune.repack.weights.packed import pack, pack_rows
-from autoprune.repack.weights.quads import QUAD, cost_of
+from autoprune.repack.weights.quads import QUAD, WHOLE, cost_of
 
 # What a kept weight costs in groups of this size, relative to the largest: smaller groups load more for each.
 # A vector holds positions, or the filters of a group.
@@ -20,7 +20,6 @@ COST_BY_POSITION = {16: 1.0, 8: 1.0, 4: 1.08, 2: 1.6, 1: 2.4}
 COST_BY_FILTER = {16: 1.0, 8: 1.4, 4: 2.8, 2: 5.0, 1: 8.0}
 COST_OF_BYTES = {16: 1.0, 8: 1.0, 4: 1.1}  # by position
 COST_OF_BYTES_BY_FILTER = {16: 1.0, 8: 1.6, 4: 3.0}
-WHOLE = (1, 3)  # see `Tiling.whole`
 WORTH_TRYING = 1.35  # candidates up to this much dearer than the cheapest are timed
 
 

@@ -35,9 +35,9 @@ from autoprune.repack.native.op import NativeOp
 from autoprune.repack.native.sequence import NativeSequence
 from autoprune.repack.runtime.program import Plan, Program, shapes_of
 from autoprune.repack.tuning.cache_model import Cache, fetched
-from autoprune.repack.tuning.layer import WHOLE, WORTH_TRYING, Layer
+from autoprune.repack.tuning.layer import WORTH_TRYING, Layer
 from autoprune.repack.weights.grouping import GROUP_SIZES
-from autoprune.repack.weights.quads import QUAD
+from autoprune.repack.weights.quads import QUAD, WHOLE
 from autoprune.repack.weights.serialized import flag
 
 _LOG = logging.getLogger(__name__)

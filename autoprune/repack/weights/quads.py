@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from autoprune.repack.weights.packed import Ints, PackedWeight
 
 QUAD = 4  # channels in a lane
+WHOLE = (1, 3)  # channels of a quad that are worth reading it whole: either is tried
 MIXED_COST = 1.6  # of a mixed cell, in whole ones: four lanes are read for it, and a byte taken from each
 
 
