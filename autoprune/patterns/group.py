@@ -36,7 +36,7 @@ class Group(Pattern):
             raise ConfigError(f"pattern 'group': block must be an integer from 1 to 64, not {block!r}.")
         if permute and block > 1:
             raise ConfigError(
-                f"pattern 'group': block={block} takes neighbouring filters, not permute=true: leave one of the two out."
+                f"pattern 'group': block={block} takes neighbours, not permute=true: leave one of the two out."
             )
         self.size, self.permute, self.block = size, permute, block
 

@@ -164,7 +164,7 @@ def test_a_sparsity_outside_its_range_is_refused(sparsity: float) -> None:
         (Choice("group", {"size": 0}), "from 1 to 1024"),
         (Choice("group", {"permute": 1}), "true or false"),
         (Choice("group", {"block": 0}), "from 1 to 64"),
-        (Choice("group", {"block": 4, "permute": True}), "takes neighbouring filters"),
+        (Choice("group", {"block": 4, "permute": True}), "takes neighbours"),
         (Choice("n:m", {"n": 4, "m": 4}), "1 <= n < m"),
         (Choice("block", {"columns": 0}), "columns must be an integer from 1 to 1024"),
         (Choice("channel", {"size": 8}), "takes no arguments"),
