@@ -14,7 +14,10 @@ import autoprune
 from autoprune.errors import AutopruneError
 from autoprune.quantization import Grid, attach_, grids_of
 from autoprune.quantization.fake import fake_quantized, fake_quantized_weight
+from autoprune.repack.int8 import tensors_in
 from autoprune.repack.outputs import noise_of
+from autoprune.repack.report import ProgramModel
+from autoprune.repack.runtime.by_torch import TorchPlan
 from autoprune.tasks.zoo.small import lenet5, residual_cnn, tiny_transformer
 
 
@@ -102,11 +105,16 @@ def test_int8_computes_what_was_trained(name: str) -> None:
     trained_(model, data(tuple(x.shape), 5, 3))
     fast = autoprune.repack(model, x, precision="int8")
     plain = autoprune.dequantize_(copy.deepcopy(model))
+    assert isinstance(fast, ProgramModel)
     assert any(row.precision == "int8" for row in fast.report)
+    said = TorchPlan(fast.program.graph, fast.program.weights)
     for given in data(tuple(x.shape), 4, 4):
         with torch.inference_mode():
             wanted, whole, got = model(given), plain(given), fast(given)
-        assert noise_of((got,), (wanted,)) < 1e-3 * noise_of((whole,), (wanted,))
+            exact = tensors_in(said.run((given,)))
+        quantising = noise_of((whole,), (wanted,))
+        assert noise_of(exact, (wanted,)) < 1e-3 * quantising
+        assert noise_of((got,), (wanted,)) < 0.2 * quantising  # a kernel's GELU may round a value near a tie otherwise
 
 
 def test_a_model_is_undone_and_its_parameters_stay_what_they_are() -> None:
