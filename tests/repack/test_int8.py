@@ -136,6 +136,36 @@ class Windows(nn.Module):
         return z
 
 
+class Few(nn.Module):
+    """Linears over a few tokens: bytes between two of them, a residual, features and filters that fill no lane."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(50, 70), nn.Linear(70, 35), nn.Linear(35, 35)
+        self.head = nn.Linear(35, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.gelu(self.b(F.relu(self.a(x))))
+        y: Tensor = self.head(F.relu(self.c(x) + x))
+        return y
+
+
+class Sequence(nn.Module):
+    """Recurrent layers that read each other, in both directions and from a state to begin with; and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both, self.last = nn.GRU(20, 21, bidirectional=True), nn.LSTM(42, 24)
+        self.head = nn.Linear(24, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, ends = self.both(x)
+        start = torch.tanh(ends[:1].repeat(1, 1, 2)[..., :24])
+        x, (state, _) = self.last(x, (start, start))
+        y: Tensor = self.head(state[0]) + x.mean()
+        return y
+
+
 def images(batch: int = 2, channels: int = 3, size: int = 20) -> Tensor:
     return torch.randn(batch, channels, size, size, generator=torch.Generator().manual_seed(batch + size))
 
@@ -148,6 +178,8 @@ MODELS: dict[str, tuple[type[nn.Module], Tensor]] = {
     "joined": (Joined, images(size=13)),
     "wide": (Wide, images(channels=8, size=15)),
     "windows": (Windows, images(channels=12, size=6)),
+    "few": (Few, torch.randn(3, 50, generator=torch.Generator().manual_seed(0))),
+    "sequence": (Sequence, torch.randn(7, 3, 20, generator=torch.Generator().manual_seed(0))),
 }
 MASKS: dict[str, dict[str, Any] | None] = {
     "dense": None,
@@ -173,11 +205,10 @@ def masks_of(model: nn.Module, about: dict[str, Any] | None) -> Masks | None:
     if about is None:
         return None
     pattern = PATTERNS.create(Choice("group", about))
-    weights = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
-    return {
-        name: pattern.mask(module.weight.detach().abs(), 0.7, getattr(module, "groups", 1))
-        for name, module in weights.items()
-    }
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
+    weights = {name: (module.weight, getattr(module, "groups", 1)) for name, module in layers.items()}
+    weights |= {name: (w, 1) for name, w in model.named_parameters() if "weight_ih" in name or "weight_hh" in name}
+    return {name: pattern.mask(w.detach().abs(), 0.7, groups) for name, (w, groups) in weights.items()}
 
 
 def quantised(name: str, pattern: str = "dense", **more: Any) -> tuple[ProgramModel, nn.Module, Tensor]:
