@@ -12,7 +12,8 @@ from torch import Tensor
 
 from autoprune.errors import AutopruneError
 from autoprune.repack.graph.ir import Graph, Input
-from autoprune.repack.graph.ops import Linear, Op, TorchOp
+from autoprune.repack.graph.ops import Linear, Op, Recurrent, TorchOp
+from autoprune.repack.graph.ops.recurrent import STATES
 from autoprune.repack.graph.reference import reference
 from autoprune.repack.graph.schema import validate
 from autoprune.repack.quantize import Quantised, Settings, quantisable, quantised_graph
@@ -120,3 +121,53 @@ def test_a_model_that_returns_no_floats_needs_a_score() -> None:
         return float(torch.cat([model(*batch) for batch in BATCHES]).float().std())
 
     assert mixed(graph, score=score, most_drop=100.0).snr_db == math.inf
+
+
+def recurrence(interleaved: bool = True) -> Graph:
+    """A projection, a GRU of 12 units and a head."""
+    torch.manual_seed(0)
+    constants = {f"{name}.w": torch.randn(rows, columns) / 2 for name, rows, columns in (
+        ("given", 36, 16), ("states", 36, 12), ("head", 5, 12),
+    )}  # fmt: skip
+    ops = [
+        Linear("given", ("x",), {"weight": "given.w"}, activation=None, layer="layer given"),
+        Recurrent(
+            "states", ("given",), {"weight": "states.w"}, cell="gru", time_first=False, reverse=False, threshold=0.0,
+            keep=0, units=None, interleaved=interleaved, layer="layer states",
+        ),
+        Linear("head", ("states",), {"weight": "head.w"}, activation=None, layer="layer head"),
+    ]  # fmt: skip
+    return validate(Graph((Input("x", (2, 6, 16), "float32", (0,)),), tuple(ops), "head", constants))
+
+
+SEQUENCES = [(torch.randn(4, 6, 16, generator=torch.Generator().manual_seed(seed)),) for seed in range(2)]
+
+
+def test_what_a_recurrent_layer_costs_is_that_of_the_graph_with_it_alone_in_int8() -> None:
+    graph = recurrence()
+    names = quantisable(graph)
+    assert names == ("given", "states", "head")
+    found = quantised_graph(graph, names, SEQUENCES, Settings("min_max", precision="mixed", least_snr_db=-math.inf))
+    row = found.precisions[1]
+    assert (row.precision, row.scale, row.zero_point, row.ranges) == ("int8", STATES.scale, STATES.zero_point, None)
+    alone = quantised_graph(graph, ["states"], SEQUENCES, Settings("min_max"))
+    assert alone.graph.producers()["states"].inputs == ("given",)
+    exact, rounded = (reference(each, SEQUENCES[0]) for each in (graph, alone.graph))
+    told = 10 * math.log10(float(exact.square().sum() / (rounded - exact).square().sum()))
+    assert row.model_snr_db == pytest.approx(told, abs=1e-3)
+    assert row.snr_db is not None
+    assert 25 < row.snr_db < 60
+
+
+def test_a_recurrent_layer_can_stay_float() -> None:
+    graph = recurrence()
+    settings = Settings("min_max", precision="mixed", least_snr_db=math.inf)
+    found = quantised_graph(graph, quantisable(graph), SEQUENCES, settings)
+    assert "scale" not in found.graph.producers()["states"].tensors
+
+
+def test_a_recurrent_layer_without_its_gates_side_by_side_is_refused() -> None:
+    graph = recurrence(interleaved=False)
+    assert "states" not in quantisable(graph)
+    rows = quantised_graph(graph, ["states"], SEQUENCES).precisions
+    assert "gates of its units are not neighbours" in rows[0].why
