@@ -134,6 +134,8 @@ def dequantize_(model: nn.Module, *, rounded: bool = False) -> nn.Module:
                 weight = module._parameters["weight"]
                 assert weight is not None
                 weight.copy_(fake_quantized_weight(weight))
+        if isinstance(module, torch.jit.ScriptModule):
+            continue  # which is never fake-quantised, and has no dictionaries of its own
         for side in (INPUT, OUTPUT):
             module._buffers.pop(side, None)
         for hooks in (module._forward_pre_hooks, module._forward_hooks):

@@ -294,7 +294,7 @@ def test_bias_correction_takes_out_the_mean_error_that_samples_agree_on() -> Non
     plain, corrected = quantised(graph, near_two, bias_correction=False), quantised(graph, near_two)
     fresh = (2 + images(64, seed=5)[0][0] / 20,)
     assert snr_db(graph, corrected.graph, fresh) > snr_db(graph, plain.graph, fresh) + 3
-    assert list(plain.graph.producers()["a"].tensors) == ["weight"]
+    assert list(plain.graph.producers()["a"].tensors) == ["weight", "scale"]
 
 
 def test_one_sample_is_not_enough_for_bias_correction() -> None:
