@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -319,3 +320,59 @@ def test_what_makes_no_sense_is_refused(given: dict[str, Any], text: str) -> Non
     model, x = built("residual")
     with pytest.raises(AutopruneError, match=text):
         autoprune.repack(model, x, **given)
+
+
+def net(*layers: nn.Module) -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(*layers).eval()
+
+
+LATER: dict[str, tuple[nn.Module, tuple[int, ...], tuple[int, ...]]] = {
+    "a point in phase planes": (net(nn.Conv2d(8, 8, 3, 2, 1)), (4, 8, 4, 4), (4, 8, 1, 1)),
+    "an adaptive pooling that is nothing": (
+        net(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(4), nn.Flatten(),
+            nn.Linear(128, 5)), (2, 3, 16, 16), (2, 3, 8, 8),
+    ),
+    "a wide pooling that torch runs": (
+        net(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(5), nn.Conv2d(8, 8, 3, padding=1)), (2, 3, 20, 20),
+        (1, 3, 25, 25),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_inputs_of_another_size_take_other_ways(name: str) -> None:
+    model, example, later = LATER[name]
+    x = torch.randn(example, generator=torch.Generator().manual_seed(3))
+    fast = autoprune.repack(model, x, precision="int8", calibration=like(x))
+    assert isinstance(fast, ProgramModel)
+    for given in (x, torch.randn(later, generator=torch.Generator().manual_seed(4))):
+        assert noise_of((fast(given),), (said(fast, given),)) < 0.01
+
+
+def test_only_floats_are_moved_onto_a_grid() -> None:
+    fast, _, _ = quantised("residual")
+    program = fast.program
+    given = tuple(replace(each, dtype="uint8") for each in program.graph.inputs)
+    broken = Program(replace(program.graph, inputs=given), program.weights, threads=1)
+    with pytest.raises(AutopruneError, match="takes float32 values"):
+        broken(torch.zeros(2, 3, 20, 20, dtype=torch.uint8))
+
+
+def test_filters_out_of_order_write_no_bytes() -> None:
+    fast, _, x = quantised("wide")
+    program, name = fast.program, next(op.output for op in fast.program.graph.ops if op.output in fast.program.weights)
+    packed = program.weights[name].packed
+    turned = replace(packed, out_index=packed.out_index[:, ::-1].copy())
+    weights = {**program.weights, name: replace(program.weights[name], packed=turned)}
+    with pytest.raises(AutopruneError, match="fills no lanes"):
+        Program(program.graph, weights, threads=1)(x)
+
+
+def test_a_border_far_wider_than_the_map_is_refused() -> None:
+    model = net(nn.Conv2d(3, 8, 3, padding=1), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3, padding=(0, 400)))
+    x = torch.randn(1, 3, 8, 8)
+    calibrated: dict[str, Any] = {"precision": "int8", "calibration": like(x)}
+    for more in ({}, calibrated):
+        with pytest.raises(AutopruneError, match="no room for so much"):
+            autoprune.repack(model, x, form="program", **more)

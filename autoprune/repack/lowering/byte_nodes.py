@@ -47,7 +47,7 @@ def quantised(name: str, shape: Shape, x: StridedRef, y: MapAt, grid: Grid, targ
         AutopruneError: x has neither neighbours.
     """
     low, high = float(-grid.zero_point), float(LEVELS - grid.zero_point)
-    if _are_tokens(name, shape, x):
+    if y.layout.phases == 1 and _are_tokens(name, shape, x):
         t = bytes_turn.Field
         turning = _between_tokens(shape, x, y, target) | {
             t.ZERO: grid.zero_point, t.SCALE: grid.inverse, t.LOW: low, t.HIGH: high, t.BORDER: y.layout.behind,
@@ -215,6 +215,7 @@ def _sliding(
 ) -> tuple[dict[bytes_window.Field, Given], int]:  # fmt: skip
     """What all sliding windows are given, and the chunks of an image; `taps` are the places their offsets tell."""
     f, layout, out = bytes_window.Field, x.layout, y.layout
+    layout.check_windows(out, window_.stride, window_.taps())
     phased = layout.phases > 1  # then what neighbouring outputs read are neighbours
     flat = window_.stride == (1, 1) and layout.pitch == out.pitch
     chunk, chunks = map_nodes.chunked(layout.channels, out.positions)

@@ -12,7 +12,7 @@ from autoprune.repack.lowering import byte_nodes, byte_tokens, dot_nodes
 from autoprune.repack.lowering.buffers import Buffer
 from autoprune.repack.lowering.byte_nodes import On
 from autoprune.repack.lowering.context import Lowering, turn_back
-from autoprune.repack.lowering.geometry import Tiling, Window
+from autoprune.repack.lowering.geometry import WIDEST_STRIDE, Tiling, Window
 from autoprune.repack.lowering.interleaved import interleaved, made_map, made_on, only_reader, put_on
 from autoprune.repack.lowering.steps import Map, NativeStep, storage_of
 from autoprune.repack.lowering.weights import Weights
@@ -37,7 +37,7 @@ def in_bytes(lowering: Lowering, op: FusedLayerOp) -> bool:
 def conv2d(lowering: Lowering, op: ConvolutionOp, window: Window, shape: tuple[int, int, int, int]) -> None:
     """A packed convolution of bytes."""
     x = op.inputs[0]
-    points = window.kernel == (1, 1) and window.padding == (0, 0) and window.stride != (1, 1)
+    points = window.kernel == (1, 1) and window.padding == (0, 0) and 1 < max(window.stride) <= WIDEST_STRIDE
     if points and (x, window.stride, lowering.grids[x].zero_point, False) not in lowering.interleaved:
         given, grid, window = _subsampled(lowering, x, window.stride), lowering.grids[x], POINT
     else:
@@ -61,6 +61,19 @@ def conv2d(lowering: Lowering, op: ConvolutionOp, window: Window, shape: tuple[i
     lowering.steps.append(NativeStep(op.output, reads, made.buffer, build, op, (positions, shape[0]), by_position=True))
 
 
+def alias(lowering: Lowering, name: str, source: str) -> None:
+    """Another name for a value on a grid, in all its forms."""
+    put_on(lowering, name, lowering.grids[source])
+    lowering.made_of_bytes[name] = lowering.made_of_bytes[source]
+    lowering.interleaved |= {
+        (name, *key[1:]): made for key, made in lowering.interleaved.items() if key[0] == source
+    }  # fmt: skip
+    if source in lowering.unrounded:
+        lowering.unrounded[name] = lowering.unrounded[source]
+    if source in lowering.byte_rows:
+        lowering.byte_rows[name] = lowering.byte_rows[source]
+
+
 def _residual(lowering: Lowering, name: str | None) -> tuple[Map | None, Grid | None]:
     """The map that is added, as bytes where the value lies on a grid."""
     if name is None:
@@ -80,7 +93,7 @@ def result(lowering: Lowering, op: FusedLayerOp, shape: tuple[int, int, int, int
 
 def _subsampled(lowering: Lowering, x: str, stride: tuple[int, int]) -> Map:
     """Every `stride`-th position of the value."""
-    name = f"{x} by {stride[0]} {stride[1]}"
+    name = lowering.own_name(f"{x} by {stride[0]} {stride[1]}")
     if name not in lowering.grids:
         given, window = interleaved(lowering, x), Window((1, 1), stride, (0, 0), (1, 1))
         batch, channels, height, width = lowering.values[x].shape

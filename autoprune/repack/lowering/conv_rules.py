@@ -19,9 +19,9 @@ from autoprune.repack.kernels.window import Mode
 from autoprune.repack.lowering import byte_map_rules, byte_rules, convolutions, map_nodes
 from autoprune.repack.lowering.buffers import Buffer
 from autoprune.repack.lowering.context import Lowering
-from autoprune.repack.lowering.geometry import Tiling, Window
+from autoprune.repack.lowering.geometry import WIDEST_STRIDE, Tiling, Window
 from autoprune.repack.lowering.layout import ALIGN, FLOAT_BYTES, aligned
-from autoprune.repack.lowering.pool_rules import WIDEST_STRIDE, slide
+from autoprune.repack.lowering.pool_rules import slide
 from autoprune.repack.lowering.steps import (
     Map,
     NativeStep,
@@ -174,7 +174,7 @@ def skips(lowering: Lowering, x: str, window: Window) -> bool:
 
 def subsampled(lowering: Lowering, x: str, stride: tuple[int, int]) -> Map:
     """Every `stride`-th position of the value, as a map of its own."""
-    name = f"{x} by {stride[0]} {stride[1]}"
+    name = lowering.own_name(f"{x} by {stride[0]} {stride[1]}")
     if name not in lowering.values:
         given, window = lowering.map(x), Window((1, 1), stride, (0, 0), (1, 1))
         batch, channels, height, width = given.shape

@@ -101,6 +101,7 @@ def convolution(
     f, packed, cells = dot_gemm.Field, weights.packed, weights.quads(tiling.whole)
     assert x.grid is not None
     check_sums(name, weights)
+    check_lanes(name, weights, y, residual)
     taps = np.array([x.at.layout.tap(dy, dx) for dy, dx in window.taps()], np.int64)
 
     def distance(lane: NDArray[np.int64], tap: NDArray[np.int64]) -> NDArray[np.int32]:
@@ -187,6 +188,12 @@ def row_steps(weights: Weights, x: Grid, y: Grid | None, residual: Grid | None, 
     factor = np.where(missing, np.float32(0), scale[weights.rows])
     bias = np.where(missing, np.float32(0), weights.bias_rows)
     return steps_of(factor, bias, weights.row_sums, x, y, residual, activation)
+
+
+def check_lanes(name: str, weights: Weights, *written: On | None) -> None:
+    """Raises AutopruneError where bytes are written or added and the packed rows are not filters of whole lanes."""
+    if not weights.fills_lanes and any(each is not None and each.grid is not None for each in written):
+        raise AutopruneError(f"the filters of {name!r} are packed in an order that fills no lanes of bytes.")
 
 
 def check_sums(name: str, weights: Weights) -> None:

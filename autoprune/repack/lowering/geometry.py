@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+WIDEST_STRIDE = 4  # columns from one of a sliding window's outputs to the next
 CHUNK_FLOATS = 16384  # of a map that an item of an element-wise op works on
 
 

@@ -18,8 +18,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from autoprune.errors import AutopruneError
+
 ALIGN = 16  # floats: a cache line, the widest vector
 FLOAT_BYTES = 4
+SLACK = 16 * ALIGN  # floats behind a map, which tiles may read
 LONG_FLOATS = 2  # an int64, or an address, is as long as two floats
 
 
@@ -87,7 +90,7 @@ class MapLayout:
 
     def size(self, batch: int) -> int:
         """Floats of the whole buffer: room before the first row and behind the last for what a tile reads beyond."""
-        return aligned(2 * self.origin + batch * self.image + self.pitch + 16 * ALIGN)
+        return aligned(2 * self.origin + batch * self.image + self.pitch + SLACK)
 
     def channel(self, index: int) -> int:
         """From the origin to a channel's position (0, 0)."""
@@ -104,6 +107,20 @@ class MapLayout:
         y, x = dy + self.pad_h, dx + self.pad_w
         plane = y % self.stride_h * self.stride_w + x % self.stride_w
         return plane * self.plane + y // self.stride_h * self.pitch + x // self.stride_w
+
+    def check_windows(self, out: MapLayout, stride: tuple[int, int], taps: list[tuple[int, int]]) -> None:
+        """Raises AutopruneError where windows that slide row by row, whole rows of `out`'s pitch, would leave the map.
+
+        That is where readers of `out` want a border far wider than its vectors.
+        """
+        step = (1, 1) if self.phases > 1 else stride
+        columns = aligned(out.pitch)
+        last = (out.height - 1) * step[0] * self.pitch + max(self.tap(dy, dx) for dy, dx in taps) + columns * step[1]
+        room = self.channel(1) + self.origin + self.pitch + SLACK
+        if last > room or (out.height - 1) * out.pitch + columns > len(out.mask()):
+            raise AutopruneError(
+                f"a map of {out.width} columns is read with a border of {out.pad_w}: there is no room for so much."
+            )
 
     @property
     def positions(self) -> int:
@@ -122,7 +139,7 @@ class MapLayout:
 
     def mask(self) -> NDArray[np.int32]:
         """-1 inside the map, 0 on its border, for every flat position and the width of a tile beyond."""
-        mask = np.zeros(aligned(self.positions) + 16 * ALIGN, np.int32)
+        mask = np.zeros(aligned(self.positions) + SLACK, np.int32)
         inside = np.arange(self.pitch) < self.width
         rows = np.tile(inside, self.height)[: self.positions]
         mask[: self.positions] = -rows.astype(np.int32)

@@ -156,6 +156,8 @@ def lower_op(lowering: Lowering, op: Op) -> None:
         lowering.values[op.output] = evaluate_op(op, lowering.values, lowering.constants)
         return
     if isinstance(op, Quantize):
+        if not is_float(lowering.values[op.inputs[0]]):
+            raise AutopruneError(f"{op} takes float32 values, not {op.inputs[0]!r}.")
         interleaved.declare(lowering, op)
         return
     if isinstance(op, AdaptiveAvgPool2d):
@@ -175,7 +177,7 @@ def lower_op(lowering: Lowering, op: Op) -> None:
     meta = evaluate_op(op, lowering.values, lowering.constants)
     meta = settled(meta) if isinstance(meta, Tensor) else meta
     lowering.values[op.output] = meta
-    if isinstance(op, Reshape) and op.inputs[0] in lowering.grids:
+    if isinstance(op, Reshape | MaxPool2d) and op.inputs[0] in lowering.grids:
         interleaved.put_on(lowering, op.output, lowering.grids[op.inputs[0]])
     if not isinstance(meta, Tensor):
         lowering.torch_step(op, meta)

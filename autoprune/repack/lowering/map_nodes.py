@@ -43,6 +43,7 @@ def sliding(
     flat = (sh, sw) == (1, 1)  # then input and output have one pitch
     low, high, other = clamped(activation)
     chunk, chunks = chunked(out.channels, out.positions)
+    layout.check_windows(out, window_.stride, window_.taps())
     taps, columns = window_.taps(), tuple[int, ...]()
     if mode is not window.Mode.DEPTHWISE:
         columns = tuple(number * window_.dilation[1] for number in range(window_.kernel[1]))

@@ -10,14 +10,13 @@ from autoprune.repack.kernels.window import Mode
 from autoprune.repack.lowering import byte_map_rules, byte_rules, map_nodes
 from autoprune.repack.lowering.buffers import Buffer
 from autoprune.repack.lowering.context import Lowering
-from autoprune.repack.lowering.geometry import Window
+from autoprune.repack.lowering.geometry import WIDEST_STRIDE, Window
 from autoprune.repack.lowering.steps import (
     NativeStep,
     storage_of,
 )
 from autoprune.repack.native.op import NativeOp
 
-WIDEST_STRIDE = 4  # of a sliding window's kernel
 WIDEST_POOL = 32  # columns from a pooling's first to its last: code for them grows with their square
 
 
@@ -81,6 +80,8 @@ def pooling(lowering: Lowering, op: AdaptiveAvgPool2d) -> AdaptiveAvgPool2d | Av
     lowering.values[op.output] = x
     lowering.maps |= {(op.output, *key[1:]): made for key, made in lowering.maps.items() if key[0] == source}
     lowering.positive |= {op.output} & ({op.output} if source in lowering.positive else set())
+    if source in lowering.grids:
+        byte_rules.alias(lowering, op.output, source)
     return None
 
 

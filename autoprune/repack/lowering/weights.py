@@ -15,12 +15,13 @@ from autoprune.errors import FileError
 from autoprune.repack.kernels.rows_gemm import Twin
 from autoprune.repack.weights.grouping import GROUP_SIZES
 from autoprune.repack.weights.packed import PackedWeight
-from autoprune.repack.weights.quads import Quads, quads, row_sums
+from autoprune.repack.weights.quads import QUAD, Quads, quads, row_sums
 
 Ints = NDArray[np.int32]
 Floats = NDArray[np.float32]
 T = TypeVar("T")
 ORDERS = 2  # as large as the weight: those of the whole batch and of a sample
+BYTE_ORDERS = 3  # of each, where it is of bytes: its cells, and whole and mixed ones in blocks
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +51,8 @@ class Weights:
         """What `make` gives, remembered for the last keys: plans for inputs of other shapes share it."""
         made: T = self._orders.get(key) or make()
         if key not in self._orders:
-            for old in list(self._orders)[: 1 - ORDERS]:
+            most = ORDERS if self.packed.scale is None else ORDERS * BYTE_ORDERS
+            for old in list(self._orders)[: 1 - most]:
                 self._orders.pop(old, None)
             self._orders[key] = made
         return made
@@ -58,6 +60,14 @@ class Weights:
     def quads(self, whole: int) -> Quads:
         """A weight of bytes in cells of four channels; see `weights.quads`."""
         return self.ordered(("quads", whole), lambda: quads(self.packed, whole))
+
+    @cached_property
+    def fills_lanes(self) -> bool:
+        """Whether four rows of a group are the filters of one lane, in order, those without a filter at the end."""
+        fours = self.packed.out_index.reshape(-1, QUAD)
+        wanted = fours[:, :1] + np.arange(QUAD)
+        first = (fours[:, 0] % QUAD == 0) | (fours < 0).all(axis=1)
+        return bool(((fours == wanted) | (fours < 0)).all() and first.all())
 
     @cached_property
     def row_sums(self) -> NDArray[np.int64]:

@@ -27,7 +27,7 @@ from autoprune.latency.quiet import timing
 from autoprune.latency.timer import Clock
 from autoprune.processes.locks import turn
 from autoprune.repack.graph.ops import Conv2d, ConvolutionOp, GatedConv2d, Linear, Op, Recurrent
-from autoprune.repack.kernels.compiler import Target
+from autoprune.repack.kernels.compiler import Target, host
 from autoprune.repack.lowering.geometry import Tiling
 from autoprune.repack.lowering.steps import NativeStep
 from autoprune.repack.lowering.weights import Weights
@@ -54,7 +54,9 @@ class TuningCache:
     def __init__(self, path: Path | None = None) -> None:
         self._path = path
         identity = machine_identity()
-        self.machine = {key: identity[key] for key in ("cpu", "vector", "llvmlite")} | {"version": VERSION}
+        self.machine = {key: identity[key] for key in ("cpu", "vector", "llvmlite")} | {
+            "version": VERSION, "dot": host().dot, "tiles": host().amx,
+        }  # fmt: skip
         self.found, self.by_sample = self._read()
         self.changed = False
 

@@ -91,6 +91,7 @@ class GatedConv2d(ConvolutionOp):
 
     kind = "gated_conv2d"
     operands = (2, 4)
+    roles: ClassVar[Roles] = {"weight": (4, True), "bias": (1, False)}
 
     groups: Annotated[int, integer(1, 1)]
     gate: Flag
