@@ -35,7 +35,7 @@ from torch import Tensor, nn
 import autoprune
 from autoprune.errors import AutopruneError
 from autoprune.latency.engines import ENGINES, baselines, best_engine
-from autoprune.latency.engines.base import Call, Precision
+from autoprune.latency.engines.base import Call, EnginePrecision
 from autoprune.latency.timer import SETTLE_MS, Latency, Protocol, measure_together, speedup
 from autoprune.masks import Masks, apply_masks_
 from autoprune.model.inventory import take_inventory
@@ -194,7 +194,7 @@ def measure(cell: Cell, dense: Dense, seconds: float, deepsparse: DeepSparse | N
     error = relative_error(fast, masked, dense.x)
     with torch.inference_mode():
         snr_db = signal_to_noise_db(fast(dense.x), masked(dense.x))
-    if not error <= ROUNDED[cast(Precision, cell.precision)]:
+    if not error <= ROUNDED[cast(EnginePrecision, cell.precision)]:
         raise AutopruneError(f"{cell}: the repacked model's outputs are {error:.1e} off (relative).")
     calls: dict[str, Call] = {**dense.calls, REPACKED: partial(fast, dense.x)}
     protocol = Protocol(rounds(calls, cell.threads, seconds), WARMUP, cell.threads, MIN_SAMPLE_MS, lead=1)

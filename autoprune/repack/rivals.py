@@ -13,13 +13,13 @@ from torch.utils import _pytree as pytree
 
 from autoprune.errors import AutopruneError
 from autoprune.latency.engines import ENGINES
-from autoprune.latency.engines.base import Call, Precision
+from autoprune.latency.engines.base import Call, EnginePrecision
 from autoprune.latency.engines.export import Exported, OnnxEngine
 from autoprune.model.copies import copy_for_inference, not_running
 from autoprune.repack.outputs import difference, noise_of, same_output
 from autoprune.repack.probes import fresh
 
-ROUNDED: Mapping[Precision, float] = {"float32": 1e-3, "bf16": 0.1, "int8": 0.5}
+ROUNDED: Mapping[EnginePrecision, float] = {"float32": 1e-3, "bf16": 0.1, "int8": 0.5}
 """How far from the model's largest value an engine's rounding may lead: what is further off computes something else.
 How close it is, which is the model's matter in int8, is for `signal_to_noise_db`."""
 

@@ -21,7 +21,7 @@ LONGEST = 400  # characters of an engine's reason
 
 Call = Callable[[], object]
 Inputs = tuple[Any, ...]
-Precision = Literal["float32", "bf16", "int8"]
+EnginePrecision = Literal["float32", "bf16", "int8"]
 
 
 class DenseEngine(ABC):
@@ -37,7 +37,7 @@ class DenseEngine(ABC):
 
     needs: ClassVar[tuple[str, ...]] = ()
     install: ClassVar[str] = INSTALL
-    precision: ClassVar[Precision] = "float32"
+    precision: ClassVar[EnginePrecision] = "float32"
     note: str = ""
 
     @property

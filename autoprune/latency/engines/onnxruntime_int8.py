@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from autoprune.errors import AutopruneError
-from autoprune.latency.engines.base import Call, DenseEngine, Inputs, Precision
+from autoprune.latency.engines.base import Call, DenseEngine, EnginePrecision, Inputs
 from autoprune.latency.engines.export import arrays, onnx_file
 from autoprune.latency.engines.onnxruntime import onnxruntime_call
 from autoprune.latency.engines.silence import silenced
@@ -35,7 +35,7 @@ class OnnxRuntimeInt8(DenseEngine):
     """
 
     needs = ("onnx", "onnxscript", "onnxruntime")
-    precision: ClassVar[Precision] = "int8"
+    precision: ClassVar[EnginePrecision] = "int8"
 
     def _compile(self, model: nn.Module, inputs: Inputs, threads: int, calibration: Sequence[Inputs]) -> Call:
         with onnx_file(model, inputs) as path:

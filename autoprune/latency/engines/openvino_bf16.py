@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar
 
-from autoprune.latency.engines.base import Call, Inputs, Precision
+from autoprune.latency.engines.base import Call, EnginePrecision, Inputs
 from autoprune.latency.engines.export import OnnxEngine
 from autoprune.latency.engines.openvino import openvino_call, openvino_model
 
@@ -14,7 +14,7 @@ class OpenVinoBf16(OnnxEngine):
     """OpenVINO's CPU plugin with its own choice of precision, where that is bfloat16."""
 
     needs = ("onnx", "onnxscript", "openvino")
-    precision: ClassVar[Precision] = "bf16"
+    precision: ClassVar[EnginePrecision] = "bf16"
 
     def _load(self, path: Path, inputs: Inputs, threads: int) -> Call:
         return openvino_call(*openvino_model(path, inputs), threads, {}, products=("bf16",))

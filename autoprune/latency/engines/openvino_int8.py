@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from autoprune.latency.engines.base import Call, DenseEngine, Inputs, Precision
+from autoprune.latency.engines.base import Call, DenseEngine, EnginePrecision, Inputs
 from autoprune.latency.engines.export import arrays, onnx_file
 from autoprune.latency.engines.openvino import (
     FLOAT32,
@@ -29,7 +29,7 @@ class OpenVinoInt8(DenseEngine):
 
     needs = ("onnx", "onnxscript", "openvino", "nncf")
     install: ClassVar[str] = 'pip install "autoprune[engines-int8]"'
-    precision: ClassVar[Precision] = "int8"
+    precision: ClassVar[EnginePrecision] = "int8"
 
     def _compile(self, model: nn.Module, inputs: Inputs, threads: int, calibration: Sequence[Inputs]) -> Call:
         nncf = import_nncf()
