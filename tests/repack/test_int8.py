@@ -61,6 +61,20 @@ class Grouped(nn.Module):
         return y
 
 
+class Around(nn.Module):
+    """Depthwise convolutions that have no kernel of their own: beside a sum, and in wide steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.deep = nn.Conv2d(4, 16, 1), nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.leap, self.out = nn.Conv2d(16, 16, 5, stride=5, groups=16), nn.Conv2d(16, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.up(x))
+        y: Tensor = self.out(self.leap(F.relu(self.deep(x) + x)))
+        return y
+
+
 class Tokens(nn.Module):
     """A transformer's block: norms in float, Linears in int8, GELU between two of them."""
 
@@ -174,6 +188,7 @@ def images(batch: int = 2, channels: int = 3, size: int = 20) -> Tensor:
 MODELS: dict[str, tuple[type[nn.Module], Tensor]] = {
     "residual": (Residual, images()),
     "grouped": (Grouped, images(channels=4, size=11)),
+    "around": (Around, images(channels=4, size=15)),
     "tokens": (Tokens, torch.randn(2, 17, 24, generator=torch.Generator().manual_seed(0))),
     "pooled": (Pooled, images(size=16)),
     "joined": (Joined, images(size=13)),
@@ -234,6 +249,16 @@ def test_the_program_computes_what_the_quantised_graph_says(name: str, pattern: 
     for given in (x, *like(x, 2)):
         wanted = said(fast, given)
         assert noise_of(tensors_in(fast(given)), tensors_in(wanted)) < 0.01
+
+
+def test_a_depthwise_layer_without_a_kernel_stays_float_and_says_why() -> None:
+    fast, _, _ = quantised("around")
+    rows = {row.name: row for row in fast.report}
+    assert {name: row.precision for name, row in rows.items()} == {
+        "up": "int8", "deep": "float32", "leap": "float32", "out": "int8",
+    }  # fmt: skip
+    for name in ("deep", "leap"):
+        assert "depthwise" in rows[name].why
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -23,7 +23,7 @@ from autoprune.repack.graph.ops import (
 )
 from autoprune.repack.graph.reference import reference
 from autoprune.repack.graph.schema import validate
-from autoprune.repack.quantize import Settings, quantised_graph
+from autoprune.repack.quantize import Settings, quantisable, quantised_graph
 
 SIDE, ONE, THREE = 8, (1, 1), (3, 3)
 
@@ -83,7 +83,7 @@ def test_int8_layers_read_bytes_and_nobody_reads_bytes_who_cannot(seed: int) -> 
     torch.manual_seed(seed)
     rng = random.Random(seed)
     graph = random_graph(rng)
-    layers = {op.output for op in graph.ops if isinstance(op, (Conv2d, Linear)) and rng.random() < 0.8}
+    layers = {name for name in quantisable(graph) if rng.random() < 0.8}
     batches = [(torch.randn(3, 4, SIDE, SIDE),) for _ in range(2)]
     found = quantised_graph(graph, layers, batches, Settings("min_max", bias_correction=False))
 

@@ -35,9 +35,10 @@ from autoprune.repack.graph.ops import (
     TorchOp,
 )
 from autoprune.repack.graph.ops.pooling import PoolOp
+from autoprune.repack.lowering.conv_rules import is_depthwise
+from autoprune.repack.weights.quads import QUAD
 
 MAPS = 4  # axes of a feature map
-TOGETHER = 4  # channels that lie in one 32-bit lane
 
 
 def refusal(graph: Graph, op: LayerOp) -> str:
@@ -52,11 +53,14 @@ def refusal(graph: Graph, op: LayerOp) -> str:
     if op.inputs[0] in graph.constants:
         return "it reads a constant"
     filters, channels = weight.shape[:2]
-    depthwise = channels == 1 and filters == op.conv_groups
-    if op.conv_groups > 1 and not depthwise and (channels % TOGETHER or filters // op.conv_groups % TOGETHER):
+    if op.conv_groups == 1 or is_depthwise(op, weight):
+        return ""
+    if channels == 1 and filters == op.conv_groups:
+        return "it is depthwise, and such a layer has no int8 form where it adds another value or takes wide steps"
+    if channels % QUAD or filters // op.conv_groups % QUAD:
         return (
             f"its {op.conv_groups} groups have {channels} channels and {filters // op.conv_groups} filters each, not "
-            f"multiples of {TOGETHER}"
+            f"multiples of {QUAD}"
         )
     return ""
 
