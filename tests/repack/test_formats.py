@@ -10,8 +10,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from autoprune.patterns.group import Group
+from autoprune.quantization import weight_scales
+from autoprune.repack.weights.alignment import LINE_BYTES, on_cache_lines
 from autoprune.repack.weights.grouping import GROUP_SIZES, Grouping
-from autoprune.repack.weights.packed import find_group_size, pack, stored_density
+from autoprune.repack.weights.packed import find_group_size, pack, pack_rows, stored_density
+from autoprune.repack.weights.quads import quads
+from autoprune.repack.weights.serialized import restore, store
 
 
 def pruned(shape: tuple[int, ...], size: int, sparsity: float, groups: int = 1, seed: int = 0) -> Tensor:
@@ -161,3 +165,20 @@ def test_a_known_grouping_is_taken() -> None:
         mine, given_ = pack(weight, 1, size), pack(weight, 1, size, grouping)
         assert np.array_equal(mine.values, given_.values)
         assert given_.out_index is grouping.rows(size)
+
+
+def test_what_is_read_a_vector_at_a_time_begins_at_a_cache_line() -> None:
+    for filters, channels in ((16, 9), (64, 300), (512, 1024)):
+        weight = torch.randn(filters, channels)
+        rows = np.arange(filters, dtype=np.int32).reshape(-1, 16)
+        floats, steps = pack_rows(weight, 1, rows), pack_rows(weight, 1, rows, weight_scales(weight))
+        stored = store(floats)
+        again = restore(stored.about, stored.tensors)
+        assert again.values.ctypes.data % LINE_BYTES == 0
+        assert floats.values.ctypes.data % LINE_BYTES == 0
+        assert quads(steps).values.ctypes.data % LINE_BYTES == 0
+    shifted = np.arange(100, dtype=np.float32)[1:]
+    made = on_cache_lines(shifted)
+    assert made.ctypes.data % LINE_BYTES == 0
+    assert np.array_equal(made, shifted)
+    assert on_cache_lines(made) is made

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from autoprune.errors import FileError
 from autoprune.quantization.grid import WEIGHT_LEVELS
+from autoprune.repack.weights.alignment import on_cache_lines
 from autoprune.repack.weights.grouping import GROUP_SIZES, Grouping
 
 MAX_EXTENT = 2**31 - 1  # indices are int32
@@ -154,6 +155,7 @@ def pack_rows(weight: Tensor, conv_groups: int, rows: Ints, scale: Tensor | None
     members = rows[group]  # (kept, size)
     values = np.where(members >= 0, dense[members, column[:, None]], 0).astype(np.float32, copy=False)
     if scale is None:
+        values = on_cache_lines(values)
         return PackedWeight(tuple(weight.shape), conv_groups, rows.shape[1], pointer, index, values, rows)
     scales = np.ascontiguousarray(scale.detach().numpy(), np.float32)
     steps = np.rint(values / scales[members]).clip(-WEIGHT_LEVELS, WEIGHT_LEVELS).astype(np.int8)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from autoprune.repack.weights.alignment import on_cache_lines
 from autoprune.repack.weights.packed import Ints, PackedWeight
 
 QUAD = 4  # channels in a lane
@@ -105,7 +106,7 @@ def _mixed(packed: PackedWeight, rest: NDArray[np.int64], group: NDArray[np.int6
 
 
 def _lanes(values: NDArray[np.int8]) -> Ints:
-    return np.ascontiguousarray(values).view(np.int32)[..., 0]
+    return on_cache_lines(values).view(np.int32)[..., 0]
 
 
 def _pointer(group: NDArray[np.int64], groups: int) -> Ints:

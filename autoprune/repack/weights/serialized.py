@@ -18,6 +18,7 @@ from torch import Tensor
 from autoprune.errors import AutopruneError, FileError
 from autoprune.quantization.grid import WEIGHT_LEVELS
 from autoprune.registry import Choice
+from autoprune.repack.weights.alignment import on_cache_lines
 from autoprune.repack.weights.encodings import ENCODINGS, Cells, smallest
 from autoprune.repack.weights.grouping import GROUP_SIZES
 from autoprune.repack.weights.packed import Bytes, Floats, Ints, PackedWeight, owners, pack_rows
@@ -149,7 +150,7 @@ def restore(about: Any, tensors: Mapping[str, Tensor]) -> PackedWeight:
         index = cells.kept.astype(np.int32)
         index -= np.repeat(before.astype(np.int32), np.diff(pointer))
         return PackedWeight(
-            shape, conv_groups, size, pointer.astype(np.int32), index, np.ascontiguousarray(whole), rows, scale
+            shape, conv_groups, size, pointer.astype(np.int32), index, on_cache_lines(whole), rows, scale
         )
     dense = np.zeros(shape[0] * columns, np.float32)
     dense[cells.kept] = whole[:, 0]
