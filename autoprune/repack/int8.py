@@ -24,7 +24,7 @@ from autoprune.repack.graph.ops import LayerOp
 from autoprune.repack.graph.proofs import proven
 from autoprune.repack.graph.reference import reference
 from autoprune.repack.outputs import noise_of, same_output
-from autoprune.repack.probes import agrees, fresh
+from autoprune.repack.probes import agrees, fresh, probes
 from autoprune.repack.quantize import (
     LayerPrecision,
     Modules,
@@ -40,6 +40,7 @@ from autoprune.repack.report import LayerReport
 # two right programs differ by sqrt(2) of that.
 NOISE = 1.5
 LEAST = 1e-4  # of the outputs' size
+FEW, MORE = 256, 7  # numbers that outputs hold; inputs that are tried then
 
 
 @dataclass(frozen=True)
@@ -143,12 +144,18 @@ def reproduces(made: Callable[..., Any], graph: Graph, plain: Graph, inputs: tup
         made: the program, called with the graph's inputs.
         graph: quantised.
         plain: the same before it was quantised.
-        inputs: to try.
+        inputs: to try; others like them are tried, too, where the outputs are few numbers, whose errors vary by chance.
     """
+    runs = (partial(_by_torch, graph), partial(_by_torch, plain), made)
     with torch.inference_mode():
-        wanted, whole, got = (
-            tensors_in(run(*fresh(inputs))) for run in (partial(_by_torch, graph), partial(_by_torch, plain), made)
-        )
+        tried = [[tensors_in(run(*fresh(inputs))) for run in runs]]
+        if sum(x.numel() for x in tried[0][0]) < FEW:
+            drawn = [next(probes(inputs, seed=seed)) for seed in range(MORE)]
+            tried += [[tensors_in(run(*fresh(given))) for run in runs] for given in drawn]
+    wanted, whole, got = (
+        [torch.cat([x.flatten() for x in output]) for output in zip(*(sample[at] for sample in tried), strict=True)]
+        for at in range(len(runs))
+    )
     return noise_of(got, wanted) <= max(LEAST, NOISE * noise_of(wanted, whole))
 
 
