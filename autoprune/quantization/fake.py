@@ -27,6 +27,11 @@ INPUT, OUTPUT = "int8_input", "int8_output"
 _EXACT: ContextVar[bool] = ContextVar("exact", default=False)
 
 
+def place_of(module: str, side: str) -> str:
+    """Where a grid is in a state dict: that of a module, by name, and of what it reads (INPUT) or gives (OUTPUT)."""
+    return f"{module}.{side}".lstrip(".")  # the model itself has no name
+
+
 class _StraightThrough(torch.autograd.Function):
     """``rounded``, with the gradient going to x; where there are bounds, only to what lies between them."""
 
@@ -79,7 +84,7 @@ def attach_(model: nn.Module, grids: Mapping[str, Grid]) -> None:
 
     Args:
         model: changed in place; grids that it has already are replaced.
-        grids: by place, ``<module>.int8_input`` or ``<module>.int8_output``; an input's makes the weight int8, too.
+        grids: by place (see `place_of`), ``<module>.int8_input`` or ``<module>.int8_output``; an input's makes the weight int8, too.
 
     Raises:
         AutopruneError: the model has no such module, or an input's can be no int8 layer.

@@ -181,6 +181,19 @@ def test_a_failing_call_leaves_the_weight_in_its_place() -> None:
     assert layer[0].weight is dict(layer.named_parameters())["0.weight"]
 
 
+def test_a_layer_that_is_the_whole_model_becomes_int8() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Linear(32, 16), torch.randn(20, 32)
+    assert [row.precision for row in autoprune.quantize_(model, x, [x])] == ["int8"]
+    assert list(grids_of(model)) == ["int8_input"]
+    fast = autoprune.repack(model, x, precision="int8")
+    assert [row.precision for row in fast.report] == ["int8"]
+    with torch.inference_mode():
+        assert noise_of((fast(x),), (model(x),)) < 1e-5
+    calibrated = autoprune.repack(autoprune.dequantize_(model), x, precision="int8", calibration=[x])
+    assert [row.precision for row in calibrated.report] == ["int8"]
+
+
 def test_gradients_pass_where_values_are_on_the_grid() -> None:
     x = torch.tensor([-1.0, -0.26, 0.1, 0.9, 5.0], requires_grad=True)
     rounded = fake_quantized(x, Grid(0.01, 50))

@@ -214,7 +214,7 @@ class Calibration:
     def _row(
         self, name: str, placement: Placement, grids: Mapping[str, Grid], fitted: Mapping[str, Fitted]
     ) -> LayerPrecision:
-        layer, own, alone = self.ops[name].layer or name, self.snr_db.get(name), self.model_snr_db.get(name)
+        layer, own, alone = self.ops[name].layer_or_output, self.snr_db.get(name), self.model_snr_db.get(name)
         if name not in fitted:
             return LayerPrecision(
                 layer, name, "float32", snr_db=own, model_snr_db=alone, why=self.why.get(name, "")

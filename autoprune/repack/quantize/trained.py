@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from autoprune.errors import AutopruneError
 from autoprune.model.arguments import Arguments
 from autoprune.quantization import LEVELS, WEIGHT_LEVELS, Grid, weight_scales
-from autoprune.quantization.fake import INPUT, OUTPUT, quantizable_module
+from autoprune.quantization.fake import INPUT, OUTPUT, place_of, quantizable_module
 from autoprune.quantization.ranges import on_scales
 from autoprune.repack.graph.ir import Graph
 from autoprune.repack.graph.ops import FusedLayerOp, MaxPool2d, Op, Reshape
@@ -163,9 +163,9 @@ class Places:
             if not unreached:
                 break
             floats |= unreached
-        self.of = {value: [f"{module}.{OUTPUT}" for _, module in made] for value, made in rounded.items()}
+        self.of = {value: [place_of(module, OUTPUT) for _, module in made if module is not None] for value, made in rounded.items()}
         for layer in layers:
-            self.of[self.placement.source(layer)].append(f"{modules.layers[layer]}.{INPUT}")
+            self.of[self.placement.source(layer)].append(place_of(modules.layers[layer], INPUT))
 
     def _rounding(self, value: str) -> Iterator[tuple[str, str | None]]:
         """The values that must be rounded where they are made, each with the module that makes it, if one does."""
@@ -202,7 +202,7 @@ def places_for(
     places = Places(graph, [name for name in able if rows[name].precision == "int8"], modules)
     grids = calibration.ranges.grids(places.placement)
     found = {place: grids[value] for value, of_value in places.of.items() for place in of_value}
-    refused = {op.output: LayerPrecision(op.layer or op.output, op.output, "float32", why=NOT_A_MODULE)
+    refused = {op.output: LayerPrecision(op.layer_or_output, op.output, "float32", why=NOT_A_MODULE)
                for op in graph.ops if isinstance(op, FusedLayerOp) and op.output not in rows}  # fmt: skip
     return found, tuple((rows | refused)[name] for name in layers)
 
@@ -221,9 +221,9 @@ def trained_graph(graph: Graph, modules: Modules, grids: Mapping[str, Grid]) -> 
     ops = {op.output: op for op in graph.ops if isinstance(op, FusedLayerOp)}
     layers = [
         name for name, op in ops.items()
-        if f"{modules.layers.get(name)}.{INPUT}" in grids and not refusal(graph, op)
+        if name in modules.layers and place_of(modules.layers[name], INPUT) in grids and not refusal(graph, op)
     ]  # fmt: skip
-    known = {value: tuple(name for name in names if f"{name}.{OUTPUT}" in grids)
+    known = {value: tuple(name for name in names if place_of(name, OUTPUT) in grids)
              for value, names in modules.outputs.items()}  # fmt: skip
     places = Places(graph, layers, Modules(modules.layers, known))
     on = {value: _same_grid(of_value, grids) for value, of_value in places.of.items()}
@@ -249,7 +249,7 @@ def _same_grid(places: Sequence[str], grids: Mapping[str, Grid]) -> Grid:
 
 
 def _row(op: FusedLayerOp, placement: Placement, grids: Mapping[str, Grid]) -> LayerPrecision:
-    layer, name = op.layer or op.output, op.output
+    layer, name = op.layer_or_output, op.output
     if name not in placement.chains:
         return LayerPrecision(layer, name, "float32", why="it was not fake-quantised")
     grid = grids[placement.source(name)]

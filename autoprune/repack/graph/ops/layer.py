@@ -30,6 +30,11 @@ class LayerOp(Op):
     layer: OptionalText = None
 
     @property
+    def layer_or_output(self) -> str:
+        """The module's name, which is empty where that is the whole model; the output's where a pass made the layer."""
+        return self.output if self.layer is None else self.layer
+
+    @property
     def conv_groups(self) -> int:
         """Groups of a convolution; 1 of any other layer."""
         return 1
