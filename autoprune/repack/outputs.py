@@ -49,15 +49,17 @@ def _same_tensor(got: Tensor, wanted: Tensor, tolerance: float) -> bool:
 def noise_of(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     """The largest error of an output, as a share of its size (both root mean squares); infinite for other shapes.
 
-    Outputs of integers do not count: one may follow from a comparison that the error turns.
+    Outputs of integers do not count: one may follow from a comparison that the error turns. Nor do elements that are
+    equal, though infinite, as masked ones are, or NaN where the right one is.
     """
     if [x.shape for x in got] != [x.shape for x in wanted]:
         return math.inf
     shares = [0.0]
     for ours, right in zip(got, wanted, strict=True):
         if right.is_floating_point() and right.numel():
-            size = float(right.double().square().mean().sqrt())
-            error = float((ours.double() - right.double()).square().mean().sqrt())
+            alike = (ours == right) | right.isnan()
+            size = float(torch.where(right.isfinite(), right, 0.0).double().square().mean().sqrt())
+            error = float(torch.where(alike, 0.0, ours.double() - right.double()).square().mean().sqrt())
             shares.append(error / size if size else math.inf if error else 0.0)
     return math.inf if any(map(math.isnan, shares)) else max(shares)
 

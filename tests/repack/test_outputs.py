@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from autoprune.repack.outputs import difference
+from autoprune.repack.outputs import difference, noise_of
 
 INF, NAN = float("inf"), float("nan")
 
@@ -32,3 +32,16 @@ def test_how_an_output_differs(got: Tensor, wanted: Tensor, told: str) -> None:
 
 def test_outputs_that_are_missing() -> None:
     assert difference([], [torch.zeros(1)]) == "0 outputs for the model's 1"
+
+
+@pytest.mark.parametrize("masked", [float("inf"), -float("inf"), float("nan")])
+def test_masked_elements_make_no_noise_and_hide_none(masked: float) -> None:
+    right = torch.tensor([3.0, masked, -4.0])
+    assert noise_of([right.clone()], [right]) == 0.0
+    assert noise_of([torch.tensor([3.0, masked, -3.5])], [right]) == pytest.approx(0.1)
+
+
+def test_a_number_in_the_place_of_an_infinite_one_is_endless_noise() -> None:
+    right, ours = torch.tensor([1.0, -float("inf")]), torch.ones(2)
+    assert noise_of([ours], [right]) == noise_of([right], [ours]) == float("inf")
+    assert noise_of([torch.tensor([1.0, float("nan")])], [torch.ones(2)]) == float("inf")
