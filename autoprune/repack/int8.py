@@ -109,7 +109,7 @@ class Wish:
         else:
             layers = [op.output for op in graph.ops if isinstance(op, LayerOp)]
             chosen: Literal["int8", "mixed"] = "mixed" if self.precision == "mixed" else "int8"
-            batches = batches_of(self.calibration, model)
+            batches = batches_of(self.calibration, model, arguments)
             made = quantised_graph(ordered, layers, batches, Settings(precision=chosen))
         return made.graph, made.precisions
 

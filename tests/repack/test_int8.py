@@ -401,3 +401,52 @@ def test_a_border_far_wider_than_the_map_is_refused() -> None:
     for more in ({}, calibrated):
         with pytest.raises(AutopruneError, match="no room for so much"):
             autoprune.repack(model, x, form="program", **more)
+
+
+class Scaled(nn.Module):
+    """Two inputs of one shape, one of which may be given by keyword alone, and a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(6, 8)
+
+    def forward(self, x: Tensor, *, state: Tensor, factor: float = 1.0) -> Tensor:
+        y: Tensor = self.a(x) * factor - self.b(state)
+        return y
+
+
+@pytest.mark.parametrize(
+    ("batch", "told"),
+    [
+        ({"x": 1, "labels": 100}, "takes x, state, factor, not x, labels"),
+        ((1, 100), "not <0>, <1>"),
+        ({"x": 1, "state": 100, "labels": 1}, "not x, state, labels"),
+        ({"x": 1, "state": 100, "factor": 2.0}, "the argument factor is fixed in this program: 1.0"),
+    ],
+)
+@pytest.mark.parametrize("make", [autoprune.repack, autoprune.quantize_])
+def test_a_calibration_batch_of_other_arguments_is_refused(make: Any, batch: Any, told: str) -> None:
+    x = torch.randn(2, 6)
+    mapping = isinstance(batch, dict)
+    values = [x * each if isinstance(each, int) else each for each in (batch.values() if mapping else batch)]
+    given = dict(zip(batch, values, strict=True)) if mapping else tuple(values)
+    more = {"precision": "int8"} | ({"calibration": [given]} if make is autoprune.repack else {})
+    with pytest.raises(AutopruneError, match=rf"calibration batch 1 does not fit: .*{told}.*without labels"):
+        make(Scaled(), {"x": x, "state": x}, *([] if "calibration" in more else [[given]]), **more)
+
+
+def test_calibration_batches_name_their_arguments_in_any_order() -> None:
+    x = torch.randn(2, 6)
+    batches = [{"state": 100 * x, "x": x}, autoprune.Arguments(x, state=100 * x)]
+    fast = autoprune.repack(Scaled(), {"x": x, "state": x}, precision="int8", calibration=batches)
+    scales = {row.name: row.scale for row in fast.report}
+    assert scales["b"] == pytest.approx(100 * (scales["a"] or 0.0), rel=0.05)
+
+
+def test_a_weight_that_is_not_finite_is_told_by_its_layer() -> None:
+    model, x = built("residual")
+    assert isinstance(model, Residual)
+    with torch.no_grad():
+        model.down.weight[0, 0, 0, 0] = float("nan")
+    with pytest.raises(AutopruneError, match="the weight of 'down' is NaN or infinite somewhere"):
+        autoprune.repack(model, x, precision="int8", calibration=like(x))

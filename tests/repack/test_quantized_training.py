@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations, prune
 
 import autoprune
 from autoprune.errors import AutopruneError
@@ -295,3 +296,18 @@ def test_grids_of_one_value_that_differ_are_refused() -> None:
     model.get_buffer("2.shortcut.0.int8_input").mul_(2)
     with pytest.raises(AutopruneError, match="are grids of one value and differ"):
         autoprune.repack(model, x, precision="int8")
+
+
+def test_layers_whose_weight_is_computed_stay_float() -> None:
+    normed, masked, plain = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1)
+    parametrizations.weight_norm(normed)
+    prune.l1_unstructured(masked, "weight", 0.5)
+    model = nn.Sequential(normed, nn.ReLU(), masked, nn.ReLU(), plain).eval()
+    batches = data((2, 3, 8, 8), 3)
+    rows = autoprune.quantize_(model, batches[0], batches)
+    assert [row.precision for row in rows] == ["float32", "float32", "int8"]
+    assert all("plain weight" in row.why for row in rows[:2])
+    assert grids_of(model).keys() == {"4.int8_input"}
+    fast = autoprune.repack(model, batches[0], precision="int8")
+    with torch.inference_mode():
+        assert noise_of((fast(batches[1]),), (model(batches[1]),)) < 1e-5

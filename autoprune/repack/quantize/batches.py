@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from autoprune.errors import AutopruneError
 from autoprune.model.arguments import Arguments
 from autoprune.quantization import Observer
+from autoprune.repack.graph.calls import Signature
 from autoprune.repack.graph.extents import check_shapes
 from autoprune.repack.graph.ir import Graph
 from autoprune.repack.graph.ops import Op, Values
@@ -20,18 +21,33 @@ Batch = tuple[Tensor, ...]
 """The tensors of one call, in the order of the graph's inputs."""
 
 
-def batches_of(calibration: Iterable[Any], model: nn.Module) -> list[Batch]:
+def batches_of(calibration: Iterable[Any], model: nn.Module, example: Arguments) -> list[Batch]:
     """The tensors of batches that are given as the model is called.
 
+    Args:
+        calibration: the batches.
+        model: called with them.
+        example: arguments of one call, in order: those of a batch must be built like them.
+
     Raises:
-        AutopruneError: it is one batch, or none of these things.
+        AutopruneError: it is one batch, or none of these things; or one has other arguments, such as labels.
     """
     if isinstance(calibration, Tensor | nn.Module | str) or not isinstance(calibration, Iterable):
         raise AutopruneError(
             f"calibration is a list of batches, each as the model is called, not {type(calibration).__name__}."
         )
-    given = (Arguments.of(batch).ordered(model).tensors for batch in calibration)
-    return [tuple(x.detach().cpu() for x in tensors) for tensors in given]
+    signature, batches = Signature.of(model, example), list[Batch]()
+    for number, batch in enumerate(calibration, 1):
+        given = Arguments.of(batch)
+        try:
+            tensors = signature.tensors(given.args, given.kwargs)
+        except AutopruneError as error:
+            raise AutopruneError(
+                f"calibration batch {number} does not fit: {error} Give each batch as the model is called, without "
+                "labels."
+            ) from error
+        batches.append(tuple(x.detach().cpu() for x in tensors))
+    return batches
 
 
 def fitting_batches(graph: Graph, batches: Sequence[Batch]) -> list[Batch]:

@@ -143,6 +143,12 @@ class Calibration:
             raise AutopruneError(f"the graph has no layers whose outputs are {', '.join(missing)}.")
         self.why = {name: why for name, op in self.ops.items() if (why := refusal(graph, op))}
         self.candidates = [name for name in self.ops if name not in self.why]
+        for op in map(self.ops.__getitem__, self.candidates):
+            if not bool(torch.isfinite(graph.constants[op.tensors["weight"]]).all()):
+                raise AutopruneError(
+                    f"the weight of {op.layer or op.output!r} is NaN or infinite somewhere, so that it cannot be "
+                    "quantised: repack a model whose training did not diverge."
+                )
         self.batches = fitting_batches(graph, batches)
         self.placing = Placing(graph)
         whole = self.placing.of(self.candidates)
@@ -174,8 +180,8 @@ class Calibration:
         """As many candidates in int8 as what is allowed lets be."""
         if self.settings.score is None and not any(self.outputs):
             raise AutopruneError(
-                "the model returns no floats, so that a signal-to-noise ratio could tell which layers can be int8: "
-                "give a score."
+                "the model returns no floats, whose noise would tell which layers can be int8: repack one that returns "
+                "what its answer is made of, such as its logits, or take the precision 'int8'."
             )
         self.model_snr_db = self._alone()
         worst = sorted(self.model_snr_db, key=self.model_snr_db.__getitem__)

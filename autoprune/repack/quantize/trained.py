@@ -7,7 +7,7 @@ is made; where no module's output is that map, as in a forward that adds by itse
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from autoprune.repack.quantize.precision import Calibration, LayerPrecision, Qua
 TRAINED = "trained"
 """The range method of a grid that a model was trained with."""
 
-NOT_A_MODULE = "no Conv1d, Conv2d or Linear module of its own, called once, computes it"
+NOT_A_MODULE = "no Conv1d, Conv2d or Linear module of its own, called once and with a plain weight, computes it"
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,11 @@ class Modules:
             and op.inputs[0] in calls.inputs.get(op.layer, ())
         }  # fmt: skip
         return cls(layers, {value: tuple(names) for value, names in calls.outputs.items()})
+
+    def that_round(self, model: nn.Module) -> Modules:
+        """The same, of the layers that can round in this model: in the copy, weights that it computes are plain."""
+        able = {value: name for value, name in self.layers.items() if quantizable_module(model.get_submodule(name))}
+        return replace(self, layers=able)
 
 
 def _is_layer(model: nn.Module, name: str) -> bool:

@@ -40,7 +40,8 @@ def quantize_(
 
     Returns:
         What became of each layer, in the order they run. Layers without a Conv1d, Conv2d or Linear module of their own
-        stay float32, such as those inside torch's MultiheadAttention.
+        stay float32, such as those inside torch's MultiheadAttention, and those whose weight is computed from other
+        tensors, as weight norm and torch's own pruning do.
 
     Raises:
         CaptureError: the model cannot be captured.
@@ -52,7 +53,7 @@ def quantize_(
     check_inputs(arguments.tensors)
     captured = capture(copied, arguments)
     graph = simplify(captured)
-    modules = Modules.of(copied, arguments, captured, graph)
-    grids, rows = places_for(graph, modules, batches_of(calibration, copied), Settings(precision=precision))
+    modules = Modules.of(copied, arguments, captured, graph).that_round(model)
+    grids, rows = places_for(graph, modules, batches_of(calibration, copied, arguments), Settings(precision=precision))
     attach_(dequantize_(model), grids)
     return rows
