@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import runpy
 from pathlib import Path
@@ -68,6 +69,16 @@ def test_files_and_names_of_the_code_are_there(page: str) -> None:
         sources = [path.read_text(encoding="utf-8") for path in SOURCES if path.as_posix().endswith(f"/{name}")]
         for symbol in re.findall(r"`[\w.]*?(\w+)`", listed):
             assert any(re.search(rf"\b{symbol}\b", source) for source in sources), f"{name}: {symbol}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_what_pages_take_from_the_package_is_there(page: Path) -> None:
+    for code in PYTHON.findall(page.read_text(encoding="utf-8")):
+        for name in re.findall(r"\bautoprune\.(\w+)\(", code):
+            assert hasattr(autoprune, name), name
+        for module, names in re.findall(r"^from (autoprune(?!\.integrations)[\w.]*) import (.+)$", code, re.MULTILINE):
+            for name in names.split(", "):
+                assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
 
 
 def build() -> nn.Module:
