@@ -84,7 +84,8 @@ def attach_(model: nn.Module, grids: Mapping[str, Grid]) -> None:
 
     Args:
         model: changed in place; grids that it has already are replaced.
-        grids: by place (see `place_of`), ``<module>.int8_input`` or ``<module>.int8_output``; an input's makes the weight int8, too.
+        grids: by place (see `place_of`), ``<module>.int8_input`` or ``<module>.int8_output``; an input's makes the
+            weight int8, too.
 
     Raises:
         AutopruneError: the model has no such module, or an input's can be no int8 layer.

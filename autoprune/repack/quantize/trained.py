@@ -168,7 +168,10 @@ class Places:
             if not unreached:
                 break
             floats |= unreached
-        self.of = {value: [place_of(module, OUTPUT) for _, module in made if module is not None] for value, made in rounded.items()}
+        self.of = {
+            value: [place_of(module, OUTPUT) for _, module in made if module is not None]
+            for value, made in rounded.items()
+        }
         for layer in layers:
             self.of[self.placement.source(layer)].append(place_of(modules.layers[layer], INPUT))
 
