@@ -85,7 +85,7 @@ class EnvSection(Section):
     max_sparsity: Fraction = 0.95
     keep_dense: tuple[str, ...] = ()  # glob patterns of layer names
     min_weights: Count = 64  # smaller layers stay dense
-    min_saving: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.005  # of the dense time, or the layer is left whole
+    min_saving: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.02  # of the repacked dense time, or it is left whole
     start: Literal["uniform", "knapsack"] = "uniform"  # the plan that layers' actions start from
     recovery: ChoiceField = Choice("reconstruct")  # what happens between masking and scoring
     curves: bool = True  # whether the agent sees the layers' latency and sensitivity curves
@@ -177,7 +177,7 @@ class GeneralistConfig(Root):
     env: EnvSection = EnvSection(
         actions=(Choice("mix"), Choice("coefficient", {"reach": 1.0})),
         max_sparsity=0.98,
-        min_saving=0.001,
+        min_saving=0.004,
         recovery=Choice("batch_norm"),
         timing="table",
         shaping=0.0,

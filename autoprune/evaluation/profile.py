@@ -361,23 +361,22 @@ def worth_pruning(inventory: Inventory, table: LatencyTable, max_sparsity: float
         inventory: what could be pruned.
         table: what pruning it saves.
         max_sparsity: of any layer.
-        min_saving: least share of the dense model's time that a layer must be able to save.
+        min_saving: least share of the repacked dense model's time that a layer must be able to save.
 
     Raises:
         AutopruneError: when nothing is left.
     """
-    layers, dense = [], list(inventory.dense)
+    layers, dense, whole_ms = [], list(inventory.dense), table.unpruned_ms
     for layer in inventory.layers:
-        share = table.saving_us(layer.name, max_sparsity) / 1e3 / table.dense_ms
+        share = table.saving_us(layer.name, max_sparsity) / 1e3 / whole_ms
         if share >= min_saving:
             layers.append(layer)
         else:
-            dense.append(
-                KeptDense(layer.name, layer.kind, f"pruning it saves at most {100 * share:.1f}% of torch eager's time")
-            )
+            reason = f"pruning it saves at most {100 * share:.1f}% of the repacked model's time"
+            dense.append(KeptDense(layer.name, layer.kind, reason))
     if not layers:
         raise AutopruneError(
-            f"no layer is worth pruning: none could save {100 * min_saving:g}% of the dense model's "
-            f"{table.dense_ms:.3f} ms in torch eager on this machine. Use repack alone, or lower env.min_saving."
+            f"no layer is worth pruning: none could save {100 * min_saving:g}% of the {whole_ms:.3f} ms that the dense "
+            "model takes when it is repacked on this machine. Use repack alone, or lower env.min_saving."
         )
     return Inventory(tuple(layers), tuple(dense))

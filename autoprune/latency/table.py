@@ -156,6 +156,11 @@ class LatencyTable:
         """Predicted time of the repacked model, milliseconds."""
         return self.whole_ms(self.sum_ms(plan))
 
+    @property
+    def unpruned_ms(self) -> float:
+        """Predicted time of the repacked model with all its weights, milliseconds."""
+        return self.whole_ms(1e-3 * math.fsum(self.whole_us(name) for name in self.layers))
+
     def predict_speedup(self, plan: Plan) -> float:
         """Predicted speed-up over the dense model in torch eager."""
         return self.dense_ms / self.predict_ms(plan)
