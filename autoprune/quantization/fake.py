@@ -8,7 +8,7 @@ and other hooks see what they always saw. The grids are buffers, and so in state
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -33,14 +33,16 @@ def place_of(module: str, side: str) -> str:
 
 
 class _StraightThrough(torch.autograd.Function):
-    """``rounded``, with the gradient going to x; where there are bounds, only to what lies between them."""
+    """``rounding(x)``, with the gradient going to x; where there are bounds, only to what lies between them."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rounded: Tensor, bounds: tuple[float, float] | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, rounding: Callable[[Tensor], Tensor], bounds: tuple[float, float] | None
+    ) -> Tensor:
         ctx.bounds = bounds
         if bounds is not None:
             ctx.save_for_backward(x)
-        return rounded
+        return rounding(x)  # a tensor made here: torch lets none that was made before be changed in place
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
@@ -52,16 +54,13 @@ class _StraightThrough(torch.autograd.Function):
 
 def fake_quantized(x: Tensor, grid: Grid) -> Tensor:
     """X moved onto a grid, of x's shape and dtype; its gradient is 0 where that is further than a rounding."""
-    rounded, half = grid.rounded(x.detach().float()).to(x.dtype), grid.scale / 2
-    bounds = grid.low - half, grid.high + half
-    return _StraightThrough.apply(x, rounded, bounds)  # type: ignore[no-any-return, no-untyped-call]
+    bounds = grid.low - grid.scale / 2, grid.high + grid.scale / 2
+    return _StraightThrough.apply(x, lambda x: grid.rounded(x.float()).to(x.dtype), bounds)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def fake_quantized_weight(weight: Tensor) -> Tensor:
     """A weight moved onto the scale that each filter's largest magnitude gives it; cut weights stay 0."""
-    exact = weight.detach()
-    rounded = on_scales(exact, weight_scales(exact))
-    return _StraightThrough.apply(weight, rounded, None)  # type: ignore[no-any-return, no-untyped-call]
+    return _StraightThrough.apply(weight, lambda exact: on_scales(exact, weight_scales(exact)), None)  # type: ignore[no-any-return, no-untyped-call]
 
 
 @contextmanager
@@ -84,7 +83,7 @@ def attach_(model: nn.Module, grids: Mapping[str, Grid]) -> None:
 
     Args:
         model: changed in place; grids that it has already are replaced.
-        grids: by place (see `place_of`), ``<module>.int8_input`` or ``<module>.int8_output``; an input's makes the
+        grids: by place, ``<module>.int8_input`` or ``<module>.int8_output``, see `place_of`; an input's makes the
             weight int8, too.
 
     Raises:

@@ -195,6 +195,20 @@ def test_a_layer_that_is_the_whole_model_becomes_int8() -> None:
     assert [row.precision for row in calibrated.report] == ["int8"]
 
 
+@pytest.mark.parametrize("place", ["0.int8_output", "1.int8_input"])
+def test_rounded_values_can_be_changed_in_place(place: str) -> None:
+    class InPlace(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self[0](x)
+            x += 1
+            return F.relu(self[1](x), inplace=True)
+
+    model = InPlace(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1))
+    attach_(model, {place: Grid(0.02, 100), "1.int8_output": Grid(0.02, 100)})
+    model(torch.randn(2, 3, 4, 4)).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 def test_gradients_pass_where_values_are_on_the_grid() -> None:
     x = torch.tensor([-1.0, -0.26, 0.1, 0.9, 5.0], requires_grad=True)
     rounded = fake_quantized(x, Grid(0.01, 50))
