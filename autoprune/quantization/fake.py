@@ -11,10 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from threading import Lock, get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from autoprune.errors import AutopruneError
 from autoprune.quantization.grid import Grid, weight_scales
@@ -61,6 +63,40 @@ def fake_quantized(x: Tensor, grid: Grid) -> Tensor:
 def fake_quantized_weight(weight: Tensor) -> Tensor:
     """A weight moved onto the scale that each filter's largest magnitude gives it; cut weights stay 0."""
     return _StraightThrough.apply(weight, lambda exact: on_scales(exact, weight_scales(exact)), None)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Hiding(Tensor):
+    """Hides a layer's weight while threads call it: what is computed of it is computed of the rounded weight.
+
+    Each thread rounds for itself, with its own gradients, or takes the exact weight within `unrounded`.
+
+    Attributes:
+        exact: the weight.
+        threads: which are in a call.
+    """
+
+    exact: Tensor
+    threads: set[int]
+
+    @classmethod
+    def of(cls, weight: Tensor) -> _Hiding:
+        """Of no call so far."""
+        made = weight.detach().as_subclass(cls)
+        made.exact, made.threads = weight, set()
+        return made
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def seen(x: Any) -> Any:
+            if not isinstance(x, cls):
+                return x
+            return x.exact if _EXACT.get() else fake_quantized_weight(x.exact)
+
+        args, kwargs = pytree.tree_map(seen, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+_HIDING = Lock()  # held where layers are given a `_Hiding`, or it is taken from them
 
 
 @contextmanager
@@ -157,20 +193,30 @@ def _grid(held: Tensor) -> Grid:
 
 
 def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What the layer reads, and the weight that hides its parameter during the call."""
+    """What the layer reads; its parameter is hidden during the call."""
     if _EXACT.get():
         return args, kwargs
     grid, weight = _grid(module._buffers[INPUT]), module._parameters["weight"]  # type: ignore[arg-type]
     assert weight is not None
-    vars(module)["weight"] = fake_quantized_weight(weight)
     if args:
-        return (fake_quantized(args[0], grid), *args[1:]), kwargs
-    return args, {**kwargs, "input": fake_quantized(kwargs["input"], grid)}
+        args = (fake_quantized(args[0], grid), *args[1:])
+    else:
+        kwargs = {**kwargs, "input": fake_quantized(kwargs["input"], grid)}
+    with _HIDING:
+        hiding = vars(module).setdefault("weight", _Hiding.of(weight))
+        hiding.exact = weight  # an interrupted call may have left it, and the layer been given another one since
+        hiding.threads.add(get_ident())
+    return args, kwargs
 
 
 def _after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """The parameter is seen again, even where the call failed."""
-    vars(module).pop("weight", None)
+    """The parameter is seen again when the last thread leaves, even where the call failed, or before it began."""
+    with _HIDING:
+        hiding = vars(module).get("weight")
+        if isinstance(hiding, _Hiding):
+            hiding.threads.discard(get_ident())
+            if not hiding.threads:
+                del vars(module)["weight"]
 
 
 def _round_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:

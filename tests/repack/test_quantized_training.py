@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from torch.nn.utils import parametrizations, prune
 
 import autoprune
 from autoprune.errors import AutopruneError
-from autoprune.quantization import Grid, attach_, grids_of
+from autoprune.quantization import Grid, attach_, grids_of, unrounded
 from autoprune.quantization.fake import fake_quantized, fake_quantized_weight
 from autoprune.repack.int8 import tensors_in
 from autoprune.repack.outputs import noise_of
@@ -207,6 +210,42 @@ def test_rounded_values_can_be_changed_in_place(place: str) -> None:
     attach_(model, {place: Grid(0.02, 100), "1.int8_output": Grid(0.02, 100)})
     model(torch.randn(2, 3, 4, 4)).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+class Waiting(nn.Linear):
+    """Its first call waits until it may go on."""
+
+    def __init__(self) -> None:
+        super().__init__(6, 5)
+        self.first, self.inside, self.go_on = True, threading.Event(), threading.Event()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.first:
+            self.first = False
+            self.inside.set()
+            assert self.go_on.wait(60)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_thread_that_ends_first_changes_nothing_in_another(exact: bool) -> None:
+    """Whether that one, which computes without gradients, rounds or is exact."""
+    torch.manual_seed(0)
+    layer, x = Waiting(), torch.randn(4, 6)
+    attach_(layer, {"int8_input": Grid(0.02, 128)})
+    weight = layer.weight
+    wanted = F.linear(fake_quantized(x, Grid(0.02, 128)), fake_quantized_weight(weight), layer.bias)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(layer, x)
+        assert layer.inside.wait(60)
+        with torch.no_grad(), unrounded() if exact else nullcontext():
+            assert torch.equal(layer(x), F.linear(x, weight, layer.bias) if exact else wanted)
+        layer.go_on.set()
+        got = waiting.result()
+    assert torch.equal(got, wanted)
+    got.sum().backward()
+    assert weight.grad is not None
+    assert layer.weight is weight
 
 
 def test_gradients_pass_where_values_are_on_the_grid() -> None:
