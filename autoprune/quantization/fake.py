@@ -8,6 +8,7 @@ and other hooks see what they always saw. The grids are buffers, and so in state
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -26,6 +27,7 @@ INPUT, OUTPUT = "int8_input", "int8_output"
 """Buffers, (scale, zero point): the grid of what an int8 layer reads, and of what a module gives."""
 
 
+_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
 _EXACT: ContextVar[bool] = ContextVar("exact", default=False)
 
 
@@ -111,7 +113,18 @@ def unrounded() -> Iterator[None]:
 
 def quantizable_module(module: nn.Module) -> bool:
     """Whether hooks can make a module compute as an int8 layer does: its weight is a plain parameter, filters first."""
-    return isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear)) and "weight" in module._parameters
+    return isinstance(module, _LAYERS) and "weight" in module._parameters
+
+
+def _exact_weight(module: nn.Module) -> nn.Parameter:
+    """The weight of a Conv1d, Conv2d or Linear; raises AutopruneError where that is computed of others."""
+    weight = module._parameters.get("weight")
+    if weight is None:
+        raise AutopruneError(
+            f"the weight of a {type(module).__name__} is computed of others at each call, and fake quantisation "
+            "rounds parameters alone: make it plain first (prune.remove, remove_parametrizations)."
+        )
+    return weight
 
 
 def attach_(model: nn.Module, grids: Mapping[str, Grid]) -> None:
@@ -123,16 +136,11 @@ def attach_(model: nn.Module, grids: Mapping[str, Grid]) -> None:
             weight int8, too.
 
     Raises:
-        AutopruneError: the model has no such module, or an input's can be no int8 layer.
+        AutopruneError: the model has no such module, or an input's can be no int8 layer; the model is as before.
     """
-    for place, grid in grids.items():
-        name, _, side = place.rpartition(".")
-        try:
-            module = model.get_submodule(name)
-        except AttributeError:
-            raise AutopruneError(f"the model has no module {name!r}, whose grid was given.") from None
-        if side == INPUT and not quantizable_module(module):
-            raise AutopruneError(f"{name!r} is a {type(module).__name__} that cannot be fake-quantised.")
+    modules = {place: _module_at(model, place) for place in grids}
+    for place, module in modules.items():
+        side, grid = place.rpartition(".")[2], grids[place]
         some = next(iter(module.parameters()), None)
         held = torch.tensor([grid.scale, float(grid.zero_point)], device=None if some is None else some.device)
         hooked = side in module._buffers
@@ -144,6 +152,19 @@ def attach_(model: nn.Module, grids: Mapping[str, Grid]) -> None:
             module.register_forward_hook(_after, always_call=True)
         else:
             module.register_forward_hook(_round_output)
+
+
+def _module_at(model: nn.Module, place: str) -> nn.Module:
+    name, _, side = place.rpartition(".")
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        raise AutopruneError(f"the model has no module {name!r}, whose grid was given.") from None
+    if side == INPUT:
+        if not isinstance(module, _LAYERS):
+            raise AutopruneError(f"{name!r} is a {type(module).__name__} that cannot be fake-quantised.")
+        _exact_weight(module)
+    return module
 
 
 def grids_in(state: Mapping[str, Tensor]) -> dict[str, Grid]:
@@ -167,14 +188,15 @@ def dequantize_(model: nn.Module, *, rounded: bool = False) -> nn.Module:
 
     Args:
         model: changed in place, and returned.
-        rounded: whether the weights of int8 layers are left as those hold them, in place of the exact ones.
+        rounded: whether the weights of int8 layers are left as those hold them, in place of the exact ones. A layer
+            that shares its weight with another module gets one of its own.
+
+    Raises:
+        AutopruneError: a weight is to be rounded that is computed of others.
     """
+    if rounded:
+        _round_weights_(model)
     for module in model.modules():
-        if rounded and INPUT in module._buffers:
-            with torch.no_grad():
-                weight = module._parameters["weight"]
-                assert weight is not None
-                weight.copy_(fake_quantized_weight(weight))
         if isinstance(module, torch.jit.ScriptModule):
             continue  # which is never fake-quantised, and has no dictionaries of its own
         for side in (INPUT, OUTPUT):
@@ -187,6 +209,18 @@ def dequantize_(model: nn.Module, *, rounded: bool = False) -> nn.Module:
     return model
 
 
+def _round_weights_(model: nn.Module) -> None:
+    layers = [(module, _exact_weight(module)) for module in model.modules() if INPUT in module._buffers]
+    held = Counter(id(x) for module in model.modules() for x in module._parameters.values())
+    with torch.no_grad():
+        for module, weight in layers:
+            rounded = fake_quantized_weight(weight)
+            if held[id(weight)] > 1:
+                module._parameters["weight"] = nn.Parameter(rounded, weight.requires_grad)
+            else:
+                weight.copy_(rounded)
+
+
 def _grid(held: Tensor) -> Grid:
     scale, zero_point = held.tolist()
     return Grid(scale, int(zero_point))
@@ -196,8 +230,7 @@ def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     """What the layer reads; its parameter is hidden during the call."""
     if _EXACT.get():
         return args, kwargs
-    grid, weight = _grid(module._buffers[INPUT]), module._parameters["weight"]  # type: ignore[arg-type]
-    assert weight is not None
+    grid, weight = _grid(module._buffers[INPUT]), _exact_weight(module)  # type: ignore[arg-type]
     if args:
         args = (fake_quantized(args[0], grid), *args[1:])
     else:

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations, prune
 
 import autoprune
 from autoprune.errors import AutopruneError
-from autoprune.quantization import Grid, attach_, grids_of, unrounded
+from autoprune.quantization import Grid, attach_, dequantize_, grids_of, unrounded
 from autoprune.quantization.fake import fake_quantized, fake_quantized_weight
 from autoprune.repack.int8 import tensors_in
 from autoprune.repack.outputs import noise_of
@@ -246,6 +246,43 @@ def test_a_thread_that_ends_first_changes_nothing_in_another(exact: bool) -> Non
     got.sum().backward()
     assert weight.grad is not None
     assert layer.weight is weight
+
+
+def test_a_weight_that_another_tool_computes_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(6, 5))
+    attach_(model, {"0.int8_input": Grid(0.02, 128)})
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    with pytest.raises(AutopruneError, match="make it plain"):
+        model(torch.zeros(1, 6))
+    with pytest.raises(AutopruneError, match="make it plain"):
+        dequantize_(model, rounded=True)
+    with pytest.raises(AutopruneError, match="make it plain"):
+        attach_(model, {"0.int8_input": Grid(0.02, 128)})
+    prune.remove(model[0], "weight")
+    assert model(torch.ones(1, 6)).shape == (1, 5)
+
+
+def test_a_shared_weight_is_rounded_for_the_int8_layer_alone() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head, self.words = nn.Linear(6, 20, bias=False), nn.Embedding(20, 6)
+            self.words.weight = self.head.weight
+
+        def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+            x = self.words(tokens)
+            return x, self.head(x)
+
+    torch.manual_seed(0)
+    model, tokens = Tied(), torch.arange(12).reshape(3, 4)
+    attach_(model, {"head.int8_input": Grid(0.05, 128)})
+    with torch.no_grad():
+        wanted = model(tokens)
+        dequantize_(model, rounded=True)
+        attach_(model, {"head.int8_input": Grid(0.05, 128)})
+        got = model(tokens)
+    assert torch.equal(got[0], wanted[0])
+    assert noise_of(got, wanted) < 1e-6
 
 
 def test_gradients_pass_where_values_are_on_the_grid() -> None:
