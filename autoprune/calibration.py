@@ -57,8 +57,15 @@ def calibration_batches(given: str, model: nn.Module, inputs: Batch) -> list[Bat
         made.append(tensors)
     if not made:
         raise ConfigError(f"--calibration {given} gives no batch: some inputs, as the model will see them, are needed.")
+    if is_path(given):
+        return made
     samples = Arguments(*made[0]).samples
-    return made if is_path(given) else in_pieces(made, min(samples, max(SAMPLES, Arguments(*inputs).samples)))
+    if not samples:
+        raise ConfigError(
+            f"--calibration {given} holds no samples: its first tensor has the shape {tuple(made[0][0].shape)}. Give one "
+            "whose first axis counts them."
+        )
+    return in_pieces(made, min(samples, max(SAMPLES, Arguments(*inputs).samples)))
 
 
 def _of_function(path: str) -> Iterator[Any]:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import autoprune
 from autoprune.cli import app
 from autoprune.errors import AutopruneError, ConfigError
 from autoprune.files import read_json
+from autoprune.pipeline import baselines
 from tests.helpers import SMALL_TOML
 
 MODELS = """
@@ -132,15 +137,41 @@ def test_a_benchmark_in_bytes_tells_what_they_lose(folder: Path) -> None:
         (["--precision", "int8", "--calibration", "text.npy"], "cannot be read"),
         (["--precision", "int8", "--calibration", "text.safetensors"], "cannot be read"),
         (["--precision", "int8", "--calibration", "pickled.npy"], "cannot be read"),
+        (["--precision", "int8", "--calibration", "empty.npy"], "holds no samples"),
+        (["--precision", "int8", "--calibration", "empty.safetensors"], "holds no samples"),
+        (["--precision", "int8", "--calibration", "number.npy"], "holds no samples"),
     ],
 )
 def test_calibration_that_cannot_be_used_is_refused(folder: Path, options: list[str], said: str) -> None:
     for name in ("text.npy", "text.safetensors"):
         (folder / name).write_text("no numbers")
     np.save(folder / "pickled.npy", np.array([{"code": 1}], dtype=object), allow_pickle=True)
+    np.save(folder / "empty.npy", np.zeros((0, 3, 6, 6), np.float32))
+    save_file({"images": torch.zeros(0, 3, 6, 6)}, folder / "empty.safetensors")
+    np.save(folder / "number.npy", np.float32(1))
     with pytest.raises(AutopruneError, match=said):
         CliRunner().invoke(app, ["repack", *NET, "--save", "fast.safetensors", *options], catch_exceptions=False)
     assert not (folder / "fast.safetensors").exists()
+
+
+def test_engines_in_bytes_take_larger_batches_than_the_calibration_data_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They find their ranges on the example inputs then."""
+    given: list[Sequence[tuple[Tensor, ...]] | None] = []
+
+    def dense_calls(*arguments: Any) -> tuple[dict[str, Any], dict[str, str]]:
+        given.append(arguments[-1])
+        return {}, {}
+
+    monkeypatch.setattr(baselines, "dense_calls", dense_calls)
+    model = nn.Sequential(nn.Linear(6, 4)).eval()
+    for samples in (5, 2):
+        inputs = (torch.rand(samples, 6),)
+        baselines.engines_of(
+            model, inputs, [], 1, time.perf_counter, precision="int8", calibration=[(torch.rand(2, 6),)]
+        )
+    assert given[0] is None
+    assert given[1] is not None
+    assert [batch[0].shape for batch in given[1]] == [(2, 6)]
 
 
 @pytest.fixture(scope="module")

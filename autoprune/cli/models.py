@@ -200,6 +200,7 @@ def _given(
     from autoprune.bench import example_inputs
     from autoprune.calibration import calibration_batches
     from autoprune.errors import did_you_mean
+    from autoprune.model.arguments import Arguments
     from autoprune.precision import PRECISIONS
     from autoprune.tasks.batches import in_pieces
 
@@ -217,7 +218,7 @@ def _given(
     if calibration is None:
         return _Given(model, inputs, named, None)
     batches = calibration_batches(calibration, model, inputs)
-    alike = in_pieces(batches, len(inputs[0])) if inputs[0].ndim else []
+    alike = in_pieces(batches, Arguments(*inputs).samples)
     return _Given(model, alike[0] if alike else inputs, named, batches)
 
 

@@ -16,6 +16,7 @@ from autoprune.files import read_json, temporary_folder, write_json
 from autoprune.latency.engines import ENGINES, baselines, best_engine
 from autoprune.latency.machine import differences, machine_identity
 from autoprune.latency.timer import Clock, Protocol, measure_together, speedup, torch_threads
+from autoprune.model.arguments import Arguments
 from autoprune.precision import Precision
 from autoprune.repack import RepackedModel, repack, save
 from autoprune.repack.rivals import dense_calls
@@ -151,10 +152,11 @@ def engines_of(
         clock: seconds.
         done: told each engine when it is prepared or left out.
         precision: that the model is repacked in.
-        calibration: batches of inputs, for what runs in int8.
+        calibration: batches of inputs, for what runs in int8; where none has the samples of one inference, engines find
+            their ranges on `inputs`.
     """
     began_s = clock()
-    pieces = None if calibration is None else in_pieces(calibration, len(inputs[0]))
+    pieces = in_pieces(calibration or (), Arguments(*inputs).samples) or None
     calls, left_out = dense_calls(dense, inputs, threads, names, done, pieces)
     eager = ENGINES.get(EAGER)().prepare(dense, inputs, threads)
     with torch_threads(threads):

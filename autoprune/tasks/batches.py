@@ -102,12 +102,13 @@ def in_pieces(batches: Iterable[tuple[Tensor, ...]], samples: int) -> list[tuple
     """Batches of inputs cut into batches of exactly so many samples, for what takes no other number of them.
 
     The last piece of a batch that is no multiple shares samples with the one before it. A batch that holds fewer is
-    left out. Tensors that hold another number of samples than the first one of their batch stay whole.
+    left out; of no samples there are no batches. Tensors that hold another number of samples than the first one of
+    their batch stay whole.
     """
     return [
         tuple(x[start : start + samples] if x.shape[:1] == (count,) else x for x in batch)
         for batch in batches
-        if batch and batch[0].ndim and (count := len(batch[0])) >= samples
+        if batch and batch[0].ndim and (count := len(batch[0])) >= samples > 0
         for start in (min(first, count - samples) for first in range(0, count, samples))
     ]
 
