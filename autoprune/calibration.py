@@ -62,8 +62,8 @@ def calibration_batches(given: str, model: nn.Module, inputs: Batch) -> list[Bat
     samples = Arguments(*made[0]).samples
     if not samples:
         raise ConfigError(
-            f"--calibration {given} holds no samples: its first tensor has the shape {tuple(made[0][0].shape)}. Give one "
-            "whose first axis counts them."
+            f"--calibration {given} holds no samples: its first tensor has the shape {tuple(made[0][0].shape)}. Give "
+            "one whose first axis counts them."
         )
     return in_pieces(made, min(samples, max(SAMPLES, Arguments(*inputs).samples)))
 
