@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -48,7 +49,15 @@ def calibration_batches(given: str, model: nn.Module, inputs: Batch) -> list[Bat
         batches = iter([_of_file(given_path(given))])
     made = []
     for number, batch in enumerate(batches, 1):
-        tensors = Arguments.of(batch).ordered(model).tensors
+        call = Arguments.of(batch)
+        try:
+            inspect.signature(model.forward).bind(*call.args, **call.kwargs)
+        except TypeError as error:
+            raise ConfigError(
+                f"--calibration {given}: batch {number} is not as the model is called: {error}. Give its inputs alone, "
+                "without targets, under the names of its parameters or in their order."
+            ) from error
+        tensors = call.ordered(model).tensors
         if len(tensors) != len(inputs):
             raise ConfigError(
                 f"--calibration {given}: batch {number} holds {len(tensors)} tensors, and the model takes "
@@ -87,8 +96,13 @@ def _of_file(path: Path) -> Any:
             raise ConfigError(f"--calibration: {path} not found.")
         try:
             if path.suffix == ".npy":
-                return torch.from_numpy(np.load(path, allow_pickle=False))
-            tensors: dict[str, Tensor] = load_file(path)
+                return _in_float32(torch.from_numpy(np.load(path, allow_pickle=False)))
+            tensors = {name: _in_float32(tensor) for name, tensor in load_file(path).items()}
         except (SafetensorError, ValueError, TypeError, EOFError) as error:
             raise ConfigError(f"--calibration: {path} cannot be read: {error}.") from error
     return next(iter(tensors.values())) if len(tensors) == 1 else tensors
+
+
+def _in_float32(data: Tensor) -> Tensor:
+    """As models are repacked: numpy's own floats are of twice the bits."""
+    return data.float() if data.is_floating_point() else data

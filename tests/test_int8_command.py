@@ -102,7 +102,7 @@ def test_a_float32_model_has_no_columns_about_bytes(folder: Path) -> None:
 
 def test_calibration_data_of_files(folder: Path) -> None:
     images = torch.rand(70, 3, 6, 6, generator=torch.Generator().manual_seed(2))
-    np.save(folder / "few.npy", images[:5].numpy())
+    np.save(folder / "few.npy", images[:5].double().numpy())  # numpy's own floats
     save_file({"scale": torch.ones(70, 1), "images": images}, folder / "both.safetensors")
     invoke("repack", *NET, "--precision", "mixed", "--calibration", "few.npy", "--save", "fast.safetensors")
     both = ["models_of_test_int8:scaled", "--input", "2,3,6,6", "--input", "2,1"]
@@ -138,6 +138,7 @@ def test_a_benchmark_in_bytes_tells_what_they_lose(folder: Path) -> None:
         (["--precision", "int8", "--calibration", "text.safetensors"], "cannot be read"),
         (["--precision", "int8", "--calibration", "pickled.npy"], "cannot be read"),
         (["--precision", "int8", "--calibration", "empty.npy"], "holds no samples"),
+        (["--precision", "int8", "--calibration", "named.safetensors"], "not as the model is called"),
         (["--precision", "int8", "--calibration", "empty.safetensors"], "holds no samples"),
         (["--precision", "int8", "--calibration", "number.npy"], "holds no samples"),
     ],
@@ -148,6 +149,7 @@ def test_calibration_that_cannot_be_used_is_refused(folder: Path, options: list[
     np.save(folder / "pickled.npy", np.array([{"code": 1}], dtype=object), allow_pickle=True)
     np.save(folder / "empty.npy", np.zeros((0, 3, 6, 6), np.float32))
     save_file({"images": torch.zeros(0, 3, 6, 6)}, folder / "empty.safetensors")
+    save_file({"pictures": torch.zeros(4, 3, 6, 6), "labels": torch.zeros(4)}, folder / "named.safetensors")
     np.save(folder / "number.npy", np.float32(1))
     with pytest.raises(AutopruneError, match=said):
         CliRunner().invoke(app, ["repack", *NET, "--save", "fast.safetensors", *options], catch_exceptions=False)
