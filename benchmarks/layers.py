@@ -19,7 +19,7 @@ from autoprune.model.inventory import take_inventory
 from autoprune.registry import Choice
 from autoprune.repack import ProgramModel, capture, repack
 from autoprune.repack.tuning.layer_times import LayerTime, layer_times
-from autoprune.repack.tuning.roofline import bf16_gflops, fma_gflops, int8_gops
+from autoprune.repack.tuning.roofline import bf16_gflops, fma_gflops, int8_gops, int8_instruction
 from benchmarks.lib.command_line import command_line
 from benchmarks.lib.page import page, write_page
 from benchmarks.lib.provenance import Provenance
@@ -108,9 +108,9 @@ def goals(found: Mapping[str, Mapping[tuple[float, int], LayerTime]], peak: floa
     return lines
 
 
-def peaks_text(float32: float, int8: float | None, bf16: float | None) -> str:
+def peaks_text(float32: float, int8: float | None, bf16: float | None, in_bytes: str | None) -> str:
     """What one core reaches with one instruction alone, in every precision that it has one for."""
-    others = {"bytes": int8, "bfloat16 numbers": bf16}
+    others = {"bytes" if in_bytes is None else f"bytes ({in_bytes})": int8, "bfloat16 numbers": bf16}
     text = f"Peak: {float32:.0f} GFLOP/s, the best that one core reached with independent fused multiply-adds alone."
     for name, peak in others.items():
         text += f" Dot products of {name}: " + ("no instruction." if peak is None else f"{peak:.0f} G a second.")
@@ -155,7 +155,7 @@ def main(argv: Sequence[str]) -> int:
         "program, in the layout it has there (times faster than dense; useful work, that of kept weights, as a share "
         "of the peak), for filters pruned in groups of G. Dense: the faster of contiguous and channels_last, timed in "
         "turns with each cell; shown is the fastest of the row's.",
-        peaks_text(peak, int8_gops(), bf16_gflops()),
+        peaks_text(peak, int8_gops(), bf16_gflops(), int8_instruction()),
         f"One thread, batch {BATCH}, float32; median of {PROTOCOL.samples} interleaved samples; "
         f"load average when it began: {load:.1f}.",
         str(Provenance.here()),

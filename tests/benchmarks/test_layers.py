@@ -39,9 +39,11 @@ def test_a_row_a_sparsity_and_what_was_reached() -> None:
 
 
 def test_peaks_are_told_of_the_precisions_that_the_machine_has() -> None:
-    text = layers.peaks_text(80.0, 640.4, None)
+    text = layers.peaks_text(80.0, 640.4, None, "VNNI")
     assert text.startswith("Peak: 80 GFLOP/s")
-    assert text.endswith("Dot products of bytes: 640 G a second. Dot products of bfloat16 numbers: no instruction.")
+    assert text.endswith(
+        "Dot products of bytes (VNNI): 640 G a second. Dot products of bfloat16 numbers: no instruction."
+    )
 
 
 def test_only_a_copy_is_pruned() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -18,12 +17,16 @@ from autoprune.repack.tuning.layer_times import LayerTime, layer_times
 from autoprune.repack.tuning.roofline import (
     CHAINS,
     ROUNDS,
+    TILE_ROUNDS,
+    TILES,
+    _amx_loop,
     _bf16_loop,
     _int8_loop,
     _read_loop,
     bf16_gflops,
     fma_gflops,
     int8_gops,
+    int8_instruction,
     l3_gbs,
 )
 
@@ -168,22 +171,43 @@ def test_the_peak_is_work_by_time(threads: int) -> None:
     assert fma_gflops(threads, ticking(0.5)) == pytest.approx(flops / 0.5 / 1e9)
 
 
-@pytest.mark.parametrize(("peak", "products"), [(int8_gops, 4), (bf16_gflops, 2)])
-def test_the_peak_of_dot_products_is_work_by_time_or_none(peak: Any, products: int) -> None:
-    found = peak(1, ticking(0.5))
+def test_the_peak_of_bfloat16_is_work_by_time_or_none() -> None:
+    found = bf16_gflops(1, ticking(0.5))
     if found is None:
         pytest.skip("this CPU has no such instruction")
-    assert found == pytest.approx(2 * products * CHAINS * host().lanes * ROUNDS / 0.5 / 1e9)
+    assert found == pytest.approx(2 * 2 * CHAINS * host().lanes * ROUNDS / 0.5 / 1e9)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_peak_of_bytes_is_work_by_time_of_the_best_instruction(threads: int) -> None:
+    per_call = {
+        "AMX": TILES * 16 * 16 * 64 * TILE_ROUNDS,  # rows, columns and bytes of a tile's row
+        "VNNI": 4 * CHAINS * host().lanes * ROUNDS,
+    }
+    instruction, found = int8_instruction(), int8_gops(threads, ticking(0.5))
+    if instruction is None:
+        assert found is None
+    else:
+        assert found == pytest.approx(2 * per_call[instruction] * threads / 0.5 / 1e9)
 
 
 def test_the_loop_of_bytes_does_every_round() -> None:
     """The first two vectors are what is multiplied, and the first of the sums too."""
-    if int8_gops(1, ticking(0.5)) is None:
+    if host().dot != "vnni":
         pytest.skip("this CPU has no such instruction")
     numbers = torch.zeros(CHAINS, host().lanes, dtype=torch.int32)
     numbers[0], numbers[1] = 0x01010101, 0x02020202
     _int8_loop()(numbers.data_ptr())
     assert (numbers[2:] == 4 * 2 * ROUNDS).all()
+
+
+def test_the_loop_of_tiles_does_every_round() -> None:
+    if not host().amx:
+        pytest.skip("this CPU has no such instruction")
+    numbers = torch.zeros(2 + TILES, 16, 16, dtype=torch.int32)
+    numbers[0], numbers[1] = 0x01010101, 0x02020202
+    _amx_loop()(numbers.data_ptr())
+    assert (numbers[2:] == 64 * 2 * TILE_ROUNDS).all()
 
 
 def test_the_loop_of_bfloat16_does_every_round() -> None:

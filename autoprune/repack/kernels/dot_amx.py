@@ -67,12 +67,12 @@ def configured(b: ir.IRBuilder, rows: int) -> None:
     kind = ir.ArrayType(I8, len(layout))
     shapes = ir.GlobalVariable(b.module, kind, "tile_shapes")
     shapes.linkage, shapes.global_constant, shapes.initializer = "internal", True, ir.Constant(kind, layout.tolist())
-    _call(b, "ldtilecfg", b.bitcast(shapes, I8.as_pointer()))
+    call(b, "ldtilecfg", b.bitcast(shapes, I8.as_pointer()))
 
 
 def released(b: ir.IRBuilder) -> None:
     """Gives the tile registers back."""
-    _call(b, "tilerelease")
+    call(b, "tilerelease")
 
 
 def tile(module: ir.Module, rows: int, vectors: int, target: Target, ending: Ending, mixed: bool) -> ir.Function:
@@ -84,7 +84,7 @@ def tile(module: ir.Module, rows: int, vectors: int, target: Target, ending: End
     scratch.align = _ROW_BYTES
     prefetch_lines(b, given, rows, vectors, ending, lanes)
     for v in range(vectors):
-        _call(b, "tilezero", _number(v))
+        call(b, "tilezero", tile_number(v))
 
     def walk(kept: ir.Value, weights: ir.Value, read: Cell) -> None:
         """Adds `kept` cells to the sums, which stay in tile registers."""
@@ -92,17 +92,17 @@ def tile(module: ir.Module, rows: int, vectors: int, target: Target, ending: End
             for cell in range(CELLS):
                 for v, value in enumerate(read(b, given, b.add(first, const(cell)), vectors, target)):
                     store_vector(b, value, at(b, scratch, const(v * words + cell * lanes)), lanes)
-            _move(b, "tileloadd64", _WEIGHTS, at(b, weights, b.mul(first, const(rows))))
+            move(b, "tileloadd64", _WEIGHTS, at(b, weights, b.mul(first, const(rows))))
             for v in range(vectors):
                 inputs = _INPUTS[v % 2]
-                _move(b, "tileloadd64", inputs, at(b, scratch, const(v * words)))
-                _call(b, "tdpbsud", *map(_number, (v, _WEIGHTS, inputs)))
+                move(b, "tileloadd64", inputs, at(b, scratch, const(v * words)))
+                call(b, "tdpbsud", *map(tile_number, (v, _WEIGHTS, inputs)))
 
     walk(given.kept, given.weights, whole_cell)
     if mixed:
         walk(given.mixed_kept, given.mixed_weights, mixed_cell)
     for v in range(vectors):
-        _move(b, "tilestored64", v, at(b, scratch, const(v * words)))
+        move(b, "tilestored64", v, at(b, scratch, const(v * words)))
     places = [const(v * words + row * lanes) for row in range(rows) for v in range(vectors)]
     sums = [load_vector(b, at(b, scratch, place), lanes) for place in places]
     store_lines(b, sums, given, rows, vectors, ending, lanes)
@@ -110,16 +110,18 @@ def tile(module: ir.Module, rows: int, vectors: int, target: Target, ending: End
     return b.function
 
 
-def _number(register: int) -> ir.Constant:
+def tile_number(register: int) -> ir.Constant:
+    """A tile register, as instructions name it."""
     return ir.Constant(I8, register)
 
 
-def _move(b: ir.IRBuilder, name: str, register: int, place: ir.Value) -> None:
+def move(b: ir.IRBuilder, name: str, register: int, place: ir.Value) -> None:
     """Rows of 64 bytes that follow each other, from memory or to it."""
-    _call(b, name, _number(register), b.bitcast(place, I8.as_pointer()), const(_ROW_BYTES))
+    call(b, name, tile_number(register), b.bitcast(place, I8.as_pointer()), const(_ROW_BYTES))
 
 
-def _call(b: ir.IRBuilder, name: str, *given: ir.Value) -> None:
+def call(b: ir.IRBuilder, name: str, *given: ir.Value) -> None:
+    """An instruction of AMX."""
     full = f"llvm.x86.{name}"
     kind = ir.FunctionType(ir.VoidType(), [each.type for each in given])
     b.call(b.module.globals.get(full) or ir.Function(b.module, kind, full), given)

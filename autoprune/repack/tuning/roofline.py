@@ -8,18 +8,24 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
 
 import llvmlite.ir as ir
 import torch
 from llvmlite import binding
 
 from autoprune.latency.timer import Clock
+from autoprune.repack.kernels import dot_amx
 from autoprune.repack.kernels.compiler import compile_function, host, once_a_process
 from autoprune.repack.kernels.dot_tile import dot
-from autoprune.repack.kernels.ir import FLOATS, I32, I64, at, const, fma, load_vector, store_vector, vector
+from autoprune.repack.kernels.ir import FLOATS, I32, I64, at, const, fma, load_vector, loop, store_vector, vector
 
 CHAINS = 12  # independent sums: more than latency times issue width of any core needs
 ROUNDS = 1_000_000  # about two milliseconds: what it takes to start a thread does not count
+TILES = 6  # independent sums in tile registers: the other two are multiplied
+TILE_LANES = 16 * 16  # sums in a tile, or lanes of four bytes
+TILE_PRODUCTS = 4 * 16 * TILE_LANES  # that one instruction adds to a tile of sums
+TILE_ROUNDS = 50_000  # about two milliseconds, too
 SAMPLES = 20
 FEW_SAMPLES = 4  # where one takes tens of milliseconds
 MEMORY_BYTES = 1 << 27  # beyond the last-level cache that a core shares
@@ -35,34 +41,46 @@ def fma_gflops(threads: int = 1, clock: Clock = time.perf_counter) -> float:
 
     The best of a few milliseconds' samples: a share of it is a share of what the machine can do when it is quiet.
     """
-    return _peak_gops(_fma_loop(), 1, threads, clock)
+    return _chains_gops(_fma_loop(), 1, threads, clock)
 
 
 def int8_gops(threads: int = 1, clock: Clock = time.perf_counter) -> float | None:
-    """Billions of products and sums that `threads` cores reach together with dot products of four bytes a lane.
+    """Billions of products and sums that `threads` cores reach together with products of bytes.
 
-    None where the CPU has no instruction for them (VNNI). AMX is not counted: no kernel here uses it.
+    By the best instruction that kernels use here, `int8_instruction`; None where the CPU has none for bytes.
     """
-    return _peak_gops(_int8_loop(), 4, threads, clock) if host().dot == "vnni" else None
+    instruction = int8_instruction()
+    if instruction == "AMX":
+        return _peak_gops(_amx_loop(), TILES * TILE_PRODUCTS * TILE_ROUNDS, threads, clock)
+    return _chains_gops(_int8_loop(), 4, threads, clock) if instruction == "VNNI" else None
+
+
+def int8_instruction() -> Literal["AMX", "VNNI"] | None:
+    """What multiplies bytes on this machine: tiles of them, or four a lane of a vector."""
+    return "AMX" if host().amx else "VNNI" if host().dot == "vnni" else None
 
 
 def bf16_gflops(threads: int = 1, clock: Clock = time.perf_counter) -> float | None:
     """Likewise with dot products of two bfloat16 numbers a lane; None where the CPU has no instruction for them."""
     has = host().lanes == 16 and "+avx512bf16" in host().features.split(",")
-    return _peak_gops(_bf16_loop(), 2, threads, clock) if has else None
+    return _chains_gops(_bf16_loop(), 2, threads, clock) if has else None
+
+
+def _chains_gops(kernel: Kernel, products: int, threads: int, clock: Clock) -> float:
+    """What a loop of CHAINS sums reaches, which adds so many products to each lane in a round."""
+    return _peak_gops(kernel, products * CHAINS * host().lanes * ROUNDS, threads, clock)
 
 
 def _peak_gops(kernel: Kernel, products: int, threads: int, clock: Clock) -> float:
-    """What a loop of CHAINS sums reaches, which adds so many products to each lane in a round."""
-    lanes = CHAINS * host().lanes
-    numbers = torch.zeros(threads, lanes)
+    """What a loop reaches, which computes and adds so many products in a call."""
+    numbers = torch.zeros(threads, max(CHAINS * host().lanes, (TILES + 2) * TILE_LANES))
     rows = [row.data_ptr() for row in numbers]
     with ThreadPoolExecutor(threads) as pool:
 
         def run() -> None:
             list(pool.map(kernel, rows))
 
-        return 2 * products * lanes * ROUNDS * threads / _fastest_s(run, clock) / 1e9
+        return 2 * products * threads / _fastest_s(run, clock) / 1e9
 
 
 def memory_gbs(clock: Clock = time.perf_counter) -> float:
@@ -115,6 +133,29 @@ def _int8_loop() -> Kernel:
         return dot(b, total, x, y, host())
 
     return _chains(ir.VectorType(I32, host().lanes), products)
+
+
+@once_a_process
+def _amx_loop() -> Kernel:
+    """tiles(numbers): TILES sums over TILE_ROUNDS rounds, of products of the first two tiles; stored behind these."""
+    target, module = host(), ir.Module()
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [FLOATS]), "tiles")
+    b = ir.IRBuilder(function.append_basic_block("entry"))
+    places = [at(b, function.args[0], const(number * TILE_LANES)) for number in range(2 + TILES)]
+    given = (TILES, TILES + 1)  # registers of what is multiplied; sums have those below
+    dot_amx.configured(b, dot_amx.CELLS)
+    for register, place in zip(given, places[:2], strict=True):
+        dot_amx.move(b, "tileloadd64", register, place)
+    for register in range(TILES):
+        dot_amx.call(b, "tilezero", dot_amx.tile_number(register))
+    with loop(b, const(0), const(TILE_ROUNDS)):
+        for register in range(TILES):
+            dot_amx.call(b, "tdpbsud", *map(dot_amx.tile_number, (register, *given)))
+    for register, place in enumerate(places[2:]):
+        dot_amx.move(b, "tilestored64", register, place)
+    dot_amx.released(b)
+    b.ret_void()
+    return compile_function(module, "tiles", target, 1)
 
 
 @once_a_process
