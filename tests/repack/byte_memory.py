@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from autoprune.quantization.grid import Grid
 from autoprune.repack.kernels.compiler import call_op, host, narrowed
 from autoprune.repack.lowering.buffers import Buffer, MapAt, StridedRef
-from autoprune.repack.lowering.byte_nodes import quads
 from autoprune.repack.lowering.layout import FLOAT_BYTES, MapLayout
 from autoprune.repack.native.op import NativeOp
+from autoprune.repack.weights.quads import lanes_of
 from tests.repack.test_kernels import LIBC
 
 Bytes = NDArray[np.uint8]
@@ -73,7 +73,7 @@ class Memory:
     def put(self, at: MapAt, q: Bytes, border: int) -> None:
         """Bytes of shape (N, C, H, W) into an interleaved map, and around them."""
         whole = bordered(q, at.layout, border)
-        self.slots[at.buffer.slot][self.places(at, len(q))] = lanes_of(whole)
+        self.slots[at.buffer.slot][self.places(at, len(q))] = in_lanes(whole)
 
     def put_floats(self, at: MapAt, x: Floats) -> None:
         layout = at.layout
@@ -109,7 +109,7 @@ class Memory:
         assert all(map(np.array_equal, before, self.slots))
 
 
-def lanes_of(q: Bytes) -> NDArray[np.int32]:
+def in_lanes(q: Bytes) -> NDArray[np.int32]:
     """Bytes of shape (N, 4 quads, H, W) as lanes (N, quads, H, W)."""
     n, c, h, w = q.shape
     together = np.ascontiguousarray(q.reshape(n, c // 4, 4, h, w).transpose(0, 1, 3, 4, 2))
@@ -149,7 +149,7 @@ def layout_of(
     ph, pw = (rng.randint(0, 2), rng.randint(0, 2)) if pad is None else pad
     needed = w + pw if stride == (1, 1) else -(-(w + 2 * pw) // stride[1])
     pitch = max(needed, width) + rng.choice([0, 0, 1, 5])
-    return MapLayout(quads(c) if channels is None else channels, h, w, pitch, ph, pw, *stride)
+    return MapLayout(lanes_of(c) if channels is None else channels, h, w, pitch, ph, pw, *stride)
 
 
 def shape_of(rng: random.Random, least: int = 1) -> Shape:

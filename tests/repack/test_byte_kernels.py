@@ -16,8 +16,8 @@ from autoprune.quantization.grid import Grid
 from autoprune.repack.kernels.compiler import Target, host
 from autoprune.repack.lowering import byte_nodes, byte_sums
 from autoprune.repack.lowering.buffers import StridedRef
-from autoprune.repack.lowering.byte_nodes import quads
 from autoprune.repack.lowering.layout import MapLayout
+from autoprune.repack.weights.quads import lanes_of
 from tests.repack.byte_memory import (
     Floats,
     Memory,
@@ -29,7 +29,7 @@ from tests.repack.byte_memory import (
     floats_of,
     fma,
     grid_of,
-    lanes_of,
+    in_lanes,
     layout_of,
     quantised,
     shape_of,
@@ -59,7 +59,7 @@ def test_rows_become_bytes(target: Target, stride: tuple[int, int]) -> None:
         y = memory.map(n, layout_of(rng, shape, stride), written=True)
         ref = memory.floats(shape, (c * channel, channel, row, 1), x)
         memory.run(byte_nodes.quantised("x", shape, ref, y, grid, target))
-        assert np.array_equal(memory.get(y, n), lanes_of(bordered(quantised(x, grid), y.layout, grid.zero_point)))
+        assert np.array_equal(memory.get(y, n), in_lanes(bordered(quantised(x, grid), y.layout, grid.zero_point)))
 
     each_seed(20, check)
 
@@ -73,7 +73,7 @@ def test_tokens_become_bytes(target: Target) -> None:
         y = memory.map(n, layout_of(rng, shape), written=True)
         ref = memory.floats(shape, (t * token, 1, t * token, token), x)
         memory.run(byte_nodes.quantised("x", shape, ref, y, grid, target))
-        assert np.array_equal(memory.get(y, n), lanes_of(bordered(quantised(x, grid), y.layout, grid.zero_point)))
+        assert np.array_equal(memory.get(y, n), in_lanes(bordered(quantised(x, grid), y.layout, grid.zero_point)))
 
     each_seed(25, check)
 
@@ -137,7 +137,7 @@ def test_a_map_is_moved(target: Target, stride: tuple[int, int]) -> None:
         memory.put(x, q, 77)
         y = memory.map(n, layout_of(rng, shape, stride), written=True)
         memory.run(byte_nodes.moved("y", n, x, y, border, target))
-        assert np.array_equal(memory.get(y, n), lanes_of(bordered(q, y.layout, border)))
+        assert np.array_equal(memory.get(y, n), in_lanes(bordered(q, y.layout, border)))
 
     each_seed(15, check)
 
@@ -165,7 +165,7 @@ def put_on(memory: Memory, rng: random.Random, shape: Shape, pitch: int, made: G
     """A map of bytes or of floats, and what is in it."""
     grid = rng.choice([made, grid_of(rng), None])
     pads = (rng.randint(0, 2), min(2, pitch - shape[3]))
-    layout = MapLayout(shape[1] if grid is None else quads(shape[1]), *shape[2:], pitch, *pads)
+    layout = MapLayout(shape[1] if grid is None else lanes_of(shape[1]), *shape[2:], pitch, *pads)
     at = memory.map(shape[0], layout)
     if grid is None:
         x = floats_of(memory, shape, made)
@@ -188,7 +188,7 @@ def test_values_are_added(target: Target) -> None:
         low, high = (np.float32(bound / float(np.float32(grid.scale)) + grid.zero_point) for bound in bounds)
         total = np.nan_to_num(steps([(given, a.grid), (other, b.grid)], grid), nan=-np.inf)
         wanted = to_bytes(np.clip(total, max(low, np.float32(0)), min(high, np.float32(255))))
-        assert np.array_equal(memory.get(y, shape[0]), lanes_of(bordered(wanted, y.layout, grid.zero_point)))
+        assert np.array_equal(memory.get(y, shape[0]), in_lanes(bordered(wanted, y.layout, grid.zero_point)))
 
     each_seed(40, check)
 
@@ -208,6 +208,6 @@ def test_values_are_joined_along_channels(target: Target) -> None:
             wanted.append(given if x.grid == grid else to_bytes(steps([(given, x.grid)], grid)))
             first += channels
         whole = bordered(np.concatenate(wanted, axis=1), y.layout, grid.zero_point)
-        assert np.array_equal(memory.get(y, n), lanes_of(whole))
+        assert np.array_equal(memory.get(y, n), in_lanes(whole))
 
     each_seed(40, check)

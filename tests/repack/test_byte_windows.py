@@ -27,7 +27,7 @@ from tests.repack.byte_memory import (
     each_seed,
     fma,
     grid_of,
-    lanes_of,
+    in_lanes,
     layout_of,
     shape_of,
     targets,
@@ -71,7 +71,7 @@ def test_the_largest_of_each_window(target: Target) -> None:
         y = memory.map(n, y_layout, written=True)
         memory.run(byte_nodes.pooled("y", window, n, x, y, border, target))
         wanted = windows(bordered(q, x.layout, 0), window, margin, outputs).max(axis=0)
-        assert np.array_equal(memory.get(y, n), lanes_of(bordered(wanted, y.layout, border)))
+        assert np.array_equal(memory.get(y, n), in_lanes(bordered(wanted, y.layout, border)))
 
     each_seed(25, check)
 
@@ -101,7 +101,7 @@ def test_the_mean_of_each_window(target: Target) -> None:
         count = windows(np.pad(ones, beyond), window, margin, outputs).sum(axis=0)
         share = (1 / (count if counted.divisor is None else np.full_like(count, counted.divisor))).astype(np.float32)
         wanted = to_bytes(sums * (share * np.float32(grid.scale / made.scale)), made.zero_point)
-        assert np.array_equal(memory.get(y, n), lanes_of(bordered(wanted, y.layout, made.zero_point)))
+        assert np.array_equal(memory.get(y, n), in_lanes(bordered(wanted, y.layout, made.zero_point)))
 
     each_seed(25, check)
 
@@ -181,7 +181,7 @@ def test_depthwise_convolutions(target: Target, phases: bool) -> None:
         elif floats:
             assert np.array_equal(got.view(np.float32), np.pad(steps, around))
         else:
-            assert np.array_equal(got, lanes_of(bordered(to_bytes(steps), y.layout, made.zero_point)))
+            assert np.array_equal(got, in_lanes(bordered(to_bytes(steps), y.layout, made.zero_point)))
 
     each_seed(25, check)
 

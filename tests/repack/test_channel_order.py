@@ -66,7 +66,7 @@ def weight_of(graph: Graph, layer: str) -> Tensor:
 
 
 def cost(graph: Graph, layer: str, size: int = 8, whole: int = 3) -> float:
-    return cost_of(weight_of(graph, layer).numpy() != 0, 1, size, whole)
+    return cost_of(weight_of(graph, layer).numpy() != 0, size, whole)
 
 
 PATTERNS_TRIED = (

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from autoprune.errors import AutopruneError
 from autoprune.repack.kernels import compiler, dot_amx, dot_gemm, dot_rows, math
 from autoprune.repack.kernels.compiler import Target, call_op, host, narrowed
-from autoprune.repack.kernels.dot_tile import QUAD, Form
+from autoprune.repack.kernels.dot_tile import Form
 from autoprune.repack.kernels.fields import Given
 from autoprune.repack.lowering.layout import MapLayout
+from autoprune.repack.weights.quads import QUAD
 from tests.repack.test_math_kernels import applied
 
 Ints = NDArray[np.int32]

@@ -11,11 +11,9 @@ from enum import Enum
 import llvmlite.ir as ir
 
 from autoprune.repack.kernels.bytes_lanes import (
-    BYTES,
     Store,
     across,
     bounded,
-    fill_border,
     floats_where,
     ints,
     lanes_where,
@@ -26,10 +24,10 @@ from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
 from autoprune.repack.kernels.copy import MOST_PHASES
 from autoprune.repack.kernels.fields import FLOAT, NUMBER, OFFSET, SLOT, Fields
 from autoprune.repack.kernels.ir import (
-    F32,
     I32,
     address,
     at,
+    clear_border,
     const,
     float_field,
     loop,
@@ -39,6 +37,7 @@ from autoprune.repack.kernels.ir import (
     splat,
     vector,
 )
+from autoprune.repack.weights.quads import QUAD
 
 
 class Form(Enum):
@@ -100,7 +99,7 @@ def copy_bytes(form: Form, stride: int, target: Target) -> int:
     block, channel = b.srem(item, get[Field.BLOCKS]), b.sdiv(item, get[Field.BLOCKS])
     quad, image = b.srem(channel, get[Field.QUADS]), b.sdiv(channel, get[Field.QUADS])
     x, y = _base(b, get, slots, image, "X"), _base(b, get, slots, image, "Y")
-    numbers = [b.add(b.mul(quad, const(BYTES)), const(j)) for j in range(BYTES)]
+    numbers = [b.add(b.mul(quad, const(QUAD)), const(j)) for j in range(QUAD)]
     exists = [b.icmp_signed("<", number, get[Field.CHANNELS]) for number in numbers]
     several = quad if form is not Form.QUANTISED else numbers[0]
     x = at(b, x, b.mul(several, get[Field.X_CHANNEL]))
@@ -189,10 +188,9 @@ def _fill_borders(
     """What lies around the channels of an item: the zero point, or 0.0."""
     border = (get[Field.POSITIONS], get[Field.BORDER], get[Field.BORDER_FIRST])
     if form is not Form.DEQUANTISED:
-        fill_border(b, y, number, border, b.trunc(get[Field.BORDER_VALUE], I32))
+        clear_border(b, y, number, border, float_field(b, get[Field.BORDER_VALUE]))
         return
     for j, known in enumerate(exists):
         with b.if_then(known):
             channel = at(b, y, b.mul(get[Field.Y_CHANNEL], const(j)))
-            nothing = b.bitcast(ir.Constant(F32, 0.0), I32)
-            fill_border(b, channel, b.or_(number, const(j)), border, nothing)
+            clear_border(b, channel, b.or_(number, const(j)), border)

@@ -11,15 +11,16 @@ from collections.abc import Sequence
 
 import llvmlite.ir as ir
 
-from autoprune.repack.kernels.bytes_dot import dot
-from autoprune.repack.kernels.bytes_lanes import BYTES, bounded, fill_border, int_splat, ints, kept_bytes, whole_bytes
+from autoprune.repack.kernels.bytes_lanes import bounded, int_splat, ints, kept_bytes, whole_bytes
 from autoprune.repack.kernels.bytes_window import RUN_ARGUMENTS, Field, every, fill_lanes, finish, sliding_op
 from autoprune.repack.kernels.compiler import Target, once_a_process
+from autoprune.repack.kernels.dot_tile import dot
 from autoprune.repack.kernels.ir import (
     FLOATS,
     I32,
     INTS,
     at,
+    clear_border,
     const,
     float_field,
     fma,
@@ -34,6 +35,7 @@ from autoprune.repack.kernels.ir import (
     vector,
 )
 from autoprune.repack.kernels.math import ACTIVATIONS, BYTE_ACTIVATIONS
+from autoprune.repack.weights.quads import QUAD
 
 _BLOCK = 128  # bits within which vectors are interleaved
 
@@ -68,31 +70,31 @@ def _run(
     get = Field.load(b, fields)
     offsets, fours = pointer_field(b, get[Field.OFFSETS], INTS), get[Field.TAPS]
     every_four = b.add(fours, const(int(rest > 0)))
-    weights = at(b, pointer_field(b, get[Field.WEIGHTS], INTS), b.mul(b.mul(quad, every_four), const(BYTES)))
+    weights = at(b, pointer_field(b, get[Field.WEIGHTS], INTS), b.mul(b.mul(quad, every_four), const(QUAD)))
 
-    def add_four(four: ir.Value, sums: list[ir.Value], taps: int = BYTES) -> list[ir.Value]:
-        first = b.mul(four, const(BYTES))
+    def add_four(four: ir.Value, sums: list[ir.Value], taps: int = QUAD) -> list[ir.Value]:
+        first = b.mul(four, const(QUAD))
         sources = [at(b, x, long_at(b, offsets, b.add(first, const(tap)))) for tap in range(taps)]
-        weight = repeated(b, load_vector(b, at(b, weights, first), BYTES), lanes)
+        weight = repeated(b, load_vector(b, at(b, weights, first), QUAD), lanes)
         made = []
         for v in range(vectors):
             given = [every(b, at(b, source, const(v * lanes * stride)), stride, lanes) for source in sources]
-            given += [int_splat(0, lanes)] * (BYTES - taps)
+            given += [int_splat(0, lanes)] * (QUAD - taps)
             for part, each in enumerate(_interleaved(b, given, lanes)):
-                made.append(dot(b, sums[v * BYTES + part], each, weight, target))
+                made.append(dot(b, sums[v * QUAD + part], each, weight, target))
         return made
 
-    sums = fold(b, const(0), fours, [int_splat(0, lanes)] * (BYTES * vectors), add_four)
+    sums = fold(b, const(0), fours, [int_splat(0, lanes)] * (QUAD * vectors), add_four)
     sums = add_four(fours, sums, rest) if rest else sums
     kept = splat(b, kept_bytes(b, quad, get[Field.CHANNELS]), lanes)
     for v in range(vectors):
-        results = _real(b, module, get, quad, sums[v * BYTES : (v + 1) * BYTES], lanes, floats, activation)
+        results = _real(b, module, get, quad, sums[v * QUAD : (v + 1) * QUAD], lanes, floats, activation)
         if not floats:
             finish(b, get, function, _narrowed(b, whole_bytes(b, results, lanes), lanes), v, lanes, kept)
             continue
         mask = at(b, pointer_field(b, get[Field.MASK], INTS), b.add(position, const(v * lanes)))
         for j, value in enumerate(_by_channel(b, results, lanes)):
-            with b.if_then(b.icmp_signed("<", b.add(b.mul(quad, const(BYTES)), const(j)), get[Field.CHANNELS])):
+            with b.if_then(b.icmp_signed("<", b.add(b.mul(quad, const(QUAD)), const(j)), get[Field.CHANNELS])):
                 place = at(b, y, b.add(b.mul(get[Field.Y_CHANNEL], const(j)), const(v * lanes)))
                 store_vector(b, masked(b, value, mask, lanes), place, lanes)
     b.ret_void()
@@ -105,9 +107,9 @@ def _real(
 ) -> list[ir.Value]:  # fmt: skip
     """Sums as floats, through the activation, clamped; in steps where they become bytes."""
     low, high = (splat(b, float_field(b, get[each]), lanes) for each in (Field.LOW, Field.HIGH))
-    first, multiply = b.mul(quad, const(BYTES)), fma(module, lanes)
+    first, multiply = b.mul(quad, const(QUAD)), fma(module, lanes)
     factor, bias = (
-        repeated(b, load_vector(b, at(b, pointer_field(b, get[field], FLOATS), first), BYTES), lanes)
+        repeated(b, load_vector(b, at(b, pointer_field(b, get[field], FLOATS), first), QUAD), lanes)
         for field in (Field.FACTOR, Field.BIAS)
     )
     made = []
@@ -124,7 +126,7 @@ def _real(
 
 def repeated(b: ir.IRBuilder, four: ir.Value, lanes: int) -> ir.Value:
     """Four entries again and again, as many as `lanes`."""
-    places = ir.Constant(ir.VectorType(I32, lanes), [lane % BYTES for lane in range(lanes)])
+    places = ir.Constant(ir.VectorType(I32, lanes), [lane % QUAD for lane in range(lanes)])
     return b.shuffle_vector(four, ir.Constant(four.type, ir.Undefined), places)
 
 
@@ -178,8 +180,8 @@ def _fill_floats(
 ) -> None:  # fmt: skip
     """The border of each channel that there is."""
     border = (get[Field.POSITIONS], get[Field.BORDER], get[Field.BORDER_FIRST])
-    for j in range(BYTES):
-        channel = b.add(b.mul(quad, const(BYTES)), const(j))
+    for j in range(QUAD):
+        channel = b.add(b.mul(quad, const(QUAD)), const(j))
         with b.if_then(b.icmp_signed("<", channel, get[Field.CHANNELS])):
             into = at(b, out, b.mul(get[Field.Y_CHANNEL], const(j)))
-            fill_border(b, into, b.or_(image, channel), border, b.trunc(get[Field.BORDER_VALUE], I32))
+            clear_border(b, into, b.or_(image, channel), border, float_field(b, get[Field.BORDER_VALUE]))

@@ -12,13 +12,11 @@ from collections.abc import Callable, Sequence
 import llvmlite.ir as ir
 import numpy as np
 
-from autoprune.repack.kernels.ir import F32, I8, I32, INTS, at, const, loop, masked_load, splat, vector
+from autoprune.repack.kernels.ir import F32, I8, I32, at, const, loop, masked_load, splat, vector
+from autoprune.repack.weights.quads import QUAD
 
-BYTES = 4  # in a lane
-_SHIFTER = (
-    0x4B400000  # bits of 1.5 * 2**23: a float added to it is rounded to an integer, half to even, in its low bits
-)
-_SHIFTER_FLOAT = 12582912.0
+_ROUNDER = 12582912.0  # 1.5 * 2**23: adding it rounds half to even, and leaves the integer in the low bits
+_ROUNDER_BITS = 0x4B400000
 _SPREAD = 0x01010101  # times a byte: that byte in all four places
 _WORD = 1 << 32
 
@@ -37,7 +35,7 @@ def int_splat(value: int, lanes: int) -> ir.Constant:
 def unpacked(b: ir.IRBuilder, value: ir.Value, lanes: int) -> list[ir.Value]:
     """The four bytes of each lane, 0 to 255, as four vectors of int32."""
     low = int_splat(255, lanes)
-    parts = [b.lshr(value, int_splat(8 * j, lanes)) if j else value for j in range(BYTES)]
+    parts = [b.lshr(value, int_splat(8 * j, lanes)) if j else value for j in range(QUAD)]
     return [*(b.and_(part, low) for part in parts[:-1]), parts[-1]]
 
 
@@ -52,6 +50,13 @@ def bounded(b: ir.IRBuilder, value: ir.Value, low: ir.Value, high: ir.Value) -> 
     return b.select(b.fcmp_ordered("<", value, high), value, high)
 
 
+def rounded(b: ir.IRBuilder, value: ir.Value, lanes: int) -> ir.Value:
+    """Floats up to 2**22 from zero as integers, half to even, in the low bits: the bits of `_ROUNDER` are added."""
+    scalar = ir.Constant(F32, _ROUNDER)
+    rounder = scalar if lanes == 1 else ir.Constant(vector(lanes), [scalar] * lanes)
+    return b.bitcast(b.fadd(value, rounder), ints(lanes))
+
+
 def packed(b: ir.IRBuilder, values: Sequence[ir.Value], zeros: ir.Value | None, lanes: int) -> ir.Value:
     """Lanes of four vectors of float32, each rounded half to even, plus a zero point.
 
@@ -61,14 +66,12 @@ def packed(b: ir.IRBuilder, values: Sequence[ir.Value], zeros: ir.Value | None, 
         zeros: the zero point in all four places, in every lane; None: 0.
         lanes: of the vectors.
     """
-    shifter = ir.Constant(F32, _SHIFTER_FLOAT)
     total, rest = None, 0
     for j, value in enumerate(values):
-        moved = b.fadd(value, shifter if lanes == 1 else ir.Constant(vector(lanes), [shifter] * lanes))
-        bits = b.bitcast(moved, ints(lanes))
+        bits = rounded(b, value, lanes)
         part = b.shl(bits, int_splat(8 * j, lanes)) if j else bits
         total = part if total is None else b.add(total, part)
-        rest += _SHIFTER << 8 * j
+        rest += _ROUNDER_BITS << 8 * j
     total = b.add(total, int_splat(-rest, lanes))
     return total if zeros is None else b.add(total, zeros)
 
@@ -78,10 +81,7 @@ def rounded_bytes(b: ir.IRBuilder, values: Sequence[ir.Value], zeros: ir.Value, 
 
     Bounds, rounding and the zero point are those of `packed`.
     """
-    narrow = []
-    for value in values:
-        moved = b.fadd(value, ir.Constant(vector(lanes), [ir.Constant(F32, _SHIFTER_FLOAT)] * lanes))
-        narrow.append(b.trunc(b.bitcast(moved, ints(lanes)), ir.VectorType(I8, lanes)))
+    narrow = [b.trunc(rounded(b, value, lanes), ir.VectorType(I8, lanes)) for value in values]
     while len(narrow) > 1:
         count = 2 * narrow[0].type.count
         whole = ir.Constant(ir.VectorType(I32, count), list(range(count)))
@@ -91,8 +91,7 @@ def rounded_bytes(b: ir.IRBuilder, values: Sequence[ir.Value], zeros: ir.Value, 
 
 def whole_bytes(b: ir.IRBuilder, values: Sequence[ir.Value], lanes: int) -> list[ir.Value]:
     """Vectors of float32 between 0 and 255 as int32s, rounded half to even."""
-    shifter, low = ir.Constant(vector(lanes), [ir.Constant(F32, _SHIFTER_FLOAT)] * lanes), int_splat(255, lanes)
-    return [b.and_(b.bitcast(b.fadd(value, shifter), ints(lanes)), low) for value in values]
+    return [b.and_(rounded(b, value, lanes), int_splat(255, lanes)) for value in values]
 
 
 def spread(b: ir.IRBuilder, byte: ir.Value) -> ir.Value:
@@ -102,7 +101,7 @@ def spread(b: ir.IRBuilder, byte: ir.Value) -> ir.Value:
 
 def lane_of(byte: int) -> int:
     """The lane that holds a byte, 0 to 255, four times; as the int32 it is."""
-    return int(np.full(BYTES, byte, np.uint8).view(np.int32)[0])
+    return int(np.full(QUAD, byte, np.uint8).view(np.int32)[0])
 
 
 def steps_from(b: ir.IRBuilder, start: ir.Value, lanes: int) -> ir.Value:
@@ -189,22 +188,6 @@ def across(
         body(whole, some)
 
 
-def fill(b: ir.IRBuilder, pointer: ir.Value, count: ir.Value, lane: ir.Value) -> None:
-    """Sets `count` lanes."""
-    with loop(b, const(0), count) as i:
-        b.store(lane, at(b, b.bitcast(pointer, INTS), i))
-
-
-def fill_border(
-    b: ir.IRBuilder, channel: ir.Value, number: ir.Value, border: tuple[ir.Value, ir.Value, ir.Value], lane: ir.Value
-) -> None:  # fmt: skip
-    """Fills what lies around a channel's positions; `number` and `border` as `clear_border` takes them."""
-    positions, behind, before = border
-    fill(b, at(b, channel, positions), behind, lane)
-    with b.if_then(b.icmp_signed("==", number, const(0))):
-        fill(b, at(b, channel, b.neg(before)), before, lane)
-
-
 def bordered(b: ir.IRBuilder, value: ir.Value, kept: ir.Value, border: ir.Value) -> ir.Value:
     """The bits of `value` where those of `kept` are set, of `border` elsewhere; vectors of lanes all three."""
     return b.or_(b.and_(value, kept), b.and_(border, b.not_(kept)))
@@ -212,6 +195,6 @@ def bordered(b: ir.IRBuilder, value: ir.Value, kept: ir.Value, border: ir.Value)
 
 def kept_bytes(b: ir.IRBuilder, quad: ir.Value, channels: ir.Value) -> ir.Value:
     """-1 but for bytes that no channel has, in the last of `channels` / 4 lanes; an int32."""
-    missing = b.sub(b.mul(b.add(quad, const(1)), const(BYTES)), channels)
+    missing = b.sub(b.mul(b.add(quad, const(1)), const(QUAD)), channels)
     some = b.lshr(ir.Constant(I32, -1), b.trunc(b.mul(missing, const(8)), I32))
     return b.select(b.icmp_signed(">", missing, const(0)), some, ir.Constant(I32, -1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import llvmlite.ir as ir
 
-from autoprune.repack.kernels.bytes_lanes import BYTES, int_splat, ints, load_lanes, unpacked
+from autoprune.repack.kernels.bytes_lanes import int_splat, ints, load_lanes, unpacked
 from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
 from autoprune.repack.kernels.fields import FLOAT, INT32_ARRAY, NUMBER, OFFSET, SLOT, Fields
 from autoprune.repack.kernels.ir import (
@@ -21,6 +21,7 @@ from autoprune.repack.kernels.ir import (
     pointer_field,
     smaller,
 )
+from autoprune.repack.weights.quads import QUAD
 
 
 class MeanField(Fields):
@@ -66,9 +67,9 @@ def byte_means(target: Target) -> int:
             given = b.and_(load_lanes(b, at(b, plane, position), lanes), inside)
             return [b.add(total, part) for total, part in zip(totals, unpacked(b, given, lanes), strict=True)]
 
-        totals = fold(b, const(0), get[f.POSITIONS], [int_splat(0, lanes)] * BYTES, add, lanes)
+        totals = fold(b, const(0), get[f.POSITIONS], [int_splat(0, lanes)] * QUAD, add, lanes)
         for j, total in enumerate(totals):
-            channel = b.add(b.mul(quad, const(BYTES)), const(j))
+            channel = b.add(b.mul(quad, const(QUAD)), const(j))
             with b.if_then(b.icmp_signed("<", channel, get[f.CHANNELS])):
                 whole = b.sub(_summed(b, module, total, lanes), b.trunc(get[f.SUM_ZERO], I32))
                 b.store(b.fmul(b.sitofp(whole, F32), scale), at(b, y, b.mul(channel, get[f.Y_CHANNEL])))

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import llvmlite.ir as ir
 
-from autoprune.repack.kernels.bytes_lanes import bounded, ints
+from autoprune.repack.kernels.bytes_lanes import bounded, ints, rounded
 from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
 from autoprune.repack.kernels.fields import FLOAT, NUMBER, OFFSET, SLOT, Fields
 from autoprune.repack.kernels.ir import (
@@ -22,11 +22,8 @@ from autoprune.repack.kernels.ir import (
     store_vector,
     vector,
 )
-from autoprune.repack.kernels.math import splat_float
 from autoprune.repack.kernels.rows import each
-
-TOGETHER = 4  # vectors of floats, whose bytes fill one
-_ROUNDER = 12582912.0  # 1.5 * 2**23: adding it rounds half to even, and leaves the integer in the low bits
+from autoprune.repack.weights.quads import QUAD
 
 
 class Field(Fields):
@@ -70,7 +67,7 @@ def bytes_to_rows(target: Target) -> int:
         value = b.fmul(b.sitofp(steps, vector(wide)), splat(b, scale, wide))
         store_vector(b, value, at(b, y, position), wide)
 
-    each(b, get[Field.FEATURES], target.lanes, some, TOGETHER)
+    each(b, get[Field.FEATURES], target.lanes, some, QUAD)
     b.ret_void()
     return compile_op(module, "op", target)
 
@@ -104,9 +101,9 @@ def quantise_row(b: ir.IRBuilder, x: ir.Value, y: ir.Value, count: ir.Value, gri
     def some(position: ir.Value, wide: int) -> None:
         inverse, low, high = (splat(b, value, wide) for value in grid[:3])
         value = bounded(b, b.fmul(load_vector(b, at(b, x, position), wide), inverse), low, high)
-        steps = b.bitcast(b.fadd(value, splat_float(_ROUNDER, wide)), ints(wide))
+        steps = rounded(b, value, wide)
         kind = ir.VectorType(I8, wide) if wide > 1 else I8
         made = b.trunc(b.add(steps, splat(b, zero, wide)), kind)
         b.store(made, b.bitcast(at(b, y, position), kind.as_pointer()), align=1)
 
-    each(b, count, lanes, some, TOGETHER)
+    each(b, count, lanes, some, QUAD)

@@ -11,10 +11,8 @@ from typing import Literal
 import llvmlite.ir as ir
 
 from autoprune.repack.kernels.bytes_lanes import (
-    BYTES,
     bordered,
     bounded,
-    fill_border,
     int_splat,
     kept_bytes,
     load_lanes,
@@ -25,10 +23,12 @@ from autoprune.repack.kernels.bytes_lanes import (
 from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
 from autoprune.repack.kernels.fields import FLOAT, INT32_ARRAY, NUMBER, OFFSET, SLOT, Fields
 from autoprune.repack.kernels.ir import (
+    F32,
     I32,
     INTS,
     address,
     at,
+    clear_border,
     const,
     float_field,
     fma,
@@ -40,6 +40,7 @@ from autoprune.repack.kernels.ir import (
     smaller,
     splat,
 )
+from autoprune.repack.weights.quads import QUAD
 
 Source = Literal["lanes", "bytes", "floats"]
 """A value as it is stored: floats, bytes, or bytes that are not changed."""
@@ -95,7 +96,7 @@ def sum_bytes(sources: tuple[Source, ...], shift: int, target: Target) -> int:
     made = _making(b, module, get, slots, image, sources, lanes)
     mask = pointer_field(b, get[Field.MASK], INTS)
     lane = b.trunc(get[Field.BORDER_VALUE], I32)
-    last = b.sdiv(b.sub(get[Field.CHANNELS], const(1)), const(BYTES))
+    last = b.sdiv(b.sub(get[Field.CHANNELS], const(1)), const(QUAD))
     first = b.mul(chunk, get[Field.CHUNK])
     with loop(b, first, smaller(b, b.add(first, get[Field.CHUNK]), get[Field.QUADS])) as quad:
         out = at(b, y, b.mul(quad, get[Field.Y_QUAD]))
@@ -106,13 +107,13 @@ def sum_bytes(sources: tuple[Source, ...], shift: int, target: Target) -> int:
             value = made(smaller(b, quad, last), position)
             if shift:
                 before = made(larger(b, b.sub(quad, const(1)), const(0)), position)
-                before = b.lshr(before, int_splat(8 * (BYTES - shift), lanes))
+                before = b.lshr(before, int_splat(8 * (QUAD - shift), lanes))
                 other = b.and_(load_lanes(b, place, lanes), int_splat((1 << 8 * shift) - 1, lanes))
                 value = b.or_(b.shl(value, int_splat(8 * shift, lanes)), b.select(is_first, other, before))
             inside = b.and_(load_lanes(b, at(b, mask, position), lanes), kept)
             store_lanes(b, bordered(b, value, inside, splat(b, lane, lanes)), place, lanes)
         border = (get[Field.POSITIONS], get[Field.BORDER], get[Field.BORDER_FIRST])
-        fill_border(b, out, b.or_(image, quad), border, lane)
+        clear_border(b, out, b.or_(image, quad), border, b.bitcast(lane, F32))
     b.ret_void()
     return compile_op(module, "op", target)
 
@@ -136,12 +137,12 @@ def _making(
         if sources[number] == "bytes":
             place = at(b, bases[number], b.add(b.mul(quad, get[Field[f"{side}_QUAD"]]), position))
             return unpacked_floats(b, load_lanes(b, place, lanes), lanes)
-        channels = [smaller(b, b.add(b.mul(quad, const(BYTES)), const(j)), last) for j in range(BYTES)]
+        channels = [smaller(b, b.add(b.mul(quad, const(QUAD)), const(j)), last) for j in range(QUAD)]
         places = [b.add(b.mul(channel, get[Field[f"{side}_CHANNEL"]]), position) for channel in channels]
         return [load_vector(b, at(b, bases[number], place), lanes) for place in places]
 
     def summed(quad: ir.Value, position: ir.Value) -> ir.Value:
-        values = [bias] * BYTES
+        values = [bias] * QUAD
         for number, factor in zip(range(len(sources)), factors, strict=False):
             given = floats(number, quad, position)
             values = [b.call(fma(module, lanes), [each, factor, v]) for each, v in zip(given, values, strict=True)]

@@ -9,9 +9,7 @@ from __future__ import annotations
 import llvmlite.ir as ir
 
 from autoprune.repack.kernels.bytes_lanes import (
-    BYTES,
     bounded,
-    fill_border,
     floats_where,
     ints,
     load_lanes,
@@ -24,10 +22,12 @@ from autoprune.repack.kernels.bytes_lanes import (
 from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
 from autoprune.repack.kernels.fields import FLOAT, NUMBER, OFFSET, SLOT, Fields
 from autoprune.repack.kernels.ir import (
+    F32,
     I8,
     I32,
     address,
     at,
+    clear_border,
     const,
     float_field,
     loop,
@@ -37,6 +37,7 @@ from autoprune.repack.kernels.ir import (
     vector,
 )
 from autoprune.repack.kernels.turn import turned_block
+from autoprune.repack.weights.quads import QUAD
 
 
 class Field(Fields):
@@ -76,22 +77,23 @@ def tokens_to_bytes(target: Target) -> int:
         here = b.icmp_signed("<", token, get[Field.TOKENS])
         lines.append(at(b, rows, b.select(here, b.mul(token, get[Field.ROWS_TOKEN]), const(0))))
         widths.append(splat(b, b.trunc(b.select(here, features, const(0)), I32), lanes))
-    with loop(b, const(0), features, BYTES * lanes) as feature:
+    with loop(b, const(0), features, QUAD * lanes) as feature:
         made = []
         for line, width in zip(lines, widths, strict=True):
             values = []
-            for part in range(BYTES):
+            for part in range(QUAD):
                 value, _ = floats_where(b, module, line, b.add(feature, const(part * lanes)), width, lanes)
                 values.append(bounded(b, b.fmul(value, scale), low, high))
             made.append(b.bitcast(rounded_bytes(b, values, zeros, lanes), vector(lanes)))
         for i, quads in enumerate(turned_block(b, made)):
-            quad = b.add(b.sdiv(feature, const(BYTES)), const(i))
+            quad = b.add(b.sdiv(feature, const(QUAD)), const(i))
             with b.if_then(b.icmp_signed("<", quad, get[Field.QUADS])):
                 place = at(b, at(b, map_, b.mul(quad, get[Field.MAP_QUAD])), first)
                 store_lanes(b, b.bitcast(quads, ints(lanes)), place, lanes)
     border = (get[Field.TOKENS], get[Field.BORDER], get[Field.BORDER_FIRST])
     with b.if_then(b.icmp_signed("==", block, const(0))), loop(b, const(0), get[Field.QUADS]) as quad:
-        fill_border(b, at(b, map_, b.mul(quad, get[Field.MAP_QUAD])), b.or_(image, quad), border, spread(b, zero))
+        channel, lane = at(b, map_, b.mul(quad, get[Field.MAP_QUAD])), b.bitcast(spread(b, zero), F32)
+        clear_border(b, channel, b.or_(image, quad), border, lane)
     b.ret_void()
     return compile_op(module, "op", target)
 
@@ -104,18 +106,18 @@ def bytes_to_tokens(target: Target) -> int:
     first, width = b.mul(block, const(lanes)), splat(b, b.trunc(get[Field.FEATURES], I32), lanes)
     zero, scale = splat(b, b.trunc(get[Field.ZERO], I32), lanes), splat(b, float_field(b, get[Field.SCALE]), lanes)
     last = b.sub(get[Field.QUADS], const(1))
-    with loop(b, const(0), get[Field.FEATURES], BYTES * lanes) as feature:
+    with loop(b, const(0), get[Field.FEATURES], QUAD * lanes) as feature:
         given = []
         for i in range(lanes):  # the last lane-channel stands for those behind it
-            quad = smaller(b, b.add(b.sdiv(feature, const(BYTES)), const(i)), last)
+            quad = smaller(b, b.add(b.sdiv(feature, const(QUAD)), const(i)), last)
             place = at(b, at(b, map_, b.mul(quad, get[Field.MAP_QUAD])), first)
             given.append(b.bitcast(load_lanes(b, place, lanes), vector(lanes)))
         for i, quads in enumerate(turned_block(b, given)):
             token = b.add(first, const(i))
             with b.if_then(b.icmp_signed("<", token, get[Field.TOKENS])):
                 line = at(b, rows, b.mul(token, get[Field.ROWS_TOKEN]))
-                all_bytes = b.bitcast(quads, ir.VectorType(I8, BYTES * lanes))
-                for part in range(BYTES):
+                all_bytes = b.bitcast(quads, ir.VectorType(I8, QUAD * lanes))
+                for part in range(QUAD):
                     places = ir.Constant(ir.VectorType(I32, lanes), [part * lanes + lane for lane in range(lanes)])
                     some = b.shuffle_vector(all_bytes, ir.Constant(all_bytes.type, ir.Undefined), places)
                     real = b.fmul(b.sitofp(b.sub(b.zext(some, ints(lanes)), zero), vector(lanes)), scale)

@@ -11,10 +11,8 @@ from enum import Enum
 import llvmlite.ir as ir
 
 from autoprune.repack.kernels.bytes_lanes import (
-    BYTES,
     bordered,
     bounded,
-    fill_border,
     int_splat,
     ints,
     load_lanes,
@@ -34,6 +32,7 @@ from autoprune.repack.kernels.ir import (
     LONGS,
     address,
     at,
+    clear_border,
     const,
     float_field,
     fold,
@@ -49,6 +48,7 @@ from autoprune.repack.kernels.ir import (
     vector,
 )
 from autoprune.repack.kernels.register_tile import cover
+from autoprune.repack.weights.quads import QUAD
 
 MOST_HALVES = 257  # bytes whose sum fits 16 bits
 
@@ -159,7 +159,7 @@ def fill_lanes(
 ) -> None:  # fmt: skip
     """The border of a lane-channel."""
     border = (get[Field.POSITIONS], get[Field.BORDER], get[Field.BORDER_FIRST])
-    fill_border(b, out, b.or_(image, quad), border, b.trunc(get[Field.BORDER_VALUE], I32))
+    clear_border(b, out, b.or_(image, quad), border, float_field(b, get[Field.BORDER_VALUE]))
 
 
 def every(b: ir.IRBuilder, pointer: ir.Value, stride: int, lanes: int) -> ir.Value:
@@ -197,7 +197,7 @@ def _largest(
 
 def larger_bytes(b: ir.IRBuilder, one: ir.Value, other: ir.Value, lanes: int) -> ir.Value:
     """The larger of each two bytes in lanes."""
-    one, other = (b.bitcast(each, ir.VectorType(I8, BYTES * lanes)) for each in (one, other))
+    one, other = (b.bitcast(each, ir.VectorType(I8, QUAD * lanes)) for each in (one, other))
     return b.bitcast(b.select(b.icmp_unsigned(">", one, other), one, other), ints(lanes))
 
 
@@ -207,7 +207,7 @@ def _average(
     function, b, get, source = _begin(module, mode, vectors)
     count = -(-(vectors * lanes * stride + columns[-1]) // lanes)
     halves, low = mode is Mode.AVERAGE, int_splat(0x00FF00FF, lanes)
-    parts = 2 if halves else BYTES
+    parts = 2 if halves else QUAD
 
     def split(value: ir.Value) -> list[ir.Value]:
         """Its bytes as 32 bits each, or two of them in one: 0 and 2, 1 and 3."""

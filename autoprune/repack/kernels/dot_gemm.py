@@ -23,7 +23,7 @@ import llvmlite.ir as ir
 from autoprune.errors import AutopruneError
 from autoprune.repack.kernels import dot_amx
 from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
-from autoprune.repack.kernels.dot_tile import QUAD, Ending, Form, Scalars, entries, lines_of, tile
+from autoprune.repack.kernels.dot_tile import Ending, Form, Scalars, entries, lines_of, tile
 from autoprune.repack.kernels.fields import FLOAT, FLOAT32_ARRAY, INT32_ARRAY, NUMBER, OFFSET, SLOT, Fields
 from autoprune.repack.kernels.ir import (
     FLOATS,
@@ -39,6 +39,7 @@ from autoprune.repack.kernels.ir import (
     smaller,
 )
 from autoprune.repack.kernels.register_tile import clear_borders, cover, place_of, tiles
+from autoprune.repack.weights.quads import QUAD
 
 
 class Field(Fields):

@@ -14,9 +14,9 @@ from typing import Literal, NamedTuple
 import llvmlite.ir as ir
 
 from autoprune.errors import AutopruneError
+from autoprune.repack.kernels.bytes_lanes import int_splat, rounded
 from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
 from autoprune.repack.kernels.dot_tile import (
-    QUAD,
     Ending,
     Form,
     Scalars,
@@ -24,8 +24,6 @@ from autoprune.repack.kernels.dot_tile import (
     entries,
     finished,
     lines_of,
-    rounded,
-    splat_int,
 )
 from autoprune.repack.kernels.fields import FLOAT, FLOAT32_ARRAY, INT32_ARRAY, NUMBER, OFFSET, SLOT, Fields
 from autoprune.repack.kernels.ir import (
@@ -53,6 +51,7 @@ from autoprune.repack.kernels.ir import (
     store_vector,
     vector,
 )
+from autoprune.repack.weights.quads import QUAD
 
 PARTS = 4  # independent sums at least, so that none waits for the one before it
 
@@ -259,7 +258,7 @@ def _tile(module: ir.Module, rows: int, tokens: int, target: Target, ending: End
         return [total for each in made for total in each]
 
     end = b.mul(b.sdiv(kept, const(chains)), const(chains))
-    sums = fold(b, const(0), end, [splat_int(0, wide)] * (chains * count), several, chains)
+    sums = fold(b, const(0), end, [int_splat(0, wide)] * (chains * count), several, chains)
     sums = [reduce(b.add, sums[n::count]) for n in range(count)]
     sums = fold(b, end, kept, sums, whole)
     if mixed:

@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple
 
 import llvmlite.ir as ir
 
+from autoprune.repack.kernels.bytes_lanes import bounded, int_splat, packed
 from autoprune.repack.kernels.compiler import Target
 from autoprune.repack.kernels.ir import (
     F32,
@@ -39,11 +40,8 @@ from autoprune.repack.kernels.ir import (
     store_vector,
     vector,
 )
-from autoprune.repack.kernels.math import ACTIVATIONS, BYTE_ACTIVATIONS, splat_float
-
-QUAD = 4  # bytes in a lane
-_ROUNDER = 12582912.0  # 1.5 * 2**23: adding it rounds half to even, and leaves the integer in the low bits
-_ROUNDER_BITS = 0x4B400000
+from autoprune.repack.kernels.math import ACTIVATIONS, BYTE_ACTIVATIONS
+from autoprune.repack.weights.quads import QUAD
 
 Form = Literal["bytes", "floats"]
 
@@ -102,8 +100,8 @@ def _madd(b: ir.IRBuilder, sums: ir.Value, given: ir.Value, weights: ir.Value, l
 
 def _plain(b: ir.IRBuilder, sums: ir.Value, given: ir.Value, weights: ir.Value, lanes: int) -> ir.Value:
     for place in range(QUAD):
-        above = splat_int(24 - 8 * place, lanes)  # bits above the byte
-        weight = b.ashr(b.shl(weights, above), splat_int(24, lanes))
+        above = int_splat(24 - 8 * place, lanes)  # bits above the byte
+        weight = b.ashr(b.shl(weights, above), int_splat(24, lanes))
         sums = b.add(sums, b.mul(byte_of(b, given, place, lanes), weight))
     return sums
 
@@ -115,11 +113,6 @@ def _intrinsic(b: ir.IRBuilder, name: str, result: ir.Type, kinds: list[ir.Type]
     return b.module.globals.get(name) or ir.Function(b.module, ir.FunctionType(result, kinds), name)
 
 
-def splat_int(value: int, lanes: int) -> ir.Constant:
-    """A constant in every 32-bit lane."""
-    return ir.Constant(ir.VectorType(I32, lanes), [value] * lanes)
-
-
 def entries(b: ir.IRBuilder, pointer: ir.Value, number: ir.Value) -> tuple[ir.Value, ir.Value]:
     """The first entry of list `number`, and how many it has; `pointer`: where each list begins, and the last ends."""
     begin = long_at(b, pointer, number)
@@ -128,7 +121,7 @@ def entries(b: ir.IRBuilder, pointer: ir.Value, number: ir.Value) -> tuple[ir.Va
 
 def byte_of(b: ir.IRBuilder, given: ir.Value, place: int, lanes: int) -> ir.Value:
     """The byte at `place` of each lane, 0 to 255."""
-    return b.and_(b.lshr(given, splat_int(8 * place, lanes)), splat_int(255, lanes))
+    return b.and_(b.lshr(given, int_splat(8 * place, lanes)), int_splat(255, lanes))
 
 
 def mixed_lanes(b: ir.IRBuilder, sources: list[ir.Value], target: Target) -> ir.Value:
@@ -141,7 +134,7 @@ def mixed_lanes(b: ir.IRBuilder, sources: list[ir.Value], target: Target) -> ir.
 
 def _selected(b: ir.IRBuilder, one: ir.Value, other: ir.Value, bits: int, target: Target) -> ir.Value:
     """Of each lane the `bits` of one, the others of the other."""
-    of_one, of_other = (splat_int(each & 0xFFFFFFFF, target.lanes) for each in (bits, ~bits))
+    of_one, of_other = (int_splat(each, target.lanes) for each in (bits, ~bits))
     if target.lanes == 16 and target.dot != "plain":  # said outright: LLVM makes four instructions of two selections
         ternary = _intrinsic(b, "llvm.x86.avx512.pternlog.d.512", one.type, [one.type] * 3 + [I32])
         return b.call(ternary, [one, other, of_one, ir.Constant(I32, 0b11100100)])  # third ? first : second
@@ -165,21 +158,7 @@ def finished(
         value = b.call(multiply, [value, inverse, zero])
     if ending.output == "floats":
         return clamp(b, value, low, high)
-    value = b.select(b.fcmp_ordered(">", value, low), value, low)
-    return b.select(b.fcmp_ordered("<", value, high), value, high)
-
-
-def rounded(b: ir.IRBuilder, value: ir.Value, lanes: int) -> ir.Value:
-    """Integers, half to even, of floats from 0 to 255: in the low byte, the bits above it are those of `_ROUNDER`."""
-    return b.bitcast(b.fadd(value, splat_float(_ROUNDER, lanes)), ir.VectorType(I32, lanes))
-
-
-def packed(b: ir.IRBuilder, values: list[ir.Value], lanes: int) -> ir.Value:
-    """Floats from 0 to 255 of four rows, rounded half to even: the bytes of one lane each."""
-    word = splat_int((_ROUNDER_BITS ^ _ROUNDER_BITS << 8) & 0xFFFFFFFF, lanes)  # what the bits above leave
-    for place, value in enumerate(values):
-        word = b.xor(word, b.shl(rounded(b, value, lanes), splat_int(8 * place, lanes)))
-    return word
+    return bounded(b, value, low, high)
 
 
 class Arguments(NamedTuple):
@@ -273,7 +252,7 @@ def store_lines(
         place = at(b, given.y, long_at(b, given.y_channel, const(line)))
         for v in range(vectors):
             values = [result(row, v) for row in range(line * per_line, (line + 1) * per_line)]
-            word = packed(b, values, lanes) if per_line == QUAD else b.bitcast(values[0], sums[0].type)
+            word = packed(b, values, None, lanes) if per_line == QUAD else b.bitcast(values[0], sums[0].type)
             inside = load_mask(b, at(b, given.mask, const(v * lanes)), lanes)
             word = b.select(inside, word, splat(b, given.border, lanes))
             store_vector(b, word, at(b, place, const(v * lanes)), lanes)
@@ -300,7 +279,7 @@ def tile(
 
         return fold(b, const(0), kept, sums, add)
 
-    sums = walk([splat_int(0, lanes)] * (rows * vectors), given.kept, given.weights, whole_cell)
+    sums = walk([int_splat(0, lanes)] * (rows * vectors), given.kept, given.weights, whole_cell)
     if mixed:
         sums = walk(sums, given.mixed_kept, given.mixed_weights, mixed_cell)
     store_lines(b, sums, given, rows, vectors, ending, lanes)

@@ -1,6 +1,6 @@
 """Builds the ops on interleaved maps beside the GEMM: into bytes and out of them, windows, sums, means.
 
-An interleaved map of C channels is a `MapLayout` of ceil(C / 4) lane-channels (`quads`), whose lanes hold four bytes.
+An interleaved map of C channels is a `MapLayout` of `lanes_of(C)` lane-channels, whose lanes hold four bytes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from autoprune.errors import AutopruneError
 from autoprune.quantization.grid import LEVELS, Grid
 from autoprune.repack.kernels import bytes_copy, bytes_depthwise, bytes_maps, bytes_turn, bytes_window
-from autoprune.repack.kernels.bytes_lanes import BYTES, lane_of
+from autoprune.repack.kernels.bytes_lanes import lane_of
 from autoprune.repack.kernels.compiler import Target
 from autoprune.repack.kernels.fields import Given
 from autoprune.repack.lowering import map_nodes
@@ -22,14 +22,10 @@ from autoprune.repack.lowering.buffers import MapAt, StridedRef
 from autoprune.repack.lowering.geometry import CHUNK_FLOATS, Window
 from autoprune.repack.lowering.layout import MapLayout
 from autoprune.repack.native.op import NativeOp, op_of
+from autoprune.repack.weights.quads import QUAD, lanes_of
 
 Shape = tuple[int, int, int, int]
 _LARGEST_SUM = 2**31 - 1
-
-
-def quads(channels: int) -> int:
-    """Lane-channels of an interleaved map."""
-    return -(-channels // BYTES)
 
 
 def quantised(name: str, shape: Shape, x: StridedRef, y: MapAt, grid: Grid, target: Target) -> NativeOp:
@@ -98,7 +94,7 @@ def moved(name: str, batch: int, x: MapAt, y: MapAt, border: int, target: Target
         border: the byte around y: the zero point, or 0 for a maximum.
         target: what to compile for.
     """
-    shape = (batch, BYTES * x.layout.channels, x.layout.height, x.layout.width)
+    shape = (batch, QUAD * x.layout.channels, x.layout.height, x.layout.width)
     return _copy(name, bytes_copy.Form.MOVED, shape, x.ref(), y.ref(), y.layout, lane_of(border), {}, target)
 
 
@@ -120,7 +116,7 @@ def _copy(
     blocks = -(-rows // block)
     given: dict[bytes_copy.Field, Given] = {
         f.X_SLOT: x.slot, f.X_OFFSET: x.offset_bytes, f.Y_SLOT: y.slot, f.Y_OFFSET: y.offset_bytes,
-        f.CHANNELS: channels, f.QUADS: quads(channels), f.HEIGHT: height, f.WIDTH: width,
+        f.CHANNELS: channels, f.QUADS: lanes_of(channels), f.HEIGHT: height, f.WIDTH: width,
         f.X_IMAGE: x.strides[0], f.X_CHANNEL: x.strides[1], f.X_ROW: x.strides[2],
         f.Y_IMAGE: y.strides[0], f.Y_CHANNEL: y.strides[1], f.Y_ROW: y.strides[2],
         f.STRIDE_H: strides[0], f.PAD_H: pads[0], f.PAD_W: pads[1], f.ROWS: rows, f.COLUMNS: columns, f.Y_PLANE: plane,
@@ -128,7 +124,7 @@ def _copy(
         f.BORDER_VALUE: lane,
     }  # fmt: skip
     kernel = bytes_copy.copy_bytes(form, strides[1], target)
-    return op_of(name, kernel, f, {**given, **grid}, batch * quads(channels) * blocks)
+    return op_of(name, kernel, f, {**given, **grid}, batch * lanes_of(channels) * blocks)
 
 
 def _are_tokens(name: str, shape: Shape, at: StridedRef) -> bool:
@@ -153,7 +149,7 @@ def _between_tokens(shape: Shape, rows: StridedRef, map_: MapAt, target: Target)
         t.ROWS_SLOT: rows.slot, t.ROWS_OFFSET: rows.offset_bytes, t.ROWS_IMAGE: rows.strides[0],
         t.ROWS_TOKEN: rows.strides[3], t.MAP_SLOT: map_.buffer.slot, t.MAP_OFFSET: map_.offset,
         t.MAP_IMAGE: map_.layout.image, t.MAP_QUAD: map_.layout.channel(1), t.TOKENS: shape[3], t.FEATURES: shape[1],
-        t.QUADS: quads(shape[1]), t.BLOCKS: _blocks(shape, target),
+        t.QUADS: lanes_of(shape[1]), t.BLOCKS: _blocks(shape, target),
     }  # fmt: skip
 
 
@@ -312,24 +308,24 @@ def depthwise(
     if LEVELS * int(np.abs(weights.astype(np.int64)).sum(axis=1).max(initial=0)) > _LARGEST_SUM:
         raise AutopruneError(f"{name}: sums of {taps} products might be larger than 31 bits hold.")
     given, chunks = _sliding(window_, x, y, 0 if grid is None else grid.zero_point, window_.taps())
-    lane_channels, fours = quads(channels), -(-taps // BYTES)
-    by_four = np.zeros((BYTES * lane_channels, BYTES * fours), np.int8)
+    lane_channels, fours = lanes_of(channels), -(-taps // QUAD)
+    by_four = np.zeros((QUAD * lane_channels, QUAD * fours), np.int8)
     by_four[:channels, :taps] = weights
-    by_four = by_four.reshape(lane_channels, BYTES, fours, BYTES).transpose(0, 2, 1, 3)
+    by_four = by_four.reshape(lane_channels, QUAD, fours, QUAD).transpose(0, 2, 1, 3)
     given |= {
-        f.TAPS: taps // BYTES, f.CHANNELS: channels, f.WEIGHTS: np.ascontiguousarray(by_four).view(np.int32),
+        f.TAPS: taps // QUAD, f.CHANNELS: channels, f.WEIGHTS: np.ascontiguousarray(by_four).view(np.int32),
         f.FACTOR: _whole(ending.factor), f.BIAS: _whole(ending.bias), f.LOW: ending.low, f.HIGH: ending.high,
         f.Y_CHANNEL: y.layout.channel(1),
     }  # fmt: skip
     if grid is None:
-        given[f.Y_QUAD] = BYTES * y.layout.channel(1)
+        given[f.Y_QUAD] = QUAD * y.layout.channel(1)
     if grid is not None and ending.activation:
         given |= {f.INVERSE: grid.inverse, f.OUTPUT_ZERO: float(grid.zero_point)}
     step = window_.stride[1] if x.layout.phases == 1 else 1
-    kernel = bytes_depthwise.depthwise_bytes(step, taps % BYTES, grid is None, target, ending.activation)
+    kernel = bytes_depthwise.depthwise_bytes(step, taps % QUAD, grid is None, target, ending.activation)
     return op_of(name, kernel, f, given, batch * chunks)
 
 
 def _whole(row: NDArray[np.float32]) -> NDArray[np.float32]:
     """With zeros up to whole lane-channels."""
-    return np.pad(row, (0, -len(row) % BYTES))
+    return np.pad(row, (0, -len(row) % QUAD))

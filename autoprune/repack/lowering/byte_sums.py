@@ -6,13 +6,14 @@ import math
 
 from autoprune.quantization.grid import LEVELS, Grid
 from autoprune.repack.kernels import bytes_sum
-from autoprune.repack.kernels.bytes_lanes import BYTES, lane_of
+from autoprune.repack.kernels.bytes_lanes import lane_of
 from autoprune.repack.kernels.compiler import Target
 from autoprune.repack.kernels.fields import Given
 from autoprune.repack.lowering import map_nodes
 from autoprune.repack.lowering.buffers import MapAt
-from autoprune.repack.lowering.byte_nodes import On, Shape, quads, step_of
+from autoprune.repack.lowering.byte_nodes import On, Shape, step_of
 from autoprune.repack.native.op import NativeOp, op_of
+from autoprune.repack.weights.quads import QUAD, lanes_of
 
 
 def added(
@@ -57,15 +58,15 @@ def _sum(
 ) -> NativeOp:  # fmt: skip
     f, step = bytes_sum.Field, step_of(grid)
     batch, channels, *_ = shape
-    shift, out = first % BYTES, y.layout
-    written = quads(shift + channels)
+    shift, out = first % QUAD, y.layout
+    written = lanes_of(shift + channels)
     chunk, chunks = map_nodes.chunked(written, out.positions)
-    into = y.ref(first // BYTES)
+    into = y.ref(first // QUAD)
     bias, fields = float(grid.zero_point), dict[bytes_sum.Field, Given]()
     for side, (at, on) in zip(("X", "OTHER"), given, strict=False):
         factor = (1.0 if on is None else step_of(on)) / step
         bias -= 0.0 if on is None else on.zero_point * factor
-        layout, wide = at.layout, BYTES if on is None else 1
+        layout, wide = at.layout, QUAD if on is None else 1
         fields |= {
             f[f"{side}_SLOT"]: at.buffer.slot, f[f"{side}_OFFSET"]: at.offset, f[f"{side}_IMAGE"]: layout.image,
             f[f"{side}_QUAD"]: wide * layout.channel(1), f[f"{side}_CHANNEL"]: layout.channel(1),

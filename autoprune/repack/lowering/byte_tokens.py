@@ -15,10 +15,11 @@ from autoprune.repack.lowering.buffers import Buffer, StridedRef
 from autoprune.repack.lowering.byte_row_nodes import RowsOn
 from autoprune.repack.lowering.context import Lowering
 from autoprune.repack.lowering.geometry import Tiling
-from autoprune.repack.lowering.interleaved import lanes_of, only_reader, put_on
+from autoprune.repack.lowering.interleaved import only_reader, put_on
 from autoprune.repack.lowering.steps import NativeStep, storage_of
 from autoprune.repack.lowering.weights import Weights
 from autoprune.repack.native.op import NativeOp
+from autoprune.repack.weights.quads import lanes_of
 
 
 def few(lowering: Lowering, tokens: int) -> bool:

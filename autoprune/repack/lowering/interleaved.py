@@ -17,7 +17,7 @@ from autoprune.repack.lowering.buffers import Buffer, StridedRef
 from autoprune.repack.lowering.context import Lowering
 from autoprune.repack.lowering.steps import Map, NativeStep, View, contiguous_strides, storage_of
 from autoprune.repack.native.op import NativeOp
-from autoprune.repack.weights.quads import QUAD
+from autoprune.repack.weights.quads import lanes_of
 
 Stride = tuple[int, int]
 Key = tuple[str, Stride, int, bool]
@@ -46,11 +46,6 @@ def as_map(shape: tuple[int, ...], tokens: bool) -> Shape:
         return (1, shape[-1], 1, math.prod(shape[:-1]))
     batch, channels, height, width = shape
     return (batch, channels, height, width)
-
-
-def lanes_of(channels: int) -> int:
-    """Lanes that hold a position's channels."""
-    return -(-channels // QUAD)
 
 
 def made_map(

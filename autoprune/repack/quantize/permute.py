@@ -100,7 +100,7 @@ class _Layer:
         """(cost, filters in a group, `whole`) of its best form."""
         kept = self.ordered(order)
         forms = [(size, whole) for size in SIZES for whole in WHOLE]
-        costs = [self.positions * size * cost_of(kept, 1, size, whole) for size, whole in forms]
+        costs = [self.positions * size * cost_of(kept, size, whole) for size, whole in forms]
         best = int(np.argmin(costs))  # the first of equals: larger groups load less for each filter
         return costs[best], *forms[best]
 

@@ -79,7 +79,7 @@ class Layer:
         filters = -(-len(self.weight) // QUAD) * QUAD if self.groups == 1 else len(self.weight) // self.groups
         fitting = [size for size in COST_OF_BYTES if filters % size == 0 or self.weight.ndim == 2]
         kept = self.weight.numpy() != 0
-        return {size: size * min(cost_of(kept, self.groups, size, whole) for whole in WHOLE) for size in fitting}
+        return {size: size * min(cost_of(kept, size, whole) for whole in WHOLE) for size in fitting}
 
     def density(self, size: int) -> float:
         """What groups of `size` take, as a share of the dense layer; 0 where there are none of the size."""

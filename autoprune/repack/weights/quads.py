@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from autoprune.repack.weights.alignment import on_cache_lines
 from autoprune.repack.weights.packed import Ints, PackedWeight
 
-QUAD = 4  # channels in a lane
+QUAD = 4  # channels in a lane of 32 bits, a byte each
 WHOLE = (1, 3)  # channels of a quad that are worth reading it whole: either is tried
 MIXED_COST = 1.6  # of a mixed cell, in whole ones: four lanes are read for it, and a byte taken from each
 
@@ -46,6 +46,11 @@ class Quads:
         return len(self.index) + MIXED_COST * len(self.mixed_index)
 
 
+def lanes_of(channels: int) -> int:
+    """Lanes that hold a position's channels."""
+    return -(-channels // QUAD)
+
+
 def quads(packed: PackedWeight, whole: int = 1) -> Quads:
     """The cells of a weight of bytes.
 
@@ -70,20 +75,19 @@ def quads(packed: PackedWeight, whole: int = 1) -> Quads:
     return Quads(pointer, index, _lanes(values), *_mixed(packed, np.flatnonzero(~stays), group))
 
 
-def cost_of(kept: NDArray[np.bool_], conv_groups: int, size: int, whole: int) -> float:
+def cost_of(kept: NDArray[np.bool_], size: int, whole: int) -> float:
     """`Quads.cost` of a weight whose neighbours share a group, without packing it.
 
     Args:
-        kept: ``(out, in / conv_groups, kh, kw)`` or ``(out, in)``.
-        conv_groups: groups of a grouped convolution, of so many channels that quads do not straddle them.
+        kept: ``(out, in / conv_groups, kh, kw)`` or ``(out, in)``; quads do not straddle groups of a convolution.
         size: filters in a group.
         whole: see `quads`.
     """
     out, channels = kept.shape[:2]
-    rows, lanes = -(-out // size) * size, -(-channels // QUAD) * QUAD
-    padded = np.zeros((rows, lanes, int(np.prod(kept.shape[2:]))), np.bool_)
+    rows, lanes = -(-out // size) * size, lanes_of(channels)
+    padded = np.zeros((rows, lanes * QUAD, int(np.prod(kept.shape[2:]))), np.bool_)
     padded[:out, :channels] = kept.reshape(out, channels, -1)
-    members = padded.reshape(rows // size, size, lanes // QUAD, QUAD, -1).any(axis=1).sum(axis=2)
+    members = padded.reshape(rows // size, size, lanes, QUAD, -1).any(axis=1).sum(axis=2)
     fits = members >= whole
     rest = np.where(fits, 0, members).reshape(rows // size, -1).sum(axis=1)
     return float(fits.sum() + MIXED_COST * (-(-rest // QUAD)).sum())
