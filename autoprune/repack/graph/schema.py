@@ -10,7 +10,7 @@ from torch import Tensor
 from autoprune.errors import FileError
 from autoprune.repack.graph import aten, extents
 from autoprune.repack.graph.ir import Graph, Input
-from autoprune.repack.graph.ops import MaxPool2d, Quantize, Recurrent, Reshape, op_from_json
+from autoprune.repack.graph.ops import Quantize, Recurrent, op_from_json
 from autoprune.repack.graph.ops.attributes import integer, is_number
 
 
@@ -90,7 +90,7 @@ def _check_grids(graph: Graph) -> None:
     """Raises FileError unless every layer with int8 weights reads a value on a grid, or makes its states be on one."""
     on_grid: set[str] = set()
     for op in graph.ops:
-        if isinstance(op, Quantize) or (isinstance(op, MaxPool2d | Reshape) and op.inputs[0] in on_grid):
+        if isinstance(op, Quantize) or (op.picks and op.inputs[0] in on_grid):
             on_grid.add(op.output)
         if "scale" in op.tensors and op.inputs[0] not in on_grid and not isinstance(op, Recurrent):
             raise FileError(f"{op.output!r} has int8 weights and reads {op.inputs[0]!r}, which lies on no grid.")

@@ -10,7 +10,7 @@ import numpy as np
 from autoprune.repack.graph.ops import Add, AvgPool2d, ConvolutionOp, Op, TorchOp
 from autoprune.repack.kernels.math import clamped
 from autoprune.repack.lowering import byte_nodes, byte_sums, dot_nodes
-from autoprune.repack.lowering.byte_nodes import Ending, On
+from autoprune.repack.lowering.byte_nodes import On
 from autoprune.repack.lowering.byte_rules import result
 from autoprune.repack.lowering.context import Lowering
 from autoprune.repack.lowering.geometry import Window
@@ -31,8 +31,7 @@ def depthwise(lowering: Lowering, op: ConvolutionOp, window: Window, shape: Shap
     if window.stride == (1, 1):
         made.pitch.join(given.pitch)
     sums = weight.sum(axis=1, dtype=np.int64)
-    steps = dot_nodes.steps_of(scale, bias, sums, grid, on, None, op.activation)
-    ending = Ending(steps.factor, steps.bias, steps.low, steps.high, steps.activation)
+    ending = dot_nodes.steps_of(scale, bias, sums, grid, on, None, op.activation)
 
     def build(*_: Any) -> NativeOp:
         return byte_nodes.depthwise(op.output, window, shape[0], given.at, made.at, weight, ending, on, lowering.target)

@@ -266,14 +266,16 @@ class On(NamedTuple):
 
 
 class Ending(NamedTuple):
-    """What becomes of sums of products: ``activation(clamp(sum * factor + bias))``.
+    """What becomes of sums of products: ``activation(sum * factor + bias + added * residual)``, clamped.
 
-    In steps of the output's grid, its zero point among them, where there is one and no activation.
+    In steps of the output's grid, its zero point among them, where there is one and no activation; with an activation
+    in real units until it is computed.
 
     Attributes:
-        factor, bias: of each channel, in float32.
+        factor, bias: of each channel or row, in float32.
         low, high: what results are clamped to; in steps after an activation.
         activation: a row of `kernels.math.ACTIVATIONS`, or nothing.
+        residual: what the bytes or floats that are added are multiplied by.
     """
 
     factor: NDArray[np.float32]
@@ -281,6 +283,7 @@ class Ending(NamedTuple):
     low: float
     high: float
     activation: str = ""
+    residual: float = 1.0
 
 
 def depthwise(

@@ -14,7 +14,7 @@ from autoprune.repack.kernels.dot_tile import Form
 from autoprune.repack.kernels.fields import Given
 from autoprune.repack.lowering.buffers import Buffer, StridedRef
 from autoprune.repack.lowering.byte_nodes import step_of
-from autoprune.repack.lowering.dot_nodes import Ints, check_sums, form_of, row_steps
+from autoprune.repack.lowering.dot_nodes import Ints, behind_activation, check_sums, form_of, row_steps
 from autoprune.repack.lowering.geometry import Tiling
 from autoprune.repack.lowering.token_nodes import Sequences, sequence_fields
 from autoprune.repack.lowering.weights import Weights
@@ -111,10 +111,7 @@ def linear(
             f.RESIDUAL_TOKEN: residual.at.strides[0], f.RESIDUAL_CHANNEL: channel, f.RESIDUAL_FIRST: first,
             f.RESIDUAL_SCALE: steps.residual,
         }  # fmt: skip
-    if steps.activation:
-        given |= {f.INVERSE: 1.0, f.ZERO: 0.0}
-        if y.grid is not None:
-            given |= {f.INVERSE: y.grid.inverse, f.ZERO: float(y.grid.zero_point)}
+    given |= {f[key]: value for key, value in behind_activation(steps, y.grid).items()}
     form: Form | Literal[""] = "" if residual is None else form_of(residual.grid)
     kernel = dot_rows.dot_rows(packed.group_size, target, form_of(y.grid), steps.activation, form, mixed)
     return op_of(name, kernel, f, given, -(-tokens // block) * chunks)

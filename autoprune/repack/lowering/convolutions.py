@@ -85,24 +85,16 @@ def convolution(
     channel, tap = np.divmod(packed.index, packed.taps)
     offsets = (channel.astype(np.int64) * x.layout.channel(1) + taps[tap]).astype(np.int32)
     low, high, other = clamped(activation)
-    positions, lanes = y.layout.positions, target.lanes
-    most = min(positions, PANEL_BLOCK) if tiling.panel else positions
-    block = -(-min(tiling.block, most) // lanes) * lanes
-    chunk = min(tiling.chunk or packed.groups, packed.groups)
-    # a last block of less than a vector is part of the one before: its positions may be taken singly
-    blocks, chunks = max(1, (positions - lanes) // block + 1), -(-packed.groups // chunk)
+    most = PANEL_BLOCK if tiling.panel else None
+    work, items = tiling.cut(y.layout.positions, packed.groups, batch, target.lanes, most)
     mask, y_channel = y.layout.mask(), _channels(weights, y.layout)
     given: dict[offset_gemm.Field, Given] = {
         f.X_SLOT: x.buffer.slot, f.X_OFFSET: x.offset, f.Y_SLOT: y.buffer.slot, f.Y_OFFSET: y.offset,
         f.X_IMAGE: x.layout.image, f.Y_IMAGE: y.layout.image, f.MASK: mask, f.BIAS: weights.bias_rows,
-        f.Y_CHANNEL: y_channel, f.RESIDUAL_CHANNEL: y_channel, f.LOW: low, f.HIGH: high, f.GROUPS: packed.groups,
-        f.POSITIONS: positions, f.CHUNK: chunk, f.BLOCK: block, f.CHUNKS: chunks, f.BLOCKS: blocks, f.BATCH: batch,
+        f.Y_CHANNEL: y_channel, f.RESIDUAL_CHANNEL: y_channel, f.LOW: low, f.HIGH: high,
         f.BORDER: y.layout.behind, f.BORDER_FIRST: y.layout.before,
+        **{f[key]: number for key, number in work.items()},
     }  # fmt: skip
-    if tiling.inputs_first:
-        given |= {f.CHUNK_STRIDE: 1, f.BLOCK_STRIDE: chunks, f.IMAGE_STRIDE: chunks * blocks}
-    else:
-        given |= {f.BLOCK_STRIDE: 1, f.IMAGE_STRIDE: blocks, f.CHUNK_STRIDE: blocks * batch}
     masks = _columns(window_, x.layout, y.layout.width, len(mask))
     given |= _lists(weights, packed, offsets, tiling, masks, scratch)
     if residual is not None:
@@ -113,9 +105,9 @@ def convolution(
     if gated is not None:
         fields = gated_gemm.Field.shared(given) | _gated(weights, packed, offsets, gated, scratch)
         kernel = gated_gemm.gated_gemm(packed.group_size, target, other)
-        return op_of(name, kernel, gated_gemm.Field, fields, batch * blocks * chunks)
+        return op_of(name, kernel, gated_gemm.Field, fields, items)
     kernel = offset_gemm.offset_gemm(packed.group_size, target, other, masks is not None)
-    return op_of(name, kernel, f, given, batch * blocks * chunks)
+    return op_of(name, kernel, f, given, items)
 
 
 @dataclass(frozen=True)

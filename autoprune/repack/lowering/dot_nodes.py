@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -17,7 +16,7 @@ from autoprune.repack.kernels.compiler import Target
 from autoprune.repack.kernels.dot_tile import Form
 from autoprune.repack.kernels.fields import Given
 from autoprune.repack.kernels.math import clamped
-from autoprune.repack.lowering.byte_nodes import On
+from autoprune.repack.lowering.byte_nodes import Ending, On
 from autoprune.repack.lowering.geometry import Tiling, Window
 from autoprune.repack.lowering.layout import MapLayout
 from autoprune.repack.lowering.weights import Weights
@@ -28,31 +27,10 @@ Floats = NDArray[np.float32]
 Ints = NDArray[np.int32]
 
 
-@dataclass(frozen=True)
-class Steps:
-    """How sums become results: ``activation(sum * factor + bias + residual * share)``, in steps of the output's grid.
-
-    With an `activation` that is no clamp all is in real units until it is computed.
-
-    Attributes:
-        factor, bias: of each row.
-        residual: what a residual's bytes or floats are multiplied by.
-        low, high: what results are clamped to.
-        activation: a row of ACTIVATIONS, or nothing.
-    """
-
-    factor: Floats
-    bias: Floats
-    residual: float
-    low: float
-    high: float
-    activation: str
-
-
 def steps_of(
     factor: Floats, bias: Floats, sums: NDArray[np.int64], x: Grid, y: Grid | None, residual: Grid | None,
     activation: str | None,
-) -> Steps:  # fmt: skip
+) -> Ending:  # fmt: skip
     """The epilogue of rows of integer sums.
 
     Args:
@@ -77,7 +55,7 @@ def steps_of(
         low, high = max(low / step + y.zero_point, 0.0), min(high / step + y.zero_point, float(LEVELS))
     elif y is not None:
         low, high = 0.0, float(LEVELS)
-    return Steps(real.astype(np.float32), offset.astype(np.float32), share, low, high, function)
+    return Ending(real.astype(np.float32), offset.astype(np.float32), low, high, function, share)
 
 
 def convolution(
@@ -111,7 +89,7 @@ def convolution(
     key = ("whole", tiling.whole)
     pointer, index, values = _in_order(weights, key, tiled, cells.pointer, cells.index, cells.values)
     steps = row_steps(weights, x.grid, y.grid, None if residual is None else residual.grid, activation)
-    work, items = _items(tiling, y.at.layout.positions, packed.groups, batch, target)
+    work, items = tiling.cut(y.at.layout.positions, packed.groups, batch, target.lanes)
     given: dict[dot_gemm.Field, Given] = {
         f.X_SLOT: x.at.buffer.slot, f.X_OFFSET: x.at.offset, f.X_IMAGE: x.at.layout.image,
         f.Y_SLOT: y.at.buffer.slot, f.Y_OFFSET: y.at.offset, f.Y_IMAGE: y.at.layout.image,
@@ -119,7 +97,8 @@ def convolution(
         f.OFFSETS: distance(*np.divmod(index.astype(np.int64), packed.taps)), f.VALUES: values,
         f.FACTOR: steps.factor, f.BIAS: steps.bias, f.Y_CHANNEL: _channels(weights, y), f.LOW: steps.low,
         f.HIGH: steps.high, f.BORDER_VALUE: 0 if y.grid is None else lane_of(y.grid.zero_point),
-        f.BORDER: y.at.layout.behind, f.BORDER_FIRST: y.at.layout.before, **work,
+        f.BORDER: y.at.layout.behind, f.BORDER_FIRST: y.at.layout.before,
+        **{f[key]: number for key, number in work.items()},
     }  # fmt: skip
     if mixed := bool(len(cells.mixed_index)):
         given |= _mixed(weights, tiling, tiled, distance)
@@ -129,10 +108,7 @@ def convolution(
             f.RESIDUAL_IMAGE: residual.at.layout.image, f.RESIDUAL_CHANNEL: _channels(weights, residual),
             f.RESIDUAL_SCALE: steps.residual,
         }  # fmt: skip
-    if steps.activation:
-        given |= {f.INVERSE: 1.0, f.ZERO: 0.0}
-        if y.grid is not None:
-            given |= {f.INVERSE: y.grid.inverse, f.ZERO: float(y.grid.zero_point)}
+    given |= {f[key]: value for key, value in behind_activation(steps, y.grid).items()}
     form: Form | Literal[""] = "" if residual is None else form_of(residual.grid)
     kernel = dot_gemm.dot_gemm(packed.group_size, target, form_of(y.grid), steps.activation, form, mixed, tiled)
     return op_of(name, kernel, f, given, items)
@@ -161,26 +137,7 @@ def _in_order(
     return begins, index[cells], blocks
 
 
-def _items(
-    tiling: Tiling, positions: int, groups: int, batch: int, target: Target
-) -> tuple[dict[dot_gemm.Field, Given], int]:
-    """The fields that say how the work is cut into items, and how many there are."""
-    f, lanes = dot_gemm.Field, target.lanes
-    block = -(-min(tiling.block, positions) // lanes) * lanes
-    chunk = min(tiling.chunk or groups, groups)
-    blocks, chunks = max(1, (positions - lanes) // block + 1), -(-groups // chunk)
-    given: dict[dot_gemm.Field, Given] = {
-        f.GROUPS: groups, f.POSITIONS: positions, f.CHUNK: chunk, f.BLOCK: block, f.CHUNKS: chunks, f.BLOCKS: blocks,
-        f.BATCH: batch,
-    }  # fmt: skip
-    if tiling.inputs_first:
-        given |= {f.CHUNK_STRIDE: 1, f.BLOCK_STRIDE: chunks, f.IMAGE_STRIDE: chunks * blocks}
-    else:
-        given |= {f.BLOCK_STRIDE: 1, f.IMAGE_STRIDE: blocks, f.CHUNK_STRIDE: blocks * batch}
-    return given, batch * blocks * chunks
-
-
-def row_steps(weights: Weights, x: Grid, y: Grid | None, residual: Grid | None, activation: str | None) -> Steps:
+def row_steps(weights: Weights, x: Grid, y: Grid | None, residual: Grid | None, activation: str | None) -> Ending:
     """The epilogue of each row; one without a filter becomes zero where rows share a lane."""
     scale = weights.packed.scale
     assert scale is not None
@@ -188,6 +145,13 @@ def row_steps(weights: Weights, x: Grid, y: Grid | None, residual: Grid | None, 
     factor = np.where(missing, np.float32(0), scale[weights.rows])
     bias = np.where(missing, np.float32(0), weights.bias_rows)
     return steps_of(factor, bias, weights.row_sums, x, y, residual, activation)
+
+
+def behind_activation(ending: Ending, grid: Grid | None) -> dict[str, float]:
+    """The fields that bring what an activation gives onto the output's grid, by name; none without an activation."""
+    if not ending.activation:
+        return {}
+    return {"INVERSE": 1.0, "ZERO": 0.0} if grid is None else {"INVERSE": grid.inverse, "ZERO": float(grid.zero_point)}
 
 
 def check_lanes(name: str, weights: Weights, *written: On | None) -> None:

@@ -75,3 +75,32 @@ class Tiling:
     columns: bool = False
     whole: int = 1
     tiles: bool = False
+
+    def cut(
+        self, positions: int, groups: int, batch: int, lanes: int, most: int | None = None
+    ) -> tuple[dict[str, int], int]:
+        """How a packed convolution's work is cut into items.
+
+        Args:
+            positions: of an image.
+            groups: of filters.
+            batch: images.
+            lanes: of a vector; a block is whole vectors, but for the last.
+            most: positions that a block may have, about; all when None.
+
+        Returns:
+            The fields that tell a kernel, by name, and how many items there are.
+        """
+        block = -(-min(self.block, positions if most is None else min(positions, most)) // lanes) * lanes
+        chunk = min(self.chunk or groups, groups)
+        # a last block of less than a vector is part of the one before: its positions may be taken singly
+        blocks, chunks = max(1, (positions - lanes) // block + 1), -(-groups // chunk)
+        if self.inputs_first:
+            strides = {"CHUNK_STRIDE": 1, "BLOCK_STRIDE": chunks, "IMAGE_STRIDE": chunks * blocks}
+        else:
+            strides = {"BLOCK_STRIDE": 1, "IMAGE_STRIDE": blocks, "CHUNK_STRIDE": blocks * batch}
+        fields = {
+            "GROUPS": groups, "POSITIONS": positions, "CHUNK": chunk, "BLOCK": block, "CHUNKS": chunks,
+            "BLOCKS": blocks, "BATCH": batch, **strides,
+        }  # fmt: skip
+        return fields, batch * blocks * chunks

@@ -177,7 +177,7 @@ def lower_op(lowering: Lowering, op: Op) -> None:
     meta = evaluate_op(op, lowering.values, lowering.constants)
     meta = settled(meta) if isinstance(meta, Tensor) else meta
     lowering.values[op.output] = meta
-    if isinstance(op, Reshape | MaxPool2d) and op.inputs[0] in lowering.grids:
+    if op.picks and op.inputs[0] in lowering.grids:
         interleaved.put_on(lowering, op.output, lowering.grids[op.inputs[0]])
     if not isinstance(meta, Tensor):
         lowering.torch_step(op, meta)

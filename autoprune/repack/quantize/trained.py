@@ -19,7 +19,7 @@ from autoprune.quantization import LEVELS, WEIGHT_LEVELS, Grid, weight_scales
 from autoprune.quantization.fake import INPUT, OUTPUT, place_of, quantizable_module
 from autoprune.quantization.ranges import on_scales
 from autoprune.repack.graph.ir import Graph
-from autoprune.repack.graph.ops import FusedLayerOp, MaxPool2d, Op, Reshape
+from autoprune.repack.graph.ops import FusedLayerOp, Op
 from autoprune.repack.graph.schema import validate
 from autoprune.repack.outputs import same_output
 from autoprune.repack.quantize.batches import Batch, walked
@@ -180,7 +180,7 @@ class Places:
         if value not in self.placement.alone:
             return  # int8 layers alone read it rounded, each by itself
         readers = self._placing.readers[value]
-        picked = [op for op in readers if isinstance(op, (MaxPool2d, Reshape)) and op.output in self.placement.alone]
+        picked = [op for op in readers if op.picks and op.output in self.placement.alone]
         if all(op in picked or self._reads(op, value) for op in readers):
             for op in picked:
                 yield from self._rounding(op.output)

@@ -32,6 +32,7 @@ class Op(ABC):
         kind: the name of the class in files: a key of `OPS`.
         operands: how many inputs it has at least and at most.
         roles: of its weights -> (axes, whether it must be there).
+        picks: whether its output holds nothing but values of its input, and so lies on the grid that they lie on.
         output: the value it defines: one tensor, or an integer of `Scalar`.
         inputs: the values it works on.
         tensors: its weights: role -> name of a constant.
@@ -40,6 +41,7 @@ class Op(ABC):
     kind: ClassVar[str]
     operands: ClassVar[tuple[int, int]] = (1, 1)
     roles: ClassVar[Roles] = {}
+    picks: ClassVar[bool] = False
 
     output: str
     inputs: tuple[str, ...]

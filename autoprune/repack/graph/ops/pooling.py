@@ -57,6 +57,7 @@ class MaxPool2d(WindowPoolOp):
     """The largest of each window; the border is below everything."""
 
     kind = "max_pool2d"
+    picks = True
 
     dilation: Window
 

@@ -25,6 +25,7 @@ class Reshape(Op):
     """
 
     kind = "reshape"
+    picks = True
 
     shape: Annotated[tuple[Any, ...], is_shape]
 
