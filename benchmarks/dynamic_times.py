@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import llvmlite.ir as ir
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -19,6 +20,7 @@ from autoprune.model.channel_gates import Gating, gate_channels_, gates, live_sh
 from autoprune.model.inventory import take_inventory
 from autoprune.registry import Choice
 from autoprune.repack import ProgramModel, repack
+from autoprune.repack.kernels.compiler import Kernel, host
 from autoprune.repack.native.op import NativeOp
 from autoprune.repack.native.sequence import NativeSequence
 from autoprune.repack.tuning.layer_times import COPY, layer_times
@@ -139,7 +141,8 @@ def profiled(fast: ProgramModel, model: nn.Module, images: Tensor, whole_ms: flo
 
 def _call_us() -> float:
     """Median microseconds of calling a native operation that has nothing to do."""
-    nothing, times = NativeSequence([NativeOp("nothing", 0, np.zeros(1, np.int64), 0)]), []
+    op = NativeOp("nothing", Kernel("nothing", host(), ir.Module), np.zeros(1, np.int64), 0)
+    nothing, times = NativeSequence([op]), []
     for _ in range(500):
         start = time.perf_counter()
         nothing.run_op(0, 0)

@@ -107,14 +107,14 @@ class Built:
             end = place + len(data)
             return place
 
-        fields = self.op.fields.copy()
-        for array in self.op.keep:
-            fields[fields == array.ctypes.data] = put(array.tobytes(), array.ctypes.data)
+        arrays = self.op.arrays.items()
+        places = {entry: put(array.tobytes(), array.ctypes.data) for entry, array in arrays}
         slots = self.frame.slots.copy()
         for slot, holder in enumerate(self.frame.holders):
             if holder.numel():
                 slots[slot] = put(holder.contiguous().numpy().tobytes(), int(slots[slot]))
-        fields_at, slots_at = put(fields.tobytes(), end), put(slots.tobytes(), end)
+        slots_at, fields_at = put(slots.tobytes(), end), end
+        put(self.op.moved(places, fields_at).tobytes(), fields_at)
         memory = bytearray(end - FIRST)
         for place, data in pieces:
             memory[place - FIRST : place - FIRST + len(data)] = data

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from autoprune.errors import AutopruneError
 from autoprune.repack.kernels import compiler, dot_amx, dot_gemm, dot_rows, math
-from autoprune.repack.kernels.compiler import Target, call_op, host, narrowed
+from autoprune.repack.kernels.compiler import Kernel, Target, call_op, host, narrowed
 from autoprune.repack.kernels.dot_tile import Form
 from autoprune.repack.kernels.fields import Given
 from autoprune.repack.lowering.layout import MapLayout
@@ -151,7 +151,7 @@ class Convolution:
     items: int
     wanted: Ints  # (images, channels, positions)
 
-    def run(self, kernel: int, rng: np.random.Generator, batch: int) -> Ints:
+    def run(self, kernel: Kernel, rng: np.random.Generator, batch: int) -> Ints:
         """The output's memory, walls and all, after all items in any order."""
         y: Ints = rng.integers(-(2**31), 2**31, self.layout.size(batch) + 2 * WALL, np.int32)
         before = y.copy()

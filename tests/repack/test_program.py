@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import llvmlite.ir as ir
 import numpy as np
 import pytest
 import torch
@@ -31,6 +32,7 @@ from autoprune.files import read_json, write_json
 from autoprune.model.weights import weight_of
 from autoprune.repack import Graph, ProgramModel, capture, load, repack, save
 from autoprune.repack.graph.passes import simplify
+from autoprune.repack.kernels.compiler import Kernel, host
 from autoprune.repack.lowering.buffers import Buffer, place
 from autoprune.repack.lowering.steps import ARENA, NativeStep, TorchStep
 from autoprune.repack.lowering.weights import Weights
@@ -237,11 +239,21 @@ def test_a_late_helper_disturbs_nobody(
     assert same_output(tuned(image()), wanted[0])
 
 
+class Called(Kernel):
+    """An op that is a Python function."""
+
+    def __init__(self, work: Callable[[int], None]) -> None:
+        super().__init__("called", host(), ir.Module)
+        self._called = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)(lambda fields, slots, item, thread: work(thread))
+
+    @property
+    def address(self) -> int:
+        return ctypes.cast(self._called, ctypes.c_void_p).value or 0
+
+
 def one_op(work: Callable[[int], None]) -> tuple[NativeSequence, Any]:
     """A sequence of one item, `work(thread)`, and its counters for two threads."""
-    called = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)(lambda fields, slots, item, thread: work(thread))
-    address = ctypes.cast(called, ctypes.c_void_p).value or 0
-    sequence = NativeSequence([NativeOp("op", address, np.zeros(1, np.int64), 1, (called,))])
+    sequence = NativeSequence([NativeOp("op", Called(work), np.zeros(1, np.int64), 1)])
     return sequence, sequence.new_counters(2)
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import llvmlite.ir as ir
 import numpy as np
 
-from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
+from autoprune.repack.kernels.compiler import Target, kernel
 from autoprune.repack.kernels.fields import FLOAT, NUMBER, OFFSET, SLOT, Fields
 from autoprune.repack.kernels.ir import (
     F32,
@@ -104,8 +104,8 @@ class _Scratch:
     totals: ir.Value  # of a query's shares
 
 
-@once_a_process
-def attention(target: Target, biased: bool = False) -> int:
+@kernel
+def attention(target: Target, biased: bool = False) -> ir.Module:
     """The op for at least a tile's queries, with a bias or without; an item is a head of an image.
 
     A query for which every key has a bias of minus infinity gets zeros.
@@ -124,7 +124,7 @@ def attention(target: Target, biased: bool = False) -> int:
     _begin_scores(b, get, place, vectors * lanes)
     _attend(b, module, get, q, y, base("BIAS") if biased else None, place, target)
     b.ret_void()
-    return compile_op(module, "op", target)
+    return module
 
 
 def heads(

@@ -20,7 +20,7 @@ from autoprune.repack.kernels.bytes_lanes import (
     packed,
     unpacked,
 )
-from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
+from autoprune.repack.kernels.compiler import Target, kernel
 from autoprune.repack.kernels.copy import MOST_PHASES
 from autoprune.repack.kernels.fields import FLOAT, NUMBER, OFFSET, SLOT, Fields
 from autoprune.repack.kernels.ir import (
@@ -83,8 +83,8 @@ class Field(Fields):
     ZERO = NUMBER.of("dequantised")  # the zero point
 
 
-@once_a_process
-def copy_bytes(form: Form, stride: int, target: Target) -> int:
+@kernel
+def copy_bytes(form: Form, stride: int, target: Target) -> ir.Module:
     """The op that deals columns out to `stride` phases, and rows to theirs; an item is some rows of a lane-channel.
 
     Args:
@@ -134,7 +134,7 @@ def copy_bytes(form: Form, stride: int, target: Target) -> int:
     with b.if_then(b.icmp_signed("==", block, const(0))):
         _fill_borders(b, get, form, exists, y, b.or_(image, quad))
     b.ret_void()
-    return compile_op(module, "op", target)
+    return module
 
 
 def _base(b: ir.IRBuilder, get: dict[Field, ir.Value], slots: ir.Value, image: ir.Value, side: str) -> ir.Value:

@@ -13,7 +13,7 @@ import llvmlite.ir as ir
 
 from autoprune.repack.kernels.bytes_lanes import bounded, int_splat, ints, kept_bytes, whole_bytes
 from autoprune.repack.kernels.bytes_window import RUN_ARGUMENTS, Field, every, fill_lanes, finish, sliding_op
-from autoprune.repack.kernels.compiler import Target, once_a_process
+from autoprune.repack.kernels.compiler import Target, kernel
 from autoprune.repack.kernels.dot_tile import dot
 from autoprune.repack.kernels.ir import (
     FLOATS,
@@ -40,8 +40,8 @@ from autoprune.repack.weights.quads import QUAD
 _BLOCK = 128  # bits within which vectors are interleaved
 
 
-@once_a_process
-def depthwise_bytes(stride: int, rest: int, floats: bool, target: Target, activation: str = "") -> int:
+@kernel
+def depthwise_bytes(stride: int, rest: int, floats: bool, target: Target, activation: str = "") -> ir.Module:
     """The op; an item is some lane-channels of an image.
 
     Args:

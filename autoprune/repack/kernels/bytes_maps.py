@@ -5,7 +5,7 @@ from __future__ import annotations
 import llvmlite.ir as ir
 
 from autoprune.repack.kernels.bytes_lanes import int_splat, ints, load_lanes, unpacked
-from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
+from autoprune.repack.kernels.compiler import Target, kernel
 from autoprune.repack.kernels.fields import FLOAT, INT32_ARRAY, NUMBER, OFFSET, SLOT, Fields
 from autoprune.repack.kernels.ir import (
     F32,
@@ -45,8 +45,8 @@ class MeanField(Fields):
     SCALE = FLOAT  # of a channel's sum
 
 
-@once_a_process
-def byte_means(target: Target) -> int:
+@kernel
+def byte_means(target: Target) -> ir.Module:
     """Each channel's exact sum, without the zero points, times SCALE: a float a channel.
 
     An item is some lane-channels of an image.
@@ -74,7 +74,7 @@ def byte_means(target: Target) -> int:
                 whole = b.sub(_summed(b, module, total, lanes), b.trunc(get[f.SUM_ZERO], I32))
                 b.store(b.fmul(b.sitofp(whole, F32), scale), at(b, y, b.mul(channel, get[f.Y_CHANNEL])))
     b.ret_void()
-    return compile_op(module, "op", target)
+    return module
 
 
 def _summed(b: ir.IRBuilder, module: ir.Module, value: ir.Value, lanes: int) -> ir.Value:

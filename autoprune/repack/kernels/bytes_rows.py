@@ -7,7 +7,7 @@ from typing import NamedTuple
 import llvmlite.ir as ir
 
 from autoprune.repack.kernels.bytes_lanes import bounded, ints, rounded
-from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
+from autoprune.repack.kernels.compiler import Target, kernel
 from autoprune.repack.kernels.fields import FLOAT, NUMBER, OFFSET, SLOT, Fields
 from autoprune.repack.kernels.ir import (
     FLOATS,
@@ -43,8 +43,8 @@ class Field(Fields):
     SCALE = FLOAT.of("floats")  # what steps are multiplied by
 
 
-@once_a_process
-def rows_to_bytes(target: Target) -> int:
+@kernel
+def rows_to_bytes(target: Target) -> ir.Module:
     """Moves each token's floats onto a grid; what lies behind its last feature in the last lane is left alone."""
     module = ir.Module()
     b, get, x, y = _started(module)
@@ -52,11 +52,11 @@ def rows_to_bytes(target: Target) -> int:
     place, grid = b.bitcast(y, I8.as_pointer()), Onto(inverse, low, high, get[Field.ZERO])
     quantise_row(b, x, place, get[Field.FEATURES], grid, target.lanes)
     b.ret_void()
-    return compile_op(module, "op", target)
+    return module
 
 
-@once_a_process
-def bytes_to_rows(target: Target) -> int:
+@kernel
+def bytes_to_rows(target: Target) -> ir.Module:
     """The floats that each token's bytes stand for."""
     module = ir.Module()
     b, get, x, y = _started(module)
@@ -69,7 +69,7 @@ def bytes_to_rows(target: Target) -> int:
 
     each(b, get[Field.FEATURES], target.lanes, some, QUAD)
     b.ret_void()
-    return compile_op(module, "op", target)
+    return module
 
 
 def _started(module: ir.Module) -> tuple[ir.IRBuilder, dict[Field, ir.Value], ir.Value, ir.Value]:

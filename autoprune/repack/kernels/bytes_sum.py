@@ -20,7 +20,7 @@ from autoprune.repack.kernels.bytes_lanes import (
     store_lanes,
     unpacked_floats,
 )
-from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
+from autoprune.repack.kernels.compiler import Target, kernel
 from autoprune.repack.kernels.fields import FLOAT, INT32_ARRAY, NUMBER, OFFSET, SLOT, Fields
 from autoprune.repack.kernels.ir import (
     F32,
@@ -79,8 +79,8 @@ class Field(Fields):
     BORDER_FIRST = NUMBER  # and before the first channel
 
 
-@once_a_process
-def sum_bytes(sources: tuple[Source, ...], shift: int, target: Target) -> int:
+@kernel
+def sum_bytes(sources: tuple[Source, ...], shift: int, target: Target) -> ir.Module:
     """The op; the maps have one pitch. An item is some lane-channels of an image.
 
     Args:
@@ -115,7 +115,7 @@ def sum_bytes(sources: tuple[Source, ...], shift: int, target: Target) -> int:
         border = (get[Field.POSITIONS], get[Field.BORDER], get[Field.BORDER_FIRST])
         clear_border(b, out, b.or_(image, quad), border, b.bitcast(lane, F32))
     b.ret_void()
-    return compile_op(module, "op", target)
+    return module
 
 
 def _making(

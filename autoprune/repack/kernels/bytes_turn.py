@@ -19,7 +19,7 @@ from autoprune.repack.kernels.bytes_lanes import (
     steps_from,
     store_lanes,
 )
-from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
+from autoprune.repack.kernels.compiler import Target, kernel
 from autoprune.repack.kernels.fields import FLOAT, NUMBER, OFFSET, SLOT, Fields
 from autoprune.repack.kernels.ir import (
     F32,
@@ -63,8 +63,8 @@ class Field(Fields):
     BORDER_FIRST = NUMBER.of("quantised")  # and before the first
 
 
-@once_a_process
-def tokens_to_bytes(target: Target) -> int:
+@kernel
+def tokens_to_bytes(target: Target) -> ir.Module:
     """The op; an item is as many tokens as a vector has lanes. Lanes are filled to whole vectors of tokens."""
     module, lanes = ir.Module(), target.lanes
     b, get, rows, map_, (block, image) = _start(module)
@@ -95,11 +95,11 @@ def tokens_to_bytes(target: Target) -> int:
         channel, lane = at(b, map_, b.mul(quad, get[Field.MAP_QUAD])), b.bitcast(spread(b, zero), F32)
         clear_border(b, channel, b.or_(image, quad), border, lane)
     b.ret_void()
-    return compile_op(module, "op", target)
+    return module
 
 
-@once_a_process
-def bytes_to_tokens(target: Target) -> int:
+@kernel
+def bytes_to_tokens(target: Target) -> ir.Module:
     """The op; an item is as many tokens as a vector has lanes."""
     module, lanes = ir.Module(), target.lanes
     b, get, rows, map_, (block, _) = _start(module)
@@ -125,7 +125,7 @@ def bytes_to_tokens(target: Target) -> int:
                     wanted = b.icmp_unsigned("<", steps_from(b, start, lanes), width)
                     masked_store(b, module, real, at(b, line, start), wanted, lanes)
     b.ret_void()
-    return compile_op(module, "op", target)
+    return module
 
 
 def _start(

@@ -21,7 +21,7 @@ from autoprune.repack.kernels.bytes_lanes import (
     store_lanes,
     unpacked,
 )
-from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
+from autoprune.repack.kernels.compiler import Target, kernel
 from autoprune.repack.kernels.fields import FLOAT, FLOAT32_ARRAY, INT32_ARRAY, NUMBER, OFFSET, SLOT, Fields
 from autoprune.repack.kernels.ir import (
     FLOATS,
@@ -110,8 +110,8 @@ RUN_ARGUMENTS = [FLOATS, FLOATS, I64, I64, LONGS]
 Borders = Callable[[ir.IRBuilder, dict[Field, ir.Value], ir.Value, ir.Value, ir.Value], None]
 
 
-@once_a_process
-def pool_bytes(mode: Mode, stride: int, columns: tuple[int, ...], target: Target) -> int:
+@kernel
+def pool_bytes(mode: Mode, stride: int, columns: tuple[int, ...], target: Target) -> ir.Module:
     """The op for windows `stride` columns apart; an item is some lane-channels of an image.
 
     Args:
@@ -130,7 +130,7 @@ def pool_bytes(mode: Mode, stride: int, columns: tuple[int, ...], target: Target
     return sliding_op(module, stride, widest, build, fill_lanes, target)
 
 
-def sliding_op(module: ir.Module, stride: int, widest: int, runs: Runs, borders: Borders, target: Target) -> int:
+def sliding_op(module: ir.Module, stride: int, widest: int, runs: Runs, borders: Borders, target: Target) -> ir.Module:
     """The op that calls one of `runs`, of at most `widest` vectors, for all outputs, and writes their borders."""
     built = {count: runs(count) for count in range(1, widest + 1)}
     b, fields, slots, item, _ = op_function(module)
@@ -151,7 +151,7 @@ def sliding_op(module: ir.Module, stride: int, widest: int, runs: Runs, borders:
             cover(b, get[Field.COLUMNS], target.lanes, widest, compute)
         borders(b, get, out, quad, image)
     b.ret_void()
-    return compile_op(module, "op", target)
+    return module
 
 
 def fill_lanes(

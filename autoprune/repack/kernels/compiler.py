@@ -1,14 +1,15 @@
-"""Compiles IR for the host (or for narrower vectors, in tests) and keeps what was compiled."""
+"""Compiles IR: for this machine, where it stays in memory, or into object files for any."""
 
 from __future__ import annotations
 
 import ctypes
+import inspect
 import mmap
 import os
 import platform
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, wraps
 from typing import Any, Literal, ParamSpec, TypeVar
@@ -20,12 +21,21 @@ import torch
 from autoprune.errors import AutopruneError
 
 Arguments = ParamSpec("Arguments")
-Kernel = TypeVar("Kernel")
+Made = TypeVar("Made")
 
 _LOCK = threading.Lock()  # LLVM's global state is not thread-safe
 _ENGINES: list[Any] = []  # a compiled function lives as long as its engine
 _WIDTHS = (("avx512f", 16), ("avx", 8))  # floats in a vector register, by feature
+_MANY_REGISTERS = frozenset({"aarch64", "arm64", "riscv64"})  # 32 vector registers, however wide
+_FUSED: Mapping[str, tuple[tuple[str, ...], ...]] = {
+    "aarch64": ((),),
+    "arm64": ((),),
+    "armv7": (("vfp4",),),
+    "riscv64": (("f",),),
+    "wasm32": (),
+}  # family -> sets of features, of which one is enough; that of x86 where a family is not among them
 _PERMIT_TILES = (158, 0x1023, 18)  # arch_prctl, ARCH_REQ_XCOMP_PERM, the state of tile registers
+OP = "op"  # the function of a kernel's module
 Dot = Literal["vnni", "madd", "plain"]
 _DOTS: tuple[tuple[int, tuple[str, ...], Dot], ...] = (
     (16, ("avx512vnni",), "vnni"),
@@ -46,16 +56,31 @@ class Target:
         lanes: floats in a vector register: 4, 8 or 16.
         cpu: LLVM's name of the CPU.
         features: LLVM's feature string.
+        triple: LLVM's name of processor family and system; empty: this machine's.
+        abi: LLVM's name of the calling convention, where a family has several.
     """
 
     lanes: int
     cpu: str
     features: str
+    triple: str = ""
+    abi: str = ""
+
+    @property
+    def family(self) -> str:
+        """The processor family as triples name it, such as x86_64 or aarch64."""
+        return (self.triple or llvm.get_default_triple()).split("-")[0]
 
     @property
     def registers(self) -> int:
         """Vector registers."""
-        return 32 if self.lanes == 16 else 16
+        return 32 if self.lanes == 16 or self.family in _MANY_REGISTERS else 16
+
+    @property
+    def fused(self) -> bool:
+        """Whether it multiplies and adds with one rounding, by one instruction."""
+        needed = _FUSED.get(self.family, (("fma",), ("avx512f",)))
+        return any(self._has(*each) for each in needed)
 
     @property
     def dot(self) -> Dot:
@@ -110,16 +135,59 @@ def narrowed(lanes: int) -> Target:
     return Target(min(lanes, full.lanes), full.cpu, features)
 
 
-def once_a_process(build: Callable[Arguments, Kernel]) -> Callable[Arguments, Kernel]:
+def once_a_process(build: Callable[Arguments, Made]) -> Callable[Arguments, Made]:
     """Makes `build` run once for each set of arguments, whichever thread asks first."""
     lock, cached = threading.Lock(), cache(build)
 
     @wraps(build)
-    def kernel(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Kernel:
+    def made(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Made:
         with lock:
             return cached(*args, **kwargs)  # type: ignore[arg-type]
 
-    return kernel
+    return made
+
+
+class Kernel:
+    """A native op ``op(fields, slots, item, thread)`` for one target.
+
+    Attributes:
+        name: of the function that emits it.
+        target: what it is made for.
+    """
+
+    def __init__(self, name: str, target: Target, emit: Callable[[], ir.Module]) -> None:
+        self.name, self.target, self._emit = name, target, emit
+        self._lock = threading.Lock()
+        self._address: int | None = None
+
+    @property
+    def address(self) -> int:
+        """Of the compiled op; compiled when it is first asked for.
+
+        Raises:
+            AutopruneError: this process may not run compiled code.
+        """
+        with self._lock:
+            if self._address is None:
+                self._address = compile_op(self._emit(), OP, self.target)
+            return self._address
+
+    def assembly(self) -> str:
+        """Its LLVM IR, in which it is the function `OP`."""
+        return str(self._emit())
+
+
+def kernel(emit: Callable[Arguments, ir.Module]) -> Callable[Arguments, Kernel]:
+    """Makes what emits an op give its `Kernel`: one a process for each set of arguments."""
+    signature = inspect.signature(emit)
+
+    @once_a_process
+    @wraps(emit)
+    def made(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Kernel:
+        target = signature.bind(*args, **kwargs).arguments.get("target") or host()
+        return Kernel(emit.__name__, target, lambda: emit(*args, **kwargs))
+
+    return made
 
 
 def compile_function(module: ir.Module, name: str, target: Target, arguments: int) -> Callable[..., None]:
@@ -141,19 +209,25 @@ def compile_op(module: ir.Module, name: str, target: Target) -> int:
         return int(engine.get_function_address(name))
 
 
-def object_code(module: ir.Module, target: Target) -> bytes:
-    """The module as an object file, optimised."""
+def object_code(module: ir.Module | str, target: Target) -> bytes:
+    """The module, or its text, as an object file, optimised; one that stands alone where the target has a triple."""
     with _LOCK:
         machine = _machine(target)
-        parsed = llvm.parse_assembly(str(module))
+        text = str(module)
+        parsed = llvm.parse_assembly(text if target.fused else text.replace("@llvm.fma.", "@llvm.fmuladd."))
+        if target.triple:
+            parsed.triple, parsed.data_layout = target.triple, str(machine.target_data)
         parsed.verify()
         _optimise(parsed, machine)
         return bytes(machine.emit_object(parsed))
 
 
 def _machine(target: Target) -> Any:
-    _initialise()
-    return llvm.Target.from_default_triple().create_target_machine(cpu=target.cpu, features=target.features, opt=2)
+    _initialise(bool(target.triple))
+    family = llvm.Target.from_triple(target.triple) if target.triple else llvm.Target.from_default_triple()
+    # llvmlite's defaults are those of code that is run where it is made, which no shared library can hold.
+    alone = {"reloc": "pic", "codemodel": "default", "abiname": target.abi} if target.triple else {}
+    return family.create_target_machine(cpu=target.cpu, features=target.features, opt=2, **alone)
 
 
 def _optimise(parsed: Any, machine: Any) -> None:
@@ -166,15 +240,20 @@ def _optimise(parsed: Any, machine: Any) -> None:
     builder.getModulePassManager().run(parsed, builder)
 
 
-def call_op(address: int, fields: int, slots: int, item: int, thread: int = 0) -> None:
-    """Calls one native op ``op(fields, slots, item, thread)`` for one item; fields and slots are addresses."""
-    ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)(address)(fields, slots, item, thread)
+def call_op(op: Kernel, fields: int, slots: int, item: int, thread: int = 0) -> None:
+    """Calls one native op for one item; fields and slots are addresses."""
+    ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)(op.address)(fields, slots, item, thread)
 
 
 @cache
-def _initialise() -> None:
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
+def _initialise(others: bool) -> None:
+    """LLVM's code for this machine, or for all `others` too."""
+    if others:
+        llvm.initialize_all_targets()
+        llvm.initialize_all_asmprinters()
+    else:
+        llvm.initialize_native_target()
+        llvm.initialize_native_asmprinter()
 
 
 @cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import llvmlite.ir as ir
 
-from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
+from autoprune.repack.kernels.compiler import Target, kernel
 from autoprune.repack.kernels.fields import NUMBER, OFFSET, SLOT, Fields
 from autoprune.repack.kernels.ir import (
     I32,
@@ -49,8 +49,8 @@ class Field(Fields):
     BORDER_FIRST = NUMBER.of("planes")  # and before the first channel
 
 
-@once_a_process
-def copy_map(target: Target) -> int:
+@kernel
+def copy_map(target: Target) -> ir.Module:
     """The op that keeps rows as they are; an item is a channel of an image."""
     module = ir.Module()
     b, get, _, x, y = _start(module)
@@ -59,11 +59,11 @@ def copy_map(target: Target) -> int:
         with loop(b, const(0), get[Field.WIDTH]) as column:
             b.store(b.load(at(b, line, column)), at(b, into, column))
     b.ret_void()
-    return compile_op(module, "op", target)
+    return module
 
 
-@once_a_process
-def planes(stride: int, target: Target) -> int:
+@kernel
+def planes(stride: int, target: Target) -> ir.Module:
     """The op that deals columns out to `stride` phases, and rows to theirs; an item is a channel of an image.
 
     Whole rows of the planes are written, their border too, and up to a vector of zeros behind them. One phase each is
@@ -84,7 +84,7 @@ def planes(stride: int, target: Target) -> int:
             _deal_singly(b, get, stride, line, into, width)
     clear_border(b, y, item, (get[Field.POSITIONS], get[Field.BORDER], get[Field.BORDER_FIRST]))
     b.ret_void()
-    return compile_op(module, "op", target)
+    return module
 
 
 def _deal(

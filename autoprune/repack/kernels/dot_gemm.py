@@ -22,7 +22,7 @@ import llvmlite.ir as ir
 
 from autoprune.errors import AutopruneError
 from autoprune.repack.kernels import dot_amx
-from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
+from autoprune.repack.kernels.compiler import Target, kernel
 from autoprune.repack.kernels.dot_tile import Ending, Form, Scalars, entries, lines_of, tile
 from autoprune.repack.kernels.fields import FLOAT, FLOAT32_ARRAY, INT32_ARRAY, NUMBER, OFFSET, SLOT, Fields
 from autoprune.repack.kernels.ir import (
@@ -86,11 +86,11 @@ class Field(Fields):
     BORDER_FIRST = NUMBER  # and before the first channel
 
 
-@once_a_process
+@kernel
 def dot_gemm(
     rows: int, target: Target, output: Form, activation: str = "", residual: Form | Literal[""] = "",
     mixed: bool = False, amx: bool = False,
-) -> int:  # fmt: skip
+) -> ir.Module:  # fmt: skip
     """The op for groups of `rows` filters; compiled once a process.
 
     Args:
@@ -105,7 +105,7 @@ def dot_gemm(
     Raises:
         AutopruneError: rows that do not fill lanes, or a target without tile registers.
     """
-    return compile_op(dot_gemm_module(rows, target, Ending(output, activation, residual), mixed, amx), "op", target)
+    return dot_gemm_module(rows, target, Ending(output, activation, residual), mixed, amx)
 
 
 def dot_gemm_module(rows: int, target: Target, ending: Ending, mixed: bool = False, amx: bool = False) -> ir.Module:

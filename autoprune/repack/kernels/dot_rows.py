@@ -15,7 +15,7 @@ import llvmlite.ir as ir
 
 from autoprune.errors import AutopruneError
 from autoprune.repack.kernels.bytes_lanes import int_splat, rounded
-from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
+from autoprune.repack.kernels.compiler import Target, kernel
 from autoprune.repack.kernels.dot_tile import (
     Ending,
     Form,
@@ -93,11 +93,11 @@ class Field(Fields):
     BLOCK = NUMBER  # tokens an item
 
 
-@once_a_process
+@kernel
 def dot_rows(
     rows: int, target: Target, output: Form, activation: str = "", residual: Form | Literal[""] = "",
     mixed: bool = False,
-) -> int:  # fmt: skip
+) -> ir.Module:  # fmt: skip
     """The op for groups of `rows` filters, a multiple of 4; an item is some groups by some tokens.
 
     Args:
@@ -115,7 +115,7 @@ def dot_rows(
         raise AutopruneError(f"int8 rows need groups of a multiple of {QUAD} filters, not of {rows}.")
     module, ending = ir.Module(), Ending(output, activation, residual)
     _op(module, rows, target, ending, mixed)
-    return compile_op(module, "op", target)
+    return module
 
 
 def token_counts(rows: int, target: Target) -> list[int]:

@@ -7,7 +7,7 @@ import math
 import llvmlite.ir as ir
 
 from autoprune.repack.kernels.attention import Field, heads, share, softmax_in_place
-from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
+from autoprune.repack.kernels.compiler import Target, kernel
 from autoprune.repack.kernels.few_rows import times, times_turned
 from autoprune.repack.kernels.ir import (
     F32,
@@ -33,8 +33,8 @@ def scratch(keys: int, width: int) -> int:
     return sum(-(-floats // _LINE) * _LINE for floats in (width, keys))
 
 
-@once_a_process
-def attention(target: Target, biased: bool = False) -> int:
+@kernel
+def attention(target: Target, biased: bool = False) -> ir.Module:
     """The op, with a bias or without; an item is a head of an image.
 
     A query for which every key has a bias of minus infinity gets zeros.
@@ -72,4 +72,4 @@ def attention(target: Target, biased: bool = False) -> int:
         times(b, module, scores, Lines(v, get[Field.V_TOKEN], keys, value_width), out, lanes)
         scale(out, share(b, total, biased), out, value_width)
     b.ret_void()
-    return compile_op(module, "op", target)
+    return module

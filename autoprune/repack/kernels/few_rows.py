@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import llvmlite.ir as ir
 
-from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
+from autoprune.repack.kernels.compiler import Target, kernel
 from autoprune.repack.kernels.ir import (
     I32,
     at,
@@ -81,8 +81,8 @@ def times_turned(
     spans(b, const(0), matrix.count, (lanes, 1), lambda first, wide: (many if wide > 1 else single)(first))
 
 
-@once_a_process
-def product(target: Target, turned: bool) -> int:
+@kernel
+def product(target: Target, turned: bool) -> ir.Module:
     """Y = x other; an item is one product. `turned`: a column of the right matrix lies together, not a row."""
     module = ir.Module()
     b, fields, slots, item, _ = op_function(module)
@@ -96,4 +96,4 @@ def product(target: Target, turned: bool) -> int:
         else:
             times(b, module, row, Lines(other, step, inner, columns), into, target.lanes)
     b.ret_void()
-    return compile_op(module, "op", target)
+    return module

@@ -26,7 +26,7 @@ import llvmlite.ir as ir
 import numpy as np
 from numpy.typing import NDArray
 
-from autoprune.repack.kernels.ir import at, const
+from autoprune.repack.kernels.ir import I64, at, const
 
 Other = TypeVar("Other", bound="Fields")
 Given = int | float | NDArray[Any]
@@ -40,7 +40,7 @@ class Kind(Enum):
     OFFSET = "bytes from the slot's base, or with slot 0 a contiguous float32 array, which is read in its place"
     NUMBER = "an integer"
     FLOAT = "a float"  # held as the bits of a float32
-    INT32_ARRAY = "a contiguous int32 array"  # arrays are held as their addresses
+    INT32_ARRAY = "a contiguous int32 array"  # arrays are held as the bytes from the fields' own array to theirs
     INT64_ARRAY = "a contiguous int64 array"
     FLOAT32_ARRAY = "a contiguous float32 array"
     PRESENCE = "nothing: it follows from the fields of its part"  # 1 where its part is given, else 0
@@ -53,6 +53,9 @@ _DTYPES: Mapping[Kind, type[np.generic]] = {
     Kind.FLOAT32_ARRAY: np.float32,
 }
 """Entries of the arrays that a kind takes."""
+
+ARRAYS = frozenset(_DTYPES) - {Kind.OFFSET}
+"""The kinds that are always arrays."""
 
 
 @dataclass(frozen=True)
@@ -127,12 +130,18 @@ class Fields(IntEnum):
 
     @classmethod
     def load(cls, b: ir.IRBuilder, fields: ir.Value) -> dict[Self, ir.Value]:
-        """All fields as the kernel finds them in its array: an i64 each."""
-        return {field: b.load(at(b, fields, const(field))) for field in cls}
+        """All fields as the kernel finds them in its array: an i64 each, of arrays their addresses."""
+        own, found = b.ptrtoint(fields, I64), {}
+        for field in cls:
+            value = b.load(at(b, fields, const(field)))
+            found[field] = b.add(own, value) if field.kind in ARRAYS else value
+        return found
 
     @classmethod
     def array(cls, given: Mapping[Self, Given]) -> NDArray[np.int64]:
-        """The array that the kernel reads; it holds addresses of the arrays in `given`, which must be kept alive.
+        """The array that the kernel reads; it tells where those in `given` lie, which must be kept alive, as it must.
+
+        It holds no address but of arrays given as an OFFSET: with the others it can be moved.
 
         Raises:
             TypeError: a field is missing, is another kernel's, or its value is of the wrong type.
@@ -146,7 +155,7 @@ class Fields(IntEnum):
             raise TypeError(f"{_kernel(cls)} is not given {names}.")
         values = np.zeros(max(cls) + 1, np.int64)
         for field, value in given.items():
-            values[field] = field.entry(value)
+            values[field] = field.entry(value) - (values.ctypes.data if field.kind in ARRAYS else 0)
         for field in cls:
             if field.follows:
                 values[field] = field.part in parts
@@ -166,7 +175,7 @@ class Fields(IntEnum):
         return {cls[field.name]: value for field, value in given.items()}
 
     def entry(self, value: Given) -> int:
-        """A value as the int64 that stands for it.
+        """A value as the int64 that stands for it; of an array its address.
 
         Raises:
             TypeError: a value of the wrong type.

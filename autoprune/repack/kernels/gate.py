@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import llvmlite.ir as ir
 
-from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
+from autoprune.repack.kernels.compiler import Target, kernel
 from autoprune.repack.kernels.fields import FLOAT, FLOAT32_ARRAY, INT32_ARRAY, NUMBER, OFFSET, SLOT, Fields
 from autoprune.repack.kernels.ir import (
     F32,
@@ -63,8 +63,8 @@ def scratch(channels: int, groups: int, target: Target) -> int:
     return columns(channels, target) + groups
 
 
-@once_a_process
-def gate(target: Target) -> int:
+@kernel
+def gate(target: Target) -> ir.Module:
     """The op; an item is an image."""
     module, lanes = ir.Module(), target.lanes
     b, fields, slots, image, thread = op_function(module)
@@ -78,7 +78,7 @@ def gate(target: Target) -> int:
     _scores(b, get, means, scores, lanes)
     _winners(b, get, scores, y)
     b.ret_void()
-    return compile_op(module, "op", target)
+    return module
 
 
 def _total(b: ir.IRBuilder, sums: ir.Value, lanes: int) -> ir.Value:

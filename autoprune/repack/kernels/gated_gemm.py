@@ -12,7 +12,7 @@ from enum import IntEnum
 
 import llvmlite.ir as ir
 
-from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
+from autoprune.repack.kernels.compiler import Target, kernel
 from autoprune.repack.kernels.fields import (
     FLOAT,
     FLOAT32_ARRAY,
@@ -115,8 +115,8 @@ def scratch(kept: int) -> int:
     return FACTORS + 2 * kept + SLACK
 
 
-@once_a_process
-def gated_gemm(rows: int, target: Target, activation: str = "") -> int:
+@kernel
+def gated_gemm(rows: int, target: Target, activation: str = "") -> ir.Module:
     """The op for groups of `rows` filters; compiled once a process.
 
     Args:
@@ -128,7 +128,7 @@ def gated_gemm(rows: int, target: Target, activation: str = "") -> int:
     lanes = target.lanes
     built = {count: tile(module, each, count, lanes, activation, Extra.GATED) for count, each in heights.items()}
     _op(module, rows, built, heights, lanes)
-    return compile_op(module, "op", target)
+    return module
 
 
 # long: one function of LLVM IR in the order in which it runs; its parts share nearly all of its values.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import llvmlite.ir as ir
 
-from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
+from autoprune.repack.kernels.compiler import Target, kernel
 from autoprune.repack.kernels.fields import NUMBER, OFFSET, SLOT, Fields
 from autoprune.repack.kernels.ir import LONGS, address, at, const, load_vector, loop, op_function, smaller, store_vector
 from autoprune.repack.kernels.rows import each
@@ -32,8 +32,8 @@ class Field(Fields):
     BLOCK = NUMBER  # rows an item
 
 
-@once_a_process
-def gather(checked: bool, target: Target) -> int:
+@kernel
+def gather(checked: bool, target: Target) -> ir.Module:
     """Y[entry, row] = X[entry, INDEX[entry, row]]; an item is some rows.
 
     Args:
@@ -67,4 +67,4 @@ def gather(checked: bool, target: Target) -> int:
 
         each(b, get[Field.FEATURES], target.lanes, copy)
     b.ret_void()
-    return compile_op(module, "op", target)
+    return module

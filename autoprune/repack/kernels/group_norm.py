@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import llvmlite.ir as ir
 
-from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
+from autoprune.repack.kernels.compiler import Target, kernel
 from autoprune.repack.kernels.fields import FLOAT, FLOAT32_ARRAY, INT32_ARRAY, NUMBER, OFFSET, SLOT, Fields
 from autoprune.repack.kernels.ir import (
     F32,
@@ -52,8 +52,8 @@ class Field(Fields):
     BORDER_FIRST = NUMBER  # and before the first channel
 
 
-@once_a_process
-def group_norm(target: Target) -> int:
+@kernel
+def group_norm(target: Target) -> ir.Module:
     """Y = (x - mean) / sqrt(variance + epsilon) * weight + bias, a group at a time; an item is a group of an image."""
     module, lanes = ir.Module(), target.lanes
     wide = CHAINS * lanes  # what is read beyond a channel lies in the map's buffer, and is masked
@@ -100,4 +100,4 @@ def group_norm(target: Target) -> int:
         border = (positions, get[Field.BORDER], get[Field.BORDER_FIRST])
         clear_border(b, out, b.or_(image, channel), border)
     b.ret_void()
-    return compile_op(module, "op", target)
+    return module

@@ -6,7 +6,7 @@ from enum import Enum
 
 import llvmlite.ir as ir
 
-from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
+from autoprune.repack.kernels.compiler import Target, kernel
 from autoprune.repack.kernels.fields import FLOAT, INT32_ARRAY, NUMBER, OFFSET, SLOT, Fields
 from autoprune.repack.kernels.ir import (
     F32,
@@ -76,8 +76,8 @@ def _start(
     return b, get, slots, image, (first, smaller(b, b.add(first, get[Field.CHUNK]), get[Field.CHANNELS]))
 
 
-@once_a_process
-def elementwise(combine: Combine, target: Target, activation: str = "") -> int:
+@kernel
+def elementwise(combine: Combine, target: Target, activation: str = "") -> ir.Module:
     """Y = activation(clamp(x [+ other])); the maps have one pitch. An item is some channels of an image."""
     module, lanes = ir.Module(), target.lanes
     b, get, slots, image, channels = _start(module)
@@ -104,11 +104,11 @@ def elementwise(combine: Combine, target: Target, activation: str = "") -> int:
         border = (get[Field.POSITIONS], get[Field.BORDER], get[Field.BORDER_FIRST])
         clear_border(b, out, b.or_(image, channel), border)
     b.ret_void()
-    return compile_op(module, "op", target)
+    return module
 
 
-@once_a_process
-def channel_mean(target: Target) -> int:
+@kernel
+def channel_mean(target: Target) -> ir.Module:
     """Each channel's sum times SCALE to Y, a float a channel. An item is some channels of an image."""
     module, lanes = ir.Module(), target.lanes
     b, get, slots, image, channels = _start(module)
@@ -129,4 +129,4 @@ def channel_mean(target: Target) -> int:
             result = b.fadd(result, b.extract_element(total, const(lane)))
         b.store(b.fmul(result, scale), at(b, y, b.mul(channel, get[Field.Y_CHANNEL])))
     b.ret_void()
-    return compile_op(module, "op", target)
+    return module

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import llvmlite.ir as ir
 
-from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
+from autoprune.repack.kernels.compiler import Target, kernel
 from autoprune.repack.kernels.fields import NUMBER, OFFSET, SLOT, Fields
 from autoprune.repack.kernels.ir import F32, address, at, const, load_vector, loop, op_function, smaller, store_vector
 from autoprune.repack.kernels.panels import Lines, pack, pack_turned, panel_product, tile
@@ -51,8 +51,8 @@ def scratch(inner: int, columns: int, target: Target) -> int:
     return -(-(wide * (1 + rows) + -(-columns // wide) * wide * inner) // _LINE) * _LINE
 
 
-@once_a_process
-def matmul(target: Target, turned: bool) -> int:
+@kernel
+def matmul(target: Target, turned: bool) -> ir.Module:
     """Y = x other, of at least a tile's rows; an item is one product.
 
     `turned`: a column of the right matrix lies together, not a row.
@@ -76,7 +76,7 @@ def matmul(target: Target, turned: bool) -> int:
         pack(b, Lines(other, step, inner, columns), panels, wide)
     _multiply(b, module, get, (x, panels, zeros, rest, y), target)
     b.ret_void()
-    return compile_op(module, "op", target)
+    return module
 
 
 def matrices(b: ir.IRBuilder, get: dict[Field, ir.Value], slots: ir.Value, item: ir.Value) -> tuple[ir.Value, ...]:

@@ -24,7 +24,7 @@ from collections.abc import Callable
 
 import llvmlite.ir as ir
 
-from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
+from autoprune.repack.kernels.compiler import Target, kernel
 from autoprune.repack.kernels.fields import FLOAT, FLOAT32_ARRAY, INT32_ARRAY, NUMBER, OFFSET, PRESENCE, SLOT, Fields
 from autoprune.repack.kernels.ir import (
     FLOATS,
@@ -98,8 +98,8 @@ class Field(Fields):
     BORDER_FIRST = NUMBER  # and before the first channel
 
 
-@once_a_process
-def offset_gemm(rows: int, target: Target, activation: str = "", columns: bool = False) -> int:
+@kernel
+def offset_gemm(rows: int, target: Target, activation: str = "", columns: bool = False) -> ir.Module:
     """The op for groups of `rows` filters; compiled once a process.
 
     Args:
@@ -108,7 +108,7 @@ def offset_gemm(rows: int, target: Target, activation: str = "", columns: bool =
         activation: a row of ACTIVATIONS that is no clamp.
         columns: whether columns are read through masks.
     """
-    return compile_op(offset_gemm_module(rows, target, activation, columns), "op", target)
+    return offset_gemm_module(rows, target, activation, columns)
 
 
 def offset_gemm_module(rows: int, target: Target, activation: str = "", columns: bool = False) -> ir.Module:

@@ -18,7 +18,7 @@ import llvmlite.ir as ir
 from autoprune.model.recurrent.names import GATES
 from autoprune.repack.kernels import dot_rows, dot_tile
 from autoprune.repack.kernels.bytes_rows import Onto, quantise_row
-from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
+from autoprune.repack.kernels.compiler import Target, kernel
 from autoprune.repack.kernels.fields import FLOAT, FLOAT32_ARRAY, INT32_ARRAY, NUMBER, OFFSET, SLOT, Fields
 from autoprune.repack.kernels.ir import (
     F32,
@@ -130,8 +130,8 @@ def scratch(cell: str, units: int, hidden: int) -> int:
     return (GATES[cell] + 2) * units + hidden
 
 
-@once_a_process
-def recurrent(form: Form, target: Target) -> int:
+@kernel
+def recurrent(form: Form, target: Target) -> ir.Module:
     """The op; an item is some entries of the batch, all steps of them."""
     module, lanes = ir.Module(), target.lanes
     product = (_by_cell if form.int8 else _by_column if form.columns else _by_group)(module, form, target)
@@ -190,7 +190,7 @@ def recurrent(form: Form, target: Target) -> int:
                 _keep_largest(b, module, own, units, get[Field.KEEP], form.cell, lanes)
             _emit(b, own, y, get, unit_index, units, hidden, form.cell, lanes)
     b.ret_void()
-    return compile_op(module, "op", target)
+    return module
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from enum import Enum
 
 import llvmlite.ir as ir
 
-from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
+from autoprune.repack.kernels.compiler import Target, kernel
 from autoprune.repack.kernels.fields import FLOAT, NUMBER, OFFSET, SLOT, Fields
 from autoprune.repack.kernels.ir import (
     address,
@@ -57,8 +57,8 @@ class Field(Fields):
     SCALE = FLOAT  # of each sum
 
 
-@once_a_process
-def reduce(run: Run, target: Target) -> int:
+@kernel
+def reduce(run: Run, target: Target) -> ir.Module:
     """Y = SCALE times the sums, in rows; an item is some rows along the last kept axis."""
     module, lanes = ir.Module(), target.lanes
     b, fields, slots, item, _ = op_function(module)
@@ -95,4 +95,4 @@ def reduce(run: Run, target: Target) -> int:
 
         spans(b, const(0), get[Field.SIZE_2], (CHAINS * lanes, lanes, 1) if run is Run.KEPT else (1,), compute)
     b.ret_void()
-    return compile_op(module, "op", target)
+    return module

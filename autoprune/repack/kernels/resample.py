@@ -11,7 +11,7 @@ from functools import partial
 
 import llvmlite.ir as ir
 
-from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
+from autoprune.repack.kernels.compiler import Target, kernel
 from autoprune.repack.kernels.fields import FLOAT32_ARRAY, INT32_ARRAY, NUMBER, OFFSET, SLOT, Fields
 from autoprune.repack.kernels.ir import (
     FLOATS,
@@ -67,8 +67,8 @@ class Field(Fields):
     BORDER_FIRST = NUMBER  # and before the first channel
 
 
-@once_a_process
-def resample(target: Target, largest: bool) -> int:
+@kernel
+def resample(target: Target, largest: bool) -> ir.Module:
     """The op; an item is a channel of an image.
 
     Args:
@@ -124,7 +124,7 @@ def resample(target: Target, largest: bool) -> int:
             store_vector(b, masked(b, total, at(b, mask, position), lanes), at(b, out, position), lanes)
     clear_border(b, y, item, (get[Field.POSITIONS], get[Field.BORDER], get[Field.BORDER_FIRST]))
     b.ret_void()
-    return compile_op(module, "op", target)
+    return module
 
 
 def _weight(b: ir.IRBuilder, place: ir.Value, lanes: int) -> ir.Value:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import llvmlite.ir as ir
 
-from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
+from autoprune.repack.kernels.compiler import Target, kernel
 from autoprune.repack.kernels.fields import NUMBER, OFFSET, SLOT, Fields
 from autoprune.repack.kernels.ir import (
     address,
@@ -48,8 +48,8 @@ class Field(Fields):
     BLOCK = NUMBER  # rows an item
 
 
-@once_a_process
-def rotary(target: Target) -> int:
+@kernel
+def rotary(target: Target) -> ir.Module:
     """Y = (a cos - b sin, b cos + a sin) of rows (a, b); an item is some rows."""
     module, lanes = ir.Module(), target.lanes
     b, fields, slots, item, _ = op_function(module)
@@ -78,4 +78,4 @@ def rotary(target: Target) -> int:
 
         each(b, half, lanes, turn)
     b.ret_void()
-    return compile_op(module, "op", target)
+    return module

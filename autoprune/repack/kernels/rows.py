@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import llvmlite.ir as ir
 
-from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
+from autoprune.repack.kernels.compiler import Target, kernel
 from autoprune.repack.kernels.fields import FLOAT, FLOAT32_ARRAY, NUMBER, OFFSET, SLOT, Fields
 from autoprune.repack.kernels.ir import (
     F32,
@@ -84,19 +84,19 @@ def each(
     spans(b, const(0), count, (together * lanes, lanes, 1), body)
 
 
-@once_a_process
-def layer_norm(target: Target) -> int:
+@kernel
+def layer_norm(target: Target) -> ir.Module:
     """Y = (x - mean) / sqrt(variance + epsilon) * weight + bias, a row at a time; an item is some rows."""
     return _norm(target, centred=True)
 
 
-@once_a_process
-def rms_norm(target: Target) -> int:
+@kernel
+def rms_norm(target: Target) -> ir.Module:
     """Y = x / sqrt(mean square + epsilon) * weight, a row at a time; an item is some rows."""
     return _norm(target, centred=False)
 
 
-def _norm(target: Target, centred: bool) -> int:
+def _norm(target: Target, centred: bool) -> ir.Module:
     """`centred`: the mean is subtracted first, and a bias is added."""
     module, lanes = ir.Module(), target.lanes
     b, fields, slots, item, _ = op_function(module)
@@ -138,4 +138,4 @@ def _norm(target: Target, centred: bool) -> int:
 
         each(b, features, lanes, write)
     b.ret_void()
-    return compile_op(module, "op", target)
+    return module

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import llvmlite.ir as ir
 
-from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
+from autoprune.repack.kernels.compiler import Target, kernel
 from autoprune.repack.kernels.fields import FLOAT, FLOAT32_ARRAY, INT32_ARRAY, NUMBER, OFFSET, PRESENCE, SLOT, Fields
 from autoprune.repack.kernels.ir import (
     F32,
@@ -99,8 +99,8 @@ def token_counts(rows: int, target: Target) -> list[int]:
     return [most, *(count for count in (16, 8, 4, 2, 1) if count < most)]
 
 
-@once_a_process
-def rows_gemm(rows: int, target: Target, activation: str = "", twins: bool = False) -> int:
+@kernel
+def rows_gemm(rows: int, target: Target, activation: str = "", twins: bool = False) -> ir.Module:
     """The op for groups of `rows` filters, with `twins` computed as one; an item is some groups by some tokens."""
     module = ir.Module()
     compute = group_product(module, rows, target, activation, twins)
@@ -119,7 +119,7 @@ def rows_gemm(rows: int, target: Target, activation: str = "", twins: bool = Fal
     with loop(b, first, smaller(b, b.add(first, get[Field.CHUNK]), get[Field.GROUPS])) as group:
         compute(b, packed, group, (first_token, last_token), *lines, get[Field.RESIDUAL], (low, high))
     b.ret_void()
-    return compile_op(module, "op", target)
+    return module
 
 
 class PackedArrays(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import llvmlite.ir as ir
 
-from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
+from autoprune.repack.kernels.compiler import Target, kernel
 from autoprune.repack.kernels.fields import NUMBER, OFFSET, SLOT, Fields
 from autoprune.repack.kernels.ir import (
     F32,
@@ -35,8 +35,8 @@ class Field(Fields):
     BLOCK = NUMBER  # rows an item
 
 
-@once_a_process
-def softmax(target: Target) -> int:
+@kernel
+def softmax(target: Target) -> ir.Module:
     """Y = e ** (x - max) / their sum, a row at a time; an item is some rows."""
     module, lanes = ir.Module(), target.lanes
     b, fields, slots, item, _ = op_function(module)
@@ -64,7 +64,7 @@ def softmax(target: Target) -> int:
 
         each(b, features, lanes, write)
     b.ret_void()
-    return compile_op(module, "op", target)
+    return module
 
 
 def _largest(b: ir.IRBuilder, x: ir.Value, count: ir.Value, lanes: int) -> ir.Value:

@@ -11,7 +11,7 @@ from enum import Enum
 
 import llvmlite.ir as ir
 
-from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
+from autoprune.repack.kernels.compiler import Target, kernel
 from autoprune.repack.kernels.fields import FLOAT, NUMBER, OFFSET, SLOT, Fields
 from autoprune.repack.kernels.ir import (
     I8,
@@ -94,11 +94,11 @@ OPERATIONS: Mapping[str, Operation] = {
 """How two values become one."""
 
 
-@once_a_process
+@kernel
 def strided(
     x: Along, other: Along | None, operation: str, activation: str, target: Target, together: bool = True,
     bounded: bool = False, choice: Along | None = None,
-) -> int:  # fmt: skip
+) -> ir.Module:  # fmt: skip
     """Y = activation(clamp(x [operation other])); an item is some rows along the last axis.
 
     Args:
@@ -150,7 +150,7 @@ def strided(
         gathers = not together or Along.APART in lie  # a wider vector would be many single floats
         spans(b, const(0), sizes[-1], (lanes, 1) if gathers else (CHAINS * lanes, lanes, 1), compute)
     b.ret_void()
-    return compile_op(module, "op", target)
+    return module
 
 
 def _read(b: ir.IRBuilder, line: ir.Value, position: ir.Value, step: ir.Value, along: Along, wide: int) -> ir.Value:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import llvmlite.ir as ir
 
-from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
+from autoprune.repack.kernels.compiler import Target, kernel
 from autoprune.repack.kernels.fields import FLOAT, NUMBER, OFFSET, PRESENCE, SLOT, Fields
 from autoprune.repack.kernels.ir import (
     I32,
@@ -46,8 +46,8 @@ class Field(Fields):
     HIGH = FLOAT.of("out of planes")
 
 
-@once_a_process
-def into_planes(target: Target) -> int:
+@kernel
+def into_planes(target: Target) -> ir.Module:
     """The op; an item is as many tokens as a vector has lanes. A plane is filled to whole vectors."""
     module, lanes = ir.Module(), target.lanes
     b, fields, slots, item, _ = op_function(module)
@@ -70,11 +70,11 @@ def into_planes(target: Target) -> int:
         value = b.load(at(b, rows, b.add(b.mul(token, get[Field.ROWS_TOKEN]), feature)))
         b.store(value, at(b, planes, b.add(b.mul(feature, get[Field.PLANES_FEATURE]), token)))
     b.ret_void()
-    return compile_op(module, "op", target)
+    return module
 
 
-@once_a_process
-def out_of_planes(target: Target, activation: str = "") -> int:
+@kernel
+def out_of_planes(target: Target, activation: str = "") -> ir.Module:
     """The op; an item is as many tokens as a vector has lanes.
 
     Args:
@@ -121,7 +121,7 @@ def out_of_planes(target: Target, activation: str = "") -> int:
         plane = b.mul(feature, get[Field.PLANES_FEATURE])
         finish(load_vector(b, at(b, planes, b.add(plane, token)), 1), token, feature, 1)
     b.ret_void()
-    return compile_op(module, "op", target)
+    return module
 
 
 def turned_block(b: ir.IRBuilder, block: list[ir.Value]) -> list[ir.Value]:

@@ -12,7 +12,7 @@ from functools import partial, reduce
 
 import llvmlite.ir as ir
 
-from autoprune.repack.kernels.compiler import Target, compile_op, once_a_process
+from autoprune.repack.kernels.compiler import Target, kernel
 from autoprune.repack.kernels.fields import FLOAT, FLOAT32_ARRAY, INT32_ARRAY, NUMBER, OFFSET, SLOT, Fields
 from autoprune.repack.kernels.ir import (
     F32,
@@ -84,8 +84,8 @@ class Field(Fields):
     BORDER_FIRST = NUMBER  # and before the first channel
 
 
-@once_a_process
-def window(mode: Mode, stride: int, target: Target, activation: str = "", columns: tuple[int, ...] = ()) -> int:
+@kernel
+def window(mode: Mode, stride: int, target: Target, activation: str = "", columns: tuple[int, ...] = ()) -> ir.Module:
     """The op for windows `stride` columns apart; an item is some channels of an image.
 
     Args:
@@ -127,7 +127,7 @@ def window(mode: Mode, stride: int, target: Target, activation: str = "", column
         border = (get[Field.POSITIONS], get[Field.BORDER], get[Field.BORDER_FIRST])
         clear_border(b, out, b.or_(image, channel), border)
     b.ret_void()
-    return compile_op(module, "op", target)
+    return module
 
 
 def _run(

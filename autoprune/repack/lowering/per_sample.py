@@ -14,7 +14,7 @@ from typing import Any
 import llvmlite.ir as ir
 import numpy as np
 
-from autoprune.repack.kernels.compiler import compile_op, host, once_a_process
+from autoprune.repack.kernels.compiler import kernel
 from autoprune.repack.kernels.fields import INT64_ARRAY, NUMBER, Fields, Given
 from autoprune.repack.kernels.ir import LONGS, at, const, loop, op_function, pointer_field
 from autoprune.repack.lowering.buffers import Arena, Buffer
@@ -86,8 +86,8 @@ def split(one: Lowered, sequence: NativeSequence, sample: Sequence[int], batch: 
     )  # fmt: skip
 
 
-@once_a_process
-def _kernel() -> int:
+@kernel
+def _kernel() -> ir.Module:
     """The op: an item is a sample."""
     module = ir.Module()
     b, fields, slots, item, thread = op_function(module)
@@ -107,4 +107,4 @@ def _kernel() -> int:
     table, nowhere = pointer_field(b, get[Field.TABLE], LONGS), ir.Constant(LONGS, None)
     b.call(run, [table, const(0), get[Field.OPS], own, nowhere, const(0), const(1), const(give_way())])
     b.ret_void()
-    return compile_op(module, "op", host())
+    return module

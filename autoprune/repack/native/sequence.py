@@ -122,7 +122,7 @@ class NativeSequence:
 
     def __init__(self, ops: Sequence[NativeOp]) -> None:
         self.ops = tuple(ops)
-        rows = [(op.kernel, op.fields.ctypes.data, op.items) for op in self.ops]
+        rows = [(op.kernel.address, op.fields.ctypes.data, op.items) for op in self.ops]
         self._table = np.array(rows, np.int64).reshape(len(rows), 3)
         self.address = self._table.ctypes.data
         self._run = runner()

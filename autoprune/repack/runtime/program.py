@@ -142,8 +142,8 @@ class Plan:
         arrays = [
             array.nbytes
             for part in self.parts if isinstance(part, NativeSequence)
-            for op in part.ops for array in (op.fields, *op.keep)
-            if isinstance(array, np.ndarray) and array.dtype != np.float32
+            for op in part.ops for array in (op.fields, *op.arrays.values())
+            if array.dtype != np.float32
         ]  # fmt: skip
         own = {slot: x.nbytes for slot, x in self.lowered.constants.items() if not self._shares(x)}
         return STEP * len(self.lowered.steps) + sum(arrays) + sum(own.values())

@@ -186,12 +186,12 @@ class _Linear(_Work):
     """The accesses of one Linear, item by item."""
 
     def __init__(self, op: NativeOp, rows: int, target: Target, slots: Longs, sample: bool) -> None:
-        f = self.fields = op.fields
+        self.fields = op.addresses()
         self.rows, self.slots, self.sample = rows, slots, sample
         self.counts = {groups: rows_gemm.token_counts(groups * rows, target) for groups in (1, 2)}
-        self.twin = _array(op, f[_R.TWIN]) if f[_R.TWIN] else None
-        self.pointer, self.index = _array(op, f[_R.GROUP_POINTER]), _array(op, f[_R.INDEX]).astype(np.int64)
-        self.out_index = _array(op, f[_R.OUT_INDEX]).ravel().astype(np.int64)
+        self.twin = op.arrays.get(_R.TWIN)
+        self.pointer, self.index = op.arrays[_R.GROUP_POINTER], op.arrays[_R.INDEX].astype(np.int64)
+        self.out_index = op.arrays[_R.OUT_INDEX].ravel().astype(np.int64)
 
     def accesses(self, item: int) -> Iterator[tuple[Longs, NDArray[np.uint8]]]:
         f = self.fields
@@ -249,18 +249,19 @@ class _Convolution(_Work):
     """The accesses of one offset-GEMM, item by item."""
 
     def __init__(self, op: NativeOp, rows: int, target: Target, slots: Longs, sample: bool) -> None:
-        self.op, self.rows, self.slots, self.sample = op, rows, slots, sample
+        self.rows, self.slots, self.sample = rows, slots, sample
         self.lanes, self.heights = target.lanes, register_tile.tiles(rows, target)
-        self.widest, f = max(self.heights), op.fields
+        self.widest = max(self.heights)
+        f = self.fields = op.addresses()
         gated = len(f) > max(_F) + 1  # then no position is taken singly
         self.singles = None if gated else register_tile.singles(rows, target)
-        self.pointer, self.offsets = _array(op, f[_F.GROUP_POINTER]), _array(op, f[_F.OFFSETS]).astype(np.int64)
-        self.y_channel = _array(op, f[_F.Y_CHANNEL]).astype(np.int64)
-        self.residual_channel = _array(op, f[_F.RESIDUAL_CHANNEL]).astype(np.int64)
+        self.pointer, self.offsets = op.arrays[_F.GROUP_POINTER], op.arrays[_F.OFFSETS].astype(np.int64)
+        self.y_channel = op.arrays[_F.Y_CHANNEL].astype(np.int64)
+        self.residual_channel = op.arrays[_F.RESIDUAL_CHANNEL].astype(np.int64)
         self.panels = int(f[_F.PANELS])
 
     def accesses(self, item: int) -> Iterator[tuple[Longs, NDArray[np.uint8]]]:
-        f = self.op.fields
+        f = self.fields
         chunk = item // f[_F.CHUNK_STRIDE] % f[_F.CHUNKS]
         block = item // f[_F.BLOCK_STRIDE] % f[_F.BLOCKS]
         image = item // f[_F.IMAGE_STRIDE] % f[_F.BATCH]
@@ -321,7 +322,7 @@ class _Convolution(_Work):
 
         Of a single position, its input and its output are looked at: the rest lies in lines that are met anyway.
         """
-        f, rows, height, moving = self.op.fields, self.rows, self.heights[count], FLOAT_BYTES
+        f, rows, height, moving = self.fields, self.rows, self.heights[count], FLOAT_BYTES
         begin, end = int(self.pointer[list_]), int(self.pointer[list_ + 1])
         kept, span = np.arange(begin, end), FLOAT_BYTES * count * self.lanes
         index = _touches(int(f[_F.OFFSETS]) + INDEX_BYTES * kept, INDEX_BYTES, What.INDEX)
@@ -360,11 +361,6 @@ ACCESSES: Mapping[type[LayerOp], type[_Work] | None] = {
 """Class of layers -> the order in which its kernel works; None where it is not modelled."""
 MODELLED = frozenset(form for form, accesses in ACCESSES.items() if accesses is not None)
 """The classes of layers whose fetches can be told."""
-
-
-def _array(op: NativeOp, address: int) -> NDArray[np.int32]:
-    """What lies at an address in an op's fields."""
-    return next(array for array in op.keep if array.ctypes.data == address)
 
 
 _STEP = 32  # bytes; no more than any line modelled
