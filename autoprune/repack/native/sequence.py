@@ -11,7 +11,7 @@ import ctypes
 import sys
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import llvmlite.ir as ir
 import numpy as np
@@ -40,22 +40,38 @@ def runner_address() -> int:
         kernel = b.inttoptr(b.load(row), op_kind)
         fields = b.inttoptr(b.load(at(b, row, const(1))), LONGS)
         items = b.load(at(b, row, const(2)))
-        with b.if_else(b.icmp_signed("==", threads, const(1))) as (alone, shared):
-            with alone, loop(b, const(0), items) as item:
-                b.call(kernel, [fields, slots, item, thread])
-            with shared:
-                tickets = at(b, counters, b.mul(b.mul(index, b.add(threads, const(1))), const(LINE)))
-                done = at(b, tickets, b.mul(threads, const(LINE)))
-                with loop(b, const(0), threads) as turn:
-                    share = b.srem(b.add(thread, turn), threads)
-                    begin, end = (
-                        b.sdiv(b.mul(items, part), threads) for part in (share, b.add(share, const(1)))
-                    )  # fmt: skip
-                    ticket = at(b, tickets, b.mul(share, const(LINE)))
-                    _take(b, kernel, fields, slots, (begin, end), ticket, done, thread)
-                _wait(b, done, items, idle)
+        own = at(b, counters, b.mul(b.mul(index, b.add(threads, const(1))), const(LINE)))
+        run_items(b, Work(kernel, fields, slots, items), own, thread, threads, idle)
     b.ret_void()
     return compile_op(module, "run", host())
+
+
+class Work(NamedTuple):
+    """An op in a native function: its kernel, fields, slots and items."""
+
+    kernel: ir.Value
+    fields: ir.Value
+    slots: ir.Value
+    items: ir.Value
+
+
+def run_items(
+    b: ir.IRBuilder, work: Work, counters: ir.Value, thread: ir.Value, threads: ir.Value, idle: ir.Value
+) -> None:
+    """All items of an op, or what none of the other `threads` does of them; done when all are.
+
+    `counters`: `LINE` int64 for each thread and for all, of this op alone, zeros at first; unused with one thread.
+    """
+    with b.if_else(b.icmp_signed("==", threads, const(1))) as (alone, shared):
+        with alone, loop(b, const(0), work.items) as item:
+            b.call(work.kernel, [work.fields, work.slots, item, thread])
+        with shared:
+            done = at(b, counters, b.mul(threads, const(LINE)))
+            with loop(b, const(0), threads) as turn:
+                share = b.srem(b.add(thread, turn), threads)
+                begin, end = (b.sdiv(b.mul(work.items, part), threads) for part in (share, b.add(share, const(1))))
+                _take(b, work, (begin, end), at(b, counters, b.mul(share, const(LINE))), done, thread)
+            _wait(b, done, work.items, idle)
 
 
 @cache
@@ -65,9 +81,8 @@ def runner() -> Any:
 
 
 def _take(
-    b: ir.IRBuilder, kernel: ir.Value, fields: ir.Value, slots: ir.Value, share: tuple[ir.Value, ir.Value],
-    ticket: ir.Value, done: ir.Value, thread: ir.Value,
-) -> None:  # fmt: skip
+    b: ir.IRBuilder, work: Work, share: tuple[ir.Value, ir.Value], ticket: ir.Value, done: ir.Value, thread: ir.Value
+) -> None:
     """Works on the items of a share as long as there are any."""
     before = b.block
     head, body, end = (b.append_basic_block(name) for name in ("take", "work", "taken"))
@@ -78,7 +93,7 @@ def _take(
     item = b.add(share[0], b.atomic_rmw("add", ticket, const(1), "acq_rel"))
     b.cbranch(b.icmp_signed("<", item, share[1]), body, end)
     b.position_at_end(body)
-    b.call(kernel, [fields, slots, item, thread])
+    b.call(work.kernel, [work.fields, work.slots, item, thread])
     count.add_incoming(b.add(count, const(1)), body)
     b.branch(head)
     b.position_at_end(end)

@@ -1,0 +1,301 @@
+"""A built model as LLVM IR: its kernels, its data, and the functions that C calls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+import llvmlite.binding as llvm
+import llvmlite.ir as ir
+import numpy as np
+
+from autoprune.repack.aot.image import LINE, Image
+from autoprune.repack.aot.interface import Port, Result
+from autoprune.repack.kernels.compiler import OP, Kernel, Target
+from autoprune.repack.kernels.ir import F32, I8, I32, I64, LONGS, at, const, loop
+from autoprune.repack.lowering.layout import FLOAT_BYTES
+from autoprune.repack.lowering.steps import ARENA, Lowered
+from autoprune.repack.native.sequence import LINE as COUNTER
+from autoprune.repack.native.sequence import Work, run_items
+
+BYTES = I8.as_pointer()
+IDLE = ir.FunctionType(ir.VoidType(), []).as_pointer()
+PREPARED = 0x6175746F7072756E  # what a workspace that is prepared begins with
+HEAD = LINE  # bytes of a workspace before its counters: PREPARED, and how many parts have ended
+
+
+class Status(IntEnum):
+    """What the functions of a built model return; C knows them by these names."""
+
+    OK = 0
+    NULL_POINTER = 1
+    MISALIGNED = 2
+    NOT_PREPARED = 3
+    OUT_OF_RANGE = 4
+    WRONG_PART = 5
+
+
+@dataclass(frozen=True)
+class Call:
+    """A model for one set of input shapes.
+
+    Attributes:
+        prefix: of its functions' names in C.
+        lowered: its program; native throughout.
+        ops: (kernel, where its fields lie in the image, items) of each, in order.
+        constants: slot -> where its constant lies in the image.
+        inputs: its parameters.
+        outputs: its results.
+    """
+
+    prefix: str
+    lowered: Lowered
+    ops: tuple[tuple[Kernel, int, int], ...]
+    constants: Mapping[int, int]
+    inputs: tuple[Port, ...]
+    outputs: tuple[Result, ...]
+
+    @property
+    def threads(self) -> int:
+        """The most that may work on one call."""
+        return self.lowered.threads
+
+    @property
+    def written_in_place(self) -> Mapping[int, int]:
+        """Slot -> number of the output whose memory it is."""
+        whole = [(number, each) for number, each in enumerate(self.outputs) if self.lowered.is_whole(each.name)]
+        return {each.view.buffer.slot: number for number, each in whole}
+
+    @property
+    def own_results(self) -> Mapping[int, int]:
+        """Slot of other results -> where it lies in a workspace, in bytes."""
+        places, place = {}, self.arena_at + _lines(self.lowered.arena.size * FLOAT_BYTES)
+        for slot, shape in self.lowered.outputs.items():
+            if slot not in self.written_in_place:
+                places[slot] = place
+                place += _lines(int(np.prod(shape)) * FLOAT_BYTES)
+        return places
+
+    @property
+    def counters_bytes(self) -> int:
+        """Of a workspace: the counters that threads share."""
+        return len(self.ops) * (self.threads + 1) * COUNTER * 8 if self.threads > 1 else 0
+
+    @property
+    def arena_at(self) -> int:
+        """Where the arena begins in a workspace."""
+        return HEAD + _lines(self.counters_bytes)
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Memory that a call works in."""
+        results = [
+            place + _lines(int(np.prod(self.lowered.outputs[slot])) * FLOAT_BYTES)
+            for slot, place in self.own_results.items()
+        ]
+        return max([self.arena_at + _lines(self.lowered.arena.size * FLOAT_BYTES), *results])
+
+
+def _lines(size: int) -> int:
+    return -(-size // LINE) * LINE
+
+
+def linked(calls: Sequence[Call], image: Image, target: Target) -> str:
+    """One module: kernels, data and entry points, for one target."""
+    kernels = dict.fromkeys(kernel for call in calls for kernel, *_ in call.ops)
+    names = {kernel: f"{kernel.name}_{number}" for number, kernel in enumerate(kernels)}
+    own = ir.Module("model")
+    data = _data(own, image)
+    kind = ir.FunctionType(ir.VoidType(), [LONGS, LONGS, I64, I64])
+    declared = {kernel: ir.Function(own, kind, name) for kernel, name in names.items()}
+    for call in calls:
+        _prepare(own, call)
+        work = _work(own, call, data, declared)
+        _entry(own, call, work, parts=False)
+        if call.threads > 1:
+            _entry(own, call, work, parts=True)
+    whole = llvm.parse_assembly(str(own))
+    for kernel, name in names.items():
+        part = llvm.parse_assembly(kernel.assembly())
+        part.get_function(OP).name = name
+        whole.link_in(part)
+        whole.get_function(name).linkage = "internal"
+    return str(whole)
+
+
+def _data(module: ir.Module, image: Image) -> ir.GlobalVariable:
+    kind = ir.ArrayType(I8, image.size)
+    data = ir.GlobalVariable(module, kind, "model_data")
+    data.linkage, data.global_constant, data.align = "internal", True, LINE
+    data.initializer = _Bytes(kind, image.data)
+    return data
+
+
+class _Bytes(ir.Constant):  # type: ignore[misc]
+    """A constant array of bytes, written at once: llvmlite goes through them one by one."""
+
+    def __init__(self, kind: ir.Type, data: bytes) -> None:
+        super().__init__(kind, None)
+        self._data = data
+
+    def __str__(self) -> str:
+        return f"{self.type} {self.get_reference()}"
+
+    def get_reference(self) -> str:
+        digits = np.frombuffer(self._data.hex().upper().encode(), np.uint8).reshape(-1, 2)
+        text = np.concatenate([np.full((len(digits), 1), ord("\\"), np.uint8), digits], axis=1)
+        return f'c"{text.tobytes().decode()}"'
+
+
+def _function(module: ir.Module, name: str, kinds: Sequence[ir.Type]) -> tuple[ir.Function, ir.IRBuilder]:
+    function = ir.Function(module, ir.FunctionType(I32, kinds), name)
+    return function, ir.IRBuilder(function.append_basic_block("entry"))
+
+
+def _refuse(b: ir.IRBuilder, wrong: ir.Value, status: Status) -> None:
+    with b.if_then(wrong, likely=False):
+        b.ret(I32(int(status)))
+
+
+def _check_memory(b: ir.IRBuilder, pointer: ir.Value, alignment: int) -> None:
+    number = b.ptrtoint(pointer, I64)
+    _refuse(b, b.icmp_unsigned("==", number, const(0)), Status.NULL_POINTER)
+    if alignment > 1:
+        _refuse(b, b.icmp_unsigned("!=", b.and_(number, const(alignment - 1)), const(0)), Status.MISALIGNED)
+
+
+def _prepare(module: ir.Module, call: Call) -> None:
+    """``prepare(workspace)``: makes memory a workspace."""
+    function, b = _function(module, f"{call.prefix}_prepare", [BYTES])
+    (workspace,) = function.args
+    _check_memory(b, workspace, LINE)
+    longs = b.bitcast(workspace, LONGS)
+    with loop(b, const(0), const(call.workspace_bytes // 8)) as number:
+        b.store(const(0), at(b, longs, number))
+    arena = b.bitcast(at(b, workspace, const(call.arena_at)), F32.as_pointer())
+    for start, size, value in call.lowered.arena.borders:
+        with loop(b, const(start), const(start + size)) as number:
+            b.store(F32(value), at(b, arena, number))
+    b.store(const(PREPARED), longs)
+    b.ret(I32(int(Status.OK)))
+
+
+def _work(module: ir.Module, call: Call, data: ir.Value, kernels: Mapping[Kernel, ir.Function]) -> ir.Function:
+    """``work(inputs, outputs, workspace, part, parts, idle)``: what every part of a call does, once all is checked."""
+    count = len(call.inputs) + len(call.outputs)
+    function, b = _function(module, f"{call.prefix}_work", [*[BYTES] * (count + 1), I64, I64, IDLE])
+    function.linkage = "internal"
+    *tensors, workspace, part, parts, idle = function.args
+    inputs, outputs = tensors[: len(call.inputs)], tensors[len(call.inputs) :]
+    slots = b.alloca(I64, call.lowered.slots)
+    image = b.bitcast(data, BYTES)
+    arena = at(b, workspace, const(call.arena_at))
+    bases = {
+        0: image,  # what fields tell as an address counts from the image on
+        ARENA: arena,
+        **dict(zip(call.lowered.inputs, inputs, strict=True)),
+        **{slot: at(b, image, const(place)) for slot, place in call.constants.items()},
+        **{slot: at(b, workspace, const(place)) for slot, place in call.own_results.items()},
+        **{slot: outputs[number] for slot, number in call.written_in_place.items()},
+    }
+    for slot in range(call.lowered.slots):
+        base = b.ptrtoint(bases[slot], I64) if slot in bases else const(0)
+        b.store(base, at(b, slots, const(slot)))
+    counters = b.bitcast(at(b, workspace, const(HEAD)), LONGS)
+    for number, (kernel, place, items) in enumerate(call.ops):
+        fields = b.bitcast(at(b, image, const(place)), LONGS)
+        work = Work(kernels[kernel], fields, slots, const(items))
+        if call.threads > 1:
+            own = at(b, counters, b.mul(b.mul(const(number), b.add(parts, const(1))), const(COUNTER)))
+            run_items(b, work, own, part, parts, idle)
+        else:
+            with loop(b, const(0), work.items) as item:
+                b.call(work.kernel, [fields, slots, item, const(0)])
+    status = b.alloca(I32)
+    b.store(I32(int(Status.OK)), status)
+    with b.if_then(b.icmp_signed("==", part, const(0))):
+        for number, result in enumerate(call.outputs):
+            if result.view.buffer.slot not in call.written_in_place:
+                _copy(b, result, bases[result.view.buffer.slot], outputs[number])
+        if call.lowered.wrong is not None:
+            wrong = b.bitcast(at(b, arena, const(call.lowered.wrong)), LONGS)
+            with b.if_then(b.icmp_signed("!=", b.load(wrong), const(0)), likely=False):
+                b.store(const(0), wrong)
+                b.store(I32(int(Status.OUT_OF_RANGE)), status)
+    b.ret(b.load(status))
+    return function
+
+
+def _copy(b: ir.IRBuilder, result: Result, base: ir.Value, into: ir.Value) -> None:
+    """A result from where the ops leave it."""
+    port, view = result.port, result.view
+    kind = ir.IntType(8 * port.entry_bytes).as_pointer()
+    source = at(b, b.bitcast(at(b, base, const(view.buffer.offset + view.offset * view.entry_bytes)), kind), const(0))
+    target = b.bitcast(into, kind)
+
+    def axis(number: int, source: ir.Value, target: ir.Value) -> None:
+        if number == len(view.shape):
+            b.store(b.load(source), target)
+            return
+        inner = int(np.prod(view.shape[number + 1 :]))
+        with loop(b, const(0), const(view.shape[number])) as index:
+            axis(
+                number + 1,
+                at(b, source, b.mul(index, const(view.stride[number]))),
+                at(b, target, b.mul(index, const(inner))),
+            )
+
+    axis(0, source, target)
+
+
+def _check_numbers(b: ir.IRBuilder, port: Port, pointer: ir.Value, rows: int) -> None:
+    """Refuses an input that holds a number which a table has no row for."""
+    kind = ir.IntType(8 * port.entry_bytes)
+    numbers = b.bitcast(pointer, kind.as_pointer())
+    with loop(b, const(0), const(port.count)) as index:
+        _refuse(b, b.icmp_unsigned(">=", b.load(at(b, numbers, index)), kind(rows)), Status.OUT_OF_RANGE)
+
+
+def _entry(module: ir.Module, call: Call, work: ir.Function, parts: bool) -> None:
+    """``run(inputs, outputs, workspace)``, or ``run_part`` with a part's number, how many there are, and what waits."""
+    ports = [*call.inputs, *(each.port for each in call.outputs)]
+    kinds = [*[BYTES] * (len(ports) + 1), *([I32, I32, IDLE] if parts else [])]
+    function, b = _function(module, f"{call.prefix}_run{'_part' if parts else ''}", kinds)
+    tensors, workspace = function.args[: len(ports)], function.args[len(ports)]
+    for port, pointer in zip(ports, tensors, strict=True):
+        _check_memory(b, pointer, port.entry_bytes)
+    _check_memory(b, workspace, LINE)
+    head = b.bitcast(workspace, LONGS)
+    _refuse(b, b.icmp_unsigned("!=", b.load(head), const(PREPARED)), Status.NOT_PREPARED)
+    for slot, rows in call.lowered.limits.items():
+        number = call.lowered.inputs.index(slot)
+        _check_numbers(b, call.inputs[number], tensors[number], rows)
+    if not parts:
+        b.ret(b.call(work, [*tensors, workspace, const(0), const(1), ir.Constant(IDLE, None)]))
+        return
+    part, count, idle = function.args[len(ports) + 1 :]
+    _refuse(b, b.icmp_signed("<", part, I32(0)), Status.WRONG_PART)
+    _refuse(b, b.icmp_signed(">=", part, count), Status.WRONG_PART)
+    _refuse(b, b.icmp_signed(">", count, I32(call.threads)), Status.WRONG_PART)
+    nothing = _nothing(module)
+    idle = b.select(b.icmp_unsigned("==", b.ptrtoint(idle, I64), const(0)), nothing, idle)
+    status = b.call(work, [*tensors, workspace, b.sext(part, I64), b.sext(count, I64), idle])
+    ended = b.add(b.atomic_rmw("add", at(b, head, const(1)), const(1), "acq_rel"), const(1))
+    with b.if_then(b.icmp_signed("==", ended, b.sext(count, I64))):  # nobody looks at the counters any more
+        counters = b.bitcast(at(b, workspace, const(HEAD)), LONGS)
+        with loop(b, const(0), const(call.counters_bytes // 8)) as number:
+            b.store(const(0), at(b, counters, number))
+        b.store_atomic(const(0), at(b, head, const(1)), "release", 8)
+    b.ret(status)
+
+
+def _nothing(module: ir.Module) -> ir.Function:
+    """A function that does nothing, for parts that wait without giving their processor away."""
+    known = module.globals.get("model_idle")
+    if isinstance(known, ir.Function):
+        return known
+    function = ir.Function(module, IDLE.pointee, "model_idle")
+    function.linkage = "internal"
+    ir.IRBuilder(function.append_basic_block("entry")).ret_void()
+    return function

@@ -1,0 +1,103 @@
+"""Builds a repacked model ahead of time: an object file with its kernels and data, and what C needs to call it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from autoprune.errors import AutopruneError
+from autoprune.repack.aot.assembly import Call, linked
+from autoprune.repack.aot.image import Image
+from autoprune.repack.aot.interface import c_name, inputs_of, outputs_of
+from autoprune.repack.aot.targets import HOST, Platform, platform
+from autoprune.repack.graph.extents import check_shapes
+from autoprune.repack.kernels.compiler import object_code
+from autoprune.repack.lowering.geometry import Tiling
+from autoprune.repack.lowering.lower import lower
+from autoprune.repack.lowering.steps import NativeStep, TorchStep
+from autoprune.repack.report import ProgramModel, RepackedModel
+from autoprune.repack.runtime.program import Shapes
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A model compiled for one platform.
+
+    Attributes:
+        name: that its functions' names begin with.
+        platform: what it is for.
+        calls: for each set of input shapes.
+        code: the object file.
+        data_bytes: of it, the read-only data.
+    """
+
+    name: str
+    platform: Platform
+    calls: tuple[Call, ...]
+    code: bytes
+    data_bytes: int
+
+
+def compiled(
+    fast: RepackedModel, target: str = HOST, shapes: Sequence[Shapes] | None = None, name: str = "model",
+    threads: int = 1,
+) -> Compiled:  # fmt: skip
+    """Compiles a program for a platform.
+
+    Args:
+        fast: what `repack` or `load` returned.
+        target: a name of `PLATFORMS`, or `HOST`.
+        shapes: of all inputs, for each call that the library shall have; those of the example when None.
+        name: that the functions' names in C begin with.
+        threads: the most that may work on one call.
+
+    Raises:
+        AutopruneError: what is no program, an operation without a native form, shapes that the model does not take.
+    """
+    if not isinstance(fast, ProgramModel):
+        raise AutopruneError(
+            "only whole programs can be built, and this model is the original's code with packed layers in it"
+            f"{': ' + fast.summary if isinstance(fast, RepackedModel) and fast.summary else ''}."
+        )
+    if threads < 1:
+        raise AutopruneError(f"threads must be 1 or more, not {threads}.")
+    found, image = platform(target), Image()
+    given = [tuple(each.shape for each in fast.program.graph.inputs)] if shapes is None else list(shapes)
+    own = c_name(name)
+    calls = [_call(fast, own, each, len(given) > 1, found, threads, image) for each in given]
+    code = object_code(linked(calls, image, found.target), found.target)
+    return Compiled(own, found, tuple(calls), code, image.size)
+
+
+def _call(
+    fast: ProgramModel, name: str, shapes: Shapes, several: bool, found: Platform, threads: int, image: Image
+) -> Call:  # fmt: skip
+    program = fast.program
+    check_shapes(program.graph.inputs, program.graph.conditions, shapes)
+    lowered = lower(program.graph, program.weights, shapes, found.target, threads)
+    if refused := sorted({step.op.label for step in lowered.steps if isinstance(step, TorchStep)}):
+        raise AutopruneError(
+            f"cannot be built: torch runs {', '.join(refused)} in this program, which have no native form "
+            f"for inputs of {_text(shapes)}."
+        )
+    ops = [
+        step.build(program.weights.get(step.name), program.tilings.get(step.name, Tiling()))
+        for step in lowered.steps if isinstance(step, NativeStep)
+    ]  # fmt: skip
+    inputs = inputs_of(program.graph, shapes)
+    return Call(
+        prefix=f"{name}_{_suffix(shapes)}" if several else name,
+        lowered=lowered,
+        ops=tuple((op.kernel, image.put_op(op), op.items) for op in ops),
+        constants={slot: image.put(tensor.detach().numpy()) for slot, tensor in lowered.constants.items()},
+        inputs=inputs,
+        outputs=outputs_of(program.graph, lowered, inputs),
+    )
+
+
+def _text(shapes: Shapes) -> str:
+    return " and ".join("x".join(map(str, shape)) or "one number" for shape in shapes)
+
+
+def _suffix(shapes: Shapes) -> str:
+    return "_".join("x".join(map(str, shape)) or "0" for shape in shapes)
