@@ -47,6 +47,7 @@ class Call:
         constants: slot -> where its constant lies in the image.
         inputs: its parameters.
         outputs: its results.
+        samples: that the program is run for, one after another; 1: it computes all there is at once.
     """
 
     prefix: str
@@ -55,6 +56,7 @@ class Call:
     constants: Mapping[int, int]
     inputs: tuple[Port, ...]
     outputs: tuple[Result, ...]
+    samples: int = 1
 
     @property
     def threads(self) -> int:
@@ -272,7 +274,16 @@ def _entry(module: ir.Module, call: Call, work: ir.Function, parts: bool) -> Non
         number = call.lowered.inputs.index(slot)
         _check_numbers(b, call.inputs[number], tensors[number], rows)
     if not parts:
-        b.ret(b.call(work, [*tensors, workspace, const(0), const(1), ir.Constant(IDLE, None)]))
+        alone = [workspace, const(0), const(1), ir.Constant(IDLE, None)]
+        if call.samples == 1:
+            b.ret(b.call(work, [*tensors, *alone]))
+            return
+        with loop(b, const(0), const(call.samples)) as sample:
+            sizes = [port.count * port.entry_bytes // call.samples for port in ports]
+            b.call(
+                work, [*(at(b, x, b.mul(sample, const(size))) for x, size in zip(tensors, sizes, strict=True)), *alone]
+            )
+        b.ret(I32(int(Status.OK)))
         return
     part, count, idle = function.args[len(ports) + 1 :]
     _refuse(b, b.icmp_signed("<", part, I32(0)), Status.WRONG_PART)

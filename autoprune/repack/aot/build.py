@@ -11,12 +11,13 @@ from autoprune.repack.aot.image import Image
 from autoprune.repack.aot.interface import c_name, inputs_of, outputs_of
 from autoprune.repack.aot.targets import HOST, Platform, platform
 from autoprune.repack.graph.extents import check_shapes
-from autoprune.repack.kernels.compiler import object_code
+from autoprune.repack.kernels.compiler import Target, object_code
 from autoprune.repack.lowering.geometry import Tiling
 from autoprune.repack.lowering.lower import lower
-from autoprune.repack.lowering.steps import NativeStep, TorchStep
+from autoprune.repack.lowering.per_sample import can_split
+from autoprune.repack.lowering.steps import Lowered, NativeStep, TorchStep
 from autoprune.repack.report import ProgramModel, RepackedModel
-from autoprune.repack.runtime.program import Shapes
+from autoprune.repack.runtime.program import Program, Shapes
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ def _call(
 ) -> Call:  # fmt: skip
     program = fast.program
     check_shapes(program.graph.inputs, program.graph.conditions, shapes)
-    lowered = lower(program.graph, program.weights, shapes, found.target, threads)
+    single = _single(program, shapes, found.target) if threads == 1 else None
+    lowered = single or lower(program.graph, program.weights, shapes, found.target, threads)
     if refused := sorted({step.op.label for step in lowered.steps if isinstance(step, TorchStep)}):
         raise AutopruneError(
             f"cannot be built: torch runs {', '.join(refused)} in this program, which have no native form "
@@ -84,15 +86,24 @@ def _call(
         step.build(program.weights.get(step.name), program.tilings.get(step.name, Tiling()))
         for step in lowered.steps if isinstance(step, NativeStep)
     ]  # fmt: skip
-    inputs = inputs_of(program.graph, shapes)
+    inputs, samples = inputs_of(program.graph, shapes), 1 if single is None else shapes[0][0]
     return Call(
         prefix=f"{name}_{_suffix(shapes)}" if several else name,
         lowered=lowered,
         ops=tuple((op.kernel, image.put_op(op), op.items) for op in ops),
         constants={slot: image.put(tensor.detach().numpy()) for slot, tensor in lowered.constants.items()},
         inputs=inputs,
-        outputs=outputs_of(program.graph, lowered, inputs),
+        outputs=tuple(each.of_samples(samples) for each in outputs_of(program.graph, lowered, inputs)),
+        samples=samples,
     )
+
+
+def _single(program: Program, shapes: Shapes, target: Target) -> Lowered | None:
+    """The program for one sample of a batch, where that is how a batch is computed."""
+    if not program.by_sample or not shapes or shapes[0][:1] < (2,):
+        return None
+    one = lower(program.graph, program.weights, tuple((1, *shape[1:]) for shape in shapes), target, 1)
+    return one if can_split(one) else None
 
 
 def _text(shapes: Shapes) -> str:

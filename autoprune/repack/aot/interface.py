@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -112,6 +112,13 @@ class Result:
     name: str
     port: Port
     view: View
+
+    def of_samples(self, samples: int) -> Result:
+        """Of so many samples side by side."""
+        if samples == 1:
+            return self
+        first, *others = self.port.shape
+        return replace(self, port=replace(self.port, shape=(samples * first, *others)))
 
 
 def inputs_of(graph: Graph, shapes: Sequence[tuple[int, ...]]) -> tuple[Port, ...]:
