@@ -124,12 +124,13 @@ def tracing() -> Iterator[None]:
             (export, "print", _print),
             (graph_module, "print", _print),
         ):
-            after.enter_context(_replaced(owner, name, value))
+            after.enter_context(replaced(owner, name, value))
         yield
 
 
 @contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Sets an attribute of a module or class for a block, which is within `tracing`: other threads see it too."""
     there, before = name in vars(owner), vars(owner).get(name)
     setattr(owner, name, value)
     try:
@@ -187,8 +188,8 @@ def _exporting() -> Iterator[None]:
     compiling = ByThread(True, lambda: False)
     exporting = ByThread(True, lambda: False)
     with (
-        _replaced(torch.compiler, "_is_compiling_flag", compiling),
-        _replaced(torch.compiler, "_is_exporting_flag", exporting),
+        replaced(torch.compiler, "_is_compiling_flag", compiling),
+        replaced(torch.compiler, "_is_exporting_flag", exporting),
     ):
         yield
 

@@ -14,7 +14,7 @@ from torch.export.graph_signature import InputKind
 
 from autoprune.errors import AutopruneError, first_line
 from autoprune.model.copies import own_copy
-from autoprune.tracing import ByThread, tracing
+from autoprune.tracing import ByThread, replaced, tracing
 
 _aten = torch.ops.aten
 # Operators that write in place -> what they compute.
@@ -120,11 +120,22 @@ def _failed(error: Exception) -> CaptureError:
 def functional(program: ExportedProgram) -> ExportedProgram:
     """The program with every in-place operator made functional; takes longer than exporting it."""
     try:
-        with tracing(), torch.no_grad():
+        with tracing(), _keeping_whole(program.graph), torch.no_grad():
             written: ExportedProgram = program.run_decompositions({})  # no operator is taken apart
             return written
     except Exception as error:  # as above
         raise _failed(error) from error
+
+
+@contextmanager
+def _keeping_whole(graph: fx.Graph) -> Iterator[None]:
+    """While a graph is decomposed its composite operators stay whole; by itself torch prepares all there are."""
+    import torch.export.exported_program as decomposing  # here: torch's compiler takes long to load
+
+    name, standing = "_collect_all_valid_cia_ops", {node.target for node in graph.nodes}
+    every = getattr(decomposing, name)
+    with replaced(decomposing, name, lambda: standing & every()):
+        yield
 
 
 def is_functional(graph: fx.Graph) -> bool:
