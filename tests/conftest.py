@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import hashlib
 import os
 import re
 import shutil
 from collections.abc import Iterator
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,24 @@ from autoprune.repack.kernels import compiler
 # Torch remembers what tracing an operator gave. That pays in deep networks; those of the tests are small, and traced in
 # three quarters of the time without. Read when torch's compiler is loaded, here and in the processes that tests start.
 os.environ["TORCH_FAKE_TENSOR_DISPATCH_CACHE"] = "0"
+# Inductor would compile a file, and load it in a Python of its own, to ask whether g++ knows this CPU's vectors.
+os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "1"
 torch.set_num_threads(1)
 settings.register_profile("dev", deadline=None, max_examples=50)
 settings.register_profile("ci", deadline=None, max_examples=50, derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+MEMORY = Path("/dev/shm")
+ROOM = 2**30  # bytes; a run leaves a tenth of them
+
+
+def pytest_configure() -> None:
+    """Files of tests lie in memory where there is room: those that are written safely wait for a disk."""
+    if MEMORY.is_dir() and os.access(MEMORY, os.W_OK):
+        room = os.statvfs(MEMORY)
+        if room.f_bavail * room.f_frsize > ROOM and not room.f_flag & os.ST_NOEXEC:  # tests write commands and run them
+            os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -38,10 +54,41 @@ def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]
 
 
 def pytest_collection_finish() -> None:
-    """What importing has made stays; walking through it again and again takes up to 8% of a file's time."""
+    """What importing has made stays; walking through it again and again takes up to 8% of a file's time.
+
+    Nor is what a tracing has made walked through before it is over.
+    """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(50_000, 20, 20)
+    gc.set_threshold(200_000, 20, 20)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def onnx_functions_read_once() -> Iterator[None]:
+    """Torch reads the source of all its ONNX functions for each export, in half the time of a small model's."""
+    export = torch.onnx.export
+    with pytest.MonkeyPatch.context() as patch:
+
+        @cache
+        def remember() -> None:
+            from torch.onnx._internal.exporter import _registration  # here: it takes a second to load
+
+            read = cache(_registration.ONNXRegistry.from_torchlib)
+
+            def copied(**opset: int) -> Any:
+                registry = copy.copy(read(**opset))
+                registry.functions = {name: list(rows) for name, rows in registry.functions.items()}
+                return registry
+
+            patch.setattr(_registration.ONNXRegistry, "from_torchlib", staticmethod(copied))
+
+        @wraps(export)
+        def exported(*args: Any, **kwargs: Any) -> Any:
+            remember()
+            return export(*args, **kwargs)
+
+        patch.setattr(torch.onnx, "export", exported)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -64,11 +111,11 @@ def kernels_compiled_once(pytestconfig: pytest.Config) -> Iterator[None]:
     def object_code(module: Any, target: compiler.Target) -> bytes:
         text = str(module)
         if re.search(r"inttoptr i64 \d", text):  # an address of this process
-            return compile_now(module, target)
+            return compile_now(text, target)
         file = folder / hashlib.sha256(f"{target} {text}".encode()).hexdigest()
         if file.exists():
             return file.read_bytes()
-        code = compile_now(module, target)
+        code = compile_now(text, target)
         unfinished = file.with_suffix(f".{os.getpid()}")
         unfinished.write_bytes(code)
         unfinished.replace(file)
