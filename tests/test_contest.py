@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,24 @@ def config() -> Config:
     return parse_config(SMALL, "test")
 
 
+def run_in(folder: Path) -> Run:
+    return Run(config(), folder, clock=FakeClock(2.0**-10))
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run up to the end of its search, made once."""
+    run = run_in(tmp_path_factory.mktemp("contest") / "run")
+    assert run.searched.trials
+    run.lock.close()
+    return run.directory
+
+
+@pytest.fixture
+def folder(searched: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(searched, tmp_path / "run"))
+
+
 def plan(sparsity: float) -> Plan:
     return Plan({"a": LayerPlan(sparsity, Choice("group", {"size": 4}), Choice("magnitude"))}, Choice("one_shot"))
 
@@ -59,9 +78,9 @@ def test_the_best_of_the_search_stands_first_then_the_best_of_each_rule() -> Non
 
 
 def test_the_contender_that_is_best_after_its_training_is_the_run_s(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = Run(config(), tmp_path / "run", clock=FakeClock(2.0**-10))
+    run = run_in(folder)
     trained: list[Plan] = []
     monkeypatch.setattr(application, "finetune_", recorded(trained, finetune_))
     tested: dict[str, torch.Tensor] = {}
@@ -83,8 +102,8 @@ def test_the_contender_that_is_best_after_its_training_is_the_run_s(
     assert [row.agent for row in record.searches if row.agent.endswith(", chosen")] == [f"{won.source}, chosen"]
 
 
-def test_a_contest_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    undisturbed = Run(config(), tmp_path / "whole", clock=FakeClock(2.0**-10))
+def test_a_contest_goes_on_where_it_was_stopped(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    undisturbed = run_in(Path(shutil.copytree(folder, tmp_path / "whole")))
     wanted = undisturbed.plan
     trained: list[Plan] = []
 
@@ -95,18 +114,18 @@ def test_a_contest_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pyt
         finetune_(model, plan, *args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(application, "finetune_", stopped_in_the_second)
-    stopped = Run(config(), tmp_path / "run", clock=FakeClock(2.0**-10))
+    stopped = run_in(folder)
     with pytest.raises(KeyboardInterrupt):
         _ = stopped.plan
     stopped.lock.close()
     monkeypatch.setattr(application, "finetune_", recorded(trained, finetune_))
-    again = Run(config(), tmp_path / "run", clock=FakeClock(2.0**-10))
+    again = run_in(folder)
     assert again.plan == wanted
     assert len(trained) == len(read_contenders(again.directory)) + 1  # the second one twice
     assert read_contenders(again.directory) == read_contenders(undisturbed.directory)
 
 
-def test_a_plan_whose_training_diverges_is_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_whose_training_diverges_is_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Plan] = []
 
     def diverging(model: object, plan: Plan, *args: object, **kwargs: object) -> None:
@@ -116,19 +135,19 @@ def test_a_plan_whose_training_diverges_is_out(tmp_path: Path, monkeypatch: pyte
         finetune_(model, plan, *args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(application, "finetune_", diverging)
-    run = Run(config(), tmp_path / "run", clock=FakeClock(2.0**-10))
+    run = run_in(folder)
     first = next(iter(best_by_source(run.searched, "random").values())).plan
     assert run.plan.layers != first.layers
     assert first.key not in {each.plan.key for each in read_contenders(run.directory)}
 
 
-def test_where_all_diverge_the_run_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_all_diverge_the_run_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def diverging(*args: object, **kwargs: object) -> None:
         raise NumericalError("the loss is nan")
 
     monkeypatch.setattr(application, "finetune_", diverging)
     with pytest.raises(NumericalError, match="the loss is nan"):
-        _ = Run(config(), tmp_path / "run", clock=FakeClock(2.0**-10)).plan
+        _ = run_in(folder).plan
 
 
 def test_a_corrupt_record_is_refused_with_what_to_do(tmp_path: Path) -> None:

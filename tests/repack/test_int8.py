@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from autoprune.errors import AutopruneError
 from autoprune.masks import Masks
 from autoprune.patterns import PATTERNS
 from autoprune.registry import Choice
+from autoprune.repack.graph.capture import capture
+from autoprune.repack.graph.ir import Graph
 from autoprune.repack.int8 import tensors_in
 from autoprune.repack.kernels.compiler import narrowed
 from autoprune.repack.lowering.geometry import Tiling
@@ -227,11 +230,19 @@ def masks_of(model: nn.Module, about: dict[str, Any] | None) -> Masks | None:
     return {name: pattern.mask(w.detach().abs(), 0.7, groups) for name, (w, groups) in weights.items()}
 
 
-def quantised(name: str, pattern: str = "dense", **more: Any) -> tuple[ProgramModel, nn.Module, Tensor]:
+@cache
+def captured(name: str) -> Graph:
+    """The same whatever the masks."""
+    return capture(*built(name))
+
+
+@cache
+def quantised(name: str, pattern: str = "dense") -> tuple[ProgramModel, nn.Module, Tensor]:
+    """Made once for all tests, which leave it as it is."""
     model, x = built(name)
-    fast = autoprune.repack(
-        model, x, masks_of(model, MASKS[pattern]), precision="int8", calibration=like(x), **more
-    )  # fmt: skip
+    graph = None if pattern == "dense" else captured(name)
+    masks = masks_of(model, MASKS[pattern])
+    fast = autoprune.repack(model, x, masks, precision="int8", calibration=like(x), graph=graph)
     assert isinstance(fast, ProgramModel)
     return fast, model, x
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -55,6 +58,21 @@ def plain() -> nn.Module:
     ).eval()  # fmt: skip
 
 
+def residual() -> nn.Module:
+    torch.manual_seed(0)
+    return Residual().eval()
+
+
+@cache
+def whole(build: Callable[[], nn.Module], *shape: int) -> tuple[Inventory, MacsCost]:
+    """The inventory of a network that is not pruned yet, and its budget; asked once for all that is cut of it."""
+    model, x = build(), torch.randn(shape)
+    inventory = take_inventory(model, x)
+    cost = MacsCost(inventory, find_readers(model, x))
+    assert remaining_macs(model, x) == cost({})
+    return inventory, cost
+
+
 def cut(model: nn.Module, inventory: Inventory, shares: dict[str, float], pattern: str) -> dict[str, float]:
     """Prunes by magnitude, in place; returns the sparsities there are."""
     rule = PATTERNS.create(Choice(pattern))
@@ -94,9 +112,7 @@ def test_a_flattened_map_and_a_layer_that_runs_twice_have_no_single_reader() -> 
 @given(shares=st.lists(st.floats(0.0, 0.95), min_size=4, max_size=4), batch=st.integers(1, 3))
 def test_the_cost_of_a_plain_network_is_what_remains(shares: list[float], batch: int) -> None:
     model, x = plain(), torch.randn(batch, 4, 13, 13)
-    inventory = take_inventory(model, x)
-    cost = MacsCost(inventory, find_readers(model, x))
-    assert remaining_macs(model, x) == cost({})
+    inventory, cost = whole(plain, batch, 4, 13, 13)
     found = cut(model, inventory, dict(zip(["3", "6", "11", "13"], shares, strict=True)), "channel")
     assert remaining_macs(model, x) == pytest.approx(cost(found), rel=1e-9)
 
@@ -104,11 +120,9 @@ def test_the_cost_of_a_plain_network_is_what_remains(shares: list[float], batch:
 @settings(max_examples=5)
 @given(shares=st.lists(st.floats(0.0, 0.9), min_size=3, max_size=3))
 def test_the_cost_of_inner_channels_is_what_remains(shares: list[float]) -> None:
-    torch.manual_seed(0)
-    model, x = Residual().eval(), torch.randn(1, 3, 8, 8)
-    inventory = take_inventory(model, x)
-    cost = MacsCost(inventory, find_readers(model, x))
-    assert remaining_macs(model, x) == cost({}) == sum(layer.macs for layer in inventory.layers)
+    model, x = residual(), torch.randn(1, 3, 8, 8)
+    inventory, cost = whole(residual, 1, 3, 8, 8)
+    assert cost({}) == sum(layer.macs for layer in inventory.layers)
     found = cut(model, inventory, dict(zip(["b", "narrow", "both"], shares, strict=True)), "channel")
     assert remaining_macs(model, x) == pytest.approx(cost(found), rel=1e-9)
 
@@ -152,8 +166,9 @@ def test_a_trained_network_really_loses_what_was_cut(pattern: str, method: str) 
     task = digits(widths=(8, 16), blocks=1)
     model, (x,) = task.model, task.example_inputs(2)
     inventory = take_inventory(model, x)
-    inner = [name for name in find_readers(model.eval(), x).values() if inventory[name].kind == "conv2d"]
-    cut_at = inner if pattern == "channel" else [n for n, r in find_readers(model, x).items() if r in inner]
+    readers = find_readers(model.eval(), x)
+    inner = [name for name in readers.values() if inventory[name].kind == "conv2d"]
+    cut_at = inner if pattern == "channel" else [n for n, r in readers.items() if r in inner]
     assert len(cut_at) == 2  # a basic block has one inner map
     dense = remaining_macs(model, x)
     plan = Plan({name: LayerPlan(0.5, Choice(pattern)) for name in cut_at})
@@ -172,7 +187,7 @@ def test_a_trained_network_really_loses_what_was_cut(pattern: str, method: str) 
         for op in graph.ops
         if op.attributes.get("layer") is not None
     }
-    readers = find_readers(model, x)
+    assert find_readers(model, x) == readers
     for producer, reader in readers.items():
         if reader in inner:
             assert widths[producer][0] == widths[reader][1] == inventory[producer].weight_shape[0] // 2

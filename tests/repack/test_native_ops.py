@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,9 @@ from tests.repack.test_token_kernels import target_of
 Run = Callable[..., Any]
 
 
+_CAPTURED: dict[tuple[Any, ...], Graph] = {}
+
+
 class Calls(nn.Module):
     """A function of tensors as a model."""
 
@@ -46,7 +50,11 @@ class Calls(nn.Module):
 
 
 def simplified(run: Run, *inputs: Tensor) -> Graph:
-    return simplify(capture(Calls(run).eval(), inputs))
+    """Captured once for all the targets that it runs on; of the inputs it is extents and types that count."""
+    key = (run, *((x.shape, x.dtype, x.stride()) for x in inputs))
+    if key not in _CAPTURED:
+        _CAPTURED[key] = simplify(capture(Calls(run).eval(), inputs))
+    return _CAPTURED[key]
 
 
 def torch_steps(graph: Graph, *inputs: Tensor, target: Target | None = None) -> list[str]:
@@ -117,6 +125,7 @@ def heads(x: Tensor, width: int) -> Tensor:
     return split
 
 
+@cache
 def attended(*masks: Any, causal: bool = False, widths: tuple[int, int] = (8, 5)) -> Run:
     def run(q: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> Tensor:
         (a, b), mask = (heads(x, widths[0]) for x in (q, k)), next(iter(more or masks), None)
