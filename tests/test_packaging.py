@@ -168,7 +168,8 @@ def run_ci(tmp_path: Path, *stages: str, failing: str = "", pytest_prints: str =
     return done.returncode, log.read_text(encoding="utf-8").split() if log.exists() else [], done.stderr
 
 
-CHECKED = ["pip", "pytest", "pip", "check", "mkdocs"]  # the README's command, the checks, the site
+TESTED = ["pip", "pytest", "pip", "pytest"]  # the README's command, the slow tests
+CHECKED = [*TESTED, "pip", "check", "mkdocs"]  # ..., the checks, the site
 ALL = [*CHECKED, *["pip", "pip", "pip", "pytest"]]  # ..., optional
 
 
@@ -177,7 +178,7 @@ ALL = [*CHECKED, *["pip", "pip", "pip", "pytest"]]  # ..., optional
     [
         ("pip", ["pip"]),
         ("pytest", ["pip", "pytest"]),
-        ("check", ["pip", "pytest", "pip", "check"]),
+        ("check", [*TESTED, "pip", "check"]),
         ("mkdocs", CHECKED),
         ("", ALL),
     ],
@@ -209,7 +210,7 @@ def test_ci_takes_no_skipped_test_where_all_is_installed(tmp_path: Path) -> None
     assert said.startswith("A test was skipped")
 
 
-STAGES = [f".ci/{name}" for name in ("run", "tests", "checks", "optional", "lowest", "other-python", "short")]
+STAGES = [f".ci/{name}" for name in ("run", "tests", "slow", "checks", "optional", "lowest", "other-python", "short")]
 
 
 @pytest.mark.parametrize("script", [*STAGES, "scripts/check", "scripts/test"])

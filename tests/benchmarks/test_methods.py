@@ -12,6 +12,7 @@ from benchmarks.methods_report import Job, Outcome, _rounds
 from benchmarks.methods_table import TASKS_SHOWN
 
 
+@pytest.mark.slow
 def test_a_run_in_rounds_keeps_what_each_came_to(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(methods, "KEPT", tmp_path)
     shown = replace(TASKS_SHOWN["digits"], epochs=4, start_epochs=1)
