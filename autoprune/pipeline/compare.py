@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from autoprune.agents import AGENTS
 from autoprune.agents.baseline import CLOSE, uniform_at
@@ -174,22 +175,27 @@ class OutcomeLog:
 
 def interquartile_mean(values: Sequence[float]) -> float:
     """Mean of the middle half, the ends weighed by what of them is in it (Agarwal et al. 2021, rliable)."""
-    ordered = np.sort(np.asarray(values, np.float64))
-    count = len(ordered)
+    return float(_interquartile_means(np.asarray(values, np.float64)))
+
+
+def _interquartile_means(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Those over the last axis."""
+    ordered, count = np.sort(values), values.shape[-1]
     edges = np.clip(np.arange(count + 1) / count, 0.25, 0.75)
     weights = np.diff(edges)
-    return float((ordered * weights).sum() / weights.sum())
+    means: NDArray[np.float64] = (ordered * weights).sum(axis=-1) / weights.sum()
+    return means
 
 
 def interval(by_task: Mapping[str, Sequence[float]], seed: int = 0) -> tuple[float, float]:
     """95% bootstrap interval of the interquartile mean over all values, resampled within each task (stratified)."""
     draws = np.random.default_rng(seed)
     groups = [np.asarray(values, np.float64) for values in by_task.values()]
-    means = [
-        interquartile_mean(np.concatenate([draws.choice(group, len(group)) for group in groups]).tolist())
+    resampled = [
+        np.concatenate([group[draws.integers(0, len(group), len(group))] for group in groups])
         for _ in range(_RESAMPLES)
     ]
-    low, high = np.quantile(means, (0.025, 0.975))
+    low, high = np.quantile(_interquartile_means(np.array(resampled)), (0.025, 0.975))
     return float(low), float(high)
 
 
