@@ -72,6 +72,7 @@ def test_what_others_drew_changes_nothing(name: str, tmp_path: Path) -> None:
     assert seen[0] == seen[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ppo", "td3"])
 def test_a_killed_training_goes_on_as_if_it_had_never_stopped(name: str, tmp_path: Path) -> None:
     whole = advantages(name, 24, tmp_path / "whole")

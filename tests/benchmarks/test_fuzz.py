@@ -21,6 +21,7 @@ def cache_of_each_test(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("AUTOPRUNE_CACHE", str(tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(KINDS))
 def test_mutants_are_refused_or_mean_the_same(tmp_path: Path, number: int) -> None:
     kind = fuzz_kinds.KINDS[number]

@@ -161,6 +161,7 @@ ProcessPool(Troubled(Path(sys.argv[2]), slow_s=600), 2).all(PLANS)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_workers_end_with_their_caller(how: signal.Signals, tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")

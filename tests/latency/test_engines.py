@@ -64,6 +64,8 @@ def transformer() -> tuple[nn.Module, tuple[Tensor, ...]]:
 
 
 ALLOWED = {"float32": 1e-3, "bf16": 3e-2, "int8": 0.1}  # of the largest output: what rounding does to these models
+# A C++ compiler takes some seconds for each model.
+NAMES = [pytest.param(name, marks=[pytest.mark.slow] if name == "compile" else []) for name in ENGINES]
 MODELS = {"cnn": cnn, "two_of_each": two_of_each, "transformer": transformer}
 
 
@@ -91,7 +93,7 @@ def as_arrays(outputs: Any) -> list[np.ndarray[Any, Any]]:
 
 
 @pytest.mark.parametrize("kind", list(MODELS))
-@pytest.mark.parametrize("name", list(ENGINES))
+@pytest.mark.parametrize("name", NAMES)
 def test_an_engine_computes_what_torch_computes(name: str, kind: str, capfd: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
     model, inputs = MODELS[kind]()
@@ -108,7 +110,7 @@ def test_an_engine_computes_what_torch_computes(name: str, kind: str, capfd: pyt
     assert capfd.readouterr() == ("", ""), "engines must be silent"
 
 
-@pytest.mark.parametrize("name", list(ENGINES))
+@pytest.mark.parametrize("name", NAMES)
 def test_a_prepared_call_keeps_its_inputs(name: str) -> None:
     """The caller's inputs, here of a layout that must be copied, may go away."""
     torch.manual_seed(0)
@@ -220,6 +222,7 @@ def test_compile_freezes_its_own_model_alone(monkeypatch: pytest.MonkeyPatch) ->
     assert seen == [(True, 2, True), (False, 2, True)]
 
 
+@pytest.mark.slow
 def test_compile_does_not_give_up_after_several_models() -> None:
     made = engine("compile")
     import torch._dynamo.config as dynamo

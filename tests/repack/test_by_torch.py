@@ -132,6 +132,7 @@ except autoprune.AutopruneError as error:
 """
 
 
+@pytest.mark.slow
 def test_under_a_filter_of_the_system(tmp_path: Path) -> None:
     torch.manual_seed(2)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 5)).eval()
@@ -172,6 +173,7 @@ print(len(done.plan.layers))
 """  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_model_is_trained_under_a_filter_of_the_system(tmp_path: Path) -> None:
     (tmp_path / "work.py").write_text(TRAINING)
     done = subprocess.run([sys.executable, FILTER, tmp_path / "work.py"], capture_output=True, text=True, check=False)

@@ -77,6 +77,7 @@ PATTERNS_TRIED = (
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=12)  # a graph is captured for each
 @given(st.sampled_from(PATTERNS_TRIED), st.sampled_from((0.5, 0.8, 0.95)), st.integers(0, 99))
 def test_a_graph_computes_the_same_to_the_last_bit(pattern: Choice, sparsity: float, seed: int) -> None:

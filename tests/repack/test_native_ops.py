@@ -103,6 +103,7 @@ def pools(draw: st.DrawFn) -> tuple[Run, Tensor]:
     return lambda x: F.avg_pool2d(x, kernel, stride, padding, ceil, counted, divisor), x
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(pool=pools(), lanes=st.sampled_from([None, 4, 16]))
 def test_any_pooling_is_native(pool: tuple[Run, Tensor], lanes: int | None) -> None:
