@@ -12,6 +12,7 @@ from typing import Any, Self
 
 from autoprune.errors import ConfigError, FileError, did_you_mean
 from autoprune.files import read_json, write_json
+from autoprune.precision import OF_LAYERS, ModelPrecision, OfLayer, RunPrecision
 from autoprune.registry import Choice
 
 PLAN_VERSION = 1
@@ -68,22 +69,64 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What is decided for one layer. `sparsity` is the fraction of zeros, in [0, 1)."""
+    """What is decided for one layer.
+
+    Attributes:
+        sparsity: the fraction of zeros, in [0, 1).
+        pattern: of the mask.
+        criterion: scores the weights.
+        precision: of the repacked layer, in a run whose precision is ``planned``.
+    """
 
     sparsity: float
     pattern: Choice
     criterion: Choice = field(default_factory=lambda: Choice("magnitude"))
+    precision: OfLayer = "float32"
 
     def __post_init__(self) -> None:
         if not (isinstance(self.sparsity, (int, float)) and 0.0 <= self.sparsity < 1.0):
             raise ConfigError(f"a layer's sparsity must be in [0, 1), not {self.sparsity!r}.")
+        if self.precision not in OF_LAYERS:
+            raise ConfigError(f"a layer's precision is one of {', '.join(OF_LAYERS)}, not {self.precision!r}.")
+
+    @property
+    def curve(self) -> str:
+        """The latency curve that it is on, as the latency table calls it."""
+        return curve_of(self.pattern, self.precision)
+
+    @property
+    def whole(self) -> bool:
+        """Whether the layer stays as it is in the dense model."""
+        return self.sparsity == 0.0 and self.precision == "float32"
 
     def to_json(self) -> dict[str, Any]:
+        """As plain data; the precision is left out where it is float32."""
         return {
             "sparsity": self.sparsity,
             "pattern": self.pattern.to_json(),
             "criterion": self.criterion.to_json(),
+            **({} if self.precision == "float32" else {"precision": self.precision}),
         }
+
+    @classmethod
+    def from_json(cls, data: Any, name: str) -> LayerPlan:
+        """Raises ConfigError, with the layer's name, that says which part of `data` is no layer's plan."""
+        keys = {"sparsity", "pattern", "criterion"}
+        if not isinstance(data, dict) or not keys <= set(data) <= {*keys, "precision"}:
+            raise ConfigError(
+                f"layer {name!r} of the plan must hold 'sparsity', 'pattern' and 'criterion', and may hold 'precision'."
+            )
+        if isinstance(data["sparsity"], bool) or not isinstance(data["sparsity"], (int, float)):
+            raise ConfigError(f"layer {name!r}: a sparsity must be a number, not {data['sparsity']!r}.")
+        return cls(
+            float(data["sparsity"]), Choice.from_json(data["pattern"]), Choice.from_json(data["criterion"]),
+            data.get("precision", "float32"),
+        )  # fmt: skip
+
+
+def curve_of(pattern: Choice, precision: OfLayer = "float32") -> str:
+    """What the latency table calls the curve of a pattern and a precision: its key."""
+    return str(pattern) if precision == "float32" else f"{pattern} in {precision}"
 
 
 @dataclass(frozen=True)
@@ -106,6 +149,20 @@ class Plan:
         """Returns a copy with the given layers' sparsities changed."""
         changed = {name: replace(self.layers[name], sparsity=value) for name, value in sparsities.items()}
         return replace(self, layers={**self.layers, **changed})
+
+    def with_precisions(self, precisions: Mapping[str, OfLayer]) -> Self:
+        """Returns a copy with the given layers' precisions changed."""
+        changed = {name: replace(self.layers[name], precision=value) for name, value in precisions.items()}
+        return replace(self, layers={**self.layers, **changed})
+
+    def precision_in(self, run: RunPrecision) -> ModelPrecision:
+        """What the plan's model is repacked in, in a run of this precision: the run's, or its layers' own."""
+        if run != "planned":
+            return run
+        in_bytes: dict[str, OfLayer] = {
+            name: layer.precision for name, layer in self.layers.items() if layer.precision != "float32"
+        }
+        return in_bytes or "float32"
 
     @property
     def key(self) -> str:
@@ -132,15 +189,7 @@ class Plan:
         settings = data.get("settings", {})
         if not isinstance(settings, dict) or not all(isinstance(value, (int, float)) for value in settings.values()):
             raise ConfigError(f"a plan's 'settings' must map names to numbers, not {settings!r}.")
-        layers = {}
-        for name, layer in data["layers"].items():
-            if not isinstance(layer, dict) or set(layer) != {"sparsity", "pattern", "criterion"}:
-                raise ConfigError(f"layer {name!r} of the plan must hold 'sparsity', 'pattern' and 'criterion'.")
-            if isinstance(layer["sparsity"], bool) or not isinstance(layer["sparsity"], (int, float)):
-                raise ConfigError(f"layer {name!r}: a sparsity must be a number, not {layer['sparsity']!r}.")
-            layers[name] = LayerPlan(
-                float(layer["sparsity"]), Choice.from_json(layer["pattern"]), Choice.from_json(layer["criterion"])
-            )
+        layers = {name: LayerPlan.from_json(layer, name) for name, layer in data["layers"].items()}
         return cls(layers, Choice.from_json(data.get("training")), settings)
 
     def save(self, path: Path) -> None:
@@ -153,6 +202,14 @@ class Plan:
             return cls.from_json(read_json(path, "the plan", by_hand=True))
         except ConfigError as error:
             raise FileError(f"the plan is corrupt: {path}: {error}") from None
+
+    def check_precision(self, run: RunPrecision) -> None:
+        """Raises ConfigError when the plan names int8 layers, and a run of this precision would not heed them."""
+        if run != "planned" and (named := [name for name, each in self.layers.items() if each.precision != "float32"]):
+            raise ConfigError(
+                f"the plan has layers in int8, such as {named[0]!r}, and the run's precision is {run!r}. Take precision "
+                "'planned', in which each layer has the precision of its plan."
+            )
 
     def check_layers(self, names: list[str]) -> None:
         """Raises ConfigError when the plan names a layer the model does not have."""

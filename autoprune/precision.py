@@ -1,10 +1,29 @@
-"""The precisions that a model can be repacked in."""
+"""The precisions that a layer, a model or the models of a run can have."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, get_args
+
+OfLayer = Literal["float32", "int8"]
+"""Of one layer."""
+
+OF_LAYERS: tuple[OfLayer, ...] = get_args(OfLayer)
 
 Precision = Literal["float32", "int8", "mixed"]
 """``int8``: weights and activations in bytes wherever a layer can be; ``mixed``: where that costs little."""
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+
+ModelPrecision = Precision | Mapping[str, OfLayer]
+"""Of a whole model, or layer by layer: a layer that is not named is float32."""
+
+RunPrecision = Literal["float32", "int8", "mixed", "planned"]
+"""Of the repacked models of a run; ``planned``: each layer has what the plan says of it."""
+
+RUN_PRECISIONS: tuple[RunPrecision, ...] = get_args(RunPrecision)
+
+
+def choices_of_layers(run: RunPrecision) -> tuple[OfLayer, ...]:
+    """What a plan's layers may be, in a run of this precision; but for ``planned`` there is no choice."""
+    return OF_LAYERS if run == "planned" else ("float32",)

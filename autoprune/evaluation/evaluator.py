@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -20,7 +20,7 @@ from autoprune.latency.table import LatencyTable
 from autoprune.latency.timer import Clock, Latency, Protocol, measure_together, speedup, torch_threads
 from autoprune.model.recurrent.names import GATES
 from autoprune.plan import Plan
-from autoprune.repack import LayerForm, RepackedModel, repack
+from autoprune.repack import LayerForm, RepackedModel, quantize_, repack
 
 TIMINGS = 5  # of one plan, at most
 AGREE = 0.1  # how far a speed-up may be from the table's to be believed at once
@@ -78,7 +78,7 @@ class Evaluator(Evaluate):
 
     def repacked(self, model: nn.Module, plan: Plan) -> RepackedModel:
         """Repacks for the measurement: as a program, or with the backends the latency table found fastest."""
-        task, precision = self.subject.task, self.subject.precision
+        task, precision = self.subject.task, plan.precision_in(self.subject.precision)
         inputs, calibration = task.example_inputs(self.batch), task.calibration_inputs(precision)
         with torch_threads(self.protocol.threads):
             graph = self.subject.graph(self.batch)
@@ -104,7 +104,14 @@ class Evaluator(Evaluate):
         return self.measured(score, fast, plan)
 
     def predicted(self, model: nn.Module, plan: Plan) -> Measurement:
-        """The score of `plan`'s masked model, and the table's latency."""
+        """The score of `plan`'s masked model, and the table's latency.
+
+        Layers that the plan has in int8 are fake-quantised: what that costs is part of the choice.
+        """
+        precision, task = plan.precision_in(self.subject.precision), self.subject.task
+        if isinstance(precision, Mapping):
+            calibration = task.positional_calibration()
+            quantize_(model, task.example_inputs(self.batch), calibration, precision=precision)
         score = self.score(model.to(memory_format=torch.channels_last))  # type: ignore[call-overload]  # sooner so
         return Measurement(score, self.table.predict_ms(plan), self.table.predict_speedup(plan))
 
@@ -219,4 +226,4 @@ class TableChoice:
         if name not in self.plan.layers:
             return self.table.layers[name].whole_backend
         layer = self.plan.layers[name]
-        return self.table.layers[name].backend(str(layer.pattern), layer.sparsity)
+        return self.table.layers[name].backend(layer.curve, layer.sparsity)

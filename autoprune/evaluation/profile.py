@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +34,8 @@ from autoprune.model.inventory import Inventory, KeptDense, record_inputs
 from autoprune.model.weights import layer_at, weight_of
 from autoprune.patterns import PATTERNS
 from autoprune.patterns.layered import mask_of
-from autoprune.plan import LayerPlan, LayerSpec, Plan
+from autoprune.plan import LayerPlan, LayerSpec, Plan, curve_of
+from autoprune.precision import choices_of_layers
 from autoprune.processes.locks import turn
 from autoprune.progress import SILENT, Progress
 from autoprune.registry import Choice
@@ -127,7 +129,8 @@ def profile_table(
 
     Args:
         subject: the model and its prunable layers.
-        patterns: what a plan may hold; the last is the default one, used for the whole models.
+        patterns: what a plan may hold; the last is the default one, used for the whole models. In a run whose precision
+            is ``planned`` each has a curve in float32 and one in int8.
         settings: `profile_settings`, kept with the table.
         protocol: of one cell.
         clock: seconds.
@@ -161,33 +164,35 @@ def _in_programs(
     """Times layers where they run: inside whole programs, all layers at one sparsity, one program a sparsity.
 
     On its own a packed layer is mostly the call from Python, so that small layers look as dear as large ones, and a
-    recurrent weight does one step there, in a program all of them. None where the model is no program.
+    recurrent weight does one step there, in a program all of them. A layer that cannot be int8 has the figures of
+    float32 there, too. None where the model is no program.
     """
     specs = subject.inventory.layers
     graph, inputs = subject.graph(batch), subject.task.example_inputs(batch)
     if graph is None:
         return None
-    whole: dict[str, _Cell] | None = None
-    curves: dict[str, dict[str, list[Point]]] = {spec.name: {} for spec in specs}
-    with progress.bar("latency table", 1 + len(patterns) * len(ANCHORS)) as bar, torch_threads(protocol.threads):
-        for choice in patterns:
-            for sparsity in (0.0, *ANCHORS):
-                now = whole if sparsity == 0.0 else None  # nothing masked is the same under any pattern
-                if now is None:
-                    measure = partial(_program_times, subject, graph, choice, sparsity, inputs, protocol, clock)
-                    now = _cells(record(f"{choice} at {sparsity}", measure))
-                    bar.advance()
-                if now is None:
-                    return None
-                whole = whole or now
-                for spec in specs:
-                    curves[spec.name].setdefault(str(choice), []).append(now[spec.name].point(sparsity))
-    assert whole is not None
+    precisions = choices_of_layers(subject.precision)
+    cells: dict[tuple[str, float], dict[str, _Cell]] = {}  # of a curve, at a sparsity
+    count = len(precisions) * (1 + len(patterns) * len(ANCHORS))
+    with progress.bar("latency table", count) as bar, torch_threads(protocol.threads):
+        for precision, choice, sparsity in itertools.product(precisions, patterns, (0.0, *ANCHORS)):
+            layer = LayerPlan(sparsity, choice, precision=precision)
+            if sparsity == 0.0 and choice != patterns[0]:  # nothing masked is the same under any pattern
+                cells[layer.curve, 0.0] = cells[curve_of(patterns[0], precision), 0.0]
+                continue
+            measure = partial(_program_times, subject, graph, layer, inputs, protocol, clock)
+            now = _cells(record(f"{layer.curve} at {sparsity}", measure))
+            bar.advance()
+            if now is None:
+                return None
+            cells[layer.curve, sparsity] = {**cells.get((str(choice), sparsity), {}), **now}
+    whole = cells[str(patterns[0]), 0.0]
+    curves = dict.fromkeys(curve for curve, _ in cells)
     return {
         spec.name: LayerTable(
             whole[spec.name].dense_us or whole[spec.name].latency_us,
             whole[spec.name].calls,
-            {key: tuple(points) for key, points in curves[spec.name].items()},
+            {key: tuple(cells[key, s][spec.name].point(s) for s in (0.0, *ANCHORS)) for key in curves},
         )
         for spec in specs
     }
@@ -216,19 +221,22 @@ def _cells(kept: Mapping[str, Mapping[str, Any]] | None) -> dict[str, _Cell] | N
 def _program_times(
     subject: Subject,
     graph: Graph,
-    pattern: Choice,
-    sparsity: float,
+    layer: LayerPlan,
     inputs: tuple[Tensor, ...],
     protocol: Protocol,
     clock: Clock,
 ) -> dict[str, dict[str, Any]] | None:
-    """A `_Cell` of every layer, of one call, all masked alike; None where the program does not hold them all."""
+    """A `_Cell` of every layer, of one call, all planned alike; None where the program does not hold them all.
+
+    A layer that cannot be int8 has none, where that is planned.
+    """
     model = copy.deepcopy(subject.dense)
-    if sparsity > 0.0:
+    if layer.sparsity > 0.0:
         for spec in subject.inventory.layers:
-            _mask_(weight_of(model, spec.name), spec, pattern, sparsity)
-    calibration = subject.task.calibration_inputs(subject.precision)
-    fast = repack(model, inputs, precision=subject.precision, calibration=calibration, graph=graph, clock=clock)
+            _mask_(weight_of(model, spec.name), spec, layer.pattern, layer.sparsity)
+    precision = Plan(dict.fromkeys(subject.inventory.names, layer)).precision_in(subject.precision)
+    calibration = subject.task.calibration_inputs(precision)
+    fast = repack(model, inputs, precision=precision, calibration=calibration, graph=graph, clock=clock)
     if not isinstance(fast, ProgramModel):
         return None
     rows: dict[str, list[LayerTime]] = {}
@@ -236,6 +244,9 @@ def _program_times(
         rows.setdefault(row.name, []).append(row)
     if any(spec.name not in rows for spec in subject.inventory.layers):
         return None
+    if layer.precision == "int8":
+        in_bytes = {row.name for row in fast.report if row.precision == "int8"}
+        rows = {name: of for name, of in rows.items() if name in in_bytes}
     return {
         name: asdict(_Cell(of[0].dense_us, statistics.fmean(each.median_us for each in of), of[0].backend, len(of)))
         for name, of in rows.items()
@@ -328,9 +339,10 @@ def _joined(
         return [each.median_ms for each in evaluator.time(evaluator.repacked(evaluator.masked_model(plan), plan))]
 
     sums, whole, dense = [], [], []
-    for sparsity in WHOLE_ANCHORS:
-        plan = Plan({name: LayerPlan(sparsity, pattern) for name in layers})
-        dense_ms, packed_ms = record(f"whole at {sparsity}", partial(timed, plan))
+    for precision, sparsity in itertools.product(choices_of_layers(subject.precision), WHOLE_ANCHORS):
+        plan = Plan(dict.fromkeys(layers, LayerPlan(sparsity, pattern, precision=precision)))
+        which = "" if precision == "float32" else f" in {precision}"
+        dense_ms, packed_ms = record(f"whole{which} at {sparsity}", partial(timed, plan))
         sums.append(unit.sum_ms(plan))
         whole.append(packed_ms)
         dense.append(dense_ms)

@@ -9,13 +9,14 @@ at its output; what a mask takes away from that output is e = (W - masked W) x, 
 - error: |e|^2 over the output's variance, the reconstruction error (as in SPDY, Frantar and Alistarh 2022).
 
 Where a batch norm reads the output, e is what is left after its statistics are taken again, as every recovery does.
+Of a layer in int8, e is what rounding its masked weight and its input takes away as well.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
@@ -35,16 +36,19 @@ from autoprune.model.given import called, check_loss
 from autoprune.model.uses import Use, watch_weights
 from autoprune.model.weights import as_read
 from autoprune.plan import LayerPlan, LayerSpec, Plan
+from autoprune.precision import OF_LAYERS, OfLayer, choices_of_layers
 from autoprune.progress import SILENT, Progress
+from autoprune.quantization import Grid, on_scales, weight_scales
 from autoprune.registry import Choice
 
 ANCHORS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
 SAMPLES = 256  # of a small model
 WORK = 4e11  # multiply-accumulates a probe may take: a large model is probed with fewer samples
 FEWEST = 8
-_PRODUCTS = len(ANCHORS) + 5  # a forward, a backward of about three, and one product for each anchor and the whole
+_PASSES = 5  # products that a probe takes besides one for each cut: a forward, a backward of about three, the whole
 
 SENSITIVITY_VERSION = 3
+_KINDS = ("loss", "error")
 
 
 @dataclass(frozen=True)
@@ -54,11 +58,32 @@ class Sensitivity:
     Attributes:
         loss: rise of the loss when the layer alone is pruned so far, in the loss's unit.
         error: share of the variance of the layer's output that is lost.
+        int8: the curves of layers that are in int8, too, from an anchor 0 on; None where plans have none.
     """
 
     anchors: tuple[float, ...]
     loss: Mapping[str, tuple[float, ...]]
     error: Mapping[str, tuple[float, ...]]
+    int8: Sensitivity | None = None
+
+    @property
+    def from_zero(self) -> Sensitivity:
+        """The same curves with an anchor 0, at which a layer in float32 loses nothing."""
+        if self.anchors[0] == 0.0:
+            return self
+        loss, error = ({name: (0.0, *curve) for name, curve in each.items()} for each in (self.loss, self.error))
+        return replace(self, anchors=(0.0, *self.anchors), loss=loss, error=error)
+
+    def of(self, precision: OfLayer) -> Sensitivity:
+        """The curves of layers of a precision, from an anchor 0 on.
+
+        Raises:
+            AutopruneError: int8 was not probed.
+        """
+        found = self if precision == "float32" else self.int8
+        if found is None:
+            raise AutopruneError(f"the sensitivity to {precision} was not probed: take precision 'planned'.")
+        return found.from_zero
 
 
 def probe_sensitivity(
@@ -83,12 +108,14 @@ def probe_sensitivity(
     Raises:
         AutopruneError: the calibration batches never reach a layer.
     """
+    several = len(choices_of_layers(subject.precision)) > 1
     about = {
         "version": SENSITIVITY_VERSION,
         "anchors": list(ANCHORS),
         "pattern": str(pattern),
         "criterion": str(criterion),
         "of": fingerprint([subject.dense, subject.task.calibration, subject.task.loss, subject.seed]),
+        **({"precisions": list(OF_LAYERS)} if several else {}),
     }
     if path is not None and path.exists() and (found := _read(path, about, names)) is not None:
         return found
@@ -97,7 +124,9 @@ def probe_sensitivity(
         masks = masks_at(subject.dense, subject.inventory, plan, subject.statistics, ANCHORS)
         found = _probe(subject, names, masks, progress)
     if path is not None:
-        write_json(path, {**about, "loss": dict(found.loss), "error": dict(found.error)})
+        kept = {"": found} | ({} if found.int8 is None else {"int8_": found.int8})
+        curves = {f"{prefix}{kind}": dict(getattr(of, kind)) for prefix, of in kept.items() for kind in _KINDS}
+        write_json(path, {**about, **curves})
     return found
 
 
@@ -106,9 +135,10 @@ def _probe(
 ) -> Sensitivity:
     model = copy.deepcopy(subject.dense).eval()
     model.requires_grad_(True)  # not every parameter of a user's model may
-    probes = {name: _LayerProbe(subject.inventory[name], masks[name]) for name in names}
+    several = len(choices_of_layers(subject.precision)) > 1
+    probes = {name: _LayerProbe(subject.inventory[name], _cuts(masks[name], several)) for name in names}
     draws = torch.Generator().manual_seed(subject.seed)
-    batches = list(_samples(subject))
+    batches = list(_samples(subject, len(probes[names[0]].cuts)))
 
     batch = 1
 
@@ -130,18 +160,44 @@ def _probe(
             bar.advance()
     if missing := [name for name, probe in probes.items() if not probe.samples]:
         raise AutopruneError(f"calibration never reached {', '.join(missing)}: give batches that run the whole model.")
-    return Sensitivity(
-        ANCHORS,
-        {name: _rising(probe.loss / probe.samples) for name, probe in probes.items()},
-        {name: _rising(probe.lost / max(probe.variance, 1e-12)) for name, probe in probes.items()},
-    )
+
+    def curves(anchors: tuple[float, ...], which: slice) -> Sensitivity:
+        return Sensitivity(
+            anchors,
+            {name: _rising((probe.loss / probe.samples)[which]) for name, probe in probes.items()},
+            {name: _rising((probe.lost / max(probe.variance, 1e-12))[which]) for name, probe in probes.items()},
+        )
+
+    whole = curves(ANCHORS, slice(len(ANCHORS)))
+    return replace(whole, int8=curves((0.0, *ANCHORS), slice(len(ANCHORS), None))) if several else whole
 
 
-def _samples(subject: Subject) -> Iterator[tuple[Any, Tensor]]:
+@dataclass(frozen=True)
+class _Cut:
+    """What is left of a layer: its weight under a mask, the whole where that is None; rounded to bytes or not."""
+
+    mask: Tensor | None
+    in_bytes: bool = False
+
+    def product(self, use: Use, x: Tensor) -> Tensor:
+        """The layer's output without its bias."""
+        weight = use.weight if self.mask is None else use.weight * as_read(self.mask, use.turned)
+        if self.in_bytes:
+            weight = on_scales(weight, weight_scales(weight))
+            x = Grid.of_range(float(x.min()), float(x.max())).rounded(x)
+        return _product(use, x, weight)
+
+
+def _cuts(masks: Sequence[Tensor], several: bool) -> list[_Cut]:
+    """One for each anchor; with `several` precisions one in bytes of the whole weight and of each anchor, too."""
+    return [*map(_Cut, masks), *(_Cut(mask, True) for mask in (None, *masks) if several)]
+
+
+def _samples(subject: Subject, cuts: int) -> Iterator[tuple[Any, Tensor]]:
     """Calibration batches, as many samples as the model's size leaves room for."""
     batch = max(1, Arguments.of(subject.task.example_inputs(1)).samples)
     macs = sum(layer.macs for layer in subject.inventory.layers) / batch
-    left = int(min(SAMPLES, max(FEWEST, WORK / (max(1.0, macs) * _PRODUCTS))))
+    left = int(min(SAMPLES, max(FEWEST, WORK / (max(1.0, macs) * (_PASSES + cuts)))))
     for inputs, target in subject.task.calibration:
         if left <= 0:
             return
@@ -164,12 +220,15 @@ class _LayerProbe:
     """What is summed of one layer while batches pass."""
 
     spec: LayerSpec
-    masks: Sequence[Tensor]
+    cuts: Sequence[_Cut]
     samples: int = 0
-    loss: Tensor = field(default_factory=lambda: torch.zeros(len(ANCHORS), dtype=torch.float64))
-    lost: Tensor = field(default_factory=lambda: torch.zeros(len(ANCHORS), dtype=torch.float64))
+    loss: Tensor = field(init=False)  # (cuts,), likewise
+    lost: Tensor = field(init=False)
     variance: float = 0.0
-    _slopes: Tensor | None = None  # g . e of each sample of the batch, over all calls: (anchors, samples)
+    _slopes: Tensor | None = None  # g . e of each sample of the batch, over all calls: (cuts, samples)
+
+    def __post_init__(self) -> None:
+        self.loss, self.lost = (torch.zeros(len(self.cuts), dtype=torch.float64) for _ in range(2))
 
     def watch(self, use: Use, batch: int) -> None:
         """Takes in one use of the weight, on a batch of so many samples: the rest follows in the backward pass."""
@@ -198,8 +257,8 @@ class _LayerProbe:
         g = given.sum(2).double()
         count = whole.shape[0] * whole.shape[2]
         slopes = []
-        for place, mask in enumerate(self.masks):
-            left = _by_channel(_product(use, x, use.weight * as_read(mask, use.turned)), convolution)
+        for place, cut in enumerate(self.cuts):
+            left = _by_channel(cut.product(use, x), convolution)
             lo, lg = _products(fixed, left)
             ll = _products(left.unsqueeze(2), left)[0].sum(0)
             if self.spec.norm is not None:  # what is left gets the output's deviation, and no mean
@@ -258,11 +317,18 @@ def _read(path: Path, about: Mapping[str, Any], names: Sequence[str]) -> Sensiti
     try:
         if any(data[key] != value for key, value in about.items()) or set(data["loss"]) != set(names):
             return None
-        loss, error = (
-            {name: tuple(float(value) for value in data[kind][name]) for name in names} for kind in ("loss", "error")
-        )
-        if any(len(curve) != len(ANCHORS) for curve in (*loss.values(), *error.values())):
-            raise ValueError("a curve is short")
+        found = _curves(data, "", ANCHORS, names)
+        if "precisions" in about:
+            found = replace(found, int8=_curves(data, "int8_", (0.0, *ANCHORS), names))
     except (KeyError, TypeError, ValueError, AttributeError) as error_:
         raise FileError(f"the sensitivity curves are corrupt: {path} ({error_}). Delete the file.") from None
-    return Sensitivity(ANCHORS, loss, error)
+    return found
+
+
+def _curves(data: Mapping[str, Any], prefix: str, anchors: tuple[float, ...], names: Sequence[str]) -> Sensitivity:
+    loss, error = (
+        {name: tuple(float(value) for value in data[f"{prefix}{kind}"][name]) for name in names} for kind in _KINDS
+    )
+    if any(len(curve) != len(anchors) for curve in (*loss.values(), *error.values())):
+        raise ValueError("a curve is short")
+    return Sensitivity(anchors, loss, error)

@@ -17,7 +17,7 @@ class LatencyCost(Cost):
 
     Attributes:
         table: measured on the model as it was when it was profiled.
-        plan: the layers' patterns.
+        plan: the layers' patterns and precisions.
         profiled: the layers of that model.
         inventory: the layers of the model that is pruned, perhaps wider: a layer with as many weights left as one of
             the profiled model is taken to be as fast.
@@ -34,8 +34,8 @@ class LatencyCost(Cost):
             share = sparsities.get(name, 0.0)
             if name in self.inventory.by_name:
                 share = 1.0 - (1.0 - share) * self.inventory[name].weights / self.profiled[name].weights
-            if share <= 0.0 or name not in self.plan.layers:
-                total_us += self.table.whole_us(name)
+            if name in self.plan.layers:
+                total_us += self.table.layer_us(name, self.plan.layers[name].curve, max(0.0, share))
             else:
-                total_us += self.table.layer_us(name, str(self.plan.layers[name].pattern), share)
+                total_us += self.table.whole_us(name)
         return self.table.whole_ms(total_us / 1e3)

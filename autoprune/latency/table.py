@@ -33,7 +33,11 @@ class Point:
 
 @dataclass(frozen=True)
 class LayerTable:
-    """One layer: torch's dense time, and a curve for each pattern, keyed by ``str(Choice)``, sparsity rising."""
+    """One layer: torch's dense time, and a curve for each pattern and precision, keyed by `curve_of`, sparsity rising.
+
+    The first is of a pattern in float32, or in what all layers of a run are in. A layer that cannot be int8 has the
+    same points there as in float32.
+    """
 
     dense_us: float
     calls: int
@@ -135,7 +139,7 @@ class LatencyTable:
         return layer.calls * layer.latency_us(next(iter(layer.curves)), 0.0)
 
     def saving_us(self, name: str, sparsity: float) -> float:
-        """The most that pruning a layer to `sparsity` can save, over all patterns."""
+        """The most that pruning a layer to `sparsity` can save, over all patterns and precisions."""
         layer = self.layers[name]
         return self.whole_us(name) - layer.calls * min(layer.latency_us(key, sparsity) for key in layer.curves)
 
@@ -146,7 +150,7 @@ class LatencyTable:
     def sum_ms(self, plan: Plan) -> float:
         """What the layers of a plan add up to, milliseconds."""
         return 1e-3 * math.fsum(  # exact, so that a table read from a file, its layers in another order, says the same
-            self.layer_us(name, str(plan.layers[name].pattern), plan.layers[name].sparsity)
+            self.layer_us(name, plan.layers[name].curve, plan.layers[name].sparsity)
             if name in plan.layers
             else self.whole_us(name)
             for name in self.layers

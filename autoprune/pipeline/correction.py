@@ -240,7 +240,7 @@ def _give_back(tries: _Tries, problem: Problem) -> None:
     """
     start, table = tries.nearest.plan, problem.table
     saved = {
-        name: table.whole_us(name) - table.layer_us(name, str(layer.pattern), layer.sparsity)
+        name: table.whole_us(name) - table.layer_us(name, layer.curve, layer.sparsity)
         for name, layer in start.layers.items()
     }
     last = len(tries.done) + MEASUREMENTS

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from autoprune.errors import AutopruneError
 from autoprune.model.arguments import Arguments
-from autoprune.precision import PRECISIONS, Precision
+from autoprune.precision import PRECISIONS, ModelPrecision
 from autoprune.quantization import Grid, dequantize_, grids_of
 from autoprune.repack.graph.extents import with_extents
 from autoprune.repack.graph.ir import Graph
@@ -30,6 +30,8 @@ from autoprune.repack.quantize import (
     Modules,
     Settings,
     batches_of,
+    check_named,
+    is_wished,
     order_channels,
     quantised_graph,
     trained_graph,
@@ -48,30 +50,39 @@ class Wish:
     """What precision a model's layers are to have, and where the grids of its values come from.
 
     Attributes:
-        precision: ``float32``; ``int8``: every layer that can be; ``mixed``: those that cost little.
+        precision: ``float32``; ``int8``: every layer that can be; ``mixed``: those that cost little; by layer: those
+            that are named int8.
         calibration: batches of inputs, each as the model is called.
         grids: of a fake-quantised model, by place; empty of any other.
     """
 
-    precision: Precision
+    precision: ModelPrecision
     calibration: Iterable[Any] | None
     grids: Mapping[str, Grid]
 
     @classmethod
-    def of(cls, model: nn.Module, precision: Precision, calibration: Iterable[Any] | None, modules: bool) -> Wish:
+    def of(cls, model: nn.Module, precision: ModelPrecision, calibration: Iterable[Any] | None, modules: bool) -> Wish:
         """For a model of our own, whose fake quantisation is taken off, in a form of `modules` or a program's.
 
         Raises AutopruneError as `check` does.
         """
         wish = cls(precision, calibration, grids_of(model))
         wish.check(modules)
+        check_named(model, precision)
         dequantize_(model, rounded=True)
         return wish
 
     def check(self, modules: bool) -> None:
         """Raises AutopruneError unless it is one that the form has, with data where it needs it, and only there."""
-        if self.precision not in PRECISIONS:
-            raise AutopruneError(f"precision is one of {', '.join(PRECISIONS)}, not {self.precision!r}.")
+        if self.precision not in PRECISIONS and not isinstance(self.precision, Mapping):
+            raise AutopruneError(
+                f"precision is one of {', '.join(PRECISIONS)}, or maps layers to theirs, not {self.precision!r}."
+            )
+        if isinstance(self.precision, Mapping) and self.grids:
+            raise AutopruneError(
+                "the model is fake-quantised, which says already which of its layers are int8: repack it with "
+                "precision='int8', or make it plain before, with autoprune.dequantize_(model)."
+            )
         if modules and self.precision != "float32":
             raise AutopruneError(f"precision={self.precision!r} needs the form 'program': packed modules are float32.")
         if self.precision == "float32" and self.grids:
@@ -107,7 +118,7 @@ class Wish:
         if self.calibration is None:
             made = trained_graph(ordered, Modules.of(model, arguments, captured, graph), self.grids)
         else:
-            layers = [op.output for op in graph.ops if isinstance(op, LayerOp)]
+            layers = [op.output for op in graph.ops if isinstance(op, LayerOp) and is_wished(op, self.precision)]
             chosen: Literal["int8", "mixed"] = "mixed" if self.precision == "mixed" else "int8"
             batches = batches_of(self.calibration, model, arguments)
             made = quantised_graph(ordered, layers, batches, Settings(precision=chosen))

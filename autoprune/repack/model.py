@@ -24,7 +24,7 @@ from autoprune.model.copies import check_inputs, copy_for_inference, not_running
 from autoprune.model.recurrent.modules import cut_states_
 from autoprune.model.recurrent.names import cell_of
 from autoprune.model.weights import first_names, kind_of, weight_of
-from autoprune.precision import Precision
+from autoprune.precision import ModelPrecision
 from autoprune.repack.graph.batching import apart
 from autoprune.repack.graph.calls import Signature, record_classes
 from autoprune.repack.graph.capture import CaptureError, capture
@@ -61,7 +61,7 @@ def repack(
     form: Form | None = None,
     backends: Sequence[str] | None = None,
     choose: Choose | None = None,
-    precision: Precision = "float32",
+    precision: ModelPrecision = "float32",
     calibration: Iterable[Any] | None = None,
     protocol: Protocol | None = None,
     clock: Clock = time.perf_counter,
@@ -82,7 +82,8 @@ def repack(
         backends: rows of BACKENDS that a layer of the ``modules`` form may have besides ``dense``; all when None.
         choose: names a layer's backend in the ``modules`` form without measuring.
         precision: of its layers: ``float32``; ``int8``: weights and activations in bytes wherever a layer can be;
-            ``mixed``: in bytes where that costs little of the output. A program only.
+            ``mixed``: in bytes where that costs little of the output; or a mapping of layers, by name, to ``float32``
+            or ``int8``: a layer that it does not name is float32. A program only.
         calibration: for int8: batches of inputs, each as the model is called, from which the ranges of its activations
             are found. None of a model that `quantize_` made ready: it has the grids it was trained with.
         protocol: how layers of the ``modules`` form are timed.

@@ -15,7 +15,7 @@ from autoprune.metric import ACCURACY, Metric
 from autoprune.model.arguments import Arguments
 from autoprune.model.given import called
 from autoprune.model.inventory import as_tuple, eval_mode
-from autoprune.precision import Precision
+from autoprune.precision import ModelPrecision, RunPrecision
 from autoprune.settings import TrainingSettings
 from autoprune.tasks.evaluations import accuracy
 
@@ -71,14 +71,16 @@ class Task:
                 given = self.score(model, split)
             return self.metric.score(given)
 
-    def calibration_inputs(self, precision: Precision) -> tuple[tuple[Tensor, ...], ...] | None:
+    def calibration_inputs(self, precision: ModelPrecision | RunPrecision) -> tuple[tuple[Tensor, ...], ...] | None:
         """The batches from which `repack` finds the ranges of activations, by place; None for float32.
 
         Raises:
             AutopruneError: one holds what is no tensor, or cannot be given by place.
         """
-        if precision == "float32":
-            return None
+        return None if precision == "float32" else self.positional_calibration()
+
+    def positional_calibration(self) -> tuple[tuple[Tensor, ...], ...]:
+        """The calibration batches' inputs by place; raises as `calibration_inputs` does."""
         return tuple(Arguments.of(inputs).positional(self.model) for inputs, _ in self.calibration)
 
     def example_inputs(self, batch: int = 1) -> tuple[Tensor, ...]:

@@ -14,7 +14,7 @@ from autoprune.latency.table import LatencyTable
 from autoprune.masks import Masks, make_masks
 from autoprune.model.inventory import Inventory
 from autoprune.plan import Plan
-from autoprune.precision import Precision
+from autoprune.precision import RunPrecision
 from autoprune.repack import CaptureError, Graph, capture
 from autoprune.settings import TrainingSettings
 from autoprune.tasks.base import Task
@@ -28,7 +28,7 @@ class Subject:
 
     `settings` are the run's fine-tuning settings; `seed` makes any training repeatable. `budget` is what a plan's
     training counts where its method finds the layers' shares; ``latency`` needs `table`. `precision` is that of the
-    repacked models. `captured` is what `graph` remembers; copies made with `dataclasses.replace` share it.
+    repacked models, or ``planned``. `captured` is what `graph` remembers; copies made with `dataclasses.replace` share it.
     """
 
     task: Task
@@ -38,7 +38,7 @@ class Subject:
     settings: TrainingSettings
     seed: int
     budget: Budget = "weights"
-    precision: Precision = "float32"
+    precision: RunPrecision = "float32"
     table: LatencyTable | None = None
     captured: dict[int, Graph | None] = field(default_factory=dict, repr=False, compare=False)  # by batch
 

@@ -15,7 +15,7 @@ from autoprune.evaluation.recovery.base import Subject
 from autoprune.latency.cost import LatencyCost
 from autoprune.model.inventory import Inventory
 from autoprune.plan import Plan
-from autoprune.precision import Precision
+from autoprune.precision import ModelPrecision, RunPrecision
 from autoprune.progress import SILENT, Progress
 from autoprune.quantization import dequantize_
 from autoprune.repack import CaptureError, find_readers, quantize_
@@ -37,7 +37,7 @@ def finetune_(
     progress: Progress = SILENT,
     title: str = "training",
     on_signals: OnSignals | None = None,
-    precision: Precision = "float32",
+    precision: RunPrecision = "float32",
 ) -> None:
     """Trains `model`, a copy of the dense one, in place, by the plan's method and with its settings.
 
@@ -54,7 +54,7 @@ def finetune_(
         progress: where the steps are shown.
         title: of the progress bar.
         on_signals: called now and then with the step and what the method shows of itself.
-        precision: that the model will run in.
+        precision: that the model will run in; ``planned``: each layer as the plan says.
     """
     task, settings = subject.task, settings.changed(plan.settings)
     method = TRAINING.create(plan.training)
@@ -71,7 +71,7 @@ def finetune_(
         method=method,
         pruner=pruner,
         teachers=(subject.dense, *teachers),
-        quantize_=_quantizing(task, inputs, precision),
+        quantize_=_quantizing(task, inputs, plan.precision_in(precision)),
         checkpoint=checkpoint,
         progress=progress,
         title=title,
@@ -80,11 +80,11 @@ def finetune_(
     dequantize_(model)
 
 
-def _quantizing(task: Task, inputs: tuple[Any, ...], precision: Precision) -> Callable[[nn.Module], object] | None:
+def _quantizing(task: Task, inputs: tuple[Any, ...], precision: ModelPrecision) -> Callable[[nn.Module], object] | None:
     """What fake-quantises a model in training; None in float32."""
-    calibration = task.calibration_inputs(precision)
-    if precision == "float32" or calibration is None:
+    if precision == "float32":
         return None
+    calibration = task.positional_calibration()
     return partial(quantize_, example_inputs=inputs, calibration=calibration, precision=precision)
 
 

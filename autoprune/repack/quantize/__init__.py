@@ -5,7 +5,14 @@ from __future__ import annotations
 from autoprune.repack.quantize.batches import batches_of
 from autoprune.repack.quantize.permute import order_channels
 from autoprune.repack.quantize.placement import quantisable
-from autoprune.repack.quantize.precision import LayerPrecision, Quantised, Settings, quantised_graph
+from autoprune.repack.quantize.precision import (
+    LayerPrecision,
+    Quantised,
+    Settings,
+    check_named,
+    is_wished,
+    quantised_graph,
+)
 from autoprune.repack.quantize.trained import Modules, trained_graph
 from autoprune.repack.quantize.training import quantize_
 
@@ -15,6 +22,8 @@ __all__ = [
     "Quantised",
     "Settings",
     "batches_of",
+    "check_named",
+    "is_wished",
     "order_channels",
     "quantisable",
     "quantised_graph",

@@ -15,9 +15,11 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from autoprune.errors import AutopruneError, did_you_mean
+from autoprune.model.weights import first_names
+from autoprune.precision import OF_LAYERS, ModelPrecision
 from autoprune.quantization import METHODS, Grid
 from autoprune.repack.debug import dump
 from autoprune.repack.graph.ir import Graph
@@ -113,6 +115,24 @@ class Quantised:
     scales: Mapping[str, Tensor]
     precisions: tuple[LayerPrecision, ...]
     snr_db: float = math.nan
+
+
+def is_wished(op: LayerOp, precision: ModelPrecision) -> bool:
+    """Whether a layer may be int8 in a model of this precision."""
+    return precision.get(op.layer_or_output) == "int8" if isinstance(precision, Mapping) else precision != "float32"
+
+
+def check_named(model: nn.Module, precision: ModelPrecision) -> None:
+    """Raises AutopruneError where a precision by layer names a layer that the model does not have, or none of ours."""
+    if not isinstance(precision, Mapping):
+        return
+    known = first_names(model)
+    for name, of_layer in precision.items():
+        if of_layer not in OF_LAYERS:
+            raise AutopruneError(f"layer {name!r}: its precision is one of {', '.join(OF_LAYERS)}, not {of_layer!r}.")
+        if known.get(name) != name:
+            hint = did_you_mean(name, known.values()) if name not in known else f"It is {known[name]!r}, shared."
+            raise AutopruneError(f"precision names a layer the model does not have: {name!r}. {hint}")
 
 
 def quantised_graph(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from autoprune.errors import AutopruneError
 from autoprune.model.arguments import Arguments
+from autoprune.precision import ModelPrecision
 from autoprune.quantization import LEVELS, WEIGHT_LEVELS, Grid, weight_scales
 from autoprune.quantization.fake import INPUT, OUTPUT, place_of, quantizable_module
 from autoprune.quantization.ranges import on_scales
@@ -24,7 +25,7 @@ from autoprune.repack.graph.schema import validate
 from autoprune.repack.outputs import same_output
 from autoprune.repack.quantize.batches import Batch, walked
 from autoprune.repack.quantize.placement import Int8Layer, Placement, Placing, refusal, with_int8_layers
-from autoprune.repack.quantize.precision import Calibration, LayerPrecision, Quantised, Settings
+from autoprune.repack.quantize.precision import Calibration, LayerPrecision, Quantised, Settings, is_wished
 
 TRAINED = "trained"
 """The range method of a grid that a model was trained with."""
@@ -193,7 +194,7 @@ class Places:
 
 
 def places_for(
-    graph: Graph, modules: Modules, batches: Sequence[Batch], settings: Settings
+    graph: Graph, modules: Modules, batches: Sequence[Batch], settings: Settings, precision: ModelPrecision = "int8"
 ) -> tuple[dict[str, Grid], tuple[LayerPrecision, ...]]:
     """The grids of a model's modules, by place, found on calibration data; and what becomes of each layer.
 
@@ -202,17 +203,19 @@ def places_for(
         modules: of the model.
         batches: calibration data.
         settings: with ``mixed`` precision, the layers that cost too much stay float.
+        precision: of the model; by layer, the others stay float.
     """
-    layers = [op.output for op in graph.ops if isinstance(op, FusedLayerOp)]
-    able = [name for name in layers if name in modules.layers]
+    layers = {op.output: op for op in graph.ops if isinstance(op, FusedLayerOp)}
+    wished = [name for name, op in layers.items() if is_wished(op, precision)]
+    able = [name for name in wished if name in modules.layers]
     calibration = Calibration(graph, able, batches, settings)
     rows = {row.output: row for row in calibration.chosen().precisions}
     places = Places(graph, [name for name in able if rows[name].precision == "int8"], modules)
     grids = calibration.ranges.grids(places.placement)
     found = {place: grids[value] for value, of_value in places.of.items() for place in of_value}
-    refused = {op.output: LayerPrecision(op.layer_or_output, op.output, "float32", why=NOT_A_MODULE)
-               for op in graph.ops if isinstance(op, FusedLayerOp) and op.output not in rows}  # fmt: skip
-    return found, tuple((rows | refused)[name] for name in layers)
+    others = {name: LayerPrecision(op.layer_or_output, name, "float32", why=NOT_A_MODULE if name in wished else "")
+              for name, op in layers.items() if name not in rows}  # fmt: skip
+    return found, tuple((rows | others)[name] for name in layers)
 
 
 def trained_graph(graph: Graph, modules: Modules, grids: Mapping[str, Grid]) -> Quantised:

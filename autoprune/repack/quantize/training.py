@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from torch import nn
 
 from autoprune.model.arguments import Arguments
 from autoprune.model.copies import check_inputs, copy_for_inference
+from autoprune.precision import OfLayer
 from autoprune.quantization.fake import attach_, dequantize_
 from autoprune.repack.graph.capture import capture
 from autoprune.repack.graph.passes import simplify
 from autoprune.repack.quantize.batches import batches_of
-from autoprune.repack.quantize.precision import LayerPrecision, Settings
+from autoprune.repack.quantize.precision import LayerPrecision, Settings, check_named
 from autoprune.repack.quantize.trained import Modules, places_for
 
 
@@ -22,7 +23,7 @@ def quantize_(
     example_inputs: Any,
     calibration: Iterable[Any],
     *,
-    precision: Literal["int8", "mixed"] = "int8",
+    precision: Literal["int8", "mixed"] | Mapping[str, OfLayer] = "int8",
 ) -> tuple[LayerPrecision, ...]:
     """Fake-quantises a model in place: from now on, in training and in eval mode, it computes as in int8.
 
@@ -36,7 +37,8 @@ def quantize_(
         model: trained so far; its classes stay as they are, and so does its mode.
         example_inputs: as the model is called: a tensor, a tuple, a mapping or `Arguments`.
         calibration: batches of inputs, each as the model is called, from which the ranges of activations are found.
-        precision: ``int8``: every layer that can be; ``mixed``: those that cost little of the output.
+        precision: ``int8``: every layer that can be; ``mixed``: those that cost little of the output; or a
+            mapping of layers, by name, to ``float32`` or ``int8``: a layer that it does not name is float32.
 
     Returns:
         What became of each layer, in the order they run. Layers without a Conv1d, Conv2d or Linear module of their own
@@ -54,6 +56,9 @@ def quantize_(
     captured = capture(copied, arguments)
     graph = simplify(captured)
     modules = Modules.of(copied, arguments, captured, graph).that_round(model)
-    grids, rows = places_for(graph, modules, batches_of(calibration, copied, arguments), Settings(precision=precision))
+    check_named(copied, precision)
+    chosen: Literal["int8", "mixed"] = "mixed" if precision == "mixed" else "int8"
+    batches = batches_of(calibration, copied, arguments)
+    grids, rows = places_for(graph, modules, batches, Settings(precision=chosen), precision)
     attach_(dequantize_(model), grids)
     return rows
