@@ -26,8 +26,8 @@ def rule_plans(env: PruneEnv, patterns: Sequence[Choice], criteria: Sequence[Cho
         criteria: whose statistics are there.
 
     Returns:
-        Rule -> its plans: uniform and knapsack one a pattern and criterion, where the target is an accuracy drop the
-        uniform rule one a sparsity too; the policy one.
+        Rule -> its plans: uniform and knapsack one a pattern and criterion, the uniform rule one a precision that plans
+        can choose too, and where the target is an accuracy drop one a sparsity; the policy one.
     """
     known: set[str] = set()
     plans: dict[str, list[Plan]] = {}
@@ -44,10 +44,13 @@ def _all(env: PruneEnv, patterns: Sequence[Choice], criteria: Sequence[Choice]) 
         for pattern, criterion in itertools.product(patterns, criteria)
     ]
     for problem in problems:
-        alike = PruneEnv(problem, (Choice("sparsity"),))
-        anchors = (0.0,) if problem.target.limits else alike.actions.components[0].anchors()
-        for anchor in anchors:
-            yield UNIFORM, finished_plan(alike, always(np.array([anchor], np.float32)))
+        alike = [
+            PruneEnv(replace(problem, layer_precision=precision), (Choice("sparsity"),))
+            for precision in problem.precisions
+        ]
+        anchors = (0.0,) if problem.target.limits else alike[0].actions.components[0].anchors()
+        for of_precision, anchor in itertools.product(alike, anchors):
+            yield UNIFORM, finished_plan(of_precision, always(np.array([anchor], np.float32)))
     for problem in problems:
         yield KNAPSACK, env.of(problem).solved()
     policy = Policy.load(SHIPPED)

@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 from autoprune.documents import DEPTH, parse_toml
 from autoprune.errors import ConfigError, FileError, did_you_mean
 from autoprune.files import read_json, read_text
-from autoprune.precision import Precision
+from autoprune.precision import RunPrecision
 from autoprune.registry import Choice
 from autoprune.settings import TrainingSettings
 from autoprune.target import Target
@@ -136,7 +136,7 @@ class Config(Root):
 
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     task: ChoiceField
-    precision: Precision = "float32"  # of the repacked models, in the search and in the end
+    precision: RunPrecision = "float32"  # of the repacked models, in the search and in the end; "planned": by layer
     dense: SettingsField | None = None  # training of the dense model: what differs from the task's own settings
     target: Target = Target(speedup=2.0)
     latency: LatencySection = LatencySection()

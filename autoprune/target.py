@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from autoprune.errors import ConfigError, did_you_mean
 from autoprune.metric import Metric, number
-from autoprune.precision import Precision
+from autoprune.precision import RunPrecision
 
 Over = Literal["best", "repacked", "eager"]
 OVER: tuple[Over, ...] = get_args(Over)
@@ -19,7 +19,7 @@ _BASELINES: Mapping[Over, str] = {
 }
 
 
-def baseline_name(over: Over, precision: Precision = "float32") -> str:
+def baseline_name(over: Over, precision: RunPrecision = "float32") -> str:
     """What a speed-up is over, as people read it.
 
     Args:
@@ -105,7 +105,7 @@ class Target:
         """What differs from an empty target."""
         return self.asked | ({"over": self.over} if self.speedup is not None and self.over != "best" else {})
 
-    def text(self, metric: Metric, precision: Precision = "float32") -> str:
+    def text(self, metric: Metric, precision: RunPrecision = "float32") -> str:
         """The target as people read it, of a task of this metric and a repacked model of this precision."""
         if not self.limits:
             return f"at most {metric.allowance(self.accuracy_drop or 0.0)} worse, fastest"

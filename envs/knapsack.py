@@ -1,4 +1,4 @@
-"""Which sparsities lose least within a budget: a multiple-choice knapsack over measured curves.
+"""Which sparsities and precisions lose least within a budget: a multiple-choice knapsack over measured curves.
 
 Solved exactly, but for the rounding of the budget to buckets, by dynamic programming (HALP, Shen et al. 2022; SPDY,
 Frantar and Alistarh 2022). A layer's curve may be weighed by a coefficient: what a single layer's curve says of its
@@ -8,7 +8,7 @@ share in a plan is only as true as pruned layers are independent.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -23,7 +23,7 @@ from autoprune.plan import Plan
 
 BUCKETS = 500
 LOSS_PER_SCORE = 3.0  # where a drop of the score is allowed: 0.01 of accuracy goes with about 0.03 of cross-entropy
-_TIE = 1e-9  # a sparsity that costs nothing is still more than none
+_TIE = 1e-9  # a sparsity, or int8, that costs nothing is still more than none
 
 Indices = NDArray[np.int64]
 
@@ -31,15 +31,21 @@ Indices = NDArray[np.int64]
 def solve(problem: Problem, partial: PartialPlan, greedily: bool = False) -> Plan:
     """The plan of `partial` with the sparsities that lose least on the problem's target, weighed by its coefficients.
 
-    A target out of reach gives the plan that comes nearest. `greedily`: by always pruning further where the least loss
+    Where plans choose precisions, also with the precision of each layer that `partial` has not chosen. A target out of reach gives the plan that comes nearest. `greedily`: by always pruning further where the least loss
     buys a unit of the budget.
     """
-    cost, weight, budget = _terms(problem, partial)
+    names, ways = problem.inventory.names, _ways(problem, partial)
+    cost, weight, budget = _terms(problem, partial, ways)
     columns = columns_up_to(problem.max_sparsity)
+    columns = np.concatenate([way * GRID + columns for way in range(len(ways))])
     choose = greedy if greedily else knapsack
     chosen = columns[choose(cost[:, columns], weight[:, columns], budget)]
-    sparsities = {name: float(SPARSITIES[i]) for name, i in zip(problem.inventory.names, chosen, strict=True)}
+    sparsities = {name: float(SPARSITIES[i % GRID]) for name, i in zip(names, chosen, strict=True)}
     solved = partial.plan.with_sparsities(sparsities)
+    if len(ways) > 1:
+        solved = solved.with_precisions(
+            {name: ways[i // GRID].layers[name].precision for name, i in zip(names, chosen, strict=True)}
+        )
     several = len(problem.limits) + (problem.required_speedup is not None) > 1  # the solver has one budget
     return meet_limits(solved, problem) if several and not problem.meets(solved) else solved
 
@@ -50,19 +56,33 @@ def weighed(problem: Problem, coefficients: Iterable[float]) -> Plan:
     return solve(problem, replace(PartialPlan.of(problem.uniform(0.0)), coefficients=named))
 
 
-def _terms(problem: Problem, partial: PartialPlan) -> tuple[Array, Array, float]:
-    """What is made least, what has a budget, each (layers, GRID), and the budget."""
+def _ways(problem: Problem, partial: PartialPlan) -> list[PartialPlan]:
+    """The plans among whose layers the solver chooses: `partial` in each precision that it leaves open."""
+    if len(problem.precisions) == 1:
+        return [partial]
+    names = partial.layers
+    return [
+        partial.with_precisions({name: partial.precisions.get(name, precision) for name in names})
+        for precision in problem.precisions
+    ]
+
+
+def _terms(problem: Problem, partial: PartialPlan, ways: Sequence[PartialPlan]) -> tuple[Array, Array, float]:
+    """What is made least, what has a budget, each (layers, ways * GRID), and the budget."""
     curves, target = problem.curves, problem.target
     coefficients = np.array([partial.coefficients.get(name, 1.0) for name in problem.inventory.names])
-    loss = curves.mixed(partial.mix) * coefficients[:, None] + _TIE * np.arange(GRID)
-    ms = curves.plan_ms(partial)
+    loss = np.concatenate([curves.plan_mixed(way, partial.mix) for way in ways], axis=1) * coefficients[:, None]
+    loss += _TIE * np.arange(loss.shape[1])
+    ms = np.concatenate([curves.plan_ms(way) for way in ways], axis=1)
     if not target.limits:
         return ms, loss, (target.accuracy_drop or 0.0) * LOSS_PER_SCORE
     if problem.required_speedup is not None:
         parts_ms = problem.table.parts_ms(problem.table.dense_ms / problem.required_speedup)
         return loss, ms, parts_ms - curves.fixed_ms
     limit = problem.limits[0]
-    return loss, limit.curves(problem.inventory.names), limit.budget(problem.inventory.names)
+    names = problem.inventory.names
+    costs = np.concatenate([limit.curves(way, names) for way in ways], axis=1)
+    return loss, costs, limit.budget(names)
 
 
 def columns_up_to(max_sparsity: float) -> Indices:
@@ -114,19 +134,27 @@ def _walk_back(choices: Indices, taken: Indices, capacity: int) -> Indices:
 
 
 def greedy(cost: Array, weight: Array, budget: float) -> Indices:
-    """From the option of least cost in each row, one step after another where a unit of weight costs least.
-
-    Options must be ordered: weight falls and cost rises, or the other way round.
-    """
-    step = 1 if weight[:, -1].sum() <= weight[:, 0].sum() else -1
+    """From the option of least cost in each row, one step after another where a unit of weight costs least."""
+    order = _by_cost(cost, weight)
+    cost, weight = np.take_along_axis(cost, order, axis=1), np.take_along_axis(weight, order, axis=1)
     rows, options = cost.shape
-    chosen = np.full(rows, 0 if step == 1 else options - 1, np.int64)
+    chosen = np.zeros(rows, np.int64)
     while float(weight[np.arange(rows), chosen].sum()) > budget:
-        ahead = chosen + step
-        open_ = np.flatnonzero((ahead >= 0) & (ahead < options))
+        ahead = chosen + 1
+        open_ = np.flatnonzero(ahead < options)
         if not len(open_):
             break
         dearer = cost[open_, ahead[open_]] - cost[open_, chosen[open_]]
         lighter = np.maximum(weight[open_, chosen[open_]] - weight[open_, ahead[open_]], 1e-12)
-        chosen[open_[np.argmin(dearer / lighter)]] += step
-    return chosen
+        chosen[open_[np.argmin(dearer / lighter)]] += 1
+    return order[np.arange(rows), chosen]
+
+
+def _by_cost(cost: Array, weight: Array) -> Indices:
+    """The options of each row by rising cost; in the place of one that is no lighter, the lightest that costs less."""
+    order = np.argsort(cost, axis=1, kind="stable")
+    sorted_ = np.take_along_axis(weight, order, axis=1)
+    lightest = np.minimum.accumulate(sorted_, axis=1)
+    lighter = np.concatenate([np.ones((len(cost), 1), bool), lightest[:, 1:] < lightest[:, :-1]], axis=1)
+    places = np.maximum.accumulate(np.where(lighter, np.arange(cost.shape[1]), 0), axis=1)
+    return np.take_along_axis(order, places, axis=1)

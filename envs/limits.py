@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from autoprune.envs.curves import SPARSITIES, Array
 from autoprune.model.inventory import Inventory
-from autoprune.plan import Plan
+from autoprune.plan import LayerPlan, Plan
 from autoprune.target import Target
 
 _ROUNDING = 1e-9  # of a limit, that a sum of many layers may be out by
@@ -38,18 +38,20 @@ class Limit:
         of_layers: layer -> what it costs with all its weights.
         fixed: what everything else costs.
         at_most: the limit, in the same unit.
+        in_bytes: what a layer that is planned in int8 costs, as a share of one in float32.
     """
 
     name: str
     of_layers: Mapping[str, float]
     fixed: float
     at_most: float
+    in_bytes: float = 1.0
 
     def cost(self, plan: Plan) -> float:
         """What a plan costs; layers that it does not name keep all their weights."""
         layers = plan.layers
         kept = (
-            (1.0 - layers[name].sparsity if name in layers else 1.0) * each for name, each in self.of_layers.items()
+            self._share(layers[name]) * each if name in layers else each for name, each in self.of_layers.items()
         )
         return self.fixed + math.fsum(kept)
 
@@ -57,9 +59,13 @@ class Limit:
         """Whether a plan is within the limit."""
         return self.cost(plan) <= self.at_most * (1.0 + _ROUNDING)
 
-    def curves(self, names: list[str]) -> Array:
-        """What each of these layers costs at each sparsity of the grid, (layers, GRID)."""
-        return np.array([self.of_layers[name] for name in names])[:, None] * (1.0 - SPARSITIES)
+    def _share(self, layer: LayerPlan) -> float:
+        return (1.0 - layer.sparsity) * (1.0 if layer.precision == "float32" else self.in_bytes)
+
+    def curves(self, plan: Plan, names: list[str]) -> Array:
+        """What each of these layers costs in its precision at each sparsity of the grid, (layers, GRID)."""
+        whole = [self._share(replace(plan.layers[name], sparsity=0.0)) * self.of_layers[name] for name in names]
+        return np.array(whole)[:, None] * (1.0 - SPARSITIES)
 
     def budget(self, names: list[str]) -> float:
         """What is left for these layers."""
@@ -78,5 +84,6 @@ def limits_of(target: Target, inventory: Inventory, file: FileSize) -> tuple[Lim
         limits.append(Limit("macs", macs, 0.0, float(target.macs)))
     if target.size_bytes is not None:
         sizes = {name: each * file.bytes_per_weight for name, each in weights.items()}
-        limits.append(Limit("size_bytes", sizes, file.fixed_bytes, float(target.size_bytes)))
+        in_bytes = 1.0 / file.bytes_per_weight
+        limits.append(Limit("size_bytes", sizes, file.fixed_bytes, float(target.size_bytes), in_bytes))
     return tuple(limits)

@@ -1,7 +1,8 @@
 """Observations: fixed length and scale-free, so that one policy fits any model.
 
 Nothing is min-max scaled over a model's own layers: sizes are logs, costs are shares, curves are fractions of the
-dense layer or logs of the loss, so the numbers mean the same on a model the policy has never seen.
+dense layer or logs of the loss, so the numbers mean the same on a model the policy has never seen. A layer's curves are
+those in float32, also where plans choose precisions; what a plan loses, and has saved so far, is in the plan's own.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ def _layers(problem: Problem, start: Plan) -> Array:
     layers, curves = problem.inventory.layers, problem.curves
     dense_ms, ms = curves.dense_ms, curves.ms(str(problem.pattern))
     chosen = np.array([place(start.layers[layer.name].sparsity) for layer in layers])
-    lost = curves.loss[np.arange(len(layers)), chosen]
+    lost, error = curves.plan_lost(start)
     around = np.concatenate([[0.0], chosen / GRID, [0.0]])
     weights, macs = (sum(getattr(layer, name) for layer in layers) for name in ("weights", "macs"))
     rows = []
@@ -135,7 +136,7 @@ def _layers(problem: Problem, start: Plan) -> Array:
                 *log_loss(curves.loss[row, anchors]),
                 *curves.error[row, anchors],
                 float(log_loss(lost[row])),
-                curves.error[row, chosen[row]],
+                error[row],
                 lost[row] / max(1e-9, lost.sum()),
             ]
         )
@@ -146,7 +147,7 @@ def _model(problem: Problem, start: Plan) -> Array:
     """`MODEL`."""
     target, curves = problem.target, problem.curves
     chosen = np.array([place(start.layers[name].sparsity) for name in problem.inventory.names])
-    lost = curves.loss[np.arange(len(chosen)), chosen].sum()
+    lost = curves.plan_lost(start)[0].sum()
     decided_ms = curves.ms(str(problem.pattern))[:, 0].sum()
     whole_ms = problem.table.whole_ms(float(decided_ms + curves.fixed_ms))
     return np.array(

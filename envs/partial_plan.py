@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from autoprune.plan import Plan
+from autoprune.precision import OfLayer
 
 
 @dataclass(frozen=True)
@@ -14,10 +15,12 @@ class PartialPlan(Plan):
 
     Attributes:
         coefficients: layer -> factor on its sensitivity curve, above 0; 1 for a layer that has none.
+        precisions: of the layers whose precision an action has chosen: the solver keeps it.
         mix: what a sensitivity curve is made of: ``loss^(1 - mix) * error^mix``, in [-1, 1].
     """
 
     coefficients: Mapping[str, float] = field(default_factory=dict)
+    precisions: Mapping[str, OfLayer] = field(default_factory=dict)
     mix: float = 0.0
 
     @classmethod

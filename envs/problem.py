@@ -12,7 +12,7 @@ from autoprune.evaluation.sensitivity import Sensitivity
 from autoprune.latency.table import LatencyTable
 from autoprune.model.inventory import Inventory
 from autoprune.plan import LayerPlan, Plan
-from autoprune.precision import Precision
+from autoprune.precision import OfLayer, RunPrecision, choices_of_layers
 from autoprune.registry import Choice
 from autoprune.target import Target, baseline_name
 
@@ -29,7 +29,8 @@ class Problem:
         max_sparsity: the highest sparsity of any layer.
         baseline_speedup: how many times faster than torch eager that runs which the target's speed-up is over.
         file: what is known of the packed file's size.
-        precision: of the repacked model.
+        precision: of the repacked model; with ``planned`` plans choose each layer's.
+        layer_precision: of layers whose precision neither an action nor the solver chooses, where plans choose it.
         curves: what every layer takes and loses at every sparsity.
     """
 
@@ -45,13 +46,19 @@ class Problem:
     max_sparsity: float = 0.95
     baseline_speedup: float = 1.0
     file: FileSize = field(default_factory=FileSize)
-    precision: Precision = "float32"
+    precision: RunPrecision = "float32"
+    layer_precision: OfLayer = "float32"
     curves: Curves = field(default=None, repr=False, compare=False)  # type: ignore[assignment]  # made when left out
 
     def __post_init__(self) -> None:
         """Copies of a problem with another target or evaluation share its curves."""
         if self.curves is None or not self.curves.are_of(self.inventory, self.table, self.sensitivity):
             object.__setattr__(self, "curves", Curves(self.inventory, self.table, self.sensitivity))
+
+    @property
+    def precisions(self) -> tuple[OfLayer, ...]:
+        """What a plan's layer may be."""
+        return choices_of_layers(self.precision)
 
     @cached_property
     def required_speedup(self) -> float | None:
@@ -88,5 +95,5 @@ class Problem:
 
     def uniform(self, sparsity: float) -> Plan:
         """The plan that treats every layer alike."""
-        layer = LayerPlan(sparsity, self.pattern, self.criterion)
+        layer = LayerPlan(sparsity, self.pattern, self.criterion, self.layer_precision)
         return Plan(dict.fromkeys(self.inventory.names, layer), self.training)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 from autoprune.envs.curves import GRID
 from autoprune.envs.problem import Problem
@@ -16,6 +17,7 @@ from autoprune.errors import ConfigError, InfeasibleTarget
 from autoprune.latency.table import LatencyTable
 from autoprune.patterns import PATTERNS
 from autoprune.plan import Plan
+from autoprune.precision import OfLayer
 from autoprune.registry import Choice
 
 _EDGE = 0.005
@@ -41,15 +43,22 @@ def shift(plan: Plan, amount: float, max_sparsity: float, grid: int = GRID) -> P
 
 
 def release_useless(plan: Plan, table: LatencyTable) -> Plan:
-    """Gives a layer its weights back where the table shows no gain from its sparsity."""
+    """Gives a layer its weights back where the table shows no gain from its sparsity, and float32 to one without int8.
+
+    Of layers that can be int8 the precision stays: beside others in int8 it saves what no layer's own curve shows.
+    """
     dense = {
         name: 0.0
         for name, layer in plan.layers.items()
         if layer.sparsity > 0
-        and table.layer_us(name, str(layer.pattern), layer.sparsity)
-        >= table.layer_us(name, str(layer.pattern), 0.0) * 0.995
+        and table.layer_us(name, layer.curve, layer.sparsity) >= table.layer_us(name, layer.curve, 0.0) * 0.995
     }
-    return plan.with_sparsities(dense)
+    plain: dict[str, OfLayer] = {
+        name: "float32"
+        for name, layer in plan.layers.items()
+        if layer.precision == "int8" and not table.layers[name].is_int8(layer.pattern)
+    }
+    return plan.with_sparsities(dense).with_precisions(plain)
 
 
 def fastest(plan: Plan, table: LatencyTable, max_sparsity: float) -> float:
@@ -114,15 +123,17 @@ ALLOW_MORE = "allow a higher sparsity (env.max_sparsity), or let more layers be 
 
 def check_limits(problem: Problem) -> None:
     """Raises InfeasibleTarget, with the best reachable figure, when even `max_sparsity` everywhere breaks a limit."""
-    plan = problem.uniform(problem.max_sparsity)
+    plans = [
+        replace(problem, layer_precision=each).uniform(problem.max_sparsity) for each in problem.precisions
+    ]
     if (sparsity := problem.target.sparsity) is not None and sparsity > problem.max_sparsity:
         raise InfeasibleTarget(
             f"no plan has {100 * sparsity:g}% zeros: a layer may have {100 * problem.max_sparsity:g}% at most. Ask for "
             "less, or allow more (env.max_sparsity)."
         )
     for limit in problem.limits:
-        if limit.name != "sparsity" and not limit.keeps(plan):
+        if limit.name != "sparsity" and not any(map(limit.keeps, plans)):
             raise InfeasibleTarget(
                 f"no plan keeps target.{limit.name} = {limit.at_most:,.0f}: with every layer at sparsity "
-                f"{problem.max_sparsity:g} it is about {limit.cost(plan):,.0f}. Allow more than that, {ALLOW_MORE}"
+                f"{problem.max_sparsity:g} it is about {min(map(limit.cost, plans)):,.0f}. Allow more than that, {ALLOW_MORE}"
             )

@@ -5,6 +5,7 @@ Without an action that chooses for layers, an episode is step 0 alone: a search 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -105,6 +106,7 @@ class PruneEnv(gymnasium.Env[Observation, Action]):
             raise ConfigError(f"an episode cannot start from {start!r}. {did_you_mean(str(start), STARTS)}")
         self.problem = problem
         self.actions = actions if isinstance(actions, ActionSpace) else _created(actions)
+        self.actions.check_precision(problem.precision)
         self.action_choices = self.actions.choices
         self.shaping, self.gamma = weight, discount
         self.start: Start = "knapsack" if self.actions.solved else start
@@ -127,6 +129,8 @@ class PruneEnv(gymnasium.Env[Observation, Action]):
         pairs = zip(self.action_choices, self.actions.components, strict=True)
         actions = [choice for choice, component in pairs if not component.solved]
         actions += [Choice("sparsity")] * self.actions.solved
+        if self.actions.solved and len(self.problem.precisions) > 1 and not self.actions.plans_precision:
+            actions.append(Choice("precision"))  # which the solver has chosen so far
         return PruneEnv(self.problem, actions, self.shaping, self.gamma, "uniform", self.curves)
 
     @property
@@ -215,14 +219,18 @@ class PruneEnv(gymnasium.Env[Observation, Action]):
         return solve(self.problem, PartialPlan.of(self.problem.uniform(START_SPARSITY)), greedily)
 
     def reachable_speedup(self) -> float:
-        """The best speed-up the latency table predicts for any pattern the actions can set."""
+        """The best speed-up the latency table predicts for any pattern the actions can set, and any precision."""
         problem = self.problem
         return max(fastest(plan, problem.table, problem.max_sparsity) for plan in self._uniforms())
 
     def _uniforms(self) -> list[Plan]:
         sized = [component.patterns for component in self.actions.components if isinstance(component, GroupSize)]
         patterns = [self.problem.pattern, *(pattern for patterns in sized for pattern in patterns)]
-        return [replace(self.problem, pattern=pattern).uniform(START_SPARSITY) for pattern in patterns]
+        ways = itertools.product(patterns, self.problem.precisions)
+        return [
+            replace(self.problem, pattern=pattern, layer_precision=precision).uniform(START_SPARSITY)
+            for pattern, precision in ways
+        ]
 
     def _starting_plan(self) -> Plan:
         problem = self.problem

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 
-from autoprune.envs.curves import Array, place
+from autoprune.envs.curves import Array
 from autoprune.envs.problem import Problem
 from autoprune.errors import AutopruneError
 from autoprune.evaluation.measurement import Evaluate, Measurement
@@ -54,10 +54,8 @@ class Surrogate(Evaluate):
 
 def _features(problem: Problem, plan: Plan) -> Array:
     """Loss and squared error of every layer as the plan has it, (2, layers)."""
-    columns = [place(plan.layers[name].sparsity) for name in problem.inventory.names]
-    rows = np.arange(len(columns))
-    curves = problem.curves
-    return np.stack([curves.loss[rows, columns], curves.error[rows, columns] ** 2])
+    lost, error = problem.curves.plan_lost(plan)
+    return np.stack([lost, error**2])
 
 
 def fit_surrogate(problem: Problem, plans: Sequence[Plan], scores: Sequence[float]) -> Surrogate:

@@ -188,12 +188,12 @@ def test_settings_that_are_changed_keep_the_recipe_for_the_model() -> None:
 def test_int8_layers_keep_four_neighbouring_inputs_unless_another_pattern_is_named() -> None:
     quads = Choice("group", {"size": 8, "block": 4})
     for given in ({}, {"env": {"max_sparsity": 0.9}}):
-        for precision in ("int8", "mixed"):
+        for precision in ("int8", "mixed", "planned"):
             config = parse_config({"task": "digits", "precision": precision, **given}, "here")
             assert config.env.pattern == quads
             assert parse_config(config.to_json(), "again") == config
     named = {"task": "digits", "precision": "int8", "env": {"pattern": "unstructured"}}
     assert parse_config(named, "here").env.pattern == Choice("unstructured")
     assert parse_config({"task": "digits"}, "here").env.pattern == Choice("group", {"size": 8})
-    with pytest.raises(ConfigError, match=r"precision: .*'float32', 'int8' or 'mixed'"):
+    with pytest.raises(ConfigError, match=r"precision: .*'float32', 'int8', 'mixed' or 'planned'"):
         parse_config({"task": "digits", "precision": "int4"}, "here")

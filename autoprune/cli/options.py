@@ -35,15 +35,16 @@ Seed = Annotated[int | None, typer.Option(help="Of everything that is drawn: the
 
 def completed_precision(incomplete: str) -> list[str]:
     """Completes a precision."""
-    from autoprune.precision import PRECISIONS
+    from autoprune.precision import RUN_PRECISIONS
 
-    return [name for name in PRECISIONS if name.startswith(incomplete)]
+    return [name for name in RUN_PRECISIONS if name.startswith(incomplete)]
 
 
 Precision = Annotated[
     str | None,
     typer.Option(
-        help="Of the repacked model: float32, int8, or mixed (int8 where it costs little): the config's key precision.",
+        help="Of the repacked model: float32, int8, or mixed (int8 where it costs little); of a config's also planned "
+        "(layer by layer, as the search chooses): its key precision.",
         autocompletion=completed_precision,
     ),
 ]

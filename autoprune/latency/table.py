@@ -17,7 +17,8 @@ from typing import Any
 from autoprune.errors import AutopruneError, FileError, StaleTable, did_you_mean
 from autoprune.files import read_json, write_json
 from autoprune.latency.machine import differences
-from autoprune.plan import Plan
+from autoprune.plan import Plan, curve_of
+from autoprune.registry import Choice
 
 TABLE_VERSION = 3  # of its form and of how it is measured
 
@@ -50,6 +51,10 @@ class LayerTable:
                 "Profile again with the pattern in the config."
             )
         return self.curves[pattern]
+
+    def is_int8(self, pattern: Choice) -> bool:
+        """Whether the layer was timed in int8: it can be."""
+        return self.curve(curve_of(pattern, "int8")) != self.curve(curve_of(pattern))
 
     def latency_us(self, pattern: str, sparsity: float) -> float:
         """Time of one call: linear between measured points, never above dense, never rising with sparsity."""

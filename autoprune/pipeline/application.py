@@ -113,7 +113,7 @@ def load_fine_tuned(context: Context, prepared: Prepared, plan: Plan) -> FineTun
 def fine_tune(context: Context, subject: Subject, plan: Plan) -> FineTuned:
     """Trains the dense model to the plan by the plan's method, or goes on training, and saves it.
 
-    For a run in int8 it is fake-quantised in the later part of the training, and learns to bear what bytes lose.
+    What will run in int8 is fake-quantised in the later part of the training, and learns to bear what bytes lose.
 
     Args:
         context: of the run.
@@ -187,7 +187,7 @@ def load_repacked(context: Context, prepared: Prepared, plan: Plan) -> Repacked 
 def repack_fine_tuned(context: Context, prepared: Prepared, fine_tuned: FineTuned) -> Repacked:
     """Repacks a fine-tuned model and saves it; values that the file rounds are rounded in the model too."""
     latency, path, plan = context.config.latency, context.directory / _REPACKED, fine_tuned.plan
-    precision = context.config.precision
+    precision = plan.precision_in(context.config.precision)
     with torch_threads(latency.threads):
         model = repack(
             fine_tuned.model,
@@ -276,7 +276,7 @@ class AppliedPlan:
         before = self._preparation
         if found := load_fine_tuned(self._context, before.prepared, self.plan):
             return found
-        if all(layer.sparsity == 0.0 for layer in self.plan.layers.values()):
+        if all(layer.whole for layer in self.plan.layers.values()):
             return keep_dense(self._context, before.prepared, self.plan)
         subject = before.subject
         if subject.budget == "latency":

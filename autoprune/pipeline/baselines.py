@@ -17,7 +17,7 @@ from autoprune.latency.engines import ENGINES, baselines, best_engine
 from autoprune.latency.machine import differences, machine_identity
 from autoprune.latency.timer import Clock, Protocol, measure_together, speedup, torch_threads
 from autoprune.model.arguments import Arguments
-from autoprune.precision import Precision
+from autoprune.precision import Precision, RunPrecision
 from autoprune.repack import RepackedModel, repack, save
 from autoprune.repack.rivals import dense_calls
 from autoprune.target import Over, baseline_name
@@ -78,7 +78,7 @@ class Baselines:
         file_bytes: of the dense model repacked and saved.
         machine: where they were measured, and how.
         prepared_s: how long it took to make them ready to be timed, seconds; 0 where that was not noted.
-        precision: of the repacked model.
+        precision: of the repacked model; the dense one is in float32 where that is ``planned``.
     """
 
     best: str
@@ -87,7 +87,7 @@ class Baselines:
     file_bytes: int
     machine: Mapping[str, Any] = field(repr=False)
     prepared_s: float = 0.0
-    precision: Precision = "float32"
+    precision: RunPrecision = "float32"
 
     def engine(self, over: Over) -> str:
         """What a speed-up is over, by its name in `ms`."""
@@ -139,7 +139,7 @@ def engines_of(
     clock: Clock,
     done: Callable[[str], object] = lambda name: None,
     *,
-    precision: Precision = "float32",
+    precision: RunPrecision = "float32",
     calibration: Sequence[tuple[Tensor, ...]] | None = None,
 ) -> DenseEngines:
     """Compiles a dense model for engines, and repacks it.
@@ -151,7 +151,7 @@ def engines_of(
         threads: of one inference.
         clock: seconds.
         done: told each engine when it is prepared or left out.
-        precision: that the model is repacked in.
+        precision: that the model is repacked in; float32 where it is ``planned``, for there is no plan of it.
         calibration: batches of inputs, for what runs in int8; where none has the samples of one inference, engines find
             their ranges on `inputs`.
     """
@@ -159,8 +159,10 @@ def engines_of(
     pieces = in_pieces(calibration or (), Arguments(*inputs).samples) or None
     calls, left_out = dense_calls(dense, inputs, threads, names, done, pieces)
     eager = ENGINES.get(EAGER)().prepare(dense, inputs, threads)
+    own: Precision = "float32" if precision == "planned" else precision
+    ranges = None if own == "float32" else calibration
     with torch_threads(threads):
-        fast = repack(dense, inputs, precision=precision, calibration=calibration, clock=clock)
+        fast = repack(dense, inputs, precision=own, calibration=ranges, clock=clock)
         calls = {EAGER: eager, **calls, REPACKED: fast.bound_call(*inputs)}
     return DenseEngines(calls, left_out, fast, clock() - began_s)
 
@@ -193,7 +195,7 @@ def time_engines(
     clock: Clock,
     machine: Mapping[str, Any],
     value_bits: int = 32,
-    precision: Precision = "float32",
+    precision: RunPrecision = "float32",
 ) -> Baselines:
     """Times engines interleaved, and weighs the file of the dense model repacked.
 

@@ -13,6 +13,7 @@ from autoprune.latency.engines import ENGINES
 from autoprune.latency.timer import torch_threads
 from autoprune.pipeline import baselines
 from autoprune.pipeline.preparation import Context, Prepared
+from autoprune.precision import Precision, RunPrecision
 from autoprune.repack import RepackedModel
 from autoprune.repack.rivals import signal_to_noise_db
 from autoprune.report.stored import CALLED, EAGER, MASKED, REPACKED, WHOLE
@@ -57,12 +58,20 @@ def forms_of(
     forms = {EAGER: Form(eager, dense)}
     for name, call in engines.calls.items():
         if name == baselines.REPACKED:
-            forms[WHOLE] = Form(call, engines.repacked, precision, eager)
+            forms[WHOLE] = Form(call, engines.repacked, _made_in(precision, engines.repacked), eager)
         elif name != baselines.EAGER:
             of = ENGINES.get(name).precision
             forms[f"dense, {name}"] = Form(call, dense if of == "float32" else None, of, eager)
     forms[MASKED] = Form(partial(masked, *inputs), masked)
-    forms[CALLED] = Form(partial(repacked, *inputs), repacked, precision, forms[MASKED].call)
+    forms[CALLED] = Form(partial(repacked, *inputs), repacked, _made_in(precision, repacked), forms[MASKED].call)
     with torch_threads(latency.threads):
         forms[REPACKED] = replace(forms[CALLED], call=repacked.bound_call(*inputs))
     return forms
+
+
+def _made_in(precision: RunPrecision, model: RepackedModel) -> Precision:
+    """What a table calls a model's precision, in a run of this precision."""
+    if precision != "planned":
+        return precision
+    in_bytes = [row.precision == "int8" for row in model.report]
+    return "int8" if in_bytes and all(in_bytes) else "mixed" if any(in_bytes) else "float32"

@@ -15,7 +15,7 @@ from torch import nn
 from autoprune.agents import AGENTS, Agent
 from autoprune.config import Config, check_directory, flat
 from autoprune.criteria import CRITERIA
-from autoprune.envs.actions import ACTIONS, ActionComponent
+from autoprune.envs.actions import ACTIONS, ActionComponent, ActionSpace
 from autoprune.envs.actions.criterion import CriterionChoice
 from autoprune.envs.actions.group_size import GroupSize
 from autoprune.envs.projection import check_movable
@@ -96,6 +96,7 @@ def create_choices(config: Config, task_given: bool = False) -> Choices:
                 f"the action {choice.name!r} would never reach the reward: recovery {env.recovery.name!r} does "
                 'not train. Set env.recovery = {name = "train", steps = 20}, or drop the action.'
             )
+    ActionSpace(list(zip(env.actions, actions, strict=True))).check_precision(config.precision)
     if not task_given:
         TASKS.get(config.task.name)
     check_teachers(config, task_given)

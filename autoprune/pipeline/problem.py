@@ -120,7 +120,7 @@ def build_problem(
 def file_size(context: Context, inventory: Inventory, baselines: Baselines) -> FileSize:
     """What is known of the size of a packed file in which these layers are pruned."""
     weights = sum(layer.weights for layer in inventory.layers)
-    in_bytes = context.config.precision != "float32"
+    in_bytes = context.config.precision in ("int8", "mixed")
     return baselines.file_size(weights, 8 if in_bytes else context.config.repack.value_bits)
 
 

@@ -29,6 +29,8 @@ from autoprune.pipeline.forms import Call, Form, forms_of
 from autoprune.pipeline.monitor import point
 from autoprune.pipeline.preparation import Context, Prepared
 from autoprune.pipeline.run import CORRECTED, Run
+from autoprune.plan import LayerPlan
+from autoprune.repack import LayerReport
 from autoprune.report.data import ContenderRow, MeasuredPoint, PlanRow, ResultRow, SearchRow
 from autoprune.report.run_report import RunReport
 from autoprune.report.stored import (
@@ -289,12 +291,19 @@ def _plan_rows(run: Run) -> tuple[PlanRow, ...]:
                 backend=made.backend,
                 dense_us=made.dense_us,
                 latency_us=made.packed_us if made.backend != "dense" else made.dense_us,
-                precision=made.precision,
+                precision=_precision_of(layer, made),
                 scale=made.scale,
                 snr_db=made.snr_db,
             )
         )
     return tuple(rows)
+
+
+def _precision_of(planned: LayerPlan, made: LayerReport) -> str:
+    """The precision that a layer was made in; and why, where the plan says int8."""
+    if planned.precision in ("float32", made.precision):
+        return made.precision
+    return f"{made.precision}, not {planned.precision}: {made.why}"
 
 
 def _sparsities(run: Run) -> dict[str, float]:

@@ -54,12 +54,18 @@ def uniform_plan(context: Context, preparation: Preparation, search: PlanSearch)
     The methods that find the layers' shares spend the cost of this plan.
 
     Raises:
-        ConfigError: the target is an accuracy drop alone, or a limit of a pattern that allows one sparsity alone.
+        ConfigError: the target is an accuracy drop alone, or a limit of a pattern that allows one sparsity alone; or
+            precisions are planned, which only a search does.
         InfeasibleTarget: no uniform plan keeps the limits; the message has the best reachable figure.
     """
     config, target, pattern = context.config, context.config.target, context.config.env.pattern
     if not target.limits:
         raise ConfigError("pruning without a search needs --sparsity or --speedup (or a target that is one).")
+    if config.precision == "planned":
+        raise ConfigError(
+            "precision 'planned' is for a search, which chooses each layer's, or a plan that is given. Without either "
+            "take 'int8', 'mixed' or 'float32'."
+        )
     if target.limits == ("sparsity",):
         layer = LayerPlan(target.sparsity or 0.0, pattern, config.env.criterion)
         return Plan(dict.fromkeys(preparation.prepared.inventory.names, layer), config.finetune.method)
@@ -263,6 +269,7 @@ class Run:
         if self._plan_file.exists():
             plan = Plan.load(self._plan_file)
             plan.check_layers(self.prepared.inventory.names)
+            plan.check_precision(self.config.precision)
             return plan
         if self.unpruned is not None:
             plan = whole_plan(self.context, self.prepared.inventory)
@@ -299,6 +306,7 @@ class Run:
         """Takes the plan of a file in place of a searched one; refused when the run has another already."""
         plan = Plan.load(path)
         plan.check_layers(self.prepared.inventory.names)
+        plan.check_precision(self.config.precision)
         if self._plan_file.exists() and Plan.load(self._plan_file) != plan:
             raise ConfigError(
                 f"{self.directory} has a plan already, and it differs from {path}. Use another --run-dir."
@@ -314,7 +322,7 @@ class Run:
         path = self.directory / "reached.json"
         if not self.config.target.measured or not self.context.measures or path.exists():
             return
-        if not any(layer.sparsity for layer in self.plan.layers.values()):
+        if all(layer.whole for layer in self.plan.layers.values()):
             return  # nothing is pruned, as repacking alone meets the target
         problem = self.search.unscored
         for attempt in range(1, ATTEMPTS + 1):

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections import Counter
 from contextlib import closing
 from dataclasses import replace
 from functools import cached_property, partial
-from itertools import chain
+from itertools import chain, product
 
 from autoprune.agents.base import succeeded
 from autoprune.agents.harness import SearchResult, search
@@ -127,9 +128,14 @@ def try_rules(context: Context, posed: SearchProblem, env: PruneEnv, limit: Time
 
 
 def _from_there(env: PruneEnv, plan: Plan) -> PruneEnv:
-    """The environment with the pattern and the criterion of the best rule's plan, for layers whose no action sets."""
-    layer = next(iter(plan.layers.values()))
-    return env.of(replace(env.problem, pattern=layer.pattern, criterion=layer.criterion))
+    """The environment with the pattern and the criterion of the best rule's plan, for layers whose no action sets.
+
+    Likewise with the precision that most of its layers have.
+    """
+    layers = list(plan.layers.values())
+    precision = Counter(layer.precision for layer in layers).most_common(1)[0][0]
+    pattern, criterion = layers[0].pattern, layers[0].criterion
+    return env.of(replace(env.problem, pattern=pattern, criterion=criterion, layer_precision=precision))
 
 
 class PlanSearch:
@@ -182,10 +188,11 @@ class PlanSearch:
 
     @cached_property
     def most_pruned(self) -> list[Plan]:
-        """The plans of the highest sparsity everywhere, one a pattern that a plan may name."""
+        """The plans of the highest sparsity everywhere, one a pattern and precision that a plan may name."""
         problem = self.by_table
-        patterns = [replace(problem, pattern=pattern) for pattern in self._context.choices.patterns]
-        return [each.uniform(problem.max_sparsity) for each in patterns]
+        ways = product(self._context.choices.patterns, problem.precisions)
+        alike = [replace(problem, pattern=pattern, layer_precision=precision) for pattern, precision in ways]
+        return [each.uniform(problem.max_sparsity) for each in alike]
 
     @cached_property
     def unscored(self) -> Problem:

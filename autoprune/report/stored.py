@@ -14,7 +14,7 @@ from autoprune.errors import FileError
 from autoprune.files import read_json, write_bytes, write_json, write_text
 from autoprune.metric import Metric
 from autoprune.model.inventory import KeptDense
-from autoprune.precision import Precision
+from autoprune.precision import RunPrecision
 from autoprune.report.data import ContenderRow, MeasuredPoint, PlanRow, Report, ResultRow, SearchRow
 from autoprune.report.html import html_page
 from autoprune.report.page import report_page
@@ -74,7 +74,7 @@ class Record:
     rewards: Mapping[str, tuple[float, ...]] | None = None
     unpruned: str | None = None
     contenders: tuple[ContenderRow, ...] = ()
-    precision: Precision = "float32"
+    precision: RunPrecision = "float32"
 
 
 Stored = TypeVar("Stored", Results, Record)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,13 +18,15 @@ from autoprune.evaluation.sensitivity import Sensitivity
 from autoprune.latency.machine import machine_identity
 from autoprune.latency.table import LatencyTable, LayerTable, Point
 from autoprune.model.inventory import Inventory, take_inventory
-from autoprune.plan import Plan
+from autoprune.plan import LayerSpec, Plan, curve_of
+from autoprune.precision import OfLayer, RunPrecision, choices_of_layers
 from autoprune.registry import Choice
 from autoprune.target import Target
 
 if TYPE_CHECKING:
     from autoprune.pipeline.run import Run  # a fake clock need not wait for all stages of a run
 
+IN_BYTES = 3.0  # times as fast as float32
 ANCHORS = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
 
 
@@ -39,17 +42,31 @@ class FakeClock:
         return self.now_s
 
 
-def fake_table(inventory: Inventory, patterns: tuple[Choice, ...], *, fixed_us: float = 0.5) -> LatencyTable:
-    """A latency table in which time follows the kept MACs at 10 per nanosecond, plus a fixed cost a layer."""
+def fake_table(
+    inventory: Inventory,
+    patterns: tuple[Choice, ...],
+    *,
+    fixed_us: float = 0.5,
+    precisions: tuple[OfLayer, ...] = ("float32",),
+) -> LatencyTable:
+    """A latency table in which time follows the kept MACs at 10 per nanosecond, plus a fixed cost a layer.
 
-    def point(macs: int, sparsity: float) -> Point:
-        return Point(sparsity, fixed_us + (1.0 - sparsity) * macs / 1e4, "fake")
+    In int8 at `IN_BYTES` times that; the first layer cannot be int8.
+    """
+    first = inventory.names[0]
+
+    def curve(layer: LayerSpec, precision: OfLayer) -> tuple[Point, ...]:
+        macs = layer.macs / (IN_BYTES if precision == "int8" and layer.name != first else 1.0)
+        return tuple(Point(s, fixed_us + (1.0 - s) * macs / 1e4, "fake") for s in ANCHORS)
 
     layers = {
         layer.name: LayerTable(
             dense_us=fixed_us + 1.2 * layer.macs / 1e4,
             calls=1,
-            curves={str(pattern): tuple(point(layer.macs, s) for s in ANCHORS) for pattern in patterns},
+            curves={
+                curve_of(pattern, precision): curve(layer, precision)
+                for precision, pattern in itertools.product(precisions, patterns)
+            },
         )
         for layer in inventory.layers
     }
@@ -67,7 +84,7 @@ def save_fake_table(run: Run) -> LatencyTable:
     context, subject = run.context, run.preparation.subject
     latency, patterns = context.config.latency, context.choices.patterns
     table = replace(
-        fake_table(subject.inventory, patterns),
+        fake_table(subject.inventory, patterns, precisions=choices_of_layers(subject.precision)),
         settings=profile_settings(subject, patterns, latency.batch, latency.threads),
         machine=machine_identity(),
     )
@@ -93,13 +110,13 @@ class FakeEvaluate(Evaluate):
     table: LatencyTable
     dense_score: float = 0.98
 
-    def layer_drop(self, name: str, sparsity: float) -> float:
-        """Drop of the score by one layer: late, wide layers bear more."""
+    def layer_drop(self, name: str, sparsity: float, precision: OfLayer = "float32") -> float:
+        """Drop of the score by one layer: late, wide layers bear more; in int8 a little more."""
         rank = self.inventory.names.index(name) / max(1, len(self.inventory.layers) - 1)
-        return float(0.4 * sparsity ** (2.0 + 8.0 * rank))
+        return float(0.4 * sparsity ** (2.0 + 8.0 * rank)) + (0.004 if precision == "int8" else 0.0)
 
     def __call__(self, plan: Plan) -> Measurement:
-        lost = sum(self.layer_drop(name, layer.sparsity) for name, layer in plan.layers.items())
+        lost = sum(self.layer_drop(name, layer.sparsity, layer.precision) for name, layer in plan.layers.items())
         latency_ms = self.table.predict_ms(plan)
         return Measurement(self.dense_score * math.exp(-lost), latency_ms, self.table.dense_ms / latency_ms)
 
@@ -125,22 +142,32 @@ def small_cnn() -> nn.Module:
         )
 
 
-def fake_problem(target: Target | None = None, sizes: tuple[int, ...] = (4, 8, 16)) -> Problem:
+def fake_problem(
+    target: Target | None = None, sizes: tuple[int, ...] = (4, 8, 16), precision: RunPrecision = "float32"
+) -> Problem:
     """A whole problem with no training and no timing: episodes take microseconds and never vary."""
     inventory = take_inventory(small_cnn(), torch.zeros(1, 3, 16, 16))
     patterns = tuple(Choice("group", {"size": size}) for size in sizes)
-    table = fake_table(inventory, patterns)
+    table = fake_table(inventory, patterns, precisions=choices_of_layers(precision))
     evaluate = FakeEvaluate(inventory, table)
-    anchors = ANCHORS[1:]
-    loss = {name: tuple(evaluate.layer_drop(name, anchor) for anchor in anchors) for name in inventory.names}
+    names = inventory.names
+
+    def lost(anchors: tuple[float, ...], precision: OfLayer) -> Sensitivity:
+        loss = {name: tuple(evaluate.layer_drop(name, anchor, precision) for anchor in anchors) for name in names}
+        return Sensitivity(anchors, loss, dict.fromkeys(names, anchors))
+
+    sensitivity = lost(ANCHORS[1:], "float32")
+    if precision == "planned":
+        sensitivity = replace(sensitivity, int8=lost(ANCHORS, "int8"))
     return Problem(
         inventory=inventory,
         table=table,
-        sensitivity=Sensitivity(anchors, loss, dict.fromkeys(inventory.names, anchors)),
+        sensitivity=sensitivity,
         dense_score=evaluate.dense_score,
         evaluate=evaluate,
         target=target or Target(speedup=3.0, over="eager"),
         pattern=patterns[len(patterns) // 2],
         criterion=Choice("magnitude"),
         training=Choice("one_shot"),
+        precision=precision,
     )

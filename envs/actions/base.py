@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from autoprune.envs.partial_plan import PartialPlan
 from autoprune.envs.problem import Problem
 from autoprune.errors import ConfigError
+from autoprune.precision import RunPrecision
 from autoprune.registry import Choice
 
 Scope = Literal["run", "layer"]
@@ -26,12 +27,14 @@ class ActionComponent(ABC):
     Attributes:
         scope: ``run`` components are read at step 0, ``layer`` components at each layer's step.
         needs_training: whether the choice only shows in a score whose recovery trains.
+        plans_precision: whether it sets layers' precisions, which a problem must leave to plans.
         solved: whether the choice guides the solver, which then makes the plan that is measured.
         after: components whose choice this one builds on: they come before it where both are listed.
     """
 
     scope: ClassVar[Scope]
     needs_training: ClassVar[bool] = False
+    plans_precision: ClassVar[bool] = False
     solved: ClassVar[bool] = False
     after: ClassVar[tuple[str, ...]] = ()
 
@@ -93,6 +96,20 @@ class ActionSpace:
     def solved(self) -> bool:
         """Whether a solver makes the plan from what is chosen."""
         return any(component.solved for component in self.components)
+
+    @cached_property
+    def plans_precision(self) -> bool:
+        """Whether the layers' precisions are chosen."""
+        return any(component.plans_precision for component in self.components)
+
+    def check_precision(self, run: RunPrecision) -> None:
+        """Raises ConfigError where layers' precisions are chosen that repacked models of this precision do not heed."""
+        for name, component in zip(self.names, self.components, strict=True):
+            if component.plans_precision and run != "planned":
+                raise ConfigError(
+                    f"the action {name!r} needs precision 'planned', in which each layer has its own; {run!r} is of "
+                    "all layers."
+                )
 
     @property
     def box(self) -> spaces.Box:

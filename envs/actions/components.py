@@ -10,6 +10,7 @@ ACTIONS: Registry[ActionComponent] = Registry(
         "coefficient": "autoprune.envs.actions.coefficient:Coefficient",
         "mix": "autoprune.envs.actions.mix:Mix",
         "group_size": "autoprune.envs.actions.group_size:GroupSize",
+        "precision": "autoprune.envs.actions.precision:LayerPrecision",
         "criterion": "autoprune.envs.actions.criterion:CriterionChoice",
         "training_method": "autoprune.envs.actions.training_method:TrainingMethod",
         "method_strength": "autoprune.envs.actions.method_strength:MethodStrength",

@@ -46,13 +46,13 @@ def play(env: PruneEnv, seed: int) -> tuple[dict[str, Any], float]:
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 @pytest.mark.filterwarnings("ignore:.*Box observation space.*:UserWarning")
 def test_both_checkers_pass(target: Target) -> None:
-    env = gymnasium.make(ENV_ID, problem=fake_problem(target), actions=EVERY_ACTION)
+    env = gymnasium.make(ENV_ID, problem=fake_problem(target, precision="planned"), actions=EVERY_ACTION)
     check_env(env.unwrapped, skip_render_check=True)
     check_env_sb3(env.unwrapped)
 
 
 def test_observations_have_one_length_for_any_model_and_stay_in_bounds() -> None:
-    env = PruneEnv(fake_problem(), EVERY_ACTION)
+    env = PruneEnv(fake_problem(precision="planned"), EVERY_ACTION)
     observation, _ = env.reset(seed=0)
     assert observation.shape == (len(NAMES) + len(EVERY_ACTION),)
     for _ in range(env.steps_per_episode):

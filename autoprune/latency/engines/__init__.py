@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from autoprune.latency.engines.base import DenseEngine
-from autoprune.precision import Precision
+from autoprune.precision import RunPrecision
 from autoprune.registry import Registry
 
 ENGINES: Registry[DenseEngine] = Registry(
@@ -23,7 +23,7 @@ ENGINES: Registry[DenseEngine] = Registry(
 )
 
 
-def baselines(precision: Precision = "float32") -> tuple[str, ...]:
+def baselines(precision: RunPrecision = "float32") -> tuple[str, ...]:
     """The engines that a model repacked in this precision is compared with.
 
     In float32 those that do the same work as the model itself, all in float32. Who accepts the error of bytes could
