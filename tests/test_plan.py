@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 from autoprune.errors import AutopruneError, ConfigError, FileError
 from autoprune.plan import LayerPlan, Plan
+from autoprune.precision import OF_LAYERS
 from autoprune.registry import Choice
 
 choices = st.builds(Choice, st.text(min_size=1), st.dictionaries(st.text(), st.integers() | st.booleans() | st.text()))
-layers = st.builds(LayerPlan, st.floats(0, 0.99), choices, choices)
+layers = st.builds(LayerPlan, st.floats(0, 0.99), choices, choices, st.sampled_from(OF_LAYERS))
 plans = st.builds(Plan, st.dictionaries(st.text(), layers), choices, st.dictionaries(st.text(), st.floats(0, 1)))
 
 
@@ -38,6 +39,14 @@ def good() -> dict[str, object]:
         ({"layers": {"a": {"sparsity": 0.5}}}, "'a'"),
         ({"layers": {"a": {"sparsity": 1.5, "pattern": {"name": "x"}, "criterion": {"name": "y"}}}}, r"\[0, 1\)"),
         ({"layers": {"a": {"sparsity": "x", "pattern": {"name": "x"}, "criterion": {"name": "y"}}}}, "number"),
+        (
+            {
+                "layers": {
+                    "a": {"sparsity": 0, "pattern": {"name": "x"}, "criterion": {"name": "y"}, "precision": "int4"}
+                }
+            },
+            "one of float32, int8, not 'int4'",
+        ),
         ({"training": "one_shot"}, "a choice must be"),
         ({"settings": {"learning_rate": "high"}}, "numbers"),
     ],
@@ -74,3 +83,24 @@ def test_a_layer_the_model_lacks_is_named_with_the_nearest() -> None:
 
 def test_errors_share_one_base() -> None:
     assert issubclass(FileError, AutopruneError)
+
+
+def test_a_plan_in_float32_is_written_as_it_was_before_layers_had_precisions() -> None:
+    layer = {
+        "sparsity": 0.5,
+        "pattern": {"name": "group", "args": {"size": 8}},
+        "criterion": {"name": "magnitude", "args": {}},
+    }
+    plain = Plan({"a": LayerPlan(0.5, Choice("group", {"size": 8}))})
+    assert plain.to_json()["layers"] == {"a": layer}
+    in_bytes = plain.with_precisions({"a": "int8"})
+    assert in_bytes.to_json()["layers"] == {"a": {**layer, "precision": "int8"}}
+    assert in_bytes.key != plain.key
+
+
+def test_what_a_plan_s_model_is_repacked_in() -> None:
+    plain = Plan(dict.fromkeys("ab", LayerPlan(0.5, Choice("unstructured"))))
+    mixed = plain.with_precisions({"b": "int8"})
+    assert mixed.precision_in("planned") == {"b": "int8"}
+    assert plain.precision_in("planned") == "float32"
+    assert mixed.precision_in("int8") == "int8"
