@@ -258,18 +258,20 @@ def _with_defaults(kind: type[Root], data: Mapping[str, Any]) -> dict[str, Any]:
         for name, field in kind.model_fields.items()
         if isinstance(field.default, Section) and isinstance(data.get(name), dict)
     }
-    return _in_quads({**data, **kept})
+    return _by_precision({**data, **kept})
 
 
-def _in_quads(data: dict[str, Any]) -> dict[str, Any]:
-    """The data, with the pattern that int8 layers run fastest in where it has none.
+def _by_precision(data: dict[str, Any]) -> dict[str, Any]:
+    """The data, with what suits int8 layers where it says nothing else.
 
     They read four neighbouring inputs at once: groups of 8 that keep such quads are as fast at 50% as others at 75%.
+    Where layers choose, all of them do: one that is left whole is in float32, among others that are not.
     """
-    env = data.get("env", {})
-    if data.get("precision", "float32") == "float32" or not isinstance(env, dict):
+    env, precision = data.get("env", {}), data.get("precision", "float32")
+    if precision == "float32" or not isinstance(env, dict):
         return data
-    return {**data, "env": {"pattern": {"name": "group", "size": 8, "block": 4}, **env}}
+    offered = {"min_saving": 0.0} if precision == "planned" else {}
+    return {**data, "env": {"pattern": {"name": "group", "size": 8, "block": 4}, **offered, **env}}
 
 
 def _validated(kind: type[Kind], data: Mapping[str, Any], where: str) -> Kind:

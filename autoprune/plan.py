@@ -203,12 +203,14 @@ class Plan:
         except ConfigError as error:
             raise FileError(f"the plan is corrupt: {path}: {error}") from None
 
-    def check_precision(self, run: RunPrecision) -> None:
-        """Raises ConfigError when the plan names int8 layers, and a run of this precision would not heed them."""
-        if run != "planned" and (named := [name for name, each in self.layers.items() if each.precision != "float32"]):
+    def check_run(self, names: list[str], run: RunPrecision) -> None:
+        """Raises ConfigError when it is no plan of a run of these layers and this precision: int8 would go unheeded."""
+        self.check_layers(names)
+        in_bytes = [name for name, layer in self.layers.items() if layer.precision != "float32"]
+        if in_bytes and run != "planned":
             raise ConfigError(
-                f"the plan has layers in int8, such as {named[0]!r}, and the run's precision is {run!r}. Take precision "
-                "'planned', in which each layer has the precision of its plan."
+                f"the plan has layers in int8, such as {in_bytes[0]!r}, and the run's precision is {run!r}. Take "
+                "precision 'planned', in which each layer has the precision of its plan."
             )
 
     def check_layers(self, names: list[str]) -> None:

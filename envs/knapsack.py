@@ -31,8 +31,9 @@ Indices = NDArray[np.int64]
 def solve(problem: Problem, partial: PartialPlan, greedily: bool = False) -> Plan:
     """The plan of `partial` with the sparsities that lose least on the problem's target, weighed by its coefficients.
 
-    Where plans choose precisions, also with the precision of each layer that `partial` has not chosen. A target out of reach gives the plan that comes nearest. `greedily`: by always pruning further where the least loss
-    buys a unit of the budget.
+    Where plans choose precisions, also with the precision of each layer that `partial` has not chosen. A target out of
+    reach gives the plan that comes nearest. `greedily`: by always pruning further where the least loss buys a unit of
+    the budget.
     """
     names, ways = problem.inventory.names, _ways(problem, partial)
     cost, weight, budget = _terms(problem, partial, ways)

@@ -50,9 +50,7 @@ class Limit:
     def cost(self, plan: Plan) -> float:
         """What a plan costs; layers that it does not name keep all their weights."""
         layers = plan.layers
-        kept = (
-            self._share(layers[name]) * each if name in layers else each for name, each in self.of_layers.items()
-        )
+        kept = (self._share(layers[name]) * each if name in layers else each for name, each in self.of_layers.items())
         return self.fixed + math.fsum(kept)
 
     def keeps(self, plan: Plan) -> bool:

@@ -123,9 +123,7 @@ ALLOW_MORE = "allow a higher sparsity (env.max_sparsity), or let more layers be 
 
 def check_limits(problem: Problem) -> None:
     """Raises InfeasibleTarget, with the best reachable figure, when even `max_sparsity` everywhere breaks a limit."""
-    plans = [
-        replace(problem, layer_precision=each).uniform(problem.max_sparsity) for each in problem.precisions
-    ]
+    plans = [replace(problem, layer_precision=each).uniform(problem.max_sparsity) for each in problem.precisions]
     if (sparsity := problem.target.sparsity) is not None and sparsity > problem.max_sparsity:
         raise InfeasibleTarget(
             f"no plan has {100 * sparsity:g}% zeros: a layer may have {100 * problem.max_sparsity:g}% at most. Ask for "
@@ -135,5 +133,6 @@ def check_limits(problem: Problem) -> None:
         if limit.name != "sparsity" and not any(map(limit.keeps, plans)):
             raise InfeasibleTarget(
                 f"no plan keeps target.{limit.name} = {limit.at_most:,.0f}: with every layer at sparsity "
-                f"{problem.max_sparsity:g} it is about {min(map(limit.cost, plans)):,.0f}. Allow more than that, {ALLOW_MORE}"
+                f"{problem.max_sparsity:g} it is about {min(map(limit.cost, plans)):,.0f}. Allow more than "
+                f"that, {ALLOW_MORE}"
             )

@@ -191,6 +191,7 @@ def test_int8_layers_keep_four_neighbouring_inputs_unless_another_pattern_is_nam
         for precision in ("int8", "mixed", "planned"):
             config = parse_config({"task": "digits", "precision": precision, **given}, "here")
             assert config.env.pattern == quads
+            assert config.env.min_saving == (0.0 if precision == "planned" else 0.02)
             assert parse_config(config.to_json(), "again") == config
     named = {"task": "digits", "precision": "int8", "env": {"pattern": "unstructured"}}
     assert parse_config(named, "here").env.pattern == Choice("unstructured")

@@ -268,8 +268,7 @@ class Run:
     def _plan(self) -> Plan:
         if self._plan_file.exists():
             plan = Plan.load(self._plan_file)
-            plan.check_layers(self.prepared.inventory.names)
-            plan.check_precision(self.config.precision)
+            plan.check_run(self.prepared.inventory.names, self.config.precision)
             return plan
         if self.unpruned is not None:
             plan = whole_plan(self.context, self.prepared.inventory)
@@ -305,8 +304,7 @@ class Run:
     def adopt(self, path: Path) -> None:
         """Takes the plan of a file in place of a searched one; refused when the run has another already."""
         plan = Plan.load(path)
-        plan.check_layers(self.prepared.inventory.names)
-        plan.check_precision(self.config.precision)
+        plan.check_run(self.prepared.inventory.names, self.config.precision)
         if self._plan_file.exists() and Plan.load(self._plan_file) != plan:
             raise ConfigError(
                 f"{self.directory} has a plan already, and it differs from {path}. Use another --run-dir."

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import autoprune
 from autoprune.errors import AutopruneError
+from autoprune.model.weights import weight_of
 from autoprune.precision import OfLayer
 from autoprune.repack.outputs import noise_of
 from autoprune.repack.quantize.trained import NOT_A_MODULE
@@ -43,7 +44,7 @@ def made(rows: Mapping[str, str]) -> list[str]:
 def test_the_repacked_model_is_the_fake_quantised_one_in_exactly_these_layers(names: tuple[str, ...]) -> None:
     model, given = net(), batches(8, 3, 6, 6)
     with torch.no_grad():
-        model[3].weight[:, ::2] = 0.0
+        weight_of(model, "3")[:, ::2] = 0.0
     x, precision = given[0][:1], {"6": "float32", **in_bytes(*names)}
     fast = autoprune.repack(model, x, precision=precision, calibration=given)
     assert made({row.name: row.precision for row in fast.report}) == list(names)

@@ -28,7 +28,8 @@ class Subject:
 
     `settings` are the run's fine-tuning settings; `seed` makes any training repeatable. `budget` is what a plan's
     training counts where its method finds the layers' shares; ``latency`` needs `table`. `precision` is that of the
-    repacked models, or ``planned``. `captured` is what `graph` remembers; copies made with `dataclasses.replace` share it.
+    repacked models, or ``planned``. `captured` is what `graph` remembers; copies made with `dataclasses.replace` share
+    it.
     """
 
     task: Task
