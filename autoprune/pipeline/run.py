@@ -54,24 +54,29 @@ def uniform_plan(context: Context, preparation: Preparation, search: PlanSearch)
     The methods that find the layers' shares spend the cost of this plan.
 
     Raises:
-        ConfigError: the target is an accuracy drop alone, or a limit of a pattern that allows one sparsity alone; or
-            precisions are planned, which only a search does.
+        ConfigError: the target is an accuracy drop alone, or a limit of a pattern that allows one sparsity alone.
         InfeasibleTarget: no uniform plan keeps the limits; the message has the best reachable figure.
     """
     config, target, pattern = context.config, context.config.target, context.config.env.pattern
     if not target.limits:
         raise ConfigError("pruning without a search needs --sparsity or --speedup (or a target that is one).")
-    if config.precision == "planned":
-        raise ConfigError(
-            "precision 'planned' is for a search, which chooses each layer's, or a plan that is given. Without either "
-            "take 'int8', 'mixed' or 'float32'."
-        )
     if target.limits == ("sparsity",):
         layer = LayerPlan(target.sparsity or 0.0, pattern, config.env.criterion)
         return Plan(dict.fromkeys(preparation.prepared.inventory.names, layer), config.finetune.method)
     problem = search.unscored
     check_limits(problem)
     return project(problem.uniform(START_SPARSITY), problem)
+
+
+def check_uniform(config: Config) -> None:
+    """Raises ConfigError where there is no plan without a search: nothing chooses it, or there is nothing to move."""
+    if config.precision == "planned":
+        raise ConfigError(
+            "precision 'planned' is for a search, which chooses each layer's, or a plan that is given. Without either "
+            "take 'int8', 'mixed' or 'float32'."
+        )
+    if config.target.limits not in ((), ("sparsity",)):
+        check_movable(config.env.pattern)
 
 
 def corrected(context: Context, search: PlanSearch, plan: Plan) -> Corrected | None:
@@ -292,8 +297,7 @@ class Run:
         """Takes a plan without a search, unless there is one: see `uniform_plan`."""
         if self._plan_file.exists():
             return
-        if self.config.target.limits not in ((), ("sparsity",)):
-            check_movable(self.config.env.pattern)  # before the engines and the table, which take a while
+        check_uniform(self.config)  # before the engines and the table, which take a while
         if self.unpruned is not None:
             self._plan()
         else:

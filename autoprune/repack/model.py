@@ -81,9 +81,8 @@ def repack(
             torch.export and torch.compile accept; None: a program where the model can be captured.
         backends: rows of BACKENDS that a layer of the ``modules`` form may have besides ``dense``; all when None.
         choose: names a layer's backend in the ``modules`` form without measuring.
-        precision: of its layers: ``float32``; ``int8``: weights and activations in bytes wherever a layer can be;
-            ``mixed``: where that costs little of the output; or a mapping of layers, by name, to ``float32`` or
-            ``int8``, where the others are float32. A program only.
+        precision: ``float32``; ``int8``: weights and activations in bytes wherever a layer can be; ``mixed``: where it
+            costs little; or layers' names with ``float32`` or ``int8``, the others being float32. A program only.
         calibration: for int8: batches of inputs, each as the model is called, from which the ranges of its activations
             are found. None of a model that `quantize_` made ready: it has the grids it was trained with.
         protocol: how layers of the ``modules`` form are timed.
