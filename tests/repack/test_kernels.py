@@ -245,7 +245,8 @@ def assert_stays_inside(program: Program, inputs: list[Tensor]) -> None:
         made.assert_intact()
         assert all(torch.equal(x, y) for x, y in zip(given, inputs, strict=True))
         assert got.shape == wanted.shape
-        assert (got - wanted).abs().max() <= 1e-4 * wanted.abs().max() + 1e-7
+        exact, right = got.double(), wanted.double()  # which may be integers or booleans
+        assert (exact - right).abs().max() <= 1e-4 * right.abs().max() + 1e-7
 
 
 def window_op(kind: str, output: str, inputs: tuple[str, ...], window: dict[str, Any], **more: Any) -> Op:
@@ -436,7 +437,7 @@ def test_taking_rows_stays_inside_its_buffers(lanes: int) -> None:
         program = program_of(ops, {}, [x, numbers], 1, lanes)
         assert_stays_inside(program, [x, numbers])
         numbers[-1, -1] = rows
-        with pytest.raises(AutopruneError, match="no row's"):
+        with pytest.raises(AutopruneError, match=r"no entry's|rows 0 to"):
             program(x, numbers)
         with pytest.raises(AutopruneError):  # there is no row at all
             program(x[:, :0], torch.zeros_like(numbers))

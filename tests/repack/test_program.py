@@ -64,7 +64,7 @@ class Mixed(nn.Module):
         y = self.pool(self.deep(stem))
         y = self.wide(torch.roll(y, 1, 2)) + torch.zeros(x.shape[0], 12, 1, 1)
         tokens = y.flatten(2).transpose(1, 2)
-        y = self.last(self.fc(tokens).cumsum(1).relu())
+        y = self.last(self.fc(tokens).cumprod(1).relu())
         return {
             "y": y,
             "views": [y[:, 0], stem],
@@ -555,15 +555,15 @@ def test_what_torch_cannot_compute_is_an_error() -> None:
     class Lookup(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.table, self.fc = nn.Embedding(10, 6), nn.Linear(6, 3)
+            self.table, self.fc = nn.Parameter(torch.randn(10)), nn.Linear(4, 3)
 
         def forward(self, x: Tensor) -> Tensor:
-            y: Tensor = self.fc(self.table(x))
+            y: Tensor = self.fc(torch.take(self.table, x))
             return y
 
     model = pruned(Lookup())
-    fast = program_of(model, torch.randint(0, 10, (2, 4), dtype=torch.int32))
-    x = torch.randint(0, 10, (3, 4), dtype=torch.int32)
+    fast = program_of(model, torch.randint(0, 10, (2, 4)))
+    x = torch.randint(0, 10, (3, 4))
     for _ in range(2):
         assert same_output(fast(x), model(x))
         with pytest.raises(AutopruneError, match="does not take these values"):
@@ -896,16 +896,15 @@ def test_rows_are_taken_by_computed_numbers(shape: tuple[int, ...], threads: int
     for taken in (1, 3, 70):
         numbers = torch.randint(1, shape[-2] + 1, (*shape[:-2], taken))
         fast = repack(model, (x, numbers), form="program", threads=threads)
-        kinds = [step.op.attributes.get("op") for step in torch_steps(fast, x, numbers)]
-        assert kinds == ["aten.sub.Tensor"]
+        assert torch_steps(fast, x, numbers) == []
         assert same_output(fast(x, numbers), model(x, numbers))
         assert isinstance(fast, ProgramModel)
         bound = fast.bind(x, numbers)
         for wrong in (0, shape[-2] + 1, 2**40, -(2**62)):
-            with pytest.raises(AutopruneError, match="no row's"):
+            with pytest.raises(AutopruneError, match="no entry's"):
                 fast(x, torch.where(torch.arange(taken) == taken - 1, wrong, numbers))
             bound.inputs[1].fill_(wrong)
-            with pytest.raises(AutopruneError, match="no row's"):
+            with pytest.raises(AutopruneError, match="no entry's"):
                 bound()
             bound.inputs[1].copy_(numbers)
             assert same_output(fast(x, numbers), model(x, numbers))

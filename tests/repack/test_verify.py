@@ -26,7 +26,7 @@ class Model(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.first(x))
-        return torch.cumsum(self.out((x + self.second(x)).mean((2, 3))), 1)
+        return torch.cumprod(self.out((x + self.second(x)).mean((2, 3))), 1)
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_forms_are_written_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "fuse_activation.txt" in names
     assert names.index("simplified.txt") < names.index("lowered.txt")
     text = next(path for path in sorted(tmp_path.iterdir()) if "lowered" in path.name).read_text()
-    assert "torch aten.cumsum.default" in text
+    assert "torch aten.cumprod.default" in text
     graph = capture(Model().eval(), (x,))
     assert "returns" in str(graph)
     assert len(str(graph).splitlines()) == len(graph.ops) + 2

@@ -233,7 +233,9 @@ def _copy(b: ir.IRBuilder, result: Result, base: ir.Value, into: ir.Value) -> No
     """A result from where the ops leave it."""
     port, view = result.port, result.view
     kind = ir.IntType(8 * port.entry_bytes).as_pointer()
-    source = at(b, b.bitcast(at(b, base, const(view.buffer.offset + view.offset * view.entry_bytes)), kind), const(0))
+    source = at(
+        b, b.bitcast(at(b, base, const(view.buffer.offset + view.offset * view.dtype.itemsize)), kind), const(0)
+    )
     target = b.bitcast(into, kind)
 
     def axis(number: int, source: ir.Value, target: ir.Value) -> None:

@@ -76,6 +76,10 @@ def _padding(site: Site, dilation: tuple[int, int]) -> tuple[tuple[int, int] | N
     return (high // 2, wide // 2), (high % 2, wide % 2)
 
 
+def _border(site: Site) -> Result:
+    return views.bordered(site) or lengths.pad(site)
+
+
 def _linear(site: Site) -> Result:
     tensors = site.weights(weight="weight", bias="bias")
     if tensors is None or not site.is_value("input") or len(site.shape("input")) < 2 or not site.is_weight("weight", 2):
@@ -277,6 +281,8 @@ _LIFTINGS: Mapping[str, Callable[[Site], Result]] = {
     "autoprune.channel_gate.default": _gate,
     "autoprune.scale_channels.default": _scale,
     **lengths.LIFTINGS,
+    "pad.default": _border,
+    "constant_pad_nd.default": _border,
     "einsum.default": einsum,
     "linear.default": _linear,
     "addmm.default": _addmm,

@@ -126,7 +126,7 @@ def _avg_pool1d(site: Site) -> Result:
     )  # fmt: skip
 
 
-def _pad(site: Site) -> Result:
+def pad(site: Site) -> Result:
     """At both ends of a length."""
     a = site.args
     pads, mode, value = a["pad"], a.get("mode", "constant"), a["value"]
@@ -164,8 +164,6 @@ LIFTINGS: Mapping[str, Callable[[Site], Result]] = {
     "conv1d.default": _conv1d,
     "conv1d.padding": _conv1d,
     "group_norm.default": _group_norm,
-    "pad.default": _pad,
-    "constant_pad_nd.default": _pad,
     "max_pool1d.default": _max_pool1d,
     "max_pool1d_with_indices.default": _max_pool1d,
     "avg_pool1d.default": _avg_pool1d,

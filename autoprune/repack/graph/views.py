@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 from torch import fx
 
 from autoprune.repack.graph import aten
-from autoprune.repack.graph.ops import Op, Reshape, TorchOp
+from autoprune.repack.graph.ops import Reshape, TorchOp
 from autoprune.repack.graph.site import Alias, Result, Site, extents
 
 
@@ -102,26 +101,18 @@ def _whole(site: Site) -> Result:
 
 
 def _rolled(site: Site) -> Result:
-    """What leaves at one end comes in at the other: along each axis its two parts change places."""
+    """A roll that leaves everything where it is."""
     a, extent = site.args, site.shape("self")
-    if not site.is_value("self") or not a["dims"] or any(type(each) is not int for each in a["shifts"]):
-        return None
-    made, source = list[Op](), site.name("self")
-    for number, (shift, dim) in enumerate(zip(a["shifts"], a["dims"], strict=True)):
+    for shift, dim in zip(a["shifts"], a["dims"], strict=False):
         size = extent[dim % len(extent)]
-        if not isinstance(size, int) or not size:
+        if type(shift) is not int or not isinstance(size, int) or not size or shift % size:
             return None
-        if not shift % size:
-            continue
-        first, last = f"{site.output} first {number}", f"{site.output} last {number}"
-        cut, given = size - shift % size, {"ref": source}
-        made += [
-            TorchOp.of(last, "aten.slice.Tensor", (given, dim, cut, size)),
-            TorchOp.of(first, "aten.slice.Tensor", (given, dim, 0, cut)),
-            TorchOp.of(f"{site.output} {number}", "aten.cat.default", ([{"ref": last}, {"ref": first}], dim)),
-        ]
-        source = made[-1].output
-    return (*made[:-1], replace(made[-1], output=site.output)) if made else Alias(source)
+    return _nothing(site) if a["dims"] else None
+
+
+def bordered(site: Site) -> Result:
+    """A border of nothing, as models add to what already fits."""
+    return _nothing(site) if all(type(each) is int and not each for each in site.args["pad"]) else None
 
 
 LIFTINGS: Mapping[str, Callable[[Site], Result]] = {

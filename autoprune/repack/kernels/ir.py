@@ -149,10 +149,10 @@ def masked_load(b: ir.IRBuilder, module: ir.Module, pointer: ir.Value, wanted: i
 
 
 def store_vector(b: ir.IRBuilder, value: ir.Value, pointer: ir.Value, lanes: int) -> None:
-    """Stores `lanes` floats, or int32s, which need not be aligned to more than one of them."""
+    """Stores `lanes` floats, or other numbers, which need not be aligned to more than one of them."""
     kind = ir.VectorType(value.type.element, lanes) if lanes > 1 else value.type
     stored = b.store(value, b.bitcast(pointer, kind.as_pointer()))
-    stored.align = 4
+    stored.align = 1 if I8 in (value.type, getattr(value.type, "element", None)) else 4
 
 
 def fma(module: ir.Module, lanes: int) -> ir.Function:

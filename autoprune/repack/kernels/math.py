@@ -25,12 +25,27 @@ _RISE = (0.00015403512, 0.0013390735257416964, 0.009618237614631653, 0.055503573
          0.6931471824645996)  # fmt: skip
 _ERF = (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592)  # Abramowitz & Stegun 7.1.26
 _ERF_SLOPE = 0.3275911
+_ROOT_HALF = int(np.float32(math.sqrt(0.5)).view(np.int32))
+_LN2 = 0.693359375  # so short that its products with exponents are exact
+_LN2_LOW = math.log(2) - _LN2
+_HALF_PI_LOW = 6.123233995736766e-17
+# (log(1 + m) - m + m**2 / 2) / m**3, (sin(r) - r) / r**3 and (cos(r) - 1 + r**2 / 2) / r**4, of r**2, minimax.
+_LOG = (7.0376836292e-2, -1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1, -1.6668057665e-1,
+        2.0000714765e-1, -2.4999993993e-1, 3.3333331174e-1)  # fmt: skip
+_SINE = (-1.9515295891e-4, 8.3321608736e-3, -1.6666654611e-1)
+_COSINE = (2.443315711809948e-5, -1.388731625493765e-3, 4.166664568298827e-2)
 
 
 def maximum(b: ir.IRBuilder, one: ir.Value, other: ir.Value) -> ir.Value:
     """The larger of each two floats; NaN wins, as in torch."""
     larger = b.select(b.fcmp_ordered(">", one, other), one, other)  # one instruction; `other` where one of them is NaN
     return b.select(b.fcmp_unordered("uno", one, one), one, larger)
+
+
+def minimum(b: ir.IRBuilder, one: ir.Value, other: ir.Value) -> ir.Value:
+    """The smaller of each two floats; NaN wins, as in torch."""
+    smaller = b.select(b.fcmp_ordered("<", one, other), one, other)
+    return b.select(b.fcmp_unordered("uno", one, one), one, smaller)
 
 
 def splat_float(value: float, lanes: int) -> ir.Constant:
@@ -156,6 +171,100 @@ def _abs(b: ir.IRBuilder, module: ir.Module, x: ir.Value, lanes: int) -> ir.Valu
     return b.bitcast(bits, x.type)
 
 
+def _signed(b: ir.IRBuilder, size: ir.Value, x: ir.Value, lanes: int) -> ir.Value:
+    """`size`, not negative, with the sign of x."""
+    integers = _splat_int(0, lanes)
+    sign = b.and_(b.bitcast(x, integers.type), _splat_int(-(2**31), lanes))
+    return b.bitcast(b.or_(b.bitcast(size, integers.type), sign), x.type)
+
+
+def _round(b: ir.IRBuilder, module: ir.Module, x: ir.Value, lanes: int) -> ir.Value:
+    """To the next integer, to the even one of two: the sum with 2**23 has no room for more."""
+    size, whole = _abs(b, module, x, lanes), splat_float(2.0**23, lanes)
+    near = b.fsub(b.fadd(size, whole), whole)
+    return _signed(b, b.select(b.fcmp_ordered("<", size, whole), near, size), x, lanes)
+
+
+def _floor(b: ir.IRBuilder, module: ir.Module, x: ir.Value, lanes: int) -> ir.Value:
+    near = _round(b, module, x, lanes)
+    return b.select(b.fcmp_ordered(">", near, x), b.fsub(near, splat_float(1.0, lanes)), near)
+
+
+def _ceil(b: ir.IRBuilder, module: ir.Module, x: ir.Value, lanes: int) -> ir.Value:
+    near = _round(b, module, x, lanes)
+    return b.select(b.fcmp_ordered("<", near, x), b.fadd(near, splat_float(1.0, lanes)), near)
+
+
+def _trunc(b: ir.IRBuilder, module: ir.Module, x: ir.Value, lanes: int) -> ir.Value:
+    return _signed(b, _floor(b, module, _abs(b, module, x, lanes), lanes), x, lanes)
+
+
+def _sign(b: ir.IRBuilder, module: ir.Module, x: ir.Value, lanes: int) -> ir.Value:
+    """0 of NaN, as torch has it."""
+    zero, one = splat_float(0.0, lanes), splat_float(1.0, lanes)
+    above, below = (b.select(b.fcmp_ordered(sign, x, zero), one, zero) for sign in (">", "<"))
+    return b.fsub(above, below)
+
+
+def _erf(b: ir.IRBuilder, module: ir.Module, x: ir.Value, lanes: int) -> ir.Value:
+    one, size = splat_float(1.0, lanes), _abs(b, module, x, lanes)
+    t = b.fdiv(one, b.call(fma(module, lanes), [size, splat_float(_ERF_SLOPE, lanes), one]))
+    power = exp(b, module, b.fneg(b.fmul(size, size)), lanes)
+    return _signed(b, b.fsub(one, b.fmul(_polynomial(b, module, t, (*_ERF, 0.0), lanes), power)), x, lanes)
+
+
+def log(b: ir.IRBuilder, module: ir.Module, x: ir.Value, lanes: int) -> ir.Value:
+    """The natural logarithm: minus infinity of 0, NaN below."""
+    small = b.fcmp_ordered("<", x, splat_float(2.0**-126, lanes))  # without a leading 1 of their own
+    normal = b.select(small, b.fmul(x, splat_float(2.0**23, lanes)), x)
+    bits = b.bitcast(normal, _splat_int(0, lanes).type)
+    away = b.sub(bits, _splat_int(_ROOT_HALF, lanes))
+    exponent = b.ashr(away, _splat_int(23, lanes))
+    mantissa = b.sub(bits, b.shl(exponent, _splat_int(23, lanes)))  # from the root of one half to that of 2
+    power = b.fsub(b.sitofp(exponent, x.type), b.select(small, splat_float(23.0, lanes), splat_float(0.0, lanes)))
+    m = b.fsub(b.bitcast(mantissa, x.type), splat_float(1.0, lanes))
+    square = b.fmul(m, m)
+    rest = b.fmul(b.fmul(_polynomial(b, module, m, _LOG, lanes), m), square)
+    rest = b.call(fma(module, lanes), [power, splat_float(_LN2_LOW, lanes), rest])
+    rest = b.call(fma(module, lanes), [square, splat_float(-0.5, lanes), rest])
+    found = b.call(fma(module, lanes), [power, splat_float(_LN2, lanes), b.fadd(m, rest)])
+    zero, infinite = splat_float(0.0, lanes), splat_float(math.inf, lanes)
+    found = b.select(b.fcmp_ordered(">", x, zero), found, splat_float(math.nan, lanes))
+    found = b.select(b.fcmp_ordered("==", x, infinite), infinite, found)
+    return b.select(b.fcmp_ordered("==", x, zero), splat_float(-math.inf, lanes), found)
+
+
+def _wave(b: ir.IRBuilder, module: ir.Module, x: ir.Value, lanes: int, ahead: int) -> ir.Value:
+    """The sine `ahead` quarter turns further; NaN from 2**51 on. Whole quarters are taken off in float64."""
+    double = ir.DoubleType() if lanes == 1 else ir.VectorType(ir.DoubleType(), lanes)
+    long = ir.IntType(64) if lanes == 1 else ir.VectorType(ir.IntType(64), lanes)
+
+    def splat_double(value: float) -> ir.Constant:
+        one = ir.Constant(ir.DoubleType(), value)
+        return one if lanes == 1 else ir.Constant(double, [one] * lanes)
+
+    name = "llvm.fma.f64" if lanes == 1 else f"llvm.fma.v{lanes}f64"
+    multiply = module.globals.get(name) or ir.Function(module, ir.FunctionType(double, [double] * 3), name)
+    exact, rounder = b.fpext(x, double), splat_double(1.5 * 2.0**52)  # adding it leaves an integer in the low bits
+    shifted = b.fadd(b.fmul(exact, splat_double(2 / math.pi)), rounder)
+    turns = b.fneg(b.fsub(shifted, rounder))
+    exact = b.call(multiply, [turns, splat_double(math.pi / 2), exact])
+    r = b.fptrunc(b.call(multiply, [turns, splat_double(_HALF_PI_LOW), exact]), x.type)
+    quarter = b.add(b.trunc(b.bitcast(shifted, long), _splat_int(0, lanes).type), _splat_int(ahead, lanes))
+    square = b.fmul(r, r)
+    odd = b.call(fma(module, lanes), [b.fmul(_polynomial(b, module, square, _SINE, lanes), square), r, r])
+    even = b.fmul(_polynomial(b, module, square, _COSINE, lanes), b.fmul(square, square))
+    even = b.fadd(b.fsub(even, b.fmul(square, splat_float(0.5, lanes))), splat_float(1.0, lanes))
+
+    def has(bit: int) -> ir.Value:
+        return b.icmp_signed("!=", b.and_(quarter, _splat_int(bit, lanes)), _splat_int(0, lanes))
+
+    found = b.select(has(1), even, odd)
+    found = b.select(has(2), b.fneg(found), found)
+    near = b.fcmp_ordered("<", _abs(b, module, x, lanes), splat_float(2.0**51, lanes))
+    return b.select(near, found, splat_float(math.nan, lanes))
+
+
 ACTIVATIONS: Mapping[str, Emit] = {
     "silu": _silu,
     "gelu": _gelu,
@@ -194,6 +303,15 @@ FUNCTIONS: Mapping[str, Emit] = {
     "cube": lambda b, module, x, lanes: b.fmul(b.fmul(x, x), x),
     "neg": lambda b, module, x, lanes: b.fneg(x),
     "abs": _abs,
+    "sign": _sign,
+    "round": _round,
+    "floor": _floor,
+    "ceil": _ceil,
+    "trunc": _trunc,
+    "erf": _erf,
+    "log": log,
+    "sin": partial(_wave, ahead=0),
+    "cos": partial(_wave, ahead=1),
 }
 """Name -> emitter of what `kernels.strided` computes of one value: activations, and what no layer ends in."""
 

@@ -19,7 +19,7 @@ from autoprune.repack.kernels.ir import (
     splat,
     store_vector,
 )
-from autoprune.repack.kernels.math import exp, splat_float
+from autoprune.repack.kernels.math import exp, log, splat_float
 from autoprune.repack.kernels.rows import each, summed, united
 
 
@@ -36,8 +36,8 @@ class Field(Fields):
 
 
 @kernel
-def softmax(target: Target) -> ir.Module:
-    """Y = e ** (x - max) / their sum, a row at a time; an item is some rows."""
+def softmax(logarithm: bool, target: Target) -> ir.Module:
+    """Y = e ** (x - max) / their sum, or its `logarithm`, a row at a time; an item is some rows."""
     module, lanes = ir.Module(), target.lanes
     b, fields, slots, item, _ = op_function(module)
     get = Field.load(b, fields)
@@ -53,14 +53,16 @@ def softmax(target: Target) -> ir.Module:
         ) -> ir.Value:
             away = b.fsub(load_vector(b, at(b, x, position), wide), splat(b, top, wide))
             power = exp(b, module, away, wide)
-            store_vector(b, power, at(b, y, position), wide)
+            store_vector(b, away if logarithm else power, at(b, y, position), wide)
             return b.fadd(total, power)
 
-        share = b.fdiv(ir.Constant(F32, 1.0), summed(b, features, lanes, add))
+        total = summed(b, features, lanes, add)
+        last = log(b, module, total, 1) if logarithm else b.fdiv(ir.Constant(F32, 1.0), total)
 
-        def write(position: ir.Value, wide: int, y: ir.Value = y, share: ir.Value = share) -> None:
+        def write(position: ir.Value, wide: int, y: ir.Value = y, last: ir.Value = last) -> None:
             here = at(b, y, position)
-            store_vector(b, b.fmul(load_vector(b, here, wide), splat(b, share, wide)), here, wide)
+            value, other = load_vector(b, here, wide), splat(b, last, wide)
+            store_vector(b, b.fsub(value, other) if logarithm else b.fmul(value, other), here, wide)
 
         each(b, features, lanes, write)
     b.ret_void()

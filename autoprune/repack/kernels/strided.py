@@ -1,20 +1,20 @@
 """A native op on values wherever they lie: one, or two combined, read and written at any strides.
 
-It copies, transposes, concatenates, adds or scales by what is repeated along some axes (a stride of 0), and picks one
-of two values by a boolean.
+It copies, transposes, concatenates, adds or scales by what is repeated along some axes (a stride of 0), compares,
+converts from one type to another, and picks one of two values by a boolean.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from enum import Enum
+from typing import NamedTuple
 
 import llvmlite.ir as ir
 
 from autoprune.repack.kernels.compiler import Target, kernel
+from autoprune.repack.kernels.entries import COMPARISONS, OPERATIONS, Entry, compared, converted, is_true
 from autoprune.repack.kernels.fields import FLOAT, NUMBER, OFFSET, SLOT, Fields
 from autoprune.repack.kernels.ir import (
-    I8,
     address,
     at,
     clamp,
@@ -32,7 +32,8 @@ from autoprune.repack.kernels.ir import (
 from autoprune.repack.kernels.math import FUNCTIONS
 from autoprune.repack.kernels.rows import CHAINS
 
-AXES = 4
+AXES = 6  # at most
+COUNTS = (2, 4, AXES)  # of axes that kernels are made for
 
 
 class Along(Enum):
@@ -44,7 +45,7 @@ class Along(Enum):
 
 
 class Field(Fields):
-    """Entries of the int64 array that describes one op; sizes and strides in floats."""
+    """Entries of the int64 array that describes one op; strides in entries of the operand that they belong to."""
 
     X_SLOT = SLOT
     X_OFFSET = OFFSET
@@ -52,28 +53,38 @@ class Field(Fields):
     X_STRIDE_1 = NUMBER
     X_STRIDE_2 = NUMBER
     X_STRIDE_3 = NUMBER
+    X_STRIDE_4 = NUMBER
+    X_STRIDE_5 = NUMBER
     OTHER_SLOT = SLOT.of("other")
     OTHER_OFFSET = OFFSET.of("other")
     OTHER_STRIDE_0 = NUMBER.of("other")
     OTHER_STRIDE_1 = NUMBER.of("other")
     OTHER_STRIDE_2 = NUMBER.of("other")
     OTHER_STRIDE_3 = NUMBER.of("other")
+    OTHER_STRIDE_4 = NUMBER.of("other")
+    OTHER_STRIDE_5 = NUMBER.of("other")
     Y_SLOT = SLOT
     Y_OFFSET = OFFSET
     Y_STRIDE_0 = NUMBER
     Y_STRIDE_1 = NUMBER
     Y_STRIDE_2 = NUMBER
     Y_STRIDE_3 = NUMBER
+    Y_STRIDE_4 = NUMBER
+    Y_STRIDE_5 = NUMBER
     SIZE_0 = NUMBER
     SIZE_1 = NUMBER
     SIZE_2 = NUMBER
     SIZE_3 = NUMBER
+    SIZE_4 = NUMBER
+    SIZE_5 = NUMBER
     CHOICE_SLOT = SLOT.of("choice")
     CHOICE_OFFSET = OFFSET.of("choice")
-    CHOICE_STRIDE_0 = NUMBER.of("choice")  # in bytes, one a boolean
+    CHOICE_STRIDE_0 = NUMBER.of("choice")
     CHOICE_STRIDE_1 = NUMBER.of("choice")
     CHOICE_STRIDE_2 = NUMBER.of("choice")
     CHOICE_STRIDE_3 = NUMBER.of("choice")
+    CHOICE_STRIDE_4 = NUMBER.of("choice")
+    CHOICE_STRIDE_5 = NUMBER.of("choice")
     BLOCK = NUMBER  # rows along the last axis an item
     LOW = FLOAT.of("bounds")  # results are clamped
     HIGH = FLOAT.of("bounds")
@@ -84,32 +95,38 @@ def per_axis(name: str) -> list[Field]:
     return [Field[f"{name}_{axis}"] for axis in range(AXES)]
 
 
-Operation = Callable[[ir.IRBuilder, ir.Value, ir.Value], ir.Value]
-OPERATIONS: Mapping[str, Operation] = {
-    "add": lambda b, x, other: b.fadd(x, other),
-    "sub": lambda b, x, other: b.fsub(x, other),
-    "mul": lambda b, x, other: b.fmul(x, other),
-    "div": lambda b, x, other: b.fdiv(x, other),
-}
-"""How two values become one."""
+class Read(NamedTuple):
+    """An operand: how it lies, and what its entries are."""
+
+    along: Along
+    entry: Entry = Entry.FLOAT32
+
+
+class Made(NamedTuple):
+    """A result: the type it is computed in, its entries, and whether they are neighbours along the last axis."""
+
+    computed: Entry = Entry.FLOAT32
+    entry: Entry = Entry.FLOAT32
+    together: bool = True
 
 
 @kernel
 def strided(
-    x: Along, other: Along | None, operation: str, activation: str, target: Target, together: bool = True,
-    bounded: bool = False, choice: Along | None = None,
+    x: Read, other: Read | None, choice: Read | None, operation: str, activation: str, made: Made, axes: int,
+    target: Target, bounded: bool = False,
 ) -> ir.Module:  # fmt: skip
     """Y = activation(clamp(x [operation other])); an item is some rows along the last axis.
 
     Args:
-        x: how the operand lies.
-        other: how the second does; there is none where it is None.
-        operation: a row of OPERATIONS; empty without a second operand, or where one of the two is picked.
-        activation: a row of `math.FUNCTIONS`; empty for none.
+        x: an operand.
+        other: the second; there is none where it is None.
+        choice: booleans that pick the first operand, where they are true, or the second; None without them.
+        operation: a row of `entries.OPERATIONS` or of COMPARISONS; empty without a second operand, or with a choice.
+        activation: a row of `math.FUNCTIONS`, of floats; empty for none.
+        made: the result.
+        axes: how many of the last axes have entries, 2 or more; those before have one each.
         target: what to compile for.
-        together: whether the results are neighbours along the last axis.
-        bounded: whether they are clamped.
-        choice: how booleans lie that pick the first operand, where they are true, or the second; None without them.
+        bounded: whether the results, floats, are clamped.
     """
     module, lanes = ir.Module(), target.lanes
     b, fields, slots, item, _ = op_function(module)
@@ -117,37 +134,40 @@ def strided(
     def get(field: Field) -> ir.Value:
         return b.load(at(b, fields, const(field)))
 
-    sizes = [get(field) for field in per_axis("SIZE")]
+    sizes = [get(field) for field in per_axis("SIZE")[-axes:]]
     bounds = tuple(float_field(b, get(field)) for field in (Field.LOW, Field.HIGH)) if bounded else ()
-    operands = {"X": x, "OTHER": other, "CHOICE": choice}
-    lie = [along for along in operands.values() if along is not None]
-    names = [*(name for name, along in operands.items() if along is not None), "Y"]
-    bases = [address(b, slots, get(Field[f"{name}_SLOT"]), get(Field[f"{name}_OFFSET"])) for name in names]
-    if choice is not None:
-        bases[2] = b.bitcast(bases[2], I8.as_pointer())
-    strides = [[get(field) for field in per_axis(f"{name}_STRIDE")] for name in names]
-    rows = b.mul(b.mul(sizes[0], sizes[1]), sizes[2])
+    given = {name: read for name, read in (("X", x), ("OTHER", other), ("CHOICE", choice)) if read is not None}
+    bases = []
+    for name, entry in [*((name, read.entry) for name, read in given.items()), ("Y", made.entry)]:
+        place = address(b, slots, get(Field[f"{name}_SLOT"]), get(Field[f"{name}_OFFSET"]))
+        bases.append(b.bitcast(place, entry.kind.as_pointer()))
+    strides = [[get(field) for field in per_axis(f"{name}_STRIDE")[-axes:]] for name in (*given, "Y")]
+    rows = sizes[0]
+    for size in sizes[1:-1]:
+        rows = b.mul(rows, size)
     first = b.mul(item, get(Field.BLOCK))
     with loop(b, first, smaller(b, b.add(first, get(Field.BLOCK)), rows)) as row:
         rest, index = row, []
-        for axis in (2, 1, 0):
-            index.append(b.srem(rest, sizes[axis]))
-            rest = b.sdiv(rest, sizes[axis])
-        lines = [_row(b, base, steps, index) for base, steps in zip(bases, strides, strict=True)]
+        for size in sizes[-2::-1]:
+            index.append(b.srem(rest, size))
+            rest = b.sdiv(rest, size)
+        lines = [_row(b, base, steps[-2::-1], index) for base, steps in zip(bases, strides, strict=True)]
 
         def compute(position: ir.Value, wide: int, lines: list[ir.Value] = lines) -> None:
             values = [
-                _read(b, line, position, steps[-1], along, wide)
-                for line, steps, along in zip(lines, strides, lie, strict=False)
+                _read(b, line, position, steps[-1], read.along, wide)
+                for line, steps, read in zip(lines, strides, given.values(), strict=False)
             ]
-            value = _combined(b, values, operation, wide)
+            value, kind = _combined(b, values, list(given.values()), operation, made.computed, wide)
             if bounds:
                 value = clamp(b, value, *(splat(b, bound, wide) for bound in bounds))
             if activation:
                 value = FUNCTIONS[activation](b, module, value, wide)
-            _write(b, value, lines[-1], position, None if together else strides[-1][-1], wide)
+            value = converted(b, value, kind, made.entry, wide)
+            _write(b, value, lines[-1], position, None if made.together else strides[-1][-1], wide)
 
-        gathers = not together or Along.APART in lie  # a wider vector would be many single floats
+        apart = any(read.along is Along.APART for read in given.values())
+        gathers = not made.together or apart  # a wider vector would be many single entries
         spans(b, const(0), sizes[-1], (lanes, 1) if gathers else (CHAINS * lanes, lanes, 1), compute)
     b.ret_void()
     return module
@@ -165,8 +185,8 @@ def _read(b: ir.IRBuilder, line: ir.Value, position: ir.Value, step: ir.Value, a
 
 def _row(b: ir.IRBuilder, base: ir.Value, steps: list[ir.Value], index: list[ir.Value]) -> ir.Value:
     """Where a row along the last axis begins; `index` is that of the axis before it, and of those before that one."""
-    for axis, number in zip((2, 1, 0), index, strict=True):
-        base = at(b, base, b.mul(number, steps[axis]))
+    for step, number in zip(steps, index, strict=True):
+        base = at(b, base, b.mul(number, step))
     return base
 
 
@@ -184,9 +204,15 @@ def _write(
             b.store(b.extract_element(value, const(lane)), place)
 
 
-def _combined(b: ir.IRBuilder, values: list[ir.Value], operation: str, wide: int) -> ir.Value:
-    """One value of one, of two by an operation, or of two by the booleans that pick one."""
+def _combined(
+    b: ir.IRBuilder, values: list[ir.Value], read: list[Read], operation: str, computed: Entry, wide: int
+) -> tuple[ir.Value, Entry]:
+    """One value of one, of two by an operation, or of two by the booleans that pick one; and its type."""
+    operands = [
+        converted(b, value, given.entry, computed, wide) for value, given in zip(values[:2], read, strict=False)
+    ]
     if len(values) == 3:
-        no = ir.Constant(values[2].type, None if wide > 1 else 0)
-        return b.select(b.icmp_signed("!=", values[2], no), values[0], values[1])
-    return OPERATIONS[operation](b, *values) if len(values) == 2 else values[0]
+        return b.select(is_true(b, values[2], read[2].entry, wide), *operands), computed
+    if operation in COMPARISONS:
+        return compared(b, operation, operands[0], operands[1], computed, wide), Entry.BOOL
+    return (OPERATIONS[computed][operation](b, *operands) if operation else operands[0]), computed

@@ -62,11 +62,13 @@ class StridedRef:
         offset_bytes: from the slot's base to the first entry; or with slot 0 an array that is read in its place.
         strides: entries from one to the next along each axis; those of the last axes may be left out where an op's
             kernel takes them as given.
+        dtype: of an entry.
     """
 
     slot: int
     offset_bytes: int | NDArray[np.float32]
     strides: tuple[int, ...] = ()
+    dtype: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True)

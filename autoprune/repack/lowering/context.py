@@ -26,6 +26,7 @@ from autoprune.repack.kernels.compiler import Target
 from autoprune.repack.kernels.strided import AXES
 from autoprune.repack.lowering import map_nodes, strided_nodes, token_nodes
 from autoprune.repack.lowering.buffers import Buffer, StridedRef
+from autoprune.repack.lowering.layout import floats_of
 from autoprune.repack.lowering.steps import (
     ARENA,
     Map,
@@ -33,10 +34,10 @@ from autoprune.repack.lowering.steps import (
     TorchStep,
     View,
     contiguous_strides,
-    is_float,
     settled,
     storage_of,
 )
+from autoprune.repack.lowering.strided_nodes import ENTRIES, Function
 from autoprune.repack.lowering.weights import Weights
 from autoprune.repack.native.op import NativeOp
 
@@ -85,7 +86,7 @@ class Lowering:
         self.fixed: dict[int, Tensor] = {}
         self.known: dict[str, Tensor] = {}  # what depends on constants and shapes alone
         self.scratches: list[Buffer] = []
-        self.wrong: Buffer | None = None  # an int64 that tells of a number which is no row's
+        self.wrong: Buffer | None = None  # an int64 that tells of a number which is no entry's
         self.input_slots: dict[str, int] = {}
         self.limits: dict[int, int] = {}
         self.constants = {name: tensor.to("meta") for name, tensor in graph.constants.items()}
@@ -103,6 +104,12 @@ class Lowering:
         while name in self.names:
             name += "'"
         return name
+
+    def made(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> View:
+        """A new value in rows, in a buffer of its own that a step is yet to write."""
+        meta = self.values[name] = torch.empty(shape, device="meta", dtype=dtype)
+        buffer = self.buffers[storage_of(meta)] = Buffer(floats_of(meta.numel(), dtype.itemsize))
+        return View(buffer, 0, shape, contiguous_strides(shape), dtype)
 
     def define(self, name: str, shape: tuple[int, ...], order: tuple[int, ...] | None = None) -> Tensor:
         """A new float value: contiguous, or contiguous after permuting its axes into `order`."""
@@ -135,7 +142,7 @@ class Lowering:
 
             self.steps.append(NativeStep(name, [source.buffer], buffer, build))
         shape, stride = tuple(meta.shape), tuple(meta.stride())
-        return View(self.buffers[key], meta.storage_offset(), shape, stride, meta.element_size())
+        return View(self.buffers[key], meta.storage_offset(), shape, stride, meta.dtype)
 
     def rows(self, name: str) -> View:
         """The value as contiguous rows; copied where it is not."""
@@ -199,24 +206,29 @@ class Lowering:
         if isinstance(op, TorchOp) and self.is_known(op, meta):
             result = self.known[op.output] = self.computed(op)  # it depends on constants and shapes alone
             self.fixed[buffer.slot] = result
-            return View(buffer, 0, tuple(meta.shape), tuple(meta.stride()))
+            return View(buffer, 0, tuple(meta.shape), tuple(meta.stride()), meta.dtype)
         self.steps.append(TorchStep(op, reads, buffer.slot, tuple(meta.shape), tuple(meta.stride()), meta.dtype))
-        return View(buffer, 0, tuple(meta.shape), tuple(meta.stride()))
+        return View(buffer, 0, tuple(meta.shape), tuple(meta.stride()), meta.dtype)
+
+    def fixed_value(self, name: str) -> Tensor | None:
+        """A constant, or what depends on constants and shapes alone; None for any other value."""
+        value = self.known.get(name, self.graph.constants.get(name))
+        return None if value is None or value.is_meta else value
 
     def is_known(self, op: TorchOp, meta: Tensor) -> bool:
         """Whether a torch operation reads nothing that a call gives, and its result is not too large to be kept."""
-        read = [name for name in op.reads if isinstance(self.values[name], Tensor)]
-        given = [self.known.get(name, self.graph.constants.get(name)) for name in read]
-        if any(value is None or value.is_meta for value in given):
+        given = [self.fixed_value(name) for name in op.reads if isinstance(self.values[name], Tensor)]
+        known = [value for value in given if value is not None]
+        if len(known) < len(given):
             return False
-        return meta.numel() <= max(FOLD_LIMIT, *(value.numel() for value in given if value is not None), 0) or not read
+        return meta.numel() <= max(FOLD_LIMIT, *(value.numel() for value in known), 0) or not known
 
     def computed(self, op: TorchOp) -> Tensor:
         """What such an operation gives."""
         values = {**self.graph.constants, **self.known}
         known = {name: values.get(name, self.values[name]) for name in op.reads}
         result: Tensor = op.bound(known)({})
-        return settled(result)
+        return settled(result).contiguous()
 
     def scratch(self, floats: int) -> Buffer:
         """Room for every thread to work in."""
@@ -265,9 +277,9 @@ def copied(lowering: Lowering, name: str, meta: Tensor) -> View | None:
     x = operand(lowering, name)
     if x is None or not meta.is_contiguous() or not fitting(x.shape, [x]):
         return None
-    buffer = lowering.buffers[storage_of(meta)] = Buffer(meta.numel())
-    write(lowering, name, x.shape, [x], View(buffer, 0, x.shape, contiguous_strides(x.shape)), "", None)
-    return View(buffer, 0, tuple(meta.shape), tuple(meta.stride()))
+    buffer = lowering.buffers[storage_of(meta)] = Buffer(floats_of(meta.numel(), meta.element_size()))
+    write(lowering, name, x.shape, [x], View(buffer, 0, x.shape, contiguous_strides(x.shape), meta.dtype))
+    return View(buffer, 0, tuple(meta.shape), tuple(meta.stride()), meta.dtype)
 
 
 @dataclass(frozen=True)
@@ -281,6 +293,16 @@ class Operand:
     source: Map | View | NDArray[np.float32]
     shape: tuple[int, ...]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its entries."""
+        return self.source.dtype if isinstance(self.source, View) else torch.float32
+
+    @property
+    def buffers(self) -> list[Buffer]:
+        """What a step that reads it depends on."""
+        return [] if isinstance(self.source, np.ndarray) else [self.source.buffer]
+
     def ref(self, shape: tuple[int, ...]) -> StridedRef:
         """Where it lies, repeated to `shape`."""
         if isinstance(self.source, np.ndarray):
@@ -290,58 +312,69 @@ class Operand:
         return replace(whole, strides=(0,) * (len(shape) - len(own)) + tuple(own))
 
 
-def operand(lowering: Lowering, given: Any) -> Operand | None:
-    """A value by its name, or a number; None for anything else."""
-    if isinstance(given, (int, float)) and not isinstance(given, bool):
-        return Operand(np.full(1, given, np.float32), ())
-    value = lowering.values.get(given) if isinstance(given, str) else None
-    if value is None or not is_float(value):
+def operand(lowering: Lowering, given: Any, dtype: torch.dtype = torch.float32) -> Operand | None:
+    """A value by its name, or a number, which is one of `dtype`; None for a value of a type that no kernel knows."""
+    known = lowering.values.get(given) if isinstance(given, str) else given
+    if isinstance(known, (int, float)):
+        if dtype not in ENTRIES:
+            return None
+        if dtype == torch.float32:
+            return Operand(np.full(1, known, np.float32), ())
+        buffer = lowering.in_slot()  # it lies ready for every call
+        lowering.fixed[buffer.slot] = torch.tensor(known, dtype=dtype, device="cpu")
+        return Operand(View(buffer, 0, (), (), dtype), ())
+    if not isinstance(known, Tensor) or known.dtype not in ENTRIES:
         return None
-    made = lowering.maps.get((given, (1, 1), 0.0)) if storage_of(value) not in lowering.buffers else None
-    return Operand(lowering.plain(given) if made is None else made, tuple(value.shape))
+    made = lowering.maps.get((given, (1, 1), 0.0)) if storage_of(known) not in lowering.buffers else None
+    return Operand(lowering.plain(given) if made is None else made, tuple(known.shape))
 
 
-def fitting(shape: tuple[int, ...], operands: Sequence[Operand]) -> bool:
-    """Whether the kernel has enough axes."""
+def operands(lowering: Lowering, given: Sequence[Any], dtype: torch.dtype = torch.float32) -> list[Operand] | None:
+    """Several; None where there is one that no kernel knows."""
+    found = [operand(lowering, each, dtype) for each in given]
+    known = [each for each in found if each is not None]
+    return known if len(known) == len(found) else None
+
+
+def fitting(shape: tuple[int, ...], operands: Sequence[Operand], y: tuple[int, ...] | None = None) -> bool:
+    """Whether the kernel has enough axes; `y` are the result's strides, None: it lies in rows."""
     if sum(size != 1 for size in shape) <= AXES:
         return True
     if any(isinstance(each.source, Map) for each in operands):  # its strides are not known yet
         return False
-    strides = [*(each.ref(shape).strides for each in operands), contiguous_strides(shape)]
-    return len(strided_nodes.merged_axes(shape, strides)[0]) <= AXES
+    strides = [*(each.ref(shape).strides for each in operands), contiguous_strides(shape) if y is None else y]
+    return len(strided_nodes.coalesced(shape, strides)[0]) <= AXES
 
 
 def write(
-    lowering: Lowering, name: str, shape: tuple[int, ...], operands: Sequence[Operand], y: View, operation: str,
-    activation: str | None, choice: Operand | None = None,
+    lowering: Lowering, name: str, shape: tuple[int, ...], operands: Sequence[Operand], y: View,
+    find: Function | None = None, choice: Operand | None = None,
 ) -> None:  # fmt: skip
-    """The step that computes `shape` of `y`; with a `choice` of booleans it picks one of two operands."""
+    """The step that computes `shape` of `y`: a copy where there is nothing to find.
+
+    With a `choice` of booleans it picks one of two operands.
+    """
+    what = find or Function("", None, y.dtype)
 
     def build(*_: Any) -> NativeOp:
-        x, *others = (each.ref(shape) for each in operands)
-        other, picked = others[0] if others else None, None if choice is None else choice.ref(shape)
-        return strided_nodes.pointwise(name, shape, x, other, y.ref(), operation, activation, lowering.target, picked)
+        given, picked = [each.ref(shape) for each in operands], None if choice is None else choice.ref(shape)
+        return strided_nodes.pointwise(name, shape, given, y.ref(), what, lowering.target, picked)
 
-    given = [*operands, *([] if choice is None else [choice])]
-    reads = [each.source.buffer for each in given if not isinstance(each.source, np.ndarray)]
+    reads = [buffer for each in (*operands, *([] if choice is None else [choice])) for buffer in each.buffers]
     lowering.steps.append(NativeStep(name, reads, y.buffer, build))
 
 
-def picked(lowering: Lowering, name: str, choice: str, given: Sequence[Any]) -> bool:
-    """Defines `name`: the first of two values, or numbers, where `choice` is true, else the second.
+def picked(lowering: Lowering, name: str, choice: str, given: Sequence[Any], dtype: torch.dtype) -> bool:
+    """Defines `name`, of `dtype`: the first of two values, or numbers, where `choice` is true, else the second.
 
-    False where `choice` holds no booleans, a value no floats, or the kernel has too few axes.
+    False where `choice` holds no booleans, or the kernel has too few axes, or does not know a type.
     """
-    booleans = lowering.values[choice]
-    operands = [each for each in (operand(lowering, each) for each in given) if each is not None]
-    if booleans.dtype != torch.bool or len(operands) < len(given):
+    booleans, found = lowering.values[choice], operands(lowering, given, dtype)
+    if booleans.dtype != torch.bool or found is None or dtype not in ENTRIES:
         return False
     chosen = Operand(lowering.plain(choice), tuple(booleans.shape))
-    shape = tuple(torch.broadcast_shapes(chosen.shape, *(each.shape for each in operands)))
-    if not fitting(shape, [*operands, chosen]):
+    shape = tuple(torch.broadcast_shapes(chosen.shape, *(each.shape for each in found)))
+    if not fitting(shape, [*found, chosen]):
         return False
-    meta = lowering.define(name, shape)
-    buffer = lowering.buffers[storage_of(meta)] = Buffer(meta.numel())
-    y = View(buffer, 0, shape, contiguous_strides(shape))
-    write(lowering, name, shape, operands, y, "", None, chosen)
+    write(lowering, name, shape, found, lowering.made(name, shape, dtype), choice=chosen)
     return True

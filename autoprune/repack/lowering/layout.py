@@ -26,6 +26,11 @@ SLACK = 16 * ALIGN  # floats behind a map, which tiles may read
 LONG_FLOATS = 2  # an int64, or an address, is as long as two floats
 
 
+def floats_of(entries: int, size: int) -> int:
+    """Floats that so many entries of `size` bytes take."""
+    return -(-entries * size // FLOAT_BYTES)
+
+
 def aligned(floats: int) -> int:
     return -(-floats // ALIGN) * ALIGN
 

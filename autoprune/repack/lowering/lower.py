@@ -144,7 +144,8 @@ def native_buffers(lowering: Lowering) -> list[Buffer]:
 def output_view(lowering: Lowering, name: str, outputs: dict[int, tuple[int, ...]]) -> View:
     """Where an output of the model lies; what native ops computed goes straight into a fresh tensor."""
     view, meta = lowering.plain(name), lowering.values[name]
-    if view.buffer.slot < 0 and meta.is_contiguous() and 2 * meta.numel() >= view.buffer.size:
+    fits = is_float(meta) and meta.is_contiguous() and 2 * meta.numel() >= view.buffer.size
+    if view.buffer.slot < 0 and fits:
         view.buffer.slot = lowering.in_slot().slot
         whole = view.buffer.size == meta.numel()
         outputs[view.buffer.slot] = tuple(meta.shape) if whole else (view.buffer.size,)
@@ -186,10 +187,13 @@ def lower_op(lowering: Lowering, op: Op) -> None:
         source = lowering.values.get(name)
         if isinstance(source, Tensor) and storage_of(source) == storage_of(meta):
             lowering.plain(name)  # a view: nothing to run
-            if name in lowering.known:
-                values = {**lowering.values, **lowering.known}
-                lowering.known[op.output] = evaluate_op(op, values, lowering.graph.constants)
+            if lowering.fixed_value(name) is not None:
+                values = {**lowering.values, **lowering.graph.constants, **lowering.known}
+                lowering.known[op.output] = evaluate_op(op, values, {})
             return
+    if isinstance(op, TorchOp) and lowering.is_known(op, meta):  # it is kept in rows
+        meta = torch.empty(meta.shape, dtype=meta.dtype, device="meta")
+        lowering.values[op.output] = meta
     if meta.storage_offset():  # of a copy of all that lay around it: it is told from its own first element on
         meta = torch.empty_strided(meta.shape, meta.stride(), dtype=meta.dtype, device="meta")
         lowering.values[op.output] = meta
@@ -201,8 +205,10 @@ def lower_op(lowering: Lowering, op: Op) -> None:
 def of_shapes(lowering: Lowering, op: Op) -> bool:
     """Whether an operation computes of what depends on shapes alone, such as a causal mask: once, and by torch."""
     read = [name for name in op.reads if isinstance(lowering.values[name], Tensor)]
-    known = all(name in lowering.known or name in lowering.constants for name in read)
-    return isinstance(op, TorchOp) and known and any(name in lowering.known for name in read)
+    if not isinstance(op, TorchOp) or any(lowering.fixed_value(name) is None for name in read):
+        return False
+    meta = evaluate_op(op, lowering.values, lowering.constants)
+    return isinstance(meta, Tensor) and lowering.is_known(op, meta)
 
 
 def _sharing(returned: Mapping[str, View], fixed: Collection[int]) -> frozenset[str]:

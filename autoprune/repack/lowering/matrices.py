@@ -1,4 +1,4 @@
-"""Lowers what works on matrices and rows that are computed: attention, products, softmax, sums over axes, stacks.
+"""Lowers what works on matrices that are computed: attention and products.
 
 Operands are read where they lie; one whose rows do not lie together is copied first.
 """
@@ -18,9 +18,9 @@ from autoprune.repack.kernels.few_rows import few
 from autoprune.repack.kernels.matmul import scratch as product_scratch
 from autoprune.repack.lowering import matrix_nodes, strided_nodes, token_nodes
 from autoprune.repack.lowering.buffers import Buffer, StridedRef
-from autoprune.repack.lowering.context import Operand, fitting, operand, picked, write
-from autoprune.repack.lowering.matrix_nodes import Axis, Matrices
-from autoprune.repack.lowering.steps import Map, NativeStep, View, contiguous_strides, is_float, storage_of
+from autoprune.repack.lowering.context import picked
+from autoprune.repack.lowering.matrix_nodes import Matrices
+from autoprune.repack.lowering.steps import NativeStep, View, contiguous_strides, is_float, storage_of
 from autoprune.repack.native.op import NativeOp
 
 if TYPE_CHECKING:
@@ -91,9 +91,10 @@ def _bias(lowering: Lowering, op: Attention, shape: tuple[int, ...]) -> tuple[St
 
 
 def _added(lowering: Lowering, mask: str) -> str:
-    """What a mask of booleans adds: 0 where it is True, else minus infinity; computed once a call."""
+    """What a mask of booleans adds: 0 where it is True, else minus infinity; computed once a call, or once for all."""
     name = lowering.own_name(f"{mask} added")
-    if name not in lowering.values and not picked(lowering, name, mask, (0.0, -math.inf)):
+    once = lowering.fixed_value(mask) is not None
+    if name not in lowering.values and (once or not picked(lowering, name, mask, (0.0, -math.inf), torch.float32)):
         op = TorchOp.of(name, "aten.where.Scalar", ({"ref": mask}, 0.0, {"float": "-inf"}))
         meta = lowering.values[name] = evaluate_op(op, lowering.values, lowering.constants)
         lowering.torch_step(op, meta)
@@ -112,15 +113,15 @@ def rotary(lowering: Lowering, op: Rotary) -> bool:
     if torch.broadcast_shapes(shape, *(each.shape for each in angles)) != shape:
         return False
     strides = [x.stride[:-1], *(_broadcast(each, len(shape))[:-1] for each in angles)]
-    sizes, steps = strided_nodes.merged_axes(lead, strides)
-    if sizes[0] != 1:
+    if len(strided_nodes.coalesced(lead, strides)[0]) > 3:
         return False
+    sizes, steps = strided_nodes.merged_axes(lead, strides, 3)
     meta = lowering.define(op.output, shape)
     buffer = lowering.buffers[storage_of(meta)] = Buffer(meta.numel())
 
     def build(*_: Any) -> NativeOp:
-        given, cos, sin = (_at(each.ref(), apart[1:]) for each, apart in zip((x, *angles), steps, strict=True))
-        return strided_nodes.turned(op.output, (*sizes[1:], features), given, cos, sin, buffer.ref(), lowering.target)
+        given, cos, sin = (_at(each.ref(), apart) for each, apart in zip((x, *angles), steps, strict=True))
+        return strided_nodes.turned(op.output, (*sizes, features), given, cos, sin, buffer.ref(), lowering.target)
 
     lowering.steps.append(NativeStep(op.output, [each.buffer for each in (x, *angles)], buffer, build))
     return True
@@ -163,104 +164,6 @@ def product(lowering: Lowering, op: TorchOp) -> bool:
 
     reads = [x.buffer, other.buffer, *([] if scratch is None else [scratch])]
     lowering.steps.append(NativeStep(op.output, reads, buffer, build))
-    return True
-
-
-def softmax(lowering: Lowering, op: TorchOp) -> bool:
-    """Along any axis: one that is not the last becomes the last in memory."""
-    args = op.named_args()
-    name = args["self"]["ref"]
-    x = lowering.values[name]
-    if args.get("dtype") is not None or args.get("half_to_float") or not is_float(x) or not x.numel() or not x.dim():
-        return False
-    order = [axis for axis in range(x.dim()) if axis != args["dim"] % x.dim()] + [args["dim"] % x.dim()]
-    if x.shape[order[-1]] < lowering.target.lanes < x.numel():  # it would be computed a number at a time
-        return False
-    turned = order != sorted(order)
-    source = _turned(lowering, name, order) if turned else lowering.rows(name)
-    if source is None:
-        return False
-    features = x.shape[order[-1]]
-    meta = lowering.define(op.output, tuple(x.shape), order=tuple(order) if turned else None)
-    buffer = lowering.buffers[storage_of(meta)] = Buffer(meta.numel())
-
-    def build(*_: Any) -> NativeOp:
-        rows = meta.numel() // features
-        return matrix_nodes.shares(op.output, rows, features, source.ref(), buffer.ref(), lowering.target)
-
-    lowering.steps.append(NativeStep(op.output, [source.buffer], buffer, build))
-    return True
-
-
-def _turned(lowering: Lowering, name: str, order: Sequence[int]) -> View | None:
-    """The value copied into rows with its axes in another order; None where that takes more axes than there are."""
-    view = lowering.plain(name)
-    shape = tuple(view.shape[axis] for axis in order)
-    given = Operand(View(view.buffer, view.offset, shape, tuple(view.stride[axis] for axis in order)), shape)
-    if not fitting(shape, [given]):
-        return None
-    made = View(Buffer(math.prod(shape)), 0, shape, contiguous_strides(shape))
-    lowering.scratches.append(made.buffer)  # nobody else reads it
-    write(lowering, name, shape, [given], made, "", None)
-    return made
-
-
-def total(lowering: Lowering, op: TorchOp) -> bool:
-    """Sums and means over any axes."""
-    args = op.named_args()
-    given, axes = operand(lowering, args["self"]["ref"]), args.get("dim")
-    if given is None or args.get("dtype") is not None or not given.shape:
-        return False
-    axes = [axes] if isinstance(axes, int) else axes or range(len(given.shape))
-    dims = {axis % len(given.shape) for axis in axes}
-    meta = evaluate_op(op, lowering.values, lowering.constants)
-    if not meta.numel() or 0 in given.shape:
-        return False
-    if isinstance(given.source, Map):  # its strides are not known yet: as if all axes lay apart
-        strides: Strides = tuple(2 ** (8 - 2 * axis) + 1 for axis in range(4))
-    else:
-        assert isinstance(given.source, View)
-        strides = given.source.stride
-    if not matrix_nodes.fits(*_parted(given.shape, strides, dims)):
-        return False
-    scale = 1 / math.prod(given.shape[axis] for axis in dims) if "mean" in op.op else 1.0
-    made = lowering.define(op.output, tuple(meta.shape))
-    buffer = lowering.buffers[storage_of(made)] = Buffer(made.numel())
-
-    def build(*_: Any) -> NativeOp:
-        x = given.ref(given.shape)
-        kept, summed = _parted(given.shape, x.strides, dims)
-        return matrix_nodes.sums(op.output, kept, summed, scale, x, buffer.ref(), lowering.target)
-
-    lowering.steps.append(NativeStep(op.output, [given.source.buffer], buffer, build))
-    return True
-
-
-def _parted(shape: tuple[int, ...], strides: Strides, dims: set[int]) -> tuple[list[Axis], list[Axis]]:
-    """The axes that are kept, and those of `dims`: (extent, stride) each."""
-    axes = [*zip(shape, strides, strict=True)]
-    kept = [each for axis, each in enumerate(axes) if axis not in dims]
-    return kept, [axes[axis] for axis in sorted(dims)]
-
-
-def stack(lowering: Lowering, op: TorchOp) -> bool:
-    """Values beside each other along an axis of their own."""
-    if op.kwargs or not op.inputs:
-        return False
-    operands = [operand(lowering, each["ref"]) for each in op.args[0]]
-    meta = evaluate_op(op, lowering.values, lowering.constants)
-    axis = (op.args[1] if len(op.args) > 1 else 0) % meta.dim()
-    known = [each for each in operands if each is not None]
-    shape = known[0].shape if known else ()
-    whole = contiguous_strides(tuple(meta.shape))
-    strides = whole[:axis] + whole[axis + 1 :]
-    axes = sum(size != 1 for size in shape) + (strides[-1:] != (1,))
-    if len(known) < len(operands) or axes > 4 or not all(fitting(shape, [each]) for each in known):
-        return False
-    buffer = Buffer(meta.numel())
-    lowering.buffers[storage_of(lowering.define(op.output, tuple(meta.shape)))] = buffer
-    for number, each in enumerate(known):
-        write(lowering, op.output, shape, [each], View(buffer, number * whole[axis], shape, strides), "", None)
     return True
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 from autoprune.errors import AutopruneError
-from autoprune.repack.kernels import few_rows, matmul, reduce, softmax
-from autoprune.repack.kernels.compiler import Target
+from autoprune.repack.kernels import along, few_rows, matmul, reduce, softmax
+from autoprune.repack.kernels.compiler import Kernel, Target
 from autoprune.repack.kernels.fields import Given
 from autoprune.repack.lowering.buffers import Buffer, StridedRef
 from autoprune.repack.lowering.geometry import CHUNK_FLOATS
+from autoprune.repack.lowering.strided_nodes import ENTRIES, coalesced, merged_axes
 from autoprune.repack.native.op import NativeOp, op_of
 
 
@@ -66,30 +68,34 @@ def product(
     return op_of(name, matmul.matmul(target, turned), f, given, size.images * size.heads)
 
 
-def shares(name: str, rows: int, features: int, x: StridedRef, y: StridedRef, target: Target) -> NativeOp:
-    """Softmax of each row; x and y are (rows, features), contiguous."""
+def shares(
+    name: str, rows: int, features: int, x: StridedRef, y: StridedRef, logarithm: bool, target: Target
+) -> NativeOp:
+    """Softmax of each row, or its logarithm; x and y are (rows, features), contiguous."""
     f = softmax.Field
     block = max(1, min(rows, CHUNK_FLOATS // (4 * features)))
     given: dict[softmax.Field, Given] = {
         f.X_SLOT: x.slot, f.X_OFFSET: x.offset_bytes, f.Y_SLOT: y.slot, f.Y_OFFSET: y.offset_bytes, f.ROWS: rows,
         f.FEATURES: features, f.BLOCK: block,
     }  # fmt: skip
-    return op_of(name, softmax.softmax(target), f, given, -(-rows // block))
+    return op_of(name, softmax.softmax(logarithm, target), f, given, -(-rows // block))
 
 
 Axis = tuple[int, int]  # extent, stride
 
 
-def sums(
-    name: str, kept: list[Axis], summed: list[Axis], scale: float, x: StridedRef, y: StridedRef, target: Target
-) -> NativeOp:
-    """Sums over axes.
+def joined(
+    name: str, kept: list[Axis], summed: list[Axis], join: reduce.Join, scale: float, x: StridedRef, y: StridedRef,
+    target: Target,
+) -> NativeOp:  # fmt: skip
+    """Sums over axes, or the largest or least entries.
 
     Args:
         name: of what is computed.
         kept: the axes of y, in their order, as they lie in x.
         summed: the others.
-        scale: of each sum.
+        join: what their entries become.
+        scale: of each result, where they are floats.
         x: where it begins.
         y: contiguous.
         target: what to compile for.
@@ -117,7 +123,62 @@ def sums(
     for axes, kind in ((kept, ""), (summed, "SUMMED_")):
         for number, (size, stride) in enumerate(axes):
             given |= {f[f"{kind}SIZE_{number}"]: size, f[f"{kind}STRIDE_{number}"]: stride}
-    return op_of(name, reduce.reduce(run, target), f, given, -(-rows // block))
+    kernel = reduce.reduce(run, join, ENTRIES[x.dtype], ENTRIES[y.dtype], target)
+    return op_of(name, kernel, f, given, -(-rows // block))
+
+
+class Lines(NamedTuple):
+    """Lines that lie beside each other, each along one axis.
+
+    Attributes:
+        shape: of the axes beside it.
+        x: their strides in what is read.
+        y: likewise in the result.
+        length: entries of a line.
+        x_step: from an entry to the next in what is read.
+        y_step: likewise in the result.
+    """
+
+    shape: tuple[int, ...]
+    x: tuple[int, ...]
+    y: tuple[int, ...]
+    length: int
+    x_step: int
+    y_step: int
+
+
+def goes(shape: tuple[int, ...], x: tuple[int, ...], y: tuple[int, ...]) -> bool:
+    """Whether the kernels along an axis have enough axes beside it."""
+    return len(coalesced(shape, [x, y])[0]) <= along.AXES
+
+
+def sums_so_far(name: str, lines: Lines, x: StridedRef, y: StridedRef, target: Target) -> NativeOp:
+    """The sum of each entry of a line and those before it."""
+    return _along(name, along.sums_so_far(ENTRIES[x.dtype], ENTRIES[y.dtype], target), lines, x, y)
+
+
+def place_of(largest: bool) -> Callable[[str, Lines, StridedRef, StridedRef, Target], NativeOp]:
+    """Where in each line the first of the largest, or the least, entries is."""
+
+    def build(name: str, lines: Lines, x: StridedRef, y: StridedRef, target: Target) -> NativeOp:
+        return _along(name, along.place_of(largest, ENTRIES[x.dtype], target), lines, x, y)
+
+    return build
+
+
+def _along(name: str, kernel: Kernel, lines: Lines, x: StridedRef, y: StridedRef) -> NativeOp:
+    f = along.Field
+    sizes, (over_x, over_y) = merged_axes(lines.shape, [lines.x, lines.y], along.AXES)
+    rows = math.prod(sizes)
+    block = max(1, min(rows, CHUNK_FLOATS // (4 * max(1, lines.length))))
+    given: dict[along.Field, Given] = {
+        f.X_SLOT: x.slot, f.X_OFFSET: x.offset_bytes, f.X_STEP: lines.x_step, f.Y_SLOT: y.slot,
+        f.Y_OFFSET: y.offset_bytes, f.Y_STEP: lines.y_step, f.LENGTH: lines.length, f.BLOCK: block,
+        **dict(zip(along.per_axis("SIZE"), sizes, strict=True)),
+        **dict(zip(along.per_axis("X_STRIDE"), over_x, strict=True)),
+        **dict(zip(along.per_axis("Y_STRIDE"), over_y, strict=True)),
+    }  # fmt: skip
+    return op_of(name, kernel, f, given, -(-rows // block))
 
 
 def _joined(axes: list[Axis]) -> list[Axis]:

@@ -6,74 +6,168 @@ concatenated by channel become a map again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from autoprune.repack.graph import aten
 from autoprune.repack.graph.ops import Activation, Add, Op, Reshape, TorchOp
 from autoprune.repack.graph.reference import evaluate_op
-from autoprune.repack.lowering import byte_map_rules, map_nodes, map_rules, matrices, strided_nodes
-from autoprune.repack.lowering.buffers import Buffer
-from autoprune.repack.lowering.context import fitting, operand, picked, write
-from autoprune.repack.lowering.layout import LONG_FLOATS
-from autoprune.repack.lowering.steps import NativeStep, View, contiguous_strides, is_float, storage_of
+from autoprune.repack.kernels.entries import COMPARISONS, OPERATIONS
+from autoprune.repack.lowering import (
+    byte_map_rules,
+    lookups,
+    map_nodes,
+    map_rules,
+    matrices,
+    moves,
+    reductions,
+)
+from autoprune.repack.lowering.context import fitting, operands, picked, write
+from autoprune.repack.lowering.steps import NativeStep, is_float
+from autoprune.repack.lowering.strided_nodes import ENTRIES, Function
 from autoprune.repack.native.op import NativeOp
 
 if TYPE_CHECKING:
     from autoprune.repack.lowering.context import Lowering
 
-_OPERATIONS: Mapping[str, str] = {f"aten.{name}.Tensor": name for name in ("add", "sub", "mul", "div")}
+_NAMES: Mapping[str, Sequence[str]] = {
+    **{name: (name,) for name in ("add", "sub", "mul", "div", "maximum", "minimum", "floor_divide", "remainder")},
+    **{name: (name, f"__{name}__", f"bitwise_{name}", f"logical_{name}") for name in ("and", "or", "xor")},
+    **{name: (name,) for name in COMPARISONS},
+}
+_OPERATIONS: Mapping[str, str] = {
+    "aten.max.other": "maximum", "aten.min.other": "minimum",
+    **{
+        f"aten.{called}.{overload}": name
+        for name, names in _NAMES.items() for called in names for overload in ("Tensor", "Scalar", "default")
+    },
+}  # fmt: skip
+"""Operator -> what becomes of two values: a row of `entries.OPERATIONS` or `entries.COMPARISONS`."""
 
 _FUNCTIONS: Mapping[str, str] = {
-    f"aten.{name}.default": name for name in ("exp", "sqrt", "rsqrt", "neg", "abs", "square", "reciprocal")
-}
+    f"aten.{name}.default": name
+    for name in (
+        "exp", "sqrt", "rsqrt", "neg", "abs", "square", "reciprocal", "sign", "round", "floor", "ceil", "trunc", "erf",
+        "log", "sin", "cos",
+    )
+}  # fmt: skip
 _POWER = "aten.pow.Tensor_Scalar"
-_POWERS: Mapping[Any, str] = {2: "square", 3: "cube", 0.5: "sqrt", -0.5: "rsqrt", -1: "reciprocal"}
+_POWERS: Mapping[Any, str] = {1: "", 2: "square", 3: "cube", 0.5: "sqrt", -0.5: "rsqrt", -1: "reciprocal"}
 _COPIES = ("aten.reshape.default", "aten.clone.default", "aten.contiguous.default")
 
 
 def in_rows(lowering: Lowering, op: Activation | Add) -> bool:
     """An activation, or the sum of two values; False when torch has to run it."""
-    return _computed(lowering, op, op.inputs, "add" if isinstance(op, Add) else "", op.last_activation)
+    find = Function("add" if isinstance(op, Add) else "", op.last_activation, torch.float32)
+    return _computed(lowering, op, op.inputs, find, torch.float32)
 
 
 def torch_operator(lowering: Lowering, op: TorchOp) -> bool:
     """One of torch's operators; False when torch has to run it itself."""
     if op.op in _RULES:
         return _RULES[op.op](lowering, op)
-    if op.op in _FUNCTIONS or op.op == _POWER:
-        return _of_one(lowering, op)
-    operation = _OPERATIONS.get(op.op)
-    if operation is None or op.kwargs or len(op.args) != 2:
+    return _of_two(lowering, op) if op.op in _OPERATIONS else False
+
+
+def _given(op: TorchOp, *roles: str) -> list[Any]:
+    """Arguments: names of values, and numbers."""
+    args = op.named_args()
+    return [value_of(args.get(role)) for role in roles]
+
+
+def value_of(encoded: Any) -> Any:
+    """An argument as it stands in a graph: a value's name, or a number."""
+    if isinstance(encoded, dict):
+        return encoded["ref"] if "ref" in encoded else aten.decode(encoded, {})
+    return encoded
+
+
+def _of_two(lowering: Lowering, op: TorchOp) -> bool:
+    """Of two values, or a value and a number."""
+    operation, made = _OPERATIONS[op.op], evaluate_op(op, lowering.values, lowering.constants)
+    if len(op.args) != 2 or op.named_args().get("alpha", 1) != 1 or set(op.kwargs) - {"alpha"}:
         return False
-    given = [each["ref"] if isinstance(each, dict) and "ref" in each else each for each in op.args]
-    return _computed(lowering, op, given, operation, None)
+    given = [value_of(each) for each in op.args]
+    computed = made.dtype
+    if "logical" in op.op:
+        computed = torch.bool
+    elif operation in COMPARISONS:
+        values = [lowering.values[each] if isinstance(each, str) else each for each in given]
+        computed = torch.result_type(*values)
+    divides = operation in ("floor_divide", "remainder")
+    if divides and not (type(given[1]) is int and given[1] > 0):  # the CPU stops where 0 divides
+        return False
+    return _computed(lowering, op, given, Function(operation, None, computed), made.dtype)
 
 
 def _of_one(lowering: Lowering, op: TorchOp) -> bool:
     """A function of one value."""
-    if op.op == _POWER and type(op.args[1]) not in (int, float):
-        return False  # known at a call alone, or infinite
-    function = _FUNCTIONS.get(op.op) if op.op != _POWER else _POWERS.get(op.args[1])
-    given = op.args[0]["ref"]
-    if function is None or op.kwargs or not is_float(lowering.values[given]):
+    function, given = _FUNCTIONS.get(op.op), value_of(op.args[0])
+    if op.op == _POWER:
+        if type(op.args[1]) not in (int, float):
+            return False  # known at a call alone, or infinite
+        function = _POWERS.get(op.args[1])
+    dtype = lowering.values[given].dtype
+    if function == "neg" and dtype in (torch.int64, torch.int32):
+        return _computed(lowering, op, [0, given], Function("sub", None, dtype), dtype)
+    if function is None or op.kwargs or dtype != torch.float32:
         return False
-    return _computed(lowering, op, [given], "", function)
+    return _computed(lowering, op, [given], Function("", function, dtype), dtype)
+
+
+def _clamped(lowering: Lowering, op: TorchOp) -> bool:
+    """Between two numbers, or above or below one."""
+    args = op.named_args()
+    if op.op == "aten.clamp_min.default":
+        args["max"] = None
+    elif op.op == "aten.clamp_max.default":
+        args["min"] = None
+    elif op.op == "aten.hardtanh.default":
+        args = {"min": args.get("min_val", -1), "max": args.get("max_val", 1), "self": args["self"]}
+    low, high = value_of(args.get("min")), value_of(args.get("max"))
+    if not is_float(lowering.values[value_of(args["self"])]) or any(isinstance(each, str) for each in (low, high)):
+        return False
+    bounds = float(-math.inf if low is None else low), float(math.inf if high is None else high)
+    if any(math.isnan(each) for each in bounds):
+        return False
+    find = Function("", None, torch.float32, bounds)
+    return _computed(lowering, op, [value_of(args["self"])], find, torch.float32)
 
 
 def _picked(lowering: Lowering, op: TorchOp) -> bool:
     """One of two values, or numbers, by booleans: ``where`` and ``masked_fill``."""
-    args = op.named_args()
-    roles = ("mask", "value", "self") if op.op == "aten.masked_fill.Scalar" else ("condition", "self", "other")
-    given = [args[role] for role in roles]
-    given = [aten.decode(each, {}) if isinstance(each, dict) and "ref" not in each else each for each in given]
-    names = [each["ref"] if isinstance(each, dict) else each for each in given]
-    meta = evaluate_op(op, lowering.values, lowering.constants)
-    return is_float(meta) and picked(lowering, op.output, names[0], names[1:])
+    roles = ("mask", "value", "self") if "masked_fill" in op.op else ("condition", "self", "other")
+    condition, *given = _given(op, *roles)
+    made = evaluate_op(op, lowering.values, lowering.constants)
+    return isinstance(condition, str) and picked(lowering, op.output, condition, given, made.dtype)
+
+
+def _not(lowering: Lowering, op: TorchOp) -> bool:
+    """The other boolean; of integers all bits, or whether they are 0."""
+    given = value_of(op.args[0])
+    dtype = lowering.values[given].dtype
+    if op.op == "aten.logical_not.default":
+        return _computed(lowering, op, [given, 0], Function("eq", None, dtype), torch.bool)
+    return _computed(lowering, op, [given, 1 if dtype == torch.bool else -1], Function("xor", None, dtype), dtype)
+
+
+def _turned_round(lowering: Lowering, op: TorchOp) -> bool:
+    """A number minus a value."""
+    (one, other), made = _given(op, "other", "self"), evaluate_op(op, lowering.values, lowering.constants)
+    if op.named_args().get("alpha", 1) != 1:
+        return False
+    return _computed(lowering, op, [one, other], Function("sub", None, made.dtype), made.dtype)
+
+
+def _cast(lowering: Lowering, op: TorchOp) -> bool:
+    """The same numbers in another type."""
+    given, made = value_of(op.named_args()["self"]), evaluate_op(op, lowering.values, lowering.constants)
+    if lowering.values[given].dtype == made.dtype and "_to_copy" not in op.op:
+        return False  # it is the value itself
+    return _computed(lowering, op, [given], Function("", None, made.dtype), made.dtype)
 
 
 def is_copy(op: Op) -> bool:
@@ -81,131 +175,35 @@ def is_copy(op: Op) -> bool:
     return isinstance(op, Reshape) or (isinstance(op, TorchOp) and op.op in _COPIES)
 
 
-def _computed(lowering: Lowering, op: Op, given: Sequence[Any], operation: str, activation: str | None) -> bool:
-    operands = [each for each in (operand(lowering, each) for each in given) if each is not None]
-    if len(operands) < len(given):
+def _computed(lowering: Lowering, op: Op, given: Sequence[Any], find: Function, dtype: torch.dtype) -> bool:
+    """The value of `dtype` that a function makes of one or two; False where no kernel does."""
+    if dtype not in ENTRIES or find.computed not in ENTRIES:
         return False
-    shape = tuple(torch.broadcast_shapes(*(each.shape for each in operands)))
-    if not fitting(shape, operands):
+    known = find.operation in COMPARISONS or find.operation in ("", *OPERATIONS[ENTRIES[find.computed]])
+    found = operands(lowering, given, find.computed) if known else None
+    if found is None:
         return False
-    meta = lowering.define(op.output, shape)
-    buffer = lowering.buffers[storage_of(meta)] = Buffer(meta.numel())
-    write(
-        lowering, op.output, shape, operands, View(buffer, 0, shape, contiguous_strides(shape)), operation, activation
-    )
-    return True
-
-
-def _concatenated(lowering: Lowering, op: TorchOp) -> bool:
-    """Each part is copied to its place."""
-    if op.kwargs or not op.inputs:
+    shape = tuple(torch.broadcast_shapes(*(each.shape for each in found)))
+    if not fitting(shape, found):
         return False
-    names = [each["ref"] for each in op.args[0]]
-    meta = evaluate_op(op, lowering.values, lowering.constants)
-    axis = (op.args[1] if len(op.args) > 1 else 0) % max(1, meta.dim())
-    if meta.dim() != 1:  # torch leaves out empty ones of one axis, as caches of keys begin
-        names = [name for name in names if lowering.values[name].shape != (0,)]
-    shapes = [tuple(lowering.values[name].shape) for name in names]
-    if not all(is_float(value) for value in (meta, *(lowering.values[name] for name in names))):
-        return False
-    if byte_map_rules.joined(lowering, op, names, tuple(meta.shape), axis):
-        return True
-    as_map = [(name, (1, 1), 0.0) in lowering.maps for name in names]
-    if meta.dim() == 4 and axis == 1 and any(as_map):
-        made, first = lowering.new_map(op, tuple(meta.shape)), 0
-        for name, shape in zip(names, shapes, strict=True):
-            lowering.copy_into(name, made, first)
-            first += shape[1]
-        if all(name in lowering.positive for name in names):
-            lowering.positive.add(op.output)
-        return True
-    operands = [each for each in (operand(lowering, name) for name in names) if each is not None]
-    if len(operands) < len(names) or not all(fitting(each.shape, [each]) for each in operands):
-        return False
-    buffer = Buffer(meta.numel())
-    lowering.buffers[storage_of(lowering.define(op.output, tuple(meta.shape)))] = buffer
-    strides, start = contiguous_strides(meta.shape), 0
-    for each in operands:
-        view = View(buffer, start * strides[axis], each.shape, strides)
-        write(lowering, op.output, each.shape, [each], view, "", None)
-        start += each.shape[axis]
-    return True
-
-
-def _looked_up(lowering: Lowering, op: TorchOp) -> bool:
-    """Rows of a constant table by an input of int64, which is checked at each call."""
-    table, index = (each["ref"] for each in op.args[:2])
-    values = lowering.values
-    known = table in lowering.constants and is_float(values[table]) and values[table].is_contiguous()
-    if not known or values[index].dtype != torch.int64 or index not in lowering.input_slots:
-        return False
-    rows, features = values[table].shape
-    meta = lowering.define(op.output, (*values[index].shape, features))
-    buffer = lowering.buffers[storage_of(meta)] = Buffer(meta.numel())
-    given, told, count = lowering.plain(table), lowering.plain(index), values[index].numel()
-    slot = lowering.input_slots[index]
-    lowering.limits[slot] = min(rows, lowering.limits.get(slot, rows))
-
-    def build(*_: Any) -> NativeOp:
-        x_at, index_at = replace(given.ref(), strides=(0, features)), replace(told.ref(), strides=(0, 1))
-        return strided_nodes.taken(
-            op.output, (1, count, features), x_at, index_at, buffer.ref(), None, lowering.target
-        )  # fmt: skip
-
-    lowering.steps.append(NativeStep(op.output, [given.buffer, told.buffer], buffer, build))
-    return True
-
-
-def _taken(lowering: Lowering, op: TorchOp) -> bool:
-    """Whole rows of a value, by numbers that are the same for all of a row's features."""
-    args = op.args
-    if op.kwargs or len(args) != 3:
-        return False
-    (x, index), axis = ((lowering.values[each["ref"]] for each in (args[0], args[2])), args[1])
-    meta = evaluate_op(op, lowering.values, lowering.constants)
-    if not is_float(x) or index.dtype != torch.int64 or x.dim() not in (2, 3) or not x.numel() or not meta.numel():
-        return False
-    features = meta.shape[-1]
-    whole = features == 1 or (index.stride(-1) == 0 and x.stride(-1) == 1)
-    if axis % x.dim() != x.dim() - 2 or not whole:
-        return False
-    if lowering.wrong is None:
-        lowering.wrong = lowering.scratch(LONG_FLOATS)
-    given, told, wrong = lowering.plain(args[0]["ref"]), lowering.plain(args[2]["ref"]), lowering.wrong
-    made = lowering.define(op.output, tuple(meta.shape))
-    buffer = lowering.buffers[storage_of(made)] = Buffer(made.numel())
-    batch, rows = (1, *meta.shape)[-3:-1]
-
-    def strides(value: Tensor) -> tuple[int, ...]:
-        return (0, *value.stride())[-3:-1]
-
-    at_x, at_index = strides(x), strides(index)
-    limit = x.shape[-2]
-
-    def build(*_: Any) -> NativeOp:
-        x_at, index_at = replace(given.ref(), strides=at_x), replace(told.ref(), strides=at_index)
-        check = strided_nodes.IndexCheck(wrong.ref(), limit)
-        return strided_nodes.taken(
-            op.output, (batch, rows, features), x_at, index_at, buffer.ref(), check, lowering.target
-        )  # fmt: skip
-
-    lowering.steps.append(NativeStep(op.output, [given.buffer, told.buffer, wrong], buffer, build))
+    write(lowering, op.output, shape, found, lowering.made(op.output, shape, dtype), find)
     return True
 
 
 _RULES: Mapping[str, Callable[[Lowering, TorchOp], bool]] = {
-    "aten.cat.default": _concatenated,
-    "aten.embedding.default": _looked_up,
-    "aten.gather.default": _taken,
-    **dict.fromkeys(("aten.matmul.default", "aten.bmm.default", "aten.mm.default"), matrices.product),
-    **dict.fromkeys(("aten.softmax.int", "aten._softmax.default"), matrices.softmax),
-    **dict.fromkeys(("aten.mean.dim", "aten.sum.dim_IntList"), matrices.total),
-    "aten.stack.default": matrices.stack,
+    **dict.fromkeys((*_FUNCTIONS, _POWER), _of_one),
+    **dict.fromkeys((f"aten.{name}.default" for name in ("clamp", "clamp_min", "clamp_max", "hardtanh")), _clamped),
+    **dict.fromkeys(("aten.logical_not.default", "aten.bitwise_not.default"), _not),
+    "aten.rsub.Scalar": _turned_round,
+    **dict.fromkeys(("aten.to.dtype", "aten._to_copy.default"), _cast),
     **dict.fromkeys((f"aten.where.{name}" for name in ("self", "Scalar", "ScalarSelf", "ScalarOther")), _picked),
-    "aten.masked_fill.Scalar": _picked,
+    **dict.fromkeys(("aten.masked_fill.Scalar", "aten.masked_fill.Tensor"), _picked),
+    **moves.RULES,
+    **lookups.RULES,
+    **reductions.RULES,
+    **dict.fromkeys(("aten.matmul.default", "aten.bmm.default", "aten.mm.default"), matrices.product),
     "aten.group_norm.default": map_rules.group_norm,
     **dict.fromkeys(("aten.upsample_nearest2d.vec", "aten.upsample_bilinear2d.vec"), map_rules.resized),
-    **dict.fromkeys(("aten.pad.default", "aten.constant_pad_nd.default"), map_rules.padded),
     "aten.adaptive_max_pool2d.default": map_rules.adaptive_max,
 }
 

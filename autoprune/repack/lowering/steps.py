@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -140,26 +140,26 @@ class TorchStep:
 
 @dataclass(frozen=True)
 class View:
-    """A tensor somewhere in a slot: element offset from the slot's base, shape, strides, and bytes of an element."""
+    """A tensor somewhere in a slot: element offset from its buffer's begin, shape, strides, and its elements' type."""
 
     buffer: Buffer
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
-    entry_bytes: int = FLOAT_BYTES
+    dtype: torch.dtype = torch.float32
 
     @property
     def start(self) -> int:
         """Elements from the slot's base."""
-        return self.buffer.offset // FLOAT_BYTES + self.offset
+        return self.buffer.offset // self.dtype.itemsize + self.offset
 
     def ref(self) -> StridedRef:
         """Where it lies; once its buffer's place is known."""
-        return StridedRef(self.buffer.slot, self.buffer.offset + self.offset * self.entry_bytes, self.stride)
+        return StridedRef(self.buffer.slot, self.start * self.dtype.itemsize, self.stride, self.dtype)
 
     def rows(self) -> StridedRef:
         """A contiguous value as (rows, features), whatever axes it has before the last."""
-        return StridedRef(self.buffer.slot, self.start * FLOAT_BYTES, (self.shape[-1], 1))
+        return replace(self.ref(), strides=(self.shape[-1], 1))
 
 
 @dataclass(frozen=True)

@@ -3,107 +3,144 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
+
+import torch
 
 from autoprune.errors import AutopruneError
 from autoprune.repack.kernels import gather, rotary, strided
 from autoprune.repack.kernels.compiler import Target
+from autoprune.repack.kernels.entries import Entry
 from autoprune.repack.kernels.fields import Given
 from autoprune.repack.kernels.math import clamped
 from autoprune.repack.lowering.buffers import StridedRef
 from autoprune.repack.lowering.geometry import CHUNK_FLOATS
 from autoprune.repack.native.op import NativeOp, op_of
 
+ENTRIES: Mapping[torch.dtype, Entry] = {getattr(torch, entry.value): entry for entry in Entry}
+"""The types of values that native steps read and write."""
+
+
+class Function(NamedTuple):
+    """What is computed of one value, or of two.
+
+    Attributes:
+        operation: a row of `entries.OPERATIONS` or `entries.COMPARISONS`; empty for one value, or a choice of two.
+        activation: a name, see `kernels.math`; None without one.
+        computed: the type in which it is computed.
+        bounds: what the result is clamped to; None: what the activation says.
+    """
+
+    operation: str
+    activation: str | None
+    computed: torch.dtype
+    bounds: tuple[float, float] | None = None
+
 
 def pointwise(
-    name: str, shape: tuple[int, ...], x: StridedRef, other: StridedRef | None, y: StridedRef, operation: str,
-    activation: str | None, target: Target, choice: StridedRef | None = None,
+    name: str, shape: tuple[int, ...], operands: Sequence[StridedRef], y: StridedRef, find: Function, target: Target,
+    choice: StridedRef | None = None,
 ) -> NativeOp:  # fmt: skip
     """One value, or two combined.
 
     Args:
         name: of what is computed.
         shape: of y.
-        x: strided as `shape`; strides of 0 repeat a value.
-        other: likewise; None where there is one value.
+        operands: one or two, strided as `shape`; strides of 0 repeat a value.
         y: likewise.
-        operation: a row of `strided.OPERATIONS`; empty where there is one value, or `choice`.
-        activation: a name, see `kernels.math`.
+        find: what is computed.
         target: what to compile for.
-        choice: booleans, likewise: x where they are true, else `other`.
+        choice: booleans, likewise: the first operand where they are true, else the second.
 
     Raises:
         AutopruneError: more axes than the kernel has.
     """
     f = strided.Field
-    operands = {"X": x, "OTHER": other, "CHOICE": choice, "Y": y}
-    refs = {name: ref for name, ref in operands.items() if ref is not None}
-    sizes, strides = merged_axes(shape, [ref.strides for ref in refs.values()])
-    if len(sizes) > strided.AXES:
+    given_refs = {"X": operands[0], "OTHER": operands[1] if len(operands) > 1 else None, "CHOICE": choice, "Y": y}
+    refs = {name: ref for name, ref in given_refs.items() if ref is not None}
+    lie = [ref.strides for ref in refs.values()]
+    apart = len(coalesced(shape, lie)[0])
+    if apart > strided.AXES:
         raise AutopruneError(f"{name!r} of shape {shape} has more than {strided.AXES} axes that lie apart.")
+    sizes, strides = merged_axes(shape, lie, strided.AXES)
     rows = math.prod(sizes[:-1])
     block = max(1, min(rows, CHUNK_FLOATS // (4 * max(1, sizes[-1]))))
-    low, high, function = clamped(activation)
+    low, high, function = clamped(find.activation)
+    low, high = find.bounds or (low, high)
     given: dict[strided.Field, Given] = {
         **dict(zip(strided.per_axis("SIZE"), sizes, strict=True)), f.BLOCK: block,
     }  # fmt: skip
     bounded = (low, high) != (-math.inf, math.inf)
     if bounded:
         given |= {f.LOW: low, f.HIGH: high}
+    reads = dict[str, strided.Read]()
     for (operand, ref), steps in zip(refs.items(), strides, strict=True):
         given |= {f[f"{operand}_SLOT"]: ref.slot, f[f"{operand}_OFFSET"]: ref.offset_bytes}
         given |= dict(zip(strided.per_axis(f"{operand}_STRIDE"), steps, strict=True))
-    along = {
-        name: strided.Along.RUN if steps[-1] == 1 else strided.Along.APART if steps[-1] else strided.Along.SAME
-        for name, steps in zip(refs, strides, strict=True)
-    }
-    together = strides[-1][-1] == 1
+        reads[operand] = strided.Read(_along(steps[-1]), ENTRIES[ref.dtype])
+    made = strided.Made(ENTRIES[find.computed], ENTRIES[y.dtype], strides[-1][-1] == 1)
     kernel = strided.strided(
-        along["X"], along.get("OTHER"), operation, function, target, together, bounded, along.get("CHOICE")
-    )
+        reads["X"], reads.get("OTHER"), reads.get("CHOICE"), find.operation, function, made,
+        next(axes for axes in strided.COUNTS if axes >= apart), target, bounded,
+    )  # fmt: skip
     return op_of(name, kernel, f, given, -(-rows // block) if sizes[-1] else 0)
 
 
-class IndexCheck(NamedTuple):
-    """How numbers of rows are checked in a call.
+def _along(step: int) -> strided.Along:
+    return strided.Along.RUN if step == 1 else strided.Along.APART if step else strided.Along.SAME
+
+
+class Index(NamedTuple):
+    """Integers that tell which entries along one axis of a value are taken.
 
     Attributes:
-        flag: an int64 that becomes 1 where a number is no row's.
-        limit: rows that x has for each batch entry.
+        ref: where they lie, strided as the result.
+        step: from one entry of the axis to the next.
+        limit: how many entries it has.
     """
 
-    flag: StridedRef
+    ref: StridedRef
+    step: int
     limit: int
 
 
 def taken(
-    name: str, size: tuple[int, int, int], x: StridedRef, index: StridedRef, y: StridedRef, check: IndexCheck | None,
-    target: Target,
+    name: str, shape: tuple[int, ...], x: StridedRef, indices: Sequence[Index], y: StridedRef,
+    wrong: StridedRef | None, below: bool, target: Target,
 ) -> NativeOp:  # fmt: skip
-    """Rows by their int64 numbers, batch entry by batch entry.
+    """Entries by their numbers along some axes.
 
     Args:
         name: of what is computed.
-        size: batch entries, rows taken of each, features.
-        x: strides are from a batch entry to the next and from a row to the next.
-        index: likewise, in int64.
-        y: contiguous, of shape `size`.
-        check: None where the numbers are known to be right.
+        shape: of y.
+        x: strided as `shape`, with strides of 0 along the axes of the numbers.
+        indices: one for each axis that is told by numbers.
+        y: contiguous.
+        wrong: an int64 that becomes 1 where a number is no entry's; None where all are known to be right.
+        below: whether numbers below 0 count from the end.
         target: what to compile for.
     """
     f = gather.Field
-    batch, rows, features = size
-    block = max(1, min(batch * rows, CHUNK_FLOATS // (4 * max(1, features))))
+    sizes, strides = merged_axes(shape, [y.strides, x.strides, *(each.ref.strides for each in indices)], gather.AXES)
+    rows = math.prod(sizes[:-1])
+    block = max(1, min(rows, CHUNK_FLOATS // (4 * max(1, sizes[-1]))))
     given: dict[gather.Field, Given] = {
-        f.X_SLOT: x.slot, f.X_OFFSET: x.offset_bytes, f.X_BATCH: x.strides[0], f.X_ROW: x.strides[1],
-        f.INDEX_SLOT: index.slot, f.INDEX_OFFSET: index.offset_bytes, f.INDEX_BATCH: index.strides[0],
-        f.INDEX_ROW: index.strides[1], f.Y_SLOT: y.slot, f.Y_OFFSET: y.offset_bytes, f.BATCH: batch, f.ROWS: rows,
-        f.FEATURES: features, f.BLOCK: block,
+        f.X_SLOT: x.slot, f.X_OFFSET: x.offset_bytes, f.Y_SLOT: y.slot, f.Y_OFFSET: y.offset_bytes, f.BLOCK: block,
+        **dict(zip(gather.per_axis("SIZE"), sizes, strict=True)),
+        **dict(zip(gather.per_axis("X_STRIDE"), strides[1], strict=True)),
     }  # fmt: skip
-    if check is not None:
-        given |= {f.WRONG_SLOT: check.flag.slot, f.WRONG_OFFSET: check.flag.offset_bytes, f.LIMIT: check.limit}
-    return op_of(name, gather.gather(check is not None, target), f, given, -(-batch * rows // block))
+    for number, (each, steps) in enumerate(zip(indices, strides[2:], strict=True)):
+        about = {"SLOT": each.ref.slot, "OFFSET": each.ref.offset_bytes, "STEP": each.step, "LIMIT": each.limit}
+        given |= {f[f"INDEX_{number}_{key}"]: value for key, value in about.items()}
+        given |= dict(zip(gather.per_axis(f"INDEX_{number}_STRIDE"), steps, strict=True))
+    if wrong is not None:
+        given |= {f.WRONG_SLOT: wrong.slot, f.WRONG_OFFSET: wrong.offset_bytes}
+    whole = sizes[-1] == 1 or (strides[1][-1] == 1 and not any(steps[-1] for steps in strides[2:]))
+    kernel = gather.gather(
+        tuple(ENTRIES[each.ref.dtype] for each in indices), x.dtype.itemsize, whole, wrong is not None, below, target
+    )
+    return op_of(name, kernel, f, given, -(-rows // block) if sizes[-1] else 0)
 
 
 def turned(
@@ -151,13 +188,13 @@ def coalesced(shape: Sequence[int], strides: Sequence[tuple[int, ...]]) -> tuple
 
 
 def merged_axes(
-    shape: Sequence[int], strides: Sequence[tuple[int, ...]]
+    shape: Sequence[int], strides: Sequence[tuple[int, ...]], axes: int
 ) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
-    """Sizes and strides of the same entries in as few axes as can be, at least `strided.AXES`."""
+    """Sizes and strides of the same entries in as few axes as can be, at least `axes`."""
     sizes, steps = coalesced(shape, strides)
     if not sizes:
         sizes.append(1)
         for each in steps:
             each.append(1)
-    missing = strided.AXES - len(sizes)
+    missing = axes - len(sizes)
     return (1,) * missing + tuple(sizes), [(0,) * missing + tuple(each) for each in steps]

@@ -205,7 +205,7 @@ class Plan:
         wrong = ctypes.c_int64.from_address(int(frame.slots[ARENA]) + place)
         if wrong.value:
             wrong.value = 0
-            raise AutopruneError("a number that the model computed to take a row by (torch.gather) is no row's.")
+            raise AutopruneError("a number that the model computed to take an entry by is no entry's.")
 
     def run_native(self, part: NativeSequence, frame: Frame, sequence: int) -> None:
         slots, threads = frame.address, self.threads
@@ -253,6 +253,8 @@ def shapes_of(inputs: Sequence[Tensor]) -> Shapes:
 
 def _tensor(holders: list[Tensor], view: View) -> Tensor:
     holder = holders[view.buffer.slot]
+    if holder.dtype != view.dtype:  # the arena holds values of all types
+        holder = holder.view(view.dtype)
     if view.start == 0 and holder.shape == view.shape and holder.stride() == view.stride:
         return holder
     return holder.as_strided(view.shape, view.stride, holder.storage_offset() + view.start)

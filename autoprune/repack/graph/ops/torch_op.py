@@ -92,11 +92,12 @@ def _names(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _beside(op: Op, axes: Axes, shapes: Shapes, axis: int) -> bool:
-    """It works along some axes, which its argument `dim` tells: not the batch's."""
+    """It works along some axes, which its argument `dim`, or `dims`, tells: not the batch's."""
     assert isinstance(op, TorchOp)
     arguments = aten.resolve(op.op)._schema.arguments
     default = next((each.default_value for each in arguments if each.name == "dim"), None)
-    dims = op.named_args().get("dim", default)
+    named = op.named_args()
+    dims = named["dims"] if "dims" in named else named.get("dim", default)
     if dims is None or dims == []:
         return False
     dims = dims if isinstance(dims, list) else [dims]
@@ -139,7 +140,8 @@ _BATCH_RULES: Mapping[str, BatchRule] = {
             "aten.select.int", "aten.slice.Tensor", "aten.unbind.int", "aten.split.Tensor", "aten.cat.default",
             "aten.split_with_sizes.default", "aten.chunk.default", "aten.mean.dim", "aten.sum.dim_IntList",
             "aten.amax.default", "aten.softmax.int", "aten._softmax.default", "aten.log_softmax.int",
-            "aten.squeeze.dim", "aten.squeeze.dims",
+            "aten.squeeze.dim", "aten.squeeze.dims", "aten.roll.default", "aten.flip.default", "aten.amin.default",
+            "aten.linalg_vector_norm.default", "aten.cumsum.default", "aten.argmax.default", "aten.argmin.default",
         ),
         _beside,
     ),
