@@ -9,6 +9,7 @@ BENCHMARKS: Mapping[str, str] = {
     "agent_vs_uniform": "what an agent's plan gains over the uniform rule, at the same measured speed-up",
     "agents": "which agent plans best at equal evaluations and equal measured speed-up",
     "ask": "whether a speed-up that is asked for is delivered, or refused with a figure that holds",
+    "build": "how large natively built models are, and how fast their calls",
     "container": "whether all works without a home, in read-only places, without executable memory",
     "coverage": "which of other people's models become faster, how, and which do not",
     "dynamic": "whether channel gates beat static plans of the same accuracy",

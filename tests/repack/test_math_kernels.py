@@ -123,7 +123,7 @@ def attended(q: Tensor, k: Tensor, v: Tensor, scale: float, target: Target, thre
     """Runs the op on (N, heads, tokens, d) views; asserts that it wrote to its output and its scratch alone."""
     batch, heads, queries, width = q.shape
     size = attention_scratch(Heads(batch, heads, queries, k.shape[2], width, v.shape[3]), target)
-    kernel = few_attention.attention if few(queries, target) else attention.attention
+    kernel = few_attention.attention if few(queries) else attention.attention
     out, y = walled(q.numel())
     work, scratch = walled(size * 3)
     result = y.view(batch, queries, heads, width).transpose(1, 2)

@@ -35,7 +35,8 @@ from autoprune.repack.kernels.ir import (
 )
 from autoprune.repack.kernels.math import exp, exp2, splat_float
 from autoprune.repack.kernels.panels import Lines, pack, pack_turned, panel_product, tile
-from autoprune.repack.kernels.rows import each, united
+from autoprune.repack.kernels.rows import each
+from autoprune.repack.kernels.sums import PARTS, united
 
 TILES = 2  # of queries that meet a panel while it is near
 LOWEST = float(np.finfo(np.float32).min)
@@ -85,14 +86,19 @@ def scratch(keys: int, width: int, value_width: int, target: Target) -> int:
     """Floats of scratch a thread needs."""
     rows, vectors = tile(target)
     wide = vectors * target.lanes
-    keys_, width_ = (-(-each // wide) * wide for each in (keys, value_width))
+    keys_, width_ = -(-keys // _padding(target)) * _padding(target), -(-value_width // wide) * wide
     floats = keys_ + wide + keys_ * width + keys * width_ + TILES * rows * (keys_ + width_ + 1)
     return -(-floats // _LINE) * _LINE
 
 
+def _padding(target: Target) -> int:
+    """What keys are padded to multiples of: whole panels, and whole vectors of partial sums."""
+    return max(tile(target)[1] * target.lanes, PARTS)
+
+
 @dataclass(frozen=True)
 class _Scratch:
-    """Where a thread's scratch holds what; `keys_` and `width_`, of values, are padded to whole panels."""
+    """Where a thread's scratch holds what; `keys_` and `width_`, of values, are padded."""
 
     keys_: ir.Value
     width_: ir.Value
@@ -119,7 +125,8 @@ def attention(target: Target, biased: bool = False) -> ir.Module:
     place = _place(b, get, slots, thread, target)
     factor = float_field(b, get[Field.SCALE])
     factor = factor if biased else b.fmul(factor, splat_float(1 / math.log(2), 1))  # scores as powers of 2
-    pack_turned(b, Lines(k, get[Field.K_TOKEN], get[Field.KEYS], get[Field.WIDTH]), place.keys, vectors, lanes, factor)
+    lines = Lines(k, get[Field.K_TOKEN], get[Field.KEYS], get[Field.WIDTH])
+    pack_turned(b, lines, place.keys, vectors, lanes, place.keys_, factor)
     pack(b, Lines(v, get[Field.V_TOKEN], get[Field.KEYS], get[Field.VALUE_WIDTH]), place.values, vectors * lanes)
     _begin_scores(b, get, place, vectors * lanes)
     _attend(b, module, get, q, y, base("BIAS") if biased else None, place, target)
@@ -146,7 +153,8 @@ def _place(b: ir.IRBuilder, get: dict[Field, ir.Value], slots: ir.Value, thread:
     wide = vectors * target.lanes
     keys, width = get[Field.KEYS], get[Field.WIDTH]
     keys_, width_ = (
-        b.mul(b.sdiv(b.add(n, const(wide - 1)), const(wide)), const(wide)) for n in (keys, get[Field.VALUE_WIDTH])
+        b.mul(b.sdiv(b.add(n, const(to - 1)), const(to)), const(to))
+        for n, to in ((keys, _padding(target)), (get[Field.VALUE_WIDTH], wide))
     )
     pointer = address(b, slots, get[Field.SCRATCH_SLOT], get[Field.SCRATCH_OFFSET])
     pointer = at(b, pointer, b.mul(thread, get[Field.SCRATCH]))
@@ -196,11 +204,11 @@ def _attend(
         with loop(b, const(0), b.mul(b.sub(end, begin), const(rows))) as row:
             line = at(b, place.shares, b.mul(row, keys_))
             if bias is None:
-                total = softmax_in_place(b, module, line, keys, lanes)
+                total = softmax_in_place(b, module, line, keys)
             else:
                 query = b.add(first(b.add(begin, b.sdiv(row, const(rows)))), b.srem(row, const(rows)))
                 added = at(b, bias, b.mul(query, get[Field.BIAS_TOKEN]))
-                total = softmax_in_place(b, module, line, keys, lanes, added)
+                total = softmax_in_place(b, module, line, keys, added)
             b.store(total, at(b, place.totals, row))
         with loop(b, const(0), width_, wide) as column, loop(b, begin, end) as index:
             row = b.mul(b.sub(index, begin), const(rows))
@@ -229,17 +237,16 @@ def share(b: ir.IRBuilder, total: ir.Value, biased: bool) -> ir.Value:
 
 
 def _reduce(
-    b: ir.IRBuilder, count: ir.Value, lanes: int, initial: float, step: Callable[[ir.Value, ir.Value], ir.Value],
+    b: ir.IRBuilder, count: ir.Value, initial: float, step: Callable[[ir.Value, ir.Value], ir.Value],
     join: Callable[[ir.Value, ir.Value], ir.Value],
 ) -> ir.Value:  # fmt: skip
-    """``step(total, position)`` over whole vectors that cover `count` floats; `join` unites the lanes."""
-    start = [splat_float(initial, lanes)]
-    (total,) = fold(b, const(0), count, start, lambda i, held: [step(held[0], i)], lanes)
-    return united(b, total, lanes, join)
+    """``step(total, position)`` over vectors of `PARTS` that cover `count` floats; `join` unites the lanes."""
+    start = [splat_float(initial, PARTS)]
+    return united(b, fold(b, const(0), count, start, lambda i, held: [step(held[0], i)], PARTS), join)
 
 
 def softmax_in_place(
-    b: ir.IRBuilder, module: ir.Module, line: ir.Value, count: ir.Value, lanes: int, bias: ir.Value | None = None
+    b: ir.IRBuilder, module: ir.Module, line: ir.Value, count: ir.Value, bias: ir.Value | None = None
 ) -> ir.Value:
     """In place: 2 ** (x - max), whose total is returned; minus infinity where `line` is padded gives 0.
 
@@ -251,25 +258,25 @@ def softmax_in_place(
         return b.select(b.fcmp_ordered(">", x, y), x, y)  # may lose a NaN, which is in the total all the same
 
     def score(position: ir.Value) -> ir.Value:
-        value = load_vector(b, at(b, line, position), lanes)
+        value = load_vector(b, at(b, line, position), PARTS)
         if bias is None:
             return value
-        index = b.add(splat(b, b.trunc(position, I32), lanes),
-                      ir.Constant(ir.VectorType(I32, lanes), list(range(lanes))))  # fmt: skip
-        inside = b.icmp_signed("<", index, splat(b, b.trunc(count, I32), lanes))
-        value = b.fadd(value, masked_load(b, module, at(b, bias, position), inside, lanes))
-        store_vector(b, value, at(b, line, position), lanes)
+        index = b.add(splat(b, b.trunc(position, I32), PARTS),
+                      ir.Constant(ir.VectorType(I32, PARTS), list(range(PARTS))))  # fmt: skip
+        inside = b.icmp_signed("<", index, splat(b, b.trunc(count, I32), PARTS))
+        value = b.fadd(value, masked_load(b, module, at(b, bias, position), inside, PARTS))
+        store_vector(b, value, at(b, line, position), PARTS)
         return value
 
-    top = _reduce(b, count, lanes, float("-inf"), lambda total, i: most(total, score(i)), most)
+    top = _reduce(b, count, float("-inf"), lambda total, i: most(total, score(i)), most)
     if bias is not None:
         top = most(top, ir.Constant(F32, LOWEST))
 
     def add(total: ir.Value, position: ir.Value) -> ir.Value:
         here = at(b, line, position)
-        away = b.fsub(load_vector(b, here, lanes), splat(b, top, lanes))
-        power = exp2(b, module, away, lanes) if bias is None else exp(b, module, away, lanes)
-        store_vector(b, power, here, lanes)
+        away = b.fsub(load_vector(b, here, PARTS), splat(b, top, PARTS))
+        power = exp2(b, module, away, PARTS) if bias is None else exp(b, module, away, PARTS)
+        store_vector(b, power, here, PARTS)
         return b.fadd(total, power)
 
-    return _reduce(b, count, lanes, 0.0, add, b.fadd)
+    return _reduce(b, count, 0.0, add, b.fadd)

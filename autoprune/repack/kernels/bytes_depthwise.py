@@ -29,6 +29,7 @@ from autoprune.repack.kernels.ir import (
     load_vector,
     long_at,
     masked,
+    module_of_bytes,
     pointer_field,
     splat,
     store_vector,
@@ -51,7 +52,7 @@ def depthwise_bytes(stride: int, rest: int, floats: bool, target: Target, activa
         target: what to compile for.
         activation: a row of ACTIVATIONS that is no clamp.
     """
-    module = ir.Module()
+    module = module_of_bytes(target.fused)
 
     def build(vectors: int) -> ir.Function:
         return _run(module, stride, rest, vectors, target, floats, activation)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import llvmlite.ir as ir
 import numpy as np
 
-from autoprune.repack.kernels.ir import F32, I8, I32, at, const, loop, masked_load, splat, vector
+from autoprune.repack.kernels.ir import F32, I8, I32, at, const, loop, masked_load, masked_store, splat, vector
 from autoprune.repack.weights.quads import QUAD
 
 _ROUNDER = 12582912.0  # 1.5 * 2**23: adding it rounds half to even, and leaves the integer in the low bits
@@ -148,18 +148,6 @@ def lanes_where(
     """Like `floats_where`, lanes, with `border` outside."""
     value, inside = floats_where(b, module, line, start, width, lanes)
     return b.select(inside, b.bitcast(value, ints(lanes)), border)
-
-
-def masked_store(
-    b: ir.IRBuilder, module: ir.Module, value: ir.Value, pointer: ir.Value, wanted: ir.Value, lanes: int
-) -> None:
-    """Stores the floats where the bits of `wanted` are set; nothing else is touched."""
-    kind, bits = vector(lanes), ir.VectorType(ir.IntType(1), lanes)
-    place = b.bitcast(pointer, kind.as_pointer())
-    name = f"llvm.masked.store.v{lanes}f32.p0v{lanes}f32"
-    signature = ir.FunctionType(ir.VoidType(), [kind, place.type, I32, bits])
-    function = module.globals.get(name) or ir.Function(module, signature, name)
-    b.call(function, [value, place, ir.Constant(I32, 4), wanted])
 
 
 Store = Callable[[ir.Value, ir.Value], None]

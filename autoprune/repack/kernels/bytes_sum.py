@@ -35,6 +35,7 @@ from autoprune.repack.kernels.ir import (
     larger,
     load_vector,
     loop,
+    module_of_bytes,
     op_function,
     pointer_field,
     smaller,
@@ -88,7 +89,7 @@ def sum_bytes(sources: tuple[Source, ...], shift: int, target: Target) -> ir.Mod
         shift: bytes of Y's first lane that other channels fill, 0 to 3.
         target: what to compile for.
     """
-    module, lanes = ir.Module(), target.lanes
+    module, lanes = module_of_bytes(target.fused), target.lanes
     b, fields, slots, item, _ = op_function(module)
     get = Field.load(b, fields)
     chunk, image = b.srem(item, get[Field.CHUNKS]), b.sdiv(item, get[Field.CHUNKS])

@@ -34,6 +34,7 @@ from autoprune.repack.kernels.ir import (
     const,
     float_field,
     loop,
+    module_of_bytes,
     op_function,
     pointer_field,
     smaller,
@@ -114,7 +115,7 @@ def dot_gemm_module(rows: int, target: Target, ending: Ending, mixed: bool = Fal
         raise AutopruneError(f"bytes need groups of a multiple of {QUAD} filters, not of {rows}.")
     if amx and not target.amx:
         raise AutopruneError(f"the target {target.cpu!r} has no tile registers, or may not use them.")
-    module = ir.Module()
+    module = module_of_bytes(target.fused)
     if amx:
         heights = dict.fromkeys(range(1, dot_amx.WIDEST + 1), rows)
         built = {count: dot_amx.tile(module, rows, count, target, ending, mixed) for count in heights}

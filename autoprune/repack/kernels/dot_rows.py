@@ -43,6 +43,7 @@ from autoprune.repack.kernels.ir import (
     load_vector,
     long_at,
     loop,
+    module_of_bytes,
     op_function,
     pointer_field,
     smaller,
@@ -113,7 +114,7 @@ def dot_rows(
     """
     if rows % QUAD:
         raise AutopruneError(f"int8 rows need groups of a multiple of {QUAD} filters, not of {rows}.")
-    module, ending = ir.Module(), Ending(output, activation, residual)
+    module, ending = module_of_bytes(target.fused), Ending(output, activation, residual)
     _op(module, rows, target, ending, mixed)
     return module
 

@@ -24,6 +24,7 @@ from autoprune.repack.kernels.ir import (
 from autoprune.repack.kernels.math import splat_float
 from autoprune.repack.kernels.panels import Lines
 from autoprune.repack.kernels.rows import each
+from autoprune.repack.kernels.sums import PARTS
 
 _LINE = 16  # floats in a cache line, the widest vector
 
@@ -50,7 +51,7 @@ def attention(target: Target, biased: bool = False) -> ir.Module:
     query = at(b, query, b.mul(thread, get[Field.SCRATCH]))
     line = b.mul(b.sdiv(b.add(width, const(_LINE - 1)), const(_LINE)), const(_LINE))
     scores = at(b, query, line)
-    padded = b.mul(b.sdiv(b.add(keys, const(lanes - 1)), const(lanes)), const(lanes))
+    padded = b.mul(b.sdiv(b.add(keys, const(PARTS - 1)), const(PARTS)), const(PARTS))
     factor = float_field(b, get[Field.SCALE])
     factor = factor if biased else b.fmul(factor, splat_float(1 / math.log(2), 1))  # scores as powers of 2
 
@@ -63,11 +64,11 @@ def attention(target: Target, biased: bool = False) -> ir.Module:
 
     with loop(b, const(0), get[Field.QUERIES]) as number:
         scale(at(b, q, b.mul(number, get[Field.Q_TOKEN])), factor, query, width)
-        times_turned(b, module, query, Lines(k, get[Field.K_TOKEN], keys, width), scores, lanes)
+        times_turned(b, module, query, Lines(k, get[Field.K_TOKEN], keys, width), scores, target)
         with loop(b, keys, padded) as key:
             b.store(ir.Constant(F32, float("-inf")), at(b, scores, key))
         added = None if bias is None else at(b, bias, b.mul(number, get[Field.BIAS_TOKEN]))
-        total = softmax_in_place(b, module, scores, keys, lanes, added)
+        total = softmax_in_place(b, module, scores, keys, added)
         out = at(b, y, b.mul(number, get[Field.Y_TOKEN]))
         times(b, module, scores, Lines(v, get[Field.V_TOKEN], keys, value_width), out, lanes)
         scale(out, share(b, total, biased), out, value_width)

@@ -15,19 +15,22 @@ from autoprune.repack.kernels.ir import (
     loop,
     masked_load,
     op_function,
+    smaller,
     spans,
     splat,
     store_vector,
 )
 from autoprune.repack.kernels.math import splat_float
 from autoprune.repack.kernels.matmul import Field, matrices
-from autoprune.repack.kernels.panels import Lines, sums, tile
-from autoprune.repack.kernels.rows import CHAINS, summed
+from autoprune.repack.kernels.panels import Lines, sums
+from autoprune.repack.kernels.sums import CHAINS, PARTS, united
+
+FEW = 12  # rows of the largest tile of registers; the same for all targets, as the orders of the sums differ
 
 
-def few(rows: int, target: Target) -> bool:
+def few(rows: int) -> bool:
     """Whether so many rows fill no tile of registers."""
-    return rows < tile(target)[0]
+    return rows < FEW
 
 
 def times(b: ir.IRBuilder, module: ir.Module, row: ir.Value, matrix: Lines, into: ir.Value, lanes: int) -> None:
@@ -46,39 +49,50 @@ def times(b: ir.IRBuilder, module: ir.Module, row: ir.Value, matrix: Lines, into
 
 
 def times_turned(
-    b: ir.IRBuilder, module: ir.Module, row: ir.Value, matrix: Lines, into: ir.Value, lanes: int
+    b: ir.IRBuilder, module: ir.Module, row: ir.Value, matrix: Lines, into: ir.Value, target: Target
 ) -> None:  # fmt: skip
-    """``into = matrix @ row``: a result for each line."""
-    width = matrix.width
-    whole = b.mul(b.sdiv(width, const(lanes)), const(lanes))
-    number = ir.Constant(ir.VectorType(I32, lanes), list(range(lanes)))
-    inside = b.icmp_signed("<", number, splat(b, b.trunc(b.sub(width, whole), I32), lanes))
+    """``into = matrix @ row``: a result for each line, of `PARTS` partial sums each."""
+    width, lanes, last = matrix.width, target.lanes, b.sub(matrix.count, const(1))
+    whole = b.mul(b.sdiv(width, const(PARTS)), const(PARTS))
+    number = ir.Constant(ir.VectorType(I32, PARTS), list(range(PARTS)))
+    inside = b.icmp_signed("<", number, splat(b, b.trunc(b.sub(width, whole), I32), PARTS))
 
-    def many(first: ir.Value) -> None:
-        lines = [at(b, matrix.start, b.mul(b.add(first, const(lane)), matrix.step)) for lane in range(lanes)]
+    def dotted(numbers: list[ir.Value]) -> list[ir.Value]:
+        """The partial sums of some lines."""
+        lines = [at(b, matrix.start, b.mul(each, matrix.step)) for each in numbers]
 
         def add(position: ir.Value, held: list[ir.Value], rest: bool = False) -> list[ir.Value]:
             def read(line: ir.Value) -> ir.Value:
                 place = at(b, line, position)
-                return masked_load(b, module, place, inside, lanes) if rest else load_vector(b, place, lanes)
+                return masked_load(b, module, place, inside, PARTS) if rest else load_vector(b, place, PARTS)
 
             factor = read(row)
-            return [b.call(fma(module, lanes), [factor, read(line), held[n]]) for n, line in enumerate(lines)]
+            return [b.call(fma(module, PARTS), [factor, read(line), held[n]]) for n, line in enumerate(lines)]
 
-        totals = fold(b, const(0), whole, [splat_float(0.0, lanes)] * lanes, add, lanes)
-        totals = fold(b, whole, width, totals, lambda position, held: add(position, held, rest=True), lanes)
-        store_vector(b, sums(b, totals), at(b, into, first), lanes)
+        totals = fold(b, const(0), whole, [splat_float(0.0, PARTS)] * len(lines), add, PARTS)
+        return fold(b, whole, width, totals, lambda position, held: add(position, held, rest=True), PARTS)
 
-    def single(first: ir.Value) -> None:
-        line = at(b, matrix.start, b.mul(first, matrix.step))
+    # as many lines at a time as half of the registers hold the partial sums of
+    together = min(lanes, target.registers * lanes // (2 * PARTS))
+    with b.if_else(b.icmp_signed(">=", last, const(lanes - 1))) as (many, few_lines):
+        with many, loop(b, const(0), matrix.count, lanes) as begin:
+            first = smaller(b, begin, b.sub(last, const(lanes - 1)))  # the last lines are moved back
+            numbers = [b.add(first, const(lane)) for lane in range(lanes)]
+            parts = [dotted(numbers[place : place + together]) for place in range(0, lanes, together)]
+            totals = [_narrowed(b, total, lanes) for part in parts for total in part]
+            store_vector(b, sums(b, totals), at(b, into, first), lanes)
+        with few_lines, loop(b, const(0), matrix.count) as line:
+            b.store(united(b, dotted([line]), b.fadd), at(b, into, line))
 
-        def add(total: ir.Value, position: ir.Value, wide: int) -> ir.Value:
-            pair = [load_vector(b, at(b, each, position), wide) for each in (row, line)]
-            return b.call(fma(module, wide), [*pair, total])
 
-        b.store(summed(b, width, lanes, add), at(b, into, first))
-
-    spans(b, const(0), matrix.count, (lanes, 1), lambda first, wide: (many if wide > 1 else single)(first))
+def _narrowed(b: ir.IRBuilder, total: ir.Value, lanes: int) -> ir.Value:
+    """Partial sums added half to half until a register of `lanes` holds them."""
+    count = PARTS
+    while count > lanes:
+        count //= 2
+        low, high = (ir.Constant(ir.VectorType(I32, count), list(range(first, first + count))) for first in (0, count))
+        total = b.fadd(b.shuffle_vector(total, total, low), b.shuffle_vector(total, total, high))
+    return total
 
 
 @kernel
@@ -92,7 +106,7 @@ def product(target: Target, turned: bool) -> ir.Module:
     with loop(b, const(0), get[Field.ROWS]) as number:
         row, into = (at(b, x, b.mul(number, get[Field.X_ROW])), at(b, y, b.mul(number, get[Field.Y_ROW])))
         if turned:
-            times_turned(b, module, row, Lines(other, step, columns, inner), into, target.lanes)
+            times_turned(b, module, row, Lines(other, step, columns, inner), into, target)
         else:
             times(b, module, row, Lines(other, step, inner, columns), into, target.lanes)
     b.ret_void()

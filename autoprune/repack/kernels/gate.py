@@ -24,6 +24,7 @@ from autoprune.repack.kernels.ir import (
     pointer_field,
     vector,
 )
+from autoprune.repack.kernels.sums import PARTS
 
 TOGETHER = 4  # channels whose sums are in flight at once
 
@@ -52,21 +53,20 @@ class Field(Fields):
     KEEP = NUMBER  # so many of the largest win; GROUPS: all
 
 
-def columns(channels: int, target: Target) -> int:
-    """Channels up to whole vectors, and to as many as are summed together."""
-    step = max(TOGETHER, target.lanes)
-    return -(-channels // step) * step
+def columns(channels: int) -> int:
+    """Channels up to whole vectors of partial sums."""
+    return -(-channels // PARTS) * PARTS
 
 
-def scratch(channels: int, groups: int, target: Target) -> int:
+def scratch(channels: int, groups: int) -> int:
     """Floats of scratch a thread needs."""
-    return columns(channels, target) + groups
+    return columns(channels) + groups
 
 
 @kernel
 def gate(target: Target) -> ir.Module:
     """The op; an item is an image."""
-    module, lanes = ir.Module(), target.lanes
+    module = ir.Module()
     b, fields, slots, image, thread = op_function(module)
     get = Field.load(b, fields)
     x = at(b, address(b, slots, get[Field.X_SLOT], get[Field.X_OFFSET]), b.mul(image, get[Field.X_IMAGE]))
@@ -74,24 +74,24 @@ def gate(target: Target) -> ir.Module:
     means = address(b, slots, get[Field.SCRATCH_SLOT], get[Field.SCRATCH_OFFSET])
     means = at(b, means, b.mul(thread, get[Field.SCRATCH]))
     scores = at(b, means, get[Field.COLUMNS])
-    _means(b, get, x, means, lanes)
-    _scores(b, get, means, scores, lanes)
+    _means(b, get, x, means)
+    _scores(b, get, means, scores)
     _winners(b, get, scores, y)
     b.ret_void()
     return module
 
 
-def _total(b: ir.IRBuilder, sums: ir.Value, lanes: int) -> ir.Value:
+def _total(b: ir.IRBuilder, sums: ir.Value) -> ir.Value:
     total = b.extract_element(sums, const(0))
-    for lane in range(1, lanes):
+    for lane in range(1, PARTS):
         total = b.fadd(total, b.extract_element(sums, const(lane)))
     return total
 
 
-def _means(b: ir.IRBuilder, get: dict[Field, ir.Value], x: ir.Value, means: ir.Value, lanes: int) -> None:
+def _means(b: ir.IRBuilder, get: dict[Field, ir.Value], x: ir.Value, means: ir.Value) -> None:
     """The mean size of each channel; behind the last one, zeros."""
     mask, scale = pointer_field(b, get[Field.MASK], INTS), float_field(b, get[Field.SCALE])
-    sign = ir.Constant(ir.VectorType(I32, lanes), [0x7FFFFFFF] * lanes)
+    sign = ir.Constant(ir.VectorType(I32, PARTS), [0x7FFFFFFF] * PARTS)
     final = b.sub(get[Field.CHANNELS], const(1))
     with loop(b, const(0), get[Field.COLUMNS], TOGETHER) as channel:
         numbers = [b.add(channel, const(each)) for each in range(TOGETHER)]
@@ -104,19 +104,19 @@ def _means(b: ir.IRBuilder, get: dict[Field, ir.Value], x: ir.Value, means: ir.V
         def add(position: ir.Value, sums: list[ir.Value], planes: list[ir.Value] = planes) -> list[ir.Value]:
             made = []
             for total, plane in zip(sums, planes, strict=True):
-                value = masked(b, load_vector(b, at(b, plane, position), lanes), at(b, mask, position), lanes)
-                size = b.bitcast(b.and_(b.bitcast(value, ir.VectorType(I32, lanes)), sign), vector(lanes))
+                value = masked(b, load_vector(b, at(b, plane, position), PARTS), at(b, mask, position), PARTS)
+                size = b.bitcast(b.and_(b.bitcast(value, ir.VectorType(I32, PARTS)), sign), vector(PARTS))
                 made.append(b.fadd(total, size))
             return made
 
-        nothing = [ir.Constant(vector(lanes), None)] * TOGETHER
-        sums = fold(b, const(0), get[Field.POSITIONS], nothing, add, lanes)
+        nothing = [ir.Constant(vector(PARTS), None)] * TOGETHER
+        sums = fold(b, const(0), get[Field.POSITIONS], nothing, add, PARTS)
         for number, fine, each in zip(numbers, real, sums, strict=True):
-            mean = b.fmul(_total(b, each, lanes), scale)
+            mean = b.fmul(_total(b, each), scale)
             b.store(b.select(fine, mean, ir.Constant(F32, 0.0)), at(b, means, number))
 
 
-def _scores(b: ir.IRBuilder, get: dict[Field, ir.Value], means: ir.Value, scores: ir.Value, lanes: int) -> None:
+def _scores(b: ir.IRBuilder, get: dict[Field, ir.Value], means: ir.Value, scores: ir.Value) -> None:
     """relu(weight @ means + bias)."""
     weight, bias = (pointer_field(b, get[field], FLOATS) for field in (Field.WEIGHT, Field.BIAS))
     zero = ir.Constant(F32, 0.0)
@@ -124,11 +124,11 @@ def _scores(b: ir.IRBuilder, get: dict[Field, ir.Value], means: ir.Value, scores
         row = at(b, weight, b.mul(group, get[Field.COLUMNS]))
 
         def add(column: ir.Value, sums: list[ir.Value], row: ir.Value = row) -> list[ir.Value]:
-            product = b.fmul(load_vector(b, at(b, row, column), lanes), load_vector(b, at(b, means, column), lanes))
+            product = b.fmul(load_vector(b, at(b, row, column), PARTS), load_vector(b, at(b, means, column), PARTS))
             return [b.fadd(sums[0], product)]
 
-        (sums,) = fold(b, const(0), get[Field.COLUMNS], [ir.Constant(vector(lanes), None)], add, lanes)
-        score = b.fadd(_total(b, sums, lanes), b.load(at(b, bias, group)))
+        (sums,) = fold(b, const(0), get[Field.COLUMNS], [ir.Constant(vector(PARTS), None)], add, PARTS)
+        score = b.fadd(_total(b, sums), b.load(at(b, bias, group)))
         b.store(b.select(b.fcmp_ordered("<", score, zero), zero, score), at(b, scores, group))
 
 

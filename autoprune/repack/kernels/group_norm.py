@@ -26,7 +26,7 @@ from autoprune.repack.kernels.ir import (
     store_vector,
 )
 from autoprune.repack.kernels.math import splat_float
-from autoprune.repack.kernels.rows import CHAINS, united
+from autoprune.repack.kernels.sums import CHAINS, PARTS, pieces, united
 
 
 class Field(Fields):
@@ -56,7 +56,8 @@ class Field(Fields):
 def group_norm(target: Target) -> ir.Module:
     """Y = (x - mean) / sqrt(variance + epsilon) * weight + bias, a group at a time; an item is a group of an image."""
     module, lanes = ir.Module(), target.lanes
-    wide = CHAINS * lanes  # what is read beyond a channel lies in the map's buffer, and is masked
+    wide = CHAINS * PARTS  # what is read beyond a channel lies in the map's buffer, and is masked
+    width, places = pieces(wide, lanes)
     b, fields, slots, item, _ = op_function(module)
     get = Field.load(b, fields)
     group, image = b.srem(item, get[Field.GROUPS]), b.sdiv(item, get[Field.GROUPS])
@@ -74,17 +75,21 @@ def group_norm(target: Target) -> ir.Module:
             plane = at(b, x, b.mul(channel, get[Field.X_CHANNEL]))
 
             def add(position: ir.Value, held: list[ir.Value]) -> list[ir.Value]:
-                value = load_vector(b, at(b, plane, position), wide)
-                value = value if mean is None else b.fsub(value, splat(b, mean, wide))
-                value = masked(b, value, at(b, mask, position), wide)
-                if mean is None:
-                    return [b.fadd(held[0], value)]
-                return [b.call(fma(module, wide), [value, value, held[0]])]
+                made = []
+                for total, place in zip(held, places, strict=True):
+                    here = b.add(position, const(place))
+                    value = load_vector(b, at(b, plane, here), width)
+                    value = value if mean is None else b.fsub(value, splat(b, mean, width))
+                    value = masked(b, value, at(b, mask, here), width)
+                    made.append(
+                        b.fadd(total, value) if mean is None else b.call(fma(module, width), [value, value, total])
+                    )
+                return made
 
             return fold(b, const(0), positions, held, add, wide)
 
-        (total,) = fold(b, first, last, [splat_float(0.0, wide)], add_channel)
-        return b.fmul(united(b, total, wide, b.fadd), share)
+        totals = fold(b, first, last, [splat_float(0.0, width)] * len(places), add_channel)
+        return b.fmul(united(b, totals, b.fadd), share)
 
     mean = averaged(None)
     root = ir.Function(module, ir.FunctionType(F32, [F32]), "llvm.sqrt.f32")

@@ -148,6 +148,18 @@ def masked_load(b: ir.IRBuilder, module: ir.Module, pointer: ir.Value, wanted: i
     return b.call(function, [place, ir.Constant(I32, 4), wanted, ir.Constant(kind, None)])
 
 
+def masked_store(
+    b: ir.IRBuilder, module: ir.Module, value: ir.Value, pointer: ir.Value, wanted: ir.Value, lanes: int
+) -> None:
+    """Stores the floats where the bits of `wanted` are set; nothing else is touched."""
+    kind, bits = vector(lanes), ir.VectorType(ir.IntType(1), lanes)
+    place = b.bitcast(pointer, kind.as_pointer())
+    name = f"llvm.masked.store.v{lanes}f32.p0v{lanes}f32"
+    signature = ir.FunctionType(ir.VoidType(), [kind, place.type, I32, bits])
+    function = module.globals.get(name) or ir.Function(module, signature, name)
+    b.call(function, [value, place, ir.Constant(I32, 4), wanted])
+
+
 def store_vector(b: ir.IRBuilder, value: ir.Value, pointer: ir.Value, lanes: int) -> None:
     """Stores `lanes` floats, or other numbers, which need not be aligned to more than one of them."""
     kind = ir.VectorType(value.type.element, lanes) if lanes > 1 else value.type
@@ -155,8 +167,50 @@ def store_vector(b: ir.IRBuilder, value: ir.Value, pointer: ir.Value, lanes: int
     stored.align = 1 if I8 in (value.type, getattr(value.type, "element", None)) else 4
 
 
+class RoundsOnce(ir.Module):  # type: ignore[misc]
+    """A module for a processor without a fused multiply-add, in which `fma` has one rounding all the same.
+
+    That takes about ten instructions: it is for what becomes bytes, which are the same on all processors.
+    """
+
+    def fma(self, lanes: int) -> ir.Function:
+        """Like ``llvm.fma``, by doubles: their product is exact, and their sum is rounded to odd before it is a float.
+
+        Where the sum is not exact, its last bit is made 1: then the second rounding is that of the exact sum.
+        """
+        kind, name = vector(lanes), f"fma_{lanes}"
+        if name in self.globals:
+            return self.globals[name]
+        wide, bits = (ir.VectorType(each, lanes) if lanes > 1 else each for each in (ir.DoubleType(), I64))
+
+        def number(value: int) -> ir.Constant:
+            return ir.Constant(bits, [value] * lanes if lanes > 1 else value)
+
+        function = ir.Function(self, ir.FunctionType(kind, [kind] * 3), name)
+        function.linkage = "internal"
+        b = ir.IRBuilder(function.append_basic_block("entry"))
+        x, y, added = (b.fpext(each, wide) for each in function.args)
+        product = b.fmul(x, y)
+        total = b.fadd(product, added)
+        taken = b.fsub(total, product)
+        error = b.fadd(b.fsub(product, b.fsub(total, taken)), b.fsub(added, taken))
+        zero, found = b.bitcast(number(0), wide), b.bitcast(total, bits)
+        away = b.icmp_signed(">=", b.xor(b.bitcast(error, bits), found), number(0))  # error and sum have one sign
+        odd = b.add(found, b.select(away, number(1), number(-1)))
+        inexact = b.and_(b.fcmp_ordered("!=", error, zero), b.icmp_signed("==", b.and_(found, number(1)), number(0)))
+        b.ret(b.fptrunc(b.bitcast(b.select(inexact, odd, found), wide), kind))
+        return function
+
+
+def module_of_bytes(fused: bool) -> ir.Module:
+    """A module in which `fma` has one rounding, whether the processor is `fused` or not."""
+    return ir.Module() if fused else RoundsOnce()
+
+
 def fma(module: ir.Module, lanes: int) -> ir.Function:
-    """``llvm.fma`` for `lanes` floats, declared once a module."""
+    """``llvm.fma`` for `lanes` floats, declared once a module; two roundings on processors that have no such thing."""
+    if isinstance(module, RoundsOnce):
+        return module.fma(lanes)
     name = f"llvm.fma.v{lanes}f32" if lanes > 1 else "llvm.fma.f32"
     kind = vector(lanes)
     return module.globals.get(name) or ir.Function(module, ir.FunctionType(kind, [kind] * 3), name)

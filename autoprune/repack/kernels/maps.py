@@ -29,6 +29,7 @@ from autoprune.repack.kernels.ir import (
     vector,
 )
 from autoprune.repack.kernels.math import ACTIVATIONS
+from autoprune.repack.kernels.sums import PARTS
 
 
 class Combine(Enum):
@@ -110,7 +111,7 @@ def elementwise(combine: Combine, target: Target, activation: str = "") -> ir.Mo
 @kernel
 def channel_mean(target: Target) -> ir.Module:
     """Each channel's sum times SCALE to Y, a float a channel. An item is some channels of an image."""
-    module, lanes = ir.Module(), target.lanes
+    module = ir.Module()
     b, get, slots, image, channels = _start(module)
     mask = pointer_field(b, get[Field.MASK], INTS)
     x = at(b, address(b, slots, get[Field.X_SLOT], get[Field.X_OFFSET]), b.mul(image, get[Field.X_IMAGE]))
@@ -120,12 +121,12 @@ def channel_mean(target: Target) -> ir.Module:
         plane = at(b, x, b.mul(channel, get[Field.X_CHANNEL]))
 
         def add(position: ir.Value, total: list[ir.Value], plane: ir.Value = plane) -> list[ir.Value]:
-            given = masked(b, load_vector(b, at(b, plane, position), lanes), at(b, mask, position), lanes)
+            given = masked(b, load_vector(b, at(b, plane, position), PARTS), at(b, mask, position), PARTS)
             return [b.fadd(total[0], given)]
 
-        (total,) = fold(b, const(0), get[Field.POSITIONS], [ir.Constant(vector(lanes), None)], add, lanes)
+        (total,) = fold(b, const(0), get[Field.POSITIONS], [ir.Constant(vector(PARTS), None)], add, PARTS)
         result = ir.Constant(F32, 0.0)
-        for lane in range(lanes):
+        for lane in range(PARTS):
             result = b.fadd(result, b.extract_element(total, const(lane)))
         b.store(b.fmul(result, scale), at(b, y, b.mul(channel, get[Field.Y_CHANNEL])))
     b.ret_void()

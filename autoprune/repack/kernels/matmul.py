@@ -71,7 +71,8 @@ def matmul(target: Target, turned: bool) -> ir.Module:
         b.store(ir.Constant(F32, 0.0), at(b, zeros, column))
     inner, columns, step = get[Field.INNER], get[Field.COLUMNS], get[Field.OTHER_LINE]
     if turned:
-        pack_turned(b, Lines(other, step, columns, inner), panels, vectors, lanes)
+        end = b.mul(b.sdiv(b.add(columns, const(wide - 1)), const(wide)), const(wide))
+        pack_turned(b, Lines(other, step, columns, inner), panels, vectors, lanes, end)
     else:
         pack(b, Lines(other, step, inner, columns), panels, wide)
     _multiply(b, module, get, (x, panels, zeros, rest, y), target)

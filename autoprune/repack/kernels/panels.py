@@ -57,9 +57,13 @@ def pack(b: ir.IRBuilder, given: Lines, into: ir.Value, wide: int) -> None:
 
 
 def pack_turned(
-    b: ir.IRBuilder, given: Lines, into: ir.Value, vectors: int, lanes: int, factor: ir.Value | None = None
-) -> None:
-    """Panels of a matrix's lines, as columns, times `factor`; the last line stands for those that pad a panel."""
+    b: ir.IRBuilder, given: Lines, into: ir.Value, vectors: int, lanes: int, end: ir.Value,
+    factor: ir.Value | None = None,
+) -> None:  # fmt: skip
+    """Panels of a matrix's lines, as columns, times `factor`.
+
+    There are `end` columns, whole panels of them: the last line stands for those that there is no line for.
+    """
     width, wide, last = given.width, vectors * lanes, b.sub(given.count, const(1))
 
     def line(number: ir.Value, offset: int) -> ir.Value:
@@ -68,7 +72,6 @@ def pack_turned(
     def scaled(value: ir.Value, count: int) -> ir.Value:
         return value if factor is None else b.fmul(value, splat(b, factor, count))
 
-    end = b.mul(b.sdiv(b.add(given.count, const(wide - 1)), const(wide)), const(wide))
     with loop(b, const(0), end, lanes) as number:
         panel = at(b, into, b.mul(b.sdiv(number, const(wide)), b.mul(width, const(wide))))
         panel = at(b, panel, b.srem(number, const(wide)))

@@ -35,6 +35,7 @@ from autoprune.repack.kernels.ir import (
     load_vector,
     long_at,
     loop,
+    module_of_bytes,
     op_function,
     pointer_field,
     smaller,
@@ -133,7 +134,7 @@ def scratch(cell: str, units: int, hidden: int) -> int:
 @kernel
 def recurrent(form: Form, target: Target) -> ir.Module:
     """The op; an item is some entries of the batch, all steps of them."""
-    module, lanes = ir.Module(), target.lanes
+    module, lanes = module_of_bytes(target.fused or not form.int8), target.lanes
     product = (_by_cell if form.int8 else _by_column if form.columns else _by_group)(module, form, target)
     b, fields, slots, item, _ = op_function(module)
     get = Field.load(b, fields)
@@ -227,7 +228,7 @@ def _by_group(module: ir.Module, form: Form, target: Target) -> _Product:
         x, y = (past, past_entry), (entry_work(const(0)).projected, get[Field.SCRATCH])
         unbounded = ir.Constant(F32, -math.inf), ir.Constant(F32, math.inf)
         with loop(b, const(0), get[Field.GROUPS]) as group:
-            compute(b, packed, group, (first, last), x, y, (y[0], const(0)), const(0), unbounded)
+            compute(b, packed, group, (first, last, get[Field.BATCH]), x, y, (y[0], const(0)), const(0), unbounded)
 
     return product
 

@@ -25,7 +25,7 @@ from autoprune.repack.kernels.ir import (
     store_vector,
 )
 from autoprune.repack.kernels.math import FUNCTIONS
-from autoprune.repack.kernels.rows import CHAINS, united
+from autoprune.repack.kernels.sums import CHAINS, PARTS, pieces, united
 
 KEPT, SUMMED = 3, 2  # axes at most
 
@@ -149,13 +149,15 @@ def _neighbours(
         return join.unite(b, one, other, entry)
 
     start, found = const(0), list[ir.Value]()
-    for wide in (CHAINS * lanes, lanes, 1):
+    for wide in (CHAINS * PARTS, PARTS, 1):
         stop = b.mul(b.sdiv(count, const(wide)), const(wide))
+        width, places = pieces(wide, lanes)
 
-        def step(i: ir.Value, held: list[ir.Value], wide: int = wide) -> list[ir.Value]:
-            return [joined(held[0], at(b, line, i), wide)]
+        def step(i: ir.Value, held: list[ir.Value], width: int = width, places: range = places) -> list[ir.Value]:
+            there = [at(b, line, b.add(i, const(place))) for place in places]
+            return [joined(one, place, width) for one, place in zip(held, there, strict=True)]
 
-        (held,) = fold(b, start, stop, [join.start(entry, wide)], step, wide)
-        found.append(united(b, held, wide, unite))
+        held = fold(b, start, stop, [join.start(entry, width)] * len(places), step, wide)
+        found.append(united(b, held, unite))
         start = stop
     return unite(unite(found[0], found[1]), found[2])

@@ -11,13 +11,11 @@ from autoprune.repack.kernels.fields import FLOAT, FLOAT32_ARRAY, NUMBER, OFFSET
 from autoprune.repack.kernels.ir import (
     F32,
     FLOATS,
-    I32,
     address,
     at,
     const,
     float_field,
     fma,
-    fold,
     load_vector,
     loop,
     op_function,
@@ -27,9 +25,7 @@ from autoprune.repack.kernels.ir import (
     splat,
     store_vector,
 )
-from autoprune.repack.kernels.math import splat_float
-
-CHAINS = 4  # vectors summed side by side, since each sum waits for the one before
+from autoprune.repack.kernels.sums import summed
 
 
 class Field(Fields):
@@ -46,35 +42,6 @@ class Field(Fields):
     BIAS = FLOAT32_ARRAY.of("bias")
     EPSILON = FLOAT
     SHARE = FLOAT  # one over the number of features
-
-
-def united(b: ir.IRBuilder, value: ir.Value, lanes: int, join: Callable[[ir.Value, ir.Value], ir.Value]) -> ir.Value:
-    """One float of all lanes, half to half."""
-    if lanes == 1:
-        return value
-    while lanes > 1:
-        lanes //= 2
-        kind = ir.VectorType(I32, lanes)
-        low, high = (ir.Constant(kind, list(range(first, first + lanes))) for first in (0, lanes))
-        value = join(b.shuffle_vector(value, value, low), b.shuffle_vector(value, value, high))
-    return b.extract_element(value, const(0))
-
-
-def summed(
-    b: ir.IRBuilder, count: ir.Value, lanes: int, step: Callable[[ir.Value, ir.Value, int], ir.Value]
-) -> ir.Value:
-    """A sum of `count` floats by ``step(total, position, lanes)``: some vectors at a time, one vector, one float."""
-
-    def run(first: ir.Value, last: ir.Value, wide: int) -> ir.Value:
-        (total,) = fold(b, first, last, [splat_float(0.0, wide)], lambda i, held: [step(held[0], i, wide)], wide)
-        return united(b, total, wide, b.fadd)
-
-    start, sums = const(0), []
-    for wide in (CHAINS * lanes, lanes, 1):
-        stop = b.mul(b.sdiv(count, const(wide)), const(wide))
-        sums.append(run(start, stop, wide))
-        start = stop
-    return b.fadd(b.fadd(sums[0], sums[1]), sums[2])
 
 
 def each(

@@ -3,8 +3,8 @@
 The filters of a group share their inputs, so a vector holds the filters of a group: k walks the group's kept features,
 one broadcast of each token's feature meets the group's weights. Two groups that keep the same features, as all do where
 little is pruned, are computed as one, so that each broadcast meets twice the weights. Several tokens stay in registers
-together; a single one is summed in several independent parts, so that the last bits of a result depend on how many
-tokens go together.
+together; where there is but one, it is summed in several independent chains, so that the last bits of its result are
+others than if there were more.
 """
 
 from __future__ import annotations
@@ -37,12 +37,10 @@ from autoprune.repack.kernels.ir import (
     pointer_field,
     prefetch_ahead,
     smaller,
-    spans,
     splat,
     store_vector,
-    vector,
 )
-from autoprune.repack.kernels.math import ACTIVATIONS
+from autoprune.repack.kernels.math import ACTIVATIONS, splat_float
 
 
 class Field(Fields):
@@ -74,6 +72,9 @@ class Field(Fields):
     BLOCK = NUMBER  # tokens an item
 
 
+CHAINS = 6  # of a single token: enough to hide how long a sum takes, and few enough for 16 registers
+
+
 class Twin(IntEnum):
     """Whether a group keeps the same features as a neighbour whose filters are the next ones."""
 
@@ -94,8 +95,12 @@ def tokens_together(rows: int, target: Target) -> int:
 
 
 def token_counts(rows: int, target: Target) -> list[int]:
-    """How many tokens a pass over a group's weights may take, falling: any number of them takes few passes."""
-    most = tokens_together(rows, target)
+    """How many tokens a pass over a group's weights may take, falling.
+
+    The last pass is the least that takes what is left: it computes the last token several times. 1 is for an op of a
+    single token.
+    """
+    most = max(2, tokens_together(rows, target))
     return [most, *(count for count in (16, 8, 4, 2, 1) if count < most)]
 
 
@@ -115,9 +120,10 @@ def rows_gemm(rows: int, target: Target, activation: str = "", twins: bool = Fal
     low, high = float_field(b, get[Field.LOW]), float_field(b, get[Field.HIGH])
     packed = PackedArrays(*(get[Field[name.upper()]] for name in PackedArrays._fields))
     lines = (x, get[Field.X_TOKEN]), (y, get[Field.Y_TOKEN]), (residual, get[Field.RESIDUAL_TOKEN])
+    tokens = first_token, last_token, get[Field.TOKENS]
     first = b.mul(chunk, get[Field.CHUNK])
     with loop(b, first, smaller(b, b.add(first, get[Field.CHUNK]), get[Field.GROUPS])) as group:
-        compute(b, packed, group, (first_token, last_token), *lines, get[Field.RESIDUAL], (low, high))
+        compute(b, packed, group, tokens, *lines, get[Field.RESIDUAL], (low, high))
     b.ret_void()
     return module
 
@@ -137,14 +143,16 @@ class PackedArrays(NamedTuple):
 Lines = tuple[ir.Value, ir.Value]
 """The first token's floats, and how many there are from a token to the next."""
 
+Tokens = tuple[ir.Value, ir.Value, ir.Value]
+"""The first one that is computed, the end, and how many there are in all."""
+
 GroupProduct = Callable[
     [
-        ir.IRBuilder, PackedArrays, ir.Value, tuple[ir.Value, ir.Value], Lines, Lines, Lines, ir.Value,
-        tuple[ir.Value, ir.Value],
+        ir.IRBuilder, PackedArrays, ir.Value, Tokens, Lines, Lines, Lines, ir.Value, tuple[ir.Value, ir.Value],
     ],
     None,
 ]  # fmt: skip
-"""(builder, weight, group, first and last token, x, y, residual, whether there is one, bounds): one group's results."""
+"""(builder, weight, group, tokens, x, y, residual, whether there is one, bounds): one group's results."""
 
 
 def group_product(
@@ -160,8 +168,8 @@ def group_product(
     }
 
     def compute(
-        b: ir.IRBuilder, packed: PackedArrays, group: ir.Value, tokens: tuple[ir.Value, ir.Value], x: Lines, y: Lines,
-        residual: Lines, has_residual: ir.Value, bounds: tuple[ir.Value, ir.Value],
+        b: ir.IRBuilder, packed: PackedArrays, group: ir.Value, tokens: Tokens, x: Lines, y: Lines, residual: Lines,
+        has_residual: ir.Value, bounds: tuple[ir.Value, ir.Value],
     ) -> None:  # fmt: skip
         pointer = pointer_field(b, packed.group_pointer, INTS)
         begin = long_at(b, pointer, group)
@@ -174,17 +182,17 @@ def group_product(
         neighbours = long_at(b, pointer_field(b, packed.first, INTS), group)
 
         def whole(groups: int) -> None:
-            def some(token: ir.Value, count: int) -> None:
+            def some(token: ir.Value, count: int, inside: ir.Value) -> None:
                 x_at, y_at, residual_at = (at(b, base, b.mul(token, step)) for base, step in (x, y, residual))
                 b.call(
                     built[groups, count],
                     [
-                        x_at, x[1], index, kept, values, bias, y_at, y[1], residual_at, residual[1], has_residual,
-                        out_index, neighbours, *bounds,
+                        inside, x_at, x[1], index, kept, values, bias, y_at, y[1], residual_at, residual[1],
+                        has_residual, out_index, neighbours, *bounds,
                     ],
                 )  # fmt: skip
 
-            spans(b, *tokens, counts[groups], some)
+            _passes(b, tokens, counts[groups], some)
 
         if not twins:
             whole(1)
@@ -198,23 +206,48 @@ def group_product(
     return compute
 
 
+def _passes(
+    b: ir.IRBuilder, tokens: Tokens, counts: Sequence[int], some: Callable[[ir.Value, int, ir.Value], None]
+) -> None:
+    """``some(token, count, inside)`` over all tokens: a pass of `count`, of which so many are there."""
+    most, *fewer, single = counts
+    first, last, number = tokens
+    with b.if_else(b.icmp_signed("==", number, const(1))) as (alone, several):
+        with alone:
+            some(first, single, const(1))
+        with several:
+            end = b.add(first, b.mul(b.sdiv(b.sub(last, first), const(most)), const(most)))
+            with loop(b, first, end, most) as token:
+                some(token, most, const(most))
+            rest = b.sub(last, end)
+            for count, less in zip((most, *fewer), (*fewer, 0), strict=True):
+                fits = b.icmp_signed("<=", rest, const(count))
+                with b.if_then(b.and_(fits, b.icmp_signed(">", rest, const(less)))):
+                    some(end, count, rest)
+
+
 def _tile(module: ir.Module, size: int, groups: int, tokens: int, target: Target, activation: str) -> ir.Function:
-    """All filters of a group of `size`, or of as many as keep the same, for `tokens` tokens."""
+    """All filters of a group of `size`, or of as many as keep the same, for `tokens` tokens.
+
+    Where fewer are `inside`, the last of them stands for the others, too.
+    """
     rows = groups * size
     kinds = [
-        FLOATS, I64, INTS, I64, FLOATS, FLOATS, FLOATS, I64, FLOATS, I64, I64, INTS, I64, F32, F32,
+        I64, FLOATS, I64, INTS, I64, FLOATS, FLOATS, FLOATS, I64, FLOATS, I64, I64, INTS, I64, F32, F32,
     ]  # fmt: skip
     function = inner_function(module, f"tile_{rows}x{tokens}", kinds)
-    (x, x_token, index, kept, values, bias, y, y_token, residual, residual_token, has_residual, out_index, neighbours,
-     low, high) = function.args  # fmt: skip
+    (inside, x, x_token, index, kept, values, bias, y, y_token, residual, residual_token, has_residual, out_index,
+     neighbours, low, high) = function.args  # fmt: skip
     b = ir.IRBuilder(function.append_basic_block("entry"))
     wide = min(rows, target.lanes)  # filters in a register
     parts = range(0, rows, wide)
-    chains = max(1, tokens_together(rows, target) // 2) if tokens == 1 else 1
-    sources = [at(b, x, b.mul(x_token, const(t))) for t in range(tokens)]
-    zero = ir.Constant(vector(wide), None) if wide > 1 else ir.Constant(F32, 0.0)
+    chains = CHAINS if tokens == 1 else 1
+    final = b.sub(inside, const(1))
+    numbers = [const(0), *(smaller(b, const(t), final) for t in range(1, tokens))]
+    sources = [at(b, x, b.mul(x_token, number)) for number in numbers]
+    zero = splat_float(-0.0, wide)  # what changes no sum, be it zero itself
     initial = [load_vector(b, at(b, bias, const(part)), wide) for part in parts]
-    start = [initial] * tokens + [[zero] * len(initial)] * (chains - 1)
+    start = [initial] * tokens + [[splat_float(0.0, wide)] * len(initial)] * (chains - 1)
     whole = b.mul(b.sdiv(kept, const(chains)), const(chains))
     ahead = b.mul(kept, const(size))  # from a group's values to those of the next
     weights = [at(b, values, b.add(b.mul(ahead, const(part // size)), const(part % size))) for part in parts]
@@ -231,15 +264,15 @@ def _tile(module: ir.Module, size: int, groups: int, tokens: int, target: Target
     lows, highs = splat(b, low, wide), splat(b, high, wide)
     with b.if_else(together) as (side_by_side, scattered):
         with side_by_side:
-            for t in range(tokens):
-                place = b.add(b.mul(y_token, const(t)), neighbours)
-                other = at(b, residual, b.add(b.mul(residual_token, const(t)), neighbours))
+            for t, number in enumerate(numbers):
+                place = b.add(b.mul(y_token, number), neighbours)
+                other = at(b, residual, b.add(b.mul(residual_token, number), neighbours))
                 for part, value in zip(parts, sums[t], strict=True):
                     addition = _if_added(b, added, zero, at(b, other, const(part)), wide)
                     value = _finish(b, module, b.fadd(value, addition), lows, highs, activation, wide)
                     store_vector(b, value, at(b, y, b.add(place, const(part))), wide)
         with scattered:
-            _scatter(b, module, sums, rows, wide, y, y_token, residual, residual_token, added, out_index,
+            _scatter(b, module, sums, rows, wide, inside, y, y_token, residual, residual_token, added, out_index,
                      (low, high), activation)  # fmt: skip
     b.ret_void()
     return function
@@ -265,8 +298,8 @@ def _finish(
 
 
 def _scatter(
-    b: ir.IRBuilder, module: ir.Module, sums: Sequence[Sequence[ir.Value]], rows: int, wide: int, y: ir.Value,
-    y_token: ir.Value, residual: ir.Value, residual_token: ir.Value, added: ir.Value, out_index: ir.Value,
+    b: ir.IRBuilder, module: ir.Module, sums: Sequence[Sequence[ir.Value]], rows: int, wide: int, inside: ir.Value,
+    y: ir.Value, y_token: ir.Value, residual: ir.Value, residual_token: ir.Value, added: ir.Value, out_index: ir.Value,
     bounds: tuple[ir.Value, ir.Value], activation: str,
 ) -> None:  # fmt: skip
     """Each filter's result to its place; a row of a padded group has none."""
@@ -276,10 +309,10 @@ def _scatter(
     for t, values in enumerate(sums):
         for part, value in enumerate(values):
             store_vector(b, value, at(b, kept, const(t * rows + part * wide)), wide)
-    zero = ir.Constant(F32, 0.0)
+    zero = splat_float(-0.0, 1)
     with loop(b, const(0), const(rows)) as row:
         filter_ = long_at(b, out_index, row)
-        with b.if_then(b.icmp_signed(">=", filter_, const(0))), loop(b, const(0), const(tokens)) as t:
+        with b.if_then(b.icmp_signed(">=", filter_, const(0))), loop(b, const(0), inside) as t:
             value = b.load(at(b, kept, b.add(b.mul(t, const(rows)), row)))
             line = at(b, residual, b.add(b.mul(residual_token, t), filter_))
             value = b.fadd(value, _if_added(b, added, zero, line, 1))

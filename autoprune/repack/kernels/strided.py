@@ -30,7 +30,7 @@ from autoprune.repack.kernels.ir import (
     store_vector,
 )
 from autoprune.repack.kernels.math import FUNCTIONS
-from autoprune.repack.kernels.rows import CHAINS
+from autoprune.repack.kernels.sums import CHAINS
 
 AXES = 6  # at most
 COUNTS = (2, 4, AXES)  # of axes that kernels are made for

@@ -97,10 +97,9 @@ def conv2d(lowering: Lowering, op: ConvolutionOp) -> bool:
 
 def crowded(lowering: Lowering, window: Window, shape: tuple[int, ...]) -> bool:
     """Whether a map is so small that its border's columns are too much to compute."""
-    (height, width), lanes = shape[2:], lowering.target.lanes
-    vectors = -(-((height - 1) * (width + window.padding[1]) + width) // lanes)
-    whole, rest = divmod(height * width, lanes)
-    return whole + min(1.0, rest / lanes) <= CROWDED * vectors and _reach(window) <= WIDEST_REACH
+    height, width = shape[2:]
+    vectors = -(-((height - 1) * (width + window.padding[1]) + width) // ALIGN)
+    return height * width / ALIGN <= CROWDED * vectors and _reach(window) <= WIDEST_REACH
 
 
 def gating(lowering: Lowering, op: GatedConv2d, filters: int, channels: int) -> convolutions.Gated:
@@ -155,7 +154,7 @@ def gate(lowering: Lowering, op: Gate) -> bool:
     given = lowering.map(op.inputs[0])
     meta = lowering.define(op.output, (x.shape[0], len(weight)))
     buffer = lowering.buffers[storage_of(meta)] = Buffer(meta.numel())
-    scratch = lowering.scratch(gate_scratch(weight.shape[1], len(weight), lowering.target))
+    scratch = lowering.scratch(gate_scratch(weight.shape[1], len(weight)))
     arrays = [each.numpy() for each in (weight, bias, threshold)]
 
     def build(*_: Any) -> NativeOp:

@@ -245,13 +245,13 @@ def gate(
     """
     f, (weight, bias, threshold) = gates.Field, arrays
     groups, channels = weight.shape
-    padded = np.zeros((groups, gates.columns(channels, target)), np.float32)
+    padded = np.zeros((groups, gates.columns(channels)), np.float32)
     padded[:, :channels] = weight
     layout = x.layout
     given: dict[gates.Field, Given] = {
         f.X_SLOT: x.buffer.slot, f.X_OFFSET: x.offset, f.X_IMAGE: layout.image, f.X_CHANNEL: layout.channel(1),
         f.Y_SLOT: y.slot, f.Y_OFFSET: y.offset_bytes, f.SCRATCH_SLOT: scratch.slot, f.SCRATCH_OFFSET: scratch.offset,
-        f.SCRATCH: gates.scratch(channels, groups, target), f.POSITIONS: layout.positions, f.CHANNELS: channels,
+        f.SCRATCH: gates.scratch(channels, groups), f.POSITIONS: layout.positions, f.CHANNELS: channels,
         f.MASK: layout.mask(), f.WEIGHT: padded, f.COLUMNS: padded.shape[1], f.BIAS: np.ascontiguousarray(bias),
         f.SCALE: 1 / (layout.height * layout.width), f.GROUPS: groups,
         f.THRESHOLD: float(threshold[0]), f.KEEP: keep or groups,

@@ -152,7 +152,7 @@ def product(lowering: Lowering, op: TorchOp) -> bool:
         (images, heads), outer = paired
     meta = lowering.define(op.output, shape)
     buffer = lowering.buffers[storage_of(meta)] = Buffer(meta.numel())
-    alone = few(rows, lowering.target)
+    alone = few(rows)
     scratch = None if alone else lowering.scratch(product_scratch(inner, columns, lowering.target))
     line = [x.stride[-2], other.stride[-1] if turned else other.stride[-2], columns]
 

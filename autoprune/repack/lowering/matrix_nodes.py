@@ -10,6 +10,7 @@ from autoprune.errors import AutopruneError
 from autoprune.repack.kernels import along, few_rows, matmul, reduce, softmax
 from autoprune.repack.kernels.compiler import Kernel, Target
 from autoprune.repack.kernels.fields import Given
+from autoprune.repack.kernels.sums import PARTS
 from autoprune.repack.lowering.buffers import Buffer, StridedRef
 from autoprune.repack.lowering.geometry import CHUNK_FLOATS
 from autoprune.repack.lowering.strided_nodes import ENTRIES, coalesced, merged_axes
@@ -78,7 +79,7 @@ def shares(
         f.X_SLOT: x.slot, f.X_OFFSET: x.offset_bytes, f.Y_SLOT: y.slot, f.Y_OFFSET: y.offset_bytes, f.ROWS: rows,
         f.FEATURES: features, f.BLOCK: block,
     }  # fmt: skip
-    return op_of(name, softmax.softmax(logarithm, target), f, given, -(-rows // block))
+    return op_of(name, softmax.softmax(logarithm, features <= PARTS, target), f, given, -(-rows // block))
 
 
 Axis = tuple[int, int]  # extent, stride

@@ -239,7 +239,7 @@ class Heads(NamedTuple):
 
 def attention_scratch(size: Heads, target: Target) -> int:
     """Floats of scratch that `attend` needs for each thread."""
-    if few(size.queries, target):
+    if few(size.queries):
         return few_attention.scratch(size.keys, size.width)
     return attention.scratch(size.keys, size.width, size.value_width, target)
 
@@ -280,5 +280,5 @@ def attend(
             f.BIAS_SLOT: bias.slot, f.BIAS_OFFSET: bias.offset_bytes, f.BIAS_IMAGE: bias.strides[0],
             f.BIAS_HEAD: bias.strides[1], f.BIAS_TOKEN: bias.strides[2],
         }  # fmt: skip
-    kernel = few_attention.attention if few(size.queries, target) else attention.attention
+    kernel = few_attention.attention if few(size.queries) else attention.attention
     return op_of(name, kernel(target, bias is not None), f, given, size.batch * size.heads)

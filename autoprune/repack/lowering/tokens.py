@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ from autoprune.repack.lowering import byte_row_nodes, byte_rules, convolutions, 
 from autoprune.repack.lowering.buffers import Buffer
 from autoprune.repack.lowering.context import turn_back, turned
 from autoprune.repack.lowering.geometry import Tiling, Window
+from autoprune.repack.lowering.layout import ALIGN
 from autoprune.repack.lowering.steps import Map, NativeStep, is_float, storage_of
 from autoprune.repack.lowering.weights import Weights
 from autoprune.repack.native.op import NativeOp
@@ -124,6 +126,8 @@ def _by_position(lowering: Lowering, op: Linear, tokens: int) -> None:
 
     def build(weights: Weights | None, tiling: Tiling) -> NativeOp:
         assert weights is not None
+        if tokens < ALIGN:  # as `rows_gemm` sums them on targets of wider vectors
+            tiling = replace(tiling, panel=0, serpentine=False)
         return convolutions.convolution(
             op.output, weights, window, activation, tiling, 1, given.at, made.at, None, scratch, lowering.target
         )

@@ -188,7 +188,7 @@ class _Linear(_Work):
     def __init__(self, op: NativeOp, rows: int, target: Target, slots: Longs, sample: bool) -> None:
         self.fields = op.addresses()
         self.rows, self.slots, self.sample = rows, slots, sample
-        self.counts = {groups: rows_gemm.token_counts(groups * rows, target) for groups in (1, 2)}
+        self.most = {groups: rows_gemm.token_counts(groups * rows, target)[0] for groups in (1, 2)}
         self.twin = op.arrays.get(_R.TWIN)
         self.pointer, self.index = op.arrays[_R.GROUP_POINTER], op.arrays[_R.INDEX].astype(np.int64)
         self.out_index = op.arrays[_R.OUT_INDEX].ravel().astype(np.int64)
@@ -199,14 +199,14 @@ class _Linear(_Work):
         first, last = int(chunk * f[_R.CHUNK]), int(min((chunk + 1) * f[_R.CHUNK], f[_R.GROUPS]))
         start, stop = int(block * f[_R.BLOCK]), int(min((block + 1) * f[_R.BLOCK], f[_R.TOKENS]))
         if self.sample:
-            stop, last = min(stop, start + 2 * self.counts[1][0]), min(last, first + SAMPLED_GROUPS)
+            stop, last = min(stop, start + 2 * self.most[1]), min(last, first + SAMPLED_GROUPS)
         for group in range(first, last):
             twin = rows_gemm.Twin.NONE if self.twin is None else self.twin[group]
             if twin == rows_gemm.Twin.SECOND:
                 continue  # computed with the one before
             groups, token = 2 if twin == rows_gemm.Twin.FIRST else 1, start
-            for count in self.counts[groups]:
-                tiles = (stop - token) // count
+            for count in (self.most[groups], (stop - start) % self.most[groups]):
+                tiles = (stop - token) // max(1, count)
                 if tiles:
                     yield self._compute(group, groups, count).at(token + count * np.arange(tiles, dtype=np.int64))
                 token += tiles * count
