@@ -150,15 +150,17 @@ def count_row(name: str) -> list[str]:
 
 def main(argv: Sequence[str]) -> int:
     parser = command_line("build", __doc__)
-    parser.add_argument("--sized", type=among(SUBJECTS), default=SIZED, help=f"models; default {','.join(SIZED)}")
+    for option, usual in (("sized", SIZED), ("timed", TIMED), ("counted", COUNTED)):
+        parser.add_argument(f"--{option}", type=among(SUBJECTS), default=usual, help=f"default {','.join(usual)}")
     given = parser.parse_args(argv)
     torch.set_num_threads(1)
     sizes, times = [], []
-    for name in dict.fromkeys((*given.sized, *TIMED)):
+    for name in dict.fromkeys((*given.sized, *given.timed)):
+        print(name, file=sys.stderr)
         fast = SUBJECTS[name].repacked()
         sizes += size_rows(name, fast) if name in given.sized else []
-        times += [time_row(name, fast)] if name in TIMED else []
-    counts = [count_row(name) for name in COUNTED]
+        times += [time_row(name, fast)] if name in given.timed else []
+    counts = [count_row(name) for name in given.counted]
     text = page(
         "Built models", "build",
         "Models pruned to 75% in groups of 16 filters where no other figure is named, for one thread.",
