@@ -119,7 +119,7 @@ def linked(calls: Sequence[Call], image: Image, target: Target) -> str:
             _entry(own, call, work, parts=True)
     whole = llvm.parse_assembly(str(own))
     for kernel, name in names.items():
-        part = llvm.parse_assembly(kernel.assembly())
+        part = llvm.parse_assembly(kernel.assembly)
         part.get_function(OP).name = name
         whole.link_in(part)
         whole.get_function(name).linkage = "internal"

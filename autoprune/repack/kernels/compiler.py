@@ -153,10 +153,11 @@ class Kernel:
     Attributes:
         name: of the function that emits it.
         target: what it is made for.
+        assembly: its LLVM IR, in which it is the function `OP`.
     """
 
-    def __init__(self, name: str, target: Target, emit: Callable[[], ir.Module]) -> None:
-        self.name, self.target, self._emit = name, target, emit
+    def __init__(self, name: str, target: Target, module: ir.Module) -> None:
+        self.name, self.target, self.assembly = name, target, str(module)
         self._lock = threading.Lock()
         self._address: int | None = None
 
@@ -169,12 +170,8 @@ class Kernel:
         """
         with self._lock:
             if self._address is None:
-                self._address = compile_op(self._emit(), OP, self.target)
+                self._address = compile_op(self.assembly, OP, self.target)
             return self._address
-
-    def assembly(self) -> str:
-        """Its LLVM IR, in which it is the function `OP`."""
-        return str(self._emit())
 
 
 def kernel(emit: Callable[Arguments, ir.Module]) -> Callable[Arguments, Kernel]:
@@ -185,7 +182,7 @@ def kernel(emit: Callable[Arguments, ir.Module]) -> Callable[Arguments, Kernel]:
     @wraps(emit)
     def made(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Kernel:
         target = signature.bind(*args, **kwargs).arguments.get("target") or host()
-        return Kernel(emit.__name__, target, lambda: emit(*args, **kwargs))
+        return Kernel(emit.__name__, target, emit(*args, **kwargs))
 
     return made
 
@@ -196,8 +193,8 @@ def compile_function(module: ir.Module, name: str, target: Target, arguments: in
     return prototype(compile_op(module, name, target))
 
 
-def compile_op(module: ir.Module, name: str, target: Target) -> int:
-    """Returns the address of the module's function `name`; it stays valid as long as the process."""
+def compile_op(module: ir.Module | str, name: str, target: Target) -> int:
+    """Returns the address of the function `name` of a module, or its text; it stays valid as long as the process."""
     if reason := refused():
         raise AutopruneError(reason)
     code = object_code(module, target)
@@ -214,7 +211,7 @@ def object_code(module: ir.Module | str, target: Target) -> bytes:
     with _LOCK:
         machine = _machine(target)
         text = str(module)
-        parsed = llvm.parse_assembly(text if target.fused else text.replace("@llvm.fma.", "@llvm.fmuladd."))
+        parsed = llvm.parse_assembly(text if target.fused else text.replace("llvm.fma.", "llvm.fmuladd."))
         if target.triple:
             parsed.triple, parsed.data_layout = target.triple, str(machine.target_data)
         parsed.verify()
