@@ -75,7 +75,8 @@ def test_a_power_ends_in_zero_and_infinity(name: str, lanes: int) -> None:
 def test_for_bytes_an_activation_is_right_to_0_0002(name: str, lanes: int) -> None:
     x = torch.cat([torch.linspace(-12, 12, 48001), torch.linspace(-1e3, 1e3, 20001), torch.tensor([0.0])])
     error = applied(math.BYTE_ACTIVATIONS[name], x, target_of(lanes)) - ACTIVATIONS[name](x.double())
-    assert (error.abs() <= 2e-4 + 1e-7 * x.abs()).all()  # the latter is float32's own
+    own = 1e-7 if target_of(lanes).fused else 1e-6  # of float32
+    assert (error.abs() <= 2e-4 + own * x.abs()).all()
     assert applied(math.BYTE_ACTIVATIONS[name], torch.full((5,), NAN), target_of(lanes)).isnan().all()
 
 
@@ -84,7 +85,11 @@ def test_for_bytes_an_activation_is_right_to_0_0002(name: str, lanes: int) -> No
 def test_for_bytes_a_gelu_far_from_zero_is_relu(name: str, lanes: int) -> None:
     size = torch.cat([torch.linspace(4, 1e3, 20001), torch.tensor([1e5, 1e30])])
     x = torch.cat([size, -size])
-    assert torch.equal(applied(math.BYTE_ACTIVATIONS[name], x, target_of(lanes)), x.clamp(min=0))
+    got = applied(math.BYTE_ACTIVATIONS[name], x, target_of(lanes))
+    if target_of(lanes).fused:
+        assert torch.equal(got, x.clamp(min=0))
+    else:  # the polynomial ends some bits beside 1
+        assert ((got - x.clamp(min=0)).abs() <= 1e-6 * size.repeat(2)).all()
 
 
 @pytest.mark.parametrize("lanes", LANES)

@@ -18,7 +18,6 @@ _ROUNDER = 12582912.0 + _BIAS  # 1.5 * 2**23: adding it leaves an integer in the
 _POWER_RANGE = (-127.0, 128.0)  # fields 0 and 255: as factors, exactly 0 and infinity
 _EXP_RANGE = (-88.0, 88.7)  # natural, ends in the same fields
 _LOG2E = float(np.float32(1 / math.log(2)))
-_LOG2E_LOW = 1 / math.log(2) - _LOG2E
 # (2**r - 1) / r for |r| <= 1/2, minimax: of 2**r to 9.2e-8; of the quotient itself to 1.1e-8.
 _POWER = (0.001326472731307149, 0.009671512991189957, 0.05550733581185341, 0.24022242426872253, 0.6931470036506653)
 _RISE = (0.00015403512, 0.0013390735257416964, 0.009618237614631653, 0.055503573268651965, 0.24022649228572845,
@@ -87,11 +86,16 @@ def exp2(b: ir.IRBuilder, module: ir.Module, x: ir.Value, lanes: int) -> ir.Valu
 
 
 def _split(b: ir.IRBuilder, module: ir.Module, x: ir.Value, lanes: int) -> tuple[ir.Value, ir.Value]:
-    """X log2(e) as a rest of at most one half, and the integer in the low bits of the other."""
+    """X log2(e) as a rest of at most one half, and the integer in the low bits of the other.
+
+    The rest is taken of x, whose difference from a multiple of `_LN2` is exact even where nothing is fused.
+    """
     multiply, rounder = fma(module, lanes), splat_float(_ROUNDER, lanes)
     shifted = b.call(multiply, [x, splat_float(_LOG2E, lanes), rounder])
-    r = b.call(multiply, [x, splat_float(_LOG2E, lanes), b.fneg(b.fsub(shifted, rounder))])
-    return b.call(multiply, [x, splat_float(_LOG2E_LOW, lanes), r]), shifted
+    integer = b.fsub(shifted, rounder)
+    rest = b.call(multiply, [integer, splat_float(-_LN2, lanes), x])
+    rest = b.call(multiply, [integer, splat_float(-_LN2_LOW, lanes), rest])
+    return b.fmul(rest, splat_float(_LOG2E, lanes)), shifted
 
 
 def exp(b: ir.IRBuilder, module: ir.Module, x: ir.Value, lanes: int) -> ir.Value:
