@@ -13,11 +13,12 @@ import pytest
 from numpy.typing import NDArray
 
 from autoprune.quantization.grid import Grid
-from autoprune.repack.kernels.compiler import call_op, host, narrowed
+from autoprune.repack.kernels.compiler import host, narrowed
 from autoprune.repack.lowering.buffers import Buffer, MapAt, StridedRef
 from autoprune.repack.lowering.layout import FLOAT_BYTES, MapLayout
 from autoprune.repack.native.op import NativeOp
 from autoprune.repack.weights.quads import lanes_of
+from tests.repack.processors import run_op
 from tests.repack.test_kernels import LIBC
 
 Bytes = NDArray[np.uint8]
@@ -100,9 +101,7 @@ class Memory:
     def run(self, op: NativeOp) -> None:
         """In any order of its items; nothing outside of the written buffers changes."""
         before = [lanes.copy() for lanes in self.slots]
-        slots = np.array([0, *(lanes.ctypes.data for lanes in self.slots[1:])], np.int64)
-        for item in self.rng.permutation(op.items):
-            call_op(op.kernel, op.fields.ctypes.data, slots.ctypes.data, int(item))
+        run_op(op, self.slots, self.rng.permutation(op.items))
         for slot, size in self.written.items():
             there = slice(-size, None) if self.behind else slice(size)
             before[slot][there] = self.slots[slot][there]

@@ -136,6 +136,12 @@ def without_vnni(target: Target) -> Target:
 @pytest.mark.parametrize("phases", [False, True])
 @pytest.mark.parametrize("target", [*TARGETS.values(), *map(without_vnni, TARGETS.values())])
 def test_depthwise_convolutions(target: Target, phases: bool) -> None:
+    check_depthwise(target, phases, count=25)
+
+
+def check_depthwise(target: Target, phases: bool, count: int) -> None:
+    """So many random ones."""
+
     def check(rng: random.Random, memory: Memory) -> None:
         shape, grid, made = shape_of(rng, 2), grid_of(rng), grid_of(rng)
         window, outputs = window_of(rng, shape, largest=5)
@@ -183,7 +189,7 @@ def test_depthwise_convolutions(target: Target, phases: bool) -> None:
         else:
             assert np.array_equal(got, in_lanes(bordered(to_bytes(steps), y.layout, made.zero_point)))
 
-    each_seed(25, check)
+    each_seed(count, check)
 
 
 def test_products_that_might_wrap_are_refused() -> None:

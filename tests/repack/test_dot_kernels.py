@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -14,16 +15,20 @@ from numpy.typing import NDArray
 
 from autoprune.errors import AutopruneError
 from autoprune.repack.kernels import compiler, dot_amx, dot_gemm, dot_rows, math
-from autoprune.repack.kernels.compiler import Kernel, Target, call_op, host, narrowed
+from autoprune.repack.kernels.compiler import Kernel, Target, host, narrowed
+from autoprune.repack.kernels.dot_products import starts_of
 from autoprune.repack.kernels.dot_tile import Form
 from autoprune.repack.kernels.fields import Given
 from autoprune.repack.lowering.layout import MapLayout
+from autoprune.repack.native.op import op_of
 from autoprune.repack.weights.quads import QUAD
+from tests.repack.processors import run_op
 from tests.repack.test_math_kernels import applied
 
 Ints = NDArray[np.int32]
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
+NOTHING = np.zeros(1, np.int32)  # in slot 0
 WALL = 512  # lanes on either side of an output, which must stay as they are
 
 TARGETS = {
@@ -32,12 +37,14 @@ TARGETS = {
     "8 lanes": narrowed(8),
     "8 lanes, madd": replace(narrowed(8), features=narrowed(8).features + ",-avxvnni"),
     "4 lanes": narrowed(4),
+    "4 lanes, plain": replace(narrowed(4), features=narrowed(4).features + ",-ssse3"),
 }
 
 
-def fma(a: Any, b: Any, c: Any) -> Floats:
-    """``a * b + c`` of float32, rounded once."""
-    a, b, c = (np.asarray(each, np.float32).astype(np.float64) for each in (a, b, c))
+def fma(a: Any, b: Any, c: Any, fused: bool = True) -> Floats:
+    """``a * b + c`` of float32, rounded once, or twice where it is not `fused`."""
+    kind = np.float64 if fused else np.float32
+    a, b, c = (np.asarray(each, np.float32).astype(kind) for each in (a, b, c))
     total: Floats = (a * b + c).astype(np.float32)
     return total
 
@@ -45,7 +52,8 @@ def fma(a: Any, b: Any, c: Any) -> Floats:
 def activated(name: str, values: Floats, target: Target, output: str) -> Floats:
     """The kernels' own activation, which other tests compare with torch's."""
     table = math.BYTE_ACTIVATIONS if output == "bytes" else math.ACTIVATIONS
-    result: Floats = applied(table[name], torch.from_numpy(values.ravel()), target).numpy()
+    here = host() if target.triple else target  # all that fuse products and sums have the same bits
+    result: Floats = applied(table[name], torch.from_numpy(values.ravel()), here).numpy()
     return result.reshape(values.shape)
 
 
@@ -87,11 +95,12 @@ class Ending:
     def results(self, sums: NDArray[np.int64], numbers: Numbers, residual: Floats | None, target: Target) -> Floats:
         """Floats of exact sums, rows first; for bytes they are integers."""
         shape = (-1, *[1] * (sums.ndim - 1))
-        value = fma(sums.astype(np.float32), numbers.factor.reshape(shape), numbers.bias.reshape(shape))
+        fused = target.fused or not target.triple
+        value = fma(sums.astype(np.float32), numbers.factor.reshape(shape), numbers.bias.reshape(shape), fused)
         if residual is not None:
-            value = fma(residual, numbers.residual_scale, value)
+            value = fma(residual, numbers.residual_scale, value, fused)
         if self.activation:
-            value = fma(activated(self.activation, value, target, self.output), numbers.inverse, numbers.zero)
+            value = fma(activated(self.activation, value, target, self.output), numbers.inverse, numbers.zero, fused)
         value = np.clip(value, np.float32(numbers.low), np.float32(numbers.high))
         return np.rint(value) if self.output == "bytes" else value
 
@@ -134,6 +143,12 @@ def addends(lanes: Bytes, ending: Ending) -> Floats:
     return np.moveaxis(lanes, -1, 1).reshape(-1, *lanes.shape[1:-1]).astype(np.float32)
 
 
+def starts(weights: NDArray[np.int8], pointer: Ints) -> Ints:
+    """What the sums of each row of each group start from, on targets that multiply signed bytes."""
+    sums = weights.astype(np.int64).sum(axis=2)
+    return starts_of(np.concatenate([sums[begin:end].sum(axis=0) for begin, end in pairwise(pointer)]))
+
+
 def lists(rng: np.random.Generator, groups: int, most: int) -> Ints:
     """How a group's cells follow each other: some groups have none."""
     counts = np.where(rng.random(groups) < 0.2, 0, rng.integers(1, most + 1, groups))
@@ -155,10 +170,8 @@ class Convolution:
         """The output's memory, walls and all, after all items in any order."""
         y: Ints = rng.integers(-(2**31), 2**31, self.layout.size(batch) + 2 * WALL, np.int32)
         before = y.copy()
-        slots = np.array([0, *(each.ctypes.data for each in (self.x, y, self.residual))], np.int64)
-        array = dot_gemm.Field.array(self.fields)
-        for item in rng.permutation(self.items):
-            call_op(kernel, array.ctypes.data, slots.ctypes.data, int(item))
+        op = op_of("y", kernel, dot_gemm.Field, self.fields, self.items)
+        run_op(op, [NOTHING, self.x, y, self.residual], rng.permutation(self.items))
         assert (y[:WALL] == before[:WALL]).all()
         assert (y[-WALL:] == before[-WALL:]).all()
         return y
@@ -245,6 +258,8 @@ def convolution(
         f.CHUNKS: chunks, f.BLOCKS: blocks, f.BATCH: batch, f.CHUNK_STRIDE: 1, f.BLOCK_STRIDE: chunks,
         f.IMAGE_STRIDE: chunks * blocks, f.BORDER: y_layout.behind, f.BORDER_FIRST: y_layout.before,
     }  # fmt: skip
+    if target.signed:
+        fields[f.START] = starts(weights, pointer) + (starts(mixed_weights, mixed_pointer) if ending.mixed else 0)
     if ending.mixed:
         fields |= {
             f.MIXED_POINTER: mixed_pointer, f.MIXED_OFFSETS: mixed_offsets, f.MIXED_BYTES: mixed_bytes,
@@ -419,6 +434,8 @@ def check_rows(rng: np.random.Generator, ending: Ending, target: Target, extreme
         f.FACTOR: numbers.factor, f.BIAS: numbers.bias, f.Y_CHANNEL: channel, f.FIRST: first, f.LOW: numbers.low,
         f.HIGH: numbers.high, f.GROUPS: groups, f.CHUNK: chunk, f.CHUNKS: chunks, f.BLOCK: block,
     }  # fmt: skip
+    if target.signed:
+        fields[f.START] = starts(weights, pointer) + (starts(mixed_weights, mixed_pointer) if ending.mixed else 0)
     if ending.mixed:
         fields |= {
             f.MIXED_POINTER: mixed_pointer, f.MIXED_OFFSETS: mixed_offsets, f.MIXED_BYTES: mixed_bytes,
@@ -432,10 +449,8 @@ def check_rows(rng: np.random.Generator, ending: Ending, target: Target, extreme
     if ending.activation:
         fields |= {f.INVERSE: numbers.inverse, f.ZERO: numbers.zero}
     kernel = dot_rows.dot_rows(rows, target, ending.output, ending.activation, ending.residual, ending.mixed)
-    slots = np.array([0, *(each.ctypes.data for each in (x, y, residual))], np.int64)
-    array = f.array(fields)
-    for item in rng.permutation(chunks * blocks):
-        call_op(kernel, array.ctypes.data, slots.ctypes.data, int(item))
+    op = op_of("y", kernel, f, fields, chunks * blocks)
+    run_op(op, [NOTHING, x, y, residual], rng.permutation(op.items))
     assert np.array_equal(y, wanted)
 
 

@@ -61,6 +61,11 @@ PLATFORMS: Mapping[str, Platform] = {
         Target(4, "cortex-a53", "+neon", "aarch64-unknown-linux-gnu"),
         8, "aarch64-linux-gnu", "aarch64-linux-gnu", ("qemu-aarch64-static", "-cpu", "cortex-a53"),
     ),
+    "aarch64-dotprod": Platform(
+        "64-bit ARM with products of bytes: Raspberry Pi 5, phones since 2018",
+        Target(4, "cortex-a76", "+neon,+dotprod", "aarch64-unknown-linux-gnu"),
+        8, "aarch64-linux-gnu", "aarch64-linux-gnu", ("qemu-aarch64-static", "-cpu", "cortex-a76"),
+    ),
     "armv7": Platform(
         "32-bit ARM with NEON and VFPv4: Raspberry Pi 2, older phones",
         Target(4, "cortex-a7", "+neon,+vfp4", "armv7-unknown-linux-gnueabihf"),

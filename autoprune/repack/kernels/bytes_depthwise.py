@@ -14,7 +14,7 @@ import llvmlite.ir as ir
 from autoprune.repack.kernels.bytes_lanes import bounded, int_splat, ints, kept_bytes, whole_bytes
 from autoprune.repack.kernels.bytes_window import RUN_ARGUMENTS, Field, every, fill_lanes, finish, sliding_op
 from autoprune.repack.kernels.compiler import Target, kernel
-from autoprune.repack.kernels.dot_tile import dot
+from autoprune.repack.kernels.dot_products import dot, ready
 from autoprune.repack.kernels.ir import (
     FLOATS,
     I32,
@@ -80,12 +80,17 @@ def _run(
         made = []
         for v in range(vectors):
             given = [every(b, at(b, source, const(v * lanes * stride)), stride, lanes) for source in sources]
-            given += [int_splat(0, lanes)] * (QUAD - taps)
+            given = [ready(b, each, target) for each in given]
+            given += [int_splat(0, lanes)] * (QUAD - taps)  # which meets no weight
             for part, each in enumerate(_interleaved(b, given, lanes)):
                 made.append(dot(b, sums[v * QUAD + part], each, weight, target))
         return made
 
-    sums = fold(b, const(0), fours, [int_splat(0, lanes)] * (QUAD * vectors), add_four)
+    start = int_splat(0, lanes)
+    if target.signed:
+        start = at(b, pointer_field(b, get[Field.START], INTS), b.mul(quad, const(QUAD)))
+        start = repeated(b, load_vector(b, start, QUAD), lanes)
+    sums = fold(b, const(0), fours, [start] * (QUAD * vectors), add_four)
     sums = add_four(fours, sums, rest) if rest else sums
     kept = splat(b, kept_bytes(b, quad, get[Field.CHANNELS]), lanes)
     for v in range(vectors):

@@ -98,6 +98,7 @@ class Field(Fields):
     BIAS = FLOAT32_ARRAY.of("depthwise")  # (QUADS, 4): added to the product
     INVERSE = FLOAT.of("activation")  # of what an activation gives
     OUTPUT_ZERO = FLOAT.of("activation")  # added to that product
+    START = INT32_ARRAY.of("signed")  # (QUADS, 4): what sums start from, see `dot_products`
 
 
 Runs = Callable[[int], ir.Function]

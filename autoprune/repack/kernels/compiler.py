@@ -26,7 +26,9 @@ Made = TypeVar("Made")
 _LOCK = threading.Lock()  # LLVM's global state is not thread-safe
 _ENGINES: list[Any] = []  # a compiled function lives as long as its engine
 _WIDTHS = (("avx512f", 16), ("avx", 8))  # floats in a vector register, by feature
-_MANY_REGISTERS = frozenset({"aarch64", "arm64", "riscv64"})  # 32 vector registers, however wide
+_REGISTERS: Mapping[str, int] = {"aarch64": 32, "arm64": 32, "riscv64": 8}
+"""Family -> vector registers, where there are not 16; of a family without vectors those that its scalars fill."""
+_ARM64 = frozenset({"aarch64", "arm64"})
 _FUSED: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "aarch64": ((),),
     "arm64": ((),),
@@ -36,7 +38,7 @@ _FUSED: Mapping[str, tuple[tuple[str, ...], ...]] = {
 }  # family -> sets of features, of which one is enough; that of x86 where a family is not among them
 _PERMIT_TILES = (158, 0x1023, 18)  # arch_prctl, ARCH_REQ_XCOMP_PERM, the state of tile registers
 OP = "op"  # the function of a kernel's module
-Dot = Literal["vnni", "madd", "plain"]
+Dot = Literal["vnni", "usdot", "sdot", "madd", "halves", "plain"]
 _DOTS: tuple[tuple[int, tuple[str, ...], Dot], ...] = (
     (16, ("avx512vnni",), "vnni"),
     (8, ("avxvnni",), "vnni"),
@@ -45,6 +47,11 @@ _DOTS: tuple[tuple[int, tuple[str, ...], Dot], ...] = (
     (4, ("avx512vnni", "avx512vl"), "vnni"),
     (16, ("avx512bw",), "madd"),
     (8, ("avx2",), "madd"),
+    (4, ("i8mm",), "usdot"),
+    (4, ("dotprod",), "sdot"),
+    (4, ("neon",), "halves"),
+    (4, ("ssse3",), "madd"),
+    (4, ("simd128",), "madd"),
 )  # (lanes, features, dot product), the best first
 
 
@@ -74,7 +81,7 @@ class Target:
     @property
     def registers(self) -> int:
         """Vector registers."""
-        return 32 if self.lanes == 16 or self.family in _MANY_REGISTERS else 16
+        return 32 if self.lanes == 16 else _REGISTERS.get(self.family, 16)
 
     @property
     def fused(self) -> bool:
@@ -86,9 +93,25 @@ class Target:
     def dot(self) -> Dot:
         """How four products of bytes are added to each 32-bit lane.
 
-        By one instruction (vnni), by one for each two pairs of 16-bit halves (madd), or as LLVM multiplies (plain).
+        By one instruction (vnni, usdot; sdot of two signed bytes), by one for each two pairs of 16-bit numbers (madd),
+        by products of signed bytes that are added in 16 bits first (halves), or as LLVM multiplies (plain).
         """
         return next((dot for lanes, needed, dot in _DOTS if lanes == self.lanes and self._has(*needed)), "plain")
+
+    @property
+    def signed(self) -> bool:
+        """Whether its dot product takes signed bytes alone: 128 is taken from each unsigned one before."""
+        return self.dot in ("sdot", "halves")
+
+    @property
+    def by_lane(self) -> bool:
+        """Whether a vector is multiplied by one lane of another, or that lane broadcast, by one instruction."""
+        return self.family in _ARM64
+
+    @property
+    def holds_masks(self) -> bool:
+        """Whether masks take vector registers, of which it has enough to keep them there."""
+        return self.family in _ARM64
 
     @property
     def amx(self) -> bool:
@@ -103,6 +126,10 @@ class Target:
         """Register tile for groups of `rows` filters: (rows, vectors of positions) that fit the registers."""
         if self.registers == 32:
             return (8, 3) if rows >= 8 else (4, 6) if rows >= 4 else (2, 10) if rows >= 2 else (1, 12)
+        if self.family == "armv7":  # LLVM loads ahead: wider tiles leave it no room
+            return (4, 2) if rows >= 4 else (2, 4) if rows >= 2 else (1, 6)
+        if self.registers == 8:
+            return (4, 1) if rows >= 4 else (2, 2) if rows >= 2 else (1, 5)
         return (4, 3) if rows >= 4 else (2, 5) if rows >= 2 else (1, 8)
 
 

@@ -16,13 +16,14 @@ The zero points of input and residual are part of BIAS.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import llvmlite.ir as ir
 
 from autoprune.errors import AutopruneError
 from autoprune.repack.kernels import dot_amx
-from autoprune.repack.kernels.compiler import Target, kernel
+from autoprune.repack.kernels.compiler import Dot, Target, kernel
 from autoprune.repack.kernels.dot_tile import Ending, Form, Scalars, entries, lines_of, tile
 from autoprune.repack.kernels.fields import FLOAT, FLOAT32_ARRAY, INT32_ARRAY, NUMBER, OFFSET, SLOT, Fields
 from autoprune.repack.kernels.ir import (
@@ -85,6 +86,7 @@ class Field(Fields):
     IMAGE_STRIDE = NUMBER
     BORDER = NUMBER  # lanes of border behind a channel's positions
     BORDER_FIRST = NUMBER  # and before the first channel
+    START = INT32_ARRAY.of("signed")  # per row: 128 times the sum of its weights; for a target that is `signed`
 
 
 @kernel
@@ -122,24 +124,27 @@ def dot_gemm_module(rows: int, target: Target, ending: Ending, mixed: bool = Fal
     else:
         heights = dot_tiles(rows, target, mixed)
         built = {count: tile(module, each, count, rows, target, ending, mixed) for count, each in heights.items()}
-    _op(module, rows, built, heights, target.lanes, ending, mixed, amx)
+    _op(module, rows, built, heights, target, ending, mixed, amx)
     return module
+
+
+_PARTS: Mapping[Dot, int] = {"vnni": 1, "usdot": 1, "sdot": 1, "madd": 2, "halves": 5, "plain": 2}
+"""Registers that each input takes, and each weight: where no instruction multiplies bytes, they are taken apart."""
 
 
 def dot_tiles(rows: int, target: Target, mixed: bool) -> dict[int, int]:
     """Vectors of positions -> rows of the register tile that computes them; whole lanes of rows, where `rows` are.
 
-    Without an instruction for them, each input and each weight is taken apart into two. Mixed cells are put together
-    once a tile: it has the most rows that there is room for.
+    Mixed cells are put together once a tile: it has the most rows that there is room for.
     """
-    heights = tiles(rows, target, 1 if target.dot == "vnni" else 2)
+    heights = tiles(rows, target, _PARTS[target.dot])
     least = heights[1] if mixed else min(rows, QUAD)
     return {count: height for count, height in heights.items() if height % least == 0}
 
 
 def _op(
-    module: ir.Module, rows: int, built: dict[int, ir.Function], heights: dict[int, int], lanes: int, ending: Ending,
-    mixed: bool, amx: bool,
+    module: ir.Module, rows: int, built: dict[int, ir.Function], heights: dict[int, int], target: Target,
+    ending: Ending, mixed: bool, amx: bool,
 ) -> None:  # fmt: skip
     b, fields, slots, item, _ = op_function(module)
     if amx:
@@ -187,9 +192,10 @@ def _op(
                     array(Field.MIXED_BYTES, four), mixed_kept, mixed_weights, array(Field.FACTOR, own, FLOATS),
                     array(Field.BIAS, own, FLOATS), at(b, channels, y_line),
                     array(Field.RESIDUAL_CHANNEL, residual_line), border, *scalars,
+                    *([array(Field.START, own)] if target.signed else []),
                 ])  # fmt: skip
 
-        cover(b, length, lanes, max(built), compute)
+        cover(b, length, target.lanes, max(built), compute)
     if amx:
         dot_amx.released(b)
     b.ret_void()

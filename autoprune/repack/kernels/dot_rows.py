@@ -8,6 +8,7 @@ factors and the epilogue are those of `dot_gemm`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import reduce
 from typing import Literal, NamedTuple
 
@@ -16,11 +17,11 @@ import llvmlite.ir as ir
 from autoprune.errors import AutopruneError
 from autoprune.repack.kernels.bytes_lanes import int_splat, rounded
 from autoprune.repack.kernels.compiler import Target, kernel
+from autoprune.repack.kernels.dot_products import dot, ready
 from autoprune.repack.kernels.dot_tile import (
     Ending,
     Form,
     Scalars,
-    dot,
     entries,
     finished,
     lines_of,
@@ -92,6 +93,7 @@ class Field(Fields):
     CHUNK = NUMBER  # groups an item
     CHUNKS = NUMBER
     BLOCK = NUMBER  # tokens an item
+    START = INT32_ARRAY.of("signed")  # per row: 128 times the sum of its weights; for a target that is `signed`
 
 
 @kernel
@@ -162,6 +164,7 @@ class PackedCells(NamedTuple):
     mixed_offsets: ir.Value
     mixed_bytes: ir.Value
     mixed_values: ir.Value
+    start: ir.Value
 
 
 Lines = tuple[ir.Value, ir.Value]
@@ -213,6 +216,7 @@ def group_product(module: ir.Module, rows: int, target: Target, ending: Ending, 
             begin, kept = entries(b, pointer_field(b, cells.mixed_pointer, INTS), group)
             more = [ints(each, b.mul(begin, const(QUAD))) for each in (cells.mixed_offsets, cells.mixed_bytes)]
             more += [kept, ints(cells.mixed_values, b.mul(begin, const(rows)))]
+        more += [ints(cells.start, row0)] if target.signed else []
 
         def some(token: ir.Value, count: int) -> None:
             given, into, added = ([at(b, start, b.mul(token, step)), step] for start, step in (x, y, other))
@@ -227,9 +231,10 @@ def group_product(module: ir.Module, rows: int, target: Target, ending: Ending, 
 def _tile(module: ir.Module, rows: int, tokens: int, target: Target, ending: Ending, mixed: bool) -> ir.Function:
     """All rows of a group for `tokens` tokens."""
     wide = min(rows, target.lanes)  # rows in a register
-    own = Target(wide, target.cpu, target.features)
+    own = replace(target, lanes=wide)
     kinds = [INTS, I64, INTS, I64, INTS, FLOATS, FLOATS, INTS, I64, INTS, I32, INTS, I64, INTS, I32]
     kinds += [F32] * len(Scalars._fields) + ([INTS, INTS, I64, INTS] if mixed else [])
+    kinds += [INTS] if target.signed else []
     function = inner_function(module, f"tile_{rows}x{tokens}", kinds)
     if tokens == 1:  # then the work of a group may be less than that of calling a function with so many arguments
         function.attributes.discard("noinline")
@@ -243,7 +248,7 @@ def _tile(module: ir.Module, rows: int, tokens: int, target: Target, ending: End
     def added(sums: list[ir.Value], given: list[ir.Value], values: ir.Value) -> list[ir.Value]:
         """The sums of each token and part, and what a cell adds to them; `given`: each token's lane."""
         cell = [load_vector(b, at(b, values, const(part)), wide) for part in parts]
-        lanes = [splat(b, each, wide) for each in given for _ in parts]
+        lanes = [splat(b, ready(b, each, own), wide) for each in given for _ in parts]
         return [dot(b, total, lane, cell[n % len(cell)], own)
                 for n, (total, lane) in enumerate(zip(sums, lanes, strict=True))]  # fmt: skip
 
@@ -259,11 +264,14 @@ def _tile(module: ir.Module, rows: int, tokens: int, target: Target, ending: End
         return [total for each in made for total in each]
 
     end = b.mul(b.sdiv(kept, const(chains)), const(chains))
-    sums = fold(b, const(0), end, [int_splat(0, wide)] * (chains * count), several, chains)
+    start = [int_splat(0, wide)] * (chains * count)
+    if target.signed:
+        start[:count] = [load_vector(b, at(b, more[-1], const(part)), wide) for part in parts] * tokens
+    sums = fold(b, const(0), end, start, several, chains)
     sums = [reduce(b.add, sums[n::count]) for n in range(count)]
     sums = fold(b, end, kept, sums, whole)
     if mixed:
-        mixed_offsets, mixed_bytes, mixed_kept, mixed_weights = more
+        mixed_offsets, mixed_bytes, mixed_kept, mixed_weights, *_ = more
 
         def mix(k: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
             numbers = [b.add(b.mul(k, const(QUAD)), const(place)) for place in range(QUAD)]

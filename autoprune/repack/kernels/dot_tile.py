@@ -19,6 +19,7 @@ import llvmlite.ir as ir
 
 from autoprune.repack.kernels.bytes_lanes import bounded, int_splat, packed
 from autoprune.repack.kernels.compiler import Target
+from autoprune.repack.kernels.dot_products import byte_of, dot, intrinsic, ready, row_weights
 from autoprune.repack.kernels.ir import (
     F32,
     FLOATS,
@@ -27,6 +28,7 @@ from autoprune.repack.kernels.ir import (
     I64,
     INTS,
     at,
+    broadcast,
     clamp,
     const,
     fma,
@@ -75,53 +77,10 @@ class Scalars(NamedTuple):
     zero: ir.Value
 
 
-def dot(b: ir.IRBuilder, sums: ir.Value, given: ir.Value, weights: ir.Value, target: Target) -> ir.Value:
-    """`sums` and, in each 32-bit lane, four products: of the unsigned bytes `given` by the signed bytes `weights`."""
-    return _DOTS[target.dot](b, sums, given, weights, target.lanes)
-
-
-def _vnni(b: ir.IRBuilder, sums: ir.Value, given: ir.Value, weights: ir.Value, lanes: int) -> ir.Value:
-    # LLVM 22 takes bytes here; it changes this older form into that when it reads it.
-    function = _intrinsic(b, f"llvm.x86.avx512.vpdpbusd.{32 * lanes}", sums.type, [sums.type] * 3)
-    return b.call(function, [sums, given, weights])
-
-
-def _madd(b: ir.IRBuilder, sums: ir.Value, given: ir.Value, weights: ir.Value, lanes: int) -> ir.Value:
-    """By 16-bit halves, of the even bytes and of the odd ones, whose products fit: those of pairs of bytes do not."""
-    halves = ir.VectorType(ir.IntType(16), 2 * lanes)
-    name = {8: "llvm.x86.avx2.pmadd.wd", 16: "llvm.x86.avx512.pmaddw.d.512"}[lanes]
-    multiply, eight = _intrinsic(b, name, sums.type, [halves] * 2), ir.Constant(halves, [8] * 2 * lanes)
-    low = ir.Constant(halves, [255] * 2 * lanes)
-    given, weights = (b.bitcast(each, halves) for each in (given, weights))
-    even = b.call(multiply, [b.and_(given, low), b.ashr(b.shl(weights, eight), eight)])
-    odd = b.call(multiply, [b.lshr(given, eight), b.ashr(weights, eight)])
-    return b.add(b.add(sums, even), odd)
-
-
-def _plain(b: ir.IRBuilder, sums: ir.Value, given: ir.Value, weights: ir.Value, lanes: int) -> ir.Value:
-    for place in range(QUAD):
-        above = int_splat(24 - 8 * place, lanes)  # bits above the byte
-        weight = b.ashr(b.shl(weights, above), int_splat(24, lanes))
-        sums = b.add(sums, b.mul(byte_of(b, given, place, lanes), weight))
-    return sums
-
-
-_DOTS = {"vnni": _vnni, "madd": _madd, "plain": _plain}
-
-
-def _intrinsic(b: ir.IRBuilder, name: str, result: ir.Type, kinds: list[ir.Type]) -> ir.Function:
-    return b.module.globals.get(name) or ir.Function(b.module, ir.FunctionType(result, kinds), name)
-
-
 def entries(b: ir.IRBuilder, pointer: ir.Value, number: ir.Value) -> tuple[ir.Value, ir.Value]:
     """The first entry of list `number`, and how many it has; `pointer`: where each list begins, and the last ends."""
     begin = long_at(b, pointer, number)
     return begin, b.sub(long_at(b, pointer, b.add(number, const(1))), begin)
-
-
-def byte_of(b: ir.IRBuilder, given: ir.Value, place: int, lanes: int) -> ir.Value:
-    """The byte at `place` of each lane, 0 to 255."""
-    return b.and_(b.lshr(given, int_splat(8 * place, lanes)), int_splat(255, lanes))
 
 
 def mixed_lanes(b: ir.IRBuilder, sources: list[ir.Value], target: Target) -> ir.Value:
@@ -136,7 +95,7 @@ def _selected(b: ir.IRBuilder, one: ir.Value, other: ir.Value, bits: int, target
     """Of each lane the `bits` of one, the others of the other."""
     of_one, of_other = (int_splat(each, target.lanes) for each in (bits, ~bits))
     if target.lanes == 16 and target.dot != "plain":  # said outright: LLVM makes four instructions of two selections
-        ternary = _intrinsic(b, "llvm.x86.avx512.pternlog.d.512", one.type, [one.type] * 3 + [I32])
+        ternary = intrinsic(b, "llvm.x86.avx512.pternlog.d.512", one.type, [one.type] * 3 + [I32])
         return b.call(ternary, [one, other, of_one, ir.Constant(I32, 0b11100100)])  # third ? first : second
     return b.or_(b.and_(one, of_one), b.and_(other, of_other))
 
@@ -185,15 +144,17 @@ class Arguments(NamedTuple):
     high: ir.Value
     inverse: ir.Value
     zero: ir.Value
+    start: ir.Value | None = None  # an entry a row: what its sums start from; on targets that are `signed`
 
     @property
     def scalars(self) -> Scalars:
-        return Scalars(*self[-len(Scalars._fields) :])
+        return Scalars(*(getattr(self, name) for name in Scalars._fields))
 
 
-def tile_function(module: ir.Module, name: str) -> tuple[ir.IRBuilder, Arguments]:
-    """Starts the function of a tile."""
+def tile_function(module: ir.Module, name: str, signed: bool = False) -> tuple[ir.IRBuilder, Arguments]:
+    """Starts the function of a tile; `signed`: its last argument is `Arguments.start`."""
     kinds = [*[INTS] * 5, I64, *[INTS] * 3, I64, INTS, FLOATS, FLOATS, INTS, INTS, I32, *[F32] * len(Scalars._fields)]
+    kinds += [INTS] if signed else []
     function = inner_function(module, name, kinds)
     return ir.IRBuilder(function.append_basic_block("entry")), Arguments(*function.args)
 
@@ -263,7 +224,7 @@ def tile(
 ) -> ir.Function:
     """`rows` of a group of `pitch` rows by `vectors` of positions; the group has mixed cells, too, where `mixed`."""
     lanes = target.lanes
-    b, given = tile_function(module, f"tile_{rows}x{vectors}")
+    b, given = tile_function(module, f"tile_{rows}x{vectors}", target.signed)
     prefetch_lines(b, given, rows, vectors, ending, lanes)
 
     def walk(sums: list[ir.Value], kept: ir.Value, weights: ir.Value, read: Cell) -> list[ir.Value]:
@@ -272,14 +233,17 @@ def tile(
         def add(k: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
             cell, values = read(b, given, k, vectors, target), at(b, weights, b.mul(k, const(pitch)))
             made = []
-            for row in range(rows):
-                weight = splat(b, b.load(at(b, values, const(row))), lanes)
+            cell = [ready(b, each, target) for each in cell]
+            for row, weight in enumerate(row_weights(b, values, rows, target)):
                 made += [dot(b, sums[row * vectors + v], cell[v], weight, target) for v in range(vectors)]
             return made
 
         return fold(b, const(0), kept, sums, add)
 
-    sums = walk([int_splat(0, lanes)] * (rows * vectors), given.kept, given.weights, whole_cell)
+    starts = [int_splat(0, lanes)] * rows
+    if given.start is not None:
+        starts = list(broadcast(b, given.start, rows, lanes, target.by_lane))
+    sums = walk([each for each in starts for _ in range(vectors)], given.kept, given.weights, whole_cell)
     if mixed:
         sums = walk(sums, given.mixed_kept, given.mixed_weights, mixed_cell)
     store_lines(b, sums, given, rows, vectors, ending, lanes)

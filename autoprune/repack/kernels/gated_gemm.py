@@ -126,7 +126,7 @@ def gated_gemm(rows: int, target: Target, activation: str = "") -> ir.Module:
     """
     module, heights = ir.Module(), tiles(rows, target)
     lanes = target.lanes
-    built = {count: tile(module, each, count, lanes, activation, Extra.GATED) for count, each in heights.items()}
+    built = {count: tile(module, each, count, target, activation, Extra.GATED) for count, each in heights.items()}
     _op(module, rows, built, heights, lanes)
     return module
 

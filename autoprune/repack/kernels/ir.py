@@ -130,6 +130,20 @@ def splat(b: ir.IRBuilder, scalar: ir.Value, lanes: int) -> ir.Value:
     return b.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(I32, lanes), None))
 
 
+def broadcast(b: ir.IRBuilder, pointer: ir.Value, count: int, lanes: int, by_lane: bool) -> Iterator[ir.Value]:
+    """A vector of each of the `count` entries at `pointer`: of lanes of a loaded vector where `by_lane`."""
+    for first in range(0, count, wide := min(count, lanes) if by_lane else 1):
+        held = load_vector(b, at(b, pointer, const(first)), wide)
+        for lane in range(wide):
+            yield splat(b, held, lanes) if wide == 1 else lanes_at(b, held, [lane] * lanes)
+
+
+def lanes_at(b: ir.IRBuilder, held: ir.Value, places: Sequence[int]) -> ir.Value:
+    """The lanes of `held` at `places`."""
+    chosen = ir.Constant(ir.VectorType(I32, len(places)), list(places))
+    return b.shuffle_vector(held, ir.Constant(held.type, ir.Undefined), chosen)
+
+
 def load_vector(b: ir.IRBuilder, pointer: ir.Value, lanes: int) -> ir.Value:
     """`lanes` floats from `pointer`, or of what it points to, which need not be aligned to more than one of them."""
     kind = pointer.type.pointee

@@ -113,12 +113,12 @@ def offset_gemm(rows: int, target: Target, activation: str = "", columns: bool =
 
 def offset_gemm_module(rows: int, target: Target, activation: str = "", columns: bool = False) -> ir.Module:
     """The op, not yet compiled."""
-    module, lanes, heights = ir.Module(), target.lanes, tiles(rows, target)
+    module, heights = ir.Module(), tiles(rows, target, masks=columns)
     form = Extra.COLUMNS if columns else Extra.NOTHING
-    built = {count: tile(module, each, count, lanes, activation, form) for count, each in heights.items()}
-    alone = singles(rows, target)
-    single = alone and tile(module, heights[alone.count], alone.count, lanes, activation, form | Extra.SINGLE)
-    _op(module, rows, built, heights, (alone, single) if alone else None, lanes, columns)
+    built = {count: tile(module, each, count, target, activation, form) for count, each in heights.items()}
+    alone = singles(rows, target, columns)
+    single = alone and tile(module, heights[alone.count], alone.count, target, activation, form | Extra.SINGLE)
+    _op(module, rows, built, heights, (alone, single) if alone else None, target.lanes, columns)
     return module
 
 

@@ -101,6 +101,7 @@ class Field(Fields):
     GROUPS = NUMBER
     THRESHOLD = FLOAT  # smaller states are 0
     KEEP = NUMBER  # the largest states of a step that are kept
+    START = INT32_ARRAY.of("signed")  # see `dot_rows.Field`
 
 
 @dataclass(frozen=True)
@@ -250,7 +251,7 @@ def _by_cell(module: ir.Module, form: Form, target: Target) -> _Product:
         cells = dot_rows.PackedCells(
             *(get[each] for each in (
                 Field.GROUP_POINTER, Field.OFFSETS, Field.CELLS, Field.FACTOR, Field.BIAS, Field.Y_CHANNEL, Field.FIRST,
-                Field.MIXED_POINTER, Field.MIXED_OFFSETS, Field.MIXED_BYTES, Field.MIXED_CELLS,
+                Field.MIXED_POINTER, Field.MIXED_OFFSETS, Field.MIXED_BYTES, Field.MIXED_CELLS, Field.START,
             ))
         )  # fmt: skip
         own = entry_work(const(0))

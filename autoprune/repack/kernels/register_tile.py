@@ -23,6 +23,7 @@ from autoprune.repack.kernels.ir import (
     LONGS,
     ZERO,
     at,
+    broadcast,
     clamp,
     clear,
     const,
@@ -46,17 +47,25 @@ from autoprune.repack.kernels.math import ACTIVATIONS
 CARRY_IN, CARRY_OUT = 1, 2  # bits: sums go on from a panel before; to a panel after
 
 
-def tiles(rows: int, target: Target, parts: int = 1) -> dict[int, int]:
+def tiles(rows: int, target: Target, parts: int = 1, masks: bool = False) -> dict[int, int]:
     """Vectors of positions -> rows of the register tile that computes them, for groups of `rows` filters.
 
-    `parts`: registers that an input or a weight takes.
+    Args:
+        rows: filters in a group.
+        target: what the tile is compiled for.
+        parts: registers that an input or a weight takes.
+        masks: whether inputs are masked.
     """
-    _, widest = target.tile(rows)
+    tallest, widest = target.tile(rows)
+    masks = masks and target.holds_masks
 
     def height(count: int) -> int:
-        fitting = [each for each in (1, 2, 4, 8, 16) if each * count + parts * (count + 1) <= target.registers]
+        taken = parts * (count + 1) + count * masks
+        fitting = [each for each in (1, 2, 4, 8, 16) if each * count + taken <= target.registers]
         return min(rows, fitting[-1] if fitting else 1)
 
+    while (masks or parts > 2) and height(widest) < min(rows, tallest):
+        widest -= 1
     return {count: height(count) for count in range(1, widest + 1)}
 
 
@@ -73,12 +82,13 @@ class Singles:
     count: int
 
 
-def singles(rows: int, target: Target) -> Singles | None:
-    """For groups of `rows` filters; None where it is never cheaper."""
-    heights = tiles(rows, target)
+def singles(rows: int, target: Target, masks: bool = False) -> Singles | None:
+    """For groups of `rows` filters, arguments as of `tiles`; None where it is never cheaper."""
+    heights = tiles(rows, target, masks=masks)
+    more = int(masks and target.holds_masks)
     fitting = [
         count for count, height in heights.items()
-        if height >= 4 and (height + 1) * count + 3 <= target.registers
+        if height >= 4 and (height + 1 + more) * count + 3 + more <= target.registers
     ]  # fmt: skip
     return Singles(heights[fitting[-1]] // 2, fitting[-1]) if fitting else None
 
@@ -101,9 +111,9 @@ _ARGUMENTS = {
 
 # long: one function of LLVM IR, emitted block after block; cut apart, its values would be passed around by the dozen.
 def tile(
-    module: ir.Module, rows: int, vectors: int, lanes: int, activation: str, extra: Extra = Extra.NOTHING
+    module: ir.Module, rows: int, vectors: int, target: Target, activation: str, extra: Extra = Extra.NOTHING
 ) -> ir.Function:
-    """`rows` filters by `vectors` x `lanes` positions: sums, residual, clamp, mask, store.
+    """`rows` filters by `vectors` of positions: sums, residual, clamp, mask, store.
 
     Sums start from the bias, or where `carry` says so from what the panel before left in `partial`; they end in the
     output, or there. More arguments follow, in this order, for
@@ -113,6 +123,7 @@ def tile(
     - GATED: the `kept` positions to walk, each its offset and, 32 bits up, where its weights lie; a factor a row, which
       its sum is multiplied by.
     """
+    lanes = target.lanes
     kinds = [FLOATS, INTS, I64, FLOATS, I64, FLOATS, FLOATS, INTS, FLOATS, INTS, I64, INTS, F32, F32, FLOATS, I64]
     for each in extra:
         kinds += _ARGUMENTS[each]
@@ -167,8 +178,7 @@ def tile(
             if not gate:
                 prefetch_ahead(b, module, weights)
             made = []
-            for row in range(rows):
-                weight = splat(b, b.load(at(b, weights, const(row))), lanes)
+            for row, weight in enumerate(broadcast(b, weights, rows, lanes, target.by_lane)):
                 for v in range(vectors):
                     made.append(b.call(fma(module, lanes), [inputs[v], weight, sums[row * vectors + v]]))
             if alone is not None:

@@ -16,6 +16,7 @@ from autoprune.quantization.grid import LEVELS, Grid
 from autoprune.repack.kernels import bytes_copy, bytes_depthwise, bytes_maps, bytes_turn, bytes_window
 from autoprune.repack.kernels.bytes_lanes import lane_of
 from autoprune.repack.kernels.compiler import Target
+from autoprune.repack.kernels.dot_products import starts_of
 from autoprune.repack.kernels.fields import Given
 from autoprune.repack.lowering import map_nodes
 from autoprune.repack.lowering.buffers import MapAt, StridedRef
@@ -320,6 +321,8 @@ def depthwise(
         f.FACTOR: _whole(ending.factor), f.BIAS: _whole(ending.bias), f.LOW: ending.low, f.HIGH: ending.high,
         f.Y_CHANNEL: y.layout.channel(1),
     }  # fmt: skip
+    if target.signed:
+        given[f.START] = starts_of(by_four.sum(axis=(1, 3), dtype=np.int64).ravel())
     if grid is None:
         given[f.Y_QUAD] = QUAD * y.layout.channel(1)
     if grid is not None and ending.activation:

@@ -10,6 +10,7 @@ from autoprune.quantization.grid import LEVELS, Grid
 from autoprune.repack.graph.ops.recurrent import STATES
 from autoprune.repack.kernels import bytes_rows, dot_rows, recurrent
 from autoprune.repack.kernels.compiler import Target
+from autoprune.repack.kernels.dot_products import starts_of
 from autoprune.repack.kernels.dot_tile import Form
 from autoprune.repack.kernels.fields import Given
 from autoprune.repack.lowering.buffers import Buffer, StridedRef
@@ -98,6 +99,8 @@ def linear(
         f.Y_CHANNEL: channel, f.FIRST: first, f.LOW: steps.low, f.HIGH: steps.high, f.GROUPS: packed.groups,
         f.CHUNK: chunk, f.CHUNKS: chunks, f.BLOCK: block,
     }  # fmt: skip
+    if target.signed:
+        given[f.START] = starts_of(weights.row_sums)
     if mixed := bool(len(cells.mixed_index)):
         offsets, places = _mixed(cells)
         given |= {
@@ -135,6 +138,8 @@ def sequence(
         f.INVERSE: STATES.inverse, f.ZERO: STATES.zero_point, f.LOW: float(-STATES.zero_point),
         f.HIGH: float(LEVELS - STATES.zero_point),
     }  # fmt: skip
+    if target.signed:
+        given[f.START] = starts_of(weights.row_sums)
     if mixed := bool(len(cells.mixed_index)):
         offsets, places = _mixed(cells)
         given |= {

@@ -13,6 +13,7 @@ from autoprune.quantization.grid import LEVELS, Grid
 from autoprune.repack.kernels import dot_amx, dot_gemm
 from autoprune.repack.kernels.bytes_lanes import lane_of
 from autoprune.repack.kernels.compiler import Target
+from autoprune.repack.kernels.dot_products import starts_of
 from autoprune.repack.kernels.dot_tile import Form
 from autoprune.repack.kernels.fields import Given
 from autoprune.repack.kernels.math import clamped
@@ -100,6 +101,8 @@ def convolution(
         f.BORDER: y.at.layout.behind, f.BORDER_FIRST: y.at.layout.before,
         **{f[key]: number for key, number in work.items()},
     }  # fmt: skip
+    if target.signed:
+        given[f.START] = starts_of(weights.row_sums)
     if mixed := bool(len(cells.mixed_index)):
         given |= _mixed(weights, tiling, tiled, distance)
     if residual is not None:

@@ -250,11 +250,12 @@ class _Convolution(_Work):
 
     def __init__(self, op: NativeOp, rows: int, target: Target, slots: Longs, sample: bool) -> None:
         self.rows, self.slots, self.sample = rows, slots, sample
-        self.lanes, self.heights = target.lanes, register_tile.tiles(rows, target)
-        self.widest = max(self.heights)
         f = self.fields = op.addresses()
+        masks = bool(f[_F.RUNS])
+        self.lanes, self.heights = target.lanes, register_tile.tiles(rows, target, masks=masks)
+        self.widest = max(self.heights)
         gated = len(f) > max(_F) + 1  # then no position is taken singly
-        self.singles = None if gated else register_tile.singles(rows, target)
+        self.singles = None if gated else register_tile.singles(rows, target, masks)
         self.pointer, self.offsets = op.arrays[_F.GROUP_POINTER], op.arrays[_F.OFFSETS].astype(np.int64)
         self.y_channel = op.arrays[_F.Y_CHANNEL].astype(np.int64)
         self.residual_channel = op.arrays[_F.RESIDUAL_CHANNEL].astype(np.int64)

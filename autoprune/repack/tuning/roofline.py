@@ -17,7 +17,7 @@ from llvmlite import binding
 from autoprune.latency.timer import Clock
 from autoprune.repack.kernels import dot_amx
 from autoprune.repack.kernels.compiler import compile_function, host, once_a_process
-from autoprune.repack.kernels.dot_tile import dot
+from autoprune.repack.kernels.dot_products import dot
 from autoprune.repack.kernels.ir import FLOATS, I32, I64, at, const, fma, load_vector, loop, store_vector, vector
 
 CHAINS = 12  # independent sums: more than latency times issue width of any core needs
