@@ -18,6 +18,7 @@ from autoprune.registry import Choice
 from autoprune.settings import TrainingSettings
 from autoprune.target import Target
 
+HERE = "process"  # the device that is this process
 PACKAGED = Path(__file__).parent / "configs"
 
 
@@ -32,6 +33,16 @@ def _write_choice(choice: Choice) -> Any:
 
 
 ChoiceField = Annotated[Choice, BeforeValidator(_parse_choice), PlainSerializer(_write_choice)]
+
+
+def _parse_device(value: Any) -> Choice:
+    if isinstance(value, dict) and "name" not in value:
+        return Choice("command", value)
+    return _parse_choice(value)
+
+
+DeviceField = Annotated[Choice, BeforeValidator(_parse_device), PlainSerializer(_write_choice)]
+"""A device; a table without a name is one of the kind ``command``."""
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 
@@ -139,6 +150,7 @@ class Config(Root):
     precision: RunPrecision = "float32"  # of the repacked models, in the search and in the end; "planned": by layer
     dense: SettingsField | None = None  # training of the dense model: what differs from the task's own settings
     target: Target = Target(speedup=2.0)
+    device: DeviceField = Choice(HERE)  # that latency is measured on: this process, or what a command runs programs on
     latency: LatencySection = LatencySection()
     env: EnvSection = EnvSection()
     search: SearchSection = SearchSection()
@@ -258,7 +270,7 @@ def _with_defaults(kind: type[Root], data: Mapping[str, Any]) -> dict[str, Any]:
         for name, field in kind.model_fields.items()
         if isinstance(field.default, Section) and isinstance(data.get(name), dict)
     }
-    return _by_precision({**data, **kept})
+    return _on_device(_by_precision({**data, **kept})) if kind is Config else _by_precision({**data, **kept})
 
 
 def _by_precision(data: dict[str, Any]) -> dict[str, Any]:
@@ -272,6 +284,15 @@ def _by_precision(data: dict[str, Any]) -> dict[str, Any]:
         return data
     offered = {"min_saving": 0.0} if precision == "planned" else {}
     return {**data, "env": {"pattern": {"name": "group", "size": 8, "block": 4}, **offered, **env}}
+
+
+def _on_device(data: dict[str, Any]) -> dict[str, Any]:
+    """The data, with a speed-up that is over the dense model repacked, where no dense engine runs on the device."""
+    device, target = data.get("device", HERE), data.get("target", {"speedup": 2.0})
+    name = device.get("name") if isinstance(device, dict) else device
+    if name == HERE or not isinstance(target, dict) or target.get("over", "best") != "best":
+        return data
+    return {**data, "target": {**target, "over": "repacked"}}
 
 
 def _validated(kind: type[Kind], data: Mapping[str, Any], where: str) -> Kind:

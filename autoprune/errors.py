@@ -26,6 +26,10 @@ class StaleTable(AutopruneError):
     """A latency table measured elsewhere, or under other settings, than it would be used."""
 
 
+class DeviceError(AutopruneError):
+    """A device that latency is measured on failed, is not there, or cannot run what it is given."""
+
+
 class NumericalError(AutopruneError):
     """Numbers nothing can be done with: a training that diverged, a score that is none. One ends a trial, no search."""
 

@@ -14,7 +14,7 @@ from autoprune.model.inventory import Inventory
 from autoprune.plan import LayerPlan, Plan
 from autoprune.precision import OfLayer, RunPrecision, choices_of_layers
 from autoprune.registry import Choice
-from autoprune.target import Target, baseline_name
+from autoprune.target import Over, Target, baseline_name
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,11 @@ class Problem:
         pattern: the pattern of layers whose pattern no action sets; likewise `criterion`.
         training: the sparse-training method of plans whose method no action sets.
         max_sparsity: the highest sparsity of any layer.
-        baseline_speedup: how many times faster than torch eager that runs which the target's speed-up is over.
+        baseline_speedup: how many times faster than the reference that runs which the target's speed-up is over.
         file: what is known of the packed file's size.
         precision: of the repacked model; with ``planned`` plans choose each layer's.
         layer_precision: of layers whose precision neither an action nor the solver chooses, where plans choose it.
+        reference: what measured speed-ups are over.
         curves: what every layer takes and loses at every sparsity.
     """
 
@@ -48,6 +49,7 @@ class Problem:
     file: FileSize = field(default_factory=FileSize)
     precision: RunPrecision = "float32"
     layer_precision: OfLayer = "float32"
+    reference: Over = "eager"
     curves: Curves = field(default=None, repr=False, compare=False)  # type: ignore[assignment]  # made when left out
 
     def __post_init__(self) -> None:
@@ -62,7 +64,7 @@ class Problem:
 
     @cached_property
     def required_speedup(self) -> float | None:
-        """The speed-up that is asked for, over torch eager as measurements are; None where none is."""
+        """The speed-up that is asked for, over the reference as measurements are; None where none is."""
         speedup, latency_ms = self.target.speedup, self.target.latency_ms
         required = [] if speedup is None else [speedup * self.baseline_speedup]
         required += [] if latency_ms is None else [self.table.dense_ms / latency_ms]
@@ -73,19 +75,19 @@ class Problem:
         """What a plan must keep beside its time."""
         return limits_of(self.target, self.inventory, self.file)
 
-    def speedup_text(self, over_eager: float) -> str:
-        """A measured speed-up over torch eager as people read it: over what the target's is over."""
+    def speedup_text(self, over_reference: float) -> str:
+        """A measured speed-up as people read it: over what the target's is over."""
         baseline = 1.0 if self.target.speedup is None else self.baseline_speedup
-        return f"{over_eager / baseline:.2f}x over {self.baseline_name}"
+        return f"{over_reference / baseline:.2f}x over {self.baseline_name}"
 
     @property
     def baseline_name(self) -> str:
-        """What the target's speed-up is over, torch eager where none is asked for, as people read it."""
-        return baseline_name("eager" if self.target.speedup is None else self.target.over, self.precision)
+        """What the target's speed-up is over, the reference where none is asked for, as people read it."""
+        return baseline_name(self.reference if self.target.speedup is None else self.target.over, self.precision)
 
     def at(self, speedup: float) -> Problem:
-        """The same problem, asked for a speed-up over torch eager alone."""
-        return replace(self, target=Target(speedup=speedup, over="eager"), baseline_speedup=1.0)
+        """The same problem, asked for a speed-up over the reference alone."""
+        return replace(self, target=Target(speedup=speedup, over=self.reference), baseline_speedup=1.0)
 
     def meets(self, plan: Plan) -> bool:
         """Whether a plan keeps every limit, its time as the latency table predicts it."""

@@ -23,7 +23,7 @@ from autoprune.config import (
 )
 from autoprune.envs.actions import ACTIONS
 from autoprune.errors import ConfigError, FileError
-from autoprune.pipeline.preparation import create_choices
+from autoprune.pipeline.choices import create_choices
 from autoprune.registry import Choice
 from autoprune.training.recipes import CONVOLUTIONAL, SEQUENTIAL, recipe_for
 

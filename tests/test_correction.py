@@ -21,13 +21,13 @@ from autoprune.pipeline.correction import (
     MEASUREMENTS,
     STEP,
     Corrected,
-    Reached,
     check_reachable,
     check_reached,
     correct,
     free_without_pruning,
     further,
 )
+from autoprune.pipeline.gauge import Reached
 from autoprune.plan import Plan
 from autoprune.target import Target
 from autoprune.testing import fake_problem

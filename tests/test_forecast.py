@@ -83,7 +83,7 @@ def test_a_dry_run_says_what_a_run_would_do_and_changes_nothing(folder: Path) ->
     assert rows["latency table"].startswith("read: ")
     assert "over the best dense engine" in rows["repacking alone"]
     assert "predicted, with every layer at sparsity 0.95" in rows["in reach"]
-    assert rows["latency table"].endswith("% of dense torch eager's time")
+    assert rows["latency table"].endswith("% of the time of dense torch eager")
     for part in ("dense engines", "search, at most", "fine-tuning", "final table"):
         assert part in rows["minutes, about"]
     assert "Nothing was changed in runs/small: this was measured in a temporary folder." in done.stdout

@@ -210,7 +210,8 @@ def test_ci_takes_no_skipped_test_where_all_is_installed(tmp_path: Path) -> None
     assert said.startswith("A test was skipped")
 
 
-STAGES = [f".ci/{name}" for name in ("run", "tests", "slow", "checks", "optional", "lowest", "other-python", "short")]
+NAMES = ("run", "tests", "slow", "checks", "optional", "lowest", "other-python", "emulated", "short")
+STAGES = [f".ci/{name}" for name in NAMES]
 
 
 @pytest.mark.parametrize("script", [*STAGES, "scripts/check", "scripts/test"])

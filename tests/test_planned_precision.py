@@ -11,7 +11,7 @@ import autoprune
 from autoprune.config import Config, parse_config
 from autoprune.errors import ConfigError
 from autoprune.files import read_json
-from autoprune.pipeline.preparation import create_choices
+from autoprune.pipeline.choices import create_choices
 from autoprune.pipeline.results import report_of
 from autoprune.pipeline.run import Run
 from autoprune.plan import Plan

@@ -156,7 +156,7 @@ def test_a_final_table_that_is_killed_goes_on(copied: Path, monkeypatch: pytest.
         return {name: Latency.from_samples([float(len(measured))] * protocol.samples, 1) for name in calls}
 
     monkeypatch.setattr("autoprune.pipeline.results.ROUNDS", 2)
-    monkeypatch.setattr("autoprune.pipeline.results.measure_together", measure)
+    monkeypatch.setattr("autoprune.evaluation.devices.process.measure_together", measure)
     (copied / "results.json").unlink()
     stop = 2
     with pytest.raises(KeyboardInterrupt):

@@ -23,6 +23,7 @@ LISTED: Mapping[str, tuple[str, str, str]] = {
     "tasks": ("autoprune.tasks", "TASKS", "of a model and its data: task"),
     "criteria": ("autoprune.criteria", "CRITERIA", "of how important a weight is: env.criterion"),
     "engines": ("autoprune.latency.engines", "ENGINES", "that run the dense model, to compare with: latency.engines"),
+    "devices": ("autoprune.evaluation.devices", "DEVICES", "that latency is measured on: device"),
 }
 """Command -> the package of its registry, its name there, what its rows are and where a config names them."""
 

@@ -58,6 +58,8 @@ def run(
     Example: autoprune run configs/digits.toml --speedup 5 --dry-run
 
     Example: autoprune run configs/digits.toml --ray auto
+
+    Example: autoprune run digits --set device.target=aarch64 --set 'device.run=qemu-aarch64-static {file}'
     """
     from autoprune.config import load_config
 
@@ -79,7 +81,7 @@ def profile(
     precision: Precision = None,
     force: Annotated[bool, typer.Option("--force", help="Measure again even if there is a table.")] = False,
 ) -> None:
-    """Measure the per-layer latency table with the real kernels, on this machine.
+    """Measure the per-layer latency table with the real kernels, on this machine or the config's device.
 
     Example: autoprune profile configs/digits.toml --force
 

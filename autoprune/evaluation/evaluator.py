@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 
 import torch
 from torch import nn
 
 from autoprune.errors import GivenError, NumericalError
+from autoprune.evaluation.devices import Candidate, Device
+from autoprune.evaluation.devices.process import HERE
 from autoprune.evaluation.measurement import Evaluate, Evaluated, Failure, Measurement
 from autoprune.evaluation.recovery import Recovery, Subject
 from autoprune.latency.quiet import working
 from autoprune.latency.table import LatencyTable
-from autoprune.latency.timer import Clock, Latency, Protocol, measure_together, speedup, torch_threads
+from autoprune.latency.timer import Clock, Latency, Protocol, speedup, torch_threads
 from autoprune.model.recurrent.names import GATES
 from autoprune.plan import Plan
 from autoprune.repack import LayerForm, RepackedModel, quantize_, repack
@@ -26,7 +28,6 @@ TIMINGS = 5  # of one plan, at most
 AGREE = 0.1  # how far a speed-up may be from the table's to be believed at once
 STEADY = 0.05  # how far the median round may be from the fastest rounds, which nothing disturbed
 REPEAT = 0.05  # how far two timings of one model may be apart to be believed
-Call = Callable[[], object]
 Timing = tuple[float, float]  # of a plan: its speed-up, and milliseconds
 _NUMERIC = (ArithmeticError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]  # it is documented there
 
@@ -51,6 +52,7 @@ class Evaluator(Evaluate):
         batch: batch size of the timed inference.
         work_threads: torch threads while training and scoring (timing has the protocol's).
         timed: whether a plan's latency is measured; else the table predicts it, and nothing is repacked.
+        device: that measures it.
     """
 
     subject: Subject
@@ -61,6 +63,7 @@ class Evaluator(Evaluate):
     work_threads: int = 1
     clock: Clock = time.perf_counter
     timed: bool = True
+    device: Device = HERE
 
     def masked_model(self, plan: Plan) -> nn.Module:
         """The dense model, masked by `plan` and recovered.
@@ -150,13 +153,17 @@ class Evaluator(Evaluate):
         with torch_threads(self.work_threads):
             return self.subject.task.evaluate(model)
 
-    def time(self, fast: RepackedModel, baseline: Call | None = None) -> tuple[Latency, Latency]:
-        """Latency of a baseline, the dense model in torch eager by default, and of a repacked one, interleaved."""
-        inputs = self.subject.task.example_inputs(self.batch)
-        with torch_threads(self.protocol.threads):
-            packed = fast.bound_call(*inputs)
-        slow = partial(self.subject.dense, *inputs) if baseline is None else baseline
-        times = measure_together({"baseline": slow, "repacked": packed}, self.protocol, self.clock)
+    def time(self, fast: RepackedModel, baseline: Candidate | None = None) -> tuple[Latency, Latency]:
+        """Latency of a baseline, the device's `reference` by default, and of a repacked model, interleaved.
+
+        Raises:
+            DeviceError: the device failed.
+        """
+        inputs, dense = self.subject.task.example_inputs(self.batch), self.subject.dense
+        slow = baseline
+        if slow is None:
+            slow = self.device.reference(dense, inputs, lambda: self.repacked(dense, Plan({})))
+        times = self.device.time({"baseline": slow, "repacked": fast}, inputs, self.protocol, self.clock)
         return times["baseline"], times["repacked"]
 
 
@@ -201,8 +208,8 @@ class PairedEvaluator(Evaluate):
         except (GivenError, NumericalError) as error:
             return Failure(str(error), error.__cause__ or error)
         with working():
-            baseline = self._packed.bound_call(*self.evaluator.subject.task.example_inputs(self.evaluator.batch))
-        reference, packed = self.evaluator.time(fast, baseline)
+            beside = self._packed
+        reference, packed = self.evaluator.time(fast, beside)
         ratio = 1.0 if plan.key == self.reference.key else speedup(reference, packed)
         return Measurement(score, packed.median_ms, self.speedup * ratio)
 

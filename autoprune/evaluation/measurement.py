@@ -44,7 +44,7 @@ class Measurement:
     Attributes:
         score: on the validation split after the stated recovery; higher is better.
         latency_ms: median of the whole repacked model, milliseconds.
-        speedup: over the dense model in torch eager, timed in turns with it.
+        speedup: over the dense model, timed in turns with it: in torch eager, or repacked where torch does not run.
         timings: how often it was timed until the clock could be trusted.
     """
 

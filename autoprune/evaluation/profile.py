@@ -19,18 +19,19 @@ from torch import Tensor, nn
 from autoprune.criteria import LayerStatistics
 from autoprune.criteria.magnitude import Magnitude
 from autoprune.errors import AutopruneError, FileError
+from autoprune.evaluation.devices import Device
+from autoprune.evaluation.devices.process import HERE
 from autoprune.evaluation.evaluator import Evaluator
 from autoprune.evaluation.recovery import Subject
 from autoprune.evaluation.recovery.none import NoRecovery
 from autoprune.files import cache_folder, check_cache
 from autoprune.identity.fingerprint import architecture_fingerprint
-from autoprune.latency.machine import machine_identity
 from autoprune.latency.record import MeasurementRecord
 from autoprune.latency.table import TABLE_VERSION, LatencyTable, LayerTable, Point
 from autoprune.latency.timer import Clock, Protocol, measure_together, torch_threads
 from autoprune.masks import saliency_of
 from autoprune.model.copies import copy_for_inference
-from autoprune.model.inventory import Inventory, KeptDense, record_inputs
+from autoprune.model.inventory import record_inputs
 from autoprune.model.weights import layer_at, weight_of
 from autoprune.patterns import PATTERNS
 from autoprune.patterns.layered import mask_of
@@ -40,7 +41,7 @@ from autoprune.processes.locks import turn
 from autoprune.progress import SILENT, Progress
 from autoprune.registry import Choice
 from autoprune.repack import Graph, ProgramModel, is_replaceable, lower_layer, repack
-from autoprune.repack.tuning.layer_times import LayerTime, layer_times
+from autoprune.repack.tuning.layer_times import LayerTime
 from autoprune.repack.tuning.tuning import VERSION
 
 TABLE = "latency"  # what a latency table's file in the cache is called, before what it holds for
@@ -62,21 +63,23 @@ def profile_settings(subject: Subject, patterns: Sequence[Choice], batch: int, t
     }
 
 
-def profile_record(table: Path, settings: Mapping[str, Any], protocol: Protocol) -> MeasurementRecord:
+def profile_record(
+    table: Path, settings: Mapping[str, Any], protocol: Protocol, device: Device = HERE
+) -> MeasurementRecord:
     """What was measured so far of the table of a file: it is kept beside that until the table is there."""
-    about = {"settings": settings, "machine": machine_identity(), "samples": protocol.samples}
+    about = {"settings": settings, "machine": device.identity(), "samples": protocol.samples}
     return MeasurementRecord(table.with_name(f"{table.stem}.cells.jsonl"), about)
 
 
-def shared_file(what: str, settings: Mapping[str, Any], protocol: Protocol) -> Path:
-    """The file, in this user's cache, of what was measured with these settings on this machine in so many rounds.
+def shared_file(what: str, settings: Mapping[str, Any], protocol: Protocol, device: Device = HERE) -> Path:
+    """The file, in this user's cache, of what was measured with these settings on this device in so many rounds.
 
     Raises:
         FileError: there is no place for a cache, or it cannot be written.
     """
     check_cache()
     versions = {"kernels": VERSION, "table": TABLE_VERSION}
-    about = {"settings": settings, "machine": machine_identity(), "samples": protocol.samples, **versions}
+    about = {"settings": settings, "machine": device.identity(), "samples": protocol.samples, **versions}
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
     return cache_folder() / f"{what}-{digest}.json"
 
@@ -88,6 +91,7 @@ def shared_or_measured(
     say: Callable[[str], None],
     *,
     fresh: bool = False,
+    device: Device = HERE,
 ) -> LatencyTable:
     """This user's table, which all targets and run directories share, measured now if there is none.
 
@@ -97,20 +101,21 @@ def shared_or_measured(
         measure: called once, while others who need the same table wait.
         say: is told where the table is from, or why it is not kept.
         fresh: measure it even if there is one.
+        device: that measures.
 
     Raises:
         FileError: the file is corrupt.
         StaleTable: what the file holds was measured elsewhere.
     """
     try:
-        path = shared_file(TABLE, settings, protocol)
+        path = shared_file(TABLE, settings, protocol, device)
     except FileError as error:
         say(f"the latency table is not kept for other runs: {error}")
         return measure()
     with turn(path, say):
         if path.exists() and not fresh:
             say(f"latency table: measured before ({path})")
-            return LatencyTable.load(path, settings=settings, machine=machine_identity())
+            return LatencyTable.load(path, settings=settings, machine=device.identity())
         table = measure()
         table.save(path)
         return table
@@ -124,6 +129,7 @@ def profile_table(
     clock: Clock,
     progress: Progress = SILENT,
     record: MeasurementRecord | None = None,
+    device: Device = HERE,
 ) -> LatencyTable:
     """Measures the whole table, or what the record does not hold of it.
 
@@ -136,20 +142,27 @@ def profile_table(
         clock: seconds.
         progress: shows a bar over the layers.
         record: keeps every measurement; None: in memory alone.
+        device: that measures.
+
+    Raises:
+        AutopruneError: layers stand outside of a program, and the precision or the device is for programs alone.
     """
     record = MeasurementRecord() if record is None else record
     if record.known:
         progress.say(f"latency table: {record.known} of its measurements were made before")
     inputs = subject.task.example_inputs(int(settings["batch"]))
-    layers = _in_programs(subject, patterns, int(settings["batch"]), protocol, clock, progress, record)
+    layers = _in_programs(subject, patterns, int(settings["batch"]), protocol, clock, progress, record, device)
     if layers is None:
-        if subject.precision != "float32":
+        if subject.precision != "float32" or not device.runs_torch:
+            what, instead = f"precision {subject.precision!r}", "take precision = 'float32'"
+            if not device.runs_torch:
+                what, instead = f"a model for {device}", "measure it on this machine"
             raise AutopruneError(
-                f"precision {subject.precision!r} cannot be profiled: layers that can be pruned are not in the program "
-                "of this model. Name them in env.keep_dense, or take precision = 'float32'."
+                f"{what} cannot be profiled: layers that can be pruned are not in a program of this model. Name them "
+                f"in env.keep_dense, or {instead}."
             )
         layers = _one_by_one(subject, patterns, inputs, protocol, clock, progress, record)
-    return _joined(subject, layers, patterns[-1], settings, protocol, clock, record)
+    return _joined(subject, layers, patterns[-1], settings, protocol, clock, record, device)
 
 
 def _in_programs(
@@ -160,6 +173,7 @@ def _in_programs(
     clock: Clock,
     progress: Progress,
     record: MeasurementRecord,
+    device: Device,
 ) -> dict[str, LayerTable] | None:
     """Times layers where they run: inside whole programs, all layers at one sparsity, one program a sparsity.
 
@@ -180,7 +194,7 @@ def _in_programs(
             if sparsity == 0.0 and choice != patterns[0]:  # nothing masked is the same under any pattern
                 cells[layer.curve, 0.0] = cells[curve_of(patterns[0], precision), 0.0]
                 continue
-            measure = partial(_program_times, subject, graph, layer, inputs, protocol, clock)
+            measure = partial(_program_times, subject, graph, layer, inputs, protocol, clock, device)
             now = _cells(record(f"{layer.curve} at {sparsity}", measure))
             bar.advance()
             if now is None:
@@ -225,6 +239,7 @@ def _program_times(
     inputs: tuple[Tensor, ...],
     protocol: Protocol,
     clock: Clock,
+    device: Device,
 ) -> dict[str, dict[str, Any]] | None:
     """A `_Cell` of every layer, of one call, all planned alike; None where the program does not hold them all.
 
@@ -240,7 +255,7 @@ def _program_times(
     if not isinstance(fast, ProgramModel):
         return None
     rows: dict[str, list[LayerTime]] = {}
-    for row in layer_times(fast, model, inputs, replace(protocol, threads=1), clock):
+    for row in device.layer_times(fast, model, inputs, replace(protocol, threads=1), clock):
         rows.setdefault(row.name, []).append(row)
     if any(spec.name not in rows for spec in subject.inventory.layers):
         return None
@@ -330,10 +345,11 @@ def _joined(
     protocol: Protocol,
     clock: Clock,
     record: MeasurementRecord,
+    device: Device,
 ) -> LatencyTable:
     """Measures uniform models end to end, and joins the layers' times to the models'."""
-    unit = LatencyTable(layers, 1.0, ((1.0, 1.0),), settings, machine_identity())
-    evaluator = Evaluator(subject, unit, NoRecovery(), protocol, int(settings["batch"]), clock=clock)
+    unit = LatencyTable(layers, 1.0, ((1.0, 1.0),), settings, device.identity())
+    evaluator = Evaluator(subject, unit, NoRecovery(), protocol, int(settings["batch"]), clock=clock, device=device)
 
     def timed(plan: Plan) -> list[float]:
         return [each.median_ms for each in evaluator.time(evaluator.repacked(evaluator.masked_model(plan), plan))]
@@ -349,7 +365,7 @@ def _joined(
     dense_ms = statistics.median(dense)
     # Each model was timed in turns with the dense one: in units of it, drift of the machine cancels.
     points = zip(sums, [w / d * dense_ms for w, d in zip(whole, dense, strict=True)], strict=True)
-    return LatencyTable(layers, dense_ms, rising(list(points)), settings, machine_identity())
+    return LatencyTable(layers, dense_ms, rising(list(points)), settings, device.identity())
 
 
 def rising(points: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
@@ -364,31 +380,3 @@ def rising(points: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], 
             (x1, y1, n1), (x2, y2, n2) = pools[-2:]
             pools[-2:] = [((x1 * n1 + x2 * n2) / (n1 + n2), (y1 * n1 + y2 * n2) / (n1 + n2), n1 + n2)]
     return tuple((x, y) for x, y, _ in pools)
-
-
-def worth_pruning(inventory: Inventory, table: LatencyTable, max_sparsity: float, min_saving: float) -> Inventory:
-    """Leaves out the layers that could save too little: their weights are worth more than their time.
-
-    Args:
-        inventory: what could be pruned.
-        table: what pruning it saves.
-        max_sparsity: of any layer.
-        min_saving: least share of the repacked dense model's time that a layer must be able to save.
-
-    Raises:
-        AutopruneError: when nothing is left.
-    """
-    layers, dense, whole_ms = [], list(inventory.dense), table.unpruned_ms
-    for layer in inventory.layers:
-        share = table.saving_us(layer.name, max_sparsity) / 1e3 / whole_ms
-        if share >= min_saving:
-            layers.append(layer)
-        else:
-            reason = f"pruning it saves at most {100 * share:.1f}% of the repacked model's time"
-            dense.append(KeptDense(layer.name, layer.kind, reason))
-    if not layers:
-        raise AutopruneError(
-            f"no layer is worth pruning: none could save {100 * min_saving:g}% of the {whole_ms:.3f} ms that the dense "
-            "model takes when it is repacked on this machine. Use repack alone, or lower env.min_saving."
-        )
-    return Inventory(tuple(layers), tuple(dense))

@@ -18,7 +18,7 @@ from autoprune.evaluation.evaluator import Evaluator
 from autoprune.evaluation.measurement import Evaluated, Failure
 from autoprune.evaluation.pool import Pool
 from autoprune.extras import needs
-from autoprune.latency.machine import differences, machine_identity
+from autoprune.latency.machine import differences
 from autoprune.latency.quiet import working
 from autoprune.plan import Plan
 from autoprune.processes.workers import RETRIES
@@ -141,7 +141,7 @@ def _scored(evaluator: Sequence[Any], plan: Plan) -> tuple[float, nn.Module]:
 def _timed(evaluator: Sequence[Any], plan: Plan, score: float, model: nn.Module) -> Evaluated:
     """A task of the target device."""
     ours = _fetched(evaluator[0])
-    if ours.table.machine and (unlike := differences(ours.table.machine, machine_identity())):
+    if ours.table.machine and (unlike := differences(ours.table.machine, ours.device.identity())):
         raise StaleTable(
             "the latency table was not measured on a machine like the cluster's target device: "
             f"{'; '.join(unlike)}. Start the run on such a machine."

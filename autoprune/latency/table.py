@@ -95,7 +95,7 @@ class LatencyTable:
     were measured end to end when the table was made.
 
     Attributes:
-        dense_ms: the whole dense model in torch eager, milliseconds.
+        dense_ms: the whole dense model in torch eager, milliseconds; repacked, on a device that runs no torch.
         whole: (parts, whole model) of those that were measured, milliseconds, both rising strictly; at least one.
         settings: batch, threads and what else the numbers hold for.
         machine: `latency.machine.machine_identity` of where they were measured.

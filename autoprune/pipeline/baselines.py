@@ -1,4 +1,4 @@
-"""What the pruned model has to beat on this machine: every dense engine, and the dense model repacked."""
+"""What the pruned model has to beat on the run's device: every dense engine, and the dense model repacked."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from autoprune.envs.limits import FileSize
 from autoprune.errors import AutopruneError, FileError
+from autoprune.evaluation.devices import Candidate, Device
+from autoprune.evaluation.devices.process import HERE
 from autoprune.files import read_json, temporary_folder, write_json
 from autoprune.latency.engines import ENGINES, baselines, best_engine
-from autoprune.latency.machine import differences, machine_identity
-from autoprune.latency.timer import Clock, Protocol, measure_together, speedup, torch_threads
+from autoprune.latency.machine import differences
+from autoprune.latency.timer import Clock, Protocol, speedup, torch_threads
 from autoprune.model.arguments import Arguments
 from autoprune.precision import Precision, RunPrecision
 from autoprune.repack import RepackedModel, repack, save
@@ -26,7 +28,6 @@ from autoprune.tasks.batches import in_pieces
 if TYPE_CHECKING:  # hooks in a user's own loop need no run
     from autoprune.pipeline.preparation import Context, Prepared
 
-Call = Callable[[], object]
 BASELINES_FILE = "baselines.json"  # in a run's directory
 EAGER = "eager"
 REPACKED = "repacked"
@@ -34,21 +35,31 @@ REPACKED = "repacked"
 
 @dataclass(frozen=True)
 class DenseEngines:
-    """The dense model, ready to run here in every way there is.
+    """The dense model, ready to be timed in every way there is.
 
     Attributes:
-        calls: engine -> one inference; ``eager`` is torch's, ``repacked`` the dense model as this project runs it.
+        calls: engine -> what is timed; ``eager`` is torch's, ``repacked`` the dense model as this project runs it,
+            which alone is there where the device runs no torch.
         left_out: engine -> why it is not there.
         repacked: the dense model, repacked.
         prepared_s: how long it took to make all of them, seconds.
+        inputs: of one inference.
+        device: that times them.
     """
 
-    calls: Mapping[str, Call]
+    calls: Mapping[str, Candidate]
     left_out: Mapping[str, str]
     repacked: RepackedModel
     prepared_s: float
+    inputs: tuple[Any, ...] = ()
+    device: Device = HERE
 
-    def call(self, name: str, measured_in: Path) -> Call:
+    @property
+    def reference(self) -> str:
+        """What speed-ups are over, as plans are timed beside it: torch eager, where the device runs torch."""
+        return EAGER if self.device.runs_torch else REPACKED
+
+    def call(self, name: str, measured_in: Path) -> Candidate:
         """One inference by the engine that a target is over.
 
         Args:
@@ -72,9 +83,11 @@ class Baselines:
     """The dense model by every engine, timed interleaved in one run.
 
     Attributes:
-        best: the fastest dense engine of those that the run's precision is compared with: see `baselines`.
+        best: the fastest dense engine of those that the run's precision is compared with: see `baselines`; where there
+            are none, the dense model repacked.
         ms: engine -> median of one inference, milliseconds; ``repacked`` is the dense model as this project runs it.
-        speedups: likewise, over torch eager: medians of the rounds' ratios.
+        speedups: likewise, over what plans are timed beside: torch eager, or on a device without torch the dense model
+            repacked. Medians of the rounds' ratios.
         file_bytes: of the dense model repacked and saved.
         machine: where they were measured, and how.
         prepared_s: how long it took to make them ready to be timed, seconds; 0 where that was not noted.
@@ -93,8 +106,8 @@ class Baselines:
         """What a speed-up is over, by its name in `ms`."""
         return {"best": self.best, "repacked": REPACKED, "eager": EAGER}[over]
 
-    def over_eager(self, over: Over) -> float:
-        """How many times faster than torch eager that runs which a speed-up is over."""
+    def over_reference(self, over: Over) -> float:
+        """How many times faster than what plans are timed beside that runs which a speed-up is over."""
         return self.speedups[self.engine(over)]
 
     def name(self, over: Over) -> str:
@@ -103,7 +116,7 @@ class Baselines:
 
     @property
     def repacked(self) -> float:
-        """The speed-up over torch eager that repacking alone gives."""
+        """The speed-up that repacking alone gives, over what plans are timed beside."""
         return self.speedups[REPACKED]
 
     def file_size(self, weights: int, value_bits: int) -> FileSize:
@@ -120,11 +133,12 @@ def prepare_engines(context: Context, prepared: Prepared) -> DenseEngines:
     """Compiles the dense model for the engines that the config names, or all that are installed."""
     latency, precision = context.config.latency, context.config.precision
     task, inputs = prepared.task, prepared.task.example_inputs(latency.batch)
-    names = [name for name in latency.engines or baselines(precision) if name != EAGER]
+    device = context.device
+    names = [name for name in latency.engines or baselines(precision) if name != EAGER] if device.runs_torch else []
     with context.progress.bar("dense engines", len(names)) as bar:
         engines = engines_of(
             prepared.dense, inputs, names, latency.threads, context.clock, lambda name: bar.advance(1, name),
-            precision=precision, calibration=task.calibration_inputs(precision),
+            precision=precision, calibration=task.calibration_inputs(precision), device=device,
         )  # fmt: skip
     for name, why in engines.left_out.items():
         context.progress.say(f"dense engine {name} left out: {why}")
@@ -141,6 +155,7 @@ def engines_of(
     *,
     precision: RunPrecision = "float32",
     calibration: Sequence[tuple[Tensor, ...]] | None = None,
+    device: Device = HERE,
 ) -> DenseEngines:
     """Compiles a dense model for engines, and repacks it.
 
@@ -154,17 +169,20 @@ def engines_of(
         precision: that the model is repacked in; float32 where it is ``planned``, for there is no plan of it.
         calibration: batches of inputs, for what runs in int8; where none has the samples of one inference, engines find
             their ranges on `inputs`.
+        device: that will time them; one that runs no torch takes the repacked model alone.
     """
     began_s = clock()
-    pieces = in_pieces(calibration or (), Arguments(*inputs).samples) or None
-    calls, left_out = dense_calls(dense, inputs, threads, names, done, pieces)
-    eager = ENGINES.get(EAGER)().prepare(dense, inputs, threads)
+    calls: dict[str, Candidate] = {}
+    left_out: dict[str, str] = {}
+    if device.runs_torch:
+        pieces = in_pieces(calibration or (), Arguments(*inputs).samples) or None
+        engines, left_out = dense_calls(dense, inputs, threads, names, done, pieces)
+        calls = {EAGER: ENGINES.get(EAGER)().prepare(dense, inputs, threads), **engines}
     own: Precision = "float32" if precision == "planned" else precision
     ranges = None if own == "float32" else calibration
     with torch_threads(threads):
         fast = repack(dense, inputs, precision=own, calibration=ranges, clock=clock)
-        calls = {EAGER: eager, **calls, REPACKED: fast.bound_call(*inputs)}
-    return DenseEngines(calls, left_out, fast, clock() - began_s)
+    return DenseEngines({**calls, REPACKED: fast}, left_out, fast, clock() - began_s, inputs, device)
 
 
 def measure_baselines(context: Context, engines: Callable[[], DenseEngines]) -> Baselines:
@@ -177,7 +195,7 @@ def measure_baselines(context: Context, engines: Callable[[], DenseEngines]) -> 
     latency, config = context.config.latency, context.config
     how = {"batch": latency.batch, "threads": latency.threads, "engines": list(latency.engines)}
     model = {"value_bits": config.repack.value_bits, "precision": config.precision}
-    machine = {**machine_identity(), **how, **model}
+    machine = {**context.device.identity(), **how, **model}
 
     def measure() -> Baselines:
         measured = time_engines(
@@ -210,12 +228,13 @@ def time_engines(
     with temporary_folder() as folder:
         save(engines.repacked, folder / "dense.safetensors", value_bits=value_bits)
         file_bytes = (folder / "dense.safetensors").stat().st_size
-    times = measure_together(engines.calls, protocol, clock)
+    times = engines.device.time(engines.calls, engines.inputs, protocol, clock)
+    among = baselines(precision) if engines.device.runs_torch else [REPACKED]
     ms = {name: took.median_ms for name, took in times.items()}
     return Baselines(
-        best=best_engine(ms, baselines(precision)),
+        best=best_engine(ms, among),
         ms=ms,
-        speedups={name: speedup(times[EAGER], took) for name, took in times.items()},
+        speedups={name: speedup(times[engines.reference], took) for name, took in times.items()},
         file_bytes=file_bytes,
         machine=machine,
         prepared_s=engines.prepared_s,
@@ -241,7 +260,7 @@ def kept_baselines(path: Path, machine: Mapping[str, Any], measure: Callable[[],
 def _read(path: Path) -> Baselines:
     try:
         known = TypeAdapter(Baselines).validate_python(read_json(path, "the dense engines' times"))
-        if {known.best, EAGER, REPACKED} - known.speedups.keys() or min(known.speedups.values()) <= 0.0:
+        if {known.best, REPACKED} - known.speedups.keys() or min(known.speedups.values()) <= 0.0:
             raise ValueError("an engine lacks its speed-up")
     except (ValidationError, ValueError) as error:
         raise FileError(f"the dense engines' times are corrupt: {path} ({error}). Delete the file.") from None

@@ -8,7 +8,7 @@ Nothing is trained for it: what a model takes depends on where its zeros are, no
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -16,14 +16,9 @@ from autoprune.envs.limits import Limit
 from autoprune.envs.problem import Problem
 from autoprune.envs.projection import ALLOW_MORE, freed, shift
 from autoprune.errors import InfeasibleTarget
-from autoprune.evaluation.evaluator import TIMINGS, Call, Evaluator, slower_of_agreeing
-from autoprune.evaluation.recovery.none import NoRecovery
-from autoprune.files import temporary_folder
-from autoprune.latency.timer import speedup
-from autoprune.pipeline.baselines import BASELINES_FILE, REPACKED, Baselines, DenseEngines
-from autoprune.pipeline.preparation import Context
+from autoprune.pipeline.baselines import REPACKED, Baselines
+from autoprune.pipeline.gauge import Reached
 from autoprune.plan import Plan
-from autoprune.repack import RepackedModel, save
 from autoprune.target import Target
 
 HIGHEST = 1.03  # of the target: a plan that is so much better is pruned for nothing
@@ -35,83 +30,6 @@ STEP = 0.02  # of one layer's sparsity, that is looked for between too slow and 
 MEASUREMENTS = 10  # of one plan's correction by one amount, and as many again layer by layer
 DOUBT = 1.15  # a target is measured to be in reach where the table's best is less than so much above it
 _REACH = 6.0  # of the shift, in logits, either way
-
-
-@dataclass(frozen=True)
-class Reached:
-    """What a repacked model reaches of each figure of a target.
-
-    Attributes:
-        of_target: figure -> what is reached over what was asked; 1 and above: it is met.
-        speedup: over what the target's speed-up is over; None where none was asked for.
-        latency_ms: median of one inference; None where no time was asked for.
-    """
-
-    of_target: Mapping[str, float]
-    speedup: float | None = None
-    latency_ms: float | None = None
-
-    @property
-    def least(self) -> float:
-        """Of the figure that is furthest from being met."""
-        return min(self.of_target.values())
-
-
-@dataclass(frozen=True)
-class Gauge:
-    """Measures a repacked model against a run's target.
-
-    Attributes:
-        context: of the run.
-        evaluator: of plans, which masks and recovers nothing; its protocol is the final table's.
-        problem: the target and the layers it is of.
-        baseline: one inference of what the target's speed-up is over.
-    """
-
-    context: Context
-    evaluator: Evaluator
-    problem: Problem
-    baseline: Call
-
-    @property
-    def target(self) -> Target:
-        return self.problem.target
-
-    def __call__(self, plan: Plan, model: RepackedModel) -> Reached:
-        """Times the model interleaved with the baseline and weighs its file.
-
-        It is timed until two timings agree, and the slower of them counts; of some that never do, the middle one.
-        """
-        taken: list[Reached] = []
-        while len(taken) < (TIMINGS if self.target.timed else 1):
-            taken.append(self._once(plan, model))
-            if (slower := slower_of_agreeing([each.least for each in taken])) is not None:
-                return taken[slower]
-        return sorted(taken, key=lambda each: each.least)[len(taken) // 2]
-
-    def of_plan(self, plan: Plan) -> Reached:
-        """Of the dense model masked by a plan, repacked; nothing is trained."""
-        return self(plan, self.evaluator.repacked(self.evaluator.masked_model(plan), plan))
-
-    def _once(self, plan: Plan, model: RepackedModel) -> Reached:
-        target, reached = self.target, {limit.name: limit.at_most / limit.cost(plan) for limit in self.problem.limits}
-        if target.size_bytes is not None:
-            reached["size_bytes"] = target.size_bytes / self._file_bytes(model)
-        ratio = latency_ms = None
-        if target.timed:
-            baseline, packed = self.evaluator.time(model, self.baseline)
-            ratio, latency_ms = speedup(baseline, packed), packed.median_ms
-        if target.speedup is not None and ratio is not None:
-            reached["speedup"] = ratio / target.speedup
-        if target.latency_ms is not None and latency_ms is not None:
-            reached["latency_ms"] = target.latency_ms / latency_ms
-        return Reached(reached, ratio, latency_ms)
-
-    def _file_bytes(self, model: RepackedModel) -> int:
-        with temporary_folder() as folder:
-            path = folder / "model.safetensors"
-            save(model, path, value_bits=self.context.config.repack.value_bits)
-            return path.stat().st_size
 
 
 @dataclass(frozen=True)
@@ -138,31 +56,6 @@ class Corrected:
             f"of {self.measurements} plans measured none lies between the target and {100 * above:.0f}% above it: "
             "kernels become faster in steps"
         )
-
-
-def gauge(
-    context: Context,
-    evaluator: Evaluator,
-    problem: Problem,
-    engines: Callable[[], DenseEngines],
-    baselines: Baselines | None,
-) -> Gauge:
-    """The gauge of a run.
-
-    Args:
-        context: of the run.
-        evaluator: of plans.
-        problem: whose target is measured.
-        engines: the dense engines, prepared where the target is over one of them.
-        baselines: which of them the target is over; None where it is over none.
-    """
-    target = problem.target
-    protocol = context.final_protocol
-    evaluator = replace(evaluator, protocol=protocol, timed=True, recovery=NoRecovery())
-    baseline: Call = partial(evaluator.subject.dense, *evaluator.subject.task.example_inputs(evaluator.batch))
-    if target.speedup is not None and baselines is not None:
-        baseline = engines().call(baselines.engine(target.over), context.directory / BASELINES_FILE)
-    return Gauge(context, evaluator, problem, baseline)
 
 
 def correct(plan: Plan, measure: Callable[[Plan], Reached], problem: Problem) -> Corrected:
@@ -394,5 +287,5 @@ def free_without_pruning(target: Target, limits: Sequence[Limit], nothing: Plan,
         return None
     if target.speedup is None:
         return f"{baselines.ms[REPACKED]:.4g} ms and {baselines.file_bytes:,} bytes are there"
-    over = baselines.repacked / baselines.over_eager(target.over)
+    over = baselines.repacked / baselines.over_reference(target.over)
     return f"{over:.2f}x over {baselines.name(target.over)} is there" if over >= target.speedup else None

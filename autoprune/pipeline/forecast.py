@@ -15,7 +15,8 @@ from autoprune.envs.projection import check_limits
 from autoprune.errors import InfeasibleTarget
 from autoprune.latency.timer import torch_threads
 from autoprune.pipeline.baselines import Baselines
-from autoprune.pipeline.correction import Reached, check_reachable
+from autoprune.pipeline.correction import check_reachable
+from autoprune.pipeline.gauge import Reached
 from autoprune.pipeline.run import Run, uniform_plan
 from autoprune.plan import Plan
 from autoprune.report.table import markdown_table
@@ -41,14 +42,16 @@ class Forecast:
         task: its name.
         target: what is asked for.
         target_text: the same as people read it.
+        device: that latency is measured on.
+        reference: what plans are timed beside there, as people read it.
         dense: the dense model's score on the validation split as people read it.
         layers: that can be pruned and save time where they are.
         weights: of these layers; likewise the multiply-adds of one sample, `macs`.
         kept_dense: layer -> why it stays dense.
         baselines: the dense engines, and the dense model repacked.
         table_was_read: whether the latency table was the run directory's, or in the user's cache; else it was measured.
-        prunable: share of dense torch eager's time that these layers take, by the latency table.
-        predicted: speed-up over torch eager of the most pruned model, by the latency table.
+        prunable: share of the reference's time that these layers take, by the latency table.
+        predicted: speed-up over the reference of the most pruned model, by the latency table.
         sparsity: of every layer of that model.
         measured: what the most pruned model reaches of the target, where the table left a doubt; else None.
         refusal: why the run would be refused; None where it would not.
@@ -59,6 +62,8 @@ class Forecast:
     task: str
     target: Target
     target_text: str
+    device: str
+    reference: str
     dense: str
     layers: int
     weights: int
@@ -86,7 +91,7 @@ class Forecast:
 
     @property
     def _baseline(self) -> float:
-        return self.baselines.over_eager(self.target.over)
+        return self.baselines.over_reference(self.target.over)
 
     def text(self) -> str:
         """All of it as people read it."""
@@ -102,6 +107,7 @@ class Forecast:
         parts = ", ".join(f"{part} {_short(minutes)}" for part, minutes in self.minutes.items())
         rows = [
             ("target", self.target_text),
+            ("device", self.device),
             ("dense model", f"{self.dense} on the validation split"),
             ("pruned", f"{self.layers} layers: {self.weights:,} weights, {self.macs:,} multiply-adds a sample"),
             ("left whole", "; ".join(f"{', '.join(names)} ({reason})" for reason, names in whole.items()) or "none"),
@@ -109,7 +115,7 @@ class Forecast:
             (
                 "latency table",
                 f"{'read' if self.table_was_read else 'measured'}: the pruned layers take "
-                f"{100 * self.prunable:.0f}% of dense torch eager's time",
+                f"{100 * self.prunable:.0f}% of the time of {self.reference}",
             ),
             ("repacking alone", f"{self.repacking_alone:.2f}x over {over}" + (": enough" if self.unpruned else "")),
             ("in reach", f"{reach}" + ("" if self.refusal is None else ": **the target is out of reach**")),
@@ -123,6 +129,7 @@ class Forecast:
         return {
             "task": self.task,
             "target": self.target.to_json(),
+            "device": self.device,
             "layers": self.layers,
             "weights": self.weights,
             "macs": self.macs,
@@ -185,6 +192,8 @@ def forecast(run: Run, *, searches: bool = True, trains: bool = True) -> Forecas
         task=prepared.task.name,
         target=context.config.target,
         target_text=context.config.target.text(prepared.task.metric, context.config.precision),
+        device=str(context.device),
+        reference=context.device.reference_name,
         dense=prepared.task.metric.describe(prepared.dense_score),
         layers=len(offered.layers),
         weights=sum(layer.weights for layer in offered.layers),

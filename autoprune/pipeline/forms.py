@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
+from autoprune.evaluation.devices import Call, Candidate
 from autoprune.latency.engines import ENGINES
-from autoprune.latency.timer import torch_threads
 from autoprune.pipeline import baselines
 from autoprune.pipeline.preparation import Context, Prepared
 from autoprune.precision import Precision, RunPrecision
@@ -18,31 +18,32 @@ from autoprune.repack import RepackedModel
 from autoprune.repack.rivals import signal_to_noise_db
 from autoprune.report.stored import CALLED, EAGER, MASKED, REPACKED, WHOLE
 
-Call = Callable[[], object]
-
 
 @dataclass(frozen=True)
 class Form:
     """One form of the model in the final table.
 
     Attributes:
-        call: one inference.
+        candidate: what is timed; None where the device cannot time it.
         model: whose score it has; None for an engine that rounds, and can be called with these inputs alone.
         precision: of its products.
         exact: one inference of the float32 model that it was made of.
+        inputs: of an inference of a repacked model.
     """
 
-    call: Call
+    candidate: Candidate | None
     model: nn.Module | None
     precision: str = "float32"
     exact: Call | None = None
+    inputs: tuple[Any, ...] = ()
 
     def snr_db(self) -> float | None:
         """How far the error of its precision lies below its output, decibels; None in float32."""
-        if self.exact is None or self.precision == "float32":
+        if self.exact is None or self.candidate is None or self.precision == "float32":
             return None
+        given = self.inputs if isinstance(self.candidate, RepackedModel) else ()
         with torch.inference_mode():
-            return signal_to_noise_db(self.call(), self.exact())
+            return signal_to_noise_db(self.candidate(*given), self.exact())
 
 
 def forms_of(
@@ -52,20 +53,22 @@ def forms_of(
     masked: nn.Module,
     repacked: RepackedModel,
 ) -> dict[str, Form]:
-    """All that is timed, by its row's name: torch eager, other dense engines, the masked model, the repacked one."""
-    latency, precision, dense = context.config.latency, context.config.precision, prepared.dense
-    inputs, eager = prepared.task.example_inputs(latency.batch), engines.calls[baselines.EAGER]
+    """All forms by their row's name: torch eager, other dense engines, the masked model, the repacked one."""
+    precision, dense, in_torch = context.config.precision, prepared.dense, context.device.runs_torch
+    inputs = prepared.task.example_inputs(context.config.latency.batch)
+    eager, dense_exact = engines.calls.get(baselines.EAGER), partial(dense, *inputs)
     forms = {EAGER: Form(eager, dense)}
     for name, call in engines.calls.items():
         if name == baselines.REPACKED:
-            forms[WHOLE] = Form(call, engines.repacked, _made_in(precision, engines.repacked), eager)
+            forms[WHOLE] = Form(call, engines.repacked, _made_in(precision, engines.repacked), dense_exact, inputs)
         elif name != baselines.EAGER:
             of = ENGINES.get(name).precision
-            forms[f"dense, {name}"] = Form(call, dense if of == "float32" else None, of, eager)
-    forms[MASKED] = Form(partial(masked, *inputs), masked)
-    forms[CALLED] = Form(partial(repacked, *inputs), repacked, _made_in(precision, repacked), forms[MASKED].call)
-    with torch_threads(latency.threads):
-        forms[REPACKED] = replace(forms[CALLED], call=repacked.bound_call(*inputs))
+            forms[f"dense, {name}"] = Form(call, dense if of == "float32" else None, of, dense_exact)
+    made_in, masked_exact = _made_in(precision, repacked), partial(masked, *inputs)
+    forms[MASKED] = Form(masked_exact if in_torch else None, masked)
+    if in_torch:
+        forms[CALLED] = Form(partial(repacked, *inputs), repacked, made_in, masked_exact)
+    forms[REPACKED] = Form(repacked, repacked, made_in, masked_exact, inputs)
     return forms
 
 

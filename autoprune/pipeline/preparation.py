@@ -12,15 +12,10 @@ from typing import Any
 
 from torch import nn
 
-from autoprune.agents import AGENTS, Agent
 from autoprune.config import Config, check_directory, flat
-from autoprune.criteria import CRITERIA
-from autoprune.envs.actions import ACTIONS, ActionComponent, ActionSpace
-from autoprune.envs.actions.criterion import CriterionChoice
-from autoprune.envs.actions.group_size import GroupSize
-from autoprune.envs.projection import check_movable
-from autoprune.errors import ConfigError, FileError
-from autoprune.evaluation.dense import check_reseedable, dense_model, dense_settings
+from autoprune.errors import FileError
+from autoprune.evaluation.dense import dense_model, dense_settings
+from autoprune.evaluation.devices import Device
 from autoprune.evaluation.evaluator import Evaluator
 from autoprune.evaluation.profile import (
     TABLE,
@@ -29,111 +24,22 @@ from autoprune.evaluation.profile import (
     profile_table,
     shared_file,
     shared_or_measured,
-    worth_pruning,
 )
-from autoprune.evaluation.recovery import RECOVERIES, Recovery, Subject
+from autoprune.evaluation.recovery import Subject
+from autoprune.evaluation.worth import worth_pruning
 from autoprune.files import write_json
 from autoprune.identity.claim import Claim, Parts, task_parts
 from autoprune.identity.fingerprint import model_fingerprints
-from autoprune.latency.engines import ENGINES
-from autoprune.latency.machine import machine_identity
 from autoprune.latency.quiet import timing
 from autoprune.latency.table import LatencyTable
 from autoprune.latency.timer import Clock, Protocol, torch_threads
 from autoprune.masks import collect_statistics
 from autoprune.model.inventory import Inventory, take_inventory
-from autoprune.patterns import PATTERNS
+from autoprune.pipeline.choices import Choices
 from autoprune.processes.locks import FolderLock
 from autoprune.progress import Progress
-from autoprune.registry import Choice
 from autoprune.tasks import TASKS, Task
-from autoprune.training import TRAINING
 from autoprune.training.recipes import recipe_for
-
-# What a config chooses ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Choices:
-    """What a config's names stand for, created once, so that a wrong one is refused before any work.
-
-    Attributes:
-        actions: what the agent may choose, in the config's order.
-        recovery: between masking and scoring.
-        agent: searches for the plan; it may hold what it has learned.
-        patterns: every pattern a plan of the run can name; the config's own is among them.
-        statistics: what calibration must collect for the criteria that a plan can name.
-    """
-
-    actions: tuple[ActionComponent, ...]
-    recovery: Recovery
-    agent: Agent
-    patterns: tuple[Choice, ...]
-    statistics: frozenset[str]
-
-
-def create_choices(config: Config, task_given: bool = False) -> Choices:
-    """Creates what the config names.
-
-    Args:
-        config: of the run.
-        task_given: whether the task comes from the caller, so that the config's is not looked up.
-
-    Raises:
-        ConfigError: it names a row no registry has, or choices that do not go together.
-    """
-    env = config.env
-    PATTERNS.create(env.pattern)  # a plan names patterns and methods, and each is created where it is applied: methods
-    TRAINING.create(config.finetune.method)  # have a state. Here their arguments are checked.
-    criterion = CRITERIA.create(env.criterion)
-    recovery = RECOVERIES.create(env.recovery)
-    for engine in config.latency.engines:
-        ENGINES.get(engine)
-    actions = tuple(ACTIONS.create(choice) for choice in env.actions)
-    for choice, action in zip(env.actions, actions, strict=True):
-        if action.needs_training and not recovery.trains:
-            raise ConfigError(
-                f"the action {choice.name!r} would never reach the reward: recovery {env.recovery.name!r} does "
-                'not train. Set env.recovery = {name = "train", steps = 20}, or drop the action.'
-            )
-    ActionSpace(list(zip(env.actions, actions, strict=True))).check_precision(config.precision)
-    if not task_given:
-        TASKS.get(config.task.name)
-    check_teachers(config, task_given)
-    sized = [pattern for action in actions if isinstance(action, GroupSize) for pattern in action.patterns]
-    chosen = [name for action in actions if isinstance(action, CriterionChoice) for name in action.names]
-    if config.search.rules:
-        for pattern in config.search.patterns:
-            check_movable(pattern)
-        sized += config.search.patterns
-        chosen += [choice.name for choice in config.search.criteria]
-    return Choices(
-        actions,
-        recovery,
-        AGENTS.create(config.search.agent),
-        patterns=tuple(dict.fromkeys([*sized, env.pattern])),
-        statistics=criterion.needs.union(*(CRITERIA.get(name).needs for name in chosen)),
-    )
-
-
-def check_teachers(config: Config, task_given: bool = False) -> None:
-    """Raises ConfigError when more teachers than the dense model are asked for that cannot be had, or not be heard."""
-    finetune = config.finetune
-    if finetune.teachers == 1:
-        return
-    if task_given:
-        raise ConfigError("finetune.teachers must be 1 for a task that is given: it has the one model.")
-    check_reseedable(config.task)
-    if finetune.settings.get("distillation_weight", 0) == 0 and all(
-        choice.name != "distillation" for choice in config.env.actions
-    ):
-        raise ConfigError(
-            f"finetune.teachers is {finetune.teachers}, but nothing is distilled from them: set "
-            "finetune.settings.distillation_weight above 0, or finetune.teachers to 1."
-        )
-
-
-# The stages -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -165,6 +71,11 @@ class Context:
     workers: int
     ray: str | None
     minutes: float | None = None
+
+    @property
+    def device(self) -> Device:
+        """That measures latency."""
+        return self.choices.device
 
     @property
     def measures(self) -> bool:
@@ -236,6 +147,8 @@ def prepare(context: Context, loaded: LoadedTask) -> Prepared:
         InUse: another process, or another thread, writes in the directory.
     """
     config, task = context.config, loaded.task
+    if not (context.directory / "config.json").exists():
+        context.device.identity()  # a device that is not there is told before anything that takes long
     with torch_threads(context.work_threads):
         dense = dense_model(task, config.task, dense_settings(task, config.dense), config.seed, context.progress)
     parts = {**loaded.parts, "the trained dense model": model_fingerprints(dense)["weights"]}
@@ -292,11 +205,11 @@ def profile(context: Context, subject: Subject, *, fresh: bool = False) -> Laten
     Raises:
         StaleTable: the directory's table is of another machine, or of other settings.
     """
-    path, settings = context.directory / "latency.json", table_settings(context, subject)
+    path, settings, device = context.directory / "latency.json", table_settings(context, subject), context.device
     if path.exists() and not fresh:
-        return LatencyTable.load(path, settings=settings, machine=machine_identity())
+        return LatencyTable.load(path, settings=settings, machine=device.identity())
     protocol = context.protocol(context.config.latency.profile_samples)
-    record = profile_record(path, settings, protocol)
+    record = profile_record(path, settings, protocol, device)
     if fresh:
         path.unlink(missing_ok=True)
         record.clear()
@@ -304,13 +217,13 @@ def profile(context: Context, subject: Subject, *, fresh: bool = False) -> Laten
     def measure() -> LatencyTable:
         patterns = context.choices.patterns
         with timing():
-            return profile_table(subject, patterns, settings, protocol, context.clock, context.progress, record)
+            return profile_table(subject, patterns, settings, protocol, context.clock, context.progress, record, device)
 
-    table = shared_or_measured(settings, protocol, measure, context.progress.say, fresh=fresh)
+    table = shared_or_measured(settings, protocol, measure, context.progress.say, fresh=fresh, device=device)
     table.save(path)
     record.clear()
     context.progress.say(
-        f"latency table: dense in torch eager {table.dense_ms:.3f} ms; its prunable layers one by one "
+        f"latency table: {device.reference_name} {table.dense_ms:.3f} ms; its prunable layers one by one "
         f"{sum(table.dense_us(name) for name in table.layers) / 1e3:.3f} ms ({path})"
     )
     return table
@@ -337,6 +250,7 @@ def build_evaluator(context: Context, subject: Subject, table: LatencyTable) -> 
         work_threads=context.work_threads,
         clock=context.clock,
         timed=context.measures,
+        device=context.device,
     )
 
 
@@ -386,7 +300,8 @@ class Preparation:
             return True
         protocol = self._context.protocol(self._context.config.latency.profile_samples)
         try:
-            return shared_file(TABLE, table_settings(self._context, self.subject), protocol).exists()
+            settings = table_settings(self._context, self.subject)
+            return shared_file(TABLE, settings, protocol, self._context.device).exists()
         except FileError:
             return False  # there is no cache
 

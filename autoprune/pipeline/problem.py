@@ -19,7 +19,6 @@ from autoprune.evaluation.pool import Pool, ProcessPool
 from autoprune.evaluation.ray_pool import RayPool
 from autoprune.evaluation.sensitivity import Sensitivity, probe_sensitivity
 from autoprune.identity.claim import Claim
-from autoprune.latency.machine import machine_identity
 from autoprune.latency.table import LatencyTable
 from autoprune.metric import Metric
 from autoprune.model.inventory import Inventory
@@ -57,7 +56,7 @@ class SearchProblem:
 
 
 def pose_problem(context: Context, evaluator: Evaluator, unscored: Problem) -> SearchProblem:
-    """Makes the search's problem, and claims the directory of the search for this machine.
+    """Makes the search's problem, and claims the directory of the search for the device.
 
     Args:
         context: of the run.
@@ -65,10 +64,10 @@ def pose_problem(context: Context, evaluator: Evaluator, unscored: Problem) -> S
         unscored: the target and the layers a plan decides.
 
     Raises:
-        ConfigError: the trials that are there were made on another machine.
+        ConfigError: the trials that are there were measured on another machine.
     """
     env, directory = context.config.env, context.directory
-    machine = {"the machine": {key: str(value) for key, value in machine_identity().items()}}
+    machine = {"the machine": {key: str(value) for key, value in context.device.identity().items()}}
     claim = Claim(directory / "search")  # a table measured anew makes no older trial as good
     claim.check(machine)
     claim.write(machine)
@@ -111,9 +110,10 @@ def build_problem(
         criterion=env.criterion,
         training=config.finetune.method,
         max_sparsity=env.max_sparsity,
-        baseline_speedup=1.0 if baselines is None else baselines.over_eager(config.target.over),
+        baseline_speedup=1.0 if baselines is None else baselines.over_reference(config.target.over),
         file=FileSize() if baselines is None else file_size(context, offered, baselines),
         precision=config.precision,
+        reference="eager" if context.device.runs_torch else "repacked",
     )
 
 

@@ -13,19 +13,20 @@ from autoprune.agents.base import succeeded
 from autoprune.envs.rewards import as_trial
 from autoprune.envs.trial import Trial
 from autoprune.errors import GivenError, NumericalError
+from autoprune.evaluation.devices import Candidate
 from autoprune.evaluation.measurement import Failure
 from autoprune.files import read_json, write_tensors
 from autoprune.latency.engines import baselines as compared_engines
-from autoprune.latency.machine import differences, machine_identity
+from autoprune.latency.machine import differences
 from autoprune.latency.record import MeasurementRecord
 from autoprune.latency.table import LatencyTable
-from autoprune.latency.timer import Latency, Protocol, measure_together, speedup
+from autoprune.latency.timer import Latency, Protocol, speedup
 from autoprune.masks import nonzero_parameters, sparsity
 from autoprune.model.inventory import KeptDense
 from autoprune.model.weights import weight_of
 from autoprune.pipeline.application import FineTuned, Repacked
 from autoprune.pipeline.contest import best_by_source, read_contenders, winner
-from autoprune.pipeline.forms import Call, Form, forms_of
+from autoprune.pipeline.forms import Form, forms_of
 from autoprune.pipeline.monitor import point
 from autoprune.pipeline.preparation import Context, Prepared
 from autoprune.pipeline.run import CORRECTED, Run
@@ -38,6 +39,7 @@ from autoprune.report.stored import (
     EAGER,
     MASKED,
     REPACKED,
+    WHOLE,
     Front,
     Record,
     Results,
@@ -58,7 +60,7 @@ def results(run: Run, *, again: bool = False) -> tuple[ResultRow, ...]:
     path = run.directory / "results.json"
     if path.exists() and not again:
         stored = read_stored(Results, path, "the results")
-        if not (changed := differences(stored.machine, machine_identity())):
+        if not (changed := differences(stored.machine, run.context.device.identity())):
             return stored.rows
         run.progress.say(f"the results are measured again: {'; '.join(changed)}")
     measured = measure_results(run, fine_tuned, repacked, from_start=again)
@@ -75,7 +77,7 @@ def measure_results(run: Run, fine_tuned: FineTuned, repacked: Repacked, *, from
         from_start: whether rounds that an interrupted measurement kept are measured again.
     """
     context, prepared = run.context, run.prepared
-    latency, machine = context.config.latency, machine_identity()
+    latency, machine = context.config.latency, context.device.identity()
     engines = run.search.engines
     forms = forms_of(context, prepared, engines, fine_tuned.model, repacked.model)
     left_out = {f"dense, {name}": why for name, why in engines.left_out.items()}
@@ -85,10 +87,10 @@ def measure_results(run: Run, fine_tuned: FineTuned, repacked: Repacked, *, from
     record = _record_of_rounds(context, list(forms), machine)
     if from_start:
         record.clear()
-    calls = {name: form.call for name, form in forms.items()}
-    times = _measured(calls, context.final_protocol, context, record)
+    timed = {name: form.candidate for name, form in forms.items() if form.candidate is not None}
+    times = _measured(timed, prepared.task.example_inputs(latency.batch), context, record)
     rows = _result_rows(context, prepared, forms, times, left_out)
-    how = {"batch": latency.batch, "threads": latency.threads, "device": "cpu"}
+    how = {"batch": latency.batch, "threads": latency.threads, "device": str(context.device)}
     measured = Results(rows, {**how, "rounds, all rows in turns": latency.samples}, machine)
     write_stored(context.directory / "results.json", measured)
     record.clear()
@@ -115,15 +117,17 @@ def _record_of_rounds(context: Context, rows: list[str], machine: Mapping[str, A
 
 
 def _measured(
-    calls: Mapping[str, Call], protocol: Protocol, context: Context, record: MeasurementRecord
+    timed: Mapping[str, Candidate], inputs: tuple[Any, ...], context: Context, record: MeasurementRecord
 ) -> dict[str, Latency]:
     """Times all rows in turns, `ROUNDS` rounds at a time, which are kept: all of them take minutes of a large model."""
-    samples: dict[str, list[float]] = {name: [] for name in calls}
+    protocol, device = context.final_protocol, context.device
+    samples: dict[str, list[float]] = {name: [] for name in timed}
     for first in range(0, protocol.samples, ROUNDS):
         part = replace(protocol, samples=min(ROUNDS, protocol.samples - first))
 
         def measure(part: Protocol = part) -> dict[str, tuple[float, ...]]:
-            return {name: each.samples_ms for name, each in measure_together(calls, part, context.clock).items()}
+            times = device.time(timed, inputs, part, context.clock)
+            return {name: each.samples_ms for name, each in times.items()}
 
         for name, values in record(f"from round {first}", measure).items():
             samples[name] += values
@@ -144,7 +148,8 @@ def _result_rows(
     kept = nonzero_parameters(forms[MASKED].model or prepared.dense)
     packed_size = (context.directory / "repacked.safetensors").stat().st_size
     compared = {EAGER, *(f"dense, {name}" for name in compared_engines(context.config.precision))}
-    best = min(compared & set(times), key=lambda name: times[name].median_ms)
+    compared &= times.keys()
+    best = min(compared or {WHOLE}, key=lambda name: times[name].median_ms)
     scores: dict[int, float] = {}
 
     def score(name: str) -> float | None:
@@ -154,9 +159,11 @@ def _result_rows(
         return None if model is None else scores[id(model)]
 
     def row(name: str, count: int, size_bytes: int) -> ResultRow:
-        took, form = times[name], forms[name]
-        label = f"{name}, best engine" if name == best != EAGER else name
-        over_eager, over_best = speedup(times[EAGER], took), speedup(times[best], took)
+        took, form = times.get(name), forms[name]
+        label = f"{name}, best engine" if name == best and name in compared - {EAGER} else name
+        over_eager, over_best = (
+            speedup(times[other], took) if took is not None and other in times else None for other in (EAGER, best)
+        )
         return ResultRow(
             label, score(name), took, over_eager, over_best, count, size_bytes,
             precision=form.precision, snr_db=form.snr_db(),
@@ -165,7 +172,7 @@ def _result_rows(
     ours = (MASKED, CALLED, REPACKED)
     rows = [row(name, parameters, size) for name in forms if name not in ours]
     rows += [ResultRow(name, left_out=why) for name, why in left_out.items()]
-    return (*rows, row(MASKED, kept, size), *(row(name, kept, packed_size) for name in ours[1:]))
+    return (*rows, row(MASKED, kept, size), *(row(name, kept, packed_size) for name in ours[1:] if name in forms))
 
 
 def latency_text(table: LatencyTable) -> str:
@@ -176,7 +183,7 @@ def latency_text(table: LatencyTable) -> str:
             sparsities = [f"{100 * point.sparsity:.0f}%" for point in curve]
             cells = [f"{point.latency_us:.1f} {point.backend}" for point in curve]
             rows.append([name, pattern, f"{layer.dense_us:.1f}", *cells])
-    return markdown_table(("layer", "pattern", "torch dense us", *sparsities), rows, left=2)
+    return markdown_table(("layer", "pattern", "dense us", *sparsities), rows, left=2)
 
 
 # What the report says -------------------------------------------------------------------------------------------------
@@ -202,6 +209,7 @@ def report_of(run: Run) -> RunReport:
         else None,
         unpruned=_unpruned(run),
         precision=config.precision,
+        device=None if run.context.device.runs_torch else str(run.context.device),
     )
     hparams = {
         "agent": str(config.search.agent),
@@ -222,6 +230,7 @@ def _facts(run: Run) -> dict[str, Any]:
         **run.task.facts,
         "target": config.target.text(run.task.metric, config.precision),
         "precision": config.precision,
+        **({} if run.context.device.runs_torch else {"device": run.context.device}),
         **(_search_facts(run) if run.search.exists else {"plan": _origin(run)}),
         "training": run.plan.training,
         "fine-tuning epochs": run.preparation.subject.settings.epochs,
@@ -277,10 +286,12 @@ def _search_remarks(run: Run) -> dict[str, str]:
 
 
 def _plan_rows(run: Run) -> tuple[PlanRow, ...]:
-    rows = []
+    rows, here = [], run.context.device.runs_torch
     lowered, sparsities = {row.name: row for row in run.repacked.report}, _sparsities(run)
     for name, layer in run.plan.layers.items():
         made = lowered[name]
+        packed_us = made.packed_us if made.backend != "dense" else made.dense_us
+        times_us = (made.dense_us, packed_us) if here else _on_device_us(run, name, layer, sparsities[name])
         rows.append(
             PlanRow(
                 layer=name,
@@ -289,8 +300,8 @@ def _plan_rows(run: Run) -> tuple[PlanRow, ...]:
                 pattern=str(layer.pattern),
                 criterion=str(layer.criterion),
                 backend=made.backend,
-                dense_us=made.dense_us,
-                latency_us=made.packed_us if made.backend != "dense" else made.dense_us,
+                dense_us=times_us[0],
+                latency_us=times_us[1],
                 precision=_precision_of(layer, made),
                 scale=made.scale,
                 snr_db=made.snr_db,
@@ -304,6 +315,12 @@ def _precision_of(planned: LayerPlan, made: LayerReport) -> str:
     if planned.precision in ("float32", made.precision):
         return made.precision
     return f"{made.precision}, not {planned.precision}: {made.why}"
+
+
+def _on_device_us(run: Run, name: str, layer: LayerPlan, sparsity: float) -> tuple[float, float]:
+    """What a layer takes on the run's device, dense and pruned, by the latency table: tuning has only timed it here."""
+    table = run.preparation.table
+    return table.dense_us(name), table.layer_us(name, layer.curve, sparsity)
 
 
 def _sparsities(run: Run) -> dict[str, float]:

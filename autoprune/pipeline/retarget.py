@@ -135,7 +135,7 @@ def faster_than_eager(
         return time_engines(ready, protocol, clock, machine)
 
     with turn(file, _LOG.info):
-        return kept_baselines(file, machine, measure).over_eager(over)
+        return kept_baselines(file, machine, measure).over_reference(over)
 
 
 def plan_at(

@@ -30,11 +30,12 @@ from autoprune.identity.claim import Claim
 from autoprune.latency.timer import Clock
 from autoprune.model.inventory import Inventory
 from autoprune.pipeline.application import AppliedPlan, is_complete
+from autoprune.pipeline.choices import create_choices
 from autoprune.pipeline.contest import best_by_source, clear, contest, take_winner
 from autoprune.pipeline.correction import Corrected, check_reached, correct, free_without_pruning, further
-from autoprune.pipeline.preparation import Context, Preparation, Prepared, create_choices
+from autoprune.pipeline.preparation import Context, Preparation, Prepared
 from autoprune.pipeline.problem import file_size
-from autoprune.pipeline.search import PlanSearch
+from autoprune.pipeline.search import BEFORE, PlanSearch
 from autoprune.plan import LayerPlan, Plan
 from autoprune.processes.locks import FolderLock
 from autoprune.progress import SILENT, Progress
@@ -87,7 +88,7 @@ def corrected(context: Context, search: PlanSearch, plan: Plan) -> Corrected | N
     """
     if not context.config.target.measured or not context.measures:
         return None
-    moved = correct(plan, search.gauge.of_plan, search.unscored)
+    moved = correct(plan, partial(search.gauge.kept, BEFORE), search.unscored)
     if moved.plan != plan:
         context.progress.say(
             f"moved onto the target in {moved.measurements} measurements: {moved.reached.least:.3f} of it"
@@ -331,7 +332,7 @@ class Run:
             reached = self.search.gauge(self.plan, self.repacked)
             if reached.least >= SETTLED or attempt == ATTEMPTS:
                 break
-            moved = further(self.plan, reached, self.search.gauge.of_plan, problem)
+            moved = further(self.plan, reached, partial(self.search.gauge.kept, "after training"), problem)
             if moved.plan == self.plan:
                 break
             self.progress.say(f"{reached.least:.3f} of the target is reached: pruned further, and trained again")

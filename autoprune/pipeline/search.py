@@ -28,7 +28,8 @@ from autoprune.evaluation.measurement import (
 from autoprune.evaluation.sensitivity import ANCHORS, Sensitivity
 from autoprune.patterns import PATTERNS
 from autoprune.pipeline.baselines import EAGER, Baselines, DenseEngines, measure_baselines, prepare_engines
-from autoprune.pipeline.correction import Gauge, check_reachable, gauge
+from autoprune.pipeline.correction import check_reachable
+from autoprune.pipeline.gauge import Gauge, gauge
 from autoprune.pipeline.monitor import SearchMonitor
 from autoprune.pipeline.preparation import Context, Preparation
 from autoprune.pipeline.problem import SearchProblem, Unscored, build_env, build_problem, pose_problem
@@ -138,6 +139,9 @@ def _from_there(env: PruneEnv, plan: Plan) -> PruneEnv:
     return env.of(replace(env.problem, pattern=pattern, criterion=criterion, layer_precision=precision))
 
 
+BEFORE = "before training"  # a stage of what is gauged
+
+
 class PlanSearch:
     """The results of these stages, each made when it is first asked for, and once.
 
@@ -204,7 +208,7 @@ class PlanSearch:
         problem = self.by_table
         if not self._context.measures:
             return problem
-        bias = check_reachable(problem, self.most_pruned, lambda plan: self.gauge.of_plan(plan))
+        bias = check_reachable(problem, self.most_pruned, lambda plan: self.gauge.kept(BEFORE, plan))
         return replace(problem, table=problem.table.scaled(bias)) if bias > 1.0 else problem
 
     @cached_property

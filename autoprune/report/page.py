@@ -15,6 +15,12 @@ same rounds. *Speed-up* is over the dense model in torch eager, *vs best dense* 
 medians of the rounds' ratios. *repacked* is bound to its inputs (fast.bind), as ONNX Runtime and OpenVINO are driven.
 Parameters are counted without zeros of the pruned weights.
 """
+ABOUT_ON_DEVICE = """\
+Latency is the median (10th-90th percentile) of one inference of the whole model on the device, where the dense model
+and the pruned one, both repacked and built for it, were timed in turns, in the same rounds. *vs best dense* is over the
+dense model repacked, the median of the rounds' ratios. The other rows cannot run there, and were scored alone.
+Parameters are counted without zeros of the pruned weights.
+"""
 ABOUT_SEARCHES = "The best plan each agent found, on the validation split, before the final training.\n"
 ABOUT_CONTENDERS = """\
 Plans that were all fine-tuned, each put on the target by measurement (*speed-up*: over what the target's is over). The
@@ -26,12 +32,14 @@ ABOUT_PLAN = "Times are those of the layer alone, in microseconds an inference, 
 def report_page(report: Report) -> str:
     """Returns the page as markdown. Sections without content are left out."""
     dense = [[layer.name, layer.kind, layer.reason] for layer in report.kept_dense]
+    in_torch = any(row.speedup is not None for row in report.results)
+    about, over = (ABOUT_RESULTS, "over eager") if in_torch else (ABOUT_ON_DEVICE, "over dense")
     sections = [
-        ("Result", ABOUT_RESULTS + "\n" + result_table(report.results, report.metric) if report.results else ""),
+        ("Result", about + "\n" + result_table(report.results, report.metric) if report.results else ""),
         ("What was run", _facts(report.facts)),
         (
             "Agent and rivals",
-            ABOUT_SEARCHES + "\n" + search_table(report.searches, report.metric) if report.searches else "",
+            ABOUT_SEARCHES + "\n" + search_table(report.searches, report.metric, over) if report.searches else "",
         ),
         (
             "Contenders",

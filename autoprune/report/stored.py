@@ -12,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from autoprune.errors import FileError
 from autoprune.files import read_json, write_bytes, write_json, write_text
+from autoprune.latency.timer import speedup
 from autoprune.metric import Metric
 from autoprune.model.inventory import KeptDense
 from autoprune.precision import RunPrecision
@@ -60,6 +61,7 @@ class Record:
         rewards: of the search's trials, by agent.
         unpruned: what repacking alone gives, where nothing was pruned for that.
         precision: that the model was repacked in.
+        device: that latency was measured on, where that runs no torch; None: the machine of the run.
     """
 
     title: str
@@ -75,6 +77,7 @@ class Record:
     unpruned: str | None = None
     contenders: tuple[ContenderRow, ...] = ()
     precision: RunPrecision = "float32"
+    device: str | None = None
 
 
 Stored = TypeVar("Stored", Results, Record)
@@ -150,9 +153,10 @@ def row_of(rows: tuple[ResultRow, ...], name: str) -> ResultRow:
 
 def headline(rows: tuple[ResultRow, ...], record: Record) -> str:
     """The result in a few sentences; what was missed, and that nothing was pruned, stands first."""
-    metric, unpruned, best = record.metric, record.unpruned, baseline_name("best", record.precision)
+    metric, unpruned, device = record.metric, record.unpruned, record.device
+    best = baseline_name("best" if device is None else "repacked", record.precision)
     dense, fast = row_of(rows, EAGER), row_of(rows, REPACKED)
-    if fast.score is None or dense.score is None or fast.speedup is None or fast.speedup_over_best is None:
+    if fast.score is None or dense.score is None or fast.speedup_over_best is None:
         raise FileError("the results are corrupt: the dense or the repacked row lacks figures. Delete results.json.")
     text = ""
     if unpruned is not None:
@@ -160,15 +164,17 @@ def headline(rows: tuple[ResultRow, ...], record: Record) -> str:
     if misses := missed(rows, record):
         text += f"**The target was missed**: {'; '.join(misses)}. "
     drop = dense.score - fast.score
-    text += f"The repacked model is **{fast.speedup_over_best:.2f}x** as fast as {best}, timed in the same run, "
-    text += f"and {fast.speedup:.2f}x as fast as dense torch eager, {metric.change(drop)}."
+    text += f"The repacked model is **{fast.speedup_over_best:.2f}x** as fast as {best}, timed in the same run"
+    text += f" on {device}" if device is not None else ""
+    text += f", and {fast.speedup:.2f}x as fast as dense torch eager" if fast.speedup is not None else ""
+    text += f", {metric.change(drop)}."
     called = next((row.speedup_over_best for row in rows if row.name == CALLED), None)
     if called is not None:
         text += (
             f" That is bound to its inputs (`fast.bind`), as the engines are; called as a module it is {called:.2f}x."
         )
     if fast.speedup_over_best < 1.0:
-        text += " The best dense engine is faster than the repacked model: prefer it for this model."
+        text += f" {best[0].upper()}{best[1:]} is faster than the repacked model: prefer it for this model."
     return text
 
 
@@ -196,7 +202,7 @@ def _over(rows: tuple[ResultRow, ...], target: Target) -> float:
     fast = row_of(rows, REPACKED)
     if target.over == "repacked":
         whole = row_of(rows, WHOLE).latency
-        return 0.0 if whole is None or fast.latency is None else whole.median_ms / fast.latency.median_ms
+        return 0.0 if whole is None or fast.latency is None else speedup(whole, fast.latency)
     return (fast.speedup if target.over == "eager" else fast.speedup_over_best) or 0.0
 
 

@@ -58,6 +58,7 @@ class Summary:
             "unpruned": self.record.unpruned,
             "target": self.record.target.to_json(),
             "precision": self.record.precision,
+            "device": self.record.device,
             "speedup_over_best": fast.speedup_over_best,
             "speedup_over_eager": fast.speedup,
             "called_speedup_over_best": None if called is None else called.speedup_over_best,

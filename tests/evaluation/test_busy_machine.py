@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -70,7 +69,7 @@ def machine(request: pytest.FixtureRequest, evaluator: Evaluator, monkeypatch: p
         return float(off * table.predict_speedup(plan))
 
     def repacked(_: Evaluator, __: nn.Module, plan: Plan) -> Any:
-        return SimpleNamespace(bound_call=lambda *_: lambda: clock.pass_(DENSE_S / truth(plan)))
+        return lambda: clock.pass_(DENSE_S / truth(plan))
 
     monkeypatch.setattr(Evaluator, "masked_model", lambda self, plan: self.subject.dense)
     monkeypatch.setattr(Evaluator, "repacked", repacked)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from autoprune.config import Config, parse_config
 from autoprune.errors import ConfigError
 from autoprune.evaluation.dense import dense_model, other_dense_models
-from autoprune.pipeline.preparation import create_choices
+from autoprune.pipeline.choices import create_choices
 from autoprune.pipeline.run import Run
 from autoprune.plan import LayerPlan, Plan
 from autoprune.progress import SILENT

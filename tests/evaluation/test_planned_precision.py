@@ -76,7 +76,7 @@ def test_the_table_has_a_curve_in_each_precision(by_layer: Evaluator, monkeypatc
         fast.report = tuple(replace(row, precision="float32") if row.name == last else row for row in fast.report)
         return timed(fast, *given)
 
-    monkeypatch.setattr("autoprune.evaluation.profile.layer_times", noted)
+    monkeypatch.setattr("autoprune.evaluation.devices.process.layer_times", noted)
     monkeypatch.setattr("autoprune.evaluation.profile.ANCHORS", (0.5,))
     monkeypatch.setattr("autoprune.evaluation.profile.WHOLE_ANCHORS", (0.0,))
     settings = profile_settings(by_layer.subject, (PATTERN,), 1, 1)

@@ -103,8 +103,8 @@ def _lines(size: int) -> int:
     return -(-size // LINE) * LINE
 
 
-def linked(calls: Sequence[Call], image: Image, target: Target) -> str:
-    """One module: kernels, data and entry points, for one target."""
+def linked(calls: Sequence[Call], image: Image, target: Target, ops: bool = False) -> str:
+    """One module: kernels, data and entry points, for one target; with `ops` also those of single ops."""
     kernels = dict.fromkeys(kernel for call in calls for kernel, *_ in call.ops)
     names = {kernel: f"{kernel.name}_{number}" for number, kernel in enumerate(kernels)}
     own = ir.Module("model")
@@ -117,6 +117,8 @@ def linked(calls: Sequence[Call], image: Image, target: Target) -> str:
         _entry(own, call, work, parts=False)
         if call.threads > 1:
             _entry(own, call, work, parts=True)
+        if ops:
+            _one_op(own, call, data, declared)
     whole = llvm.parse_assembly(str(own))
     for kernel, name in names.items():
         part = llvm.parse_assembly(kernel.assembly)
@@ -189,21 +191,9 @@ def _work(module: ir.Module, call: Call, data: ir.Value, kernels: Mapping[Kernel
     function, b = _function(module, f"{call.prefix}_work", [*[BYTES] * (count + 1), I64, I64, IDLE])
     function.linkage = "internal"
     *tensors, workspace, part, parts, idle = function.args
-    inputs, outputs = tensors[: len(call.inputs)], tensors[len(call.inputs) :]
-    slots = b.alloca(I64, call.lowered.slots)
-    image = b.bitcast(data, BYTES)
-    arena = at(b, workspace, const(call.arena_at))
-    bases = {
-        0: image,  # what fields tell as an address counts from the image on
-        ARENA: arena,
-        **dict(zip(call.lowered.inputs, inputs, strict=True)),
-        **{slot: at(b, image, const(place)) for slot, place in call.constants.items()},
-        **{slot: at(b, workspace, const(place)) for slot, place in call.own_results.items()},
-        **{slot: outputs[number] for slot, number in call.written_in_place.items()},
-    }
-    for slot in range(call.lowered.slots):
-        base = b.ptrtoint(bases[slot], I64) if slot in bases else const(0)
-        b.store(base, at(b, slots, const(slot)))
+    outputs, image, arena = tensors[len(call.inputs) :], b.bitcast(data, BYTES), at(b, workspace, const(call.arena_at))
+    bases = _bases(b, call, data, tensors, workspace)
+    slots = _slots(b, call, bases)
     counters = b.bitcast(at(b, workspace, const(HEAD)), LONGS)
     for number, (kernel, place, items) in enumerate(call.ops):
         fields = b.bitcast(at(b, image, const(place)), LONGS)
@@ -227,6 +217,75 @@ def _work(module: ir.Module, call: Call, data: ir.Value, kernels: Mapping[Kernel
                 b.store(I32(int(Status.OUT_OF_RANGE)), status)
     b.ret(b.load(status))
     return function
+
+
+def _bases(
+    b: ir.IRBuilder, call: Call, data: ir.Value, tensors: Sequence[ir.Value], workspace: ir.Value
+) -> dict[int, ir.Value]:
+    """Slot -> where the memory begins that it stands for."""
+    inputs, outputs = tensors[: len(call.inputs)], tensors[len(call.inputs) :]
+    image = b.bitcast(data, BYTES)
+    return {
+        0: image,  # what fields tell as an address counts from the image on
+        ARENA: at(b, workspace, const(call.arena_at)),
+        **dict(zip(call.lowered.inputs, inputs, strict=True)),
+        **{slot: at(b, image, const(place)) for slot, place in call.constants.items()},
+        **{slot: at(b, workspace, const(place)) for slot, place in call.own_results.items()},
+        **{slot: outputs[number] for slot, number in call.written_in_place.items()},
+    }
+
+
+def _slots(b: ir.IRBuilder, call: Call, bases: Mapping[int, ir.Value]) -> ir.Value:
+    """The table of slots that kernels read."""
+    slots = b.alloca(I64, call.lowered.slots)
+    for slot in range(call.lowered.slots):
+        base = b.ptrtoint(bases[slot], I64) if slot in bases else const(0)
+        b.store(base, at(b, slots, const(slot)))
+    return slots
+
+
+def _of_sample(b: ir.IRBuilder, call: Call, tensors: Sequence[ir.Value], sample: ir.Value) -> list[ir.Value]:
+    """Where a sample's share of each input and output begins."""
+    ports = [*call.inputs, *(each.port for each in call.outputs)]
+    sizes = [port.count * port.entry_bytes // call.samples for port in ports]
+    return [at(b, x, b.mul(sample, const(size))) for x, size in zip(tensors, sizes, strict=True)]
+
+
+def _one_op(module: ir.Module, call: Call, data: ir.Value, kernels: Mapping[Kernel, ir.Function]) -> None:
+    """``run_op(inputs, outputs, workspace, op)``: one op of a call by itself, for who times them in their order.
+
+    Of a call of several samples the ops of the first come first, then those of the second, and so on.
+    """
+    count = len(call.inputs) + len(call.outputs)
+    function, b = _function(module, f"{call.prefix}_run_op", [*[BYTES] * (count + 1), I32])
+    *tensors, workspace, chosen = function.args
+    every = I32(max(1, len(call.ops)))
+    _refuse(b, b.icmp_unsigned(">=", chosen, I32(len(call.ops) * call.samples)), Status.OUT_OF_RANGE)
+    own = _of_sample(b, call, tensors, b.zext(b.udiv(chosen, every), I64))
+    slots, image = _slots(b, call, _bases(b, call, data, own, workspace)), b.bitcast(data, BYTES)
+    none = b.append_basic_block("none")
+    switch = b.switch(b.urem(chosen, every), none)
+    for number, (kernel, place, items) in enumerate(call.ops):
+        block = b.append_basic_block(f"op_{number}")
+        switch.add_case(I32(number), block)
+        b.position_at_end(block)
+        fields = b.bitcast(at(b, image, const(place)), LONGS)
+        with loop(b, const(0), const(items)) as item:
+            b.call(kernels[kernel], [fields, slots, item, const(0)])
+        b.ret(I32(int(Status.OK)))
+    b.position_at_end(none)
+    b.ret(I32(int(Status.OUT_OF_RANGE)))
+
+
+def data_module(arrays: Mapping[str, bytes]) -> str:
+    """A module of constants alone, which C knows by these names."""
+    module = ir.Module("data")
+    for name, held in arrays.items():
+        kind = ir.ArrayType(I8, len(held))
+        data = ir.GlobalVariable(module, kind, name)
+        data.global_constant, data.align = True, LINE
+        data.initializer = _Bytes(kind, held)
+    return str(module)
 
 
 def _copy(b: ir.IRBuilder, result: Result, base: ir.Value, into: ir.Value) -> None:
@@ -281,10 +340,7 @@ def _entry(module: ir.Module, call: Call, work: ir.Function, parts: bool) -> Non
             b.ret(b.call(work, [*tensors, *alone]))
             return
         with loop(b, const(0), const(call.samples)) as sample:
-            sizes = [port.count * port.entry_bytes // call.samples for port in ports]
-            b.call(
-                work, [*(at(b, x, b.mul(sample, const(size))) for x, size in zip(tensors, sizes, strict=True)), *alone]
-            )
+            b.call(work, [*_of_sample(b, call, tensors, sample), *alone])
         b.ret(I32(int(Status.OK)))
         return
     part, count, idle = function.args[len(ports) + 1 :]

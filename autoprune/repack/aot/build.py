@@ -41,7 +41,7 @@ class Compiled:
 
 def compiled(
     fast: RepackedModel, target: str = HOST, shapes: Sequence[Shapes] | None = None, name: str = "model",
-    threads: int = 1,
+    threads: int = 1, ops: bool = False,
 ) -> Compiled:  # fmt: skip
     """Compiles a program for a platform.
 
@@ -51,6 +51,7 @@ def compiled(
         shapes: of all inputs, for each call that the library shall have; those of the example when None.
         name: that the functions' names in C begin with.
         threads: the most that may work on one call.
+        ops: whether single ops can be called, too, to be timed.
 
     Raises:
         AutopruneError: what is no program, an operation without a native form, shapes that the model does not take.
@@ -66,7 +67,7 @@ def compiled(
     given = [tuple(each.shape for each in fast.program.graph.inputs)] if shapes is None else list(shapes)
     own = c_name(name)
     calls = [_call(fast, own, each, len(given) > 1, found, threads, image) for each in given]
-    code = object_code(linked(calls, image, found.target), found.target)
+    code = object_code(linked(calls, image, found.target, ops), found.target)
     return Compiled(own, found, tuple(calls), code, image.size)
 
 

@@ -46,7 +46,7 @@ from autoprune.repack.graph.ops import (
 )
 from autoprune.repack.lowering.geometry import Tiling
 from autoprune.repack.lowering.layout import FLOAT_BYTES
-from autoprune.repack.lowering.steps import NativeStep
+from autoprune.repack.lowering.steps import Lowered, NativeStep
 from autoprune.repack.lowering.weights import Weights
 from autoprune.repack.native.sequence import NativeSequence
 from autoprune.repack.probes import fresh
@@ -134,7 +134,7 @@ def layer_times(
     with torch.inference_mode(), torch_threads(1):
         fast(*fresh(inputs))  # says what is wrong with the inputs
         plan = fast.program.plan(shapes_of(inputs))
-        works = _works(fast.program, plan)
+        works = _works(fast.program, plan.lowered)
         compared = [work.layer for work in works if work.layer is not None]
         passes: list[Callable[[], _Timed]] = [partial(_program_pass, plan, inputs, clock)]
         passes += _dense_passes(model, inputs, compared, clock)
@@ -216,11 +216,16 @@ def _dense_pass(layers: Mapping[tuple[str, str], tuple[nn.Module, Tensor]], cloc
         yield key, clock() - start
 
 
-def _works(program: Program, plan: Plan) -> list[_Work]:
-    """What each step of a plan does, in order."""
-    values = plan.lowered.values
+def described(program: Program, lowered: Lowered) -> tuple[LayerTime, ...]:
+    """A row for each step of a lowered program, in the order they run, whose times are yet to be taken."""
+    return tuple(work.about for work in _works(program, lowered))
+
+
+def _works(program: Program, lowered: Lowered) -> list[_Work]:
+    """What each step does, in order."""
+    values = lowered.values
     works, seen = [], set()
-    for step in plan.lowered.steps:
+    for step in lowered.steps:
         op = step.op
         if op is None:
             assert isinstance(step, NativeStep)
