@@ -26,16 +26,19 @@ if TYPE_CHECKING:
     from autoprune.plan import Plan
     from autoprune.quantization import dequantize_
     from autoprune.repack import ExportReport, RepackedModel, Shrunk, export_onnx, load, quantize_, repack, save, shrink
+    from autoprune.repack.aot.library import Built, build
     from autoprune.target import Target
 
 _CORE = {
     "Arguments": "autoprune.model.arguments",
+    "Built": "autoprune.repack.aot.library",
     "ExportReport": "autoprune.repack",
     "Metric": "autoprune.metric",
     "Plan": "autoprune.plan",
     "RepackedModel": "autoprune.repack",
     "Shrunk": "autoprune.repack",
     "Target": "autoprune.target",
+    "build": "autoprune.repack.aot.library",
     "cut_states_": "autoprune.model.recurrent.modules",
     "dequantize_": "autoprune.quantization",
     "export_onnx": "autoprune.repack",
@@ -50,6 +53,7 @@ _SEARCH = {"Compressed": "autoprune.api", "PruningHooks": "autoprune.hooks", "co
 __all__ = [
     "Arguments",
     "AutopruneError",
+    "Built",
     "Compressed",
     "ExportReport",
     "Metric",
@@ -59,6 +63,7 @@ __all__ = [
     "Shrunk",
     "Target",
     "__version__",
+    "build",
     "compress",
     "cut_states_",
     "dequantize_",

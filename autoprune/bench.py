@@ -29,12 +29,12 @@ DTYPES = {"float32": torch.float32, "int64": torch.int64}
 ROUNDS, WARMUP, MIN_SAMPLE_MS = 20, 2, 2.0
 
 
-def parse_shape(text: str) -> tuple[int, ...]:
-    """``1,3,224,224`` -> its numbers; raises ConfigError when it is no shape."""
+def parse_shape(text: str, option: str = "--input") -> tuple[int, ...]:
+    """``1,3,224,224`` -> its numbers; raises ConfigError, which names the option, when it is no shape."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
         raise ConfigError(
-            f"--input {text!r} is no shape: give positive whole numbers with commas between them, batch first, "
+            f"{option} {text!r} is no shape: give positive whole numbers with commas between them, batch first, "
             "such as 1,3,224,224."
         )
     return tuple(int(part) for part in parts)

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autoprune.repack.aot.assembly import Call
 from autoprune.repack.aot.build import Compiled
+from autoprune.repack.aot.call import Call
 from autoprune.repack.aot.interface import Port
 from autoprune.repack.aot.targets import Platform
 from autoprune.repack.aot.toolchain import toolchain

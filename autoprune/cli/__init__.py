@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from autoprune.cli.building import build
 from autoprune.cli.models import bench, export, repack, shrink
 from autoprune.cli.output import REFUSED
 from autoprune.cli.plans import finetune, prune
@@ -36,6 +37,7 @@ COMMANDS = (
     shrink,
     bench,
     export,
+    build,
     report,
     apply,
 )  # as --help lists them

@@ -33,12 +33,13 @@ from autoprune.settings import TrainingSettings
 from autoprune.training import TRAINING
 
 MADE_FOR = "made_for"  # in a model's file: the run and the plan it is of, as `made_for` gives them
-_PRUNED, _MASKED, _REPACKED = "pruned.safetensors", "masked.safetensors", "repacked.safetensors"
+_PRUNED, _MASKED = "pruned.safetensors", "masked.safetensors"
+REPACKED = "repacked.safetensors"
 SHRUNK = "shrunk.safetensors"  # once a user asks for it
 _OUTCOMES = (
     _MASKED,
     SHRUNK,
-    _REPACKED,
+    REPACKED,
     "results.json",
     "report.json",
     "report.html",
@@ -180,13 +181,13 @@ def _other_teachers(context: Context, settings: TrainingSettings) -> Sequence[nn
 
 def load_repacked(context: Context, prepared: Prepared, plan: Plan) -> Repacked | None:
     """What `repack_fine_tuned` saved; None when there is none. The fine-tuned model must be of this plan."""
-    path = context.directory / _REPACKED
+    path = context.directory / REPACKED
     return Repacked(plan, load(path, _untrained(context, prepared, plan))) if path.exists() else None
 
 
 def repack_fine_tuned(context: Context, prepared: Prepared, fine_tuned: FineTuned) -> Repacked:
     """Repacks a fine-tuned model and saves it; values that the file rounds are rounded in the model too."""
-    latency, path, plan = context.config.latency, context.directory / _REPACKED, fine_tuned.plan
+    latency, path, plan = context.config.latency, context.directory / REPACKED, fine_tuned.plan
     precision = plan.precision_in(context.config.precision)
     with torch_threads(latency.threads):
         model = repack(
@@ -198,7 +199,7 @@ def repack_fine_tuned(context: Context, prepared: Prepared, fine_tuned: FineTune
             clock=context.clock,
         )
     value_bits = context.config.repack.value_bits
-    _remove_after(context.directory, _REPACKED)
+    _remove_after(context.directory, REPACKED)
     save(model, path, value_bits=value_bits)
     return Repacked(plan, model if value_bits == 32 else load(path, _untrained(context, prepared, plan)))
 

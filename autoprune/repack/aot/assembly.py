@@ -3,120 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from enum import IntEnum
 
 import llvmlite.binding as llvm
 import llvmlite.ir as ir
 import numpy as np
 
+from autoprune.repack.aot.call import HEAD, Call, Status
 from autoprune.repack.aot.image import LINE, Image
 from autoprune.repack.aot.interface import Port, Result
 from autoprune.repack.kernels.compiler import OP, Kernel, Target
 from autoprune.repack.kernels.ir import F32, I8, I32, I64, LONGS, at, const, loop
-from autoprune.repack.lowering.layout import FLOAT_BYTES
-from autoprune.repack.lowering.steps import ARENA, Lowered
+from autoprune.repack.lowering.steps import ARENA
 from autoprune.repack.native.sequence import LINE as COUNTER
 from autoprune.repack.native.sequence import Work, run_items
 
 BYTES = I8.as_pointer()
 IDLE = ir.FunctionType(ir.VoidType(), []).as_pointer()
-PREPARED = 0x6175746F7072756E  # what a workspace that is prepared begins with
-HEAD = LINE  # bytes of a workspace before its counters: PREPARED, and how many parts have ended
 
 
-class Status(IntEnum):
-    """What the functions of a built model return; C knows them by these names."""
+def linked(calls: Mapping[Call, int], image: Image, target: Target, ops: bool = False) -> str:
+    """One module: kernels, data and entry points, for one target; with `ops` also those of single ops.
 
-    OK = 0
-    NULL_POINTER = 1
-    MISALIGNED = 2
-    NOT_PREPARED = 3
-    OUT_OF_RANGE = 4
-    WRONG_PART = 5
-
-
-@dataclass(frozen=True)
-class Call:
-    """A model for one set of input shapes.
-
-    Attributes:
-        prefix: of its functions' names in C.
-        lowered: its program; native throughout.
-        ops: (kernel, where its fields lie in the image, items) of each, in order.
-        constants: slot -> where its constant lies in the image.
-        inputs: its parameters.
-        outputs: its results.
-        samples: that the program is run for, one after another; 1: it computes all there is at once.
+    `calls`: each with its `mark`.
     """
-
-    prefix: str
-    lowered: Lowered
-    ops: tuple[tuple[Kernel, int, int], ...]
-    constants: Mapping[int, int]
-    inputs: tuple[Port, ...]
-    outputs: tuple[Result, ...]
-    samples: int = 1
-
-    @property
-    def threads(self) -> int:
-        """The most that may work on one call."""
-        return self.lowered.threads
-
-    @property
-    def written_in_place(self) -> Mapping[int, int]:
-        """Slot -> number of the output whose memory it is."""
-        whole = [(number, each) for number, each in enumerate(self.outputs) if self.lowered.is_whole(each.name)]
-        return {each.view.buffer.slot: number for number, each in whole}
-
-    @property
-    def own_results(self) -> Mapping[int, int]:
-        """Slot of other results -> where it lies in a workspace, in bytes."""
-        places, place = {}, self.arena_at + _lines(self.lowered.arena.size * FLOAT_BYTES)
-        for slot, shape in self.lowered.outputs.items():
-            if slot not in self.written_in_place:
-                places[slot] = place
-                place += _lines(int(np.prod(shape)) * FLOAT_BYTES)
-        return places
-
-    @property
-    def counters_bytes(self) -> int:
-        """Of a workspace: the counters that threads share."""
-        return len(self.ops) * (self.threads + 1) * COUNTER * 8 if self.threads > 1 else 0
-
-    @property
-    def arena_at(self) -> int:
-        """Where the arena begins in a workspace."""
-        return HEAD + _lines(self.counters_bytes)
-
-    @property
-    def workspace_bytes(self) -> int:
-        """Memory that a call works in."""
-        results = [
-            place + _lines(int(np.prod(self.lowered.outputs[slot])) * FLOAT_BYTES)
-            for slot, place in self.own_results.items()
-        ]
-        return max([self.arena_at + _lines(self.lowered.arena.size * FLOAT_BYTES), *results])
-
-
-def _lines(size: int) -> int:
-    return -(-size // LINE) * LINE
-
-
-def linked(calls: Sequence[Call], image: Image, target: Target, ops: bool = False) -> str:
-    """One module: kernels, data and entry points, for one target; with `ops` also those of single ops."""
     kernels = dict.fromkeys(kernel for call in calls for kernel, *_ in call.ops)
     names = {kernel: f"{kernel.name}_{number}" for number, kernel in enumerate(kernels)}
     own = ir.Module("model")
     data = _data(own, image)
     kind = ir.FunctionType(ir.VoidType(), [LONGS, LONGS, I64, I64])
     declared = {kernel: ir.Function(own, kind, name) for kernel, name in names.items()}
-    for call in calls:
-        _prepare(own, call)
+    for call, number in calls.items():
+        told = ir.GlobalVariable(own, I64, f"{call.prefix}_mark")  # for wrappers, before they call anything
+        told.global_constant, told.initializer = True, const(number)
+        _prepare(own, call, number)
         work = _work(own, call, data, declared)
-        _entry(own, call, work, parts=False)
+        _entry(own, call, work, number, parts=False)
         if call.threads > 1:
-            _entry(own, call, work, parts=True)
+            _entry(own, call, work, number, parts=True)
         if ops:
             _one_op(own, call, data, declared)
     whole = llvm.parse_assembly(str(own))
@@ -125,6 +48,11 @@ def linked(calls: Sequence[Call], image: Image, target: Target, ops: bool = Fals
         part.get_function(OP).name = name
         whole.link_in(part)
         whole.get_function(name).linkage = "internal"
+    for function in whole.functions:
+        if not function.is_declaration:
+            function.add_function_attribute(
+                "nounwind"
+            )  # 32-bit ARM would want unwinding tables, and a library for them
     return str(whole)
 
 
@@ -169,7 +97,7 @@ def _check_memory(b: ir.IRBuilder, pointer: ir.Value, alignment: int) -> None:
         _refuse(b, b.icmp_unsigned("!=", b.and_(number, const(alignment - 1)), const(0)), Status.MISALIGNED)
 
 
-def _prepare(module: ir.Module, call: Call) -> None:
+def _prepare(module: ir.Module, call: Call, prepared: int) -> None:
     """``prepare(workspace)``: makes memory a workspace."""
     function, b = _function(module, f"{call.prefix}_prepare", [BYTES])
     (workspace,) = function.args
@@ -177,12 +105,19 @@ def _prepare(module: ir.Module, call: Call) -> None:
     longs = b.bitcast(workspace, LONGS)
     with loop(b, const(0), const(call.workspace_bytes // 8)) as number:
         b.store(const(0), at(b, longs, number))
-    arena = b.bitcast(at(b, workspace, const(call.arena_at)), F32.as_pointer())
-    for start, size, value in call.lowered.arena.borders:
-        with loop(b, const(start), const(start + size)) as number:
-            b.store(F32(value), at(b, arena, number))
-    b.store(const(PREPARED), longs)
+    with loop(b, const(0), const(call.arenas)) as thread:
+        arena = b.bitcast(_arena(b, call, workspace, thread), F32.as_pointer())
+        for start, size, value in call.lowered.arena.borders:
+            with loop(b, const(start), const(start + size)) as number:
+                b.store(F32(value), at(b, arena, number))
+    b.store(const(prepared), longs)
     b.ret(I32(int(Status.OK)))
+
+
+def _arena(b: ir.IRBuilder, call: Call, workspace: ir.Value, thread: ir.Value) -> ir.Value:
+    """Where a thread's arena begins, or the only one."""
+    first = at(b, workspace, const(call.arena_at))
+    return first if call.arenas == 1 else at(b, first, b.mul(thread, const(call.arena_bytes)))
 
 
 def _work(module: ir.Module, call: Call, data: ir.Value, kernels: Mapping[Kernel, ir.Function]) -> ir.Function:
@@ -191,14 +126,14 @@ def _work(module: ir.Module, call: Call, data: ir.Value, kernels: Mapping[Kernel
     function, b = _function(module, f"{call.prefix}_work", [*[BYTES] * (count + 1), I64, I64, IDLE])
     function.linkage = "internal"
     *tensors, workspace, part, parts, idle = function.args
-    outputs, image, arena = tensors[len(call.inputs) :], b.bitcast(data, BYTES), at(b, workspace, const(call.arena_at))
-    bases = _bases(b, call, data, tensors, workspace)
+    outputs, image, arena = tensors[len(call.inputs) :], b.bitcast(data, BYTES), _arena(b, call, workspace, part)
+    bases = _bases(b, call, data, tensors, workspace, arena)
     slots = _slots(b, call, bases)
     counters = b.bitcast(at(b, workspace, const(HEAD)), LONGS)
     for number, (kernel, place, items) in enumerate(call.ops):
         fields = b.bitcast(at(b, image, const(place)), LONGS)
         work = Work(kernels[kernel], fields, slots, const(items))
-        if call.threads > 1:
+        if call.shares_ops:
             own = at(b, counters, b.mul(b.mul(const(number), b.add(parts, const(1))), const(COUNTER)))
             run_items(b, work, own, part, parts, idle)
         else:
@@ -220,14 +155,14 @@ def _work(module: ir.Module, call: Call, data: ir.Value, kernels: Mapping[Kernel
 
 
 def _bases(
-    b: ir.IRBuilder, call: Call, data: ir.Value, tensors: Sequence[ir.Value], workspace: ir.Value
+    b: ir.IRBuilder, call: Call, data: ir.Value, tensors: Sequence[ir.Value], workspace: ir.Value, arena: ir.Value
 ) -> dict[int, ir.Value]:
     """Slot -> where the memory begins that it stands for."""
     inputs, outputs = tensors[: len(call.inputs)], tensors[len(call.inputs) :]
     image = b.bitcast(data, BYTES)
     return {
         0: image,  # what fields tell as an address counts from the image on
-        ARENA: at(b, workspace, const(call.arena_at)),
+        ARENA: arena,
         **dict(zip(call.lowered.inputs, inputs, strict=True)),
         **{slot: at(b, image, const(place)) for slot, place in call.constants.items()},
         **{slot: at(b, workspace, const(place)) for slot, place in call.own_results.items()},
@@ -262,7 +197,8 @@ def _one_op(module: ir.Module, call: Call, data: ir.Value, kernels: Mapping[Kern
     every = I32(max(1, len(call.ops)))
     _refuse(b, b.icmp_unsigned(">=", chosen, I32(len(call.ops) * call.samples)), Status.OUT_OF_RANGE)
     own = _of_sample(b, call, tensors, b.zext(b.udiv(chosen, every), I64))
-    slots, image = _slots(b, call, _bases(b, call, data, own, workspace)), b.bitcast(data, BYTES)
+    bases = _bases(b, call, data, own, workspace, _arena(b, call, workspace, const(0)))
+    slots, image = _slots(b, call, bases), b.bitcast(data, BYTES)
     none = b.append_basic_block("none")
     switch = b.switch(b.urem(chosen, every), none)
     for number, (kernel, place, items) in enumerate(call.ops):
@@ -320,7 +256,7 @@ def _check_numbers(b: ir.IRBuilder, port: Port, pointer: ir.Value, rows: int) ->
         _refuse(b, b.icmp_unsigned(">=", b.load(at(b, numbers, index)), kind(rows)), Status.OUT_OF_RANGE)
 
 
-def _entry(module: ir.Module, call: Call, work: ir.Function, parts: bool) -> None:
+def _entry(module: ir.Module, call: Call, work: ir.Function, prepared: int, parts: bool) -> None:
     """``run(inputs, outputs, workspace)``, or ``run_part`` with a part's number, how many there are, and what waits."""
     ports = [*call.inputs, *(each.port for each in call.outputs)]
     kinds = [*[BYTES] * (len(ports) + 1), *([I32, I32, IDLE] if parts else [])]
@@ -330,26 +266,23 @@ def _entry(module: ir.Module, call: Call, work: ir.Function, parts: bool) -> Non
         _check_memory(b, pointer, port.entry_bytes)
     _check_memory(b, workspace, LINE)
     head = b.bitcast(workspace, LONGS)
-    _refuse(b, b.icmp_unsigned("!=", b.load(head), const(PREPARED)), Status.NOT_PREPARED)
+    _refuse(b, b.icmp_unsigned("!=", b.load(head), const(prepared)), Status.NOT_PREPARED)
     for slot, rows in call.lowered.limits.items():
         number = call.lowered.inputs.index(slot)
         _check_numbers(b, call.inputs[number], tensors[number], rows)
+    nothing = _nothing(module)
     if not parts:
-        alone = [workspace, const(0), const(1), ir.Constant(IDLE, None)]
-        if call.samples == 1:
-            b.ret(b.call(work, [*tensors, *alone]))
-            return
-        with loop(b, const(0), const(call.samples)) as sample:
-            b.call(work, [*_of_sample(b, call, tensors, sample), *alone])
-        b.ret(I32(int(Status.OK)))
+        b.ret(_computed(b, call, work, [*tensors, workspace], (const(0), const(1), nothing)))
         return
     part, count, idle = function.args[len(ports) + 1 :]
     _refuse(b, b.icmp_signed("<", part, I32(0)), Status.WRONG_PART)
     _refuse(b, b.icmp_signed(">=", part, count), Status.WRONG_PART)
     _refuse(b, b.icmp_signed(">", count, I32(call.threads)), Status.WRONG_PART)
-    nothing = _nothing(module)
     idle = b.select(b.icmp_unsigned("==", b.ptrtoint(idle, I64), const(0)), nothing, idle)
-    status = b.call(work, [*tensors, workspace, b.sext(part, I64), b.sext(count, I64), idle])
+    status = _computed(b, call, work, [*tensors, workspace], (b.sext(part, I64), b.sext(count, I64), idle))
+    if not call.shares_ops:
+        b.ret(status)
+        return
     ended = b.add(b.atomic_rmw("add", at(b, head, const(1)), const(1), "acq_rel"), const(1))
     with b.if_then(b.icmp_signed("==", ended, b.sext(count, I64))):  # nobody looks at the counters any more
         counters = b.bitcast(at(b, workspace, const(HEAD)), LONGS)
@@ -357,6 +290,20 @@ def _entry(module: ir.Module, call: Call, work: ir.Function, parts: bool) -> Non
             b.store(const(0), at(b, counters, number))
         b.store_atomic(const(0), at(b, head, const(1)), "release", 8)
     b.ret(status)
+
+
+def _computed(
+    b: ir.IRBuilder, call: Call, work: ir.Function, memory: Sequence[ir.Value],
+    part: tuple[ir.Value, ir.Value, ir.Value],
+) -> ir.Value:  # fmt: skip
+    """The status of a part's work: of all ops, or of its samples, every so many."""
+    if call.samples == 1:
+        return b.call(work, [*memory, *part])
+    (*tensors, workspace), (number, parts, _) = memory, part
+    with loop(b, const(0), b.sdiv(b.add(b.sub(const(call.samples - 1), number), parts), parts)) as turn:
+        sample = b.add(number, b.mul(turn, parts))
+        b.call(work, [*_of_sample(b, call, tensors, sample), workspace, *part])
+    return I32(int(Status.OK))
 
 
 def _nothing(module: ir.Module) -> ir.Function:

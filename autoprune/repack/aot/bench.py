@@ -15,8 +15,9 @@ from torch import Tensor
 from autoprune.errors import AutopruneError
 from autoprune.files import temporary_folder
 from autoprune.latency.timer import Protocol
-from autoprune.repack.aot.assembly import Call, data_module
+from autoprune.repack.aot.assembly import data_module
 from autoprune.repack.aot.build import Compiled
+from autoprune.repack.aot.call import Call
 from autoprune.repack.aot.image import LINE
 from autoprune.repack.aot.targets import Platform, platform
 from autoprune.repack.aot.toolchain import Toolchain, toolchain

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from autoprune.errors import AutopruneError
-from autoprune.repack.aot.assembly import Call, linked
+from autoprune.repack.aot.assembly import linked
+from autoprune.repack.aot.call import Call, mark
 from autoprune.repack.aot.image import Image
 from autoprune.repack.aot.interface import c_name, inputs_of, outputs_of
 from autoprune.repack.aot.targets import HOST, Platform, platform
@@ -28,6 +29,7 @@ class Compiled:
         name: that its functions' names begin with.
         platform: what it is for.
         calls: for each set of input shapes.
+        marks: what a workspace begins with once it is prepared, for each call; in every build others.
         code: the object file.
         data_bytes: of it, the read-only data.
     """
@@ -35,6 +37,7 @@ class Compiled:
     name: str
     platform: Platform
     calls: tuple[Call, ...]
+    marks: tuple[int, ...]
     code: bytes
     data_bytes: int
 
@@ -54,7 +57,8 @@ def compiled(
         ops: whether single ops can be called, too, to be timed.
 
     Raises:
-        AutopruneError: what is no program, an operation without a native form, shapes that the model does not take.
+        AutopruneError: what is no program, an operation without a native form, shapes that the model does not take, or
+            that are given twice.
     """
     if not isinstance(fast, ProgramModel):
         raise AutopruneError(
@@ -64,11 +68,19 @@ def compiled(
     if threads < 1:
         raise AutopruneError(f"threads must be 1 or more, not {threads}.")
     found, image = platform(target), Image()
-    given = [tuple(each.shape for each in fast.program.graph.inputs)] if shapes is None else list(shapes)
+    given = [tuple(each.shape for each in fast.program.graph.inputs)] if shapes is None else _sets(shapes)
     own = c_name(name)
     calls = [_call(fast, own, each, len(given) > 1, found, threads, image) for each in given]
-    code = object_code(linked(calls, image, found.target, ops), found.target)
-    return Compiled(own, found, tuple(calls), code, image.size)
+    marks = {call: mark(call, image) for call in calls}
+    code = object_code(linked(marks, image, found.target, ops), found.target)
+    return Compiled(own, found, tuple(calls), tuple(marks.values()), code, image.size)
+
+
+def _sets(shapes: Sequence[Shapes]) -> list[Shapes]:
+    given = [tuple(tuple(shape) for shape in each) for each in shapes]
+    if not given or len(set(given)) < len(given):
+        raise AutopruneError(f"shapes must be one or more sets of shapes, none of them twice, not {given}.")
+    return given
 
 
 def _call(
@@ -76,7 +88,7 @@ def _call(
 ) -> Call:  # fmt: skip
     program = fast.program
     check_shapes(program.graph.inputs, program.graph.conditions, shapes)
-    single = _single(program, shapes, found.target) if threads == 1 else None
+    single = _single(program, shapes, found.target, threads)
     lowered = single or lower(program.graph, program.weights, shapes, found.target, threads)
     if refused := sorted({step.op.label for step in lowered.steps if isinstance(step, TorchStep)}):
         raise AutopruneError(
@@ -96,12 +108,13 @@ def _call(
         inputs=inputs,
         outputs=tuple(each.of_samples(samples) for each in outputs_of(program.graph, lowered, inputs)),
         samples=samples,
+        threads=threads,
     )
 
 
-def _single(program: Program, shapes: Shapes, target: Target) -> Lowered | None:
+def _single(program: Program, shapes: Shapes, target: Target, threads: int) -> Lowered | None:
     """The program for one sample of a batch, where that is how a batch is computed."""
-    if not program.by_sample or not shapes or shapes[0][:1] < (2,):
+    if not program.takes_apart(shapes, threads):
         return None
     one = lower(program.graph, program.weights, tuple((1, *shape[1:]) for shape in shapes), target, 1)
     return one if can_split(one) else None

@@ -27,6 +27,11 @@ class Image:
         return b"".join(self._pieces)
 
     @property
+    def digest(self) -> str:
+        """Of all of it."""
+        return hashlib.sha256(self.data).hexdigest()
+
+    @property
     def size(self) -> int:
         """Bytes."""
         return self._size

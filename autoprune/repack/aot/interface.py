@@ -19,60 +19,19 @@ C_TYPES = {
     "int8": "int8_t", "uint8": "uint8_t", "bool": "uint8_t",
 }  # fmt: skip
 """Type of a tensor's entries -> the type in C."""
-_KEYWORDS = frozenset(
-    [
-        "auto",
-        "break",
-        "case",
-        "char",
-        "const",
-        "continue",
-        "default",
-        "do",
-        "double",
-        "else",
-        "enum",
-        "extern",
-        "float",
-        "for",
-        "goto",
-        "if",
-        "inline",
-        "int",
-        "long",
-        "register",
-        "restrict",
-        "return",
-        "short",
-        "signed",
-        "sizeof",
-        "static",
-        "struct",
-        "switch",
-        "typedef",
-        "union",
-        "unsigned",
-        "void",
-        "volatile",
-        "while",
-        "workspace",
-        "part",
-        "parts",
-        "idle",
-        "NULL",
-        "class",
-        "delete",
-        "new",
-        "this",
-        "template",
-        "typename",
-        "namespace",
-        "operator",
-        "private",
-        "public",
-        "protected",
-    ]
-)
+_WORDS = """
+    alignas alignof and and_eq asm auto bitand bitor bool break case catch char class compl complex concept
+    const const_cast consteval constexpr constinit continue decltype default delete do double dynamic_cast
+    else enum explicit export extern false float for friend goto if inline int int16_t int32_t int64_t int8_t
+    long mutable namespace new noexcept not not_eq nullptr operator or or_eq private protected public register
+    reinterpret_cast requires restrict return short signed size_t sizeof static static_assert static_cast
+    struct switch template this thread_local throw true try typedef typeid typename typeof uint8_t union
+    unsigned using virtual void volatile wchar_t while xor xor_eq
+    idle part parts workspace
+    EOF I NULL assert errno linux stderr stdin stdout unix
+"""
+# Of C and C++, the functions' own parameters, and names that headers or compilers make macros of.
+_TAKEN = frozenset(_WORDS.split())
 
 
 @dataclass(frozen=True)
@@ -144,7 +103,7 @@ def outputs_of(graph: Graph, lowered: Lowered, inputs: Sequence[Port]) -> tuple[
     """
     paths = dict(reversed(list(_paths(graph.outputs, ""))))  # of a tensor that stands in several places the first
     named = [name for name in dict.fromkeys(graph.output_names()) if name in lowered.returned]
-    taken = {each.name for each in inputs}
+    taken = {each.name.upper() for each in inputs}
     found = []
     for name in named:
         view = lowered.returned[name]
@@ -158,7 +117,7 @@ def outputs_of(graph: Graph, lowered: Lowered, inputs: Sequence[Port]) -> tuple[
 def c_name(text: str) -> str:
     """A name that C takes, as like `text` as can be."""
     name = re.sub(r"\W+", "_", text, flags=re.ASCII).strip("_") or "x"
-    return f"x_{name}" if name[0].isdigit() else f"{name}_" if name in _KEYWORDS else name
+    return f"x_{name}" if name[0].isdigit() else f"{name}_" if name in _TAKEN else name
 
 
 def _port(name: str, dtype: str, shape: tuple[int, ...]) -> Port:
@@ -168,12 +127,12 @@ def _port(name: str, dtype: str, shape: tuple[int, ...]) -> Port:
 
 
 def _unused(name: str, taken: set[str]) -> str:
-    """`name`, or with a number behind it that makes it new."""
+    """`name`, or with a number behind it that makes it new; constants of C have it in capitals."""
     found, number = name, 1
-    while found in taken:
+    while found.upper() in taken:
         number += 1
         found = f"{name}_{number}"
-    taken.add(found)
+    taken.add(found.upper())
     return found
 
 

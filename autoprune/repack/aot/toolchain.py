@@ -14,6 +14,9 @@ from autoprune.errors import AutopruneError
 from autoprune.repack.aot.targets import Platform
 from autoprune.repack.kernels.compiler import host
 
+_ZIG = (sys.executable, "-m", "ziglang")
+_STACK = 2**16  # bytes, of a WebAssembly module
+
 
 @dataclass(frozen=True)
 class Toolchain:
@@ -22,14 +25,17 @@ class Toolchain:
     Attributes:
         compiler: the command of its C compiler, which links too.
         archiver: the command that makes static libraries.
+        shared: more options of the compiler for shared libraries.
     """
 
     compiler: tuple[str, ...]
     archiver: tuple[str, ...]
+    shared: tuple[str, ...] = ()
 
     def shared_library(self, objects: Sequence[Path], into: Path) -> None:
         """Links objects; raises AutopruneError with what the linker says."""
-        _run([*self.compiler, "-shared", "-o", str(into), *map(str, objects)])
+        name = f"-Wl,-soname,{into.name}"
+        _run([*self.compiler, "-shared", *self.shared, name, "-o", str(into), *map(str, objects)])
 
     def static_library(self, objects: Sequence[Path], into: Path) -> None:
         """Archives objects; raises AutopruneError with what the archiver says."""
@@ -44,6 +50,27 @@ class Toolchain:
         _run([*self.compiler, "-O2", "-static", *flags, "-o", str(into), *map(str, sources)])
 
 
+@dataclass(frozen=True)
+class WasmLinker:
+    """What makes WebAssembly modules.
+
+    Attributes:
+        command: of the linker.
+    """
+
+    command: tuple[str, ...]
+
+    def module(self, objects: Sequence[Path], into: Path, names: Sequence[str]) -> None:
+        """Links objects into a module that imports nothing and exports its memory, these names and `__heap_base`.
+
+        Raises:
+            AutopruneError: with what the linker says.
+        """
+        exports = [f"--export={name}" for name in (*names, "__heap_base")]
+        layout = ["--no-entry", "--stack-first", "-z", f"stack-size={_STACK}"]
+        _run([*self.command, *layout, *exports, "-o", str(into), *map(str, objects)])
+
+
 def toolchain(platform: Platform) -> Toolchain | None:
     """The first one that is installed; None where there is none."""
     own = platform.target.family == host().family
@@ -53,9 +80,16 @@ def toolchain(platform: Platform) -> Toolchain | None:
             if shutil.which(prefix + name) and shutil.which(f"{prefix}ar"):
                 return Toolchain((prefix + name,), (f"{prefix}ar",))
     if find_spec("ziglang") is not None:
-        zig = (sys.executable, "-m", "ziglang")
-        return Toolchain((*zig, "cc", "-target", platform.zig), (*zig, "ar"))
+        # not its C library, which would be compiled first: memory functions and divisions are the compiler's own
+        return Toolchain((*_ZIG, "cc", "-target", platform.zig), (*_ZIG, "ar"), ("-nostdlib", "-rtlib=compiler-rt"))
     return None
+
+
+def linker() -> WasmLinker | None:
+    """The first one that is installed; None where there is none."""
+    if shutil.which("wasm-ld"):
+        return WasmLinker(("wasm-ld",))
+    return WasmLinker((*_ZIG, "wasm-ld")) if find_spec("ziglang") is not None else None
 
 
 def _run(command: Sequence[str]) -> None:

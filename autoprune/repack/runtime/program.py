@@ -338,11 +338,15 @@ class Program:
             self._split.add(key, found, 0 if found[0] is None else found[0].size)
         return found[0]
 
+    def takes_apart(self, shapes: Shapes, threads: int) -> bool:
+        """Whether a batch is computed sample by sample by so many threads, if it can be."""
+        batch = shapes[0][0] if self.by_sample and shapes and shapes[0] else 0
+        return batch >= max(2, threads) and (batch % threads == 0 or batch >= EVEN * threads)
+
     def split_plan(self, shapes: Shapes) -> Plan | None:
         """The program that computes a batch sample by sample; None where that is not wanted, or cannot be."""
         threads = self._threads_now
-        batch = shapes[0][0] if self.by_sample and shapes and shapes[0] else 0
-        if batch < max(2, threads) or (batch % threads and batch < EVEN * threads):
+        if not self.takes_apart(shapes, threads):
             return None
         single = tuple((1, *shape[1:]) for shape in shapes)
         one = Plan(self.graph, lower(self.graph, self.weights, single, self.target, 1), self.weights, self.tilings, 1)
@@ -350,7 +354,7 @@ class Program:
         if not isinstance(sequence, NativeSequence):
             return None
         sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in zip(single, self._dtypes, strict=True)]
-        lowered = split(one.lowered, sequence, sizes, batch, threads)
+        lowered = split(one.lowered, sequence, sizes, shapes[0][0], threads)
         return Plan(self.graph, lowered, {}, {}, threads)
 
     @property
