@@ -20,6 +20,7 @@ AGENTS: Registry[Agent] = Registry(
         "restarts": "autoprune.agents.restarts:RestartsAgent",
         "tpe": "autoprune.agents.tpe:TPEAgent",
         "cma_es": "autoprune.agents.cma_es:CmaEsAgent",
+        "evopress": "autoprune.agents.evopress:EvoPressAgent",
         "policy": "autoprune.agents.pretrained:PretrainedAgent",
     },
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import reprlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import count, islice
 from pathlib import Path
 from typing import ClassVar
@@ -20,6 +20,7 @@ from autoprune.evaluation.measurement import Failure
 from autoprune.plan import Plan
 
 OnTrial = Callable[[Trial], None]
+OnFigures = Callable[[int, Mapping[str, float]], None]  # (index of the last episode, what a learner shows of itself)
 Actor = Callable[[NDArray[np.float32], int], NDArray[np.float32]]  # (observation, step) -> action
 BATCH = 64  # plans made before the first of them is measured: many times the workers of a machine
 
@@ -52,6 +53,9 @@ class Agent(ABC):
     def resumable_episodes(self, directory: Path, logged: int) -> int:
         """How many of the `logged` episodes need not be run again; all of them for an agent without memory."""
         return 0 if self.replays else logged
+
+    def watch(self, on_figures: OnFigures) -> None:  # noqa: B027 - only learners have any
+        """Has a learner tell its losses and the like while it searches, by their tags; others have none."""
 
     def save_policy(self, directory: Path, env: PruneEnv) -> bool:
         """Writes the learned policy, if there is one, and says whether there was."""

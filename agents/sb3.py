@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.logger import KVWriter, Logger
 
-from autoprune.agents.base import Agent, OnTrial, check_number
+from autoprune.agents.base import Agent, OnFigures, OnTrial, check_number
 from autoprune.agents.checkpoint import checkpoint_episodes, load_checkpoint_, save_checkpoint
 from autoprune.agents.episodes import Episodes
 from autoprune.agents.policy_file import save_policy
@@ -52,6 +52,10 @@ class SB3Agent(Agent):
 
     def __init__(self) -> None:
         self._model: BaseAlgorithm | None = None
+        self._on_figures: OnFigures | None = None
+
+    def watch(self, on_figures: OnFigures) -> None:
+        self._on_figures = on_figures
 
     @abstractmethod
     def build(self, env: Episodes, seed: int) -> BaseAlgorithm:
@@ -71,14 +75,18 @@ class SB3Agent(Agent):
         self, env: PruneEnv, episodes: int, seed: int, on_trial: OnTrial, directory: Path | None, done: int
     ) -> None:
         model = self._model = self.build(env, seed)
-        model.set_logger(Logger(folder=None, output_formats=[]))  # the default one leaves a folder behind each search
+        recorder = _Recorder(self, on_trial, directory, episodes, done)
+        shown: list[KVWriter] = [] if self._on_figures is None else [_Figures(self._on_figures, recorder)]
+        model.set_logger(
+            Logger(folder=None, output_formats=shown)
+        )  # the default one leaves a folder behind each search
         if directory is not None and done:
             load_checkpoint_(directory, model)
         self.on_search(model, episodes - done)
         remaining = (episodes - done) * env.steps_per_episode
         if remaining > 0:
-            recorder = _Recorder(self, on_trial, directory, episodes, done)
-            model.learn(remaining, callback=recorder, reset_num_timesteps=False)
+            model.learn(remaining, callback=recorder, log_interval=1, reset_num_timesteps=False)
+            model.logger.dump(model.num_timesteps)  # the last update's: the budget ends between two of its dumps
         if directory is not None:
             save_checkpoint(directory, model, episodes)
 
@@ -142,6 +150,11 @@ class _Recorder(BaseCallback):
         self._episodes, self._done = episodes, done
         self._saved = done
 
+    @property
+    def last_episode(self) -> int:
+        """Index of the last episode that is over."""
+        return self._done - 1
+
     def _on_rollout_start(self) -> None:
         self._agent.on_episode(self.model, self._done / self._episodes)
         if self._directory is not None and self._done - self._saved >= self._agent.checkpoint_every:
@@ -154,3 +167,18 @@ class _Recorder(BaseCallback):
                 self._done += 1
                 self._on_trial(Trial.from_json(info["trial"]))
         return self._done < self._episodes
+
+
+class _Figures(KVWriter):
+    """Hands on what stable-baselines3 logs of its updates, with the episode it was at; not its clock and its counts."""
+
+    def __init__(self, on_figures: OnFigures, recorder: _Recorder) -> None:
+        self._on_figures, self._recorder = on_figures, recorder
+
+    def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
+        figures = {key: float(value) for key, value in key_values.items() if key.startswith("train/")}
+        if figures:
+            self._on_figures(self._recorder.last_episode, figures)
+
+    def close(self) -> None:
+        """Nothing is held."""

@@ -24,7 +24,7 @@ def register() -> None:
 
 def _register(registry: Any) -> None:
     if ENV_ID not in registry.registry:
-        registry.register(id=ENV_ID, entry_point="autoprune.envs.prune:PruneEnv")
+        registry.register(id=ENV_ID, entry_point="autoprune.pipeline.environment:prune_env")
 
 
 class _Registering(MetaPathFinder):

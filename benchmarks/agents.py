@@ -51,7 +51,7 @@ from benchmarks.lib.provenance import NOT_RECORDED, Provenance
 CONFIG = Path(__file__).parents[1] / "configs" / "generalist.toml"
 PROVENANCE = "provenance.json"  # of the last time that anything was measured; outcomes do not say theirs
 COEFFICIENT = (Choice("coefficient"),)
-ALL = ("uniform", "greedy", "knapsack", "random", "restarts", "tpe", "cma_es", "policy")
+ALL = ("uniform", "greedy", "knapsack", "random", "restarts", "tpe", "cma_es", "evopress", "policy")
 BUDGETS = (0, 1, 10, 50)
 REFERENCE = ("restarts", "cma_es", "policy")  # the best plan known is looked for by one seed of these
 RANDOM = 100  # evaluations of random search besides

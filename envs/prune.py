@@ -21,7 +21,7 @@ from autoprune.envs.actions import ACTIONS, ActionSpace
 from autoprune.envs.actions.group_size import GroupSize
 from autoprune.envs.curves import Decided
 from autoprune.envs.knapsack import solve
-from autoprune.envs.observation import LIMIT, Observer, length
+from autoprune.envs.observation import LIMIT, NAMES, Observer, length
 from autoprune.envs.partial_plan import PartialPlan
 from autoprune.envs.problem import Problem
 from autoprune.envs.projection import (
@@ -95,7 +95,7 @@ class PruneEnv(gymnasium.Env[Observation, Action]):
         if not isinstance(problem, Problem):
             raise ConfigError(
                 f"the environment needs a problem (autoprune.envs.Problem, such as a run's), not {problem!r:.60}: "
-                f'gymnasium.make("{ENV_ID}", problem=run.problem).'
+                f'gymnasium.make("{ENV_ID}", problem=run.problem), or task="digits" in its place.'
             )
         weight, discount = number(shaping), number(gamma)
         if weight is None or not 0.0 <= weight < math.inf:
@@ -134,6 +134,16 @@ class PruneEnv(gymnasium.Env[Observation, Action]):
         return PruneEnv(self.problem, actions, self.shaping, self.gamma, "uniform", self.curves)
 
     @property
+    def observation_names(self) -> tuple[str, ...]:
+        """What each number of an observation is: `observation.NAMES`, then the previous action's."""
+        return (*NAMES, *(f"previous {name}" for name in self.action_names))
+
+    @property
+    def action_names(self) -> tuple[str, ...]:
+        """What each number of an action chooses."""
+        return self.actions.names
+
+    @property
     def steps_per_episode(self) -> int:
         """Step 0 and, where actions choose for layers, one a layer."""
         return 1 + len(self.problem.inventory.layers) * self.actions.of_layers
@@ -166,7 +176,7 @@ class PruneEnv(gymnasium.Env[Observation, Action]):
         """
         if self._step >= self.steps_per_episode:
             raise StepError("there is no episode to take a step in: call reset() first, and again after the last step.")
-        units = self._units(action)
+        units = _units(action, self.action_space, self.action_names)
         before = self._potential
         if self._step == 0:
             self._plan = self.actions.decode(units, "run", self.problem, self._plan, None)
@@ -182,24 +192,6 @@ class PruneEnv(gymnasium.Env[Observation, Action]):
             return self._observe(), float(reward), None
         # The potential of a terminal state is 0, whatever was reached: that is what leaves the best policy alone.
         return self._observe(), float(-self.shaping * before), self.finished(self._plan)
-
-    def _units(self, action: Any) -> Action:
-        space = self.action_space
-        try:
-            units = np.asarray(action.detach() if isinstance(action, Tensor) else action)
-        except (ValueError, TypeError, RuntimeError) as error:  # of lists of unequal lengths; of a tensor elsewhere
-            raise ActionError(
-                f"an action is an array of {len(space.low)} numbers, which this is not: {error}."
-            ) from None
-        if units.dtype.kind not in "fiu" or units.shape != space.shape:
-            raise ActionError(
-                f"an action is an array of {len(space.low)} numbers, one each for {', '.join(self.actions.names)}, not "
-                f"{units.dtype} of shape {units.shape}."
-            )
-        exact = units.astype(np.float64)  # the least of the integers of a type has no absolute value among them
-        if not (np.abs(exact) <= 1.0 + _ROUNDING).all():
-            raise ActionError(f"an action's numbers are from -1 to 1, not {units.tolist()}.")
-        return np.clip(exact, -1.0, 1.0).astype(np.float32)
 
     def tried(self, plan: Plan) -> Trial:
         """The trial of a plan, wherever it comes from: evaluated, with its reward."""
@@ -246,6 +238,22 @@ class PruneEnv(gymnasium.Env[Observation, Action]):
 
     def _observe(self) -> Observation:
         return self._observer.observe(self._decided, min(self._step, self.steps_per_episode - 1), self._previous)
+
+
+def _units(action: Any, space: spaces.Box, names: Sequence[str]) -> Action:
+    try:
+        units = np.asarray(action.detach() if isinstance(action, Tensor) else action)
+    except (ValueError, TypeError, RuntimeError) as error:  # of lists of unequal lengths; of a tensor elsewhere
+        raise ActionError(f"an action is an array of {len(names)} numbers, which this is not: {error}.") from None
+    if units.dtype.kind not in "fiu" or units.shape != space.shape:
+        raise ActionError(
+            f"an action is an array of {len(names)} numbers, one each for {', '.join(names)}, not "
+            f"{units.dtype} of shape {units.shape}."
+        )
+    exact = units.astype(np.float64)  # the least of the integers of a type has no absolute value among them
+    if not (np.abs(exact) <= 1.0 + _ROUNDING).all():
+        raise ActionError(f"an action's numbers are from -1 to 1, not {units.tolist()}.")
+    return np.clip(exact, -1.0, 1.0).astype(np.float32)
 
 
 def _created(actions: Sequence[Choice | str]) -> ActionSpace:

@@ -19,6 +19,7 @@ from autoprune.pipeline.compare import (
     at_speedup,
     compare,
     compare_all,
+    cost_table,
     interquartile_mean,
     interval,
     jobs_of,
@@ -34,7 +35,7 @@ from autoprune.testing import EvaluateBy, fake_problem
 from tests.helpers import measured
 
 ACTIONS = (Choice("mix"), Choice("coefficient"))
-AGENTS = [Choice(name) for name in ("uniform", "greedy", "knapsack", "random", "restarts", "cma_es")]
+AGENTS = [Choice(name) for name in ("uniform", "greedy", "knapsack", "random", "restarts", "cma_es", "evopress")]
 
 
 def problem(speedup: float = 2.5) -> Problem:
@@ -83,7 +84,7 @@ def test_a_stopped_comparison_goes_on_and_rules_run_once(tmp_path: Path) -> None
     assert everything[: len(first)] == first
     assert compare_all("t", env, jobs, of.evaluate, log) == everything
     keys = [(each.agent, each.seed, each.evaluations) for each in everything]
-    assert len(set(keys)) == len(keys) == 3 + 3 * 2 * 2
+    assert len(set(keys)) == len(keys) == 3 + 4 * 2 * 2
     text = report(everything, 5)
     assert "knapsack" in text
     assert "cma_es" in text
@@ -103,6 +104,18 @@ def test_the_interquartile_mean_is_the_middle_half_s() -> None:
     low, high = interval({"a": [1.0, 1.1, 0.9], "b": [2.0, 2.1, 1.9]})
     assert low <= interquartile_mean([1.0, 1.1, 0.9, 2.0, 2.1, 1.9]) <= high
     assert interval({"a": [1.0, 1.0]}) == (1.0, 1.0)
+
+
+def test_what_a_search_spent_is_counted() -> None:
+    of = problem()
+    found = compare("t", PruneEnv(of, ACTIONS), Choice("evopress"), 0, (1, 10), of.evaluate, steps=20)
+    assert [(each.trials, each.steps) for each in found] == [(1, 20), (10, 200)]
+    rule = compare("t", PruneEnv(of, ACTIONS), Choice("knapsack"), 0, (0,), of.evaluate, steps=20)
+    assert [(each.trials, each.steps) for each in rule] == [(0, 0)]
+    lines = [line.replace(" ", "") for line in cost_table([*found, *rule]).splitlines()]
+    assert any(line.startswith("|evopress|10|") and line.endswith("|200|") for line in lines)
+    assert any(line.startswith("|knapsack|0|") for line in lines)
+    assert cost_table([outcome("a", "tpe", 0.5)]) == "", "it was not noted"
 
 
 def test_tables_show_points_above_the_knapsack() -> None:

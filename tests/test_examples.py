@@ -15,6 +15,7 @@ EXAMPLES = {
     "own_loop.py": ("accuracy, in fast.safetensors", ("fast.safetensors",)),
     "deploy.py": ("same outputs; dense ", ("packed.safetensors",)),
     "to_onnx.py": ("ONNX Runtime gives what the model gives", ("model.onnx",)),
+    "environment.py": ("speed-up over torch eager", ("agent.zip",)),
     "command_line.sh": ("Written to compressed.", ("compressed/report.html", "compressed/repacked.safetensors")),
 }
 LINES = 40

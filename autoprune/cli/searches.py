@@ -87,7 +87,7 @@ def compare(
             help="Agents, as autoprune agents lists them, e.g. knapsack,tpe,policy.",
             autocompletion=completed_list("agents"),
         ),
-    ] = "uniform,greedy,knapsack,restarts,random,tpe,cma_es,policy",
+    ] = "uniform,greedy,knapsack,restarts,random,tpe,cma_es,evopress,policy",
     evaluations: Annotated[str, typer.Option(help="Checkpoints, e.g. 0,1,10,50.")] = "0,1,10,50",
     seeds: Annotated[int, typer.Option(help="Searches of each agent, of seeds 0, 1, ...", min=1)] = 3,
 ) -> None:

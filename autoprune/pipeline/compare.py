@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -24,19 +24,23 @@ from autoprune.documents import parsed
 from autoprune.envs import Problem, PruneEnv
 from autoprune.envs.projection import meet, release_useless
 from autoprune.envs.rewards import terminal_reward
+from autoprune.envs.trial import Trial
 from autoprune.errors import ConfigError, FileError
 from autoprune.evaluation.measurement import CachedEvaluate, Evaluate, Failure, Measurement
 from autoprune.files import append_line, read_lines
+from autoprune.pipeline.monitor import trial_row
 from autoprune.pipeline.run import Run
 from autoprune.plan import Plan
 from autoprune.progress import SILENT, Progress
 from autoprune.registry import Choice
 from autoprune.report.table import markdown_table
+from autoprune.report.tensorboard import TrialWriter
 
 _ACTIONS = '["mix", {name = "coefficient", reach = 1.0}]'  # the shipped policy's
 UNASKED = 0  # evaluations of a rule that makes its plan without any
 _CORRECTIONS = 8  # of the predicted speed-up, for one measured plan
 _RESAMPLES = 2000
+_COST = "What the searches spent up to their last checkpoint, on average; plans that were remembered cost no time:"
 ONE_SEED = ("uniform", "greedy", "knapsack")  # these draw nothing
 WITHOUT_EVALUATION = ("uniform", "greedy", "knapsack", "policy")  # their first plan is made before any is scored
 
@@ -54,6 +58,8 @@ class Outcome:
         speedup: measured.
         measured_reward: of that score and speed-up.
         seconds: the search took up to there, evaluations that were remembered not counted.
+        trials: it really made, of those that it was given; None where that was not noted.
+        steps: of the optimizer, that its trials trained for; likewise.
     """
 
     task: str
@@ -65,6 +71,8 @@ class Outcome:
     speedup: float
     measured_reward: float
     seconds: float
+    trials: int | None = None
+    steps: int | None = None
 
 
 def budgets_of(agent: Choice, budgets: Sequence[int]) -> list[int]:
@@ -81,6 +89,8 @@ def compare(
     seed: int,
     budgets: Sequence[int],
     measure: Evaluate,
+    steps: int = 0,
+    shown: Callable[[int, Trial], None] = lambda index, trial: None,
 ) -> list[Outcome]:
     """Runs one agent once and measures its best plan at every checkpoint; one where nothing succeeded has no outcome.
 
@@ -91,6 +101,8 @@ def compare(
         seed: of the search.
         budgets: checkpoints, evaluations; 0 is a plan made without any.
         measure: plan -> a measurement with the clock; remembered by the caller, so that equal plans measure alike.
+        steps: of the optimizer, that the evaluation of a plan trains for.
+        shown: is told every trial, with its index.
 
     Raises:
         ConfigError: the target is no speed-up: plans are compared at one.
@@ -99,13 +111,12 @@ def compare(
         raise ConfigError("agents are compared at a speed-up: set target.speedup.")
     started = time.perf_counter()
     ticks: list[float] = []
-    found = search(
-        AGENTS.create(agent),
-        env,
-        max(1, *budgets),
-        seed,
-        on_trial=lambda *_: ticks.append(time.perf_counter() - started),
-    )
+
+    def tick(index: int, trial: Trial) -> None:
+        ticks.append(time.perf_counter() - started)
+        shown(index, trial)
+
+    found = search(AGENTS.create(agent), env, max(1, *budgets), seed, on_trial=tick)
     outcomes = []
     for budget in budgets:
         trials = found.trials[: max(1, budget)]
@@ -114,10 +125,9 @@ def compare(
         if best.failed or measured is None:
             continue
         reward = terminal_reward(env.problem, measured).total
-        took = ticks[len(trials) - 1]
-        outcomes.append(
-            Outcome(name, str(agent), seed, budget, best.reward, measured.score, measured.speedup, reward, took)
-        )
+        took, made = ticks[len(trials) - 1], len(trials) if budget else 0
+        figures = (best.reward, measured.score, measured.speedup, reward, took, made, made * steps)
+        outcomes.append(Outcome(name, str(agent), seed, budget, *figures))
     return outcomes
 
 
@@ -243,6 +253,20 @@ def task_table(outcomes: Sequence[Outcome], evaluations: int) -> str:
     return markdown_table(("task", *agents), rows, left=1)
 
 
+def cost_table(outcomes: Sequence[Outcome]) -> str:
+    """What each agent spent up to its last checkpoint: trials, seconds and training steps, on average."""
+    rows = []
+    for agent in dict.fromkeys(each.agent for each in outcomes):
+        mine = [each for each in outcomes if each.agent == agent and each.trials is not None]
+        last = [each for each in mine if each.evaluations == max(other.evaluations for other in mine)]
+        if last:
+            trials, seconds, steps = (
+                float(np.mean([getattr(each, name) for each in last])) for name in ("trials", "seconds", "steps")
+            )
+            rows.append([agent, f"{trials:.0f}", f"{seconds:.1f}", f"{steps:.0f}"])
+    return markdown_table(("agent", "trials", "seconds", "training steps"), rows, left=1) if rows else ""
+
+
 def uniform_outcome(name: str, env: PruneEnv, measure: Evaluate) -> Outcome:
     """The uniform rule at the target, by the clock."""
     wanted = env.problem.target.speedup
@@ -251,7 +275,7 @@ def uniform_outcome(name: str, env: PruneEnv, measure: Evaluate) -> Outcome:
     if trial is None:
         raise ConfigError(f"{name}: no uniform plan was measured to be {wanted:g}x faster.")
     score, speedup = trial.measurement.score, trial.measurement.speedup
-    return Outcome(name, "uniform", 0, UNASKED, trial.reward, score, speedup, trial.reward, seconds=0.0)
+    return Outcome(name, "uniform", 0, UNASKED, trial.reward, score, speedup, trial.reward, 0.0, trials=0, steps=0)
 
 
 @dataclass(frozen=True)
@@ -273,23 +297,44 @@ def jobs_of(agents: Sequence[Choice], seeds: int, budgets: Sequence[int]) -> lis
 
 
 def compare_all(
-    name: str, env: PruneEnv, jobs: Sequence[Job], measure: Evaluate, log: OutcomeLog, progress: Progress = SILENT
+    name: str,
+    env: PruneEnv,
+    jobs: Sequence[Job],
+    measure: Evaluate,
+    log: OutcomeLog,
+    progress: Progress = SILENT,
+    steps: int = 0,
+    curves: Path | None = None,
 ) -> list[Outcome]:
-    """Runs the jobs on one task, but for those whose outcomes are in the log; returns what the log then holds."""
+    """Runs the jobs on one task, but for those whose outcomes are in the log; returns what the log then holds.
+
+    `steps`: of the optimizer, that the evaluation of a plan trains for. `curves`: a folder for TensorBoard, one run in
+    it a job, so that agents are seen beside each other.
+    """
     done = {(each.agent, each.seed, each.evaluations) for each in log.read() if each.task == name}
     with progress.bar(f"compare {name}", len(jobs)) as bar:
         for job in jobs:
             if any((str(job.agent), job.seed, budget) not in done for budget in job.budgets):
-                made = (
-                    [uniform_outcome(name, env, measure)]
-                    if job.agent.name == "uniform"
-                    else compare(name, env, job.agent, job.seed, job.budgets, measure)
-                )
+                made = _made(name, env, job, measure, steps, curves)
                 log.append([each for each in made if (each.agent, each.seed, each.evaluations) not in done])
                 if lacking := set(job.budgets) - {each.evaluations for each in made}:
                     progress.say(f"{job.agent}, seed {job.seed}: every plan failed after {sorted(lacking)} evaluations")
             bar.advance(1, f"{job.agent}, seed {job.seed}")
     return [each for each in log.read() if each.task == name]
+
+
+def _made(name: str, env: PruneEnv, job: Job, measure: Evaluate, steps: int, curves: Path | None) -> list[Outcome]:
+    """The outcomes of one job, its trials shown in TensorBoard where there is a folder for that."""
+    if job.agent.name == "uniform":
+        return [uniform_outcome(name, env, measure)]
+    if curves is None:
+        return compare(name, env, job.agent, job.seed, job.budgets, measure, steps)
+    with TrialWriter(curves / f"{job.agent.name}-{job.seed}") as writer:
+
+        def shown(index: int, trial: Trial) -> None:
+            writer.trial(index, trial_row(trial))
+
+        return compare(name, env, job.agent, job.seed, job.budgets, measure, steps, shown)
 
 
 def beside_knapsack(run: Run, env: PruneEnv) -> CachedEvaluate:
@@ -326,14 +371,18 @@ def compare_run(
     progress.say(f"whatever the config says, trials are timed by the table, and the actions are {_ACTIONS}")
     env, log = run.search.env, OutcomeLog(run.directory / "outcomes.jsonl")
     measure = beside_knapsack(run, env)
-    outcomes = compare_all(run.task.name, env, jobs_of(choices, seeds, budgets), measure, log, progress)
+    steps = run.context.choices.recovery.steps
+    jobs, curves = jobs_of(choices, seeds, budgets), run.directory / "tensorboard"
+    outcomes = compare_all(run.task.name, env, jobs, measure, log, progress, steps, curves)
     return report(outcomes, max(budgets))
 
 
 def report(outcomes: Sequence[Outcome], evaluations: int) -> str:
-    """Both tables, with what their figures are."""
+    """The tables, with what their figures are."""
+    cost = cost_table(outcomes)
     return (
         "Measured score above the knapsack's at the same measured speed-up, in points: interquartile mean over tasks "
         f"and seeds, 95% bootstrap interval.\n\n{summary_table(outcomes)}\n\nMeasured score, in points, after "
         f"{evaluations} evaluations:\n\n{task_table(outcomes, evaluations)}"
+        + (f"\n\n{_COST}\n\n{cost}" if cost else "")
     )

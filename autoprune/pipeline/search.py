@@ -74,7 +74,10 @@ def run_search(context: Context, posed: SearchProblem, env: PruneEnv, measured: 
         first = best_of(chain.from_iterable(rules.values()))
         with context.progress.bar("search", config.search.episodes) as bar:
             shown = partial(describe, problem=problem, metric=posed.metric)
-            monitor = SearchMonitor(context.directory / "tensorboard", text, posed.metric, dense, bar, shown, first)
+            of_rules = {rule: best.reward for rule, trials in rules.items() if (best := best_of(trials))}
+            folder = context.directory / "tensorboard"
+            monitor = SearchMonitor(folder, text, posed.metric, dense, bar, shown, first, of_rules)
+            agent.watch(monitor.learning)
             with closing(monitor):
                 result = search(
                     agent,

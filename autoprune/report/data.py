@@ -125,11 +125,13 @@ class TrialRow:
         reward: what the agent got.
         terms: of the reward, by name.
         sparsities: of the plan, by layer.
+        choices: what else the plan decides in numbers: kind -> name -> number, e.g. ``group_size`` by layer.
     """
 
     reward: float
     terms: Mapping[str, float]
     sparsities: Mapping[str, float]
+    choices: Mapping[str, Mapping[str, float]] = field(default_factory=dict, kw_only=True)
     score: float | None = None
     latency_ms: float | None = None
     speedup: float | None = None

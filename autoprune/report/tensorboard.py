@@ -50,9 +50,9 @@ class TrialWriter:
         self.close()
 
     def trial(self, index: int, trial: TrialRow) -> None:
-        """Writes one trial: ``reward``, its ``terms``, the metric, ``latency_ms``, ``speedup``, and its plan if best.
+        """Writes one trial: ``reward``, its ``terms``, its choices, and the plan once more if it is the best so far.
 
-        One that failed has a reward alone.
+        With the metric, ``latency_ms`` and ``speedup``, which one that failed has not.
 
         Args:
             index: of the trial in the search, counted from 0.
@@ -72,6 +72,9 @@ class TrialWriter:
             writer.add_scalar(f"trial/{name}", value, index)
         for name, value in trial.terms.items():
             writer.add_scalar(f"reward/{name}", value, index)
+        for kind, choices in {"sparsity": trial.sparsities, **trial.choices}.items():
+            for name, value in choices.items():
+                writer.add_scalar(f"tried_{kind}/{name}", value, index)
         if score is not None and trial.reward > self._best:
             self._best = trial.reward
             for name, value in figures.items():
@@ -87,6 +90,12 @@ class TrialWriter:
         for name, value in sparsities.items():
             writer.add_scalar(f"sparsity/{name}", value, index)
         writer.add_image("plan", pixels(sparsity_figure(sparsities)), index, dataformats="HWC")
+
+    def learning(self, index: int, figures: Mapping[str, float]) -> None:
+        """Writes figures of a learner, or of what trials are compared with, by their tags, after a trial."""
+        writer = self._open(index)
+        for tag, value in figures.items():
+            writer.add_scalar(tag, value, index)
 
     def training(self, step: int, scalars: Mapping[str, float], histograms: Mapping[str, Tensor]) -> None:
         """Writes what a training method shows of itself after a step, counted from 1."""

@@ -164,6 +164,7 @@ def test_a_policy_that_asks_for_much_is_refused_before_it_is_built(
 OUT_OF_RANGE: dict[str, dict[str, Any]] = {
     "cma_es": {"spread": 0.0},
     "ddpg": {"noise": [0.4, 0.0]},
+    "evopress": {"survivors": 17},
     "restarts": {"changed_share": 1.5},
     "sac": {"temperature": -0.1},
     "td3": {"learning_rate": float("nan")},

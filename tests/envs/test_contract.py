@@ -34,8 +34,8 @@ ACTIONS = (Choice("sparsity"), Choice("group_size"))
     [
         "import gymnasium, autoprune; gymnasium.spec('autoprune/Prune-v0')",
         "import gymnasium, pytest\n"
-        "with pytest.raises(Exception, match='needs a problem'): gymnasium.make('autoprune:autoprune/Prune-v0', "
-        "problem=None)",
+        "with pytest.raises(Exception, match='needs a task or a problem'): "
+        "gymnasium.make('autoprune:autoprune/Prune-v0', problem=None)",
         "import importlib, sys, autoprune; importlib.reload(autoprune); import gymnasium; "
         "gymnasium.spec('autoprune/Prune-v0'); importlib.reload(autoprune); "
         "module = gymnasium.envs.registration; assert module.__loader__ is module.__spec__.loader; "
@@ -49,7 +49,7 @@ def test_an_import_is_enough_for_gymnasium_to_know_it(code: str) -> None:
 
 def test_make_needs_a_problem() -> None:
     for given in ({}, {"problem": None}):
-        with pytest.raises(ConfigError, match=r"needs a problem .*, not None: gymnasium\.make"):
+        with pytest.raises(ConfigError, match=r"needs a task or a problem .*, not None: gymnasium\.make"):
             gymnasium.make(ENV_ID, **given)
 
 

@@ -66,9 +66,15 @@ class Subject:
 
 
 class Recovery(ABC):
-    """Turns a plan into a masked model worth scoring."""
+    """Turns a plan into a masked model worth scoring.
+
+    Attributes:
+        trains: whether the plan's method trains the model.
+        steps: of the optimizer, that it takes for a plan.
+    """
 
     trains: ClassVar[bool] = False
+    steps: int = 0
 
     @abstractmethod
     def recover_(self, model: nn.Module, plan: Plan, subject: Subject) -> None:
