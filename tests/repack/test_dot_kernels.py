@@ -41,19 +41,17 @@ TARGETS = {
 }
 
 
-def fma(a: Any, b: Any, c: Any, fused: bool = True) -> Floats:
-    """``a * b + c`` of float32, rounded once, or twice where it is not `fused`."""
-    kind = np.float64 if fused else np.float32
-    a, b, c = (np.asarray(each, np.float32).astype(kind) for each in (a, b, c))
+def fma(a: Any, b: Any, c: Any) -> Floats:
+    """``a * b + c`` of float32, rounded once."""
+    a, b, c = (np.asarray(each, np.float32).astype(np.float64) for each in (a, b, c))
     total: Floats = (a * b + c).astype(np.float32)
     return total
 
 
-def activated(name: str, values: Floats, target: Target, output: str) -> Floats:
-    """The kernels' own activation, which other tests compare with torch's."""
+def activated(name: str, values: Floats, output: str) -> Floats:
+    """The kernels' own activation, which other tests compare with torch's; in kernels of bytes it rounds once."""
     table = math.BYTE_ACTIVATIONS if output == "bytes" else math.ACTIVATIONS
-    here = host() if target.triple else target  # all that fuse products and sums have the same bits
-    result: Floats = applied(table[name], torch.from_numpy(values.ravel()), here).numpy()
+    result: Floats = applied(table[name], torch.from_numpy(values.ravel()), host()).numpy()
     return result.reshape(values.shape)
 
 
@@ -92,15 +90,14 @@ class Ending:
     activation: str = ""
     mixed: bool = False
 
-    def results(self, sums: NDArray[np.int64], numbers: Numbers, residual: Floats | None, target: Target) -> Floats:
+    def results(self, sums: NDArray[np.int64], numbers: Numbers, residual: Floats | None) -> Floats:
         """Floats of exact sums, rows first; for bytes they are integers."""
         shape = (-1, *[1] * (sums.ndim - 1))
-        fused = target.fused or not target.triple
-        value = fma(sums.astype(np.float32), numbers.factor.reshape(shape), numbers.bias.reshape(shape), fused)
+        value = fma(sums.astype(np.float32), numbers.factor.reshape(shape), numbers.bias.reshape(shape))
         if residual is not None:
-            value = fma(residual, numbers.residual_scale, value, fused)
+            value = fma(residual, numbers.residual_scale, value)
         if self.activation:
-            value = fma(activated(self.activation, value, target, self.output), numbers.inverse, numbers.zero, fused)
+            value = fma(activated(self.activation, value, self.output), numbers.inverse, numbers.zero)
         value = np.clip(value, np.float32(numbers.low), np.float32(numbers.high))
         return np.rint(value) if self.output == "bytes" else value
 
@@ -239,7 +236,7 @@ def convolution(
         distance = np.arange(residual_lines) * r_layout.channel(1)
         lanes = np.stack([read(residual, r_layout, image, distance) for image in range(batch)], 1)
         added = addends(lanes, ending)
-    words = words_of(ending.results(sums, numbers, added, target), ending)
+    words = words_of(ending.results(sums, numbers, added), ending)
     border = int(rng.integers(0, 256)) * 0x01010101 if ending.output == "bytes" else 0
     border = border - 2**32 if border >= 2**31 else border
     words = np.where(y_layout.mask()[:positions] != 0, words, np.int32(border)).astype(np.int32)
@@ -421,7 +418,7 @@ def check_rows(rng: np.random.Generator, ending: Ending, target: Target, extreme
         residual = rng.normal(0, 20, len(residual)).astype(np.float32).view(np.int32)
     lanes = bytes_of(residual[other_channel[:, None] + each * other_token])
     added = addends(lanes, ending) if ending.residual else None
-    words = words_of(ending.results(sums, numbers, added, target), ending)
+    words = words_of(ending.results(sums, numbers, added), ending)
     y = rng.integers(-(2**31), 2**31, tokens * y_token + groups * rows * y_entry, np.int32)
     wanted = y.copy()
     for line in reversed(range(len(channel))):

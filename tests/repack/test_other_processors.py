@@ -13,16 +13,9 @@ pytestmark = pytest.mark.emulated
 processors = pytest.mark.parametrize("name", EMULATED)
 
 
-def fits(name: str, ending: Ending) -> None:
-    """Skips what is known by the bits of this machine's activations, which multiply and add in one."""
-    if ending.activation and not EMULATED[name].fused:
-        pytest.skip("an activation's bits are those of one rounding")
-
-
 @processors
 @pytest.mark.parametrize("ending", test_dot_kernels.ENDINGS, ids=str)
 def test_a_convolution_is_equal_to_numpy(ending: Ending, name: str) -> None:
-    fits(name, ending)
     rng = np.random.default_rng(ending.rows)
     for _ in range(4):
         check_convolution(rng, ending, EMULATED[name])
@@ -31,7 +24,6 @@ def test_a_convolution_is_equal_to_numpy(ending: Ending, name: str) -> None:
 @processors
 @pytest.mark.parametrize("ending", test_dot_kernels.ROWS_ENDINGS, ids=str)
 def test_rows_are_equal_to_numpy(ending: Ending, name: str) -> None:
-    fits(name, ending)
     rng = np.random.default_rng(ending.rows)
     for _ in range(6):
         check_rows(rng, ending, EMULATED[name])
@@ -45,7 +37,7 @@ def test_the_largest_bytes_and_weights_do_not_saturate(name: str) -> None:
     check_rows(rng, Ending(16, "floats", "floats"), EMULATED[name], extreme=True)
 
 
-@pytest.mark.parametrize("name", [name for name, target in EMULATED.items() if target.fused])
+@processors
 @pytest.mark.parametrize("phases", [False, True])
 def test_depthwise_convolutions_are_equal_to_numpy(name: str, phases: bool) -> None:
     test_byte_windows.check_depthwise(EMULATED[name], phases, count=8)
