@@ -266,3 +266,21 @@ def test_results_of_any_type_are_the_callers() -> None:
         assert torch.equal(got, held)
         assert torch.equal(got, wanted)
         assert got.dtype == wanted.dtype
+
+
+EMPTIED: dict[str, Run] = {
+    "cat": lambda x: torch.cat([x, x], 1),
+    "stack": lambda x: torch.stack([x, x], 1),
+    "roll": lambda x: torch.cat([x.roll(1, 1), x], 1),
+    "pad": lambda x: F.pad(x, (4, 4)),
+    "flip": lambda x: x.flip(1),
+    "repeat": lambda x: x.repeat(1, 2),
+    "cumsum": lambda x: torch.cat([x.cumsum(1), x], 1),
+}
+
+
+@pytest.mark.parametrize("name", EMPTIED)
+def test_an_empty_batch_gives_an_empty_result(name: str) -> None:
+    run = EMPTIED[name]
+    program = Program(simplified(lambda x: run(x.relu()).sigmoid(), data(3, 6)), {}, threads=1)
+    assert torch.equal(program(data(0, 6)), run(data(0, 6)))

@@ -64,7 +64,9 @@ def _read(view: View) -> Operand:
 
 
 def _assembled(lowering: Lowering, op: TorchOp, made: Tensor, parts: Sequence[tuple[Operand, View]]) -> bool:
-    """Copies to parts of the result, in order; False where no kernel does one of them."""
+    """Copies to parts of the result, in order; False where it is empty, or no kernel does one of them."""
+    if not made.numel():
+        return False
     parts = [(source, into) for source, into in parts if 0 not in into.shape]
     if made.dtype not in ENTRIES or not all(fitting(into.shape, [source], into.stride) for source, into in parts):
         return False
