@@ -1,4 +1,4 @@
-"""Puts pages that lie outside docs/ on the site: the results of the benchmarks, and the card of the bundled policy.
+"""Puts on the site what lies outside docs/: the results of benchmarks, the card of the bundled policy, the examples.
 
 Pages link to them by their place in the repository, which works there and in editors; on the site the same link leads
 to the copy below ``repository/``.
@@ -16,7 +16,8 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = ("benchmarks/results/*.md", "benchmarks/results/*.png", "benchmarks/results/*.svg", "agents/shipped/CARD.md")
+RESULTS = ("*.md", "*.png", "*.svg")
+COPIED = (*(f"benchmarks/results/{each}" for each in RESULTS), "agents/shipped/CARD.md", "examples/*.py")
 FOLDER = "repository"
 _LINK = re.compile(r"(?<=\]\()(\.\./[^)#\s]+)")
 
