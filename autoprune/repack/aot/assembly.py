@@ -141,9 +141,11 @@ def _work(module: ir.Module, call: Call, data: ir.Value, kernels: Mapping[Kernel
                 b.call(work.kernel, [fields, slots, item, const(0)])
     status = b.alloca(I32)
     b.store(I32(int(Status.OK)), status)
-    with b.if_then(b.icmp_signed("==", part, const(0))):
+    # of a sample, which one thread computes alone, that thread copies the results
+    copies = b.icmp_signed("==", part, const(0)) if call.samples == 1 else ir.Constant(ir.IntType(1), 1)
+    with b.if_then(copies):
         for number, result in enumerate(call.outputs):
-            if result.view.buffer.slot not in call.written_in_place:
+            if call.written_in_place.get(result.view.buffer.slot) != number:  # views of another result among them
                 _copy(b, result, bases[result.view.buffer.slot], outputs[number])
         if call.lowered.wrong is not None:
             wrong = b.bitcast(at(b, arena, const(call.lowered.wrong)), LONGS)
