@@ -284,3 +284,29 @@ def test_an_empty_batch_gives_an_empty_result(name: str) -> None:
     run = EMPTIED[name]
     program = Program(simplified(lambda x: run(x.relu()).sigmoid(), data(3, 6)), {}, threads=1)
     assert torch.equal(program(data(0, 6)), run(data(0, 6)))
+
+
+@pytest.mark.parametrize(("run", "x"), [
+    (lambda n: n == 300, numbers(256, 9, dtype=torch.uint8)), (lambda n: n < 2**31, whole(9, dtype=INTS)),
+    (lambda n: n + 2**40, whole(9, dtype=INTS)), (lambda n: n.remainder(2**32 + 3), whole(9, dtype=INTS)),
+])  # fmt: skip
+def test_numbers_that_a_type_does_not_hold_are_torchs(run: Run, x: Tensor) -> None:
+    assert torch.equal(Program(simplified(run, x), {}, threads=1)(x), run(x))
+
+
+@pytest.mark.parametrize("run", [
+    lambda x: x.repeat(0, 1), lambda x: x[:0].repeat(3, 1), lambda x: torch.stack([x[:0], x[:0]]), lambda x: x[:0].flip(0),
+    lambda x: F.pad(x[:0], (1, 1)), lambda x: x[0, 0].flip(()), lambda x: torch.cat([x[:0], x[:0]]),
+    lambda x: x[:0].roll(1, 0), lambda x: x[:0].cumsum(0),
+])  # fmt: skip
+def test_what_has_no_entries_or_no_axes_is_moved_as_in_torch(run: Run) -> None:
+    x = whole(3, 4)
+    got, wanted = Program(simplified(run, x), {}, threads=1)(x), run(x)
+    assert got.shape == wanted.shape
+    assert torch.equal(got, wanted)
+
+
+def test_no_axes_are_all_of_them_but_for_any_and_all() -> None:
+    x = whole(3, 4)
+    for run in (lambda x: x.any(()), lambda x: x.all(dim=()), lambda x: x.sum(()), lambda x: x.amax(())):
+        assert torch.equal(Program(simplified(run, x), {}, threads=1)(x), run(x))

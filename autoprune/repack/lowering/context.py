@@ -313,13 +313,18 @@ class Operand:
 
 
 def operand(lowering: Lowering, given: Any, dtype: torch.dtype = torch.float32) -> Operand | None:
-    """A value by its name, or a number, which is one of `dtype`; None for a value of a type that no kernel knows."""
+    """A value by its name, or a number, which is one of `dtype`.
+
+    None for a value of a type that no kernel knows, or a number that `dtype` does not hold: torch wraps or refuses it.
+    """
     known = lowering.values.get(given) if isinstance(given, str) else given
     if isinstance(known, (int, float)):
         if dtype not in ENTRIES:
             return None
         if dtype == torch.float32:
             return Operand(np.full(1, known, np.float32), ())
+        if dtype != torch.bool and not ENTRIES[dtype].least <= known <= ENTRIES[dtype].largest:
+            return None
         buffer = lowering.in_slot()  # it lies ready for every call
         lowering.fixed[buffer.slot] = torch.tensor(known, dtype=dtype, device="cpu")
         return Operand(View(buffer, 0, (), (), dtype), ())

@@ -22,8 +22,7 @@ from autoprune.repack.lowering.steps import View, contiguous_strides, is_float
 from autoprune.repack.lowering.strided_nodes import ENTRIES
 
 if TYPE_CHECKING:
-    from autoprune.repack.lowering.buffers import Buffer
-from autoprune.repack.lowering.context import Lowering
+    from autoprune.repack.lowering.context import Lowering
 
 MOST_PARTS = 16  # of a value that is rolled
 
@@ -64,11 +63,13 @@ def _read(view: View) -> Operand:
 
 
 def _assembled(lowering: Lowering, op: TorchOp, made: Tensor, parts: Sequence[tuple[Operand, View]]) -> bool:
-    """Copies to parts of the result, in order; False where it is empty, or no kernel does one of them."""
-    if not made.numel():
-        return False
+    """Copies to parts of the result, in order; False where no kernel does one of them, or nothing is to be copied."""
     parts = [(source, into) for source, into in parts if 0 not in into.shape]
-    if made.dtype not in ENTRIES or not all(fitting(into.shape, [source], into.stride) for source, into in parts):
+    if (
+        not parts
+        or made.dtype not in ENTRIES
+        or not all(fitting(into.shape, [source], into.stride) for source, into in parts)
+    ):
         return False
     whole = lowering.made(op.output, tuple(made.shape), made.dtype)
     for source, into in parts:
@@ -177,7 +178,7 @@ def _flipped(lowering: Lowering, op: TorchOp) -> bool:
     """From the end to the begin along some axes."""
     args, made = op.named_args(), _meta(lowering, op)
     given = _view(lowering, args["self"]["ref"])
-    if given is None:
+    if given is None or not given.shape:
         return False
     offset, stride = given.offset, list(given.stride)
     for dim in args["dims"]:

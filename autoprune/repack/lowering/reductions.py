@@ -38,6 +38,7 @@ _JOINS: Mapping[str, Join] = {
     **dict.fromkeys(("amax", "max", "any"), Join.LARGEST),
     **dict.fromkeys(("amin", "min", "all"), Join.LEAST),
 }
+_OF_NO_AXES = ("aten.any.dims", "aten.all.dims")  # an empty list of axes reduces nothing there, elsewhere all
 
 
 def _softmax(lowering: Lowering, op: TorchOp) -> bool:
@@ -83,6 +84,8 @@ def _reduced(lowering: Lowering, op: TorchOp) -> bool:
     args, made = op.named_args(), evaluate_op(op, lowering.values, lowering.constants)
     given, axes, join = operand(lowering, args["self"]["ref"]), args.get("dim"), _JOINS[op.op.split(".")[1]]
     if given is None or not given.shape or made.dtype not in ENTRIES or op.item or not made.numel():
+        return False
+    if axes == [] and op.op in _OF_NO_AXES:
         return False
     if 0 in given.shape or (join is Join.ROOT and _order(args) != 2) or not _plain(args, given, made, join):
         return False
