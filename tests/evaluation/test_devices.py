@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import shutil
 import sys
@@ -141,6 +142,8 @@ def unbuilt(monkeypatch: pytest.MonkeyPatch) -> None:
         ("true", "it lacks the program's last line"),
         ("""echo 'connected'; echo '{"autoprune": "device"}'""", "it lacks the program's last line"),
         ("""echo '{"autoprune": "device"'""", "is no JSON"),
+        ("""echo '{"autoprune": "end"}'""", "it says 0 times what it is, not once"),
+        ("""for n in 1 2; do echo '{"autoprune": "device"}'; echo '{"autoprune": "end"}'; done""", "it says 2 times"),
     ],
 )
 def test_a_command_that_fails_is_told(tmp_path: Path, does: str, told: str) -> None:
@@ -151,7 +154,8 @@ def test_a_command_that_fails_is_told(tmp_path: Path, does: str, told: str) -> N
 @posix
 @pytest.mark.usefixtures("unbuilt")
 @pytest.mark.parametrize(
-    "samples", ["[1.0, 2.0]", '[1.0, 2.0, 3.0, "4"]', "[1.0, 2.0, 3.0, -1.0]", "[0, 0, 0, 0]", "7", "null"]
+    "samples",
+    ["[1.0, 2.0]", '[1.0, 2.0, 3.0, "4"]', "[1.0, 2.0, 3.0, -1.0]", "[0, 0, 0, 0]", "7", "null"],
 )
 def test_times_that_are_none_are_refused(tmp_path: Path, samples: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Command, "_compiled", lambda *_: None)
@@ -209,6 +213,9 @@ def test_a_platform_without_a_compiler_is_told(monkeypatch: pytest.MonkeyPatch) 
         ({"target": "host", "run": "'{file}"}, "device.run cannot be split into words"),
         ({"target": "host", "run": ["{file}"]}, "device.run is a string"),
         ({"target": "host", "run": "{file}", "timeout_s": 0}, "device.timeout_s is a number of seconds above 0"),
+        ({"target": "host", "run": "{file}", "timeout_s": math.nan}, "at most 86400, not nan"),
+        ({"target": "host", "run": "{file}", "timeout_s": math.inf}, "at most 86400, not inf"),
+        ({"target": "host", "run": "{file}\0"}, "device.run holds a character"),
         ({"target": "host"}, "missing a required argument: 'run'"),
         ({"target": "host", "run": "{file}", "runs": 1}, "has no argument 'runs'. Did you mean 'run'"),
         ("commander", "unknown device 'commander'. Did you mean 'command'"),

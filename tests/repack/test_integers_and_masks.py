@@ -295,9 +295,9 @@ def test_numbers_that_a_type_does_not_hold_are_torchs(run: Run, x: Tensor) -> No
 
 
 @pytest.mark.parametrize("run", [
-    lambda x: x.repeat(0, 1), lambda x: x[:0].repeat(3, 1), lambda x: torch.stack([x[:0], x[:0]]), lambda x: x[:0].flip(0),
-    lambda x: F.pad(x[:0], (1, 1)), lambda x: x[0, 0].flip(()), lambda x: torch.cat([x[:0], x[:0]]),
-    lambda x: x[:0].roll(1, 0), lambda x: x[:0].cumsum(0),
+    lambda x: x.repeat(0, 1), lambda x: x[:0].repeat(3, 1), lambda x: torch.stack([x[:0], x[:0]]),
+    lambda x: x[:0].flip(0), lambda x: F.pad(x[:0], (1, 1)), lambda x: x[0, 0].flip(()),
+    lambda x: torch.cat([x[:0], x[:0]]), lambda x: x[:0].roll(1, 0), lambda x: x[:0].cumsum(0),
 ])  # fmt: skip
 def test_what_has_no_entries_or_no_axes_is_moved_as_in_torch(run: Run) -> None:
     x = whole(3, 4)

@@ -36,6 +36,7 @@ from autoprune.repack.tuning.layer_times import LayerTime, described
 from autoprune.version import __version__
 
 TIMEOUT_S = 600.0
+LONGEST_S = 86400.0
 LEAST_US = 1e-3  # of what takes no time by the device's clock
 _LINE = '{"autoprune": '  # what the program's lines begin with; a command may print others
 _NAMES = itertools.count()
@@ -47,10 +48,11 @@ class Command(Device):
     Args:
         target: a row of `repack.aot.targets.PLATFORMS`, or ``host``.
         run: the command, split as a shell does and run without one; ``{file}`` in it is the program's path here.
-        timeout_s: of one run of it, seconds.
+        timeout_s: of one run of it, seconds; above 0, a day at most.
 
     Raises:
-        ConfigError: there is no such target, or the command does not say where the program stands.
+        ConfigError: there is no such target, the command does not say where the program stands or cannot be one, or
+            the time is none.
     """
 
     runs_torch = False
@@ -60,8 +62,12 @@ class Command(Device):
             if not isinstance(given, str):
                 raise ConfigError(f"device.{name} is a string, not {given!r:.60}.")
         seconds = number(timeout_s)
-        if seconds is None or seconds <= 0.0:
-            raise ConfigError(f"device.timeout_s is a number of seconds above 0, not {timeout_s!r:.60}.")
+        if seconds is None or not 0.0 < seconds <= LONGEST_S:
+            raise ConfigError(
+                f"device.timeout_s is a number of seconds above 0 and at most {LONGEST_S:g}, not {timeout_s!r:.60}."
+            )
+        if "\0" in run:
+            raise ConfigError(f"device.run holds a character that no command can: \\0 in {run!r:.200}.")
         try:
             self._command = shlex.split(run)
         except ValueError as error:
@@ -106,8 +112,10 @@ class Command(Device):
     @cached_property
     def _about(self) -> dict[str, Any]:
         """What the device says of itself; asked once a process."""
-        (said,) = self._lines({}, (), Protocol(), "device")
-        return {key: said[key] for key in ("machine", "cpu", "cores") if key in said}
+        said = self._lines({}, (), Protocol(), "device")
+        if len(said) != 1:
+            raise self._not_understood(f"it says {len(said)} times what it is, not once")
+        return {key: said[0][key] for key in ("machine", "cpu", "cores") if key in said[0]}
 
     def reference(
         self, dense: nn.Module, inputs: tuple[Tensor, ...], repacked: Callable[[], RepackedModel]
