@@ -60,6 +60,20 @@ STARTS: tuple[Start, ...] = get_args(Start)
 DEFAULT_ACTIONS = (Choice("criterion"), Choice("sparsity"), Choice("group_size"))
 
 
+def check_episodes(shaping: object, gamma: object, start: object, curves: object) -> tuple[float, float]:
+    """`shaping` and `gamma` as floats; raises ConfigError where one of the four is nothing that episodes can have."""
+    weight, discount = number(shaping), number(gamma)
+    if weight is None or not 0.0 <= weight < math.inf:
+        raise ConfigError(f"shaping is a number from 0 up, not {shaping!r}.")
+    if discount is None or not 0.0 < discount <= 1.0:
+        raise ConfigError(f"gamma, a discount, is above 0 and at most 1, not {gamma!r}.")
+    if start not in STARTS:
+        raise ConfigError(f"an episode cannot start from {start!r}. {did_you_mean(str(start), STARTS)}")
+    if not isinstance(curves, bool):
+        raise ConfigError(f"curves is true or false, not {curves!r:.60}.")
+    return weight, discount
+
+
 class PruneEnv(gymnasium.Env[Observation, Action]):
     """One episode makes and measures one plan.
 
@@ -97,15 +111,9 @@ class PruneEnv(gymnasium.Env[Observation, Action]):
                 f"the environment needs a problem (autoprune.envs.Problem, such as a run's), not {problem!r:.60}: "
                 f'gymnasium.make("{ENV_ID}", problem=run.problem), or task="digits" in its place.'
             )
-        weight, discount = number(shaping), number(gamma)
-        if weight is None or not 0.0 <= weight < math.inf:
-            raise ConfigError(f"shaping is a number from 0 up, not {shaping!r}.")
-        if discount is None or not 0.0 < discount <= 1.0:
-            raise ConfigError(f"gamma, a discount, is above 0 and at most 1, not {gamma!r}.")
-        if start not in STARTS:
-            raise ConfigError(f"an episode cannot start from {start!r}. {did_you_mean(str(start), STARTS)}")
+        weight, discount = check_episodes(shaping, gamma, start, curves)
         self.problem = problem
-        self.actions = actions if isinstance(actions, ActionSpace) else _created(actions)
+        self.actions = actions if isinstance(actions, ActionSpace) else created_actions(actions)
         self.actions.check_precision(problem.precision)
         self.action_choices = self.actions.choices
         self.shaping, self.gamma = weight, discount
@@ -256,7 +264,8 @@ def _units(action: Any, space: spaces.Box, names: Sequence[str]) -> Action:
     return np.clip(exact, -1.0, 1.0).astype(np.float32)
 
 
-def _created(actions: Sequence[Choice | str]) -> ActionSpace:
+def created_actions(actions: Sequence[Choice | str]) -> ActionSpace:
+    """The components of these names; raises ConfigError where there are none, or one is unknown or there twice."""
     if isinstance(actions, str) or not isinstance(actions, Sequence):
         raise ConfigError(f"actions is a list of names or choices, not {actions!r}.")
     choices = [Choice.of(action) for action in actions]

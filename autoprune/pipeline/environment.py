@@ -13,6 +13,7 @@ from weakref import WeakValueDictionary
 
 from autoprune.config import Config, load_config, packaged_configs, parse_config
 from autoprune.envs import Problem, PruneEnv
+from autoprune.envs.prune import check_episodes, created_actions
 from autoprune.errors import ConfigError, did_you_mean
 from autoprune.evaluation.measurement import ByTable, CachedEvaluate
 from autoprune.files import as_path, cache_folder, check_cache
@@ -84,6 +85,7 @@ def prune_env(
         InUse: another process works in `directory`.
     """
     episodes = _given({"shaping": shaping, "gamma": gamma, "start": start, "curves": curves})
+    check_episodes(**{"shaping": 0.0, "gamma": 1.0, "start": "uniform", "curves": True, **episodes})  # before any work
     figures = {
         "speedup": target_speedup,
         "accuracy_drop": target_accuracy_drop,
@@ -103,9 +105,11 @@ def prune_env(
     if problem is not None:
         raise ConfigError("give a problem or a task, not both: a problem is all that a task would be made into.")
     config = _config(task, _given(figures), target_over, {"actions": actions, "timing": timing or "table"})
-    env, made = config.env, _problem(config, None if directory is None else as_path(directory))
+    env, components = config.env, created_actions(config.env.actions)
+    components.check_precision(config.precision)
+    made = _problem(config, None if directory is None else as_path(directory).resolve())
     of_config = {"shaping": env.shaping, "gamma": env.gamma, "start": env.start, "curves": env.curves}
-    return PruneEnv(made, env.actions, **{**of_config, **episodes})
+    return PruneEnv(made, components, **{**of_config, **episodes})
 
 
 def _given(named: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,7 +171,7 @@ def _problem(config: Config, directory: Path | None) -> Problem:
         about = {"config": config.to_json(), "machine": machine_identity(), "autoprune": __version__}
         digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:16]
         directory = cache_folder() / FOLDER / f"{config.task.name}-{digest}"
-    key = json.dumps([str(directory.resolve()), config.to_json()], sort_keys=True)
+    key = json.dumps([str(directory), config.to_json()], sort_keys=True)
     known = _problems.get(key)
     if known is None:
         known = _problems[key] = _made(config, directory)

@@ -26,6 +26,7 @@ from autoprune.envs import ENV_ID, PruneEnv
 from autoprune.envs.actions import ACTIONS
 from autoprune.envs.observation import NAMES
 from autoprune.errors import ConfigError, FileError, InfeasibleTarget
+from autoprune.pipeline import environment
 from autoprune.pipeline.environment import prune_env
 from autoprune.pipeline.run import Run
 from autoprune.target import FIGURES
@@ -164,8 +165,12 @@ def test_every_figure_of_a_target_is_a_keyword() -> None:
         ({"task": SMALL, "target_speedup": 2.0, "target_over": "eagre"}, "Did you mean 'eager'"),
         ({"task": SMALL, "actions": "sparsity"}, "list of names"),
         ({"task": SMALL, "actions": ["sparsty"]}, "Did you mean 'sparsity'"),
+        ({"task": SMALL, "actions": ["precision"]}, "needs precision 'planned'"),
         ({"task": SMALL, "timing": "clock"}, "timing"),
         ({"task": SMALL, "gamma": 2.0}, "gamma"),
+        ({"task": SMALL, "shaping": float("nan")}, "shaping is a number from 0 up, not nan"),
+        ({"task": SMALL, "start": "unifrom"}, "Did you mean 'uniform'"),
+        ({"task": SMALL, "curves": "yes"}, "curves is true or false"),
         ({"task": {**SMALL, "tagret": {}}}, "Did you mean 'target'"),
         ({"task": SMALL, "problem": fake_problem()}, "not both"),
         ({"problem": fake_problem(), "target_speedup": 2.0}, "target_speedup cannot be given with a problem"),
@@ -173,9 +178,17 @@ def test_every_figure_of_a_target_is_a_keyword() -> None:
     ],
     ids=str,
 )
-def test_what_cannot_be_asked_for_is_refused(given: dict[str, Any], said: str) -> None:
+def test_what_cannot_be_asked_for_is_refused_before_any_work(
+    given: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "_made", lambda *_: pytest.fail("it is made first"))
     with pytest.raises(ConfigError, match=said):
         prune_env(**given)
+
+
+def test_the_directory_may_be_the_one_of_the_process(asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(asked["directory"])
+    assert prune_env(**{**asked, "directory": "."}).problem is prune_env(**asked).problem
 
 
 def test_a_config_that_is_not_there_is_said() -> None:
