@@ -342,7 +342,7 @@ def test_what_is_no_program_is_refused(tmp_path: Path) -> None:
     [
         ({"target": "aarch65"}, "target: Did you mean 'aarch64'"),
         ({"target": "wasm32", "threads": 2}, "wasm32 is built for one thread, not for 2"),
-        ({"threads": 0}, "threads must be 1 or more, not 0"),
+        ({"threads": 0}, "threads must be an integer of 1 or more, not 0"),
         ({"shapes": [((3, 13),)]}, r"of shape \(3, 12\) .*, not \(3, 13\)"),
         ({"shapes": [((3, 12), (3, 12))]}, "takes 1 inputs, not 2"),
         ({"shapes": []}, "shapes"),

@@ -1,4 +1,4 @@
-"""Results of a built model that share memory with each other: every one of them is written."""
+"""Results of a built model that share memory with each other, and arguments of `build` that are none."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import autoprune
+from autoprune.errors import AutopruneError
 from tests.repack.built import assert_same, built, needs_compiler, program
 from tests.repack.test_native_ops import data
 
@@ -42,3 +44,25 @@ def test_results_that_share_memory_are_all_written(case: str, threads: int, tmp_
     with torch.no_grad():
         for given in (x, x.flip(0)):
             assert_same(model(given.numpy()), fast(given))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"threads": 1.5}, "threads must be an integer of 1 or more, not 1.5"),
+        ({"threads": "2"}, "threads must be an integer"),
+        ({"threads": True}, "threads must be an integer"),
+        ({"name": 3}, "name must be a string, not 3"),
+        ({"target": None}, "target: Allowed: aarch64"),
+        ({"shapes": 3}, "shapes must be a list of sets"),
+        ({"shapes": [(8, 3)]}, "shapes must be a list of sets"),
+        ({"shapes": [[(8.0, 3, 6, 6)]]}, "a shape of integers"),
+        ({"shapes": [[(-1, 3, 6, 6)]]}, "a shape of integers"),
+    ],
+    ids=str,
+)
+def test_arguments_that_are_none_are_refused(given: dict[str, Any], said: str, tmp_path: Path) -> None:
+    fast = program(Body(lambda y: y), data(1, 3, 6, 6), tmp_path)
+    with pytest.raises(AutopruneError, match=said):
+        autoprune.build(fast, out=tmp_path / "built", **given)
+    assert not (tmp_path / "built").exists()

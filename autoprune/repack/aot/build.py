@@ -65,8 +65,7 @@ def compiled(
             "only whole programs can be built, and this model is the original's code with packed layers in it"
             f"{': ' + fast.summary if isinstance(fast, RepackedModel) and fast.summary else ''}."
         )
-    if threads < 1:
-        raise AutopruneError(f"threads must be 1 or more, not {threads}.")
+    check_arguments(name, threads)
     found, image = platform(target), Image()
     given = [tuple(each.shape for each in fast.program.graph.inputs)] if shapes is None else _sets(shapes)
     own = c_name(name)
@@ -76,8 +75,25 @@ def compiled(
     return Compiled(own, found, tuple(calls), tuple(marks.values()), code, image.size)
 
 
+def check_arguments(name: object, threads: object) -> None:
+    """Raises AutopruneError for what is no name, or no number of threads."""
+    if not isinstance(name, str):
+        raise AutopruneError(f"name must be a string, not {name!r:.60}.")
+    if type(threads) is not int or threads < 1:
+        raise AutopruneError(f"threads must be an integer of 1 or more, not {threads!r:.60}.")
+
+
 def _sets(shapes: Sequence[Shapes]) -> list[Shapes]:
-    given = [tuple(tuple(shape) for shape in each) for each in shapes]
+    try:
+        given = [tuple(tuple(shape) for shape in each) for each in shapes]
+        extents: list[object] = [extent for each in given for shape in each for extent in shape]
+    except TypeError:  # something that has no entries
+        extents = [None]
+    if not all(type(extent) is int and extent >= 0 for extent in extents):
+        raise AutopruneError(
+            "shapes must be a list of sets, each with a shape of integers for every input, such as "
+            f"[[(1, 3, 32, 32)]], not {shapes!r:.100}."
+        )
     if not given or len(set(given)) < len(given):
         raise AutopruneError(f"shapes must be one or more sets of shapes, none of them twice, not {given}.")
     return given

@@ -13,7 +13,7 @@ from typing import Any
 
 from autoprune.errors import AutopruneError, FileError
 from autoprune.files import as_path, temporary_folder, write_bytes, write_json
-from autoprune.repack.aot.build import Compiled, compiled
+from autoprune.repack.aot.build import Compiled, check_arguments, compiled
 from autoprune.repack.aot.description import description, interface
 from autoprune.repack.aot.example import example
 from autoprune.repack.aot.header import header, shape_text
@@ -91,6 +91,7 @@ def build_all(
         name: of the model.
         threads: the most that may work on one call.
     """
+    check_arguments(name, threads)
     for target, folder in folders.items():
         is_wasm = platform(target).is_wasm
         if is_wasm and threads > 1:

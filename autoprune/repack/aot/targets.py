@@ -83,16 +83,16 @@ PLATFORMS: Mapping[str, Platform] = {
 """Name -> what it stands for. `HOST` is this machine, with everything it can do."""
 
 
-def platform(name: str) -> Platform:
+def platform(name: object) -> Platform:
     """What a name of `PLATFORMS`, or `HOST`, stands for.
 
     Raises:
         AutopruneError: there is none of that name, or this machine is not of a family that can be built for.
     """
-    if name in PLATFORMS:
+    if isinstance(name, str) and name in PLATFORMS:
         return PLATFORMS[name]
     if name != HOST:
-        raise AutopruneError(f"target: {did_you_mean(name, [HOST, *PLATFORMS])}")
+        raise AutopruneError(f"target: {did_you_mean(str(name), [HOST, *PLATFORMS])}")
     own = host()
     like = next((each for each in PLATFORMS.values() if each.target.family == own.family), None)
     if like is None:
