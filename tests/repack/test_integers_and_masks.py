@@ -308,5 +308,6 @@ def test_what_has_no_entries_or_no_axes_is_moved_as_in_torch(run: Run) -> None:
 
 def test_no_axes_are_all_of_them_but_for_any_and_all() -> None:
     x = whole(3, 4)
-    for run in (lambda x: x.any(()), lambda x: x.all(dim=()), lambda x: x.sum(()), lambda x: x.amax(())):
+    runs: tuple[Run, ...] = (lambda x: x.any(()), lambda x: x.all(()), lambda x: x.sum(()), lambda x: x.amax(()))
+    for run in runs:
         assert torch.equal(Program(simplified(run, x), {}, threads=1)(x), run(x))

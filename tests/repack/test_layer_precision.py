@@ -92,6 +92,7 @@ def test_a_layer_that_no_module_computes_is_not_trained_in_int8_and_says_so() ->
 @pytest.mark.parametrize(
     ("precision", "said"),
     [
+        ({0: "int8"}, "a layer the model does not have: 0. Did you mean '0'"),
         ({"conv": "int8"}, "a layer the model does not have: 'conv'. Allowed: 0, 3, 6"),
         ({"0": "int4"}, "layer '0': its precision is one of float32, int8, not 'int4'"),
         ({"0": "mixed"}, "layer '0': its precision is one of float32, int8, not 'mixed'"),

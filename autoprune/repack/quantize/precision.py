@@ -131,7 +131,7 @@ def check_named(model: nn.Module, precision: ModelPrecision) -> None:
         if of_layer not in OF_LAYERS:
             raise AutopruneError(f"layer {name!r}: its precision is one of {', '.join(OF_LAYERS)}, not {of_layer!r}.")
         if known.get(name) != name:
-            hint = did_you_mean(name, known.values()) if name not in known else f"It is {known[name]!r}, shared."
+            hint = did_you_mean(str(name), known.values()) if name not in known else f"It is {known[name]!r}, shared."
             raise AutopruneError(f"precision names a layer the model does not have: {name!r}. {hint}")
 
 
