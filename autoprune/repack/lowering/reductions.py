@@ -12,6 +12,7 @@ from torch import Tensor
 from autoprune.repack.graph import aten
 from autoprune.repack.graph.ops import TorchOp
 from autoprune.repack.graph.reference import evaluate_op
+from autoprune.repack.kernels.entries import OPERATIONS
 from autoprune.repack.kernels.reduce import Join
 from autoprune.repack.lowering import matrix_nodes
 from autoprune.repack.lowering.buffers import Buffer
@@ -133,6 +134,8 @@ def _so_far(lowering: Lowering, op: TorchOp) -> bool:
     args, made = op.named_args(), evaluate_op(op, lowering.values, lowering.constants)
     x = lowering.values[args["self"]["ref"]]
     if made.dtype not in ENTRIES or x.dtype not in ENTRIES or not made.numel() or not made.dim():
+        return False
+    if "add" not in OPERATIONS[ENTRIES[made.dtype]]:
         return False
     if args.get("dtype") is not None and x.dtype == torch.float32 and made.dtype != torch.float32:
         return False
