@@ -77,9 +77,8 @@ class SB3Agent(Agent):
         model = self._model = self.build(env, seed)
         recorder = _Recorder(self, on_trial, directory, episodes, done)
         shown: list[KVWriter] = [] if self._on_figures is None else [_Figures(self._on_figures, recorder)]
-        model.set_logger(
-            Logger(folder=None, output_formats=shown)
-        )  # the default one leaves a folder behind each search
+        # not the default one, which leaves a folder behind each search
+        model.set_logger(Logger(folder=None, output_formats=shown))
         if directory is not None and done:
             load_checkpoint_(directory, model)
         self.on_search(model, episodes - done)

@@ -49,10 +49,8 @@ def linked(calls: Mapping[Call, int], image: Image, target: Target, ops: bool = 
         whole.link_in(part)
         whole.get_function(name).linkage = "internal"
     for function in whole.functions:
-        if not function.is_declaration:
-            function.add_function_attribute(
-                "nounwind"
-            )  # 32-bit ARM would want unwinding tables, and a library for them
+        if not function.is_declaration:  # 32-bit ARM would want unwinding tables, and a library for them
+            function.add_function_attribute("nounwind")
     return str(whole)
 
 

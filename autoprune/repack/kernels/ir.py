@@ -230,12 +230,6 @@ def fma(module: ir.Module, lanes: int) -> ir.Function:
     return module.globals.get(name) or ir.Function(module, ir.FunctionType(kind, [kind] * 3), name)
 
 
-def relu_if(b: ir.IRBuilder, value: ir.Value, wanted: ir.Value) -> ir.Value:
-    """``max(value, 0)`` of a scalar when `wanted`; NaN stays NaN, as in torch."""
-    negative = b.fcmp_ordered("<", value, ir.Constant(F32, 0.0))
-    return b.select(b.and_(wanted, negative), ir.Constant(F32, 0.0), value)
-
-
 def op_function(module: ir.Module) -> tuple[ir.IRBuilder, ir.Value, ir.Value, ir.Value, ir.Value]:
     """Starts the native op ``op(fields, slots, item, thread)``: builder and arguments."""
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [LONGS, LONGS, I64, I64]), "op")
