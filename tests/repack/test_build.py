@@ -366,7 +366,7 @@ def test_one_refused_target_stops_all(small: ProgramModel, tmp_path: Path) -> No
     assert not (tmp_path / "one").exists()
 
 
-@pytest.mark.parametrize("name", ["main.c", "CMakeLists.txt", "model.h"])
+@pytest.mark.parametrize("name", ["main.c", "CMakeLists.txt", "model.h", "model.json"])
 def test_files_of_a_user_are_never_replaced(small: ProgramModel, name: str, tmp_path: Path) -> None:
     fast = small
     (tmp_path / name).write_text("mine\n")
@@ -430,3 +430,13 @@ def test_the_command_takes_a_run_directory(small: ProgramModel, tmp_path: Path) 
 
 def test_the_shell_completes_the_targets_that_there_are() -> None:
     assert completed_target("") == [HOST, *PLATFORMS]
+
+
+def test_every_target_stands_in_the_guide() -> None:
+    guide = (Path(__file__).parents[2] / "docs/guide/build.md").read_text()
+    assert [name for name in (HOST, *PLATFORMS) if f"`{name}`" not in guide] == []
+
+
+def test_cross_compilers_are_called_as_debian_calls_their_packages() -> None:
+    assert PLATFORMS["x86-64-v3"].debian_package == "gcc-x86-64-linux-gnu"
+    assert PLATFORMS["wasm32"].debian_package == ""

@@ -24,7 +24,7 @@ from autoprune.repack.aot.toolchain import linker, toolchain
 from autoprune.repack.report import ProgramModel, RepackedModel
 from autoprune.repack.runtime.program import Shapes
 
-_OURS = "autoprune"  # in the first line of every text that is written here
+_OURS = "autoprune"  # in the first line of every text that is written here, and among the description's versions
 _ZIG = 'pip install "autoprune[build]" brings one for every target'
 
 
@@ -63,8 +63,8 @@ def build(
 
     Args:
         fast: what `repack` or `load` returned.
-        target: ``host``, this machine, or ``x86-64-v2``, ``x86-64-v3``, ``x86-64-v4``, ``aarch64``, ``armv7``,
-            ``riscv64``, ``wasm32``.
+        target: ``host``, this machine, or ``x86-64-v2``, ``x86-64-v3``, ``x86-64-v4``, ``aarch64``,
+            ``aarch64-dotprod``, ``armv7``, ``riscv64``, ``wasm32``.
         shapes: for each call that the library shall have, the shapes of all inputs; those of the example when None.
         out: the folder for the files. Files of an earlier build there are replaced, one by one.
         name: of the model, in files and in C.
@@ -147,11 +147,12 @@ def _names(name: str, is_wasm: bool) -> dict[str, str]:
 
 def _check_folder(folder: Path, names: Mapping[str, str]) -> None:
     """Raises FileError where a file would be replaced that a user wrote."""
-    for kind in ("header", "module", "wrapper", "example", "config", "cmake"):
+    for kind in ("header", "module", "wrapper", "example", "config", "cmake", "description"):
         path = folder / names[kind] if kind in names else None
         if path is not None and path.exists():
-            first = path.read_bytes()[:4096].partition(b"\n")[0] if path.is_file() else b""
-            if _OURS.encode() not in first:
+            text = path.read_bytes() if path.is_file() else b""
+            told = text if kind == "description" else text[:4096].partition(b"\n")[0]
+            if _OURS.encode() not in told:
                 raise FileError(f"{path} is there already, and of no earlier build: give another folder.")
 
 
@@ -202,9 +203,10 @@ def _missing(built: Compiled, made: Mapping[str, bytes]) -> tuple[str, ...]:
         return ()
     if built.platform.is_wasm:
         return (f"no {built.name}.wasm, which the .mjs needs: no wasm-ld is here; {_ZIG}, or Debian's package lld.",)
-    gnu = f", or Debian's package gcc-{built.platform.gnu}" if built.platform.gnu else ""
+    package = built.platform.debian_package
+    debian = f", or Debian's package {package}" if package else ""
     there = f"cc -shared -o lib{built.name}.so {built.name}.o"
-    return (f"no libraries: no linker for this target is here; {_ZIG}{gnu}. On the device: {there}",)
+    return (f"no libraries: no linker for this target is here; {_ZIG}{debian}. On the device: {there}",)
 
 
 def _callers(built: Compiled, about: Mapping[str, Any]) -> dict[str, bytes]:
