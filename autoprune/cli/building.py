@@ -11,10 +11,13 @@ if TYPE_CHECKING:  # imported when a command runs: --help does not wait for torc
     from autoprune.repack.runtime.program import Shapes
 
 
+TARGETS = ("host", "x86-64-v2", "x86-64-v3", "x86-64-v4", "aarch64", "aarch64-dotprod", "armv7", "riscv64", "wasm32")
+"""The targets; `autoprune.repack.aot.targets` has these names too, and waits for torch."""
+
+
 def completed_target(incomplete: str) -> list[str]:
-    """Completes a target; `autoprune.repack.aot.targets` has these names too, and waits for torch."""
-    names = ("host", "x86-64-v2", "x86-64-v3", "x86-64-v4", "aarch64", "aarch64-dotprod", "armv7", "riscv64", "wasm32")
-    return [name for name in names if name.startswith(incomplete)]
+    """Completes a target."""
+    return [name for name in TARGETS if name.startswith(incomplete)]
 
 
 def build(
@@ -29,8 +32,7 @@ def build(
         list[str] | None,
         typer.Option(
             "--target",
-            help="The processor: host, x86-64-v2, x86-64-v3, x86-64-v4, aarch64, armv7, riscv64, wasm32; repeatable. "
-            "[default: host]",
+            help=f"The processor: {', '.join(TARGETS)}; repeatable. [default: host]",
             autocompletion=completed_target,
         ),
     ] = None,

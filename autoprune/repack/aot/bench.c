@@ -78,7 +78,8 @@ static void print_device(void) {
         if (value == NULL || (line[0] == 'p' && cpu[0])) break; /* the second processor */
         if (known) {
             value[strcspn(value, "\n")] = 0;
-            snprintf(cpu + strlen(cpu), sizeof cpu - strlen(cpu), "%s%s", cpu[0] ? " " : "", value + 2);
+            snprintf(cpu + strlen(cpu), sizeof cpu - strlen(cpu), "%s%s", cpu[0] ? " " : "",
+                     value + 1 + strspn(value + 1, " "));
         }
     }
     if (file != NULL) fclose(file);

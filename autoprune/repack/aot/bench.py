@@ -67,7 +67,7 @@ def compiler_for(found: Platform, target: str) -> Toolchain:
     """
     tools = toolchain(found)
     if tools is None:
-        debian = f"Debian's gcc-{found.gnu}, or " if found.gnu else ""
+        debian = f"Debian's {found.debian_package}, or " if found.debian_package else ""
         raise AutopruneError(
             f"no C compiler for the target {target!r} is here, which links the program that is timed: install "
             f"{debian}Zig's, which is for all targets: pip install ziglang."

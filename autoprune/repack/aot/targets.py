@@ -32,6 +32,11 @@ class Platform:
     emulator: tuple[str, ...] = ()
 
     @property
+    def debian_package(self) -> str:
+        """Debian's package of the cross compiler, such as ``gcc-x86-64-linux-gnu``; empty: there is none."""
+        return self.gnu and f"gcc-{self.gnu.replace('_', '-')}"
+
+    @property
     def is_wasm(self) -> bool:
         """Whether it is WebAssembly, which has no shared libraries."""
         return self.target.family == "wasm32"
