@@ -253,8 +253,11 @@ def test_what_no_kernel_computes_is_torchs() -> None:
         return n.cumsum(1, dtype=torch.uint8)
 
     for run, x in (
-        (bytes_, numbers(256, 5, dtype=torch.uint8)), (twice, data(3, 5)), (doubles, data(3, 5)), (counted, bools(3, 5)),
-    ):  # fmt: skip
+        (bytes_, numbers(256, 5, dtype=torch.uint8)),
+        (twice, data(3, 5)),
+        (doubles, data(3, 5)),
+        (counted, bools(3, 5)),
+    ):
         graph = simplified(run, x)
         assert torch_steps(graph, x) != []
         assert torch.equal(Program(graph, {}, threads=1)(x), run(x))
