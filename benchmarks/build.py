@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import llvmlite
-import llvmlite.binding as llvm
 import numpy as np
 import torch
 from torch import Tensor
@@ -30,6 +29,7 @@ from torch import Tensor
 from autoprune.latency.timer import Protocol, measure_together, speedup
 from autoprune.repack import ProgramModel
 from autoprune.repack.aot.build import Compiled, compiled
+from autoprune.repack.aot.sections import section_sizes
 from autoprune.repack.aot.targets import HOST, PLATFORMS, platform
 from autoprune.repack.aot.toolchain import toolchain
 from autoprune.report.table import markdown_table
@@ -106,16 +106,11 @@ def library(fast: ProgramModel, folder: Path) -> Library:
     return Library(built, path)
 
 
-def text_bytes(code: bytes) -> int:
-    """Bytes of code in an object file."""
-    return sum(section.size() for section in llvm.ObjectFileRef.from_data(code).sections() if section.is_text())
-
-
 def size_rows(name: str, fast: ProgramModel) -> list[list[str]]:
     rows = []
     for target in PLATFORMS:
         made = compiled(fast, target)
-        figures = (text_bytes(made.code), made.data_bytes, len(made.code), made.calls[0].workspace_bytes)
+        figures = (section_sizes(made.code)["code"], made.data_bytes, len(made.code), made.calls[0].workspace_bytes)
         rows.append([name, target, *(f"{each:,}" for each in figures)])
     return rows
 
