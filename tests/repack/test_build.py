@@ -6,6 +6,7 @@ import ctypes
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from autoprune.errors import AutopruneError, ConfigError, FileError
 from autoprune.files import read_json
 from autoprune.repack import ProgramModel
 from autoprune.repack.aot import library, toolchain
+from autoprune.repack.aot.build import compiled
 from autoprune.repack.aot.targets import HOST, PLATFORMS
 from autoprune.repack.kernels.compiler import object_code
 from tests.repack.built import assert_same, built, needs_compiler, program, run, undefined, wrapper
@@ -440,3 +442,21 @@ def test_every_target_stands_in_the_guide() -> None:
 def test_cross_compilers_are_called_as_debian_calls_their_packages() -> None:
     assert PLATFORMS["x86-64-v3"].debian_package == "gcc-x86-64-linux-gnu"
     assert PLATFORMS["wasm32"].debian_package == ""
+
+
+class Wave(nn.Module):
+    """A Linear and a function of what it gives."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear, self.function = nn.Linear(12, 24), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.linear(x))
+
+
+def test_builds_that_differ_in_a_function_alone_have_other_marks(tmp_path: Path) -> None:
+    models = [program(Wave(function), torch.ones(3, 12), tmp_path) for function in (torch.sin, torch.cos)]
+    first, second = (compiled(model).marks for model in models)
+    assert first != second

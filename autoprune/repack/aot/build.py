@@ -29,7 +29,7 @@ class Compiled:
         name: that its functions' names begin with.
         platform: what it is for.
         calls: for each set of input shapes.
-        marks: what a workspace begins with once it is prepared, for each call; in every build others.
+        marks: what a workspace begins with once it is prepared, for each call; see `mark`.
         code: the object file.
         data_bytes: of it, the read-only data.
     """

@@ -118,7 +118,11 @@ def _lines(size: int) -> int:
 def mark(call: Call, image: Image) -> int:
     """What a workspace begins with once it is prepared for a call.
 
-    Another shape has other borders, and another build may have other sizes: neither takes such a workspace.
+    Another shape has other borders, and another build may have other sizes: neither takes such a workspace. Builds that
+    differ in their kernels alone, such as in an activation, are told apart for wrappers, which compare marks.
     """
-    told = (__version__, call.prefix, call.workspace_bytes, call.inputs, call.lowered.arena.borders, image.digest)
+    kernels = [hashlib.sha256(kernel.assembly.encode()).digest() for kernel, *_ in call.ops]
+    told = (
+        __version__, call.prefix, call.workspace_bytes, call.inputs, call.lowered.arena.borders, image.digest, kernels,
+    )  # fmt: skip
     return int.from_bytes(hashlib.sha256(repr(told).encode()).digest()[:8], "little") >> 1
