@@ -190,9 +190,9 @@ def test_the_wrapper_takes_inputs_by_name_and_in_any_memory(nested: ProgramModel
 @pytest.mark.parametrize(
     ("call", "kind", "said"),
     [
-        (lambda model, x, y: model(x), TypeError, r"small takes x, printf; given were \['x'\]"),
-        (lambda model, x, y: model(x, y, y), TypeError, "small takes x, printf"),
-        (lambda model, x, y: model(x, z=y), TypeError, "small takes x, printf"),
+        (lambda model, x, y: model(x), TypeError, r"small takes x, printf; given were 1 in order and \[\] by name"),
+        (lambda model, x, y: model(x, y, y), TypeError, "given were 3 in order"),
+        (lambda model, x, y: model(x, z=y), TypeError, r"given were 1 in order and \['z'\] by name"),
         (lambda model, x, y: model(x.tolist(), y), TypeError, "x must be a numpy array, not list"),
         (lambda model, x, y: model(x, y.astype("f8")), TypeError, r"printf must be float32, not float64: .*'float32'"),
         (lambda model, x, y: model(x, y.byteswap().view(">f4")), TypeError, "printf must be float32, not >f4"),

@@ -275,9 +275,10 @@ def test_the_example_computes_what_the_program_does(
     assert len(run(tmp_path / "example").split()) == flat.size  # on zeros
 
 
-def test_the_example_refuses_a_short_file(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", [71, 73, 144])
+def test_the_example_refuses_a_file_of_another_size(size: int, folder: Path, tmp_path: Path) -> None:
     run("cc", *STRICT, folder / "main.c", folder / "two.o", "-o", tmp_path / "example")
-    (tmp_path / "words").write_bytes(bytes(71))
+    (tmp_path / "words").write_bytes(bytes(size))
     with pytest.raises(AssertionError, match="not a file of 72 bytes"):
         run(tmp_path / "example", tmp_path / "words")
 

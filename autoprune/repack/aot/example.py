@@ -42,7 +42,7 @@ def example(built: Compiled) -> str:
         "    FILE *file;",
         "    if (path == NULL) return;",
         '    file = fopen(path, "rb");',
-        "    if (file == NULL || fread(into, 1, bytes, file) != bytes) {",
+        "    if (file == NULL || fread(into, 1, bytes, file) != bytes || fgetc(file) != EOF) {",
         '        fprintf(stderr, "%s: not a file of %lu bytes\\n", path, (unsigned long)bytes);',
         "        exit(2);",
         "    }",

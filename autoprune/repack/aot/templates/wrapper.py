@@ -83,7 +83,8 @@ class Model:
         names = [port["name"] for port in ports]
         free = names[len(inputs) :]
         if len(inputs) > len(names) or sorted(named) != sorted(free):
-            raise TypeError(f"{MODEL['name']} takes {', '.join(names)}; given were {[*names[: len(inputs)], *named]}.")
+            given_were = f"{len(inputs)} in order and {list(named)} by name"
+            raise TypeError(f"{MODEL['name']} takes {', '.join(names)}; given were {given_were}.")
         given = [*inputs, *(named[name] for name in free)]
         for port, x in zip(ports, given, strict=True):
             if not isinstance(x, np.ndarray):
