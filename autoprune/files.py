@@ -362,13 +362,13 @@ def _read_safetensors(path: Path, what: str) -> tuple[dict[str, torch.Tensor], d
             raise FileError(f"{what} not found: {path}.")
         with _opened(path, what) as start:
             header = int.from_bytes(start.read(8), "little")
+        if header > LARGEST_TEXT:  # perhaps a file of something else, named by mistake: nothing to delete
+            raise FileError(f"{what} cannot be read: {path} is no safetensors file. Name another, or restore a copy.")
         try:
-            if header > LARGEST_TEXT:
-                raise FileError("it is no safetensors file")
             with safe_open(str(path), framework="pt") as handle:
                 names, said = handle.keys(), dict(handle.metadata() or {})
                 return {name: handle.get_tensor(name) for name in names}, said
-        except (SafetensorError, ValueError, RuntimeError, FileError) as error:
+        except (SafetensorError, ValueError, RuntimeError) as error:
             raise _corrupt(path, what, error) from None
 
 

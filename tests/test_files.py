@@ -110,6 +110,11 @@ def test_a_tensor_file_of_something_else_is_told(tmp_path: Path) -> None:
     save_file({"w": torch.ones(2)}, tmp_path / "other.safetensors", {"format": "pt"})
     with pytest.raises(FileError, match="no checksum"):
         read_tensors(tmp_path / "other.safetensors", "the model")
+    source = tmp_path / "model.py"
+    source.write_text("from torch import nn")
+    with pytest.raises(FileError, match="is no safetensors file") as told:
+        read_tensors(source, "the model")
+    assert "elete" not in str(told.value)
 
 
 def log_of(path: Path, rows: int) -> list[dict[str, Any]]:

@@ -55,6 +55,7 @@ def build(
 
     Example: autoprune build runs/digits --target aarch64 --target wasm32 --out built --name digits --shape 1,1,32,32
     """
+    from autoprune.errors import FileError
     from autoprune.pipeline.application import REPACKED
     from autoprune.repack import load
     from autoprune.repack.aot.library import build_all
@@ -63,6 +64,11 @@ def build(
     asked = list(dict.fromkeys(targets or ["host"]))
     folders = {target: out / target if len(asked) > 1 else out for target in asked}
     path = file / REPACKED if file.is_dir() else file
+    if not path.exists():
+        raise FileError(
+            f"the repacked model not found: {path}. Give a file that autoprune repack --save wrote, or the directory of "
+            "a run that is complete."
+        )
     named = name or (file.resolve().name if file.is_dir() else file.stem)
     given = None if shapes is None else [_shapes(text) for text in shapes]
     built = build_all(load(path), folders, given, name=named, threads=threads)

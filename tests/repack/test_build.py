@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 import autoprune
 from autoprune.cli import app
-from autoprune.cli.building import completed_target
+from autoprune.cli.building import build, completed_target
 from autoprune.errors import AutopruneError, ConfigError, FileError
 from autoprune.files import read_json
 from autoprune.repack import ProgramModel
@@ -434,11 +435,6 @@ def test_the_shell_completes_the_targets_that_there_are() -> None:
     assert completed_target("") == [HOST, *PLATFORMS]
 
 
-def test_every_target_stands_in_the_guide() -> None:
-    guide = (Path(__file__).parents[2] / "docs/guide/build.md").read_text()
-    assert [name for name in (HOST, *PLATFORMS) if f"`{name}`" not in guide] == []
-
-
 def test_cross_compilers_are_called_as_debian_calls_their_packages() -> None:
     assert PLATFORMS["x86-64-v3"].debian_package == "gcc-x86-64-linux-gnu"
     assert PLATFORMS["wasm32"].debian_package == ""
@@ -460,3 +456,16 @@ def test_builds_that_differ_in_a_function_alone_have_other_marks(tmp_path: Path)
     models = [program(Wave(function), torch.ones(3, 12), tmp_path) for function in (torch.sin, torch.cos)]
     first, second = (compiled(model).marks for model in models)
     assert first != second
+
+
+@pytest.mark.parametrize("target", [HOST, *PLATFORMS])
+def test_the_pages_and_the_help_name_every_target(target: str) -> None:
+    guide = Path(__file__).parents[2] / "docs" / "guide"
+    assert f"`{target}`" in (guide / "build.md").read_text()
+    option = get_type_hints(build, include_extras=True)["targets"].__metadata__[0]
+    assert re.search(rf" {target}[,;]", option.help)
+
+
+def test_the_command_says_what_it_takes(tmp_path: Path) -> None:
+    with pytest.raises(FileError, match=r"my.models:pruned. Give a file that autoprune repack --save wrote"):
+        app(["build", "my.models:pruned", "--out", str(tmp_path)], standalone_mode=False)
