@@ -66,8 +66,8 @@ def build(
     path = file / REPACKED if file.is_dir() else file
     if not path.exists():
         raise FileError(
-            f"the repacked model not found: {path}. Give a file that autoprune repack --save wrote, or the directory of "
-            "a run that is complete."
+            f"the repacked model not found: {path}. Give a file that autoprune repack --save wrote, or the directory "
+            "of a run that is complete."
         )
     named = name or (file.resolve().name if file.is_dir() else file.stem)
     given = None if shapes is None else [_shapes(text) for text in shapes]

@@ -334,8 +334,8 @@ def test_operations_of_torch_are_refused_together(tmp_path: Path) -> None:
 
 def test_what_is_no_program_is_refused(tmp_path: Path) -> None:
     swapped = autoprune.repack(mlp(), torch.randn(3, 12), form="modules")
-    for model in (swapped, mlp()):
-        with pytest.raises(AutopruneError, match="only whole programs can be built"):
+    for model, said in ((swapped, "only whole programs can be built"), (mlp(), "a Sequential .*repack it first")):
+        with pytest.raises(AutopruneError, match=said):
             autoprune.build(model, out=tmp_path / "built")  # type: ignore[arg-type]
     assert not (tmp_path / "built").exists()
 
@@ -349,6 +349,8 @@ def test_what_is_no_program_is_refused(tmp_path: Path) -> None:
         ({"shapes": [((3, 13),)]}, r"of shape \(3, 12\) .*, not \(3, 13\)"),
         ({"shapes": [((3, 12), (3, 12))]}, "takes 1 inputs, not 2"),
         ({"shapes": []}, "shapes"),
+        ({"shapes": [(3, 12)]}, r"shapes holds, for each call, a tuple of all inputs' shapes, .*, not \(3, 12\)"),
+        ({"target": ["host", "wasm32"]}, r"target is one name, not \['host', 'wasm32'\]"),
         ({"shapes": [((3, 12),), ((3, 12),)]}, "twice"),
     ],
 )

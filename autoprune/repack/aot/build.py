@@ -60,10 +60,12 @@ def compiled(
         AutopruneError: what is no program, an operation without a native form, shapes that the model does not take, or
             that are given twice.
     """
+    if not isinstance(fast, RepackedModel):
+        raise AutopruneError(f"a {type(fast).__name__} as it stands cannot be built: repack it first.")
     if not isinstance(fast, ProgramModel):
         raise AutopruneError(
             "only whole programs can be built, and this model is the original's code with packed layers in it"
-            f"{': ' + fast.summary if isinstance(fast, RepackedModel) and fast.summary else ''}."
+            f"{': ' + fast.summary if fast.summary else ''}."
         )
     check_arguments(name, threads)
     found, image = platform(target), Image()

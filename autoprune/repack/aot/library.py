@@ -65,7 +65,8 @@ def build(
         fast: what `repack` or `load` returned.
         target: ``host``, this machine, or ``x86-64-v2``, ``x86-64-v3``, ``x86-64-v4``, ``aarch64``,
             ``aarch64-dotprod``, ``armv7``, ``riscv64``, ``wasm32``.
-        shapes: for each call that the library shall have, the shapes of all inputs; those of the example when None.
+        shapes: for each call that the library shall have, the shapes of all inputs, such as
+            ``[((1, 3, 32, 32),), ((8, 3, 32, 32),)]`` for one input; those of the example when None.
         out: the folder for the files. Files of an earlier build there are replaced, one by one.
         name: of the model, in files and in C.
         threads: the most that may work on one call.
@@ -75,6 +76,8 @@ def build(
             unknown target; nothing is written then.
         FileError: a file of the name of one of ours is not of an earlier build, or cannot be written.
     """
+    if not isinstance(target, str):
+        raise AutopruneError(f"target is one name, not {target!r}: build once for each.")
     return build_all(fast, {target: as_path(out)}, shapes, name=name, threads=threads)[0]
 
 
