@@ -349,7 +349,7 @@ def test_what_is_no_program_is_refused(tmp_path: Path) -> None:
         ({"shapes": [((3, 13),)]}, r"of shape \(3, 12\) .*, not \(3, 13\)"),
         ({"shapes": [((3, 12), (3, 12))]}, "takes 1 inputs, not 2"),
         ({"shapes": []}, "shapes"),
-        ({"shapes": [(3, 12)]}, r"shapes holds, for each call, a tuple of all inputs' shapes, .*, not \(3, 12\)"),
+        ({"shapes": [(3, 12)]}, r"shapes must be a list of sets, .*, not \[\(3, 12\)\]"),
         ({"target": ["host", "wasm32"]}, r"target is one name, not \['host', 'wasm32'\]"),
         ({"shapes": [((3, 12),), ((3, 12),)]}, "twice"),
     ],
