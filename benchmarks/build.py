@@ -39,9 +39,9 @@ from benchmarks.lib.command_line import among, command_line
 from benchmarks.lib.page import page, write_page
 from benchmarks.lib.provenance import Provenance
 
-SIZED = ("digits-90", "digits-90-int8", "resnet20", "resnet20-int8", "lstm", "encoder")
-TIMED = ("digits-90", "resnet20", "lstm", "encoder")
-COUNTED = ("digits", "lstm")
+TIMED = ("digits-90", "resnet20", "lstm", "encoder", "bert_mini", "mobilenet_v2")
+SIZED = (*TIMED, "digits-90-int8", "resnet20-int8")
+COUNTED = ("digits", "resnet20", "mobilenet_v2", "lstm")
 COUNTED_ON = "aarch64"
 STARTS = 9
 FIRST_RESULT = """
