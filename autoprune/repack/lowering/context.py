@@ -20,6 +20,7 @@ from torch import Tensor
 
 from autoprune.errors import AutopruneError
 from autoprune.quantization.grid import Grid
+from autoprune.repack.graph import aten
 from autoprune.repack.graph.ir import FOLD_LIMIT, Graph
 from autoprune.repack.graph.ops import Op, TorchOp
 from autoprune.repack.kernels.compiler import Target
@@ -310,6 +311,13 @@ class Operand:
         whole = self.source.ref()
         own = [0 if size == 1 else step for size, step in zip(self.shape, whole.strides, strict=True)]
         return replace(whole, strides=(0,) * (len(shape) - len(own)) + tuple(own))
+
+
+def value_of(encoded: Any) -> Any:
+    """An argument as it stands in a graph: a value's name, or a number."""
+    if isinstance(encoded, dict):
+        return encoded["ref"] if "ref" in encoded else aten.decode(encoded, {})
+    return encoded
 
 
 def operand(lowering: Lowering, given: Any, dtype: torch.dtype = torch.float32) -> Operand | None:

@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from autoprune.repack.graph import aten
 from autoprune.repack.graph.ops import TorchOp
 from autoprune.repack.graph.reference import evaluate_op
 from autoprune.repack.lowering import byte_map_rules, map_rules
 from autoprune.repack.lowering.buffers import Buffer
-from autoprune.repack.lowering.context import Operand, fitting, operand, operands, write
+from autoprune.repack.lowering.context import Operand, fitting, operand, operands, value_of, write
 from autoprune.repack.lowering.steps import View, contiguous_strides, is_float
 from autoprune.repack.lowering.strided_nodes import ENTRIES
 
@@ -156,8 +155,7 @@ def _padded(lowering: Lowering, op: TorchOp) -> bool:
         return True
     args, made = op.named_args(), _meta(lowering, op)
     pads, name = _known(lowering, args["pad"]), args["self"]["ref"]
-    value = args.get("value") or 0
-    number = value if type(value) in (int, float) else aten.decode(value, {})
+    number = value_of(args.get("value")) or 0
     given, constant = _view(lowering, name), args.get("mode", "constant") == "constant"
     filled = operand(lowering, number, made.dtype) if isinstance(number, (int, float)) and constant else None
     if given is None or pads is None or filled is None:
@@ -235,8 +233,7 @@ def _filled(lowering: Lowering, op: TorchOp) -> bool:
     """Another value, or a number, of a value's shape and type."""
     args, made = op.named_args(), _meta(lowering, op)
     encoded = args.get("src", args.get("value"))
-    given = encoded["ref"] if isinstance(encoded, dict) and "ref" in encoded else aten.decode(encoded, {})
-    source = operand(lowering, given, made.dtype)
+    source = operand(lowering, value_of(encoded), made.dtype)
     return source is not None and _assembled(lowering, op, made, [(source, _whole(made))])
 
 

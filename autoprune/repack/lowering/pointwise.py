@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from autoprune.repack.graph import aten
 from autoprune.repack.graph.ops import Activation, Add, Op, Reshape, TorchOp
 from autoprune.repack.graph.reference import evaluate_op
 from autoprune.repack.kernels.entries import COMPARISONS, OPERATIONS
@@ -25,7 +24,7 @@ from autoprune.repack.lowering import (
     moves,
     reductions,
 )
-from autoprune.repack.lowering.context import fitting, operands, picked, write
+from autoprune.repack.lowering.context import fitting, operands, picked, value_of, write
 from autoprune.repack.lowering.steps import NativeStep, is_float
 from autoprune.repack.lowering.strided_nodes import ENTRIES, Function
 from autoprune.repack.native.op import NativeOp
@@ -76,13 +75,6 @@ def _given(op: TorchOp, *roles: str) -> list[Any]:
     """Arguments: names of values, and numbers."""
     args = op.named_args()
     return [value_of(args.get(role)) for role in roles]
-
-
-def value_of(encoded: Any) -> Any:
-    """An argument as it stands in a graph: a value's name, or a number."""
-    if isinstance(encoded, dict):
-        return encoded["ref"] if "ref" in encoded else aten.decode(encoded, {})
-    return encoded
 
 
 def _of_two(lowering: Lowering, op: TorchOp) -> bool:
