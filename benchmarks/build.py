@@ -90,7 +90,7 @@ class Library:
         """From opening the library to its first result, in a process of its own; the median."""
         (model,) = self.built.calls
         ports = (model.inputs, [each.port for each in model.outputs])
-        sizes = [[each.count * each.entry_bytes for each in some] for some in ports]
+        sizes = [[each.bytes for each in some] for some in ports]
         given = json.dumps([str(self.path), self.built.name, *sizes, model.workspace_bytes])
         command = [sys.executable, "-c", FIRST_RESULT, given]
         return statistics.median(float(subprocess.check_output(command, text=True)) for _ in range(STARTS))

@@ -52,7 +52,7 @@ def header(call: Call) -> str:
     """What the harness needs to know."""
 
     def sizes(ports: Sequence[Port]) -> str:
-        return "{" + ", ".join(str(each.count * each.entry_bytes) for each in ports) + "}"
+        return "{" + ", ".join(str(each.bytes) for each in ports) + "}"
 
     outputs = [each.port for each in call.outputs]
     kinds = ", ".join([*["const void *"] * len(call.inputs), *["void *"] * (len(outputs) + 1)])
@@ -100,7 +100,7 @@ def call(compiled: Compiled, inputs: tuple[Tensor, ...], folder: Path, how: Runs
     found, data = [], made.read_bytes()
     for result in model.outputs:
         port = result.port
-        size = port.count * port.entry_bytes
+        size = port.bytes
         found.append(torch.from_numpy(np.frombuffer(data[:size], port.dtype).reshape(port.shape).copy()))
         data = data[size:]
     return found

@@ -141,7 +141,7 @@ def profiled(fast: ProgramModel, model: nn.Module, images: Tensor, whole_ms: flo
 
 def _call_us() -> float:
     """Median microseconds of calling a native operation that has nothing to do."""
-    op = NativeOp("nothing", Kernel("nothing", host(), ir.Module()), np.zeros(1, np.int64), 0)
+    op = NativeOp("nothing", Kernel("nothing", host(), ir.Module), np.zeros(1, np.int64), 0)
     nothing, times = NativeSequence([op]), []
     for _ in range(500):
         start = time.perf_counter()

@@ -151,7 +151,7 @@ def test_a_kernel_loads_each_field_from_its_entry(kernel: type[Fields]) -> None:
     b.ret_void()
     array, loaded = kernel.array(filled(kernel, *parts_of(kernel))), np.zeros(len(kernel), np.int64)
     base = np.array([loaded.ctypes.data], np.int64)
-    call_op(Kernel("loads", host(), module), array.ctypes.data, base.ctypes.data, 0)
+    call_op(Kernel("loads", host(), lambda: module), array.ctypes.data, base.ctypes.data, 0)
     own = array.ctypes.data
     assert loaded.tolist() == [array[field] + (own if field.kind in ARRAYS else 0) for field in kernel]
 

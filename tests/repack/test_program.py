@@ -243,7 +243,7 @@ class Called(Kernel):
     """An op that is a Python function."""
 
     def __init__(self, work: Callable[[int], None]) -> None:
-        super().__init__("called", host(), ir.Module())
+        super().__init__("called", host(), ir.Module)
         self._called = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)(lambda fields, slots, item, thread: work(thread))
 
     @property

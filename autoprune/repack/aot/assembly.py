@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import llvmlite.binding as llvm
 import llvmlite.ir as ir
 import numpy as np
 
 from autoprune.repack.aot.call import HEAD, Call, Status
 from autoprune.repack.aot.image import LINE, Image
 from autoprune.repack.aot.interface import Port, Result
-from autoprune.repack.kernels.compiler import OP, Kernel, Target
+from autoprune.repack.kernels.compiler import Kernel, Target, linked_code
 from autoprune.repack.kernels.ir import F32, I8, I32, I64, LONGS, at, const, loop
 from autoprune.repack.lowering.steps import ARENA
 from autoprune.repack.native.sequence import LINE as COUNTER
@@ -21,8 +20,8 @@ BYTES = I8.as_pointer()
 IDLE = ir.FunctionType(ir.VoidType(), []).as_pointer()
 
 
-def linked(calls: Mapping[Call, int], image: Image, target: Target, ops: bool = False) -> str:
-    """One module: kernels, data and entry points, for one target; with `ops` also those of single ops.
+def compiled_calls(calls: Mapping[Call, int], image: Image, target: Target, ops: bool = False) -> bytes:
+    """The object file of kernels, data and entry points, for one target; with `ops` also those of single ops.
 
     `calls`: each with its `mark`.
     """
@@ -42,16 +41,7 @@ def linked(calls: Mapping[Call, int], image: Image, target: Target, ops: bool = 
             _entry(own, call, work, number, parts=True)
         if ops:
             _one_op(own, call, data, declared)
-    whole = llvm.parse_assembly(str(own))
-    for kernel, name in names.items():
-        part = llvm.parse_assembly(kernel.assembly)
-        part.get_function(OP).name = name
-        whole.link_in(part)
-        whole.get_function(name).linkage = "internal"
-    for function in whole.functions:
-        if not function.is_declaration:  # 32-bit ARM would want unwinding tables, and a library for them
-            function.add_function_attribute("nounwind")
-    return str(whole)
+    return linked_code(own, {name: kernel for kernel, name in names.items()}, target)
 
 
 def _data(module: ir.Module, image: Image) -> ir.GlobalVariable:
@@ -181,8 +171,7 @@ def _slots(b: ir.IRBuilder, call: Call, bases: Mapping[int, ir.Value]) -> ir.Val
 
 def _of_sample(b: ir.IRBuilder, call: Call, tensors: Sequence[ir.Value], sample: ir.Value) -> list[ir.Value]:
     """Where a sample's share of each input and output begins."""
-    ports = [*call.inputs, *(each.port for each in call.outputs)]
-    sizes = [port.count * port.entry_bytes // call.samples for port in ports]
+    sizes = [port.bytes // call.samples for port in call.ports]
     return [at(b, x, b.mul(sample, const(size))) for x, size in zip(tensors, sizes, strict=True)]
 
 
@@ -258,7 +247,7 @@ def _check_numbers(b: ir.IRBuilder, port: Port, pointer: ir.Value, rows: int) ->
 
 def _entry(module: ir.Module, call: Call, work: ir.Function, prepared: int, parts: bool) -> None:
     """``run(inputs, outputs, workspace)``, or ``run_part`` with a part's number, how many there are, and what waits."""
-    ports = [*call.inputs, *(each.port for each in call.outputs)]
+    ports = call.ports
     kinds = [*[BYTES] * (len(ports) + 1), *([I32, I32, IDLE] if parts else [])]
     function, b = _function(module, f"{call.prefix}_run{'_part' if parts else ''}", kinds)
     tensors, workspace = function.args[: len(ports)], function.args[len(ports)]

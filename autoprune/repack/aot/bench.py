@@ -109,7 +109,10 @@ def _functions(call: Call) -> str:
     types = ", ".join(["const void *"] * len(call.inputs) + ["void *"] * len(call.outputs) + ["void *"])
     outputs = [f"{name}_own_{number}" for number in range(len(call.outputs))]
     given = ", ".join([f"bench_input_{number}" for number in range(len(call.inputs))] + outputs + [f"{name}_own"])
-    sizes = {**{each: _size(call, number) for number, each in enumerate(outputs)}, f"{name}_own": call.workspace_bytes}
+    sizes = {
+        **{name: each.port.bytes for name, each in zip(outputs, call.outputs, strict=True)},
+        f"{name}_own": call.workspace_bytes,
+    }
     return "\n".join(
         [
             f"int32_t {name}_prepare(void *);",
@@ -121,8 +124,3 @@ def _functions(call: Call) -> str:
             f"static int32_t {name}_own_op(int32_t op) {{ return {name}_run_op({given}, op); }}",
         ]
     )
-
-
-def _size(call: Call, number: int) -> int:
-    port = call.outputs[number].port
-    return port.count * port.entry_bytes

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from autoprune.errors import AutopruneError
-from autoprune.repack.aot.assembly import linked
+from autoprune.repack.aot.assembly import compiled_calls
 from autoprune.repack.aot.call import Call, mark
 from autoprune.repack.aot.image import Image
-from autoprune.repack.aot.interface import c_name, inputs_of, outputs_of
+from autoprune.repack.aot.interface import c_name, inputs_of, outputs_of, shape_text
 from autoprune.repack.aot.targets import HOST, Platform, platform
 from autoprune.repack.graph.extents import check_shapes
-from autoprune.repack.kernels.compiler import Target, object_code
+from autoprune.repack.kernels.compiler import Target
 from autoprune.repack.lowering.geometry import Tiling
 from autoprune.repack.lowering.lower import lower
 from autoprune.repack.lowering.per_sample import can_split
@@ -73,7 +73,7 @@ def compiled(
     own = c_name(name)
     calls = [_call(fast, own, each, len(given) > 1, found, threads, image) for each in given]
     marks = {call: mark(call, image) for call in calls}
-    code = object_code(linked(marks, image, found.target, ops), found.target)
+    code = compiled_calls(marks, image, found.target, ops)
     return Compiled(own, found, tuple(calls), tuple(marks.values()), code, image.size)
 
 
@@ -111,7 +111,7 @@ def _call(
     if refused := sorted({step.op.label for step in lowered.steps if isinstance(step, TorchStep)}):
         raise AutopruneError(
             f"cannot be built: torch runs {', '.join(refused)} in this program, which have no native form "
-            f"for inputs of {_text(shapes)}."
+            f"for inputs of {' and '.join(map(shape_text, shapes))}."
         )
     ops = [
         step.build(program.weights.get(step.name), program.tilings.get(step.name, Tiling()))
@@ -136,10 +136,6 @@ def _single(program: Program, shapes: Shapes, target: Target, threads: int) -> L
         return None
     one = lower(program.graph, program.weights, tuple((1, *shape[1:]) for shape in shapes), target, 1)
     return one if can_split(one) else None
-
-
-def _text(shapes: Shapes) -> str:
-    return " and ".join("x".join(map(str, shape)) or "one number" for shape in shapes)
 
 
 def _suffix(shapes: Shapes) -> str:

@@ -61,6 +61,11 @@ class Call:
     threads: int = 1
 
     @property
+    def ports(self) -> tuple[Port, ...]:
+        """Inputs, then outputs."""
+        return (*self.inputs, *(each.port for each in self.outputs))
+
+    @property
     def shares_ops(self) -> bool:
         """Whether threads share the items of an op, not the samples of a call."""
         return self.threads > 1 and self.samples == 1

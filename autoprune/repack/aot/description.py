@@ -11,6 +11,7 @@ import llvmlite.binding as llvm
 from autoprune.repack.aot.build import Compiled
 from autoprune.repack.aot.call import Call, Status
 from autoprune.repack.aot.interface import Port
+from autoprune.repack.graph.ir import renamed
 from autoprune.version import __version__
 
 MEANINGS: Mapping[Status, str] = {
@@ -75,7 +76,7 @@ def _call(call: Call, mark: int, outputs: Any) -> dict[str, Any]:
         "workspace_bytes": call.workspace_bytes,
         "inputs": [_port(each) for each in call.inputs],
         "outputs": [_port(each.port) for each in call.outputs],
-        "returns": _returned(outputs, {**call.lowered.scalars, **leaves}),
+        "returns": renamed(outputs, {**call.lowered.scalars, **leaves}),
     }
 
 
@@ -85,17 +86,5 @@ def _port(port: Port) -> dict[str, Any]:
         "type": port.dtype,
         "shape": list(port.shape),
         "count": port.count,
-        "bytes": port.count * port.entry_bytes,
+        "bytes": port.bytes,
     }
-
-
-def _returned(outputs: Any, leaves: Mapping[str, Any]) -> Any:
-    """The structure of what is returned, with ``{"output": number}`` where a tensor stands."""
-    if isinstance(outputs, str):
-        return leaves[outputs]
-    if not isinstance(outputs, dict):
-        return outputs
-    ((tag, content),) = outputs.items()
-    if tag in ("tuple", "list"):
-        return {tag: [_returned(each, leaves) for each in content]}
-    return {tag: content if tag == "text" else [[key, _returned(each, leaves)] for key, each in content]}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from autoprune.repack.aot.build import Compiled
-from autoprune.repack.aot.header import shape_text
+from autoprune.repack.aot.interface import shape_text
 
 _PRINTED = {"float": ("%.9g", "double"), "double": ("%.17g", "double")}  # C type -> how it is printed, and as what
 _INTEGER = ("%lld", "long long")
@@ -16,7 +16,7 @@ def example(built: Compiled) -> str:
     outputs = [each.port for each in call.outputs]
     variables = {f"in_{port.name}": port for port in call.inputs} | {f"out_{port.name}": port for port in outputs}
     memory = [
-        f"    static {port.c_type} {variable}[{own}_{port.name.upper()}_COUNT]; /* {shape_text(port)} */"
+        f"    static {port.c_type} {variable}[{own}_{port.name.upper()}_COUNT]; /* {shape_text(port.shape)} */"
         for variable, port in variables.items()
     ]
     read = [

@@ -6,7 +6,7 @@ from autoprune.repack.aot.build import Compiled
 from autoprune.repack.aot.call import Call, Status
 from autoprune.repack.aot.description import MEANINGS
 from autoprune.repack.aot.image import LINE
-from autoprune.repack.aot.interface import C_TYPES, Port
+from autoprune.repack.aot.interface import C_TYPES, Port, shape_text
 from autoprune.version import __version__
 
 
@@ -49,11 +49,6 @@ def header(built: Compiled, target: str) -> str:
     return "\n".join([*parts, "", "#ifdef __cplusplus", "}", "#endif", "", "#endif", ""])
 
 
-def shape_text(port: Port) -> str:
-    """A shape as people write it."""
-    return "x".join(map(str, port.shape)) or "one number"
-
-
 def _statuses(big: str) -> list[str]:
     rows = [f"    {big}_{status.name} = {int(status)}, /* {MEANINGS[status]} */" for status in Status]
     return ["/* What functions return. */", "enum {", *rows[:-1], rows[-1].replace(",", "", 1), "};"]
@@ -64,18 +59,14 @@ def _types(big: str) -> list[str]:
     return ["/* Types of tensors' entries; a bool is a byte, 0 or 1. */", "enum {", ",\n".join(rows), "};"]
 
 
-def _ports(call: Call) -> list[Port]:
-    return [*call.inputs, *(each.port for each in call.outputs)]
-
-
 def _sizes(call: Call) -> list[str]:
     big = call.prefix.upper()
     found = [f"#define {big}_WORKSPACE_BYTES {call.workspace_bytes}"]
-    for port in _ports(call):
+    for port in call.ports:
         own = f"{big}_{port.name.upper()}"
         found += [
-            f"#define {own}_COUNT {port.count} /* {shape_text(port)} */",
-            f"#define {own}_BYTES {port.count * port.entry_bytes}",
+            f"#define {own}_COUNT {port.count} /* {shape_text(port.shape)} */",
+            f"#define {own}_BYTES {port.bytes}",
             f"#define {own}_RANK {len(port.shape)}",
         ]
         if port.shape:
@@ -85,7 +76,7 @@ def _sizes(call: Call) -> list[str]:
 
 def _functions(call: Call, big: str) -> list[str]:
     prefix = call.prefix
-    told = [f" *   {port.name}: {port.c_type}, {shape_text(port)}" for port in _ports(call)]
+    told = [f" *   {port.name}: {port.c_type}, {shape_text(port.shape)}" for port in call.ports]
     tensors = [f"const {port.c_type} *{port.name}" for port in call.inputs]
     tensors += [f"{each.port.c_type} *{each.port.name}" for each in call.outputs]
     found = [

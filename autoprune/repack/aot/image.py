@@ -20,6 +20,7 @@ class Image:
         self._pieces: list[bytes] = []
         self._size = 0
         self._places: dict[bytes, int] = {}
+        self._digest = hashlib.sha256()
 
     @property
     def data(self) -> bytes:
@@ -29,7 +30,7 @@ class Image:
     @property
     def digest(self) -> str:
         """Of all of it."""
-        return hashlib.sha256(self.data).hexdigest()
+        return self._digest.hexdigest()
 
     @property
     def size(self) -> int:
@@ -55,5 +56,6 @@ class Image:
         place = self._size
         padded = data + bytes(-len(data) % LINE)
         self._pieces.append(padded)
+        self._digest.update(padded)
         self._size += len(padded)
         return place

@@ -59,6 +59,11 @@ class Port:
         return math.prod(self.shape)
 
     @property
+    def bytes(self) -> int:
+        """Of all entries."""
+        return self.count * self.entry_bytes
+
+    @property
     def entry_bytes(self) -> int:
         """Bytes of an entry."""
         return int(getattr(torch, self.dtype).itemsize)
@@ -112,6 +117,11 @@ def outputs_of(graph: Graph, lowered: Lowered, inputs: Sequence[Port]) -> tuple[
         own = f"output_{path}" if path.isdigit() else path or "output"
         found.append(Result(name, _port(_unused(c_name(own), taken), dtype, view.shape), view))
     return tuple(found)
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    """A shape as people write it."""
+    return "x".join(map(str, shape)) or "one number"
 
 
 def c_name(text: str) -> str:

@@ -16,8 +16,8 @@ from autoprune.files import as_path, temporary_folder, write_bytes, write_json
 from autoprune.repack.aot.build import Compiled, check_arguments, compiled
 from autoprune.repack.aot.description import description, interface
 from autoprune.repack.aot.example import example
-from autoprune.repack.aot.header import header, shape_text
-from autoprune.repack.aot.interface import c_name
+from autoprune.repack.aot.header import header
+from autoprune.repack.aot.interface import c_name, shape_text
 from autoprune.repack.aot.sections import section_sizes
 from autoprune.repack.aot.targets import HOST, platform
 from autoprune.repack.aot.toolchain import linker, toolchain
@@ -169,7 +169,7 @@ def _made(built: Compiled, target: str, folder: Path, outputs: Any) -> _Made:
         target=target,
         folder=folder,
         files=(*(names[kind] for kind in files), names["description"]),
-        shapes=tuple(" and ".join(shape_text(port) for port in call.inputs) for call in built.calls),
+        shapes=tuple(" and ".join(shape_text(port.shape) for port in call.inputs) for call in built.calls),
         object_bytes=sizes["object"],
         code_bytes=sizes["code"],
         data_bytes=sizes["data"],

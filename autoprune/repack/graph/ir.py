@@ -137,8 +137,8 @@ def build_outputs(outputs: Any, values: Values) -> Any:
     return {"dict": dict, "ordered": OrderedDict, "record": Record}[tag](pairs)
 
 
-def renamed(outputs: Any, names: Mapping[str, str]) -> Any:
-    """The structure `outputs` with other names of values."""
+def renamed(outputs: Any, names: Mapping[str, Any]) -> Any:
+    """The structure `outputs` with other names of values, or other plain data in their places."""
     if isinstance(outputs, str):
         return names[outputs]
     if not isinstance(outputs, dict):

@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from typing import Any, Literal, ParamSpec, TypeVar
 
 import llvmlite.binding as llvm
@@ -180,13 +180,20 @@ class Kernel:
     Attributes:
         name: of the function that emits it.
         target: what it is made for.
-        assembly: its LLVM IR, in which it is the function `OP`.
+
+    Raises what `emit` raises: what it cannot be is an error at once.
     """
 
-    def __init__(self, name: str, target: Target, module: ir.Module) -> None:
-        self.name, self.target, self.assembly = name, target, str(module)
+    def __init__(self, name: str, target: Target, emit: Callable[[], ir.Module]) -> None:
+        self.name, self.target, self._emit = name, target, emit
+        self._text: str | None = str(emit())
         self._lock = threading.Lock()
         self._address: int | None = None
+
+    @property
+    def assembly(self) -> str:
+        """Its LLVM IR, in which it is the function `OP`; up to a megabyte, which is not kept once it is compiled."""
+        return self._text or str(self._emit())
 
     @property
     def address(self) -> int:
@@ -197,7 +204,7 @@ class Kernel:
         """
         with self._lock:
             if self._address is None:
-                self._address = compile_op(self.assembly, OP, self.target)
+                self._address, self._text = compile_op(self.assembly, OP, self.target), None
             return self._address
 
 
@@ -209,7 +216,7 @@ def kernel(emit: Callable[Arguments, ir.Module]) -> Callable[Arguments, Kernel]:
     @wraps(emit)
     def made(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Kernel:
         target = signature.bind(*args, **kwargs).arguments.get("target") or host()
-        return Kernel(emit.__name__, target, emit(*args, **kwargs))
+        return Kernel(emit.__name__, target, partial(emit, *args, **kwargs))
 
     return made
 
@@ -236,14 +243,35 @@ def compile_op(module: ir.Module | str, name: str, target: Target) -> int:
 def object_code(module: ir.Module | str, target: Target) -> bytes:
     """The module, or its text, as an object file, optimised; one that stands alone where the target has a triple."""
     with _LOCK:
-        machine = _machine(target)
-        text = str(module)
-        parsed = llvm.parse_assembly(text if target.fused else text.replace("llvm.fma.", "llvm.fmuladd."))
-        if target.triple:
-            parsed.triple, parsed.data_layout = target.triple, str(machine.target_data)
-        parsed.verify()
-        _optimise(parsed, machine)
-        return bytes(machine.emit_object(parsed))
+        return _emitted(_parsed(str(module), target), target)
+
+
+def linked_code(module: ir.Module, kernels: Mapping[str, Kernel], target: Target) -> bytes:
+    """`object_code` of a module together with the kernels that it declares, by the names it has for them."""
+    with _LOCK:
+        whole = _parsed(str(module), target)
+        for name, each in kernels.items():
+            part = _parsed(each.assembly, target)
+            part.get_function(OP).name = name
+            whole.link_in(part)
+            whole.get_function(name).linkage = "internal"
+        for function in whole.functions:
+            if not function.is_declaration:  # 32-bit ARM would want unwinding tables, and a library for them
+                function.add_function_attribute("nounwind")
+        return _emitted(whole, target)
+
+
+def _parsed(text: str, target: Target) -> Any:
+    return llvm.parse_assembly(text if target.fused else text.replace("llvm.fma.", "llvm.fmuladd."))
+
+
+def _emitted(parsed: Any, target: Target) -> bytes:
+    machine = _machine(target)
+    if target.triple:
+        parsed.triple, parsed.data_layout = target.triple, str(machine.target_data)
+    parsed.verify()
+    _optimise(parsed, machine)
+    return bytes(machine.emit_object(parsed))
 
 
 def _machine(target: Target) -> Any:
