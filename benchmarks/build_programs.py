@@ -137,7 +137,7 @@ def _in_wasm(program: Path, folder: Path) -> None:
     linker.define_wasi()
     instance = linker.instantiate(store, wasmtime.Module.from_file(engine, str(program)))
     try:
-        instance.exports(store)["_start"](store)  # type: ignore[operator]
+        instance.exports(store)["_start"](store)
     except wasmtime.ExitTrap as ended:
         if ended.code:
             raise RuntimeError(f"exit status {ended.code}") from ended
