@@ -53,6 +53,7 @@ def finish(directory: Path) -> str:
         run.lock.close()
 
 
+@pytest.mark.slow
 def test_a_run_on_a_device_that_is_lost_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trials, lost, seen = tmp_path / "search" / "evaluations.jsonl", 0, list[object]()
     while True:
@@ -93,6 +94,7 @@ def _says_where_it_was_measured(directory: Path, page: str) -> None:
     assert read_json(directory / "baselines.json", "baselines")["best"] == "repacked"
 
 
+@pytest.mark.slow
 def test_what_another_device_measured_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     finish(tmp_path)
     monkeypatch.setattr(CountingDevice, "name", "another counter")

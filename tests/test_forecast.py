@@ -90,6 +90,7 @@ def test_a_dry_run_says_what_a_run_would_do_and_changes_nothing(folder: Path) ->
     assert contents(folder) == before
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="there a signal ends a process without asking it")
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
 def test_a_dry_run_that_is_stopped_leaves_no_folder(folder: Path, name: str, heard: None) -> None:
@@ -143,6 +144,7 @@ def test_engines_whose_times_are_known_are_not_prepared(folder: Path, monkeypatc
     assert said["minutes"]["dense engines"] == took_s / 60
 
 
+@pytest.mark.slow
 def test_a_target_out_of_reach_is_measured_and_refused(folder: Path) -> None:
     done = call("run", "small.toml", "--speedup", "900", "--over", "eager", "--run-dir", "other")
     assert isinstance(done.exception, InfeasibleTarget), done.output
@@ -162,6 +164,7 @@ def test_the_directory_of_another_config_is_refused(folder: Path) -> None:
     assert "these keys differ: seed" in str(done.exception)
 
 
+@pytest.mark.slow
 def test_a_method_needs_no_search_and_no_more_minutes_than_given_are_told(folder: Path) -> None:
     done = call("prune", "small.toml", "--method", "gradual", "--sparsity", "0.5", "--json")
     assert done.exit_code == 0, done.output

@@ -82,6 +82,7 @@ def test_training_keeps_the_policy_that_the_choosing_tasks_like_best(tmp_path: P
     assert list((tmp_path / "tensorboard").iterdir())
 
 
+@pytest.mark.slow
 def test_a_training_that_is_done_is_not_run_again_and_another_config_is_refused(tmp_path: Path) -> None:
     first = fake(config(), tmp_path)
     best = first.train()

@@ -289,6 +289,7 @@ def _process(rank: int, port: int, folder: str) -> None:
     os._exit(0)
 
 
+@pytest.mark.slow
 def test_two_processes_end_with_the_same_masks_and_as_one_with_their_mean_gradients(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -187,6 +187,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_in_bytes_ends_with_the_program_of_bytes(finished: Path) -> None:
     directory = finished / "run"
     assert read_json(directory / "config.json", "the config")["precision"] == "int8"

@@ -19,6 +19,8 @@ from autoprune.precision import RunPrecision
 from autoprune.report.run_report import write_report
 from autoprune.testing import save_fake_table
 
+pytestmark = pytest.mark.slow
+
 SMALL: dict[str, Any] = {
     "task": {"name": "digits", "widths": [8, 16]},
     "dense": {"epochs": 1, "learning_rate": 0.1},

@@ -157,6 +157,7 @@ def test_bad_input_is_said(config: Path, args: list[str], said: str) -> None:
         raise result.exception
 
 
+@pytest.mark.slow
 def test_a_search_may_aim_at_a_sparsity(config: Path) -> None:
     few = ("--set", "search.episodes=8", "--workers", "1")  # every plan is moved onto the target, the first one too
     result = CliRunner().invoke(app, ["train", str(config), "--set", "target={sparsity = 0.5}", *few])
@@ -194,6 +195,7 @@ def test_a_method_is_read_as_it_was_given(config: Path) -> None:
     assert """'a"b'""" in str(result.exception)
 
 
+@pytest.mark.slow
 def test_several_methods_make_one_table_and_what_is_done_is_not_done_again(config: Path) -> None:
     """N:M allows one sparsity alone, so a method that finds the layers' shares cannot use it."""
     args = ("--method", "gradual,one_shot,adaptive", "--sparsity", "0.5", "--pattern", "n:m")
@@ -229,6 +231,7 @@ def test_several_methods_make_one_table_and_what_is_done_is_not_done_again(confi
         assert said["run_dir"] == str(folder)
 
 
+@pytest.mark.slow
 def test_stopped_methods_go_on_and_share_what_is_measured_of_the_dense_model(
     config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -183,6 +183,7 @@ def test_the_plan_is_the_best_of_those_trained_for_longest(copied: Path) -> None
     assert Run(config(), copied).searched.halved == again.halved
 
 
+@pytest.mark.slow
 def test_a_lucky_timing_does_not_win_the_search(copied: Path) -> None:
     """The worst trial gets a speed-up that no clock will show again."""
     unclaim(copied)

@@ -83,6 +83,7 @@ def test_a_killed_training_goes_on_as_if_it_had_never_stopped(name: str, tmp_pat
     assert resumed == whole[10:]
 
 
+@pytest.mark.slow
 def test_learning_pays_and_the_policy_is_saved_without_its_training(tmp_path: Path) -> None:
     learns = learner("ppo")
     envs = [PruneEnv(task_target.problem, ACTIONS) for task_target in misjudged()]

@@ -74,6 +74,7 @@ def test_those_that_are_asked_for_alike_share_a_problem(env: gymnasium.Env[Any, 
         prune_env(**{**asked, "target_speedup": 2.0})
 
 
+@pytest.mark.slow
 def test_what_is_made_is_said_and_kept(capsys: pytest.CaptureFixture[str]) -> None:
     asked: dict[str, Any] = {"task": {**SMALL, "env": {"min_saving": 0.0}}, "target_sparsity": 0.5}
     env = prune_env(**asked)

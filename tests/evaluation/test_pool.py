@@ -76,6 +76,7 @@ def pool() -> Iterator[ProcessPool]:
         yield made
 
 
+@pytest.mark.slow
 def test_what_nobody_waits_for_any_more_disturbs_nothing(pool: ProcessPool) -> None:
     next(pool.in_order(PLANS))
     assert pool.all(PLANS) == PROBLEM.evaluate.all(PLANS)

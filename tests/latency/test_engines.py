@@ -152,6 +152,7 @@ def test_torch_engines_run_on_the_threads_asked_for_and_restore_them(name: str) 
     assert torch.get_num_threads() == 1
 
 
+@pytest.mark.slow
 def test_openvino_computes_in_float32_on_the_threads_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     made = engine("openvino")
     openvino = import_openvino()

@@ -159,6 +159,7 @@ def test_groups_of_any_size_give_the_same_bits(name: str, size: int, tmp_path: P
         assert_same(outputs(made, (x,), targets))
 
 
+@pytest.mark.slow
 def test_bytes_are_the_same_whether_a_processor_fuses_or_not(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(

@@ -100,6 +100,7 @@ def test_stepwise_and_whole_are_torchs_own(case: Case, size: tuple[int, int]) ->
     same(WholeSequences(case.module)(x, hx), wanted)
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(case=cases(), lengths=st.lists(st.integers(1, 5), min_size=1, max_size=4), ordered=st.booleans())
 @torch.no_grad()

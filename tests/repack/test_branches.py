@@ -67,6 +67,7 @@ def test_a_branch_may_lie_within_another() -> None:
     torch.testing.assert_close(model(x), model.last(model.first(x)))
 
 
+@pytest.mark.slow
 def test_a_cut_branch_stays_cut_and_is_not_run() -> None:
     model = trained()
     task = digits(widths=(8, 16), blocks=2)

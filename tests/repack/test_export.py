@@ -251,6 +251,7 @@ def test_a_model_that_takes_one_batch_size_is_exported_for_that(tmp_path: Path) 
     assert not report.dynamic
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:LSTM with projections:UserWarning")
 @pytest.mark.parametrize("projected", [0, 3])
 def test_steps_before_the_batch_are_no_batch(tmp_path: Path, projected: int) -> None:

@@ -160,6 +160,7 @@ def test_filters_nobody_reads_go_from_a_layer_that_reads_few_channels_itself(kep
     torch.testing.assert_close(repack(model, x, threads=1)(x), wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", ["filter", "channel"])
 @pytest.mark.parametrize("method", ["one_shot", "sr_ste"])
 def test_a_trained_network_really_loses_what_was_cut(pattern: str, method: str) -> None:

@@ -143,6 +143,7 @@ def test_arguments_that_torch_would_believe_are_refused(name: str, args: list[An
         TorchOp.of("y", name, tuple(args)).check({})
 
 
+@pytest.mark.slow
 def test_no_allowed_operator_crashes_on_odd_arguments() -> None:
     """In a process of its own, which names the operator that ended it."""
     script = Path(__file__).with_name("odd_arguments.py")

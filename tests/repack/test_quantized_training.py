@@ -102,6 +102,7 @@ def ready(name: str) -> tuple[nn.Module, Tensor]:
     return trained_(make(), data(shape, 5, 1)), data(shape, 1)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_int8_computes_what_was_trained(name: str) -> None:
     model, x = ready(name)
