@@ -102,6 +102,7 @@ def test_the_contender_that_is_best_after_its_training_is_the_run_s(
     assert [row.agent for row in record.searches if row.agent.endswith(", chosen")] == [f"{won.source}, chosen"]
 
 
+@pytest.mark.slow
 def test_a_contest_goes_on_where_it_was_stopped(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     undisturbed = run_in(Path(shutil.copytree(folder, tmp_path / "whole")))
     wanted = undisturbed.plan

@@ -122,6 +122,7 @@ def test_a_device_that_is_not_there_is_told_before_any_work(tmp_path: Path, monk
     run.lock.close()
 
 
+@pytest.mark.slow
 def test_a_dry_run_says_the_device(tmp_path: Path) -> None:
     run = Run(config(), tmp_path)
     found = forecast(run)

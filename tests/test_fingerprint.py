@@ -353,6 +353,7 @@ def test_a_forward_of_an_objects_own_counts() -> None:
     assert architecture_fingerprint(replaced(1.0)) != architecture_fingerprint(replaced(2.0))
 
 
+@pytest.mark.slow
 def test_sets_and_dictionaries_are_the_same_under_any_hash_seed() -> None:
     code = (
         "from autoprune.identity.fingerprint import fingerprint, function_fingerprints as of\n"

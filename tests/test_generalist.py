@@ -64,6 +64,7 @@ def test_a_family_is_drawn_alike_from_a_seed_and_never_holds_what_it_is_judged_b
         draw_members(5, 0, ("digit",))
 
 
+@pytest.mark.slow
 def test_all_kinds_of_models_choose(tmp_path: Path) -> None:
     parted = fake(config().model_copy(update={"family": FamilySection(tasks=25, data=("digits",))}), tmp_path).split()
     learned, choosing, held_out = ({each.name for each in part} for part in parted)
@@ -92,6 +93,7 @@ def test_a_training_that_is_done_is_not_run_again_and_another_config_is_refused(
         fake(config(updates=7), tmp_path)
 
 
+@pytest.mark.slow
 def test_what_a_killed_training_judged_after_its_checkpoint_is_not_kept_twice(tmp_path: Path) -> None:
     best = fake(config(), tmp_path).train()
     lines = (tmp_path / "judgements.jsonl").read_bytes()
@@ -106,6 +108,7 @@ def test_a_family_with_nothing_at_stake_is_told(tmp_path: Path) -> None:
         Generalist(config(), tmp_path, prepared={}).train()
 
 
+@pytest.mark.slow
 def test_a_task_is_made_ready_once_for_any_actions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "cache_folder", lambda: tmp_path)
     model = {"name": "mlp", "widths": [48, 32]}

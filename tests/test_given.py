@@ -96,6 +96,7 @@ def refusal(**given: Any) -> tuple[str, int]:
     return str(refused.value), len(seen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_compress_works_frozen_and_without_gradients_and_leaves_the_model(mode: Any) -> None:
     """A deployment script: weights loaded for inference, under no_grad, with an evaluation that does as it likes."""
@@ -265,6 +266,7 @@ def test_a_batch_that_fails_later_is_named() -> None:
             train_(network(norm=True), train, nn.functional.cross_entropy, settings, seed=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", [2, 4])
 def test_one_failing_evaluation_ends_its_trial_alone(call: int, tmp_path: Path) -> None:
     """The second call is a trial's; the fourth the final table's, which another call of compress goes on with."""

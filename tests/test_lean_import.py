@@ -61,6 +61,7 @@ def test_help_waits_neither_for_torch_nor_for_the_agents(command: str) -> None:
     )  # its own
 
 
+@pytest.mark.slow
 def test_repack_is_the_function_in_whatever_order_things_are_imported() -> None:
     """The package of the same name is bound to it by Python when it is imported."""
     for code in ("import autoprune", "import autoprune.repack.files, autoprune", "import autoprune.repack"):

@@ -79,6 +79,7 @@ def test_a_method_prunes_to_a_speedup_that_is_measured(config: Path) -> None:
     assert report_of(run).record.facts["distance from the target"] == "in steps"
 
 
+@pytest.mark.slow
 def test_a_method_that_misses_the_speedup_prunes_further(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = 'target={speedup = 1.5, over = "eager"}'
     run = Run(load_config(config, [target, 'finetune.method="gradual"']), Path("again"))
@@ -168,6 +169,7 @@ def test_a_search_may_aim_at_a_sparsity(config: Path) -> None:
     assert 0.5 <= zeros / sum(weights.values()) < 0.53
 
 
+@pytest.mark.slow
 def test_the_budget_counts_what_is_asked(config: Path) -> None:
     result = prune(config, "--method", "gradual", "--sparsity", "0.5")
     assert result.exit_code == 0, result.output

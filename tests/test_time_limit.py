@@ -61,6 +61,7 @@ def test_a_search_ends_with_its_time_and_is_not_played_again(agent: str, tmp_pat
     assert (tmp_path / "trials.jsonl").read_bytes().startswith(before)
 
 
+@pytest.mark.slow
 def test_a_run_takes_the_best_plan_that_it_had_time_for(tmp_path: Path) -> None:
     run = Run(CONFIG, tmp_path / "run", clock=FakeClock(2.0), minutes=0.1)  # three evaluations
     save_fake_table(run)

@@ -223,6 +223,7 @@ def test_a_flag_that_ended_is_what_it_was() -> None:
     assert not flag
 
 
+@pytest.mark.slow
 def test_mixed_work_in_threads() -> None:
     found = threads.run(threads=4, seconds=0.5, seed=3)
     assert [told for _, told in found.wrong] == []

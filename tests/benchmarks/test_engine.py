@@ -197,6 +197,7 @@ def test_a_masked_block_keeps_its_inputs_together() -> None:
         assert torch.equal(fours.all(2), fours.any(2))
 
 
+@pytest.mark.slow
 def test_a_cell_in_int8_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """From masks to row, with engines that need no extra."""
     cell = engine_report.Cell("resnet20", 0.75, 8, 1, 1, "int8", 4)

@@ -82,6 +82,7 @@ def test_what_nobody_waits_for_any_more_disturbs_nothing(pool: ProcessPool) -> N
     assert pool.all(PLANS) == PROBLEM.evaluate.all(PLANS)
 
 
+@pytest.mark.slow
 def test_measurements_are_those_of_one_process_in_the_plans_order(pool: ProcessPool) -> None:
     wanted = [PROBLEM.evaluate(plan) for plan in PLANS]
     assert pool.all(PLANS) == wanted
@@ -124,6 +125,7 @@ def test_a_worker_killed_in_mid_trial_loses_nothing(tmp_path: Path) -> None:
     assert CachedEvaluate(Troubled(tmp_path / "none"), record).all(PLANS[:5]) == PROBLEM.evaluate.all(PLANS[:5])
 
 
+@pytest.mark.slow
 def test_what_a_worker_raises_the_caller_gets(tmp_path: Path) -> None:
     with ProcessPool(Troubled(tmp_path, raising=(1,)), 2) as pool, pytest.raises(AutopruneError, match="plan 1 cannot"):
         pool.all(PLANS)

@@ -434,6 +434,7 @@ def test_a_form_that_is_not_clearly_faster_is_left(gathered_us: float) -> None:
     assert (chosen.dense_us, chosen.packed_us) == (100.0, gathered_us)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("speedups", "form", "why"), [
     ([0.5, 1.0], "dense", "2.00x faster than dense, the whole model is not"),
     ([0.5, 0.5, 0.5], "dense", "exported as it stands: no other form of the model was as fast"),

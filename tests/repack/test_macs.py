@@ -108,6 +108,7 @@ def test_a_flattened_map_and_a_layer_that_runs_twice_have_no_single_reader() -> 
     assert find_readers(Odd().eval(), torch.randn(2, 2, 6, 6)) == {}
 
 
+@pytest.mark.slow
 @settings(max_examples=6)
 @given(shares=st.lists(st.floats(0.0, 0.95), min_size=4, max_size=4), batch=st.integers(1, 3))
 def test_the_cost_of_a_plain_network_is_what_remains(shares: list[float], batch: int) -> None:
@@ -117,6 +118,7 @@ def test_the_cost_of_a_plain_network_is_what_remains(shares: list[float], batch:
     assert remaining_macs(model, x) == pytest.approx(cost(found), rel=1e-9)
 
 
+@pytest.mark.slow
 @settings(max_examples=5)
 @given(shares=st.lists(st.floats(0.0, 0.9), min_size=3, max_size=3))
 def test_the_cost_of_inner_channels_is_what_remains(shares: list[float]) -> None:

@@ -99,6 +99,7 @@ def test_attention_with_a_row_that_is_masked_whole(mask: Tensor) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:LSTM with projections")  # torch is slower with them
 @pytest.mark.parametrize(("layers", "bidirectional", "batch_first", "bias"), [
     (1, False, True, True), (2, True, True, True), (2, True, False, False),
