@@ -17,6 +17,7 @@ BENCHMARKS: Mapping[str, str] = {
     "engine": "how much faster repacked standard models are than the best dense engine",
     "fetch": "whether the model of cache lines agrees with cachegrind",
     "fine_grained": "who finds the best recipe: agent, random search, TPE or a person",
+    "front": "whether a large pruned model is better than a small dense one of the same latency",
     "fuzz": "whether damaged and hostile files end in an error in words",
     "generalist": "what each part of the generalist's design is worth",
     "kills": "whether killed commands go on without losing or doubling anything",

@@ -9,6 +9,7 @@ from typing import Any
 
 from autoprune.registry import Choice
 from autoprune.settings import TrainingSettings
+from autoprune.tasks import spoken_digits
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Setting:
 GROUP = Choice("group", {"size": 8})
 NORMALISED: Mapping[str, Any] = {"name": "global", "normalise": True}
 SETTINGS: Mapping[str, Setting] = {
+    "group-75": Setting(GROUP, 0.75),
     "group-90": Setting(GROUP, 0.90),
     "group-97": Setting(GROUP, 0.97),
     "unstructured-90": Setting(Choice("unstructured"), 0.90),
@@ -90,6 +92,15 @@ FASHION_MNIST_WIDE = replace(
     task=Choice("fashion_mnist", {**FASHION_MNIST.task.args, "widths": [32, 64, 128]}),
     settings=("group-90", "unstructured-90"),
     seeds=1,
+)
+SPOKEN_DIGITS = Shown(
+    "spoken_digits",
+    Choice("spoken_digits", {"hidden": 128}),
+    epochs=30,
+    start_epochs=15,
+    dense=spoken_digits.DENSE_TRAINING.changed({"epochs": 30}),
+    settings=("group-75", "group-90"),
+    seeds=3,
 )
 TASKS_SHOWN: Mapping[str, Shown] = {
     "fashion_mnist": FASHION_MNIST,
