@@ -14,7 +14,10 @@ from autoprune.precision import Precision
 from autoprune.repack.aot.build import compiled
 from autoprune.repack.aot.targets import PLATFORMS
 from autoprune.repack.aot.toolchain import toolchain
+from autoprune.repack.lowering.geometry import Tiling
 from autoprune.repack.model import repack
+from benchmarks.build_models import SUBJECTS
+from tests.laws.test_program import told
 
 pytestmark = pytest.mark.emulated
 PRECISIONS: tuple[Precision, ...] = ("float32", "int8")
@@ -82,3 +85,15 @@ def test_what_is_pruned_is_not_computed(name: str, tmp_path: Path) -> None:
 def test_bytes_take_fewer_instructions_than_floats(name: str, share: float, tmp_path: Path) -> None:
     floats, bytes_ = (executed(layers(False, each), name, tmp_path) for each in PRECISIONS)
     assert bytes_ < share * floats
+
+
+def test_a_step_of_an_lstm_takes_few_instructions_beside_its_products(tmp_path: Path) -> None:
+    subject = SUBJECTS["lstm"]
+
+    def count(sparsity: float) -> int:
+        cache = told(tmp_path, lambda: Tiling(16, 20, 24))
+        return executed(subject.repacked(sparsity, cache), "aarch64", tmp_path)
+
+    dense, pruned = count(0.0), count(subject.sparsity)
+    assert dense < 1_900_000
+    assert pruned < 700_000

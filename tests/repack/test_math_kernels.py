@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import llvmlite.ir as ir
 import numpy as np
@@ -68,6 +69,19 @@ def test_a_power_ends_in_zero_and_infinity(name: str, lanes: int) -> None:
     assert got[8].isnan()
     gradual = torch.linspace(-130, -80, 5001)  # across the denormal numbers, which may be 0
     assert ((applied(emit, gradual, target_of(lanes)) - right(gradual)).abs() <= 2**-126 + 1e-6 * right(gradual)).all()
+
+
+@pytest.mark.parametrize("lanes", LANES)
+@pytest.mark.parametrize("factor", [-1.0, 2.0, -2.0])
+def test_a_power_of_a_multiple_has_the_bits_of_the_multiplied(factor: float, lanes: int) -> None:
+    ends = torch.tensor([0.0, -0.0, INF, -INF, 88.0, -88.0, 88.8, -88.8, 44.1, -44.1, 3e38, -3e38, 1e-40])
+    x, target = torch.cat([torch.linspace(-95, 95, 20001), ends]), target_of(lanes)
+    wanted = applied(math.exp, x * factor, target)
+    assert torch.equal(applied(partial(math.exp, factor=factor), x, target).view(torch.int32), wanted.view(torch.int32))
+    if factor < 0:
+        got, above = applied(partial(math.exp_falling, factor=factor), x.abs(), target), x >= 0
+        assert torch.equal(got[above].view(torch.int32), wanted[above].view(torch.int32))
+    assert applied(partial(math.exp_falling, factor=-2.0), torch.tensor([NAN]), target).isnan().all()
 
 
 @pytest.mark.parametrize("lanes", LANES)

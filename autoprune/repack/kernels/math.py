@@ -85,28 +85,41 @@ def exp2(b: ir.IRBuilder, module: ir.Module, x: ir.Value, lanes: int) -> ir.Valu
     return _scaled(b, module, b.fsub(x, b.fsub(shifted, rounder)), shifted, lanes)
 
 
-def _split(b: ir.IRBuilder, module: ir.Module, x: ir.Value, lanes: int) -> tuple[ir.Value, ir.Value]:
-    """X log2(e) as a rest of at most one half, and the integer in the low bits of the other.
+def _split(
+    b: ir.IRBuilder, module: ir.Module, x: ir.Value, lanes: int, factor: float = 1.0
+) -> tuple[ir.Value, ir.Value]:
+    """`factor` x log2(e) as a rest of at most one half, and the integer in the low bits of the other.
 
-    The rest is taken of x, whose difference from a multiple of `_LN2` is exact even where nothing is fused.
+    The rest is taken of x, whose difference from a multiple of `_LN2` is exact even where nothing is fused. `factor` is
+    a power of two or minus one, and changes no bits.
     """
     multiply, rounder = fma(module, lanes), splat_float(_ROUNDER, lanes)
-    shifted = b.call(multiply, [x, splat_float(_LOG2E, lanes), rounder])
+    shifted = b.call(multiply, [x, splat_float(_LOG2E * factor, lanes), rounder])
     integer = b.fsub(shifted, rounder)
-    rest = b.call(multiply, [integer, splat_float(-_LN2, lanes), x])
-    rest = b.call(multiply, [integer, splat_float(-_LN2_LOW, lanes), rest])
-    return b.fmul(rest, splat_float(_LOG2E, lanes)), shifted
+    rest = b.call(multiply, [integer, splat_float(-_LN2 / factor, lanes), x])
+    rest = b.call(multiply, [integer, splat_float(-_LN2_LOW / factor, lanes), rest])
+    return b.fmul(rest, splat_float(_LOG2E * factor, lanes)), shifted
 
 
-def exp(b: ir.IRBuilder, module: ir.Module, x: ir.Value, lanes: int) -> ir.Value:
-    """E ** x to 2 ulp; 0 below the normal numbers, infinity from 2 ** 127.5 on, NaN of NaN."""
-    x = clamp(b, x, *(splat_float(end, lanes) for end in _EXP_RANGE))
-    return _scaled(b, module, *_split(b, module, x, lanes), lanes)
+def exp(b: ir.IRBuilder, module: ir.Module, x: ir.Value, lanes: int, factor: float = 1.0) -> ir.Value:
+    """E ** (`factor` x) to 2 ulp; 0 below the normal numbers, infinity from 2 ** 127.5 on, NaN of NaN.
+
+    `factor` is a power of two or minus one: the same bits as if x were multiplied before, by fewer instructions.
+    """
+    x = clamp(b, x, *(splat_float(end, lanes) for end in sorted(end / factor for end in _EXP_RANGE)))
+    return _scaled(b, module, *_split(b, module, x, lanes, factor), lanes)
+
+
+def exp_falling(b: ir.IRBuilder, module: ir.Module, size: ir.Value, lanes: int, factor: float) -> ir.Value:
+    """`exp` of no negative `size` by a `factor` below 0, which needs but one bound."""
+    most = splat_float(_EXP_RANGE[0] / factor, lanes)
+    size = b.select(b.fcmp_ordered(">", size, most), most, size)
+    return _scaled(b, module, *_split(b, module, size, lanes, factor), lanes)
 
 
 def _sigmoid(b: ir.IRBuilder, module: ir.Module, x: ir.Value, lanes: int) -> ir.Value:
     one = splat_float(1.0, lanes)
-    return b.fdiv(one, b.fadd(one, exp(b, module, b.fneg(x), lanes)))
+    return b.fdiv(one, b.fadd(one, exp(b, module, x, lanes, -1.0)))
 
 
 def _silu(b: ir.IRBuilder, module: ir.Module, x: ir.Value, lanes: int) -> ir.Value:
@@ -173,6 +186,13 @@ def _sqrt(b: ir.IRBuilder, module: ir.Module, x: ir.Value, lanes: int) -> ir.Val
 def _abs(b: ir.IRBuilder, module: ir.Module, x: ir.Value, lanes: int) -> ir.Value:
     bits = b.and_(b.bitcast(x, _splat_int(0, lanes).type), _splat_int(2**31 - 1, lanes))
     return b.bitcast(bits, x.type)
+
+
+def copysign(b: ir.IRBuilder, module: ir.Module, size: ir.Value, x: ir.Value, lanes: int) -> ir.Value:
+    """The absolute value of `size` with the sign of x, a NaN's too."""
+    name = f"llvm.copysign.v{lanes}f32" if lanes > 1 else "llvm.copysign.f32"
+    function = module.globals.get(name) or ir.Function(module, ir.FunctionType(x.type, [x.type] * 2), name)
+    return b.call(function, [size, x])
 
 
 def _signed(b: ir.IRBuilder, size: ir.Value, x: ir.Value, lanes: int) -> ir.Value:

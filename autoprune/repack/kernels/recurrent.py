@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import llvmlite.ir as ir
 
@@ -41,14 +41,11 @@ from autoprune.repack.kernels.ir import (
     smaller,
     splat,
     store_vector,
-    vector,
 )
 from autoprune.repack.kernels.math import splat_float
-from autoprune.repack.kernels.recurrent_cells import CELLS, gates_of
+from autoprune.repack.kernels.recurrent_cells import CELLS, gates_of, together
 from autoprune.repack.kernels.rows import each
 from autoprune.repack.kernels.rows_gemm import PackedArrays, group_product
-
-TOGETHER = 4  # vectors of units whose cells are computed side by side: each is a long chain
 
 
 class Field(Fields):
@@ -145,9 +142,10 @@ def recurrent(form: Form, target: Target) -> ir.Module:
     c0 = address(b, slots, get[Field.C_SLOT], get[Field.C_OFFSET])
     work0 = address(b, slots, get[Field.SCRATCH_SLOT], get[Field.SCRATCH_OFFSET])
     unit_index = pointer_field(b, get[Field.UNIT_INDEX], INTS)
-    units, hidden, gates = get[Field.UNITS], get[Field.HIDDEN], GATES[form.cell]
+    units, gates = get[Field.UNITS], GATES[form.cell]
     first = b.mul(item, get[Field.BLOCK])
     last = smaller(b, b.add(first, get[Field.BLOCK]), get[Field.BATCH])
+    whole = b.icmp_signed("==", units, get[Field.HIDDEN])  # then states and cells are written where they are read
     backwards = b.icmp_signed("!=", get[Field.REVERSE], const(0))
     final = b.sub(get[Field.STEPS], const(1))
 
@@ -176,21 +174,9 @@ def recurrent(form: Form, target: Target) -> ir.Module:
             own = entry_work(entry)
             x = at(b, x0, b.add(b.mul(step, get[Field.X_STEP]), b.mul(entry, get[Field.X_ENTRY])))
             y = at(b, y0, b.add(b.mul(step, get[Field.Y_STEP]), b.mul(entry, get[Field.Y_ENTRY])))
-
-            def compute(unit: ir.Value, wide: int, own: _Work = own, x: ir.Value = x) -> None:
-                given = gates_of(b, at(b, x, b.mul(unit, const(gates))), gates, wide)
-                learned = gates_of(b, at(b, own.projected, b.mul(unit, const(gates))), gates, wide)
-                cell = load_vector(b, at(b, own.cell, unit), wide)
-                cell, state = CELLS[form.cell](b, module, given, learned, cell, wide)
-                if form.prune == "threshold":
-                    state = _cut(b, module, state, float_field(b, get[Field.THRESHOLD]), wide)
-                store_vector(b, cell if form.cell == "lstm" else state, at(b, own.cell, unit), wide)
-                store_vector(b, state, at(b, own.state, unit), wide)
-
-            each(b, units, lanes, compute, TOGETHER)
-            if form.prune == "top":
-                _keep_largest(b, module, own, units, get[Field.KEEP], form.cell, lanes)
-            _emit(b, own, y, get, unit_index, units, hidden, form.cell, lanes)
+            place = b.add(b.mul(entry, past_entry), get[Field.Y_CELL] if form.cell == "lstm" else const(0))
+            kept = b.select(b.and_(whole, b.not_(begins)), at(b, past, place), own.cell)
+            _advance(b, module, form, lanes, get, own, x, y, kept, whole)
     b.ret_void()
     return module
 
@@ -307,6 +293,35 @@ def _by_column(module: ir.Module, form: Form, target: Target) -> _Product:
     return product
 
 
+def _advance(
+    b: ir.IRBuilder, module: ir.Module, form: Form, lanes: int, get: _Get, own: _Work, x: ir.Value, y: ir.Value,
+    kept: ir.Value, whole: ir.Value,
+) -> None:  # fmt: skip
+    """A step of an entry: its cells and states, from its projections `x` and the cells before, to `y`.
+
+    Where they are the `whole` state they are computed in place, otherwise in `own`.
+    """
+    units, gates = get[Field.UNITS], GATES[form.cell]
+    cells = at(b, y, get[Field.Y_CELL]) if form.cell == "lstm" else y
+    own = replace(own, cell=b.select(whole, cells, own.cell), state=b.select(whole, y, own.state))
+
+    def compute(unit: ir.Value, wide: int) -> None:
+        given = gates_of(b, at(b, x, b.mul(unit, const(gates))), gates, wide)
+        learned = gates_of(b, at(b, own.projected, b.mul(unit, const(gates))), gates, wide)
+        cell = load_vector(b, at(b, kept, unit), wide)
+        cell, state = CELLS[form.cell](b, module, given, learned, cell, wide)
+        if form.prune == "threshold":
+            state = _cut(b, module, state, float_field(b, get[Field.THRESHOLD]), wide)
+        store_vector(b, cell if form.cell == "lstm" else state, at(b, own.cell, unit), wide)
+        store_vector(b, state, at(b, own.state, unit), wide)
+
+    each(b, units, lanes, compute, together(lanes))
+    if form.prune == "top":
+        _keep_largest(b, module, own, units, get[Field.KEEP], form.cell, lanes)
+    with b.if_then(b.not_(whole)):
+        _emit(b, own, y, get, form.cell, lanes)
+
+
 def _size(b: ir.IRBuilder, value: ir.Value, lanes: int) -> ir.Value:
     """|value| as an integer that orders like it."""
     kind: ir.Type = ir.VectorType(I32, lanes) if lanes > 1 else I32
@@ -368,27 +383,14 @@ def _splat_int(b: ir.IRBuilder, scalar: ir.Value, lanes: int) -> ir.Value:
     return b.bitcast(splat(b, b.bitcast(scalar, F32), lanes), ir.VectorType(I32, lanes))
 
 
-def _emit(
-    b: ir.IRBuilder, own: _Work, y: ir.Value, get: _Get, unit_index: ir.Value, units: ir.Value, hidden: ir.Value,
-    cell: str, lanes: int,
-) -> None:  # fmt: skip
-    """Writes a step's states, and cells, to their places."""
-    written = [(own.state, y)] + ([(own.cell, at(b, y, get[Field.Y_CELL]))] if cell == "lstm" else [])
-    with b.if_else(b.icmp_signed("==", units, hidden)) as (whole, some):
-        with whole:
-            for source, place in written:
+def _emit(b: ir.IRBuilder, own: _Work, y: ir.Value, get: _Get, cell: str, lanes: int) -> None:
+    """Writes a step's states, and cells, to their places; zeros between them."""
+    unit_index = pointer_field(b, get[Field.UNIT_INDEX], INTS)
+    for source, place in [(own.state, y)] + ([(own.cell, at(b, y, get[Field.Y_CELL]))] if cell == "lstm" else []):
 
-                def copy(unit: ir.Value, wide: int, source: ir.Value = source, place: ir.Value = place) -> None:
-                    store_vector(b, load_vector(b, at(b, source, unit), wide), at(b, place, unit), wide)
+        def clear(unit: ir.Value, wide: int, place: ir.Value = place) -> None:
+            store_vector(b, splat_float(0.0, wide), at(b, place, unit), wide)
 
-                each(b, units, lanes, copy)
-        with some:
-            for source, place in written:
-
-                def clear(unit: ir.Value, wide: int, place: ir.Value = place) -> None:
-                    store_vector(b, ir.Constant(vector(wide), None) if wide > 1 else ir.Constant(F32, 0.0),
-                                 at(b, place, unit), wide)  # fmt: skip
-
-                each(b, hidden, lanes, clear)
-                with loop(b, const(0), units) as unit:
-                    b.store(b.load(at(b, source, unit)), at(b, place, long_at(b, unit_index, unit)))
+        each(b, get[Field.HIDDEN], lanes, clear)
+        with loop(b, const(0), get[Field.UNITS]) as unit:
+            b.store(b.load(at(b, source, unit)), at(b, place, long_at(b, unit_index, unit)))

@@ -7,7 +7,15 @@ from collections.abc import Callable, Mapping
 import llvmlite.ir as ir
 
 from autoprune.repack.kernels.ir import I32, at, const, fma, load_vector
-from autoprune.repack.kernels.math import exp, splat_float
+from autoprune.repack.kernels.math import copysign, exp, exp_falling, splat_float
+
+
+def together(lanes: int) -> int:
+    """Vectors of units whose cells are computed side by side: each is a long chain, with a dozen constants.
+
+    Narrow vectors leave no registers for more than one: their gates' exponentials are chains enough.
+    """
+    return 1 if lanes == 4 else 4
 
 
 def gates_of(b: ir.IRBuilder, pointer: ir.Value, gates: int, wide: int) -> list[ir.Value]:
@@ -22,18 +30,15 @@ def gates_of(b: ir.IRBuilder, pointer: ir.Value, gates: int, wide: int) -> list[
 
 
 def _decay(b: ir.IRBuilder, module: ir.Module, x: ir.Value, lanes: int) -> tuple[ir.Value, ir.Value]:
-    """Numerator and denominator of tanh(|x|)'s size with x's sign: (1 - e) and (1 + e) for e = exp(-2|x|)."""
-    one, zero = splat_float(1.0, lanes), splat_float(0.0, lanes)
-    twice = b.fmul(x, splat_float(2.0, lanes))
-    negative = b.fcmp_ordered("<", x, zero)
-    e = exp(b, module, b.select(negative, twice, b.fneg(twice)), lanes)
-    size = b.fsub(one, e)
-    return b.select(negative, b.fneg(size), size), b.fadd(one, e)
+    """Numerator and denominator of tanh(x): 1 - e, with the sign of x, and 1 + e, for e = exp(-2|x|)."""
+    one = splat_float(1.0, lanes)
+    e = exp_falling(b, module, copysign(b, module, x, one, lanes), lanes, -2.0)
+    return copysign(b, module, b.fsub(one, e), x, lanes), b.fadd(one, e)
 
 
 def _against(b: ir.IRBuilder, module: ir.Module, x: ir.Value, lanes: int) -> ir.Value:
     """The denominator of a sigmoid: 1 + exp(-x)."""
-    return b.fadd(splat_float(1.0, lanes), exp(b, module, b.fneg(x), lanes))
+    return b.fadd(splat_float(1.0, lanes), exp(b, module, x, lanes, -1.0))
 
 
 Cell = Callable[[ir.IRBuilder, ir.Module, list[ir.Value], list[ir.Value], ir.Value, int], tuple[ir.Value, ir.Value]]

@@ -258,7 +258,8 @@ def clear_borders(
     `field` has the names that `offset_gemm.Field` has.
     """
     begin, behind, before = (get[field[name]] for name in ("POSITIONS", "BORDER", "BORDER_FIRST"))
-    with b.if_then(b.icmp_signed("==", block, const(0))), loop(b, *rows) as row:
+    begins = b.and_(b.icmp_signed("==", block, const(0)), b.icmp_signed(">", behind, const(0)))
+    with b.if_then(begins), loop(b, *rows) as row:
         clear(b, at(b, y, b.add(long_at(b, channels, row), begin)), behind, value)
     with b.if_then(b.icmp_signed("==", item, const(0))):
         clear(b, at(b, y, b.neg(before)), before, value)

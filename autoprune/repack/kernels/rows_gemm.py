@@ -247,16 +247,13 @@ def _tile(module: ir.Module, size: int, groups: int, tokens: int, target: Target
     sources = [at(b, x, b.mul(x_token, number)) for number in numbers]
     zero = splat_float(-0.0, wide)  # what changes no sum, be it zero itself
     initial = [load_vector(b, at(b, bias, const(part)), wide) for part in parts]
-    start = [initial] * tokens + [[splat_float(0.0, wide)] * len(initial)] * (chains - 1)
     whole = b.mul(b.sdiv(kept, const(chains)), const(chains))
     ahead = b.mul(kept, const(size))  # from a group's values to those of the next
     weights = [at(b, values, b.add(b.mul(ahead, const(part // size)), const(part % size))) for part in parts]
-    sums = _walk(b, module, start, sources * chains if chains > 1 else sources, index, weights, size, wide,
-                 const(0), whole, chains)  # fmt: skip
-    if chains > 1:
-        total = list(sums[0])
-        for chain in sums[1:]:
-            total = [b.fadd(one, other) for one, other in zip(total, chain, strict=True)]
+    if chains == 1:
+        sums = _walk(b, module, [initial] * tokens, sources, index, weights, size, wide, const(0), kept, 1)
+    else:
+        total = _chained(b, module, initial, sources[0], index, weights, size, wide, whole)
         sums = _walk(b, module, [total], sources, index, weights, size, wide, whole, kept, 1)
 
     together = b.icmp_signed(">=", neighbours, const(0))
@@ -320,6 +317,29 @@ def _scatter(
             b.store(value, at(b, y, b.add(b.mul(y_token, t), filter_)))
 
 
+def _chained(
+    b: ir.IRBuilder, module: ir.Module, initial: Sequence[ir.Value], source: ir.Value, index: ir.Value,
+    values: Sequence[ir.Value], size: int, wide: int, whole: ir.Value,
+) -> list[ir.Value]:  # fmt: skip
+    """`initial` and the products of the first `whole` kept features, in chains that begin with a product."""
+    zero = splat_float(-0.0, wide)  # what changes no product, be it zero itself
+    start = [initial, *([zero] * len(initial) for _ in range(CHAINS - 1))]
+    before = b.block
+    with b.if_then(b.icmp_signed(">", whole, const(0))):
+        sources = [source] * CHAINS
+        sums = _step(b, module, start, sources, index, values, size, wide, const(0), CHAINS)
+        sums = _walk(b, module, sums, sources, index, values, size, wide, const(CHAINS), whole, CHAINS)
+        made = list(sums[0])
+        for chain in sums[1:]:
+            made = [b.fadd(one, other) for one, other in zip(made, chain, strict=True)]
+        inside = b.block
+    total = [b.phi(value.type) for value in made]
+    for phi, none, some in zip(total, initial, made, strict=True):
+        phi.add_incoming(none, before)
+        phi.add_incoming(some, inside)
+    return total
+
+
 def _walk(
     b: ir.IRBuilder, module: ir.Module, start: Sequence[Sequence[ir.Value]], sources: Sequence[ir.Value],
     index: ir.Value, values: Sequence[ir.Value], size: int, wide: int, first: ir.Value, last: ir.Value, step: int,
@@ -328,24 +348,35 @@ def _walk(
 
     `values`: a pointer to each vector of k = 0; the next k's lie `size` floats further.
     """
-    fused, parts = fma(module, wide), len(start[0])
+    parts = len(start[0])
+
+    def split(sums: Sequence[ir.Value]) -> list[list[ir.Value]]:
+        return [list(sums[t * parts : (t + 1) * parts]) for t in range(len(start))]
 
     def add(k: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
-        weights: list[ir.Value] = []
-        made, feature = [], k
-        for t in range(len(start)):
-            if t == 0 or step > 1:
-                here = b.add(k, const(t)) if step > 1 else k
-                lines = [at(b, part, b.mul(here, const(size))) for part in values]
-                if len(start) > 1 and step == 1:  # a single token leaves the processor room to load ahead by itself
-                    for line in lines:
-                        prefetch_ahead(b, module, line)
-                weights = [load_vector(b, line, wide) for line in lines]
-                feature = long_at(b, index, here)
-            given = splat(b, b.load(at(b, sources[t], feature)), wide)
-            own = sums[t * parts : (t + 1) * parts]
-            made += [b.call(fused, [weight, given, total]) for weight, total in zip(weights, own, strict=True)]
-        return made
+        made = _step(b, module, split(sums), sources, index, values, size, wide, k, step)
+        return [value for each in made for value in each]
 
-    sums = fold(b, first, last, [value for each in start for value in each], add, step)
-    return [sums[t * parts : (t + 1) * parts] for t in range(len(start))]
+    return split(fold(b, first, last, [value for each in start for value in each], add, step))
+
+
+def _step(
+    b: ir.IRBuilder, module: ir.Module, sums: Sequence[Sequence[ir.Value]], sources: Sequence[ir.Value],
+    index: ir.Value, values: Sequence[ir.Value], size: int, wide: int, k: ir.Value, step: int,
+) -> list[list[ir.Value]]:  # fmt: skip
+    """What `_walk` does at k."""
+    weights: list[ir.Value] = []
+    made, feature = [], k
+    for t, own in enumerate(sums):
+        if t == 0 or step > 1:
+            here = b.add(k, const(t)) if step > 1 else k
+            lines = [at(b, part, b.mul(here, const(size))) for part in values]
+            if len(sums) > 1 and step == 1:  # a single token leaves the processor room to load ahead by itself
+                for line in lines:
+                    prefetch_ahead(b, module, line)
+            weights = [load_vector(b, line, wide) for line in lines]
+            feature = long_at(b, index, here)
+        given = splat(b, b.load(at(b, sources[t], feature)), wide)
+        products = zip(weights, own, strict=True)
+        made.append([b.call(fma(module, wide), [weight, given, total]) for weight, total in products])
+    return made

@@ -6,10 +6,12 @@ lanes by lanes are turned in registers (Eklundh 1972): in step s, vectors s apar
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import llvmlite.ir as ir
 
 from autoprune.repack.kernels.compiler import Target, kernel
-from autoprune.repack.kernels.fields import FLOAT, NUMBER, OFFSET, PRESENCE, SLOT, Fields
+from autoprune.repack.kernels.fields import FLOAT, NUMBER, OFFSET, SLOT, Fields
 from autoprune.repack.kernels.ir import (
     I32,
     address,
@@ -38,7 +40,6 @@ class Field(Fields):
     PLANES_FEATURE = NUMBER  # from a feature's plane to the next
     TOKENS = NUMBER
     FEATURES = NUMBER
-    RESIDUAL = PRESENCE.of("residual")
     RESIDUAL_SLOT = SLOT.of("residual")
     RESIDUAL_OFFSET = OFFSET.of("residual")
     RESIDUAL_TOKEN = NUMBER.of("residual")
@@ -73,14 +74,24 @@ def into_planes(target: Target) -> ir.Module:
     return module
 
 
-@kernel
-def out_of_planes(target: Target, activation: str = "") -> ir.Module:
-    """The op; an item is as many tokens as a vector has lanes.
+@dataclass(frozen=True)
+class Ending:
+    """What is done to rows that come out of planes, in this order.
 
-    Args:
-        target: what to compile for.
+    Attributes:
+        residual: whether one is added.
+        clamps: whether results are clamped.
         activation: a row of ACTIVATIONS that is no clamp.
     """
+
+    residual: bool = False
+    clamps: bool = False
+    activation: str = ""
+
+
+@kernel
+def out_of_planes(target: Target, ending: Ending = Ending()) -> ir.Module:
+    """The op; an item is as many tokens as a vector has lanes."""
     module, lanes = ir.Module(), target.lanes
     b, fields, slots, item, _ = op_function(module)
     get = Field.load(b, fields)
@@ -88,35 +99,40 @@ def out_of_planes(target: Target, activation: str = "") -> ir.Module:
     planes = address(b, slots, get[Field.PLANES_SLOT], get[Field.PLANES_OFFSET])
     residual = address(b, slots, get[Field.RESIDUAL_SLOT], get[Field.RESIDUAL_OFFSET])
     low, high = float_field(b, get[Field.LOW]), float_field(b, get[Field.HIGH])
-    has_residual = b.icmp_signed("!=", get[Field.RESIDUAL], const(0))
     first, features = b.mul(item, const(lanes)), get[Field.FEATURES]
     whole = b.sub(features, b.srem(features, const(lanes)))
+    end = smaller(b, b.add(first, const(lanes)), get[Field.TOKENS])
 
     def finish(value: ir.Value, token: ir.Value, feature: ir.Value, width: int) -> None:
         """Some neighbouring features of a token."""
-        before = b.block
-        with b.if_then(has_residual):
+        if ending.residual:
             line = at(b, residual, b.add(b.mul(token, get[Field.RESIDUAL_TOKEN]), feature))
-            added = b.fadd(value, load_vector(b, line, width))
-            inside = b.block
-        result = b.phi(value.type)
-        result.add_incoming(value, before)
-        result.add_incoming(added, inside)
-        finished = clamp(b, result, splat(b, low, width), splat(b, high, width))
-        if activation:
-            finished = ACTIVATIONS[activation](b, module, finished, width)
-        store_vector(b, finished, at(b, rows, b.add(b.mul(token, get[Field.ROWS_TOKEN]), feature)), width)
+            value = b.fadd(value, load_vector(b, line, width))
+        if ending.clamps:
+            value = clamp(b, value, splat(b, low, width), splat(b, high, width))
+        if ending.activation:
+            value = ACTIVATIONS[ending.activation](b, module, value, width)
+        store_vector(b, value, at(b, rows, b.add(b.mul(token, get[Field.ROWS_TOKEN]), feature)), width)
 
-    with loop(b, const(0), whole, lanes) as feature:
-        block = []
-        for i in range(lanes):
-            plane = b.mul(b.add(feature, const(i)), get[Field.PLANES_FEATURE])
-            block.append(load_vector(b, at(b, planes, b.add(plane, first)), lanes))
-        for i, turned in enumerate(turned_block(b, block)):
-            token = b.add(first, const(i))
-            with b.if_then(b.icmp_signed("<", token, get[Field.TOKENS])):
-                finish(turned, token, feature, lanes)
-    end = smaller(b, b.add(first, const(lanes)), get[Field.TOKENS])
+    def turn(all_inside: bool) -> None:
+        with loop(b, const(0), whole, lanes) as feature:
+            block = []
+            for i in range(lanes):
+                plane = b.mul(b.add(feature, const(i)), get[Field.PLANES_FEATURE])
+                block.append(load_vector(b, at(b, planes, b.add(plane, first)), lanes))
+            for i, turned in enumerate(turned_block(b, block)):
+                token = b.add(first, const(i))
+                if all_inside:
+                    finish(turned, token, feature, lanes)
+                else:
+                    with b.if_then(b.icmp_signed("<", token, end)):
+                        finish(turned, token, feature, lanes)
+
+    with b.if_else(b.icmp_signed("==", b.sub(end, first), const(lanes))) as (inside, beyond):
+        with inside:
+            turn(all_inside=True)
+        with beyond:
+            turn(all_inside=False)
     with loop(b, whole, features) as feature, loop(b, first, end) as token:
         plane = b.mul(feature, get[Field.PLANES_FEATURE])
         finish(load_vector(b, at(b, planes, b.add(plane, token)), 1), token, feature, 1)

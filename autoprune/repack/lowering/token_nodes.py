@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -193,7 +194,9 @@ def out_of_planes(
             f.RESIDUAL_SLOT: residual.slot, f.RESIDUAL_OFFSET: residual.offset_bytes,
             f.RESIDUAL_TOKEN: residual.strides[0],
         }  # fmt: skip
-    return op_of(name, turn.out_of_planes(target, other), f, given, -(-tokens // target.lanes))
+    clamps = (low, high) != (-math.inf, math.inf)
+    ending = turn.Ending(residual is not None, clamps, other)
+    return op_of(name, turn.out_of_planes(target, ending), f, given, -(-tokens // target.lanes))
 
 
 def norm(

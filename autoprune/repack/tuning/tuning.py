@@ -41,7 +41,7 @@ from autoprune.repack.weights.quads import QUAD, WHOLE
 from autoprune.repack.weights.serialized import flag
 
 _LOG = logging.getLogger(__name__)
-VERSION = 11  # of the kernels: what was tuned for others is not used
+VERSION = 12  # of the kernels: what was tuned for others is not used
 ROUNDS = 5
 PANELS = ((96, 288), (192, 144), (192, 288), (192, 576))  # positions an item, inputs a panel
 ITEMS_A_THREAD = 8  # so that threads finish together
