@@ -1,17 +1,20 @@
-"""Who plans best: the shipped policy and its rivals on tasks of builds it never saw. Two hours on two cores.
+"""Who plans best: the shipped policy and its rivals on tasks of builds it never saw. Hours on two cores.
 
     python -m benchmarks agents                              # goes on where it was stopped
     python -m benchmarks agents --tasks fashion-vgg --seeds 1
+    python -m benchmarks agents --no-finetune                # two hours: plans are judged before training alone
     python -m benchmarks agents --report                     # write the page of what is there already
 
 Every task has one target: of those at which the knapsack's plan costs something, the one where it costs nearest to 5
 points. Searches score plans on the validation split after batch norms are set again; what is reported is each best
-plan repacked, timed in turns with the knapsack's, moved until it is as fast, and scored there. Writes
-benchmarks/results/agents.md.
+plan repacked, timed in turns with the knapsack's, moved until it is as fast, and scored there. The plans after the last
+number of evaluations are then fine-tuned alike and judged by the test score, and every cheaper score by how well it
+foretells that one. Writes benchmarks/results/agents.md.
 """
 
 from __future__ import annotations
 
+import argparse
 import multiprocessing
 import os
 from collections.abc import Sequence
@@ -29,19 +32,12 @@ from autoprune.envs import Problem, PruneEnv
 from autoprune.envs.family import TaskTarget, task_targets_of
 from autoprune.evaluation.measurement import Measurement
 from autoprune.files import read_json, write_json
-from autoprune.pipeline.compare import (
-    Job,
-    Outcome,
-    OutcomeLog,
-    beside_knapsack,
-    compare_all,
-    interquartile_mean,
-    interval,
-    jobs_of,
-    points_above,
-)
+from autoprune.pipeline.compare import Job, TaskComparison, jobs_of
 from autoprune.pipeline.compare import report as tables
 from autoprune.pipeline.generalist import member_run
+from autoprune.pipeline.judgement import Judgement
+from autoprune.pipeline.outcomes import FIVE_RECIPES, Outcome, OutcomeLog, interquartile_mean, interval, points_above
+from autoprune.pipeline.yardstick import CheapScoreLog, TrainedLog
 from autoprune.registry import Choice
 from autoprune.tasks.family import held_out_members
 from benchmarks.lib.command_line import add_report, add_seeds, among, command_line, listed
@@ -51,7 +47,7 @@ from benchmarks.lib.provenance import NOT_RECORDED, Provenance
 CONFIG = Path(__file__).parents[1] / "configs" / "generalist.toml"
 PROVENANCE = "provenance.json"  # of the last time that anything was measured; outcomes do not say theirs
 COEFFICIENT = (Choice("coefficient"),)
-ALL = ("uniform", "greedy", "knapsack", "random", "restarts", "tpe", "cma_es", "evopress", "policy")
+ALL = ("uniform", "greedy", "knapsack", "random", "restarts", "tpe", "cma_es", "evopress", "policy", FIVE_RECIPES)
 BUDGETS = (0, 1, 10, 50)
 REFERENCE = ("restarts", "cma_es", "policy")  # the best plan known is looked for by one seed of these
 RANDOM = 100  # evaluations of random search besides
@@ -76,17 +72,20 @@ def task_target_of(name: str, problem: Problem) -> TaskTarget | None:
     return min(task_targets_of(name, problem), key=off, default=None)
 
 
-def run_task(name: str, folder: Path, agents: Sequence[str], seeds: int, budgets: Sequence[int], most: int) -> str:
+def run_task(
+    name: str, folder: Path, agents: Sequence[str], seeds: int, budgets: Sequence[int], most: int, finetune: bool
+) -> str:
     torch.set_num_threads(1)
     config = load_generalist_config(CONFIG)
     run = member_run(config, next(each for each in held_out_members(config.family.data) if each.name == name))
-    log = OutcomeLog(folder / f"{name}.jsonl")
     task_target = task_target_of(name, run.problem)
     if task_target is None:
         return f"{name}: nothing at stake"
     env = PruneEnv(task_target.problem, config.env.actions, shaping=0.0)
-    outcomes = compare_all(name, env, jobs(agents, seeds, budgets, most), beside_knapsack(run, env), log)
-    base = next((each.score for each in outcomes if each.agent == "knapsack"), float("nan"))
+    comparison = TaskComparison(name, run, env, OutcomeLog(folder / f"{name}.jsonl"), folder / name)
+    asked = jobs(agents, seeds, budgets, most)
+    judged = comparison.hold(asked, finetune=finetune, evaluations=max(budgets))
+    base = next((each.score for each in judged.outcomes if each.agent == "knapsack"), float("nan"))
     target, dense = task_target.problem.target.speedup, run.prepared.dense_score
     return f"{name}: done, target {target:.2f}x, dense {dense:.4f}, knapsack {base:.4f}"
 
@@ -147,10 +146,12 @@ def picture(outcomes: list[Outcome], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def report(folder: Path) -> str:
+def report(folder: Path, evaluations: int) -> str:
     """Draws the picture and returns the page, from what is in ``agents/``."""
     kept = folder / "agents"
     outcomes = [each for path in sorted(kept.glob("*.jsonl")) for each in OutcomeLog(path).read()]
+    trained = [each for path in sorted(kept.glob("*/trained.jsonl")) for each in TrainedLog(path).read()]
+    scores = [each for path in sorted(kept.glob("*/scores.jsonl")) for each in CheapScoreLog(path).read()]
     picture(outcomes, folder / "agents.png")
     seconds = {
         agent: np.median([e.seconds for e in outcomes if e.agent == agent and e.evaluations == 50])
@@ -163,7 +164,7 @@ def report(folder: Path) -> str:
         "Agents at equal evaluations",
         "agents",
         f"{len({e.task for e in outcomes})} tasks of builds the policy never saw; batch 1, 1 thread, CPU.",
-        tables(outcomes, 50),
+        tables(Judgement(outcomes, evaluations, trained, scores)),
         "![points above the knapsack](agents.png)",
         "The policy's plan without an evaluation against",
         wins(outcomes),
@@ -186,14 +187,20 @@ def main(argv: Sequence[str]) -> int:
         "--reference", type=int, default=300, help="evaluations of the best plan known; 0: not looked for"
     )
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument(
+        "--finetune",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="whether plans are judged after training, too; default yes",
+    )
     add_report(parser)
     given = parser.parse_args(argv)
     if not given.report:
         folder = given.output / "agents"
-        settings = (folder, given.agents, given.seeds, given.evaluations, given.reference)
+        settings = (folder, given.agents, given.seeds, given.evaluations, given.reference, given.finetune)
         write_json(folder / PROVENANCE, Provenance.here().to_json())
         with ProcessPoolExecutor(given.workers, multiprocessing.get_context("spawn")) as pool:
             for done in as_completed([pool.submit(run_task, name, *settings) for name in given.tasks]):
                 print(done.result(), flush=True)
-    write_page(given.output, "agents", report(given.output))
+    write_page(given.output, "agents", report(given.output, max(given.evaluations)))
     return 0

@@ -34,7 +34,7 @@ from autoprune.model.channel_gates import Gating, gate_channels_
 from autoprune.model.recurrent.modules import cut_states_
 from autoprune.patterns import PATTERNS
 from autoprune.pipeline.application import MADE_FOR, load_model
-from autoprune.pipeline.compare import Outcome, OutcomeLog
+from autoprune.pipeline.outcomes import Outcome, OutcomeLog
 from autoprune.plan import Plan
 from autoprune.progress import SILENT
 from autoprune.registry import Choice

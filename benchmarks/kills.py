@@ -105,7 +105,15 @@ class Job:
             write_text(config, CONFIGS[self.command])
         more = {"run": ["--workers", "2"], "train": ["--workers", "2"], "compare": []}[self.command]
         if self.command == "compare":
-            more = ["--agents", "uniform,knapsack,random,cma_es", "--evaluations", "1,20", "--seeds", "2"]
+            more = [
+                "--agents",
+                "uniform,knapsack,random,cma_es",
+                "--evaluations",
+                "1,20",
+                "--seeds",
+                "2",
+                "--no-finetune",
+            ]
         more = [] if verb == "profile" else more
         threads = {"OMP_NUM_THREADS": "1", "AUTOPRUNE_CACHE": str(self.cache), MARK: str(self.folder)}
         command = [sys.executable, "-m", "autoprune", verb or self.command, str(config)]
@@ -311,7 +319,7 @@ def _unlike(path: Path, job: Job, model: Job) -> bool:
 def _data(path: Path) -> list[dict[str, Any]]:
     """The lines without what the clock says, nor how they are chained."""
     clocked = (
-        {"checksum", "seconds", "speedup", "measured_reward", "score"}
+        {"checksum", "seconds", "speedup", "measured_reward", "score", "plan"}
         if path.name == "outcomes.jsonl"
         else {"checksum"}
     )

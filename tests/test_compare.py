@@ -12,22 +12,19 @@ from scipy.stats import trim_mean
 from autoprune.envs import Problem, PruneEnv
 from autoprune.errors import ConfigError, FileError
 from autoprune.evaluation.measurement import ByTable, Measurement
-from autoprune.pipeline.compare import (
-    Job,
+from autoprune.pipeline.compare import Job, compare, compare_all, jobs_of, report
+from autoprune.pipeline.judgement import Judgement
+from autoprune.pipeline.outcomes import (
     Outcome,
     OutcomeLog,
-    at_speedup,
-    compare,
-    compare_all,
     cost_table,
     interquartile_mean,
     interval,
-    jobs_of,
     points_above,
-    report,
     summary_table,
     task_table,
 )
+from autoprune.pipeline.yardstick import at_speedup
 from autoprune.plan import Plan
 from autoprune.registry import Choice
 from autoprune.target import Target
@@ -58,8 +55,9 @@ def test_a_plan_is_moved_until_its_measured_speed_up_is_the_target_s() -> None:
     plan = PruneEnv(of, ACTIONS).solved()
     moved = at_speedup(of, plan, slower(of))
     assert moved is not None
-    assert moved.speedup == pytest.approx(2.5, rel=0.03)
-    assert moved.score < measured(of.evaluate(plan)).score  # it had to be pruned further
+    assert moved.measurement.speedup == pytest.approx(2.5, rel=0.03)
+    assert moved.measurement == slower(of)(moved.plan)
+    assert moved.measurement.score < measured(of.evaluate(plan)).score  # it had to be pruned further
 
 
 def test_searches_are_looked_at_after_each_budget_and_never_get_worse() -> None:
@@ -85,7 +83,7 @@ def test_a_stopped_comparison_goes_on_and_rules_run_once(tmp_path: Path) -> None
     assert compare_all("t", env, jobs, of.evaluate, log) == everything
     keys = [(each.agent, each.seed, each.evaluations) for each in everything]
     assert len(set(keys)) == len(keys) == 3 + 4 * 2 * 2
-    text = report(everything, 5)
+    text = report(Judgement(everything, 5, [], []))
     assert "knapsack" in text
     assert "cma_es" in text
     log.path.write_text('{"task": 1}\n')

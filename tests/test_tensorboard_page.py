@@ -13,8 +13,9 @@ from autoprune.agents import AGENTS
 from autoprune.agents.harness import search
 from autoprune.envs import PruneEnv
 from autoprune.metric import ACCURACY
-from autoprune.pipeline.compare import OutcomeLog, compare_all, jobs_of
+from autoprune.pipeline.compare import compare_all, jobs_of
 from autoprune.pipeline.monitor import SearchMonitor, trial_row
+from autoprune.pipeline.outcomes import OutcomeLog
 from autoprune.progress import SILENT
 from autoprune.registry import Choice
 from autoprune.report.data import MeasuredPoint

@@ -87,11 +87,18 @@ def compare(
             help="Agents, as autoprune agents lists them, e.g. knapsack,tpe,policy.",
             autocompletion=completed_list("agents"),
         ),
-    ] = "uniform,greedy,knapsack,restarts,random,tpe,cma_es,evopress,policy",
+    ] = "uniform,greedy,knapsack,restarts,random,tpe,cma_es,evopress,policy,five_recipes",
     evaluations: Annotated[str, typer.Option(help="Checkpoints, e.g. 0,1,10,50.")] = "0,1,10,50",
     seeds: Annotated[int, typer.Option(help="Searches of each agent, of seeds 0, 1, ...", min=1)] = 3,
+    finetune: Annotated[
+        bool,
+        typer.Option(help="Fine-tune every plan of the last checkpoint and judge by the test score after that."),
+    ] = True,
 ) -> None:
     """Compare agents at the same number of evaluations and the same measured speed-up, on the task of a config.
+
+    They are judged by what their plans score after the config's fine-tuning; --no-finetune leaves that out. The entrant
+    five_recipes is no agent: it trains five plans to the end and takes the best on the validation split.
 
     A stopped comparison goes on where it was when the same command is given again.
 
@@ -99,9 +106,8 @@ def compare(
     """
     from autoprune.pipeline.compare import compare_run
 
-    typer.echo(
-        compare_run(config, run_dir, overrides or [], agents.split(","), evaluations.split(","), seeds, console())
-    )
+    given = (agents.split(","), evaluations.split(","), seeds)
+    typer.echo(compare_run(config, run_dir, overrides or [], *given, console(), finetune=finetune))
 
 
 # long: a parameter is an option, with what --help says of it

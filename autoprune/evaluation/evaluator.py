@@ -207,11 +207,23 @@ class PairedEvaluator(Evaluate):
                 score, fast = self.evaluator.scored(self.evaluator.masked_model(plan), plan)
         except (GivenError, NumericalError) as error:
             return Failure(str(error), error.__cause__ or error)
-        with working():
-            beside = self._packed
-        reference, packed = self.evaluator.time(fast, beside)
+        reference, packed = self._times(fast)
         ratio = 1.0 if plan.key == self.reference.key else speedup(reference, packed)
         return Measurement(score, packed.median_ms, self.speedup * ratio)
+
+    def speedup_of(self, fast: RepackedModel) -> float:
+        """That of any repacked model, such as one whose plan was trained.
+
+        Raises:
+            DeviceError: the device failed.
+        """
+        return self.speedup * speedup(*self._times(fast))
+
+    def _times(self, fast: RepackedModel) -> tuple[Latency, Latency]:
+        """Of the reference and of a repacked model."""
+        with working():
+            beside = self._packed
+        return self.evaluator.time(fast, beside)
 
     @cached_property
     def _packed(self) -> RepackedModel:

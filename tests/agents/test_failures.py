@@ -23,8 +23,9 @@ from autoprune.envs.rewards import as_trial, terminal_reward
 from autoprune.errors import NumericalError
 from autoprune.evaluation.measurement import CachedEvaluate, Evaluated, Failure, Measurement
 from autoprune.metric import ACCURACY
-from autoprune.pipeline.compare import at_speedup, compare
+from autoprune.pipeline.compare import compare
 from autoprune.pipeline.monitor import SearchMonitor
+from autoprune.pipeline.yardstick import at_speedup
 from autoprune.plan import Plan
 from autoprune.progress import SILENT
 from autoprune.registry import Choice
