@@ -12,7 +12,7 @@ from scipy.stats import trim_mean
 from autoprune.envs import Problem, PruneEnv
 from autoprune.errors import ConfigError, FileError
 from autoprune.evaluation.measurement import ByTable, Measurement
-from autoprune.pipeline.compare import Job, compare, compare_all, jobs_of, report
+from autoprune.pipeline.compare import Job, compare, compare_all, jobs_of, report, uniform_outcome
 from autoprune.pipeline.judgement import Judgement
 from autoprune.pipeline.outcomes import (
     Outcome,
@@ -58,6 +58,16 @@ def test_a_plan_is_moved_until_its_measured_speed_up_is_the_target_s() -> None:
     assert moved.measurement.speedup == pytest.approx(2.5, rel=0.03)
     assert moved.measurement == slower(of)(moved.plan)
     assert moved.measurement.score < measured(of.evaluate(plan)).score  # it had to be pruned further
+
+
+def test_a_target_over_the_best_engine_is_met_over_that() -> None:
+    """Measurements are over torch eager, of which the best engine is here twice as fast."""
+    of = replace(problem(1.25), baseline_speedup=2.0)
+    env = PruneEnv(of, ACTIONS)
+    moved = at_speedup(of, env.solved(), slower(of))
+    assert moved is not None
+    assert moved.measurement.speedup == pytest.approx(2.5, rel=0.03)
+    assert uniform_outcome("t", env, slower(of)).speedup == pytest.approx(2.5, rel=0.03)
 
 
 def test_searches_are_looked_at_after_each_budget_and_never_get_worse() -> None:

@@ -109,7 +109,7 @@ def compare(
 
 def uniform_outcome(name: str, env: PruneEnv, measure: Evaluate) -> Outcome:
     """The uniform rule at the target, by the clock."""
-    wanted = env.problem.target.speedup
+    wanted = env.problem.required_speedup
     assert wanted is not None
     trial = uniform_at(env.of(replace(env.problem, evaluate=measure)), wanted)
     if trial is None:

@@ -48,7 +48,7 @@ def at_speedup(problem: Problem, plan: Plan, measure: Evaluate) -> OnTarget | No
     Returns:
         The best-scoring plan that is fast enough, else the fastest; None when all evaluations failed.
     """
-    target = problem.target.speedup
+    target = problem.required_speedup
     assert target is not None
     table, predicted = problem.table, problem.table.predict_speedup(plan)
     low, high = 1.0, table.predict_speedup(problem.uniform(problem.max_sparsity))  # bounds of `predicted`
