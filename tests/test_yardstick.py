@@ -204,6 +204,7 @@ def test_the_rank_correlation_is_spearmans_averaged_over_tasks() -> None:
     tied = np.round(good, 0)
     mean, low, high = rank_correlation([good])
     assert mean == pytest.approx(spearmanr(*good).statistic)
+    assert mean is not None
     assert low is not None
     assert high is not None
     assert -1.0 <= low < mean < high <= 1.0
