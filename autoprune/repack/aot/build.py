@@ -107,7 +107,7 @@ def _call(
     program = fast.program
     check_shapes(program.graph.inputs, program.graph.conditions, shapes)
     single = _single(program, shapes, found.target, threads)
-    lowered = single or lower(program.graph, program.weights, shapes, found.target, threads)
+    lowered = single or lower(program.graph, program.weights, shapes, found.target, threads, program.tilings)
     if refused := sorted({step.op.label for step in lowered.steps if isinstance(step, TorchStep)}):
         raise AutopruneError(
             f"cannot be built: torch runs {', '.join(refused)} in this program, which have no native form "
@@ -134,7 +134,8 @@ def _single(program: Program, shapes: Shapes, target: Target, threads: int) -> L
     """The program for one sample of a batch, where that is how a batch is computed."""
     if not program.takes_apart(shapes, threads):
         return None
-    one = lower(program.graph, program.weights, tuple((1, *shape[1:]) for shape in shapes), target, 1)
+    samples = tuple((1, *shape[1:]) for shape in shapes)
+    one = lower(program.graph, program.weights, samples, target, 1, program.tilings)
     return one if can_split(one) else None
 
 

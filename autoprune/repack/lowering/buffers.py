@@ -7,7 +7,7 @@ filled once, when the arena is made, and nothing ever writes to them.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from autoprune.repack.lowering.layout import ALIGN, FLOAT_BYTES, MapLayout, aligned
+
+ORDERS = 12  # in which places are looked for, from each of two on
+FOREVER = 1 << 60  # later than any step, and larger than any arena
 
 
 @dataclass(eq=False)
@@ -28,7 +31,7 @@ class Buffer:
         offset: bytes.
         first, last: the steps between which it is in use.
         scratch: whether nothing that it holds before a step is read by it.
-        over: what may be overwritten by it, position by position, when it is read for the last time.
+        over: those that it may be written over, position by position, in the step that reads them for the last time.
     """
 
     size: int
@@ -37,7 +40,7 @@ class Buffer:
     offset: int = 0
     first: int = -1
     last: int = -1
-    over: Buffer | None = None
+    over: tuple[Buffer, ...] = ()
     scratch: bool = False
 
     def __str__(self) -> str:
@@ -92,10 +95,17 @@ class MapAt:
 
 @dataclass
 class _Block:
-    key: Hashable
+    """A place in the arena, of buffers that follow each other there.
+
+    Attributes:
+        size: floats.
+        first, last: the steps between which nothing else may lie there.
+    """
+
+    users: list[Buffer]
     size: int
-    free_from: int
-    users: list[Buffer] = field(default_factory=list)
+    first: int
+    last: int
 
 
 def _key(layout: MapLayout | None) -> Hashable:
@@ -128,29 +138,73 @@ class Arena:
 
 
 def place(buffers: list[Buffer], slot: int) -> Arena:
-    """Gives every buffer its offset in the arena in `slot`, in the order they come into use."""
-    blocks: list[_Block] = []
-    for buffer in sorted((each for each in buffers if each.first >= 0), key=lambda each: each.first):
-        key, over = _key(buffer.layout), buffer.over
-        free = [block for block in blocks if block.key == key and block.free_from <= buffer.first]
-        if over is not None and over.last == buffer.first and over.layout == buffer.layout:
-            fitting = next((block for block in blocks if over in block.users), None)
-        else:  # of those that are large enough the one used last: it is still in a cache
-            fitting = min(
-                free, key=lambda block: (max(0, buffer.size - block.size), -block.free_from, block.size), default=None
-            )
-        if fitting is None:
-            fitting = _Block(key, 0, 0)
-            blocks.append(fitting)
-        fitting.size = max(fitting.size, aligned(buffer.size))
-        fitting.free_from = buffer.last + 1
-        fitting.users.append(buffer)
-    borders, start = [], 0
-    for block in blocks:
+    """Gives every buffer its offset in the arena in `slot`: as little memory as is found in some orders of placing."""
+    used = [each for each in buffers if each.first >= 0 and (each.size or not each.scratch)]
+    ordered, starts, size = _smallest(_blocks(sorted(used, key=lambda each: each.first)))
+    borders = []
+    for block, start in zip(ordered, starts, strict=True):
         for buffer in block.users:
             buffer.slot, buffer.offset = slot, start * FLOAT_BYTES
         layout = block.users[0].layout
         if layout is not None and layout.border != 0:
             borders.append((start, block.size, layout.border))
-        start += block.size
-    return Arena(max(start, ALIGN), tuple(borders))
+    return Arena(max(size, ALIGN), tuple(borders))
+
+
+def _blocks(buffers: list[Buffer]) -> list[_Block]:
+    """Buffers, in the order they come into use, that take each other's place.
+
+    One that is written over another lies where that one does. Those whose border is filled keep it for all steps: only
+    one of the same key may follow there.
+    """
+    block_of, kept, blocks = dict[Buffer, _Block](), dict[Hashable, list[_Block]](), list[_Block]()
+    for buffer in buffers:
+        key = _key(buffer.layout)
+        ending = [each for each in buffer.over if each.last == buffer.first and each.layout == buffer.layout]
+        block = next((block_of[each] for each in ending if each in block_of), None)
+        if block is None and key is not None:
+            free = [each for each in kept.get(key, []) if each.users[-1].last < buffer.first]
+            block = min(free, key=lambda each: max(0, buffer.size - each.size), default=None)
+        if block is None:
+            block = _Block([], 0, buffer.first, buffer.last)
+            blocks.append(block)
+            if key is not None:
+                block.first, block.last = 0, FOREVER
+                kept.setdefault(key, []).append(block)
+        block.users.append(buffer)
+        block.size, block.last = max(block.size, aligned(buffer.size)), max(block.last, buffer.last)
+        block_of[buffer] = block
+    return blocks
+
+
+def _smallest(blocks: list[_Block]) -> tuple[list[_Block], list[int], int]:
+    """Blocks and where they begin, and how large all are: by size, by time, then what lies highest is placed first."""
+    steps = {step for each in blocks for step in (each.first, each.last)}
+    least = max((sum(each.size for each in blocks if each.first <= step <= each.last) for step in steps), default=0)
+    best = None
+    for order in (sorted(blocks, key=lambda each: -each.size), blocks):
+        for _ in range(ORDERS):
+            starts, size = _starts(order)
+            if best is None or size < best[2]:
+                best = order, starts, size
+            if best[2] == least:
+                return best
+            highest = max(range(len(order)), key=lambda number: starts[number] + order[number].size)
+            order = [order[highest], *order[:highest], *order[highest + 1 :]]
+    assert best is not None
+    return best
+
+
+def _starts(blocks: list[_Block]) -> tuple[list[int], int]:
+    """Where each block begins, one after the other in the smallest gap that holds it, and how large all are, floats."""
+    spans = np.array([(each.first, each.last) for each in blocks], np.int64).reshape(-1, 2)
+    starts, ends = np.zeros(len(blocks), np.int64), np.zeros(len(blocks), np.int64)
+    for number, block in enumerate(blocks):
+        together = np.flatnonzero((spans[:number, 0] <= block.last) & (spans[:number, 1] >= block.first))
+        order = together[np.argsort(starts[together], kind="stable")]
+        begins = np.concatenate([[0], np.maximum.accumulate(ends[order], dtype=np.int64)])
+        rooms = np.concatenate([starts[order], [FOREVER]]) - begins
+        fitting = np.flatnonzero(rooms >= block.size)
+        starts[number] = begins[fitting[np.argmin(rooms[fitting])]]
+        ends[number] = starts[number] + block.size
+    return starts.tolist(), int(ends.max(initial=0))

@@ -27,6 +27,7 @@ from autoprune.repack.kernels.compiler import Target
 from autoprune.repack.kernels.strided import AXES
 from autoprune.repack.lowering import map_nodes, strided_nodes, token_nodes
 from autoprune.repack.lowering.buffers import Buffer, StridedRef
+from autoprune.repack.lowering.geometry import Tiling
 from autoprune.repack.lowering.layout import floats_of
 from autoprune.repack.lowering.steps import (
     ARENA,
@@ -35,6 +36,7 @@ from autoprune.repack.lowering.steps import (
     TorchStep,
     View,
     contiguous_strides,
+    overwritten,
     settled,
     storage_of,
 )
@@ -62,14 +64,18 @@ class Lowering:
         unrounded: value on a grid -> the value that is rounded to it.
         readers: value -> the operations that read it.
         returned: the values that the model returns.
+        tilings: of packed layers, where they stand; None while they are looked for.
         buffers: storage of a meta tensor -> where it lies.
         positive: values that are nowhere negative.
         steps: in the order they run.
         names: of all that the graph holds.
     """
 
-    def __init__(self, graph: Graph, weights: Mapping[str, Weights], target: Target, threads: int) -> None:
-        self.graph, self.weights, self.target, self.threads = graph, weights, target, threads
+    def __init__(
+        self, graph: Graph, weights: Mapping[str, Weights], target: Target, threads: int,
+        tilings: Mapping[str, Tiling] | None = None,
+    ) -> None:  # fmt: skip
+        self.graph, self.weights, self.target, self.threads, self.tilings = graph, weights, target, threads, tilings
         self.steps: list[NativeStep | TorchStep] = []
         self.values: dict[str, Any] = {}  # meta tensors, and plain integers
         self.maps: dict[tuple[str, tuple[int, int], float], Map] = {}
@@ -220,16 +226,14 @@ class Lowering:
         """Whether a torch operation reads nothing that a call gives, and its result is not too large to be kept."""
         given = [self.fixed_value(name) for name in op.reads if isinstance(self.values[name], Tensor)]
         known = [value for value in given if value is not None]
-        if len(known) < len(given):
-            return False
-        return meta.numel() <= max(FOLD_LIMIT, *(value.numel() for value in known), 0) or not known
+        most = max(FOLD_LIMIT, *(value.numel() for value in known), 0)
+        return len(known) == len(given) and (meta.numel() <= most or not known)
 
     def computed(self, op: TorchOp) -> Tensor:
         """What such an operation gives."""
         values = {**self.graph.constants, **self.known}
         known = {name: values.get(name, self.values[name]) for name in op.reads}
-        result: Tensor = op.bound(known)({})
-        return settled(result).contiguous()
+        return settled(op.bound(known)({})).contiguous()
 
     def scratch(self, floats: int) -> Buffer:
         """Room for every thread to work in."""
@@ -368,13 +372,14 @@ def write(
     With a `choice` of booleans it picks one of two operands.
     """
     what = find or Function("", None, y.dtype)
+    read = [*operands, *([] if choice is None else [choice])]
+    y.buffer.over = overwritten(shape, [each.source for each in read if not isinstance(each.source, np.ndarray)], y)
 
     def build(*_: Any) -> NativeOp:
         given, picked = [each.ref(shape) for each in operands], None if choice is None else choice.ref(shape)
         return strided_nodes.pointwise(name, shape, given, y.ref(), what, lowering.target, picked)
 
-    reads = [buffer for each in (*operands, *([] if choice is None else [choice])) for buffer in each.buffers]
-    lowering.steps.append(NativeStep(name, reads, y.buffer, build))
+    lowering.steps.append(NativeStep(name, [buffer for each in read for buffer in each.buffers], y.buffer, build))
 
 
 def picked(lowering: Lowering, name: str, choice: str, given: Sequence[Any], dtype: torch.dtype) -> bool:

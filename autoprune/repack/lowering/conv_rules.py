@@ -29,7 +29,6 @@ from autoprune.repack.lowering.steps import (
 )
 from autoprune.repack.lowering.weights import Weights
 from autoprune.repack.native.op import NativeOp
-from autoprune.repack.weights.grouping import GROUP_SIZES
 
 WIDEST_REACH = 4 * ALIGN  # columns beyond a row's ends: what lies there must be memory of the map's own buffer
 CROWDED = 0.95  # share of a convolution's vectors that must be left for a map to have no border columns
@@ -71,14 +70,14 @@ def conv2d(lowering: Lowering, op: ConvolutionOp) -> bool:
     residual = None if op.residual is None else lowering.map(op.residual)
     gated = gating(lowering, op, shape[1], channels) if isinstance(op, GatedConv2d) else None
     made = lowering.new_map(op, shape)
-    # as much as anything that tuning tries needs
-    scratch = lowering.scratch(convolutions.panel_scratch(max(GROUP_SIZES)) if gated is None else gated.room)
+    panels = convolutions.room_for_panels(op.output, lowering.weights, lowering.tilings)
+    scratch = lowering.scratch(panels if gated is None else gated.room)
     made.pitch.join(given.pitch)
     if residual is not None:
         made.pitch.join(residual.pitch)
         # A convolution looks around what it reads; and a row that stands in for a missing filter is computed twice.
         if residual is not given and lowering.weights[op.output].fills_groups:
-            made.over = residual
+            made.over = (residual,)
 
     def build(weights: Weights | None, tiling: Tiling) -> NativeOp:
         assert weights is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,6 +19,7 @@ from autoprune.repack.lowering.geometry import Tiling, Window
 from autoprune.repack.lowering.layout import ALIGN, MapLayout, aligned
 from autoprune.repack.lowering.weights import Weights
 from autoprune.repack.native.op import NativeOp, op_of
+from autoprune.repack.weights.grouping import GROUP_SIZES
 from autoprune.repack.weights.packed import PackedWeight
 
 PANEL_BLOCK = 384  # the most positions an item has with panels: their sums must stay in the nearest cache
@@ -146,7 +147,7 @@ def _lists(
     given: dict[offset_gemm.Field, Given] = {**alike, f.OFFSETS: np.ascontiguousarray(offsets[order])}
     if masks is not None:
         given |= {f.INSIDE: np.ascontiguousarray(masks.inside), f.INSIDE_LENGTH: masks.inside.shape[1]}
-    if tiling.panel:
+    if alike[f.PANELS] != 1:
         given |= {
             f.SCRATCH_SLOT: scratch.slot, f.SCRATCH_OFFSET: scratch.offset, f.SCRATCH: panel_scratch(packed.group_size),
         }  # fmt: skip
@@ -270,6 +271,14 @@ def serpentine(packed: PackedWeight) -> PackedWeight:
 def panel_scratch(rows: int) -> int:
     """Floats of scratch a thread needs for a tiling with panels of groups of `rows` filters."""
     return rows * (aligned(PANEL_BLOCK) + ALIGN)
+
+
+def room_for_panels(name: str, weights: Mapping[str, Weights], tilings: Mapping[str, Tiling] | None) -> int:
+    """Floats of scratch a thread needs for the layer `name`; without tilings for all that are tried."""
+    if tilings is None:
+        return panel_scratch(max(GROUP_SIZES))
+    packed, panel = weights[name].packed, tilings.get(name, Tiling()).panel
+    return panel_scratch(packed.group_size) if panel and len(np.unique(packed.index)) > panel else 0
 
 
 def _channels(weights: Weights, layout: MapLayout) -> NDArray[np.int32]:

@@ -40,6 +40,7 @@ from autoprune.repack.kernels.compiler import Target
 from autoprune.repack.lowering import conv_rules, interleaved, map_rules, matrices, pointwise, pool_rules, tokens
 from autoprune.repack.lowering.buffers import Buffer, place
 from autoprune.repack.lowering.context import Lowering, copied
+from autoprune.repack.lowering.geometry import Tiling
 from autoprune.repack.lowering.steps import (
     ARENA,
     Lowered,
@@ -54,8 +55,9 @@ from autoprune.repack.lowering.weights import Weights
 
 
 def lower(
-    graph: Graph, weights: Mapping[str, Weights], shapes: tuple[tuple[int, ...], ...], target: Target, threads: int
-) -> Lowered:
+    graph: Graph, weights: Mapping[str, Weights], shapes: tuple[tuple[int, ...], ...], target: Target, threads: int,
+    tilings: Mapping[str, Tiling] | None = None,
+) -> Lowered:  # fmt: skip
     """Lowers `graph` for inputs of `shapes`.
 
     Args:
@@ -64,11 +66,12 @@ def lower(
         target: what the kernels are compiled for.
         threads: the most that will work on one call.
         weights: of every convolution and Linear that is packed, by the name of its output.
+        tilings: of those, where they stand; those left out have the default. None: there is room for all that is tried.
 
     Raises:
         AutopruneError: a shape the model does not take.
     """
-    lowering = Lowering(graph, weights, target, threads)
+    lowering = Lowering(graph, weights, target, threads, tilings)
     for given, shape in zip(lowering.graph.inputs, shapes, strict=True):
         meta = torch.empty(shape, dtype=getattr(torch, given.dtype), device="meta")
         lowering.values[given.name] = meta
@@ -123,9 +126,10 @@ def native_buffers(lowering: Lowering) -> list[Buffer]:
     """Buffers that lie in the arena, sized now that every layout stands."""
     maps = [*lowering.maps.values(), *lowering.planes.values(), *lowering.interleaved.values()]
     for each in maps:
-        if each.over is not None:
-            each.padded(each.over.pad, each.over.reach)  # one layout, so that one place can hold both
-            each.buffer.over = each.over.buffer
+        ending = [over for over in each.over if over.buffer.last == each.buffer.first]
+        for over in ending[:1]:
+            each.padded(over.pad, over.reach)  # one layout, so that one place can hold both
+            each.buffer.over = (over.buffer,)
     for each in maps:
         if each.buffer.slot < 0:
             each.buffer.layout = each.layout

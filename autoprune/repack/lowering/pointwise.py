@@ -212,7 +212,7 @@ def elementwise(lowering: Lowering, op: Activation | Add) -> bool:
     made = lowering.new_map(op, shape)
     for each in given:
         made.pitch.join(each.pitch)
-    made.over = given[-1]
+    made.over = tuple(given)
 
     def build(*_: Any) -> NativeOp:
         other = given[1].at if len(given) > 1 else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from autoprune.repack.graph.ops import Conv2d, LayerOp, Op
 from autoprune.repack.lowering.buffers import Arena, Buffer, MapAt, StridedRef
 from autoprune.repack.lowering.geometry import Tiling
-from autoprune.repack.lowering.layout import FLOAT_BYTES, MapLayout
+from autoprune.repack.lowering.layout import FLOAT_BYTES, MapLayout, floats_of
 from autoprune.repack.lowering.weights import Weights
 from autoprune.repack.native.op import NativeOp
 
@@ -41,7 +41,7 @@ class Map:
     """A value as a feature map; its layout stands when every reader is known.
 
     Attributes:
-        over: a map that this one may be written over, where it is not needed any more.
+        over: maps that this one may be written over, where they are not needed any more.
     """
 
     shape: tuple[int, int, int, int]
@@ -50,7 +50,7 @@ class Map:
     pitch: PitchClass = field(default_factory=PitchClass)
     pad: tuple[int, int] = (0, 0)
     reach: int = 0
-    over: Map | None = None
+    over: tuple[Map, ...] = ()
     buffer: Buffer = field(default_factory=lambda: Buffer(0))
 
     def padded(self, padding: tuple[int, int], reach: int = 0) -> Map:
@@ -238,3 +238,15 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def is_contiguous(view: View) -> bool:
     return view.stride == contiguous_strides(view.shape)
+
+
+def overwritten(shape: tuple[int, ...], sources: Sequence[Map | View], y: View) -> tuple[Buffer, ...]:
+    """The buffers of sources that fill them as `y` fills its own, entry by entry."""
+
+    def filled(view: View) -> tuple[object, ...]:
+        return view.shape, view.stride, view.offset, view.dtype.itemsize, view.buffer.size
+
+    wanted = shape, contiguous_strides(shape), 0, y.dtype.itemsize, floats_of(math.prod(shape), y.dtype.itemsize)
+    alike = [each.buffer for each in sources if isinstance(each, View) and filled(each) == filled(y) == wanted]
+    read = [each.buffer for each in sources]
+    return tuple(buffer for buffer in alike if read.count(buffer) == alike.count(buffer))

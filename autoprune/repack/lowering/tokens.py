@@ -17,7 +17,6 @@ from autoprune.repack.lowering.layout import ALIGN
 from autoprune.repack.lowering.steps import Map, NativeStep, is_float, storage_of
 from autoprune.repack.lowering.weights import Weights
 from autoprune.repack.native.op import NativeOp
-from autoprune.repack.weights.grouping import GROUP_SIZES
 
 if TYPE_CHECKING:
     from autoprune.repack.lowering.context import Lowering
@@ -119,7 +118,7 @@ def _by_position(lowering: Lowering, op: Linear, tokens: int) -> None:
     given = turned(lowering, op.inputs[0], tokens)
     made = Map((1, out, 1, tokens), (1, 1), 0.0).padded((0, 0))
     made.pitch.join(given.pitch)
-    scratch = lowering.scratch(convolutions.panel_scratch(max(GROUP_SIZES)))  # whatever the tuning tries
+    scratch = lowering.scratch(convolutions.room_for_panels(op.output, lowering.weights, lowering.tilings))
     window = Window((1, 1), (1, 1), (0, 0), (1, 1))
     added = op.residual
     activation = op.activation if added is None else None

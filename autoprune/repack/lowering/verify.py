@@ -13,7 +13,8 @@ def verify(lowered: Lowered) -> Lowered:
     """Returns it.
 
     Raises AssertionError where a step reads what no step before it wrote and no call brings, where two buffers that
-    are in use at the same time overlap, or where one lies outside the arena.
+    are in use at the same time overlap, where one lies outside the arena, or where something is written over borders
+    that are filled once.
     """
     written: set[int] = set()  # ids of buffers in the arena
     filled = {0, *lowered.inputs, *lowered.constants}  # slots
@@ -30,7 +31,9 @@ def verify(lowered: Lowered) -> Lowered:
     for name, view in lowered.returned.items():
         there = id(view.buffer) in written if view.buffer.slot == ARENA else view.buffer.slot in filled
         assert there, f"the result {name} is never written"
-    _check_overlaps(list(_in_arena(lowered)), lowered.arena.size)
+    buffers = list(_in_arena(lowered))
+    _check_overlaps(buffers, lowered.arena.size)
+    _check_borders(buffers, lowered.arena.borders)
     return lowered
 
 
@@ -57,9 +60,18 @@ def _check_overlaps(buffers: list[Buffer], size: int) -> None:
             )
 
 
+def _check_borders(buffers: list[Buffer], borders: tuple[tuple[int, int, float], ...]) -> None:
+    for start, size, value in borders:
+        for each in buffers:
+            begin = each.offset // FLOAT_BYTES
+            apart = begin + each.size <= start or start + size <= begin
+            same = each.layout is not None and each.layout.border == value
+            assert apart or same, f"a buffer at {begin} lies over the borders at {start}, which are filled once"
+
+
 def _written_over(one: Buffer, other: Buffer) -> bool:
     """Whether `one` takes the place of `other` position by position, in the step that reads it for the last time."""
-    return one.over is other and other.last == one.first and one.offset == other.offset and one.layout == other.layout
+    return other in one.over and other.last == one.first and one.offset == other.offset and one.layout == other.layout
 
 
 def _name(step: NativeStep | TorchStep) -> str:
