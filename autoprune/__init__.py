@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from autoprune.model.recurrent.modules import cut_states_
     from autoprune.model.resize import load_shrunk
     from autoprune.plan import Plan
+    from autoprune.post_training import PostTrained, prune_post_training
     from autoprune.quantization import dequantize_
     from autoprune.repack import ExportReport, RepackedModel, Shrunk, export_onnx, load, quantize_, repack, save, shrink
     from autoprune.repack.aot.library import Built, build
@@ -48,7 +49,13 @@ _CORE = {
     "save": "autoprune.repack",
     "shrink": "autoprune.repack",
 }
-_SEARCH = {"Compressed": "autoprune.api", "PruningHooks": "autoprune.hooks", "compress": "autoprune.api"}
+_SEARCH = {
+    "Compressed": "autoprune.api",
+    "PostTrained": "autoprune.post_training",
+    "PruningHooks": "autoprune.hooks",
+    "compress": "autoprune.api",
+    "prune_post_training": "autoprune.post_training",
+}
 
 __all__ = [
     "Arguments",
@@ -58,6 +65,7 @@ __all__ = [
     "ExportReport",
     "Metric",
     "Plan",
+    "PostTrained",
     "PruningHooks",
     "RepackedModel",
     "Shrunk",
@@ -70,6 +78,7 @@ __all__ = [
     "export_onnx",
     "load",
     "load_shrunk",
+    "prune_post_training",
     "quantize_",
     "repack",
     "save",

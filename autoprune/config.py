@@ -128,6 +128,8 @@ class SearchSection(Section):
 class FinetuneSection(Section):
     """Training of the chosen plan's masked model."""
 
+    # in place of training: the model is what env.recovery makes of the plan, and no other key of this section is read
+    post_training: bool = False
     method: ChoiceField = Choice("one_shot")
     # what a plan's budget counts for methods that find the layers' shares: latency for a target speed-up, else weights
     budget: Literal["weights", "macs", "latency"] | None = None

@@ -23,7 +23,7 @@ from autoprune.model.uses import Use, watch_weights
 from autoprune.model.weights import as_held, as_read, weight_of
 from autoprune.patterns import PATTERNS
 from autoprune.patterns.base import Pattern
-from autoprune.patterns.layered import mask_of, masks_of
+from autoprune.patterns.layered import cells_of, mask_of, masks_of
 from autoprune.plan import LayerSpec, Plan
 from autoprune.quantization import unrounded
 
@@ -201,7 +201,83 @@ def make_masks(model: nn.Module, inventory: Inventory, plan: Plan, statistics: M
         ConfigError: the plan names a layer the model does not have.
     """
     saliency = score_layers(model, inventory, plan, statistics)
-    return cut_layers(saliency, inventory, plan, {name: plan.layers[name].sparsity for name in saliency})
+    sparsities = {name: plan.layers[name].sparsity for name in saliency}
+    return cut_by_criteria(model, inventory, plan, statistics, saliency, sparsities)
+
+
+def cut_by_criteria(
+    model: nn.Module,
+    inventory: Inventory,
+    plan: Plan,
+    statistics: Mapping[str, LayerStatistics],
+    saliency: Mapping[str, Tensor],
+    sparsities: Mapping[str, float],
+    within: Mapping[str, Tensor] | None = None,
+    final: Mapping[str, float] | None = None,
+) -> Masks:
+    """`cut_layers`, where layers whose criterion has several steps are cut in as many.
+
+    Args:
+        model: whose weights are cut.
+        inventory: likewise of `cut_layers`, as are the other arguments that it has.
+        plan: the layers' patterns and criteria.
+        statistics: of each layer.
+        saliency: the criteria's, by layer.
+        sparsities: layer -> fraction of zeros, in [0, 1).
+        within: earlier masks of the same plan; what they cut stays cut.
+        final: layer -> sparsity that later masks within these will reach.
+    """
+    before, last = within or {}, final or {}
+    stepwise = [name for name in saliency if sparsities[name] > 0.0 and _in_steps(plan, name)]
+    rest = {name: share for name, share in sparsities.items() if name not in stepwise}
+    masks = cut_layers(saliency, inventory, plan, rest, within, final)
+    for name in stepwise:
+        masks[name] = _mask_in_steps(
+            plan, inventory[name], weight_of(model, name), statistics[name], sparsities[name], before.get(name),
+            max(sparsities[name], last.get(name, 0.0)),
+        )  # fmt: skip
+    return masks
+
+
+def _in_steps(plan: Plan, name: str) -> bool:
+    """Whether cutting a layer in steps makes a difference: whole filters cannot make up for each other."""
+    layer = plan.layers[name]
+    return CRITERIA.create(layer.criterion).steps > 1 and not PATTERNS.get(layer.pattern.name).whole_filters
+
+
+def _mask_in_steps(
+    plan: Plan,
+    layer: LayerSpec,
+    weight: Tensor,
+    statistics: LayerStatistics,
+    sparsity: float,
+    within: Tensor | None,
+    final: float,
+) -> Tensor:
+    """A layer's mask, cut in its criterion's steps: each cuts as large a share of what is left.
+
+    Args:
+        plan: holds the layer's criterion and pattern.
+        layer: as the inventory knows it.
+        weight: of the dense layer, as the parameter lies.
+        statistics: of the layer.
+        sparsity: to reach.
+        within: an earlier mask, or None.
+        final: the sparsity that later masks within this one will reach.
+    """
+    planned = plan.layers[layer.name]
+    criterion, pattern = CRITERIA.create(planned.criterion), PATTERNS.create(planned.pattern)
+    read, cells = as_read(weight, layer.turned), as_read(cells_of(pattern, layer), layer.turned)
+    kept = torch.ones_like(weight, dtype=torch.bool) if within is None else within
+    feasible = pattern.feasible(layer.weight_shape, sparsity, layer.conv_groups)
+    begin, end = int(kept.sum()) / kept.numel(), 1.0 - feasible
+    for step in range(1, criterion.steps + 1):
+        share = 1.0 - begin * min(1.0, end / begin) ** (step / criterion.steps)
+        last = step == criterion.steps
+        scores = criterion.saliency_left(read, statistics, as_read(kept, layer.turned), cells, layer.conv_groups)
+        rule, share = (pattern, sparsity) if last else (pattern.on_the_way(share), share)
+        kept = mask_of(rule, layer, as_held(scores, layer.turned), share, within=kept, final_sparsity=final)
+    return kept
 
 
 def masks_at(
@@ -218,7 +294,12 @@ def masks_at(
     saliency = score_layers(model, inventory, plan, statistics)
     patterns = {name: PATTERNS.create(plan.layers[name].pattern) for name in saliency}
     return {
-        name: masks_of(pattern, inventory[name], _unit_saliency(saliency, inventory[name], patterns), sparsities)
+        name: [
+            _mask_in_steps(plan, inventory[name], weight_of(model, name), statistics[name], share, None, share)
+            for share in sparsities
+        ]
+        if _in_steps(plan, name)
+        else masks_of(pattern, inventory[name], _unit_saliency(saliency, inventory[name], patterns), sparsities)
         for name, pattern in patterns.items()
     }
 

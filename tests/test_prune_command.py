@@ -141,7 +141,7 @@ def test_a_speedup_out_of_reach_is_refused_with_the_best_there_is(config: Path) 
     [
         (["--method", "adaptve", "--sparsity", "0.9"], "Did you mean 'adaptive'"),
         (["--method", "gradual", "--sparsity", "90"], r"target.sparsity is a fraction in \(0, 1\)"),
-        (["--sparsity", "0.9"], "--sparsity is for --method alone"),
+        (["--sparsity", "0.9"], "--sparsity is for --method or --post-training alone"),
         (["--method", "gradual", "--plan", "plan.json"], "exclude each other"),
         (["--method", "gradual", "--set", "target={accuracy_drop = 0.1}"], "needs --sparsity or --speedup"),
         (["--method", "gradual", "--sparsity", "0.9", "--pattern", "grup"], "Did you mean 'group'"),

@@ -26,6 +26,9 @@ from autoprune.cli.output import MISSED, finish, show_forecast
 from autoprune.cli.registries import completed
 from autoprune.errors import ConfigError
 
+POST_TRAINING = ("finetune.post_training=true", "env.recovery=post_training")
+CRITERION = '{name = "obs", steps = 4}'  # of post-training pruning, unless another is asked for
+
 
 # long: a parameter is an option, with what --help says of it
 @with_groups
@@ -43,10 +46,26 @@ def prune(
             autocompletion=completed("methods"),
         ),
     ] = None,
+    post_training: Annotated[
+        bool,
+        typer.Option(
+            "--post-training",
+            help="Prune to the end without a search, labels and training: in minutes.",
+        ),
+    ] = False,
+    criterion: Annotated[
+        str | None,
+        typer.Option(
+            help="With --method or --post-training: e.g. magnitude. [default: the config's; with --post-training: "
+            f"{CRITERION}]",
+            autocompletion=completed("criteria"),
+            show_default=False,
+        ),
+    ] = None,
     pattern: Annotated[
         str | None,
         typer.Option(
-            help='With --method: e.g. unstructured, or {name = "group", size = 16}.',
+            help='With --method or --post-training: e.g. unstructured, or {name = "group", size = 16}.',
             autocompletion=completed("patterns"),
         ),
     ] = None,
@@ -56,11 +75,15 @@ def prune(
 ) -> None:
     """Mask the dense model by the plan, without fine-tuning; with --method: prune, train and measure without a search.
 
+    With --post-training: prune without labels and training, and measure.
+
     Example: autoprune prune configs/digits.toml --plan runs/digits/plan.json --run-dir runs/again
 
     Example: autoprune prune configs/digits.toml --method adaptive --sparsity 0.9
 
     Example: autoprune prune configs/digits.toml --method all --sparsity 0.9
+
+    Example: autoprune prune configs/digits.toml --post-training --sparsity 0.5
 
     Example: autoprune prune configs/digits.toml --method gradual --speedup 4 --pattern '{name = "group", size = 16}'
 
@@ -70,20 +93,23 @@ def prune(
     """
     from autoprune.config import load_config
 
-    if method is not None:
-        if plan is not None:
-            raise ConfigError("--plan and --method exclude each other: a plan names its own method.")
-        by_pattern = [] if pattern is None else [f"env.pattern={pattern}"]
-        changed = [*changes(target, seed, precision), *by_pattern, *(overrides or [])]
-        _prune_by(method, config, run_dir, changed, shown, dry_run)
+    _check_together(method, post_training, plan)
+    if method is not None or post_training:
+        chosen = {"env.pattern": pattern, "env.criterion": criterion or (CRITERION if post_training else None)}
+        named = [f"{key}={value}" for key, value in chosen.items() if value is not None]
+        changed = [*changes(target, seed, precision), *named, *(overrides or [])]
+        if method is None:
+            _prune_post_training(config, run_dir, changed, shown, dry_run)
+        else:
+            _prune_by(method, config, run_dir, changed, shown, dry_run)
         return
-    only_for("--method", {**target.given, "--pattern": pattern})
+    only_for("--method or --post-training", {**target.given, "--pattern": pattern, "--criterion": criterion})
     changed = [*changes(target, seed, precision), *(overrides or [])]
     if dry_run:
         directory = run_dir or Path("runs") / config.stem
         show_forecast(load_config(config, changed), directory, shown, searches=plan is None, trains=False)
         return
-    only_for("--method", {"--json": shown.as_json or None, "--strict": shown.strict or None})
+    only_for("--method or --post-training", {"--json": shown.as_json or None, "--strict": shown.strict or None})
     job = open_run(config, run_dir, changed, progress=shown.progress)
     if plan is not None:
         job.adopt(plan)
@@ -92,6 +118,38 @@ def prune(
         f"pruned, not fine-tuned: validation {metric.describe(score)} (dense {metric.text(job.prepared.dense_score)}). "
         f"{job.directory / 'pruned.safetensors'}"
     )
+
+
+def _check_together(method: str | None, post_training: bool, plan: Path | None) -> None:
+    """Raises ConfigError where two ways to prune are asked for."""
+    if method is not None and post_training:
+        raise ConfigError(
+            "--method and --post-training exclude each other: a method trains, and post-training pruning does not. "
+            "Give one of them."
+        )
+    if method is not None and plan is not None:
+        raise ConfigError("--plan and --method exclude each other: a plan names its own method.")
+    if post_training and plan is not None:
+        raise ConfigError(
+            "--plan and --post-training exclude each other: a plan has sparsities, patterns and criteria of its own. "
+            "In Python, autoprune.prune_post_training(model, batches, plan=plan) takes one."
+        )
+
+
+def _prune_post_training(
+    config: Path, run_dir: Path | None, overrides: list[str], shown: ReportOptions, dry_run: bool
+) -> None:
+    """The whole job without a search and without training."""
+    from autoprune.config import load_config
+
+    changed = [*POST_TRAINING, *overrides]
+    directory = run_dir or Path("runs") / f"{config.stem}-post-training"
+    if dry_run:
+        show_forecast(load_config(config, changed), directory, shown, searches=False)
+        return
+    job = open_run(config, directory, changed, progress=shown.progress)
+    job.plan_uniformly()
+    finish(job, shown, "")
 
 
 def _prune_by(
@@ -103,7 +161,11 @@ def _prune_by(
     from autoprune.training import TRAINING
 
     def by(name: str) -> list[str]:
-        return [f"finetune.method={json.dumps(name)}", *overrides]  # as TOML quotes it too
+        return [
+            f"finetune.method={json.dumps(name)}",
+            "finetune.post_training=false",
+            *overrides,
+        ]  # as TOML quotes it too
 
     methods = list(TRAINING) if method == "all" else list(dict.fromkeys(method.split(",")))
     directory = run_dir or Path("runs") / f"{config.stem}-{method if len(methods) == 1 else 'methods'}"

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from autoprune.criteria.base import Criterion, LayerStatistics
+from autoprune.criteria.least_squares import LeastSquares, damped, factored
 from autoprune.errors import ConfigError
 
 
@@ -16,28 +17,36 @@ class Obs(Criterion):
     row, such as groups of filters, a cell's sum is exact too. The recovery 'reconstruct' makes the best of it.
     Takes time cubic in the weights of a filter.
 
+    In several steps (after Kurtic et al. 2022), each cuts as large a share of what is left. Between them the kept
+    weights are refitted and H is inverted anew, over what is kept, so that what one cut makes another one cost is seen;
+    a cell of several weights of a row is scored as a whole. Takes as long for each step and each group of filters.
+
     Args:
         damping: added to H's diagonal, over the diagonal's mean; > 0.
+        steps: 1 to 256.
     """
 
     needs = frozenset({"input_moments"})
 
-    def __init__(self, damping: float = 0.01) -> None:
+    def __init__(self, damping: float = 0.01, steps: int = 1) -> None:
         if not isinstance(damping, (int, float)) or isinstance(damping, bool) or not 0.0 < damping < float("inf"):
             raise ConfigError(f"criterion 'obs': damping must be a number > 0, not {damping!r}.")
-        self.damping = damping
+        if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps <= 256:
+            raise ConfigError(f"criterion 'obs': steps must be an integer from 1 to 256, not {steps!r}.")
+        self.damping, self.steps = damping, steps
 
     def saliency(self, weight: Tensor, statistics: LayerStatistics, conv_groups: int = 1) -> Tensor:
         assert statistics.input_moments is not None
         moments = damped(statistics.input_moments, self.damping)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments)).diagonal(dim1=1, dim2=2)  # (conv_groups, c)
+        inverse = torch.cholesky_inverse(factored(moments, self.damping)).diagonal(dim1=1, dim2=2)  # (conv_groups, c)
         rows = weight.detach().double().reshape(conv_groups, -1, inverse.shape[1])
         return (rows.square() / inverse[:, None]).reshape(weight.shape).to(weight.dtype)
 
-
-def damped(moments: Tensor, damping: float) -> Tensor:
-    """Moments ``(..., c, c)`` as float64, `damping` times the mean of the diagonal added to it."""
-    moments = moments.double()
-    extent = moments.shape[-1]
-    mean = moments.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-30)
-    return moments + damping * mean[..., None, None] * torch.eye(extent, dtype=torch.float64)
+    def saliency_left(
+        self, weight: Tensor, statistics: LayerStatistics, kept: Tensor, cells: Tensor, conv_groups: int = 1
+    ) -> Tensor:
+        assert statistics.input_moments is not None
+        moments, cross = statistics.input_moments.double(), statistics.cross_moments
+        rows = weight.detach().double().reshape(conv_groups, -1, moments.shape[-1])
+        fit = LeastSquares(rows, moments, rows @ moments if cross is None else cross.double(), self.damping)
+        return fit.errors(kept.reshape(rows.shape), cells.reshape(rows.shape)).reshape(weight.shape)

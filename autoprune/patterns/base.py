@@ -29,6 +29,14 @@ class Pattern(ABC):
         """Whether a mask keeps all that a sparser one keeps, so that masks of any sparsity come from one ranking."""
         return True
 
+    def on_the_way(self, sparsity: float) -> Pattern:
+        """The pattern by which a layer is cut to a lower sparsity, where it is cut in steps; masks of this lie in its.
+
+        Args:
+            sparsity: of the step, below that of this pattern where it allows one alone.
+        """
+        return self
+
     @abstractmethod
     def cells(self, shape: tuple[int, ...], conv_groups: int = 1) -> Tensor:
         """Returns, in the weight's shape, the number of the cell each weight belongs to (int64, from 0).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import torch
@@ -27,6 +28,10 @@ class NOfM(Pattern):
     @property
     def nested(self) -> bool:
         return False  # blocks are ranked one by one, and only above some sparsity
+
+    def on_the_way(self, sparsity: float) -> Pattern:
+        kept = math.ceil((1.0 - sparsity) * self.m - 1e-9)
+        return NOfM(max(self.n, min(kept, self.m - 1)), self.m)
 
     def cells(self, shape: tuple[int, ...], conv_groups: int = 1) -> Tensor:
         return torch.arange(shape[0] * columns(shape)).reshape(shape)

@@ -61,7 +61,7 @@ class Pruned:
 
 @dataclass(frozen=True)
 class FineTuned:
-    """The masked model, fine-tuned by the plan's method."""
+    """The masked model, fine-tuned by the plan's method, or as post-training pruning leaves it."""
 
     plan: Plan
     model: nn.Module
@@ -156,6 +156,20 @@ def fine_tune(context: Context, subject: Subject, plan: Plan) -> FineTuned:
     return FineTuned(plan, model)
 
 
+def recover(context: Context, subject: Subject, plan: Plan) -> FineTuned:
+    """Has the run's recovery prune the dense model by the plan, in the place of fine-tuning, and saves it.
+
+    Raises:
+        NumericalError: the data, or what layers read on it, is not finite.
+    """
+    model = copy.deepcopy(subject.dense)
+    with torch_threads(context.work_threads):
+        context.choices.recovery.recover_(model, plan, replace(subject, progress=context.progress))
+    _remove_after(context.directory, _MASKED)
+    write_tensors(context.directory / _MASKED, model.eval().state_dict(), {MADE_FOR: made_for(context, plan)})
+    return FineTuned(plan, model)
+
+
 def adopt_fine_tuned(context: Context, folder: Path) -> None:
     """Takes what `fine_tune` saved in another folder of the same run, of a plan that is to be the run's."""
     tensors, about = read_tensors(folder / _MASKED, "the saved model")
@@ -207,8 +221,9 @@ def repack_fine_tuned(context: Context, prepared: Prepared, fine_tuned: FineTune
 def _untrained(context: Context, prepared: Prepared, plan: Plan) -> nn.Module:
     """The architecture that fine-tuning gives: the task's, or wider where the plan's method widens it."""
     model = copy.deepcopy(prepared.task.model)
-    inputs = prepared.task.example_inputs(context.config.latency.batch)
-    TRAINING.create(plan.training).widen_(model, inputs, plan)
+    if not context.config.finetune.post_training:
+        inputs = prepared.task.example_inputs(context.config.latency.batch)
+        TRAINING.create(plan.training).widen_(model, inputs, plan)
     return model
 
 
@@ -280,6 +295,8 @@ class AppliedPlan:
         if all(layer.whole for layer in self.plan.layers.values()):
             return keep_dense(self._context, before.prepared, self.plan)
         subject = before.subject
+        if self._context.config.finetune.post_training:
+            return recover(self._context, subject, self.plan)
         if subject.budget == "latency":
             subject = before.evaluator.subject  # with the table, which takes a while
         return fine_tune(self._context, subject, self.plan)

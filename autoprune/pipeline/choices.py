@@ -58,6 +58,7 @@ def create_choices(config: Config, task_given: bool = False) -> Choices:
     TRAINING.create(config.finetune.method)  # have a state. Here their arguments are checked.
     criterion = CRITERIA.create(env.criterion)
     recovery = RECOVERIES.create(env.recovery)
+    _check_post_training(config, recovery)
     for engine in config.latency.engines:
         ENGINES.get(engine)
     actions = tuple(ACTIONS.create(choice) for choice in env.actions)
@@ -88,6 +89,19 @@ def create_choices(config: Config, task_given: bool = False) -> Choices:
         statistics=criterion.needs.union(*(CRITERIA.get(name).needs for name in chosen)),
         device=device,
     )
+
+
+def _check_post_training(config: Config, recovery: Recovery) -> None:
+    """Raises ConfigError where nothing is to be trained, and something would be."""
+    if not config.finetune.post_training:
+        return
+    if recovery.trains:
+        raise ConfigError(
+            f"finetune.post_training trains nothing, and recovery {config.env.recovery.name!r} does: set env.recovery "
+            "to post_training, reconstruct or batch_norm."
+        )
+    if config.search.halving is not None:
+        raise ConfigError("finetune.post_training trains nothing, and search.halving does: leave one of them out.")
 
 
 def check_teachers(config: Config, task_given: bool = False) -> None:

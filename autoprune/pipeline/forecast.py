@@ -185,7 +185,10 @@ def forecast(run: Run, *, searches: bool = True, trains: bool = True) -> Forecas
             uniform_plan(context, run.preparation, run.search)  # refused where there is none
         if trains:
             trainings = run.config.search.contenders if searches else 1
-            minutes["fine-tuning"] = trainings * _training_minutes(run)
+            if run.config.finetune.post_training:
+                minutes["post-training pruning"] = trainings * _recovery_minutes(run, problem)
+            else:
+                minutes["fine-tuning"] = trainings * _training_minutes(run)
     if trains:
         minutes["final table"] = context.config.latency.samples * sum(baselines.ms.values()) / 60e3
     return Forecast(
@@ -237,6 +240,14 @@ def _search_minutes(run: Run, problem: Problem) -> float:
     evaluate(problem.uniform(0.7))
     minutes = run.config.search.episodes * (clock() - began_s) / run.context.workers / 60
     return minutes if run.context.minutes is None else min(minutes, run.context.minutes)
+
+
+def _recovery_minutes(run: Run, problem: Problem) -> float:
+    """Of pruning without training, which is done once."""
+    subject, began_s = run.preparation.subject, run.context.clock()
+    with torch_threads(run.context.work_threads):
+        run.context.choices.recovery.recover_(copy.deepcopy(run.dense), problem.uniform(0.5), subject)
+    return (run.context.clock() - began_s) / 60
 
 
 def _training_minutes(run: Run) -> float:

@@ -216,11 +216,19 @@ def report_of(run: Run) -> RunReport:
         "episodes": config.search.episodes,
         "target": config.target.text(metric, config.precision),
         "recovery": str(config.env.recovery),
-        "training": str(run.plan.training),
+        "training": "none" if config.finetune.post_training else str(run.plan.training),
         "learning_rate": run.preparation.subject.settings.learning_rate,
         "seed": config.seed,
     }
     return RunReport(run.directory, rows, record, hparams)
+
+
+def _training_facts(run: Run) -> dict[str, Any]:
+    if run.config.finetune.post_training:
+        return {
+            "training": f"none: pruned after training, criterion {run.config.env.criterion}, {run.config.env.recovery}"
+        }
+    return {"training": run.plan.training, "fine-tuning epochs": run.preparation.subject.settings.epochs}
 
 
 def _facts(run: Run) -> dict[str, Any]:
@@ -232,8 +240,7 @@ def _facts(run: Run) -> dict[str, Any]:
         "precision": config.precision,
         **({} if run.context.device.runs_torch else {"device": run.context.device}),
         **(_search_facts(run) if run.search.exists else {"plan": _origin(run)}),
-        "training": run.plan.training,
-        "fine-tuning epochs": run.preparation.subject.settings.epochs,
+        **_training_facts(run),
         "settings of the plan": dict(run.plan.settings) or "none",
         "seed": config.seed,
     }

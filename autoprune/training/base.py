@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from autoprune.allocation import Allocation, Cost, Layers, WeightCost, layer_cells
 from autoprune.allocation.planned import Planned
+from autoprune.criteria import LayerStatistics
 from autoprune.errors import AutopruneError
 from autoprune.masks import (
     Batches,
@@ -20,6 +21,7 @@ from autoprune.masks import (
     apply_masks_,
     collect_statistics,
     criteria_needs,
+    cut_by_criteria,
     cut_layers,
     score_layers,
     sparsity,
@@ -65,9 +67,11 @@ class Pruner:
 
     def saliency(self) -> dict[str, Tensor]:
         """Scores of the model as it is now, by each layer's criterion."""
+        return score_layers(self.model, self.inventory, self.plan, self._statistics())
+
+    def _statistics(self) -> dict[str, LayerStatistics]:
         needs = criteria_needs(self.plan)
-        statistics = collect_statistics(self.model, self.plan.layers, self.batches, self.loss, needs)
-        return score_layers(self.model, self.inventory, self.plan, statistics)
+        return collect_statistics(self.model, self.plan.layers, self.batches, self.loss, needs)
 
     def masks(
         self,
@@ -93,14 +97,17 @@ class Pruner:
         self.plan.check_layers(self.inventory.names)
         if fraction == 0.0:
             return {}
-        scores = self.saliency() if saliency is None else dict(saliency)
+        statistics = self._statistics() if saliency is None else {}
+        scores = score_layers(self.model, self.inventory, self.plan, statistics) if saliency is None else dict(saliency)
         ranked = scores
         if within:
             ranked = {n: s.masked_fill(~within[n], -1.0) if n in within else s for n, s in scores.items()}
         layers = Layers(self.inventory, self.plan, ranked, self.cost or WeightCost(self.inventory))
         shares = (allocation or Planned()).sparsities(layers, fraction)
         final = {name: layer.sparsity for name, layer in self.layers.items()}
-        return cut_layers(scores, self.inventory, self.plan, shares, within, final)
+        if saliency is not None:
+            return cut_layers(scores, self.inventory, self.plan, shares, within, final)
+        return cut_by_criteria(self.model, self.inventory, self.plan, statistics, scores, shares, within, final)
 
     def apply_(self, masks: Mapping[str, Tensor]) -> None:
         """Zeroes the weights of the model that `masks` cut; filters cut as a whole fall silent."""

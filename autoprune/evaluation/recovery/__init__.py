@@ -12,6 +12,7 @@ RECOVERIES: Registry[Recovery] = Registry(
         "none": "autoprune.evaluation.recovery.none:NoRecovery",
         "batch_norm": "autoprune.evaluation.recovery.batch_norm:BatchNorm",
         "reconstruct": "autoprune.evaluation.recovery.reconstruct:Reconstruct",
+        "post_training": "autoprune.evaluation.recovery.post_training:PostTraining",
         "train": "autoprune.evaluation.recovery.train:Train",
     },
 )

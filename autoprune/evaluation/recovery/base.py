@@ -15,6 +15,7 @@ from autoprune.masks import Masks, make_masks
 from autoprune.model.inventory import Inventory
 from autoprune.plan import Plan
 from autoprune.precision import RunPrecision
+from autoprune.progress import SILENT, Progress
 from autoprune.repack import CaptureError, Graph, capture
 from autoprune.settings import TrainingSettings
 from autoprune.tasks.base import Task
@@ -28,8 +29,8 @@ class Subject:
 
     `settings` are the run's fine-tuning settings; `seed` makes any training repeatable. `budget` is what a plan's
     training counts where its method finds the layers' shares; ``latency`` needs `table`. `precision` is that of the
-    repacked models, or ``planned``. `captured` is what `graph` remembers; copies made with `dataclasses.replace` share
-    it.
+    repacked models, or ``planned``. `progress` is where a long recovery is shown. `captured` is what `graph` remembers;
+    copies made with `dataclasses.replace` share it.
     """
 
     task: Task
@@ -41,6 +42,7 @@ class Subject:
     budget: Budget = "weights"
     precision: RunPrecision = "float32"
     table: LatencyTable | None = None
+    progress: Progress = SILENT
     captured: dict[int, Graph | None] = field(default_factory=dict, repr=False, compare=False)  # by batch
 
     def graph(self, batch: int) -> Graph | None:
