@@ -28,6 +28,7 @@ BENCHMARKS: Mapping[str, str] = {
     "onnx_export": "whether exported ONNX files are faster than the same zeros exported dense",
     "permutation": "what choosing the filters of a group by similarity gives",
     "planning": "how long a plan for ResNet-50 takes",
+    "post_training": "what pruning without labels and training keeps, by criterion and fit",
     "precision": "what int8 costs a pruned model in accuracy, and how much faster it makes it",
     "recurrent": "how much faster packed LSTMs and GRUs are than the best dense engine",
     "recurrent_training": "what pruning costs recurrent networks",
