@@ -9,6 +9,7 @@ TRAINING: Registry[SparseTraining] = Registry(
     {
         "one_shot": "autoprune.training.one_shot:OneShot",
         "gradual": "autoprune.training.gradual:Gradual",
+        "ac_dc": "autoprune.training.ac_dc:AcDc",
         "adaptive": "autoprune.training.adaptive:Adaptive",
         "bayesian": "autoprune.training.bayesian:Bayesian",
         "expand": "autoprune.training.expand:Expand",

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from autoprune.masks import filter_rows, live_filters, silent_filters
 from autoprune.model.recurrent.names import partner_of
+from autoprune.model.weights import as_held
+from autoprune.plan import LayerSpec
 from autoprune.training.base import Pruner, Signals, SparseTraining
 
 
@@ -20,6 +22,17 @@ def regrown(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> float:
     back = sum(int((~mask & after[name]).sum()) for name, mask in before.items() if name in after)
     back += sum(int((~mask).sum()) for name, mask in before.items() if name not in after)
     return back / cut if cut else 0.0
+
+
+def outlasting(layer: LayerSpec, mask: Tensor) -> Tensor:
+    """The weights that keep their value where what `mask` cuts comes back from zero; bool, in the mask's shape.
+
+    They are those that the mask keeps, and all of a filter that it cuts as a whole: through an activation a filter of
+    zeros learns nothing, and behind a norm its gradients are huge.
+    """
+    rows = ~live_filters(layer, mask)
+    silent = rows.reshape(-1, *[1] * (len(layer.weight_shape) - 1)).expand(layer.weight_shape)
+    return mask | as_held(silent, layer.turned)
 
 
 class LatentTraining(SparseTraining):
