@@ -189,6 +189,8 @@ RECIPES: Mapping[str, Recipe] = {
     "joint_free": Recipe("- without the threshold network", Choice("joint", {"generator": False})),
     "ac_dc": Recipe("AC/DC, every layer alike", Choice("ac_dc")),
     "ac_dc_lamp": Recipe("- LAMP", Choice("ac_dc", {"allocation": "lamp"})),
+    "admm": Recipe("ADMM, every layer alike", Choice("admm"), from_trained=True),
+    "admm_lamp": Recipe("- LAMP", Choice("admm", {"allocation": "lamp"}), from_trained=True),
     "sr_ste": Recipe("SR-STE", Choice("sr_ste")),
     "sr_ste_2_4": Recipe("SR-STE, 2:4", Choice("sr_ste"), only=("2:4",)),
 }

@@ -141,6 +141,12 @@ def cell_means(values: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
     return total / size, size
 
 
+def cell_sizes(values: Tensor, cells: Tensor) -> Tensor:
+    """The root mean square of `values` over each cell, float64, ``(cells,)``: its norm, but for the cell's size."""
+    mean, _ = cell_means(values.detach().square(), cells)
+    return mean.sqrt()
+
+
 def columns(shape: tuple[int, ...]) -> int:
     """Weights of one filter: ``in / conv_groups * kh * kw``."""
     product = 1

@@ -11,6 +11,7 @@ TRAINING: Registry[SparseTraining] = Registry(
         "gradual": "autoprune.training.gradual:Gradual",
         "ac_dc": "autoprune.training.ac_dc:AcDc",
         "adaptive": "autoprune.training.adaptive:Adaptive",
+        "admm": "autoprune.training.admm:Admm",
         "bayesian": "autoprune.training.bayesian:Bayesian",
         "expand": "autoprune.training.expand:Expand",
         "joint": "autoprune.training.joint:Joint",

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from autoprune.allocation import make_allocation
 from autoprune.errors import ConfigError, did_you_mean
-from autoprune.patterns.base import cell_means
+from autoprune.patterns.base import cell_means, cell_sizes
 from autoprune.training.base import Signals
 from autoprune.training.latent import LatentTraining
 from autoprune.training.schedule import CUBIC, check_counts, check_flags, check_numbers, check_span, cuts
@@ -105,17 +105,12 @@ class Proximal(LatentTraining):
     def update(self, step: int) -> None:
         if step not in self._fractions:
             return
-        sizes = {name: self._sizes(name) for name in self.latent}
+        sizes = {name: cell_sizes(latent, self._cells[name]) for name, latent in self.latent.items()}
         saliency = {name: size[self._cells[name]].float() for name, size in sizes.items()}
         within = None if self.splice else self.masks
         self.set_masks(self.pruner.masks(self._fractions[step], within, saliency=saliency, allocation=self.allocation))
         for name, mask in self.masks.items():
             self._threshold_(name, sizes[name], mask)
-
-    def _sizes(self, name: str) -> Tensor:
-        """Root mean square of each cell's weights, ``(cells,)``."""
-        mean, _ = cell_means(self.latent[name].square(), self._cells[name])
-        return mean.sqrt()
 
     def _threshold_(self, name: str, size: Tensor, mask: Tensor) -> None:
         cells = self._cells[name]
