@@ -191,6 +191,10 @@ RECIPES: Mapping[str, Recipe] = {
     "ac_dc_lamp": Recipe("- LAMP", Choice("ac_dc", {"allocation": "lamp"})),
     "admm": Recipe("ADMM, every layer alike", Choice("admm"), from_trained=True),
     "admm_lamp": Recipe("- LAMP", Choice("admm", {"allocation": "lamp"}), from_trained=True),
+    "rigl": Recipe("RigL, every layer alike", Choice("rigl")),
+    "rigl_erk": Recipe("- ERK", Choice("rigl", {"allocation": "erk"})),
+    "set_erk": Recipe("- ERK, random growth (SET)", Choice("rigl", {"allocation": "erk", "growth": "random"})),
+    "granet_erk": Recipe("- ERK, from half the sparsity (GraNet)", Choice("rigl", {"allocation": "erk", "start": 0.5})),
     "sr_ste": Recipe("SR-STE", Choice("sr_ste")),
     "sr_ste_2_4": Recipe("SR-STE, 2:4", Choice("sr_ste"), only=("2:4",)),
 }

@@ -36,6 +36,17 @@ def cells_of(pattern: Pattern, layer: LayerSpec) -> Tensor:
     return put_back(layer, pattern.cells(shape, layer.conv_groups))
 
 
+def cells_within(pattern: Pattern, layer: LayerSpec, saliency: Tensor, mask: Tensor) -> Tensor:
+    """The cells of which `mask`, one of the pattern, is made, as the parameter lies.
+
+    They are those of `cells_of`, unless the pattern chooses which weights share one: then those it chooses by
+    `saliency`, scores >= 0, among the ones that fit the mask.
+    """
+    seen = seen_by(pattern, layer, saliency.masked_fill(~mask, -1.0))
+    cut = 1.0 - int(mask.sum()) / mask.numel()
+    return put_back(layer, pattern.arrange(seen, cut, layer.conv_groups))
+
+
 def mask_of(
     pattern: Pattern,
     layer: LayerSpec,

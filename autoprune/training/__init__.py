@@ -16,6 +16,7 @@ TRAINING: Registry[SparseTraining] = Registry(
         "expand": "autoprune.training.expand:Expand",
         "joint": "autoprune.training.joint:Joint",
         "proximal": "autoprune.training.proximal:Proximal",
+        "rigl": "autoprune.training.rigl:Rigl",
         "sr_ste": "autoprune.training.sr_ste:SrSte",
         "thresholds": "autoprune.training.thresholds:Thresholds",
     },

@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from autoprune.allocation import make_allocation
-from autoprune.training.latent import LatentTraining, outlasting
+from autoprune.training.latent import LatentTraining
 from autoprune.training.schedule import check_counts, check_span, cutting_steps
 
 
@@ -51,18 +50,13 @@ class AcDc(LatentTraining):
         return gradient * self.masks[name] if name in self.masks else gradient
 
     def update(self, step: int) -> None:
-        self._empty_()  # momentum moved what is cut
+        self.restart_()  # momentum moved what is cut
         sparse = self._phases.get(step, bool(self.masks))
         if sparse and not self.masks:
             self.set_masks(self.pruner.masks(allocation=self.allocation))
-            self._empty_()
+            self.restart_()
         elif not sparse:
             self.set_masks({})
-
-    def _empty_(self) -> None:
-        with torch.no_grad():
-            for name, mask in self.masks.items():
-                self.latent[name].mul_(outlasting(self.pruner.inventory[name], mask))
 
 
 def phases(begin: float, end: float, rounds: int, total_steps: int) -> dict[int, bool]:

@@ -15,6 +15,8 @@ from autoprune.model.weights import as_held
 from autoprune.plan import LayerSpec
 from autoprune.training.base import Pruner, Signals, SparseTraining
 
+RESTART = 1e-3  # of the size of a layer's weights
+
 
 def regrown(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> float:
     """Weights that `before` cut and `after` keeps, over those `before` cut; 0 when it cut none."""
@@ -24,8 +26,8 @@ def regrown(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> float:
     return back / cut if cut else 0.0
 
 
-def outlasting(layer: LayerSpec, mask: Tensor) -> Tensor:
-    """The weights that keep their value where what `mask` cuts comes back from zero; bool, in the mask's shape.
+def lasting(layer: LayerSpec, mask: Tensor) -> Tensor:
+    """The weights that `LatentTraining.restart_` leaves as they are; bool, in the mask's shape.
 
     They are those that the mask keeps, and all of a filter that it cuts as a whole: through an activation a filter of
     zeros learns nothing, and behind a norm its gradients are huge.
@@ -78,6 +80,19 @@ class LatentTraining(SparseTraining):
         """Takes new masks, and notes what came back."""
         self.regrowth = regrown(self.masks, masks)
         self.masks = dict(masks)
+
+    @torch.no_grad()
+    def restart_(self) -> None:
+        """Sets what the masks cut to where it is to start from when it returns, as good as zero.
+
+        That is a thousandth of the root mean square of what the layer keeps, with the weight's sign: a zero would look
+        cut, and might stay one. What `lasting` says keeps its value.
+        """
+        for name, mask in self.masks.items():
+            latent = self.latent[name]
+            size = (latent.square() * mask).sum().div(mask.sum().clamp(min=1)).sqrt()
+            start = torch.copysign(RESTART * size, latent)
+            latent.copy_(torch.where(lasting(self.pruner.inventory[name], mask), latent, start))
 
     def effective(self, name: str, latent: Tensor) -> Tensor:
         """The weight the model computes with, 0 where the mask cuts."""

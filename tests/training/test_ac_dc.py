@@ -75,7 +75,7 @@ def test_masks_are_made_as_a_sparse_phase_begins_and_hold_through_it() -> None:
         assert weights[index][mask].all()
 
 
-def test_what_was_cut_comes_back_from_zero() -> None:
+def test_what_was_cut_comes_back_as_good_as_zero() -> None:
     """In the dense phase's first step it has moved by that step alone."""
     subject = conv_net_pruner(GROUP, [0.5, 0.5, 0.5])
     method = AcDc(begin=0.25, end=1.0, rounds=1)
@@ -87,7 +87,9 @@ def test_what_was_cut_comes_back_from_zero() -> None:
             cut = ~method.masks["0"]
         method.after_step(step)
     assert not method.masks
-    assert bool((weight_of(subject.model, "0")[cut] == 1.0).all())
+    returned = weight_of(subject.model, "0")[cut]
+    assert bool(((returned - 1.0).abs() < 0.01).all())
+    assert bool((returned != 1.0).all()), "a zero would look cut"
 
 
 def test_a_filter_cut_as_a_whole_keeps_its_weights_for_the_dense_phase() -> None:
