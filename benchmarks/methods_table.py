@@ -160,6 +160,10 @@ RECIPES: Mapping[str, Recipe] = {
         "- over the layers' means, in place of LAMP", Choice("adaptive", {"allocation": NORMALISED}), from_trained=True
     ),
     "adaptive_ahead": Recipe("- with look-ahead", Choice("adaptive", {"look_ahead": 10.0}), from_trained=True),
+    "adaptive_feather": Recipe(
+        "- thresholding as Feather's", Choice("adaptive", {"power": 3.0, "through": 0.5}), from_trained=True
+    ),
+    "feather": Recipe("- the same, from initial weights", Choice("adaptive", {"power": 3.0, "through": 0.5})),
     "gradual_scratch": Recipe("gradual from initial weights, every layer alike", Choice("gradual")),
     "gradual_scratch_erk": Recipe("gradual from initial weights, ERK", Choice("gradual", {"allocation": "erk"})),
     "gradual_scratch_lamp": Recipe("gradual from initial weights, LAMP", Choice("gradual", {"allocation": "lamp"})),

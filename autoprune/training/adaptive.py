@@ -4,6 +4,8 @@ Dense weights stay behind the mask, and the gradients of all of them are followe
 cells of the whole model compete for the budget, by their present size and by where they are heading. What is cut keeps
 its value by default, weight decay and momentum aside: nothing answers the moves of a weight that is not in use, and
 where such weights moved at full strength, training ended far below that of a gradual schedule.
+
+With a `power` of 3 and `through` between 0 and 1 it thresholds as Feather does (Glentis Georgoulakis et al. 2023).
 """
 
 from __future__ import annotations
@@ -15,8 +17,35 @@ import torch
 from torch import Tensor
 
 from autoprune.allocation import make_allocation
+from autoprune.patterns.base import cell_means, cell_sizes
 from autoprune.training.latent import LatentTraining
 from autoprune.training.schedule import CUBIC, check_counts, check_numbers, check_span, cuts
+
+BELOW = 0.99  # the largest threshold, over the size of the smallest cell that is kept: none becomes zero
+
+
+def shrinkage(latent: Tensor, mask: Tensor, cells: Tensor, power: float) -> Tensor:
+    """The factor on each weight that takes its cell's size to ``(size^power - threshold^power)^(1/power)``.
+
+    A size is the root mean square of a cell's weights; the threshold is the size of the largest cell that is cut. A
+    power of 1 is soft thresholding; the higher it is, the less is taken from what is large.
+
+    Args:
+        latent: dense weight.
+        mask: what is kept of it.
+        cells: of each weight.
+        power: >= 1.
+
+    Returns:
+        Factors in (0, 1] in the weight's shape; 1 where the cell is cut.
+    """
+    size = cell_sizes(latent, cells)
+    kept = cell_means(mask.double(), cells)[0] > 0.5
+    if bool(kept.all()) or not bool(kept.any()):
+        return torch.ones_like(latent)
+    threshold = torch.minimum(size[~kept].max(), BELOW * size[kept].min())
+    factor = (1.0 - (threshold / size.clamp(min=1e-30)).clamp(max=1.0) ** power) ** (1.0 / power)
+    return torch.where(kept, factor, 1.0)[cells].to(latent.dtype)
 
 
 class Adaptive(LatentTraining):
@@ -38,6 +67,8 @@ class Adaptive(LatentTraining):
         memory: of the moving average, in [0, 1).
         allocation: how cells compare between layers: a name, or a table with its arguments. LAMP ended 0.4 to 1
             point above a saliency over its layer's mean, which leaves the layers about alike.
+        power: of the thresholding (`shrinkage`), in [1, 100]: what is kept grows from near zero as it comes back. None
+            shrinks nothing.
     """
 
     strength_range = ("look_ahead", 1.0, 50.0)
@@ -53,6 +84,7 @@ class Adaptive(LatentTraining):
         look_ahead: float = 0.0,
         memory: float = 0.95,
         allocation: str | Mapping[str, Any] = "lamp",
+        power: float | None = None,
     ) -> None:
         check_span("adaptive", begin, end, freeze)
         check_counts("adaptive", {"updates": updates})
@@ -60,6 +92,9 @@ class Adaptive(LatentTraining):
         check_numbers("adaptive", {"through": through}, 0.0, 1.0)
         check_numbers("adaptive", {"look_ahead": look_ahead}, 0.0)
         check_numbers("adaptive", {"memory": memory}, 0.0, 0.9999)
+        if power is not None:
+            check_numbers("adaptive", {"power": power}, 1.0, 100.0)
+        self.power = power
         self.begin, self.end, self.freeze, self.updates = begin, end, freeze, updates
         self.exponent = exponent
         self.through, self.look_ahead, self.memory = through, look_ahead, memory
@@ -72,9 +107,16 @@ class Adaptive(LatentTraining):
         pace = max(1, round((self.end - self.begin) * self.total_steps / self.updates))
         self._fractions |= dict.fromkeys(range(met + pace, frozen + 1, pace), 1.0)
         self._last = max(self._fractions)  # competition
+        self._cells = {name: self.pruner.cells(name) for name in self.latent}
         self.drift = {name: torch.zeros_like(latent) for name, latent in self.latent.items()}
         self._before: dict[str, Tensor] = {}
         self._gradients: dict[str, Tensor] = {}
+
+    def effective(self, name: str, latent: Tensor) -> Tensor:
+        masked = super().effective(name, latent)
+        if self.power is None or name not in self.masks:
+            return masked
+        return masked * shrinkage(latent, self.masks[name], self._cells[name], self.power)
 
     def pull_back(self, name: str, latent: Tensor, gradient: Tensor) -> Tensor:
         if name in self.masks:

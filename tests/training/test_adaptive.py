@@ -17,12 +17,15 @@ from autoprune.errors import ConfigError
 from autoprune.masks import sparsity
 from autoprune.model.inventory import take_inventory
 from autoprune.model.weights import weight_of
+from autoprune.patterns import PATTERNS
+from autoprune.patterns.base import cell_means
 from autoprune.plan import LayerPlan, Plan
 from autoprune.registry import Choice
 from autoprune.settings import TrainingSettings
+from autoprune.testing import check_method
 from autoprune.testing.cases import random_batches
 from autoprune.training import TRAINING, Pruner, train_
-from autoprune.training.adaptive import Adaptive
+from autoprune.training.adaptive import Adaptive, shrinkage
 
 LOSS = nn.functional.cross_entropy
 NAMES = ["0", "3", "5"]
@@ -221,6 +224,47 @@ def test_the_planned_shares_can_be_kept(pattern: Choice) -> None:
     assert all(sparsity(mask) == pytest.approx(0.5, abs=1e-9) for mask in result.masks.values())
 
 
+@given(power=st.floats(1.0, 10.0), seed=st.integers(0, 100))
+def test_a_power_takes_kept_cells_down_to_the_threshold(power: float, seed: int) -> None:
+    latent = torch.randn(8, 6, generator=torch.Generator().manual_seed(seed))
+    pattern, cells = PATTERNS.create(GROUP), PATTERNS.create(GROUP).cells((8, 6))
+    mask = pattern.mask(latent.square(), 0.5)
+    size = cell_means(latent.square(), cells)[0].sqrt()
+    kept = cell_means(mask.double(), cells)[0] == 1.0
+    threshold = min(float(size[~kept].max()), 0.99 * float(size[kept].min()))
+    factor = shrinkage(latent, mask, cells, power)
+    after = cell_means((latent * factor).square(), cells)[0].sqrt()
+    torch.testing.assert_close(
+        after[kept], (size[kept] ** power - threshold**power) ** (1 / power), rtol=1e-3, atol=0.0
+    )
+    assert bool((factor > 0.0).all())
+    assert bool((factor[~mask] == 1.0).all())
+
+
+def test_a_power_shrinks_nothing_where_nothing_is_cut() -> None:
+    latent, cells = torch.randn(4, 4), torch.arange(16).reshape(4, 4)
+    assert bool((shrinkage(latent, torch.ones(4, 4, dtype=torch.bool), cells, 3.0) == 1.0).all())
+
+
+def test_thresholding_keeps_the_laws() -> None:
+    check_method(lambda: adaptive(power=3.0, through=0.5), examples=6)
+    check_method(lambda: adaptive(power=3.0, through=0.5, allocation="planned"), examples=6)
+
+
+def test_the_model_computes_with_thresholded_weights_while_what_is_behind_them_is_whole() -> None:
+    subject = pruner()
+    method = adaptive(power=3.0, end=0.2, updates=1)
+    method.start(subject, 10)
+    for step in range(1, 11):
+        step_(subject, method, step, moves(torch.Generator().manual_seed(step), subject))
+    for name in NAMES:
+        mask, latent = method.masks[name], method.latent[name]
+        wanted = latent * mask * shrinkage(latent, mask, subject.cells(name), 3.0)
+        shown = weight_of(subject.model, name).detach()
+        assert torch.equal(shown, wanted)
+        assert bool((shown.abs() < latent.abs())[mask].any())
+
+
 @pytest.mark.parametrize("kill_after", [1, 2, 4])
 def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path, kill_after: int) -> None:
     class Killed(Exception):
@@ -256,6 +300,7 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path, kill_after: int) -> No
         ({"updates": 0}, "updates must be an integer >= 1, not 0"),
         ({"through": 1.5}, "through must be a number in [0, 1], not 1.5"),
         ({"look_ahead": -1}, "look_ahead must be a number >= 0, not -1"),
+        ({"power": 0.5}, "power must be a number in [1, 100], not 0.5"),
         ({"memory": 1.0}, "memory must be a number in [0, 0.9999], not 1.0"),
         ({"allocation": "globl"}, "Did you mean 'global'?"),
         ({"lookahead": 3}, "Did you mean 'look_ahead'?"),
