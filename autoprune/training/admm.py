@@ -17,7 +17,7 @@ from autoprune.allocation import make_allocation
 from autoprune.masks import Masks
 from autoprune.patterns.base import cell_sizes
 from autoprune.training.base import Pruner, Signals, SparseTraining
-from autoprune.training.schedule import check_counts, check_numbers, check_span, cuts
+from autoprune.training.schedule import CUBIC, check_counts, check_numbers, check_span, cuts
 
 
 class Admm(SparseTraining):
@@ -25,7 +25,7 @@ class Admm(SparseTraining):
 
     The loss has ``rho / 2 * (weight - target + dual)^2`` added, summed over the weights. A projection makes
     ``weight + dual`` the new target, the smallest cells by their norms set to zero, and adds ``weight - target`` to the
-    dual. The model is dense until the cut.
+    dual. The model is dense until the cut: what is left needs most of the run to recover.
 
     Args:
         begin: fraction of the run after which projections begin, in [0, 1).
@@ -36,15 +36,15 @@ class Admm(SparseTraining):
         allocation: what shares the plan's budget among the layers: a name, or a table with its arguments.
     """
 
-    strength_range = ("strength", 1e-3, 1.0)
+    strength_range = ("strength", 0.03, 3.0)
 
     def __init__(
         self,
         begin: float = 0.0,
-        end: float = 0.6,
-        updates: int = 30,
-        strength: float = 0.1,
-        exponent: float = 1.0,
+        end: float = 0.4,
+        updates: int = 10,
+        strength: float = 1.0,
+        exponent: float = CUBIC,
         allocation: str | Mapping[str, Any] = "planned",
     ) -> None:
         check_span("admm", begin, end)

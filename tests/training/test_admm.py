@@ -80,7 +80,7 @@ def test_projections_are_exact() -> None:
 def test_weights_meet_their_targets() -> None:
     """Where the penalty is strong: what is cut in the end is as good as zero before."""
     subject = linear(GROUP, (8, 8), 0.5)
-    method = Admm(end=1.0, updates=100, strength=5.0)
+    method = Admm(end=1.0, updates=100, strength=5.0, exponent=1.0)
     method.start(subject, 1000)
     distances = []
     for step in range(1, 1000):
