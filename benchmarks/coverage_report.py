@@ -110,6 +110,28 @@ def report(rows: Sequence[Made]) -> str:
     return page("Any model in", "coverage", about, *parts)
 
 
+def forms(rows: Sequence[Made]) -> str:
+    """The page of what does not depend on a clock; the last row of a model counts."""
+    last = {row.key: (row, made) for row, made in rows}
+    found = [last[key] for key in sorted(last)]
+    models = [row for row, _ in found]
+    machines = Machines(made for _, made in found)
+    commits = sorted({made.commit for _, made in found if made is not None})
+    about = (
+        "What becomes of models of other people, with random weights, 75% of every convolution, Linear and recurrent "
+        "weight cut in groups of 8 filters (4, 2, 1 where 8 does not divide), repacked and called as their users call "
+        "them, float32, on one thread. Nothing was tuned and nothing was timed: how fast they are is "
+        "[another page](coverage.md)."
+    )
+    parts = (
+        "## In short", markdown_table(FORMS, [_forms_line(name, group) for name, group in _groups(models)]),
+        "## Why not one program", _reasons(models), "## What torch runs in programs", _operators(models, timed=False),
+        "## What is refused or differs", _differences(models), "## The models", _forms_table(found, machines),
+        "## What ended early", _failures(models), f"{machines.legend()} Commit: {', '.join(commits) or 'unknown'}.",
+    )  # fmt: skip
+    return page("Any model in: the forms", "coverage --forms", about, *parts)
+
+
 SUMMARY = (
     "family", "models", "repacked", "whole programs", "equal", "loaded: same bits", "other batch equal",
     "other size: equal, refused", "x torch: programs", "x torch: modules", "x best engine: programs",
@@ -118,14 +140,35 @@ SUMMARY = (
 
 
 def _summary(models: Sequence[Covered]) -> str:
-    families = list(dict.fromkeys(row.family for row in models))
-    groups = {"all": models, **{name: [row for row in models if row.family == name] for name in families}}
-    return markdown_table(SUMMARY, [_summary_line(name, rows) for name, rows in groups.items()])
+    return markdown_table(SUMMARY, [_summary_line(name, rows) for name, rows in _groups(models)])
+
+
+def _groups(models: Sequence[Covered]) -> list[tuple[str, Sequence[Covered]]]:
+    """All models, then those of each family."""
+    families = dict.fromkeys(row.family for row in models)
+    return [("all", models), *((name, [row for row in models if row.family == name]) for name in families)]
 
 
 def _summary_line(name: str, rows: Sequence[Covered]) -> list[str]:
     programs, modules = ([row for row in rows if row.form == form] for form in ("program", "modules"))
     compared = [row for row in rows if row.over_best is not None]
+    return [
+        *_agreement(name, rows),
+        _median(row.over_eager for row in programs),
+        _median(row.over_eager for row in modules),
+        _median(row.over_best for row in programs),
+        _median(row.over_best for row in modules),
+        _of(sum((row.over_best or 0.0) >= GOAL for row in compared), len(compared)),
+    ]
+
+
+def _forms_line(name: str, rows: Sequence[Covered]) -> list[str]:
+    programs = [row for row in rows if row.form == "program"]
+    return [*_agreement(name, rows), _of(sum(not row.torch_steps for row in programs), len(programs))]
+
+
+def _agreement(name: str, rows: Sequence[Covered]) -> list[str]:
+    programs, modules = ([row for row in rows if row.form == form] for form in ("program", "modules"))
     return [
         name,
         str(len(rows)),
@@ -135,12 +178,10 @@ def _summary_line(name: str, rows: Sequence[Covered]) -> list[str]:
         _of(sum(bool(row.saved_equal) for row in rows), sum(row.saved_equal is not None for row in rows)),
         _of(sum(_equal(row.batch) for row in rows), sum(row.batch is not None for row in rows)),
         f"{sum(_equal(row.size) for row in rows)}, {sum(isinstance(row.size, str) for row in rows)}",
-        _median(row.over_eager for row in programs),
-        _median(row.over_eager for row in modules),
-        _median(row.over_best for row in programs),
-        _median(row.over_best for row in modules),
-        _of(sum((row.over_best or 0.0) >= GOAL for row in compared), len(compared)),
     ]
+
+
+FORMS = (*SUMMARY[:8], "programs without torch")
 
 
 def _equal(error: float | str | None) -> bool:
@@ -168,7 +209,7 @@ def _reasons(models: Sequence[Covered]) -> str:
     return markdown_table(("reason", "models", "which"), lines, remarks=True) if lines else "All are."
 
 
-def _operators(models: Sequence[Covered]) -> str:
+def _operators(models: Sequence[Covered], timed: bool = True) -> str:
     programs, calls, shares = Counter[str](), Counter[str](), dict[str, list[float]]()
     for row in models:
         for operator, (count, share) in row.torch_steps.items():
@@ -180,9 +221,23 @@ def _operators(models: Sequence[Covered]) -> str:
         for name, count in programs.most_common()
     ]
     header = ("operator", "programs", "calls", "share of the time: median", "most")
+    if not timed:
+        lines, header = [line[:3] for line in lines], header[:3]
     whole = sum(row.form == "program" and not row.torch_steps for row in models)
     told = f"Programs without any: {_of(whole, sum(row.form == 'program' for row in models))}."
     return f"{told}\n\n{markdown_table(header, lines)}" if lines else told
+
+
+def _differences(models: Sequence[Covered]) -> str:
+    """A line for each call that is refused or gives something else."""
+    lines = []
+    for row in models:
+        for what, found in (("as in the example", row.error), ("another batch", row.batch), ("another size", row.size)):
+            if found is not None and not _equal(found):
+                lines.append([row.model, what, found if isinstance(found, str) else f"differs by {found:.0e}"])
+        if row.saved_equal is False:
+            lines.append([row.model, "loaded", "differs"])
+    return markdown_table(("model", "call", "what"), lines, remarks=True) if lines else "Nothing."
 
 
 def _percent(share: float | None) -> str:
@@ -220,13 +275,20 @@ COLUMNS: Sequence[Column] = (
 )
 
 
-def _table(found: Sequence[Made], machines: Machines) -> str:
-    names = [name for name, _ in COLUMNS]
+def _forms_table(found: Sequence[Made], machines: Machines) -> str:
+    kept = ("form", "error", "loaded", "other batch", "other size")
+    told: Column = ("why no program, or what torch runs", lambda row: row.why or _steps(row, timed=False))
+    return _table(found, machines, (*(column for column in COLUMNS if column[0] in kept), told))
+
+
+def _table(found: Sequence[Made], machines: Machines, columns: Sequence[Column] = COLUMNS) -> str:
+    names = [name for name, _ in columns]
     lines = []
     for row, made in found:
-        *cells, remark = (cell(row) for _, cell in COLUMNS)
-        lines.append([row.model, *cells, *machines.cell([made]), remark])
-    return markdown_table(("model", *names[:-1], *machines.header, names[-1]), lines, left=2, remarks=True)
+        *cells, remark = (cell(row) for _, cell in columns)
+        commit = made.commit if made else "unknown"
+        lines.append([row.model, *cells, *machines.cell([made]), commit, remark])
+    return markdown_table(("model", *names[:-1], *machines.header, "commit", names[-1]), lines, left=2, remarks=True)
 
 
 def _number(value: float | None, form: str) -> str:
@@ -243,8 +305,9 @@ def _other(error: float | str | None) -> str:
     return "refused" if isinstance(error, str) else _number(error, ".0e")
 
 
-def _steps(row: Covered) -> str:
-    return ", ".join(f"{name} x{count} ({_percent(share)})" for name, (count, share) in row.torch_steps.items())
+def _steps(row: Covered, timed: bool = True) -> str:
+    steps = row.torch_steps.items()
+    return ", ".join(f"{name} x{count}" + (f" ({_percent(share)})" if timed else "") for name, (count, share) in steps)
 
 
 def _failures(models: Sequence[Covered]) -> str:

@@ -2,9 +2,9 @@
 
     python -m benchmarks.coverage_work STAGE MODEL FILE ENGINES SECONDS
 
-`STAGE` is ``pack``: repacked with an empty cache, what the user waits for first; or ``judge``: repacked with what the
-cache knows, compared and timed. What is found is written to `FILE` at once, so that a crash or the end of the time
-leaves the rest.
+`STAGE` is ``pack``: repacked with an empty cache, what the user waits for first; ``judge``: repacked with what the
+cache knows, compared and timed; or ``form``: repacked without tuning and compared, not timed. What is found is written
+to `FILE` at once, so that a crash or the end of the time leaves the rest.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +33,11 @@ from autoprune.latency.timer import Latency, measure_together, speedup
 from autoprune.latency.timer import Protocol as Timing
 from autoprune.model.arguments import Arguments
 from autoprune.model.inventory import take_inventory
-from autoprune.repack import ProgramModel, RepackedModel, SwappedModel
+from autoprune.repack import CaptureError, ProgramModel, RepackedModel, SwappedModel
+from autoprune.repack.lowering.geometry import Tiling
 from autoprune.repack.native.sequence import NativeSequence
 from autoprune.repack.rivals import dense_calls
+from autoprune.repack.tuning.tuning import TuningCache
 from benchmarks.coverage_models import build
 from benchmarks.coverage_models.pruning import prunable_weights, prune_, randomise_
 from benchmarks.coverage_models.subject import Subject
@@ -44,6 +46,7 @@ from benchmarks.engine import MIN_SAMPLE_MS, WARMUP, rounds
 SINCE = re.compile(r"layer by layer, since (.*)", re.DOTALL)
 PROFILED = 5  # calls by which the shares of time are told
 EAGER, REPACKED = "eager", "repacked"
+Value = TypeVar("Value")
 
 
 class Findings:
@@ -129,6 +132,22 @@ def judge(name: str, found: Findings, engines: tuple[str, ...], seconds: float) 
         start = time.perf_counter()
         fast = autoprune.repack(masked, call, threads=1)
         found.put(cached_s=time.perf_counter() - start)
+    check(fast, subject, found)
+    calls: dict[str, Callable[[], object]] = {
+        EAGER: partial(call.call, masked), REPACKED: partial(call.call, fast),
+    }  # fmt: skip
+    time_calls(found, calls, seconds)  # kept, should an engine crash
+    for engine in engines:
+        with found.doing(f"preparing {engine}"):
+            more, left_out = dense_calls(ByPlace(masked, call), call.tensors, 1, (engine,))
+        calls |= more
+        found.put(left_out=found.values.get("left_out", {}) | left_out)
+    time_calls(found, calls, seconds)
+
+
+def check(fast: RepackedModel, subject: Subject, found: Findings) -> None:
+    """Whether it computes the same, however it is called, and what torch still runs in it."""
+    masked, call = subject.model, subject.call
     with found.doing("comparing it"):
         error = compared(fast, masked, call)
         assert isinstance(error, float), error
@@ -140,16 +159,50 @@ def judge(name: str, found: Findings, engines: tuple[str, ...], seconds: float) 
         found.put(native=native, torch_steps=steps)
     with found.doing("calling it otherwise"):
         found.put(batch=compared(fast, masked, subject.batch), size=compared(fast, masked, subject.size))
-    calls: dict[str, Callable[[], object]] = {
-        EAGER: partial(call.call, masked), REPACKED: partial(call.call, fast),
-    }  # fmt: skip
-    time_calls(found, calls, seconds)  # kept, should an engine crash
-    for engine in engines:
-        with found.doing(f"preparing {engine}"):
-            more, left_out = dense_calls(ByPlace(masked, call), call.tensors, 1, (engine,))
-        calls |= more
-        found.put(left_out=found.values.get("left_out", {}) | left_out)
-    time_calls(found, calls, seconds)
+
+
+def form(name: str, found: Findings) -> None:
+    """Repacks the model without timing a candidate, and checks it."""
+    with found.doing("building it"):
+        subject = prepared(name)
+    with found.doing("running it"), torch.inference_mode():
+        subject.call.call(subject.model)
+    with found.doing("repacking it"):
+        fast, why = untuned(subject)
+        found.put(form="program" if isinstance(fast, ProgramModel) else "modules", why=why)
+    check(fast, subject, found)
+
+
+def untuned(subject: Subject) -> tuple[RepackedModel, str]:
+    """The repacked model in the form that users get, tilings apart, and the reason where it is no program."""
+    masked, call = subject.model, subject.call
+    try:
+        return autoprune.repack(masked, call, threads=1, form="program", cache=Unasked()), ""
+    except CaptureError as error:
+        choose = partial(lambda backend, *_: backend, "jit")
+        return autoprune.repack(masked, call, threads=1, form="modules", choose=choose), str(error).rstrip(".")
+
+
+class Unasked(TuningCache):
+    """Knows the default tiling of every layer, so that none is timed, and remembers nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(Path(os.devnull))
+        self.found, self.by_sample = _Always(Tiling()), _Always(False)
+
+
+class _Always(dict[str, Value]):
+    """One value at every key."""
+
+    def __init__(self, value: Value) -> None:
+        super().__init__()
+        self.value = value
+
+    def __contains__(self, key: object) -> bool:
+        return True
+
+    def __missing__(self, key: str) -> Value:
+        return self.value
 
 
 class ByPlace(nn.Module):
@@ -289,6 +342,8 @@ if __name__ == "__main__":
     try:
         if stage == "pack":
             pack(model, findings)
+        elif stage == "form":
+            form(model, findings)
         else:
             judge(model, findings, tuple(filter(None, names.split(","))), float(time_s))
     except Exception as error:  # the next process could not ask what it was

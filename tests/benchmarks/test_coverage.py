@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ from benchmarks import coverage, coverage_work
 from benchmarks.coverage_models import FAMILIES, MODELS
 from benchmarks.coverage_models.pruning import SPARSITY, prunable_weights, prune_, randomise_
 from benchmarks.coverage_models.subject import Subject, of_images
-from benchmarks.coverage_report import COLUMNS, Covered, report
+from benchmarks.coverage_report import COLUMNS, Covered, forms, report
 from benchmarks.lib.provenance import Provenance
 
 
@@ -95,7 +95,10 @@ def test_what_is_found_of_a_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert {name: count for name, (count, _) in row.torch_steps.items()} == {"aten.pow.Scalar": 1}
 
 
-def test_a_model_that_is_no_program_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", [coverage_work.pack, coverage_work.form])
+def test_a_model_that_is_no_program_says_why(
+    stage: Callable[[str, coverage_work.Findings], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     class Branching(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -108,9 +111,25 @@ def test_a_model_that_is_no_program_says_why(monkeypatch: pytest.MonkeyPatch, tm
     subject = Subject(Branching().eval(), Arguments(torch.ones(1, 16)), None, None)
     monkeypatch.setattr("benchmarks.coverage_work.build", lambda _: subject)
     found = coverage_work.Findings(tmp_path / "found.json")
-    coverage_work.pack("branching", found)
+    stage("branching", found)
     assert found.values["form"] == "modules"
     assert found.values["why"]
+
+
+def test_a_form_is_found_without_timing_a_layer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("benchmarks.coverage_work.build", lambda _: small())
+    monkeypatch.setenv("AUTOPRUNE_CACHE", str(tmp_path / "cache"))
+    found = coverage_work.Findings(tmp_path / "found.json")
+    coverage_work.form("small", found)
+    row = Covered("own:small", 1.0, **found.values)
+    assert (row.form, row.why, row.failure, row.doing) == ("program", "", "", "")
+    assert row.saved_equal
+    for error in (row.error, row.batch, row.size):
+        assert isinstance(error, float)
+        assert error < 1e-5
+    assert {name: count for name, (count, _) in row.torch_steps.items()} == {"aten.pow.Scalar": 1}
+    assert row.over_eager is None
+    assert not (tmp_path / "cache" / "tuning.json").exists()
 
 
 def test_errors_are_shares_of_the_largest_output_and_refusals_are_words() -> None:
@@ -213,11 +232,28 @@ def test_the_page() -> None:
     assert summary["topk.default"] == ["1", "2", "15%", "15%"]
     assert "- hf:three, timing it: ended by SIGSEGV" in lines
     assert "Machine: cpu One. Commit: abc." in lines
-    row = dict(zip([name for name, _ in COLUMNS], summary["tv:one"], strict=True))
+    names = [name for name, _ in COLUMNS]
+    row = dict(zip([*names[:-1], "commit", names[-1]], summary["tv:one"], strict=True))
+    assert row["commit"] == "abc"
     assert row["repack s"] == "3.0, 1.0"
     assert row["MB"] == "500 (+100)"
     assert row["other size"] == "refused"
     assert row["why no program, or what torch runs"] == "topk.default x2 (15%), sort.default x1 (5%)"
+
+
+def test_the_page_of_forms_shows_what_needs_no_clock() -> None:
+    here, later = Provenance("abc", {"cpu": "One"}), Provenance("def", {"cpu": "One"})
+    text = forms([(ROWS[0], here), (ROWS[1], here), (ROWS[2], later)])
+    lines = text.splitlines()
+    tables = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
+    assert ["all", "3", "3", "1 of 3", "1 of 2", "1 of 2", "1 of 1", "0, 1", "0 of 1"] in tables
+    assert ["topk.default", "1", "2"] in tables
+    assert ["tv:one", "another size", "this program was made for (1, 3, 8, 8)"] in tables
+    assert ["tv:two", "as in the example", "differs by 1e-03"] in tables
+    assert ["tv:two", "loaded", "differs"] in tables
+    steps = "topk.default x2, sort.default x1"
+    assert ["tv:one", "program", "1e-06", "equal", "1e-06", "refused", "abc", steps] in tables
+    assert not any("4.00" in line or "15%" in line for line in lines), "nothing of times"
 
 
 def test_names_tell_the_family() -> None:
