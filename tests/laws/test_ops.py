@@ -43,6 +43,7 @@ ATTRIBUTES: dict[str, dict[str, Any]] = {
     "layer_norm": {"size": 8, "eps": 1e-5},
     "rms_norm": {"eps": 1e-6},
     "rotary": {},
+    "experts": {},
     "attention": {"scale": 1},
     "recurrent": {
         "cell": "lstm", "time_first": False, "reverse": True, "threshold": 0.0, "keep": 0, "units": [0, 2],

@@ -28,6 +28,7 @@ from autoprune.repack.graph.ops import (
     AvgPool2d,
     Conv2d,
     ConvolutionOp,
+    Experts,
     Gate,
     GatedConv2d,
     GlobalAvgPool,
@@ -174,6 +175,10 @@ def _layer_work(op: LayerOp, shapes: _Shapes) -> int:
     return op.positions(shapes.made.shape) * (shapes.weights[0].numel() if shapes.kept is None else shapes.kept)
 
 
+def _expert_work(op: Experts, shapes: _Shapes) -> int:
+    return shapes.made.numel() * shapes.weights[0].shape[1]
+
+
 def _pool_work(op: WindowPoolOp, shapes: _Shapes) -> int:
     return ELEMENT * shapes.made.numel() * math.prod(op.kernel)
 
@@ -200,6 +205,7 @@ PRODUCTS: Mapping[type[Op], Callable[[Any, _Shapes], int] | None] = {
     GatedConv2d: _layer_work,
     Linear: _layer_work,
     Recurrent: _layer_work,
+    Experts: _expert_work,
     MaxPool2d: _pool_work,
     AvgPool2d: _pool_work,
     Attention: _product_work,

@@ -21,6 +21,7 @@ from autoprune.repack.graph.ops import (
     Attention,
     AvgPool2d,
     Conv2d,
+    Experts,
     Gate,
     GlobalAvgPool,
     LayerNorm,
@@ -275,6 +276,12 @@ def _recurrent(site: Site) -> Result:
     )  # fmt: skip
 
 
+def _experts(site: Site) -> Result:
+    if not site.is_value("input", 2) or not site.is_weight("weight", 3):
+        return None
+    return Experts(site.output, (site.name("input"), site.name("offs")), {"weight": site.name("weight")})
+
+
 _LIFTINGS: Mapping[str, Callable[[Site], Result]] = {
     "conv2d.default": _conv2d,
     "conv2d.padding": _conv2d,
@@ -312,6 +319,7 @@ _LIFTINGS: Mapping[str, Callable[[Site], Result]] = {
     "layer_norm.default": _layer_norm,
     "autoprune.recurrent.default": _recurrent,
     "scaled_dot_product_attention.default": _attention,
+    "transformers.grouped_mm_fallback.default": _experts,
     **views.LIFTINGS,
 }
 

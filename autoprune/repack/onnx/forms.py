@@ -20,6 +20,7 @@ from autoprune.repack.graph.ops import (
     Attention,
     AvgPool2d,
     Conv2d,
+    Experts,
     FusedLayerOp,
     Gate,
     GatedConv2d,
@@ -85,7 +86,8 @@ MODULES: Mapping[type[Op], Callable[[Any, Tensor, bool], nn.Conv2d | nn.Linear] 
     **dict.fromkeys(
         (
             GatedConv2d, Gate, Scale, Recurrent, MaxPool2d, AvgPool2d, AdaptiveAvgPool2d, GlobalAvgPool, Activation,
-            Add, LayerNorm, RmsNorm, Rotary, Attention, Reshape, Scalar, Quantize, TorchOp,
+            Add, LayerNorm, RmsNorm, Rotary, Attention, Experts, Reshape, Scalar, Quantize,
+            TorchOp,
         )
     ),
 }  # fmt: skip

@@ -27,6 +27,7 @@ from autoprune.repack.graph.ops import (
     AvgPool2d,
     Conv2d,
     ConvolutionOp,
+    Experts,
     Gate,
     GatedConv2d,
     GlobalAvgPool,
@@ -271,6 +272,10 @@ def _layer_flops(op: LayerOp, weights: Weights | None, values: Mapping[str, Tens
     return 2 * kept * op.positions(values[op.output].shape)
 
 
+def _expert_flops(op: Experts, weights: Weights | None, values: Mapping[str, Tensor]) -> int:
+    return 2 * values[op.output].numel() * values[op.inputs[0]].shape[-1]
+
+
 def _attention_flops(op: Attention, weights: Weights | None, values: Mapping[str, Tensor]) -> int:
     return 2 * (values[op.inputs[0]].numel() + values[op.output].numel()) * values[op.inputs[1]].shape[-2]
 
@@ -281,6 +286,7 @@ FLOPS: Mapping[type[Op], Callable[[Any, Weights | None, Mapping[str, Tensor]], i
     Linear: _layer_flops,
     Recurrent: _layer_flops,
     Attention: _attention_flops,
+    Experts: _expert_flops,
     **dict.fromkeys(
         (
             Gate, Scale, MaxPool2d, AvgPool2d, AdaptiveAvgPool2d, GlobalAvgPool, Activation, Add, LayerNorm, RmsNorm,

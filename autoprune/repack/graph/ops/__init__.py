@@ -14,6 +14,7 @@ from autoprune.repack.graph.ops.attention import Attention
 from autoprune.repack.graph.ops.base import Op, Shapes, Values
 from autoprune.repack.graph.ops.conv2d import Conv2d, ConvolutionOp, GatedConv2d
 from autoprune.repack.graph.ops.elementwise import Activation, Add
+from autoprune.repack.graph.ops.experts import Experts
 from autoprune.repack.graph.ops.gates import Gate, Scale
 from autoprune.repack.graph.ops.layer import FusedLayerOp, LayerOp
 from autoprune.repack.graph.ops.layer_norm import LayerNorm
@@ -29,8 +30,8 @@ from autoprune.repack.graph.ops.torch_op import TorchOp
 
 __all__ = [
     "OPS", "Activation", "AdaptiveAvgPool2d", "Add", "Attention", "AvgPool2d", "Conv2d", "ConvolutionOp",
-    "FusedLayerOp", "Gate", "GatedConv2d", "GlobalAvgPool", "LayerNorm", "LayerOp", "Linear", "MaxPool2d", "Op",
-    "Quantize", "Recurrent", "Reshape", "RmsNorm", "Rotary", "Scalar", "Scale", "Shapes", "TorchOp", "Values",
+    "Experts", "FusedLayerOp", "Gate", "GatedConv2d", "GlobalAvgPool", "LayerNorm", "LayerOp", "Linear", "MaxPool2d",
+    "Op", "Quantize", "Recurrent", "Reshape", "RmsNorm", "Rotary", "Scalar", "Scale", "Shapes", "TorchOp", "Values",
     "WindowPoolOp", "op_from_json",
 ]  # fmt: skip
 
@@ -52,6 +53,7 @@ OPS: Mapping[str, type[Op]] = {
     "rotary": Rotary,
     "attention": Attention,
     "recurrent": Recurrent,
+    "experts": Experts,
     "reshape": Reshape,
     "scalar": Scalar,
     "torch": TorchOp,
