@@ -57,6 +57,7 @@ ELEMENTS: dict[str, Case] = {
     "mask of padding": (lambda m: m.bool(), lambda: (whole(2, 37),)),
     "booleans as floats": (lambda m: m.float() * 2, lambda: (bools(2, 37),)),
     "booleans as integers": (lambda m: m.long() + m.int(), lambda: (bools(2, 37),)),
+    "the type of another": (lambda m, x: m.type_as(x) + x.type_as(m), lambda: (whole(3, 41), data(3, 41))),
     "floats as integers": (lambda x: (x * 9).long() + (x * 9).int(), lambda: (data(3, 41),)),
     "floats as booleans": (lambda x: x.relu().bool(), lambda: (data(3, 41),)),
     "integers as floats": (lambda n: n.float() / 3, lambda: (whole(3, 41),)),

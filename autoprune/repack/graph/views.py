@@ -140,6 +140,7 @@ LIFTINGS: Mapping[str, Callable[[Site], Result]] = {
     "to.dtype_layout": _same_type,
     "to.device": _moved,
     "to.other": _moved,
+    "type_as.default": _moved,
     **{f"new_{name}.default": _filled(name) for name in ("zeros", "ones", "full")},
     **{f"{name}_like.default": _filled(name) for name in ("zeros", "ones", "full")},
     "roll.default": _rolled,
