@@ -284,7 +284,7 @@ def test_convolutions_over_one_axis_are_layers_and_packed() -> None:
     assert (first.stride, first.padding, first.dilation) == ((1, 2), (0, 2), (1, 1))
     assert (inventory["dilated"].padding, inventory["grouped"].conv_groups) == ((0, 2), 2)
     assert {row.name: row.reason for row in inventory.dense} == {
-        "volume": "no packed form is of its kind: conv3d runs in torch, zeros or not"
+        "volume": "weights of its kind are not planned; a program packs a conv3d that has zeros"
     }
     masked = pruned(model, inventory, plan_of(inventory))
     fast = autoprune.repack(masked, x)

@@ -302,6 +302,8 @@ def _reason_to_keep(model: nn.Module, name: str, run: _Run, keep_dense: Sequence
     if not call.alike:
         return "it is used in more than one way"
     if call.first.kind not in _PRUNED:
+        if call.first.kind == "conv3d":
+            return "weights of its kind are not planned; a program packs a conv3d that has zeros"
         return f"no packed form is of its kind: {call.first.kind} runs in torch, zeros or not"
     if isinstance(module, (nn.Conv1d, nn.Conv2d)) and module.padding_mode != "zeros":
         return f"padding mode {module.padding_mode!r} has no packed form"

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from autoprune.repack.graph import lengths, views
+from autoprune.repack.graph import lengths, views, volumes
 from autoprune.repack.graph.activations import SLOPES
 from autoprune.repack.graph.einsum import einsum
 from autoprune.repack.graph.ops import (
@@ -288,6 +288,7 @@ _LIFTINGS: Mapping[str, Callable[[Site], Result]] = {
     "autoprune.channel_gate.default": _gate,
     "autoprune.scale_channels.default": _scale,
     **lengths.LIFTINGS,
+    **volumes.LIFTINGS,
     "pad.default": _border,
     "constant_pad_nd.default": _border,
     "einsum.default": einsum,
