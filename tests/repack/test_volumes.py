@@ -60,6 +60,34 @@ def test_volumes_are_native_at_any_batch_and_size(name: str) -> None:
             assert same_output(made(given), model(given)), given.shape
 
 
+class Residual(nn.Module):
+    """As video ResNets have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = (nn.Conv3d(8, 8, 3, padding=1, bias=False) for _ in range(2))
+        self.norms = nn.ModuleList(nn.BatchNorm3d(8) for _ in range(2))
+        for norm in self.norms:
+            nn.init.uniform_(norm.running_var, 0.5, 2.0)
+            nn.init.uniform_(norm.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norms[0](self.one(x)).relu()
+        z: Tensor = (self.norms[1](self.two(y)) + x).relu()
+        return z
+
+
+def test_norms_of_videos_go_into_the_convolutions_before_them() -> None:
+    torch.manual_seed(0)
+    model, x = Residual(), torch.randn(1, 8, 4, 6, 7)
+    made = program(model, x)
+    assert not torch_steps(made, x)
+    assert not [op for op in made.program.graph.ops if op.label == "aten.batch_norm.default"]
+    for given in (x, torch.randn(2, 8, 5, 8, 9)):
+        with torch.inference_mode():
+            assert same_output(made(given), model(given)), given.shape
+
+
 def test_a_layer_of_a_video_is_packed_and_stored(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Conv3d(3, 16, 3, padding=1)), torch.randn(1, 3, 4, 8, 8)

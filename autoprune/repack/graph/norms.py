@@ -10,6 +10,7 @@ from torch import Tensor
 
 from autoprune.repack.graph.editor import AnyOp, Editor
 from autoprune.repack.graph.ops import Conv2d, LayerOp, Linear, Op, Reshape, TorchOp
+from autoprune.repack.graph.volumes import FRAMES_FIRST
 from autoprune.repack.weights.batch_norm import affine, folded
 
 _NORM = "aten.batch_norm.default"
@@ -41,6 +42,25 @@ def fold_norm_of_tokens(edited: Editor, op: Op) -> bool:
         return False
     edited.ops[layer.output] = _scaled(edited, layer, layer, op)
     edited.replace(op, replace(rows, output=op.output))
+    return True
+
+
+def fold_norm_of_videos(edited: Editor, op: Op) -> bool:
+    """Likewise, where the maps of a convolution are put together as videos before the norm."""
+    if not _is_norm(op) or len(edited.shapes[op.output]) != 5:
+        return False
+    turned = edited.ops.get(op.inputs[0])
+    if not isinstance(turned, TorchOp) or turned.op != "aten.permute.default" or turned.args[1] != list(FRAMES_FIRST):
+        return False
+    frames = edited.ops.get(turned.inputs[0])
+    layer = edited.ops.get(frames.inputs[0]) if isinstance(frames, Reshape) else None
+    if not isinstance(frames, Reshape) or not isinstance(layer, Conv2d) or layer.is_fused:
+        return False
+    alone = edited.only_reader(turned, op) and edited.only_reader(frames, turned) and edited.only_reader(layer, frames)
+    if not alone or edited.shapes[layer.output][1:] != edited.shapes[frames.output][2:]:
+        return False
+    edited.ops[layer.output] = _scaled(edited, layer, layer, op)
+    edited.replace(op, replace(turned, output=op.output))
     return True
 
 

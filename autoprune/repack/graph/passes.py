@@ -19,7 +19,13 @@ from autoprune.repack.graph.borders import fold_border
 from autoprune.repack.graph.channels import drop_dead_channels
 from autoprune.repack.graph.editor import Editor, infer_shapes, meta_values
 from autoprune.repack.graph.ir import Graph
-from autoprune.repack.graph.norms import fold_norm, fold_norm_forward, fold_norm_of_tokens, standalone_norm
+from autoprune.repack.graph.norms import (
+    fold_norm,
+    fold_norm_forward,
+    fold_norm_of_tokens,
+    fold_norm_of_videos,
+    standalone_norm,
+)
 from autoprune.repack.graph.ops import (
     Activation,
     AdaptiveAvgPool2d,
@@ -307,6 +313,7 @@ _PASSES: tuple[Callable[[Editor, Op], bool], ...] = (
     _merge_reshapes,
     fold_norm,
     fold_norm_of_tokens,
+    fold_norm_of_videos,
     fold_norm_forward,
     fold_border,
     _reshape_last,

@@ -11,7 +11,7 @@ from autoprune.repack.graph.ops import Add, AvgPool2d, Conv2d, MaxPool2d, Op, Re
 from autoprune.repack.graph.site import Result, Site, extents
 
 LAST = 2**63 - 1  # where a slice ends that goes on to the end
-FRAMES_FIRST = [0, 2, 1, 3, 4]  # changes frames and channels, and back
+FRAMES_FIRST = (0, 2, 1, 3, 4)  # changes frames and channels, and back
 
 
 class _Frames:
@@ -28,7 +28,7 @@ class _Frames:
         assert result is not None
         self.source, self.given, self.made = site.name(argument), node, result
         self.sizes = dict(zip(extents(node), enumerate(node.meta["val"].shape), strict=True))
-        self.frames = self.call("permute", self.source, FRAMES_FIRST)  # (batch, frames, channels, height, width)
+        self.frames = self.call("permute", self.source, list(FRAMES_FIRST))  # (batch, frames, channels, height, width)
 
     def named(self) -> str:
         """A name that nothing else has."""
@@ -75,7 +75,7 @@ class _Frames:
         batch, channels, count, high, wide = (self._extent(self.made, axis) for axis in range(5))
         frames = self.named()
         self.ops.append(Reshape(frames, (maps,), shape=(batch, count, channels, high, wide)))
-        volume = TorchOp.of(self.site.output, "aten.permute.default", ({"ref": frames}, FRAMES_FIRST))
+        volume = TorchOp.of(self.site.output, "aten.permute.default", ({"ref": frames}, list(FRAMES_FIRST)))
         return (*self.ops, volume)
 
     def _extent(self, node: Any, axis: int) -> Any:
