@@ -221,11 +221,10 @@ def _operators(models: Sequence[Covered], timed: bool = True) -> str:
         for name, count in programs.most_common()
     ]
     header = ("operator", "programs", "calls", "share of the time: median", "most")
-    if not timed:
-        lines, header = [line[:3] for line in lines], header[:3]
+    columns = len(header) if timed else 3
     whole = sum(row.form == "program" and not row.torch_steps for row in models)
     told = f"Programs without any: {_of(whole, sum(row.form == 'program' for row in models))}."
-    return f"{told}\n\n{markdown_table(header, lines)}" if lines else told
+    return f"{told}\n\n{markdown_table(header[:columns], [line[:columns] for line in lines])}" if lines else told
 
 
 def _differences(models: Sequence[Covered]) -> str:

@@ -43,4 +43,5 @@ class Mixture(nn.Module):
         ends = torch.cumsum(count, 0, dtype=torch.int32)
         y = product(tokens[order // self.each], self.up.transpose(-2, -1), offs=ends).relu()
         y = product(y, self.down, offs=ends) * share.reshape(-1)[order].unsqueeze(-1)
-        return y[torch.argsort(order)].view(-1, self.each, x.shape[-1]).sum(1).view(x.shape)
+        z: Tensor = y[torch.argsort(order)].view(-1, self.each, x.shape[-1]).sum(1).view(x.shape)
+        return z

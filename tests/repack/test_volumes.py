@@ -67,9 +67,9 @@ class Residual(nn.Module):
         super().__init__()
         self.one, self.two = (nn.Conv3d(8, 8, 3, padding=1, bias=False) for _ in range(2))
         self.norms = nn.ModuleList(nn.BatchNorm3d(8) for _ in range(2))
-        for norm in self.norms:
-            nn.init.uniform_(norm.running_var, 0.5, 2.0)
-            nn.init.uniform_(norm.bias)
+        for values in self.norms.state_dict().values():
+            if values.is_floating_point():
+                values.uniform_(0.5, 2.0)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norms[0](self.one(x)).relu()
