@@ -186,6 +186,7 @@ MATRICES: dict[str, tuple[Run, list[tuple[int, ...]]]] = {
     "bmm": (lambda x, y: torch.bmm(x, y), [(3, 1, 8), (3, 8, 31)]),
     "softmax": (lambda x: x.softmax(-1), [(2, 5, 77)]),
     "softmax of columns": (lambda x: x.softmax(1), [(2, 37, 5)]),
+    "softmax in floats": (lambda x: F.softmax(x, -1, dtype=torch.float32).to(x.dtype), [(2, 5, 77)]),
     "softmax of few": (lambda x: x.softmax(-1), [(2, 5, 7)]),
     "softmax of a vector": (lambda x: x.softmax(-1), [(2, 5, 16)]),
     "stack": (lambda x, y: torch.stack([-y, x], -1).flatten(2), [(2, 5, 19), (2, 5, 19)]),

@@ -47,7 +47,8 @@ def _softmax(lowering: Lowering, op: TorchOp) -> bool:
     args = op.named_args()
     name = args["self"]["ref"]
     x = lowering.values[name]
-    if args.get("dtype") is not None or args.get("half_to_float") or not is_float(x) or not x.numel() or not x.dim():
+    other = args.get("dtype") not in (None, {"dtype": "float32"}) or args.get("half_to_float")
+    if other or not is_float(x) or not x.numel() or not x.dim():
         return False
     order = [axis for axis in range(x.dim()) if axis != args["dim"] % x.dim()] + [args["dim"] % x.dim()]
     turned = order != sorted(order)
