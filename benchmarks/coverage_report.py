@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from autoprune.report.table import markdown_table
+from benchmarks.coverage_models import MODELS
 from benchmarks.lib.page import page
 from benchmarks.lib.provenance import Machines, Provenance
 from benchmarks.lib.sweep import Row
@@ -121,7 +122,7 @@ def forms(rows: Sequence[Made]) -> str:
         "What becomes of models of other people, with random weights, 75% of every convolution, Linear and recurrent "
         "weight cut in groups of 8 filters (4, 2, 1 where 8 does not divide), repacked and called as their users call "
         "them, float32, on one thread. Nothing was tuned and nothing was timed: how fast they are is "
-        "[another page](coverage.md)."
+        f"[another page](coverage.md). Tried so far: {len(models)} of the {len(MODELS)} models."
     )
     parts = (
         "## In short", markdown_table(FORMS, [_forms_line(name, group) for name, group in _groups(models)]),
