@@ -16,7 +16,7 @@ from autoprune.criteria import CRITERIA, Criterion, LayerStatistics
 from autoprune.errors import AutopruneError
 from autoprune.model.arguments import Arguments, call_with
 from autoprune.model.columns import input_moments, squared_gradients
-from autoprune.model.given import called, check_loss, read
+from autoprune.model.given import called, check_loss, read_calibration
 from autoprune.model.inventory import Inventory
 from autoprune.model.recurrent.names import partner_of
 from autoprune.model.uses import Use, watch_weights
@@ -49,7 +49,7 @@ def collect_statistics(
     model.eval()  # batch norm must not drift
     try:
         with unrounded(), watch_weights(model, names, seen):
-            for number, inputs, target in read(batches, "the calibration data"):
+            for number, inputs, target in read_calibration(batches):
                 with called(f"the model cannot be calibrated on batch {number}"):
                     samples = max(1, Arguments.of(inputs).samples)
                     if wanted & _DIFFERENTIATED:

@@ -14,7 +14,7 @@ from autoprune.evaluation.recovery.post_training import Fit, LayerFit, PostTrain
 from autoprune.masks import Batches, Masks
 from autoprune.model.arguments import Arguments
 from autoprune.model.copies import copy_for_inference, uncompiled_
-from autoprune.model.given import read
+from autoprune.model.given import read_calibration
 from autoprune.model.inventory import take_inventory
 from autoprune.patterns import PATTERNS
 from autoprune.plan import LayerPlan, Plan
@@ -91,7 +91,7 @@ def prune_post_training(
     check_plain(model)
     with torch.inference_mode(False):  # whatever the caller's script is run under
         dense = uncompiled_(copy_for_inference(model)).cpu()
-        held = tuple(Arguments.of(inputs) for _, inputs, _ in read(batches, "the calibration data"))
+        held = tuple(Arguments.of(inputs) for _, inputs, _ in read_calibration(batches))
         if not held:
             raise AutopruneError("there is no calibration data: give some batches of the model's inputs.")
         inventory = take_inventory(dense, held[0], keep_dense=tuple(keep_dense))

@@ -25,20 +25,26 @@ def input_columns(use: Use, x: Tensor) -> Iterator[Tensor]:
     """
     if use.kind == "linear":
         for part in x.split(max(1, CHUNK * len(x) // max(1, x.numel()))):
-            yield part.reshape(len(part), -1, x.shape[-1]).transpose(1, 2)[:, None]
+            yield _rows(part)
         return
     kernel, stride, padding, dilation = use.window
     x = x.unsqueeze(2) if use.kind == "conv1d" else x
     for part in x.split(max(1, CHUNK * len(x) // max(1, x.numel() * kernel[0] * kernel[1]))):
         unfolded = functional.unfold(part, kernel, dilation=dilation, padding=padding, stride=stride)
-        yield unfolded.reshape(len(part), use.conv_groups, -1, unfolded.shape[-1])
+        yield unfolded.unflatten(1, (use.conv_groups, unfolded.shape[1] // use.conv_groups))
 
 
 def output_rows(use: Use, y: Tensor) -> Tensor:
     """The output, or its gradient, ``(samples, conv_groups, out / conv_groups, positions)``."""
     if use.kind == "linear":
-        return y.reshape(len(y), -1, y.shape[-1]).transpose(1, 2)[:, None]
-    return y.reshape(len(y), use.conv_groups, y.shape[1] // use.conv_groups, -1)
+        return _rows(y)
+    return y.flatten(2).unflatten(1, (use.conv_groups, y.shape[1] // use.conv_groups))
+
+
+def _rows(values: Tensor) -> Tensor:
+    """``(samples, ..., n)`` as ``(samples, 1, n, positions)``; there may be no sample."""
+    positions = values.shape[1:-1].numel()
+    return values.reshape(len(values), positions, values.shape[-1]).transpose(1, 2)[:, None]
 
 
 def joined(values: Tensor) -> Tensor:

@@ -73,6 +73,22 @@ def read(batches: Iterable[Any], what: str) -> Iterator[tuple[int, Any, Any]]:
         yield number, *parts
 
 
+def read_calibration(batches: Iterable[Any]) -> Iterator[tuple[int, Any, Any]]:
+    """`read` of calibration batches; each must have samples, as what is averaged over a batch is nothing without.
+
+    Raises:
+        GivenError: one cannot be read, is no batch, or is empty.
+    """
+    for number, inputs, target in read(batches, "the calibration data"):
+        first = next(iter(Arguments.of(inputs).tensors), None)
+        if first is not None and first.dim() and not len(first):
+            raise GivenError(
+                f"batch {number} of the calibration data has no samples: its first tensor has the shape "
+                f"{tuple(first.shape)}. Leave it out."
+            )
+        yield number, inputs, target
+
+
 def inputs_and_target(batch: Any) -> tuple[Any, Any] | None:
     """The inputs of a batch, in a form that `Arguments` takes, and its target; None for what is no batch.
 

@@ -19,7 +19,7 @@ from autoprune.errors import AutopruneError, NumericalError
 from autoprune.latency.quiet import working
 from autoprune.masks import Batches, Loss, Masks
 from autoprune.model.arguments import call_with
-from autoprune.model.given import called, check_loss, read
+from autoprune.model.given import called, check_loss, read, read_calibration
 from autoprune.model.inventory import eval_mode, own_modes
 from autoprune.progress import SILENT, Bar, Progress
 from autoprune.settings import TrainingSettings, learning_rate, make_optimizer
@@ -275,7 +275,7 @@ def recalibrate_batch_norm_(model: nn.Module, batches: Batches) -> nn.Module:
                 norm.reset_running_stats()
                 norm.momentum = None  # a cumulative average
                 norm.train()
-            for seen, inputs, _ in read(batches, "the calibration data"):
+            for seen, inputs, _ in read_calibration(batches):
                 with called(f"the model does not run on batch {seen} of the calibration data"):
                     call_with(model, inputs)
     finally:

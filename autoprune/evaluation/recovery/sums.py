@@ -12,7 +12,7 @@ from autoprune.errors import AutopruneError, NumericalError
 from autoprune.masks import Batches
 from autoprune.model.arguments import call_with
 from autoprune.model.columns import input_columns, joined, output_rows
-from autoprune.model.given import called, read
+from autoprune.model.given import called, read_calibration
 from autoprune.model.inventory import eval_mode
 from autoprune.model.uses import Use, watch_weights
 
@@ -63,13 +63,13 @@ def layer_sums(model: nn.Module, dense: nn.Module, name: str, batches: Batches) 
         batches: to run both on; their targets are not read.
 
     Raises:
-        AutopruneError: the batches never reach the layer, or the two models use it differently often.
+        AutopruneError: the batches never reach the layer, or the two models use it differently.
         GivenError: a batch cannot be read, or a model does not run on it.
         NumericalError: the layer reads, or gives, what is not finite.
     """
     totals: list[Tensor] = []
     count, turned, biased = 0, False, True
-    for number, inputs, _ in read(batches, "the calibration data"):
+    for number, inputs, _ in read_calibration(batches):
         with called(f"the model does not run on batch {number} of the calibration data"):
             own, others = uses_of(model, name, inputs), uses_of(dense, name, inputs)
         if len(own) != len(others):
@@ -78,18 +78,24 @@ def layer_sums(model: nn.Module, dense: nn.Module, name: str, batches: Batches) 
                 f"{number} of the calibration data: how often it runs hangs on values. Keep it dense (keep_dense)."
             )
         for use, wanted in zip(own, others, strict=True):
+            if use.output.shape != wanted.output.shape:
+                raise AutopruneError(
+                    f"{name} gives {tuple(use.output.shape)} in the pruned model and {tuple(wanted.output.shape)} in "
+                    f"the dense one on batch {number} of the calibration data: what it is given hangs on values. Keep "
+                    "it dense (keep_dense)."
+                )
             turned, biased = use.turned, biased and wanted.bias is not None
             for part, seen in _parts(use, wanted):
                 totals = [total + new for total, new in zip(totals, part, strict=True)] if totals else part
                 count += seen
-    if not totals:
+    if not count:
         raise AutopruneError(f"calibration never reached {name}: give batches that run the whole model.")
     if not all(bool(torch.isfinite(total).all()) for total in totals):
         raise NumericalError(
             f"{name} reads or gives values that are not finite on the calibration data: look for NaN, infinity or huge "
             "values in the data, and whether the dense model is sound."
         )
-    moments, cross, inputs, outputs, power = (total / max(1, count) for total in totals)
+    moments, cross, inputs, outputs, power = (total / count for total in totals)
     return LayerSums(moments, cross, inputs, outputs, power, count, turned, biased)
 
 
