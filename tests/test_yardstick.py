@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
 from autoprune.config import parse_config
-from autoprune.errors import NumericalError
+from autoprune.errors import ConfigError, NumericalError
 from autoprune.evaluation.recovery import RECOVERIES
 from autoprune.evaluation.recovery.finetune import budget_cost, finetune_
 from autoprune.pipeline import application
-from autoprune.pipeline.compare import TaskComparison, jobs_of, report
+from autoprune.pipeline.compare import TaskComparison, compare_run, jobs_of, report
 from autoprune.pipeline.judgement import (
     FEWEST,
     WHOLE,
@@ -32,7 +33,7 @@ from autoprune.plan import LayerPlan, Plan
 from autoprune.registry import Choice
 from autoprune.testing import FakeClock, save_fake_table
 
-SMALL = {
+SMALL: dict[str, Any] = {
     "task": {"name": "digits", "widths": [4, 8]},
     "dense": {"epochs": 1, "learning_rate": 0.1},
     "target": {"speedup": 1.5, "over": "eager"},
@@ -43,8 +44,8 @@ SMALL = {
 AGENTS = [Choice("knapsack"), Choice("random"), Choice(FIVE_RECIPES)]
 
 
-def comparison_in(folder: Path) -> TaskComparison:
-    run = Run(parse_config(SMALL, "test"), folder, clock=FakeClock(2.0**-10))
+def comparison_in(folder: Path, **changed: Any) -> TaskComparison:
+    run = Run(parse_config({**SMALL, **changed}, "test"), folder, clock=FakeClock(2.0**-10))
     if not (folder / "latency.json").exists():
         save_fake_table(run)
     return TaskComparison("t", run, run.search.env, OutcomeLog(folder / "outcomes.jsonl"), folder / "judged")
@@ -297,3 +298,25 @@ def test_an_outcome_whose_plan_was_not_kept_is_not_judged() -> None:
 )
 def test_every_recovery_is_tried_once_and_the_configs_own(chosen: Choice, more: list[str]) -> None:
     assert [str(each) for each in recoveries_of(chosen)] == [*RECOVERIES, "train(steps=100)", *more]
+
+
+def test_entrants_that_are_no_agents_are_compared_at_a_speedup_too(tmp_path: Path) -> None:
+    comparison = comparison_in(tmp_path / "run", target={"sparsity": 0.5})
+    for agent in ("uniform", FIVE_RECIPES):
+        with pytest.raises(ConfigError, match=r"the target has sparsity alone: set target\.speedup"):
+            comparison.hold(jobs_of([Choice(agent)], 1, (1,)), finetune=False, evaluations=1)
+
+
+def test_a_run_that_trains_nothing_counts_no_steps(tmp_path: Path) -> None:
+    untrained = {"finetune": {"post_training": True}, "env": {**SMALL["env"], "recovery": "post_training"}}
+    comparison = comparison_in(tmp_path / "run", **untrained)
+    found = comparison.hold(jobs_of([Choice("knapsack")], 1, (1,)), finetune=True, evaluations=1)
+    assert [(row.steps, row.failed) for row in found.trained] == [(0, None)]
+
+
+def test_another_target_is_refused_before_anything_is_prepared(tmp_path: Path) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text('[task]\nname = "digits"\n\n[target]\nsparsity = 0.5\n')
+    with pytest.raises(ConfigError, match=r"set target\.speedup"):
+        compare_run(config, tmp_path / "run", [], ["uniform"], ["1"], 1)
+    assert not (tmp_path / "run").exists()

@@ -44,11 +44,19 @@ from autoprune.plan import Plan
 from autoprune.progress import SILENT, Progress
 from autoprune.registry import Choice
 from autoprune.report.tensorboard import TrialWriter
+from autoprune.target import Target
 
 _ACTIONS = '["mix", {name = "coefficient", reach = 1.0}]'  # the shipped policy's
 _COST = "What the searches spent up to their last checkpoint, on average; plans that were remembered cost no time:"
 WITHOUT_EVALUATION = (*ONE_SEED, "policy")  # their first plan is made before any is scored
 Entrant = Callable[[], list[Outcome]]  # what is no agent of the registry, run once
+
+
+def check_target(target: Target) -> None:
+    """Raises ConfigError where the target has no speed-up: plans are compared at one."""
+    if target.speedup is None:
+        asked = ", ".join(target.asked)
+        raise ConfigError(f"agents are compared at a speed-up, and the target has {asked} alone: set target.speedup.")
 
 
 def budgets_of(agent: Choice, budgets: Sequence[int]) -> list[int]:
@@ -83,8 +91,7 @@ def compare(
     Raises:
         ConfigError: the target is no speed-up: plans are compared at one.
     """
-    if env.problem.target.speedup is None:
-        raise ConfigError("agents are compared at a speed-up: set target.speedup.")
+    check_target(env.problem.target)
     started = time.perf_counter()
     ticks: list[float] = []
 
@@ -202,6 +209,7 @@ class TaskComparison:
 
         Plans are timed in turns with the knapsack's, whose speed-up the latency table predicts.
         """
+        check_target(self.env.problem.target)
         run, reference = self.run, self.env.solved()
         predicted = self.env.problem.table.predict_speedup(reference)
         measure = run.search.paired(reference, predicted)
@@ -249,6 +257,7 @@ def compare_run(
         if choice.name != FIVE_RECIPES:
             AGENTS.get(choice.name)
     loaded = load_config(config, [*overrides, "env.timing=table", f"env.actions={_ACTIONS}"])
+    check_target(loaded.target)
     run = Run(loaded, run_dir or Path("runs") / f"{config.stem}-compare", progress=progress)
     progress.say(f"whatever the config says, trials are timed by the table, and the actions are {_ACTIONS}")
     comparison = TaskComparison(

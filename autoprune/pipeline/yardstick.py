@@ -177,11 +177,8 @@ class Yardstick:
 
     def _train(self, plan: Plan, folder: Path) -> Trained:
         run, preparation = self._run, self._run.preparation
-        settings = preparation.subject.settings.changed(plan.settings)
-        whole = settings.epochs * count_batches(run.task.train)
-        steps = min(whole, settings.max_steps or whole)
         started = run.context.clock()
-        row = Trained(self.name, plan.key, 0.0, steps)
+        row = Trained(self.name, plan.key, 0.0, self._steps(plan))
         try:
             model = AppliedPlan(replace(run.context, directory=folder), preparation, plan).fine_tuned.model
             row = replace(row, seconds=run.context.clock() - started)
@@ -190,6 +187,14 @@ class Yardstick:
         except NumericalError as error:
             return replace(row, failed=str(error))
         return replace(row, validation=validation, test=test, speedup=self._paired.speedup_of(fast))
+
+    def _steps(self, plan: Plan) -> int:
+        """Of the optimizer, that fine-tuning takes; none where a run trains nothing."""
+        if self._run.config.finetune.post_training or all(layer.whole for layer in plan.layers.values()):
+            return 0
+        settings = self._run.preparation.subject.settings.changed(plan.settings)
+        whole = settings.epochs * count_batches(self._run.task.train)
+        return min(whole, settings.max_steps or whole)
 
     def score(self, plan: Plan, recovery: Choice) -> CheapScore:
         """Scores a plan as a search with this recovery would."""
