@@ -38,7 +38,7 @@ def output_rows(use: Use, y: Tensor) -> Tensor:
     """The output, or its gradient, ``(samples, conv_groups, out / conv_groups, positions)``."""
     if use.kind == "linear":
         return _rows(y)
-    return y.flatten(2).unflatten(1, (use.conv_groups, y.shape[1] // use.conv_groups))
+    return y.reshape(len(y), use.conv_groups, y.shape[1] // use.conv_groups, y.shape[2:].numel())
 
 
 def _rows(values: Tensor) -> Tensor:
