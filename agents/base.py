@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import count, islice
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 from autoprune.envs.prune import PruneEnv
 from autoprune.envs.rewards import as_trial
 from autoprune.envs.trial import Trial
-from autoprune.errors import ConfigError, NumericalError
+from autoprune.errors import NumericalError
 from autoprune.evaluation.measurement import Failure
 from autoprune.plan import Plan
 
@@ -60,14 +59,6 @@ class Agent(ABC):
     def save_policy(self, directory: Path, env: PruneEnv) -> bool:
         """Writes the learned policy, if there is one, and says whether there was."""
         return False
-
-
-def check_number(agent: str, name: str, value: object, low: float, high: float) -> None:
-    """Raises ConfigError unless an agent's argument is a number in [low, high]."""
-    if type(value) not in (int, float) or not low <= value <= high:  # type: ignore[operator]
-        raise ConfigError(
-            f"agent {agent!r}: {name} must be a number in [{low:g}, {high:g}], not {reprlib.repr(value)}."
-        )
 
 
 def succeeded(trials: Sequence[Trial]) -> list[Trial]:

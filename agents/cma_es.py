@@ -7,8 +7,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from autoprune.agents.base import Agent, OnTrial, check_number
+from autoprune.agents.base import Agent, OnTrial
 from autoprune.agents.evolution import evolve
+from autoprune.checks import check_numbers
 from autoprune.envs.prune import PruneEnv
 
 
@@ -22,7 +23,7 @@ class CmaEsAgent(Agent):
     replays: ClassVar[bool] = True
 
     def __init__(self, spread: float = 0.4) -> None:
-        check_number("cma_es", "spread", spread, 1e-3, 10.0)
+        check_numbers("agent 'cma_es'", {"spread": spread}, 1e-3, 10.0)
         self.spread = spread
 
     def search(

@@ -10,9 +10,9 @@ from stable_baselines3 import TD3
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.noise import NormalActionNoise
 
-from autoprune.agents.base import check_number
 from autoprune.agents.episodes import Episodes, actions_of
 from autoprune.agents.sb3 import OffPolicyAgent
+from autoprune.checks import check_numbers
 from autoprune.errors import ConfigError
 
 
@@ -37,8 +37,7 @@ class DeterministicAgent(OffPolicyAgent):
         if not isinstance(noise, (list, tuple)) or len(noise) != 2:
             raise ConfigError(f"agent {self.name!r}: noise must be two numbers, not {noise!r}.")
         super().__init__(learning_rate, net, batch_size, updates_per_step)
-        for at, value in zip(("noise", "noise at the end"), noise, strict=True):
-            check_number(self.name, at, value, 1e-6, 10.0)
+        check_numbers(f"agent {self.name!r}", {"noise": noise[0], "noise at the end": noise[1]}, 1e-6, 10.0)
         self.noise = (float(noise[0]), float(noise[1]))
 
     def build(self, env: Episodes, seed: int) -> BaseAlgorithm:

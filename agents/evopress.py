@@ -8,7 +8,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from autoprune.agents.base import BATCH, Agent, OnTrial, check_number
+from autoprune.agents.base import BATCH, Agent, OnTrial
+from autoprune.checks import check_counts
 from autoprune.envs.curves import GRID, SPARSITIES
 from autoprune.envs.knapsack import Indices, columns_up_to
 from autoprune.envs.problem import Problem
@@ -36,10 +37,7 @@ class EvoPressAgent(Agent):
     replays: ClassVar[bool] = True
 
     def __init__(self, offspring: int = 16, survivors: int = 4) -> None:
-        for name, count in (("offspring", offspring), ("survivors", survivors)):
-            check_number("evopress", name, count, 1, BATCH)
-            if type(count) is not int:
-                raise ConfigError(f"agent 'evopress': {name} must be a whole number, not {count!r}.")
+        check_counts("agent 'evopress'", {"offspring": offspring, "survivors": survivors}, most=BATCH)
         if survivors > offspring:
             raise ConfigError(f"agent 'evopress': survivors must be at most offspring, {offspring}, not {survivors}.")
         self.offspring, self.survivors = offspring, survivors

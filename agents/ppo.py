@@ -9,10 +9,10 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
-from autoprune.agents.base import check_number
 from autoprune.agents.episodes import Episodes
 from autoprune.agents.lockstep import Lockstep
 from autoprune.agents.sb3 import SB3Agent, check_arguments
+from autoprune.checks import check_numbers
 
 
 class PPOAgent(SB3Agent):
@@ -41,7 +41,7 @@ class PPOAgent(SB3Agent):
         super().__init__()
         counts = {"episodes_per_update": episodes_per_update, "epochs": epochs, "minibatches": minibatches}
         check_arguments(self.name, net, learning_rate, counts)
-        check_number(self.name, "log_std", log_std, -10.0, 3.0)
+        check_numbers(f"agent {self.name!r}", {"log_std": log_std}, -10.0, 3.0)
         self.learning_rate, self.net = learning_rate, tuple(net)
         self.episodes_per_update, self.epochs, self.log_std = episodes_per_update, epochs, log_std
         self.minibatches = minibatches

@@ -7,7 +7,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from autoprune.agents.base import Agent, OnTrial, check_number
+from autoprune.agents.base import Agent, OnTrial
+from autoprune.checks import check_numbers
 from autoprune.envs.knapsack import weighed
 from autoprune.envs.prune import PruneEnv
 
@@ -25,8 +26,8 @@ class RestartsAgent(Agent):
     replays: ClassVar[bool] = True
 
     def __init__(self, random_share: float = 0.3, changed_share: float = 0.1) -> None:
-        for name, share in (("random_share", random_share), ("changed_share", changed_share)):
-            check_number("restarts", name, share, 0.0, 1.0)
+        shares = {"random_share": random_share, "changed_share": changed_share}
+        check_numbers("agent 'restarts'", shares, 0.0, 1.0)
         self.random_share, self.changed_share = random_share, changed_share
 
     def search(

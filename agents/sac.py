@@ -8,9 +8,9 @@ from typing import Any
 from stable_baselines3 import SAC
 from stable_baselines3.common.base_class import BaseAlgorithm
 
-from autoprune.agents.base import check_number
 from autoprune.agents.episodes import Episodes
 from autoprune.agents.sb3 import OffPolicyAgent
+from autoprune.checks import check_numbers
 
 
 class SACAgent(OffPolicyAgent):
@@ -32,7 +32,7 @@ class SACAgent(OffPolicyAgent):
         temperature: float = 0.05,
     ) -> None:
         super().__init__(learning_rate, net, batch_size, updates_per_step)
-        check_number(self.name, "temperature", temperature, 1e-6, 100.0)
+        check_numbers(f"agent {self.name!r}", {"temperature": temperature}, 1e-6, 100.0)
         self.temperature = temperature
 
     def algorithm(self) -> type[SAC]:

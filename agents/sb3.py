@@ -12,10 +12,11 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import KVWriter, Logger
 
-from autoprune.agents.base import Agent, OnFigures, OnTrial, check_number
+from autoprune.agents.base import Agent, OnFigures, OnTrial
 from autoprune.agents.checkpoint import checkpoint_episodes, load_checkpoint_, save_checkpoint
 from autoprune.agents.episodes import Episodes
 from autoprune.agents.policy_file import save_policy
+from autoprune.checks import check_counts, check_numbers
 from autoprune.envs.prune import PruneEnv
 from autoprune.envs.trial import Trial
 from autoprune.errors import ConfigError
@@ -31,12 +32,8 @@ def check_arguments(agent: str, net: Sequence[int], learning_rate: Any, counts: 
         raise ConfigError(
             f"agent {agent!r}: net must be 1 to {DEEPEST} widths of layers from 1 to {WIDEST}, not {reprlib.repr(net)}."
         )
-    for name, value in counts.items():
-        if type(value) is not int or not 0 < value <= MOST:
-            raise ConfigError(
-                f"agent {agent!r}: {name} must be an integer from 1 to {MOST}, not {reprlib.repr(value)}."
-            )
-    check_number(agent, "learning_rate", learning_rate, 1e-9, 1.0)
+    check_counts(f"agent {agent!r}", counts, most=MOST)
+    check_numbers(f"agent {agent!r}", {"learning_rate": learning_rate}, 1e-9, 1.0)
 
 
 class SB3Agent(Agent):

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoprune.agents.base import Agent, OnTrial, run_episode
+from autoprune.checks import check_counts
 from autoprune.envs.prune import PruneEnv
-from autoprune.errors import ConfigError
 from autoprune.extras import needs
 
 
@@ -24,8 +24,7 @@ class TPEAgent(Agent):
     replays: ClassVar[bool] = True
 
     def __init__(self, startup: int = 10) -> None:
-        if type(startup) is not int or startup < 1:
-            raise ConfigError(f"agent 'tpe': startup must be an integer of 1 or more, not {startup!r}.")
+        check_counts("agent 'tpe'", {"startup": startup})
         with needs("rivals", "the agent 'tpe'"):
             import optuna
         optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from autoprune.allocation import Cost, WeightCost
+from autoprune.checks import check_counts
 from autoprune.criteria import CRITERIA
 from autoprune.envs.projection import check_movable
 from autoprune.errors import AutopruneError
@@ -133,8 +134,7 @@ class PruningHooks:
             AutopruneError: called twice, `total_steps` below 1, or an optimizer of other parameters.
         """
         self._lifecycle.check(Event.START)
-        if not isinstance(total_steps, int) or isinstance(total_steps, bool) or total_steps < 1:
-            raise AutopruneError(f"total_steps must be an integer >= 1, not {total_steps!r}.")
+        check_counts("PruningHooks.start", {"total_steps": total_steps})
         _check_trains(optimizer, self._pruner)
         self._alike = Alike(self._pruner.model, reads_data=bool(self._pruner.batches))
         with self._alike(0):

@@ -149,9 +149,9 @@ def test_a_model_is_captured_with_what_its_ramp_has_reached(seen: int) -> None:
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: Gating(0), "the group_size of a gate must be an integer >= 1, not 0"),
-        (lambda: Gating(4, 0.0), r"a gate keeps a share in \(0, 1\], not 0.0"),
-        (lambda: Gating(4, 0.5, ramp=-1), "the ramp of a gate must be an integer >= 0, not -1"),
+        (lambda: Gating(0), "a gate: group_size must be an integer >= 1, not 0"),
+        (lambda: Gating(4, 0.0), r"a gate: keep must be a number in \(0, 1\], not 0.0"),
+        (lambda: Gating(4, 0.5, ramp=-1), "a gate: ramp must be an integer >= 0, not -1"),
         (lambda: ChannelGate(3, 10, Gating(4)), r"10 channels .* groups of 4: choose one of \[1, 2, 5, 10\]"),
         (lambda: gate_channels_(net(), X, ["1.conv3"]), "'1.conv3' cannot be gated.*'1.conv"),
         (lambda: with_gate_penalty(net(), F.cross_entropy, 1.0), "has no gates: call gate_channels_"),

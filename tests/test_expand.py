@@ -129,8 +129,8 @@ def test_only_the_layers_named_change() -> None:
     [
         (Shared(), 2.0, "nothing in this model can be widened"),
         (Branching(), 2.0, "torch.fx cannot trace it"),
-        (Residual(), 0.5, "a factor from 1 to 16, not 0.5"),
-        (Residual(), True, "a factor from 1 to 16, not True"),
+        (Residual(), 0.5, r"factor must be a number in \[1, 16\], not 0.5"),
+        (Residual(), True, r"factor must be a number in \[1, 16\], not True"),
     ],
 )
 def test_what_cannot_be_widened_is_said(model: nn.Module, factor: float, said: str) -> None:

@@ -298,7 +298,7 @@ def test_a_cut_deepens_while_the_model_trains(cell: Any) -> None:
     again = cut_states_(Reader(cell), keep=0.25, over=4)
     again.load_state_dict(model.state_dict())  # a resumed run goes on where the other was
     assert int((again.get_submodule("rnn")(x)[0] != 0).sum(dim=-1).max()) == kept() == HIDDEN // 4
-    with pytest.raises(ConfigError, match="whole number"):
+    with pytest.raises(ConfigError, match="over must be an integer >= 0"):
         cut_states_(model, keep=0.5, over=-1)
 
 

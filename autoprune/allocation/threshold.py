@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from autoprune.allocation.base import Allocation, Layers
-from autoprune.errors import ConfigError
+from autoprune.checks import check_flags, check_numbers
 from autoprune.patterns.base import cell_means
 
 
@@ -21,8 +21,7 @@ class Threshold(Allocation):
     """
 
     def __init__(self, most: float = 0.995) -> None:
-        if not 0.0 < most < 1.0:
-            raise ConfigError(f"allocation: most must be in (0, 1), not {most!r}.")
+        check_numbers("allocation", {"most": most}, 0.0, 1.0, "()")
         self.most = most
 
     @abstractmethod
@@ -72,8 +71,7 @@ class Global(Threshold):
 
     def __init__(self, normalise: bool = False, most: float = 0.995) -> None:
         super().__init__(most)
-        if not isinstance(normalise, bool):
-            raise ConfigError(f"allocation 'global': normalise must be true or false, not {normalise!r}.")
+        check_flags("allocation 'global'", {"normalise": normalise})
         self.normalise = normalise
 
     def compared(self, score: Tensor, size: Tensor) -> Tensor:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from autoprune.checks import check_counts, check_numbers
 from autoprune.criteria.base import Criterion, LayerStatistics
 from autoprune.criteria.least_squares import LeastSquares, damped, factored
-from autoprune.errors import ConfigError
 
 
 class Obs(Criterion):
@@ -29,10 +29,8 @@ class Obs(Criterion):
     needs = frozenset({"input_moments"})
 
     def __init__(self, damping: float = 0.01, steps: int = 1) -> None:
-        if not isinstance(damping, (int, float)) or isinstance(damping, bool) or not 0.0 < damping < float("inf"):
-            raise ConfigError(f"criterion 'obs': damping must be a number > 0, not {damping!r}.")
-        if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps <= 256:
-            raise ConfigError(f"criterion 'obs': steps must be an integer from 1 to 256, not {steps!r}.")
+        check_numbers("criterion 'obs'", {"damping": damping}, 0.0, ends="(]")
+        check_counts("criterion 'obs'", {"steps": steps}, most=256)
         self.damping, self.steps = damping, steps
 
     def saliency(self, weight: Tensor, statistics: LayerStatistics, conv_groups: int = 1) -> Tensor:

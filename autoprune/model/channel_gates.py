@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from autoprune.checks import check_counts, check_flags, check_numbers
 from autoprune.errors import AutopruneError, ConfigError, did_you_mean
 from autoprune.model.arguments import call_with
 from autoprune.model.inventory import eval_mode, take_inventory
@@ -41,15 +42,10 @@ class Gating:
 
     def __post_init__(self) -> None:
         """Raises ConfigError naming the argument, its value and what is allowed."""
-        for name, low in (("group_size", 1), ("ramp", 0)):
-            value = getattr(self, name)
-            if type(value) is not int or value < low:
-                raise ConfigError(f"the {name} of a gate must be an integer >= {low}, not {value!r}.")
-        number = isinstance(self.keep, (int, float)) and not isinstance(self.keep, bool)
-        if not number or not 0.0 < self.keep <= 1.0:
-            raise ConfigError(f"a gate keeps a share in (0, 1], not {self.keep!r}.")
-        if not isinstance(self.adaptive, bool):
-            raise ConfigError(f"a gate is adaptive or not (true or false), not {self.adaptive!r}.")
+        check_counts("a gate", {"group_size": self.group_size})
+        check_counts("a gate", {"ramp": self.ramp}, least=0)
+        check_numbers("a gate", {"keep": self.keep}, 0.0, 1.0, "(]")
+        check_flags("a gate", {"adaptive": self.adaptive})
 
 
 # What a gate computes -------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from autoprune.checks import check_numbers
 from autoprune.errors import AutopruneError
 from autoprune.model.arguments import call_with
 from autoprune.model.inventory import as_tuple, eval_mode
@@ -99,8 +100,7 @@ def expand_(
     model: nn.Module, inputs: Any, factor: float, *, only: Collection[str] | None = None, seed: int = 0
 ) -> dict[str, tuple[int, int]]:
     """Like `expand`, in place; returns the layers whose filters were multiplied."""
-    if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 1.0 <= factor <= 16.0:
-        raise AutopruneError(f"a model is widened by a factor from 1 to 16, not {factor!r}.")
+    check_numbers("widening a model", {"factor": factor}, 1.0, 16.0)
     if factor == 1.0:
         return {}
     before = _run(model, inputs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from autoprune.errors import ConfigError
+from autoprune.checks import check_counts
 from autoprune.patterns.base import Pattern
 
 
@@ -21,9 +21,7 @@ class Block(Pattern):
     """
 
     def __init__(self, rows: int = 8, columns: int = 8) -> None:
-        for name, value in (("rows", rows), ("columns", columns)):
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 1024:
-                raise ConfigError(f"pattern 'block': {name} must be an integer from 1 to 1024, not {value!r}.")
+        check_counts("pattern 'block'", {"rows": rows, "columns": columns}, most=1024)
         self.rows, self.columns = rows, columns
 
     def cells(self, shape: tuple[int, ...], conv_groups: int = 1) -> Tensor:

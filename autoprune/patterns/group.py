@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from autoprune.checks import check_counts, check_flags
 from autoprune.errors import ConfigError
 from autoprune.patterns.base import Pattern, columns
 from autoprune.patterns.permutation import trade_places
@@ -28,12 +29,9 @@ class Group(Pattern):
     """
 
     def __init__(self, size: int = 8, permute: bool = False, block: int = 1) -> None:
-        if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= 1024:
-            raise ConfigError(f"pattern 'group': size must be an integer from 1 to 1024, not {size!r}.")
-        if not isinstance(permute, bool):
-            raise ConfigError(f"pattern 'group': permute must be true or false, not {permute!r}.")
-        if not isinstance(block, int) or isinstance(block, bool) or not 1 <= block <= 64:
-            raise ConfigError(f"pattern 'group': block must be an integer from 1 to 64, not {block!r}.")
+        check_counts("pattern 'group'", {"size": size}, most=1024)
+        check_flags("pattern 'group'", {"permute": permute})
+        check_counts("pattern 'group'", {"block": block}, most=64)
         if permute and block > 1:
             raise ConfigError(
                 f"pattern 'group': block={block} takes neighbours, not permute=true: leave one of the two out."

@@ -12,8 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from autoprune.allocation import make_allocation
+from autoprune.checks import check_counts
 from autoprune.training.latent import LatentTraining
-from autoprune.training.schedule import check_counts, check_span, cutting_steps
+from autoprune.training.schedule import check_span, cutting_steps
 
 
 class AcDc(LatentTraining):
@@ -38,7 +39,7 @@ class AcDc(LatentTraining):
         allocation: str | Mapping[str, Any] = "planned",
     ) -> None:
         check_span("ac_dc", begin, end)
-        check_counts("ac_dc", {"rounds": rounds})
+        check_counts("training method 'ac_dc'", {"rounds": rounds})
         self.begin, self.end, self.rounds = begin, end, rounds
         self.allocation = make_allocation(allocation)
         self.finds_shares = self.allocation.finds_shares

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from autoprune.allocation import make_allocation
+from autoprune.checks import check_counts, check_numbers
 from autoprune.patterns.base import cell_means, cell_sizes
 from autoprune.training.latent import LatentTraining
-from autoprune.training.schedule import CUBIC, check_counts, check_numbers, check_span, cuts
+from autoprune.training.schedule import CUBIC, check_span, cuts
 
 BELOW = 0.99  # the largest threshold, over the size of the smallest cell that is kept: none becomes zero
 
@@ -87,13 +88,13 @@ class Adaptive(LatentTraining):
         power: float | None = None,
     ) -> None:
         check_span("adaptive", begin, end, freeze)
-        check_counts("adaptive", {"updates": updates})
-        check_numbers("adaptive", {"exponent": exponent}, 0.1, 10.0)
-        check_numbers("adaptive", {"through": through}, 0.0, 1.0)
-        check_numbers("adaptive", {"look_ahead": look_ahead}, 0.0)
-        check_numbers("adaptive", {"memory": memory}, 0.0, 0.9999)
+        check_counts("training method 'adaptive'", {"updates": updates})
+        check_numbers("training method 'adaptive'", {"exponent": exponent}, 0.1, 10.0)
+        check_numbers("training method 'adaptive'", {"through": through}, 0.0, 1.0)
+        check_numbers("training method 'adaptive'", {"look_ahead": look_ahead}, 0.0)
+        check_numbers("training method 'adaptive'", {"memory": memory}, 0.0, 0.9999)
         if power is not None:
-            check_numbers("adaptive", {"power": power}, 1.0, 100.0)
+            check_numbers("training method 'adaptive'", {"power": power}, 1.0, 100.0)
         self.power = power
         self.begin, self.end, self.freeze, self.updates = begin, end, freeze, updates
         self.exponent = exponent

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from autoprune.allocation import make_allocation
+from autoprune.checks import check_counts, check_numbers
 from autoprune.masks import Masks
 from autoprune.patterns.base import cell_sizes
 from autoprune.training.base import Pruner, Signals, SparseTraining
-from autoprune.training.schedule import CUBIC, check_counts, check_numbers, check_span, cuts
+from autoprune.training.schedule import CUBIC, check_span, cuts
 
 
 class Admm(SparseTraining):
@@ -48,9 +49,9 @@ class Admm(SparseTraining):
         allocation: str | Mapping[str, Any] = "planned",
     ) -> None:
         check_span("admm", begin, end)
-        check_counts("admm", {"updates": updates})
-        check_numbers("admm", {"strength": strength}, 1e-9)
-        check_numbers("admm", {"exponent": exponent}, 0.1, 10.0)
+        check_counts("training method 'admm'", {"updates": updates})
+        check_numbers("training method 'admm'", {"strength": strength}, 1e-9)
+        check_numbers("training method 'admm'", {"exponent": exponent}, 0.1, 10.0)
         self.begin, self.end, self.updates = begin, end, updates
         self.strength, self.exponent = strength, exponent
         self.allocation = make_allocation(allocation)

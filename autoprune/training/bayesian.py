@@ -19,12 +19,13 @@ from torch import Tensor
 
 from autoprune.allocation import make_allocation
 from autoprune.allocation.threshold import Global, Threshold
+from autoprune.checks import check_counts, check_flags, check_numbers
 from autoprune.criteria import CRITERIA
 from autoprune.errors import ConfigError, did_you_mean
 from autoprune.masks import Masks, criteria_needs
 from autoprune.registry import Choice
 from autoprune.training.base import Pruner, Signals, SparseTraining
-from autoprune.training.schedule import check_counts, check_flags, check_numbers, check_span, cutting_steps, rise
+from autoprune.training.schedule import check_span, cutting_steps, rise
 
 PRIOR = 0.5  # both counts of Jeffreys' prior
 TIE = 1e-3  # probabilities that differ by less are as good as equal
@@ -132,11 +133,11 @@ class Bayesian(SparseTraining):
         allocation: str | Mapping[str, Any] = "planned",
     ) -> None:
         check_span("bayesian", begin, end)
-        check_counts("bayesian", {"rounds": rounds, "draws": draws, "batches": batches})
-        check_numbers("bayesian", {"forget": forget, "fade": fade}, 0.0, 1.0)
+        check_counts("training method 'bayesian'", {"rounds": rounds, "draws": draws, "batches": batches})
+        check_numbers("training method 'bayesian'", {"forget": forget, "fade": fade}, 0.0, 1.0)
         if schedule not in SCHEDULES:
             raise ConfigError(f"training method 'bayesian': unknown schedule. {did_you_mean(str(schedule), SCHEDULES)}")
-        check_flags("bayesian", {"memory": memory})
+        check_flags("training method 'bayesian'", {"memory": memory})
         self.rounds, self.begin, self.end, self.schedule = rounds, begin, end, schedule
         self.draws, self.batches = draws, batches
         self.forget, self.fade = (forget, fade) if memory else (0.0, 0.0)

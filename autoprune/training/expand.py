@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.allocation.threshold import Lamp
-from autoprune.errors import ConfigError
+from autoprune.checks import check_counts, check_numbers
 from autoprune.masks import Masks
 from autoprune.model.net2wider import expand_
 from autoprune.patterns.base import cell_means
@@ -56,17 +56,12 @@ class Expand(LatentTraining):
         strength: float = 5e-4,
         floor: float = 0.02,
     ) -> None:
-        tiny, most = math.ulp(0.0), math.nextafter(math.inf, 0.0)
-        for name, value, least, highest, said in (
-            ("factor", factor, 1.0, 16.0, "a number from 1 to 16"),
-            ("end", end, tiny, 1.0, "in (0, 1]"),
-            ("strength", strength, 0.0, most, "a number >= 0"),
-            ("floor", floor, tiny, most, "a number > 0"),
-        ):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= highest:
-                raise ConfigError(f"training method 'expand': {name} must be {said}, not {value!r}.")
-        if not isinstance(updates, int) or isinstance(updates, bool) or updates < 1:
-            raise ConfigError(f"training method 'expand': updates must be an integer >= 1, not {updates!r}.")
+        owner = "training method 'expand'"
+        check_numbers(owner, {"factor": factor}, 1.0, 16.0)
+        check_numbers(owner, {"end": end}, 0.0, 1.0, "(]")
+        check_numbers(owner, {"strength": strength}, 0.0)
+        check_numbers(owner, {"floor": floor}, 0.0, ends="(]")
+        check_counts(owner, {"updates": updates})
         self.factor, self.end, self.updates = factor, end, updates
         self.strength, self.floor = strength, floor
 

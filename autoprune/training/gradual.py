@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from autoprune.allocation import make_allocation
+from autoprune.checks import check_counts, check_numbers
 from autoprune.training.base import Pruner, SparseTraining
-from autoprune.training.schedule import CUBIC, check_counts, check_numbers, check_span, cuts
+from autoprune.training.schedule import CUBIC, check_span, cuts
 
 
 class Gradual(SparseTraining):
@@ -32,8 +33,8 @@ class Gradual(SparseTraining):
         allocation: str | Mapping[str, Any] = "planned",
     ) -> None:
         check_span("gradual", begin, end)
-        check_counts("gradual", {"updates": updates})
-        check_numbers("gradual", {"exponent": exponent}, 0.1, 10.0)
+        check_counts("training method 'gradual'", {"updates": updates})
+        check_numbers("training method 'gradual'", {"exponent": exponent}, 0.1, 10.0)
         self.begin, self.end, self.updates, self.exponent = begin, end, updates, exponent
         self.allocation = make_allocation(allocation)
         self.finds_shares = self.allocation.finds_shares

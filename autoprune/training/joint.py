@@ -18,10 +18,11 @@ from torch.nn import functional
 
 from autoprune.allocation import Cost, make_allocation
 from autoprune.allocation.threshold import Global
+from autoprune.checks import check_flags, check_numbers
 from autoprune.masks import sparsity
 from autoprune.training.base import Signals
 from autoprune.training.gated import CellTable, GatedTraining
-from autoprune.training.schedule import check_flags, check_numbers, check_span, rise
+from autoprune.training.schedule import check_span, rise
 
 COLD = 0.1  # the temperature at the end, over the one at the start
 REFRESHES = 200  # of the layers' statistics, in a run
@@ -111,10 +112,10 @@ class Joint(GatedTraining):
         allocation: str | Mapping[str, Any] = "lamp",
     ) -> None:
         check_span("joint", begin, end, freeze)
-        check_numbers("joint", {"follow": follow}, 0.0, 1.0)
-        check_numbers("joint", {"temperature": temperature}, 1e-3)
-        check_numbers("joint", {"speed": speed, "strength": strength}, 0.0)
-        check_flags("joint", {"generator": generator})
+        check_numbers("training method 'joint'", {"follow": follow}, 0.0, 1.0)
+        check_numbers("training method 'joint'", {"temperature": temperature}, 1e-3)
+        check_numbers("training method 'joint'", {"speed": speed, "strength": strength}, 0.0)
+        check_flags("training method 'joint'", {"generator": generator})
         self.begin, self.end, self.freeze, self.generator = begin, end, freeze, generator
         self.follow, self.temperature, self.speed, self.strength = follow, temperature, speed, strength
         self.allocation = make_allocation(allocation)

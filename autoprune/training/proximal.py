@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from autoprune.allocation import make_allocation
+from autoprune.checks import check_counts, check_flags, check_numbers
 from autoprune.errors import ConfigError, did_you_mean
 from autoprune.patterns.base import cell_means, cell_sizes
 from autoprune.training.base import Signals
 from autoprune.training.latent import LatentTraining
-from autoprune.training.schedule import CUBIC, check_counts, check_flags, check_numbers, check_span, cuts
+from autoprune.training.schedule import CUBIC, check_span, cuts
 
 
 def half(size: Tensor, threshold: float) -> Tensor:
@@ -82,10 +83,10 @@ class Proximal(LatentTraining):
                 f"training method 'proximal': unknown penalty {penalty!r}. {did_you_mean(str(penalty), PENALTIES)}"
             )
         check_span("proximal", begin, end)
-        check_counts("proximal", {"updates": updates})
-        check_numbers("proximal", {"exponent": exponent}, 0.1, 10.0)
-        check_numbers("proximal", {"relaxation": relaxation}, 0.0, 1.0)
-        check_flags("proximal", {"splice": splice})
+        check_counts("training method 'proximal'", {"updates": updates})
+        check_numbers("training method 'proximal'", {"exponent": exponent}, 0.1, 10.0)
+        check_numbers("training method 'proximal'", {"relaxation": relaxation}, 0.0, 1.0)
+        check_flags("training method 'proximal'", {"splice": splice})
         self.operator, self.begin, self.end, self.updates = PENALTIES[penalty], begin, end, updates
         self.exponent = exponent
         self.relaxation, self.splice = relaxation, splice

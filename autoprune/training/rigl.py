@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from autoprune.allocation import make_allocation
+from autoprune.checks import check_counts, check_numbers
 from autoprune.errors import ConfigError, did_you_mean
 from autoprune.masks import cut_layers, sparsity
 from autoprune.patterns import PATTERNS
 from autoprune.patterns.base import cell_means
 from autoprune.patterns.layered import cells_within
 from autoprune.training.latent import LatentTraining
-from autoprune.training.schedule import check_counts, check_numbers, check_span, cuts, rise
+from autoprune.training.schedule import check_span, cuts, rise
 
 GROWTHS = ("gradient", "random")
 
@@ -53,8 +54,8 @@ class Rigl(LatentTraining):
         allocation: str | Mapping[str, Any] = "planned",
     ) -> None:
         check_span("rigl", begin, end)
-        check_counts("rigl", {"updates": updates})
-        check_numbers("rigl", {"replaced": replaced, "start": start}, 0.0, 1.0)
+        check_counts("training method 'rigl'", {"updates": updates})
+        check_numbers("training method 'rigl'", {"replaced": replaced, "start": start}, 0.0, 1.0)
         if growth not in GROWTHS:
             raise ConfigError(
                 f"training method 'rigl': unknown growth {growth!r}. {did_you_mean(str(growth), GROWTHS)}"

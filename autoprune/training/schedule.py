@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
+from autoprune.checks import check_numbers
 from autoprune.errors import ConfigError
 
 CUBIC = 3.0
@@ -43,27 +43,4 @@ def check_span(method: str, begin: float, end: float, freeze: float = 1.0) -> No
     """Raises ConfigError unless 0 <= begin < end <= freeze <= 1."""
     if not 0.0 <= begin < end <= 1.0:
         raise ConfigError(f"training method {method!r} needs 0 <= begin < end <= 1, not begin={begin}, end={end}.")
-    check_numbers(method, {"freeze": freeze}, end, 1.0)
-
-
-def check_flags(method: str, flags: Mapping[str, bool]) -> None:
-    """Raises ConfigError on what is neither true nor false."""
-    for name, flag in flags.items():
-        if not isinstance(flag, bool):
-            raise ConfigError(f"training method {method!r}: {name} must be true or false, not {flag!r}.")
-
-
-def check_counts(method: str, counts: Mapping[str, int]) -> None:
-    """Raises ConfigError on what is not an integer >= 1."""
-    for name, count in counts.items():
-        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            raise ConfigError(f"training method {method!r}: {name} must be an integer >= 1, not {count!r}.")
-
-
-def check_numbers(method: str, numbers: Mapping[str, float], low: float, high: float = math.inf) -> None:
-    """Raises ConfigError on what is not a number in [low, high]."""
-    for name, number in numbers.items():
-        good = isinstance(number, (int, float)) and not isinstance(number, bool) and low <= number <= high
-        if not good:
-            allowed = f">= {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
-            raise ConfigError(f"training method {method!r}: {name} must be a number {allowed}, not {number!r}.")
+    check_numbers(f"training method {method!r}", {"freeze": freeze}, end, 1.0)

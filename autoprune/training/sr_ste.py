@@ -12,8 +12,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from autoprune.checks import check_counts, check_numbers
 from autoprune.training.latent import LatentTraining
-from autoprune.training.schedule import check_counts, check_numbers
 
 
 class SrSte(LatentTraining):
@@ -33,10 +33,10 @@ class SrSte(LatentTraining):
     strength_range = ("decay", 2e-5, 2e-3)
 
     def __init__(self, decay: float = 2e-4, every: int = 10, fade: float = 0.4, freeze: float = 0.5) -> None:
-        check_numbers("sr_ste", {"decay": decay}, 0.0)
-        check_counts("sr_ste", {"every": every})
-        check_numbers("sr_ste", {"fade": fade}, 0.0, 1.0)
-        check_numbers("sr_ste", {"freeze": freeze}, fade, 1.0)
+        check_numbers("training method 'sr_ste'", {"decay": decay}, 0.0)
+        check_counts("training method 'sr_ste'", {"every": every})
+        check_numbers("training method 'sr_ste'", {"fade": fade}, 0.0, 1.0)
+        check_numbers("training method 'sr_ste'", {"freeze": freeze}, fade, 1.0)
         self.decay, self.every, self.fade, self.freeze = decay, every, fade, freeze
 
     def prepare(self) -> None:

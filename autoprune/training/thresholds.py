@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from autoprune.allocation import make_allocation
+from autoprune.checks import check_numbers
 from autoprune.masks import sparsity
 from autoprune.training.base import Signals
 from autoprune.training.gated import CellTable, GatedTraining
-from autoprune.training.schedule import check_numbers, check_span, rise
+from autoprune.training.schedule import check_span, rise
 
 ALPHA = 1e-3  # the penalty's factor at the start, and where it may go
 LOG_ALPHAS = (math.log(1e-9), math.log(1e3))
@@ -84,8 +85,8 @@ class Thresholds(GatedTraining):
         self, begin: float = 0.05, end: float = 0.6, freeze: float = 0.7, speed: float = 10.0, least: float = 0.01
     ) -> None:
         check_span("thresholds", begin, end, freeze)
-        check_numbers("thresholds", {"speed": speed}, 0.0)
-        check_numbers("thresholds", {"least": least}, 0.0, 0.5)
+        check_numbers("training method 'thresholds'", {"speed": speed}, 0.0)
+        check_numbers("training method 'thresholds'", {"least": least}, 0.0, 0.5)
         self.begin, self.end, self.freeze, self.speed, self.least = begin, end, freeze, speed, least
         self.allocation = make_allocation("global")
 

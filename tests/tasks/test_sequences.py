@@ -344,10 +344,10 @@ def test_a_file_of_a_package_is_found_without_importing_it(tmp_path: Path, monke
         ({"model": "lstm"}, "unknown model 'lstm'"),
         ({"cell": "gru2"}, "unknown cell 'gru2'. Did you mean 'gru'?"),
         ({"hidden": 0}, "must be a positive integer, not 0"),
-        ({"dropout": 1.0}, "dropout must be in [0, 1), not 1.0"),
+        ({"dropout": 1.0}, "dropout must be a number in [0, 1), not 1.0"),
         ({"bidirectional": 1}, "bidirectional must be true or false, not 1"),
         ({"batch_size": 0}, "batch_size must be a positive integer, not 0"),
-        ({"state_keep": 0.0}, "the keep of a state must be a number in (0, 1], not 0.0"),
+        ({"state_keep": 0.0}, "a cut of states: keep must be a number in (0, 1], not 0.0"),
     ],
 )
 def test_arguments_that_do_not_fit(tmp_path: Path, args: dict[str, Any], said: str) -> None:

@@ -86,7 +86,7 @@ def test_residual_cnn_has_a_norm_and_a_relu_a_convolution() -> None:
         ("lstm_classifier", {"cell": "rnn"}, "unknown cell 'rnn'"),
         ("lstm_classifier", {"size": 16}, "model 'lstm_classifier' has no argument 'size'"),
         ("char_lstm", {"embedding": 0}, "characters, hidden, layers and embedding must be a positive integer, not 0"),
-        ("char_lstm", {"dropout": -0.1}, "dropout must be in [0, 1), not -0.1"),
+        ("char_lstm", {"dropout": -0.1}, "dropout must be a number in [0, 1), not -0.1"),
     ],
 )
 def test_refuses(name: str, args: dict[str, Any], said: str) -> None:

@@ -233,7 +233,7 @@ def test_a_killed_run_resumes_in_the_middle_of_a_round(tmp_path: Path, criterion
         ({"memory": 1}, "memory must be true or false, not 1"),
         ({"schedule": "cubik"}, "Did you mean 'cubic'?"),
         ({"allocation": "globl"}, "Did you mean 'global'?"),
-        ({"allocation": {"name": "global", "most": 2}}, "most must be in (0, 1), not 2"),
+        ({"allocation": {"name": "global", "most": 2}}, "most must be a number in (0, 1), not 2"),
         ({"criterion": "fischer"}, "Did you mean 'fisher'?"),
     ],
 )

@@ -184,8 +184,8 @@ def test_a_resumed_run_ends_bit_for_bit_alike(stop: int) -> None:
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        ({"factor": 0.5}, "factor must be a number from 1 to 16, not 0.5"),
-        ({"end": 0.0}, "end must be in (0, 1], not 0.0"),
+        ({"factor": 0.5}, "factor must be a number in [1, 16], not 0.5"),
+        ({"end": 0.0}, "end must be a number in (0, 1], not 0.0"),
         ({"strength": -1.0}, "strength must be a number >= 0, not -1.0"),
         ({"floor": 0}, "floor must be a number > 0, not 0"),
         ({"floor": math.nan}, "floor must be a number > 0, not nan"),

@@ -12,6 +12,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from autoprune.checks import check_flags, check_numbers
 from autoprune.criteria import CRITERIA, LayerStatistics
 from autoprune.criteria.least_squares import LeastSquares
 from autoprune.errors import ConfigError
@@ -69,10 +70,8 @@ class PostTraining(Recovery):
             raise ConfigError(
                 f"post-training pruning: reconstruct is one of {', '.join(get_args(Fit))}, not {reconstruct!r}."
             )
-        if not isinstance(correct_bias, bool):
-            raise ConfigError(f"post-training pruning: correct_bias must be true or false, not {correct_bias!r}.")
-        if not isinstance(damping, (int, float)) or isinstance(damping, bool) or not 0.0 < damping < float("inf"):
-            raise ConfigError(f"post-training pruning: damping must be a number > 0, not {damping!r}.")
+        check_flags("post-training pruning", {"correct_bias": correct_bias})
+        check_numbers("post-training pruning", {"damping": damping}, 0.0, ends="(]")
         self.reconstruct, self.correct_bias, self.damping = reconstruct, correct_bias, damping
 
     def recover_(self, model: nn.Module, plan: Plan, subject: Subject) -> None:

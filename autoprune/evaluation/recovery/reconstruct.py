@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from autoprune.checks import check_flags, check_numbers
 from autoprune.criteria.least_squares import LeastSquares
-from autoprune.errors import ConfigError
 from autoprune.evaluation.recovery.base import Recovery, Subject
 from autoprune.evaluation.recovery.sums import layer_sums
 from autoprune.masks import Batches, apply_masks_, filter_rows, live_filters
@@ -31,10 +31,8 @@ class Reconstruct(Recovery):
     """
 
     def __init__(self, damping: float = 0.01, affine: bool = False) -> None:
-        if not isinstance(damping, (int, float)) or isinstance(damping, bool) or not 0.0 < damping < float("inf"):
-            raise ConfigError(f"recovery 'reconstruct': damping must be a number > 0, not {damping!r}.")
-        if not isinstance(affine, bool):
-            raise ConfigError(f"recovery 'reconstruct': affine must be true or false, not {affine!r}.")
+        check_numbers("recovery 'reconstruct'", {"damping": damping}, 0.0, ends="(]")
+        check_flags("recovery 'reconstruct'", {"affine": affine})
         self.damping, self.affine = damping, affine
 
     def recover_(self, model: nn.Module, plan: Plan, subject: Subject) -> None:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from autoprune.errors import ConfigError
+from autoprune.checks import check_counts
 from autoprune.evaluation.recovery.base import Recovery, Subject
 from autoprune.evaluation.recovery.finetune import finetune_
 from autoprune.plan import Plan
@@ -20,8 +20,7 @@ class Train(Recovery):
     trains: ClassVar[bool] = True
 
     def __init__(self, steps: int = 20) -> None:
-        if not 1 <= steps <= 100_000:
-            raise ConfigError(f"recovery 'train': steps must be from 1 to 100000, not {steps}.")
+        check_counts("recovery 'train'", {"steps": steps}, most=100_000)
         self.steps = steps
 
     def recover_(self, model: nn.Module, plan: Plan, subject: Subject) -> None:

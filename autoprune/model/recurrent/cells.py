@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from autoprune.checks import check_numbers
 from autoprune.errors import ConfigError
 from autoprune.model.recurrent.names import GATES, cell_of
 
@@ -45,13 +46,8 @@ class StateCut:
     keep: float = 1.0
 
     def __post_init__(self) -> None:
-        for name, value, fine in (
-            ("threshold", self.threshold, "a number >= 0"),
-            ("keep", self.keep, "a number in (0, 1]"),
-        ):
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not (0.0 <= value < float("inf") if name == "threshold" else 0.0 < value <= 1.0):
-                raise ConfigError(f"the {name} of a state must be {fine}, not {value!r}.")
+        check_numbers("a cut of states", {"threshold": self.threshold}, 0.0)
+        check_numbers("a cut of states", {"keep": self.keep}, 0.0, 1.0, "(]")
         if self.threshold > 0.0 and self.keep < 1.0:
             raise ConfigError("cut states by a threshold or by the share to keep, not by both.")
 

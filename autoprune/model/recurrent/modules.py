@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from autoprune.checks import check_counts
 from autoprune.errors import ConfigError
 from autoprune.model.recurrent.cells import NO_CUT, StateCut, recurrent, run_directions, run_steps
 from autoprune.model.recurrent.names import LinearCall, cell_of
@@ -158,8 +159,7 @@ def cut_states_(model: nn.Module, *, threshold: float = 0.0, keep: float = 1.0, 
         ConfigError: a number out of range, both given, or no recurrent module to cut.
     """
     cut = StateCut(threshold, keep)
-    if not isinstance(over, int) or isinstance(over, bool) or over < 0:
-        raise ConfigError(f"the cut of states deepens over a whole number of calls >= 0, not {over!r}.")
+    check_counts("a cut of states", {"over": over}, least=0)
     found = list(recurrent_modules(model))
     if not found:
         raise ConfigError("this model has no nn.LSTM or nn.GRU (without projections) whose states could be cut.")

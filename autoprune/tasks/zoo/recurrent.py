@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from autoprune.checks import check_flags, check_numbers
 from autoprune.errors import ConfigError, did_you_mean
 from autoprune.tasks.zoo.arguments import positive
 
@@ -82,11 +83,10 @@ def lstm_classifier(
         ConfigError: an argument out of range.
     """
     positive("features, classes, hidden and layers", features, classes, hidden, layers)
-    if not isinstance(bidirectional, bool):
-        raise ConfigError(f"bidirectional must be true or false, not {bidirectional!r}.")
+    check_flags("a sequence classifier", {"bidirectional": bidirectional})
     if cell not in CELLS:
         raise ConfigError(f"unknown cell {cell!r}. {did_you_mean(str(cell), CELLS)}")
-    _check_dropout(dropout)
+    check_numbers("a sequence classifier", {"dropout": dropout}, 0.0, 1.0, "[)")
     return SequenceClassifier(cell, features, classes, hidden, layers, bidirectional, dropout)
 
 
@@ -121,10 +121,5 @@ def char_lstm(
         ConfigError: an argument out of range.
     """
     positive("characters, hidden, layers and embedding", characters, hidden, layers, embedding)
-    _check_dropout(dropout)
+    check_numbers("a character model", {"dropout": dropout}, 0.0, 1.0, "[)")
     return CharacterModel(characters, hidden, layers, embedding, dropout)
-
-
-def _check_dropout(dropout: float) -> None:
-    if not isinstance(dropout, (int, float)) or isinstance(dropout, bool) or not 0 <= dropout < 1:
-        raise ConfigError(f"dropout must be in [0, 1), not {dropout!r}.")
