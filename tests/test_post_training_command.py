@@ -11,11 +11,12 @@ from typer.testing import CliRunner, Result
 
 from autoprune.cli import app
 from autoprune.config import parse_config
-from autoprune.errors import AutopruneError
+from autoprune.errors import AutopruneError, ConfigError
 from autoprune.files import read_json
 from autoprune.masks import sparsity
 from autoprune.model.weights import weight_of
 from autoprune.pipeline import application
+from autoprune.pipeline.choices import create_choices
 from autoprune.pipeline.run import Run
 from autoprune.plan import Plan
 from tests.helpers import SMALL_TOML
@@ -114,6 +115,12 @@ def test_bad_input_is_said(config: Path, args: list[str], said: str) -> None:
     result = prune(config, *args)
     assert isinstance(result.exception, AutopruneError)
     assert said in str(result.exception)
+
+
+def test_a_search_is_refused_before_it_begins_where_a_criterion_reads_gradients() -> None:
+    config = parse_config({"task": "digits", "env": {"recovery": "post_training", "criterion": "gradient"}}, "x.toml")
+    with pytest.raises(ConfigError, match="'gradient' reads gradients of a loss"):
+        create_choices(config)
 
 
 def test_a_method_trains_though_the_config_says_otherwise(config: Path) -> None:

@@ -86,7 +86,7 @@ def test_every_plan_of_the_last_checkpoint_is_trained_once_and_scored_under_ever
     assert all(row.test is not None and row.speedup is not None and row.failed is None for row in found.trained)
     assert not list((comparison.folder / "training").glob("*")), "models of trained plans are not needed any more"
     scored = {plan_in(each).key for each in last}
-    names = [str(each) for each in recoveries_of(Choice("batch_norm"))]
+    names = [str(each) for each in recoveries_of(Choice("batch_norm"), Plan({}))]
     assert sorted((each.plan, each.recovery) for each in found.scores) == sorted((p, n) for p in scored for n in names)
     assert [each.steps for each in found.scores if each.recovery == "train(steps=100)"] == [100] * len(scored)
 
@@ -297,7 +297,7 @@ def test_an_outcome_whose_plan_was_not_kept_is_not_judged() -> None:
     ],
 )
 def test_every_recovery_is_tried_once_and_the_configs_own(chosen: Choice, more: list[str]) -> None:
-    assert [str(each) for each in recoveries_of(chosen)] == [*RECOVERIES, "train(steps=100)", *more]
+    assert [str(each) for each in recoveries_of(chosen, Plan({}))] == [*RECOVERIES, "train(steps=100)", *more]
 
 
 def test_entrants_that_are_no_agents_are_compared_at_a_speedup_too(tmp_path: Path) -> None:
@@ -320,3 +320,9 @@ def test_another_target_is_refused_before_anything_is_prepared(tmp_path: Path) -
     with pytest.raises(ConfigError, match=r"set target\.speedup"):
         compare_run(config, tmp_path / "run", [], ["uniform"], ["1"], 1)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_recovery_that_cannot_do_with_a_plans_criterion_is_not_tried() -> None:
+    plan = Plan({"0": LayerPlan(0.5, Choice("unstructured"), Choice("gradient"))})
+    names = [each.name for each in recoveries_of(Choice("reconstruct"), plan)]
+    assert names == [*(name for name in RECOVERIES if name != "post_training"), "train"]

@@ -79,6 +79,7 @@ def create_choices(config: Config, task_given: bool = False) -> Choices:
             check_movable(pattern)
         sized += config.search.patterns
         chosen += [choice.name for choice in config.search.criteria]
+    recovery.check_criteria([env.criterion.name, *chosen])
     device = DEVICES.create(config.device)
     _check_device(config, device)
     return Choices(

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from autoprune.agents.baseline import CLOSE
 from autoprune.envs import Problem
 from autoprune.envs.projection import meet, release_useless
-from autoprune.errors import NumericalError
+from autoprune.errors import ConfigError, NumericalError
 from autoprune.evaluation.evaluator import PairedEvaluator
 from autoprune.evaluation.measurement import Evaluate, Failure, Measurement
 from autoprune.evaluation.recovery import RECOVERIES
@@ -129,11 +129,22 @@ class CheapScoreLog(RowLog[CheapScore]):
     kind, what = CheapScore, "the scores of plans"
 
 
-def recoveries_of(chosen: Choice) -> list[Choice]:
-    """Every recovery of the registry, a longer training, and the one that a config chose; each once."""
-    every = [*(Choice(name) for name in RECOVERIES), LONGER, chosen]
+def recoveries_of(chosen: Choice, plan: Plan) -> list[Choice]:
+    """Every recovery of the registry, a longer training, and the one that a config chose; each once.
+
+    Those that cannot do with the plan's criteria are left out.
+    """
+    every = [each for each in (*(Choice(name) for name in RECOVERIES), LONGER, chosen) if _fits(each, plan)]
     settings = [(type(made := RECOVERIES.create(each)), vars(made)) for each in every]
     return [each for at, each in enumerate(every) if settings[at] not in settings[:at]]
+
+
+def _fits(recovery: Choice, plan: Plan) -> bool:
+    try:
+        RECOVERIES.create(recovery).check_criteria({layer.criterion.name for layer in plan.layers.values()})
+    except ConfigError:
+        return False
+    return True
 
 
 class Yardstick:
@@ -158,10 +169,9 @@ class Yardstick:
     def judge(self, plans: Sequence[Plan]) -> None:
         """Trains each distinct plan and scores it under every recovery; the logs hold what came of it."""
         distinct = {plan.key: plan for plan in plans}
-        recoveries = recoveries_of(self._run.config.env.recovery)
         with self._run.progress.bar(f"judge {self.name}", len(distinct)) as bar:
             for plan in distinct.values():
-                for recovery in recoveries:
+                for recovery in recoveries_of(self._run.config.env.recovery, plan):
                     self.score(plan, recovery)
                 trained = self.train(plan)
                 bar.advance(1, trained.failed or f"{self._run.task.metric.text(trained.test or 0.0)} after training")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -77,6 +77,9 @@ class Recovery(ABC):
 
     trains: ClassVar[bool] = False
     steps: int = 0
+
+    def check_criteria(self, names: Iterable[str]) -> None:  # noqa: B027 - most do with all
+        """Raises ConfigError where the recovery cannot do with one of these criteria."""
 
     @abstractmethod
     def recover_(self, model: nn.Module, plan: Plan, subject: Subject) -> None:

@@ -6,6 +6,7 @@ model's outputs as the targets (He et al. 2017) and the biases corrected (Nagel 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -74,6 +75,15 @@ class PostTraining(Recovery):
         check_numbers("post-training pruning", {"damping": damping}, 0.0, ends="(]")
         self.reconstruct, self.correct_bias, self.damping = reconstruct, correct_bias, damping
 
+    def check_criteria(self, names: Iterable[str]) -> None:
+        for name in names:
+            if CRITERIA.get(name).needs & _OF_A_LOSS:
+                without = [each for each in CRITERIA if not CRITERIA.get(each).needs & _OF_A_LOSS]
+                raise ConfigError(
+                    f"criterion {name!r} reads gradients of a loss, and post-training pruning has none. Take one of "
+                    f"{', '.join(without)}."
+                )
+
     def recover_(self, model: nn.Module, plan: Plan, subject: Subject) -> None:
         self.prune_(model, subject.dense, subject.inventory, plan, subject.task.calibration, subject.progress)
 
@@ -106,7 +116,7 @@ class PostTraining(Recovery):
         """
         plan.check_layers(inventory.names)
         names = [name for name in inventory.names if name in plan.layers and plan.layers[name].sparsity > 0.0]
-        _check_criteria(plan, names)
+        self.check_criteria(plan.layers[name].criterion.name for name in names)
         masks: Masks = {}
         fits = []
         with progress.bar("post-training pruning", len(names)) as bar:
@@ -155,17 +165,6 @@ class PostTraining(Recovery):
         return LayerFit(layer.name, sparsity(mask), error, seen.count, start.shape[-1])
 
 
-def _check_criteria(plan: Plan, names: list[str]) -> None:
-    for name in names:
-        criterion = plan.layers[name].criterion
-        if CRITERIA.get(criterion.name).needs & _OF_A_LOSS:
-            without = [each for each in CRITERIA if not CRITERIA.get(each).needs & _OF_A_LOSS]
-            raise ConfigError(
-                f"criterion {criterion.name!r} reads gradients of a loss, and post-training pruning has none. Take one "
-                f"of {', '.join(without)}."
-            )
-
-
 def _masks(
     model: nn.Module, inventory: Inventory, plan: Plan, name: str, own: LayerStatistics, batches: Batches
 ) -> Masks:
@@ -184,7 +183,7 @@ def _masks(
 
 
 def _no_loss(output: object, target: object) -> Tensor:
-    raise AssertionError("no criterion reads it: see _check_criteria")
+    raise AssertionError("no criterion reads it: see check_criteria")
 
 
 def _correct_(bias: Tensor, weight: Tensor, sums: LayerSums) -> None:
