@@ -71,4 +71,4 @@ def phases(begin: float, end: float, rounds: int, total_steps: int) -> dict[int,
     """
     first, last = cutting_steps(begin, end, total_steps)
     marks = [first + (last - first) * index // (2 * rounds) for index in range(2 * rounds + 1)]
-    return {step: index % 2 == 0 for index, step in enumerate(marks) if step > 0}
+    return {max(1, step): index % 2 == 0 for index, step in enumerate(marks)}

@@ -42,6 +42,10 @@ def test_the_defaults_are_the_papers() -> None:
     assert sorted(found) == [140 + 75 * index for index in range(15)]
 
 
+def test_a_run_that_begins_sparse_has_all_its_rounds() -> None:
+    assert phases(0.0, 0.8, 1, 100) == {1: True, 40: False, 80: True}
+
+
 def walked(method: AcDc, steps: int, pattern: Choice = GROUP) -> tuple[Pruner, list[dict[str, Tensor]], list[Tensor]]:
     """The masks, and the first layer's weight, after each of `steps` random steps."""
     subject = conv_net_pruner(pattern, [0.5, 0.5, 0.5])
