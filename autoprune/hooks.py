@@ -17,7 +17,7 @@ from autoprune.criteria import CRITERIA
 from autoprune.envs.projection import check_movable
 from autoprune.errors import AutopruneError
 from autoprune.masks import Batches, Loss, Masks
-from autoprune.model.inventory import Inventory, take_inventory
+from autoprune.model.inventory import Inventory, check_patterns, take_inventory
 from autoprune.model.weights import weight_of
 from autoprune.patterns import PATTERNS
 from autoprune.pipeline.retarget import faster_than_eager, latency_table, plan_at
@@ -262,4 +262,6 @@ def _check_trains(optimizer: torch.optim.Optimizer, pruner: Pruner) -> None:
 def _inventory(model: nn.Module, example_inputs: Any, keep_dense: Sequence[str]) -> Inventory:
     """What can be pruned, of a model that may be fake-quantised."""
     with unrounded():
-        return take_inventory(model, example_inputs, keep_dense=tuple(keep_dense))
+        inventory = take_inventory(model, example_inputs, keep_dense=keep_dense)
+    check_patterns(keep_dense, inventory)
+    return inventory

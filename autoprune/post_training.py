@@ -15,7 +15,7 @@ from autoprune.masks import Batches, Masks
 from autoprune.model.arguments import Arguments
 from autoprune.model.copies import copy_for_inference, uncompiled_
 from autoprune.model.given import read_calibration
-from autoprune.model.inventory import take_inventory
+from autoprune.model.inventory import check_patterns, take_inventory
 from autoprune.patterns import PATTERNS
 from autoprune.plan import LayerPlan, Plan
 from autoprune.progress import SILENT, Progress
@@ -79,7 +79,7 @@ def prune_post_training(
         progress: where the layers are shown.
 
     Raises:
-        ConfigError: no such pattern, criterion or argument, or a figure out of range.
+        ConfigError: no such pattern, criterion or argument, a figure out of range, or a name that no layer has.
         GivenError: a batch cannot be read, or the model does not run on it.
         NumericalError: the data, or what layers read on it, is not finite.
         AutopruneError: no layer can be pruned, there are no batches, or they do not reach a layer.
@@ -88,13 +88,14 @@ def prune_post_training(
         raise AutopruneError("give a sparsity or a plan: exactly one of them says how much to prune.")
     how = PostTraining(reconstruct, correct_bias, damping)
     layer = None if sparsity is None else _layer_plan(sparsity, Choice.of(pattern), Choice.of(criterion))
-    check_plain(model)
     with torch.inference_mode(False):  # whatever the caller's script is run under
         dense = uncompiled_(copy_for_inference(model)).cpu()
+        check_plain(model)
         held = tuple(Arguments.of(inputs) for _, inputs, _ in read_calibration(batches))
         if not held:
             raise AutopruneError("there is no calibration data: give some batches of the model's inputs.")
-        inventory = take_inventory(dense, held[0], keep_dense=tuple(keep_dense))
+        inventory = take_inventory(dense, held[0], keep_dense=keep_dense)
+        check_patterns(keep_dense, inventory)
         pruned, made = copy_for_inference(dense), plan or Plan({name: layer for name in inventory.names if layer})
         fits, masks = how.prune_(pruned, dense, inventory, made, held, progress)
     return PostTrained(pruned, masks, tuple(fits), {row.name: row.reason for row in inventory.dense})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any, cast
 
 import pytest
@@ -9,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from autoprune.errors import AutopruneError
+from autoprune import PruningHooks, prune_post_training
+from autoprune.errors import AutopruneError, ConfigError
 from autoprune.model.inventory import take_inventory
 
 
@@ -134,3 +137,20 @@ def test_the_callers_inference_mode_does_not_matter() -> None:
         inside = take_inventory(model, x, min_weights=1)
     assert inside == take_inventory(model, x, min_weights=1)
     assert inside["0"].norm == "1"
+
+
+@pytest.mark.parametrize(
+    ("kept", "said"),
+    [(["fisrt"], r"no layer is called 'fisrt'. Did you mean 'first'"), ("first", r"such as \['first'\], not a string")],
+)
+def test_a_name_that_no_layer_has_is_not_kept_dense_in_silence(kept: Sequence[str], said: str) -> None:
+    model = nn.Sequential(OrderedDict(first=nn.Linear(16, 16), last=nn.Linear(16, 16)))
+    with pytest.raises(ConfigError, match=said):
+        PruningHooks(model, torch.randn(2, 16), sparsity=0.5, keep_dense=kept)
+    with pytest.raises(ConfigError, match=said):
+        prune_post_training(model, [torch.randn(2, 16)], 0.5, keep_dense=kept)
+
+
+def test_what_is_no_module_is_not_pruned() -> None:
+    with pytest.raises(AutopruneError, match=r"the model is a dict: give the torch\.nn\.Module"):
+        prune_post_training({}, [torch.randn(2, 16)], 0.5)  # type: ignore[arg-type]

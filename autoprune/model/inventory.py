@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from autoprune.errors import AutopruneError, first_line
+from autoprune.errors import AutopruneError, ConfigError, did_you_mean, first_line
 from autoprune.model.arguments import Arguments, call_with
 from autoprune.model.copies import copy_for_inference, not_running, out_of_reach
 from autoprune.model.recurrent.names import GATES
@@ -170,6 +170,16 @@ def take_inventory(
         why = "; ".join(f"{row.name}: {row.reason}" for row in dense[:5]) or "no product reads a parameter of it"
         raise AutopruneError(f"no layer of this model can be pruned ({why}).")
     return Inventory(tuple(layers), tuple(dense))
+
+
+def check_patterns(keep_dense: Sequence[str], inventory: Inventory) -> None:
+    """Raises ConfigError where one of these glob patterns is no name of the model's: a slip would prune that layer."""
+    names = [row.name for row in (*inventory.layers, *inventory.dense)]
+    if isinstance(keep_dense, str):
+        raise ConfigError(f"keep_dense is a list of names or glob patterns, such as [{keep_dense!r}], not a string.")
+    for pattern in keep_dense:
+        if not fnmatch.filter(names, pattern):
+            raise ConfigError(f"keep_dense: no layer is called {pattern!r}. {did_you_mean(pattern, names)}")
 
 
 @dataclass

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from autoprune.errors import FileError
+from autoprune.repack import repack
 from autoprune.repack.graph import aten, schema
 from autoprune.repack.graph.capture import capture
 from autoprune.repack.graph.ir import Graph
@@ -676,3 +677,23 @@ def test_readers_and_writers() -> None:
     assert [op.kind for op in readers[GRAPH.ops[_AT["conv2d"]].output]] == ["max_pool2d"]
     assert readers[GRAPH.output_names()[0]] == []
     assert op_from_json("reshape", "y", ("x",), {"shape": [{"ref": "n"}, 4]}).reads == ("x", "n")
+
+
+def test_a_part_that_is_set_to_zero_in_place_is_zero() -> None:
+    """As Swin v2 silences the bias of its keys."""
+
+    class Silenced(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            bias = self.linear.bias.clone()
+            bias[2:4].zero_()
+            return F.linear(x, self.linear.weight, bias)
+
+    torch.manual_seed(0)
+    model, x = Silenced().eval(), torch.randn(3, 6)
+    fast = repack(model, x, form="program")
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), model(x))

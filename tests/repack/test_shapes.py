@@ -14,6 +14,7 @@ from torch.nn import functional
 from autoprune.errors import AutopruneError, FileError
 from autoprune.repack import ProgramModel, load, repack, save
 from autoprune.repack.graph import extents, schema
+from autoprune.repack.graph.capture import capture
 from autoprune.repack.graph.ir import Graph, Input
 from autoprune.repack.graph.ops import Op
 from autoprune.repack.graph.proofs import proven
@@ -313,6 +314,32 @@ def test_extents_that_have_one_value_are_fixed() -> None:
     assert fast.program.graph.inputs[0].free == (0,)
     with pytest.raises(AutopruneError, match=r"\(2, 3, 8, 8\) \(any batch size\), not \(2, 3, 8, 9\)"):
         fast(torch.zeros(2, 3, 8, 9))
+
+
+class Windows(nn.Module):
+    """Pads its maps to whole windows of 7 before each of its stages, which halve them."""
+
+    def __init__(self, stages: int) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(nn.Conv2d(2, 2, 3, stride=2, padding=1) for _ in range(stages))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for stage in self.stages:
+            high, wide = x.shape[2:]
+            x = stage(functional.pad(x, (0, (7 - wide % 7) % 7, 0, (7 - high % 7) % 7)))
+        return x
+
+
+@pytest.mark.parametrize(("stages", "free"), [(1, (0, None, 1, 2)), (6, (0,))])
+def test_extents_are_free_unless_what_follows_from_them_is_intricate(stages: int, free: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    model, x = Windows(stages).eval(), torch.randn(2, 2, 60, 60)
+    captured = capture(model, x)
+    assert captured.inputs[0].free == free
+    fast = repack(model, x, form="program")
+    for given in (x, torch.randn(3, 2, 60, 60), *([torch.randn(1, 2, 45, 50)] if stages == 1 else [])):
+        with torch.no_grad():
+            assert same_output(fast(given), model(given))
 
 
 # What is proven ------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from autoprune.repack.graph.ir import Graph
 from autoprune.repack.graph.ops import Recurrent
 from autoprune.repack.graph.reference import reference
 from autoprune.repack.graph.schema import validate
-from autoprune.repack.graph.torch_export import Axes, CaptureError
+from autoprune.repack.graph.torch_export import Axes, CaptureError, IntricateExtents
 from autoprune.repack.graph.translation import describe, translated
 from autoprune.repack.outputs import same_output
 from autoprune.tracing import tracing, unloadable
@@ -69,6 +69,8 @@ def capture(model: nn.Module, inputs: Any) -> Graph:
                     return _captured(by_place, names, tensors, free, grown)
                 except _OtherThanGrown:
                     continue
+                except IntricateExtents:  # at other extents they are no simpler
+                    break
                 except CaptureError:  # it is made for some extents
                     if not any(free):
                         raise

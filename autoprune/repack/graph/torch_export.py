@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
@@ -60,10 +62,17 @@ _FRESH = {
 
 
 Axes = Sequence[int]
+INTRICATE = 256
+"""Parts that an expression of free extents may have. Where maps are padded to whole windows stage after stage, each
+stage's expressions are twice as large as those of the one before, and torch takes minutes over them."""
 
 
 class CaptureError(AutopruneError):
     """A model that cannot be captured as a graph; it can still be repacked a layer at a time."""
+
+
+class IntricateExtents(CaptureError):
+    """Extents that cannot be free in good time: see `INTRICATE`."""
 
 
 def export(
@@ -77,6 +86,10 @@ def export(
         free: of each input, the axes whose extents may become free; which do, and which are one, torch finds out.
         grown: input and axis -> the extent that it is captured at, where the example's is one that torch takes for a
             constant, as it does 0 and 1.
+
+    Raises:
+        IntricateExtents: the model computes more from free extents than can be followed in good time.
+        CaptureError: torch cannot export it.
     """
     # Torch takes tensors that are one object for one input, and so would what it exports.
     examples = [own_copy(x) for x in inputs]
@@ -84,11 +97,46 @@ def export(
         examples[number] = _of_extent(examples[number], axis, extent)
     try:
         shapes = dynamic_shapes(model, free, Dim.AUTO)
-        with tracing(), _plain_attention(), torch.no_grad():
+        with tracing(), _plain_attention(), _simple_extents(), torch.no_grad():
             exported: ExportedProgram = torch.export.export(model, tuple(examples), dynamic_shapes=shapes, strict=False)
             return exported
+    except IntricateExtents:
+        raise
     except Exception as error:  # the model is the user's, and export raises whatever it likes
         raise _failed(error) from error
+
+
+@contextmanager
+def _simple_extents() -> Iterator[None]:
+    """Ends an export of this thread that asks for the value of an intricate expression."""
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv  # here: torch's compiler takes long to load
+
+    own, thread, simple, intricate = ShapeEnv.evaluate_expr, threading.get_ident(), set[Any](), []
+
+    @wraps(own)
+    def evaluate(self: Any, expression: Any, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() == thread and expression not in simple:
+            if _is_intricate(expression):
+                intricate.append(expression)
+                raise IntricateExtents("sizes within the model are too intricate functions of its inputs' extents.")
+            simple.add(expression)
+        return own(self, expression, *args, **kwargs)
+
+    try:
+        with replaced(ShapeEnv, "evaluate_expr", evaluate):
+            yield
+    except Exception as error:  # torch may have made another error of it
+        if intricate and not isinstance(error, IntricateExtents):
+            raise IntricateExtents(f"{first_line(error)[:300]}") from error
+        raise
+
+
+def _is_intricate(expression: Any) -> bool:
+    waiting, parts = [expression], 0
+    while waiting and parts <= INTRICATE:
+        waiting.extend(getattr(waiting.pop(), "args", ()))
+        parts += 1
+    return parts > INTRICATE
 
 
 def _of_extent(x: Tensor, axis: int, extent: int) -> Tensor:

@@ -30,11 +30,12 @@ _SCALARS: Mapping[Any, str] = {
     operator.floordiv: "floordiv",
 }
 _PLACES = ("device", "layout", "pin_memory", "memory_format")  # arguments that say where, not what
-# Memory that a model fills itself: what it holds before is nobody's wish.
+# Memory that a model fills itself: what it holds before is nobody's wish. And what is set to zero in place.
 _ZEROS: Mapping[Any, torch._ops.OpOverload] = {
     torch.ops.aten.empty.memory_format: torch.ops.aten.zeros.default,
     torch.ops.aten.empty_like.default: torch.ops.aten.zeros_like.default,
     torch.ops.aten.new_empty.default: torch.ops.aten.new_zeros.default,
+    torch.ops.aten.zero.default: torch.ops.aten.zeros_like.default,
 }
 _WEIGHTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
