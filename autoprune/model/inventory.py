@@ -174,7 +174,7 @@ def take_inventory(
 
 def check_patterns(keep_dense: Sequence[str], inventory: Inventory) -> None:
     """Raises ConfigError where one of these glob patterns is no name of the model's: a slip would prune that layer."""
-    names = [row.name for row in (*inventory.layers, *inventory.dense)]
+    names = [*inventory.names, *(row.name for row in inventory.dense)]
     if isinstance(keep_dense, str):
         raise ConfigError(f"keep_dense is a list of names or glob patterns, such as [{keep_dense!r}], not a string.")
     for pattern in keep_dense:
