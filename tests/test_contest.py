@@ -77,6 +77,7 @@ def test_the_best_of_the_search_stands_first_then_the_best_of_each_rule() -> Non
     assert [each.plan for each in found.values()] == [plan(0.5), plan(0.4), plan(0.2)]
 
 
+@pytest.mark.slow
 def test_the_contender_that_is_best_after_its_training_is_the_run_s(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,6 +127,7 @@ def test_a_contest_goes_on_where_it_was_stopped(folder: Path, tmp_path: Path, mo
     assert read_contenders(again.directory) == read_contenders(undisturbed.directory)
 
 
+@pytest.mark.slow
 def test_a_plan_whose_training_diverges_is_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Plan] = []
 
@@ -142,6 +144,7 @@ def test_a_plan_whose_training_diverges_is_out(folder: Path, monkeypatch: pytest
     assert first.key not in {each.plan.key for each in read_contenders(run.directory)}
 
 
+@pytest.mark.slow
 def test_where_all_diverge_the_run_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def diverging(*args: object, **kwargs: object) -> None:
         raise NumericalError("the loss is nan")

@@ -135,6 +135,7 @@ def test_a_dry_run_says_the_device(tmp_path: Path) -> None:
     assert "of the time of the dense model on the counter" in found.text()
 
 
+@pytest.mark.slow
 def test_a_table_is_profiled_and_shown(tmp_path: Path) -> None:
     path, directory = tmp_path / "small.toml", tmp_path / "run"
     path.write_text(f'device = "counting"\n{SMALL_TOML}'.replace('engines = ["eager"]', ""))

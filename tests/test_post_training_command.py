@@ -69,6 +69,7 @@ def _is_masked(weight: torch.Tensor, dense: torch.Tensor) -> bool:
     return torch.equal(weight, dense * (weight != 0))
 
 
+@pytest.mark.slow
 def test_criterion_pattern_and_fit_are_chosen(config: Path) -> None:
     chosen = ("--criterion", "magnitude", "--pattern", "unstructured", "--set", "env.recovery.reconstruct=none")
     result = prune(config, "--post-training", "--sparsity", "0.5", *chosen, "--json", "--quiet")
@@ -80,6 +81,7 @@ def test_criterion_pattern_and_fit_are_chosen(config: Path) -> None:
     assert all(_is_masked(weight_of(run.masked, name), weight_of(run.dense, name)) for name in run.plan.layers)
 
 
+@pytest.mark.slow
 def test_it_prunes_to_a_speedup_that_is_measured(config: Path) -> None:
     args = ("--speedup", "1.05", "--over", "repacked", "--criterion", "magnitude", "--run-dir", "fast")
     result = prune(config, "--post-training", *args)
@@ -123,6 +125,7 @@ def test_a_search_is_refused_before_it_begins_where_a_criterion_reads_gradients(
         create_choices(config)
 
 
+@pytest.mark.slow
 def test_a_method_trains_though_the_config_says_otherwise(config: Path) -> None:
     """What is asked for on the command line takes the place of what the file says."""
     config.write_text(TOML.replace("[finetune.settings]", "[finetune]\npost_training = true\n[finetune.settings]"))

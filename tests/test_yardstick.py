@@ -69,6 +69,7 @@ def plan_in(outcome: Outcome) -> Plan:
     return Plan.from_json(outcome.plan)
 
 
+@pytest.mark.slow
 def test_every_plan_of_the_last_checkpoint_is_trained_once_and_scored_under_every_recovery(
     judged: tuple[TaskComparison, Judgement],
 ) -> None:
@@ -91,6 +92,7 @@ def test_every_plan_of_the_last_checkpoint_is_trained_once_and_scored_under_ever
     assert [each.steps for each in found.scores if each.recovery == "train(steps=100)"] == [100] * len(scored)
 
 
+@pytest.mark.slow
 def test_the_score_is_that_of_the_fine_tuned_model(judged: tuple[TaskComparison, Judgement], tmp_path: Path) -> None:
     """By hand: the same plan trained by the run's own stage."""
     comparison, found = judged
@@ -102,6 +104,7 @@ def test_the_score_is_that_of_the_fine_tuned_model(judged: tuple[TaskComparison,
     assert comparison.run.task.evaluate(model) == pytest.approx(row.validation)
 
 
+@pytest.mark.slow
 def test_five_recipes_return_the_plan_and_the_training_that_are_best_on_validation(
     judged: tuple[TaskComparison, Judgement],
 ) -> None:
@@ -116,6 +119,7 @@ def test_five_recipes_return_the_plan_and_the_training_that_are_best_on_validati
     assert plan_in(outcome).training in {recipe.training for recipe in FIVE}
 
 
+@pytest.mark.slow
 def test_the_rules_of_the_recipes_spend_the_same(judged: tuple[TaskComparison, Judgement]) -> None:
     comparison, _ = judged
     env, subject = comparison.env, comparison.run.preparation.evaluator.subject
@@ -132,6 +136,7 @@ def test_the_rules_of_the_recipes_spend_the_same(judged: tuple[TaskComparison, J
     assert [str(recipe.training) for recipe in FIVE] == ["gradual"] * 4 + ["one_shot"]
 
 
+@pytest.mark.slow
 def test_a_judgement_goes_on_where_it_was_stopped(
     judged: tuple[TaskComparison, Judgement], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,6 +167,7 @@ def figures(judgement: Judgement) -> list[object]:
     ]
 
 
+@pytest.mark.slow
 def test_a_plan_whose_training_diverges_is_told_and_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     comparison = comparison_in(tmp_path / "run")
 
@@ -185,6 +191,7 @@ def test_without_fine_tuning_nothing_is_judged(tmp_path: Path) -> None:
     assert "fine-tuning" not in report(found)
 
 
+@pytest.mark.slow
 def test_report_and_json_show_the_judgement(judged: tuple[TaskComparison, Judgement]) -> None:
     _, found = judged
     text = report(found)
@@ -307,6 +314,7 @@ def test_entrants_that_are_no_agents_are_compared_at_a_speedup_too(tmp_path: Pat
             comparison.hold(jobs_of([Choice(agent)], 1, (1,)), finetune=False, evaluations=1)
 
 
+@pytest.mark.slow
 def test_a_run_that_trains_nothing_counts_no_steps(tmp_path: Path) -> None:
     untrained = {"finetune": {"post_training": True}, "env": {**SMALL["env"], "recovery": "post_training"}}
     comparison = comparison_in(tmp_path / "run", **untrained)

@@ -25,6 +25,7 @@ from autoprune.testing import check_agent, fake_problem
 
 TRAINABLE = [name for name in AGENTS if issubclass(AGENTS.get(name), SB3Agent)]
 SEARCHING = [name for name in AGENTS if name != "policy"]  # 'policy' needs a file
+HEAVY = ("tqc", "sac", "recurrent_ppo", "td3", "ddpg")  # networks of torch that learn for seconds
 ONE_PLAN = ["greedy", "knapsack"]  # made without a search
 DRAWING = [name for name in SEARCHING if name not in ("uniform", *ONE_PLAN)]
 
@@ -38,7 +39,9 @@ def rewards(result: SearchResult) -> list[float]:
     return [trial.reward for trial in result.trials]
 
 
-@pytest.mark.parametrize("name", SEARCHING)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in HEAVY else []) for name in SEARCHING]
+)
 def test_every_agent_keeps_the_laws(name: str) -> None:
     check_agent(lambda: build(name))
 

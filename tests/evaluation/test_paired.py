@@ -25,6 +25,7 @@ def test_a_plan_as_fast_as_the_reference_has_its_speed_up(evaluator: Evaluator, 
     assert [measured(paired(plan)).score for plan in plans] == [measured(evaluator(plan)).score for plan in plans]
 
 
+@pytest.mark.slow
 def test_the_model_is_captured_once_by_whatever_evaluates_it(
     evaluator: Evaluator, plans: list[Plan], monkeypatch: pytest.MonkeyPatch
 ) -> None:

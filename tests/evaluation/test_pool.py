@@ -91,6 +91,7 @@ def test_measurements_are_those_of_one_process_in_the_plans_order(pool: ProcessP
     assert pool.all([]) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ppo", "random", "uniform"])
 def test_the_number_of_workers_changes_no_trial(name: str, pool: ProcessPool) -> None:
     def found(evaluate: Evaluate) -> tuple[Trial, ...]:

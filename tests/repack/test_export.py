@@ -113,6 +113,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("form", "choice", "sparsity"), CASES)
 def test_the_file_computes_what_the_masked_model_does_at_any_batch_size(
     tmp_path: Path, form: str, choice: Choice, sparsity: float
@@ -180,6 +181,7 @@ def test_channels_nobody_needs_are_gone_from_the_whole_model(tmp_path: Path) -> 
     assert_file_equals(tmp_path / "m.onnx", model, torch.randn(3, 3, 8, 8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("leading", [(2,), (2, 3)])  # over tokens the exporter turns the weights round
 def test_the_file_shrinks_as_sparsity_grows_whatever_the_form(tmp_path: Path, leading: tuple[int, ...]) -> None:
     sizes = []
