@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -62,11 +63,11 @@ def test_nothing_lies_over_borders_that_are_filled_once() -> None:
         assert begin + other.size <= start or start + size <= begin
 
 
-def test_scratch_of_no_size_has_no_place() -> None:
+def test_scratch_of_no_size_takes_no_room() -> None:
     scratch = Buffer(0, scratch=True)
     scratch.used(1)
     assert place([scratch, used(0, 2, 64)], ARENA).size == aligned(64)
-    assert scratch.slot < 0
+    assert (scratch.slot, scratch.offset) == (ARENA, 0)
 
 
 class Elements(nn.Module):
@@ -125,3 +126,12 @@ def test_a_transposed_operand_is_not_written_over() -> None:
 def test_a_sum_of_maps_is_written_over_the_one_that_ends() -> None:
     found = lowered(Maps(), torch.randn(1, 8, 12, 12))
     assert overwriting(found) == ["relu_1"]
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_a_sequence_of_an_empty_batch_needs_no_room(kind: type[nn.LSTM] | type[nn.GRU]) -> None:
+    torch.manual_seed(0)
+    model = kind(6, 8, batch_first=True).eval()
+    fast = repack(model, torch.randn(2, 5, 6), form="program")
+    with torch.no_grad():
+        assert fast(torch.zeros(0, 5, 6))[0].shape == (0, 5, 8)

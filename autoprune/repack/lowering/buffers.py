@@ -141,6 +141,8 @@ def place(buffers: list[Buffer], slot: int) -> Arena:
     """Gives every buffer its offset in the arena in `slot`: as little memory as is found in some orders of placing."""
     used = [each for each in buffers if each.first >= 0 and (each.size or not each.scratch)]
     ordered, starts, size = _smallest(_blocks(sorted(used, key=lambda each: each.first)))
+    for empty in (each for each in buffers if each.scratch and not each.size):
+        empty.slot, empty.offset = slot, 0  # a batch of nothing needs room for nothing
     borders = []
     for block, start in zip(ordered, starts, strict=True):
         for buffer in block.users:
