@@ -91,11 +91,7 @@ Made = tuple[Covered, Provenance | None]
 
 def report(rows: Sequence[Made]) -> str:
     """The page; the last row of a model counts."""
-    last = {row.key: (row, made) for row, made in rows}
-    found = [last[key] for key in sorted(last)]
-    models = [row for row, _ in found]
-    machines = Machines(made for _, made in found)
-    commits = sorted({made.commit for _, made in found if made is not None})
+    found, models, machines, foot = _sorted(rows)
     about = (
         "Models of other people with random weights, 75% of every convolution, Linear and recurrent weight "
         "cut in groups of 8 filters (4, 2, 1 where 8 does not divide), repacked and called as their users "
@@ -106,18 +102,14 @@ def report(rows: Sequence[Made]) -> str:
     parts = (
         "## In short", _summary(models), "## Why not one program", _reasons(models), "## What torch runs in programs",
         _operators(models), "## The models", _about_columns(), _table(found, machines), "## What ended early",
-        _failures(models), f"{machines.legend()} Commit: {', '.join(commits) or 'unknown'}.",
+        _failures(models), foot,
     )  # fmt: skip
     return page("Any model in", "coverage", about, *parts)
 
 
 def forms(rows: Sequence[Made]) -> str:
     """The page of what does not depend on a clock; the last row of a model counts."""
-    last = {row.key: (row, made) for row, made in rows}
-    found = [last[key] for key in sorted(last)]
-    models = [row for row, _ in found]
-    machines = Machines(made for _, made in found)
-    commits = sorted({made.commit for _, made in found if made is not None})
+    found, models, machines, foot = _sorted(rows)
     about = (
         "What becomes of models of other people, with random weights, 75% of every convolution, Linear and recurrent "
         "weight cut in groups of 8 filters (4, 2, 1 where 8 does not divide), repacked and called as their users call "
@@ -128,9 +120,18 @@ def forms(rows: Sequence[Made]) -> str:
         "## In short", markdown_table(FORMS, [_forms_line(name, group) for name, group in _groups(models)]),
         "## Why not one program", _reasons(models), "## What torch runs in programs", _operators(models, timed=False),
         "## What is refused or differs", _differences(models), "## The models", _forms_table(found, machines),
-        "## What ended early", _failures(models), f"{machines.legend()} Commit: {', '.join(commits) or 'unknown'}.",
+        "## What ended early", _failures(models), foot,
     )  # fmt: skip
     return page("Any model in: the forms", "coverage --forms", about, *parts)
+
+
+def _sorted(rows: Sequence[Made]) -> tuple[list[Made], list[Covered], Machines, str]:
+    """The last row of each model by its name, with and without provenance; the machines, and the foot of the page."""
+    last = {row.key: (row, made) for row, made in rows}
+    found = [last[key] for key in sorted(last)]
+    machines = Machines(made for _, made in found)
+    commits = sorted({made.commit for _, made in found if made is not None})
+    return found, [row for row, _ in found], machines, f"{machines.legend()} Commit: {', '.join(commits) or 'unknown'}."
 
 
 SUMMARY = (
