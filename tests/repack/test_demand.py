@@ -186,3 +186,30 @@ def test_a_convolution_of_any_stride_is_right(stride: tuple[int, int]) -> None:
     x = torch.randn(shape)
     done = Program(graph, {"y": Weights.of(pack(weight), None)}, {}, 1)(x)
     torch.testing.assert_close(done, reference(graph, (x,)), rtol=1e-4, atol=1e-4)
+
+
+class Apart(nn.Module):
+    """Takes tokens apart, of which there are many, by what they hold, which is few."""
+
+    def __init__(self, by: str) -> None:
+        super().__init__()
+        self.linear, self.by = nn.Linear(4, 6), by
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)  # (samples, tokens, 6)
+        parts = {
+            "unbind": lambda: y.reshape(*x.shape[:2], 3, 2).unbind(2),
+            "unbind from the end": lambda: y.reshape(*x.shape[:2], 3, 2).unbind(-2),
+            "split": lambda: y.split(2, 2),
+            "sizes": lambda: y.split([2, 2, 2], -1),
+        }[self.by]()
+        return torch.sigmoid(parts[0]) * parts[1] + parts[2]
+
+
+@pytest.mark.parametrize("by", ["unbind", "unbind from the end", "split", "sizes"])
+def test_many_tokens_are_taken_apart_into_few(by: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Apart(by).eval(), torch.randn(1, PARTS + 5, 4)
+    fast = repack(model, x, form="program", threads=1)
+    save(fast, tmp_path / "fast.safetensors")
+    assert torch.equal(load(tmp_path / "fast.safetensors")(x), fast(x))

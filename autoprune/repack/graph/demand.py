@@ -134,8 +134,11 @@ def _check_parts(op: Op, values: Mapping[str, Any]) -> None:
     parting = ("aten.unbind.", "aten.split.", "aten.chunk.", "aten.meshgrid.", *_SECTIONS)
     if not isinstance(op, TorchOp) or not op.op.startswith(parting):
         return
-    name, args = op.op, [aten.decode(each, values) for each in op.named_args().values()]
+    name, named = op.op, {key: aten.decode(each, values) for key, each in op.named_args().items()}
+    args, axis = list(named.values()), named.get("dim", 0)
     extent = max((n for x in args if isinstance(x, Tensor) for n in x.shape), default=0)
+    if args and isinstance(args[0], Tensor) and type(axis) is int and -args[0].dim() <= axis < args[0].dim():
+        extent = args[0].shape[axis]
     sizes = [n for n in args[1:2] if type(n) is int and not name.startswith("aten.unbind.")] or [1]
     parts = sizes[0] if name.startswith("aten.chunk.") else extent // max(1, sizes[0])
     parts = sizes[0] if name.startswith(_SECTIONS) else min(extent, parts)
