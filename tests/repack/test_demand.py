@@ -203,7 +203,9 @@ class Apart(nn.Module):
             "split": lambda: y.split(2, 2),
             "sizes": lambda: y.split([2, 2, 2], -1),
         }[self.by]()
-        return torch.sigmoid(parts[0]) * parts[1] + parts[2]
+        first, second, third = parts
+        made: Tensor = torch.sigmoid(first) * second + third
+        return made
 
 
 @pytest.mark.parametrize("by", ["unbind", "unbind from the end", "split", "sizes"])
