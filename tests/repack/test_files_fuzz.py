@@ -31,6 +31,7 @@ from autoprune.registry import Choice
 from autoprune.repack import ProgramModel, RepackedModel, load, repack, save
 from autoprune.repack.graph.activations import ACTIVATIONS
 from autoprune.repack.graph.ops import OPS
+from tests.repack.grouped_products import Mixture
 
 X = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 BACKENDS_IN_TURN = {"0": "jit", "3": "torch", "6": "dense", "10": "jit"}
@@ -137,6 +138,18 @@ class States(nn.Module):
         return self.head(z), c
 
 
+class Routed(nn.Module):
+    """Tokens that go through experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixture = Mixture(experts=3, width=12, inner=8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.mixture(x.reshape(x.shape[0], -1, 12))
+        return y
+
+
 def sequences() -> nn.Sequential:
     """The architecture of a recurrent ``modules`` form, freshly initialised."""
     return nn.Sequential(nn.Flatten(2), nn.LSTM(36, 8, 2, bidirectional=True))
@@ -144,7 +157,7 @@ def sequences() -> nn.Sequential:
 
 BUILDS: dict[str, Callable[[], nn.Module]] = {
     "modules": layers, "maps": Maps, "gated": Silenced, "tokens": Tokens, "decoding": Decoding, "states": States,
-    "sequences": sequences, "int8": Maps,
+    "routed": Routed, "sequences": sequences, "int8": Maps,
 }  # fmt: skip
 MODULES = ("modules", "sequences")
 FORMS = pytest.mark.parametrize("form", BUILDS)
@@ -258,7 +271,7 @@ def test_a_round_trip_is_equal_bit_for_bit(form: str, tmp_path: Path, path: Path
 
 def test_the_programs_hold_every_kind_of_operation() -> None:
     kinds: set[str] = set()
-    for form in ("maps", "gated", "tokens", "decoding", "states", "int8"):
+    for form in ("maps", "gated", "tokens", "decoding", "states", "routed", "int8"):
         model = repacked(form)
         assert isinstance(model, ProgramModel)
         kinds |= {op.kind for op in model.program.graph.ops}
@@ -510,7 +523,7 @@ def test_a_changed_description_is_refused_or_harmless(form: str, path: Path) -> 
         results[outcome(path, form)] += 1
     assert results["refused"] > 50
     assert results["ran"] > 4  # a changed timing is harmless
-    assert results["cannot run"] or form in (*MODULES, "int8")
+    assert results["cannot run"] or form in (*MODULES, "routed", "int8")
 
 
 NUMBERS = [("version",)] + [
