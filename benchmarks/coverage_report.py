@@ -41,7 +41,7 @@ class Covered(Row):
         torch_steps: operator of a program that torch runs -> how often, share of the time.
         batch: error with two samples, or the words of a refusal.
         size: likewise at another image size or sequence length.
-        load: average of the machine when it was timed: 1 where nothing else ran.
+        load: cores that other processes took while it was timed; of the first rows, the machine's load average.
         times_ms: medians; ``repacked``, ``eager`` (the masked model) and the dense engines.
         left_out: engine -> why.
         best: the fastest of all but ``repacked``.
@@ -248,11 +248,11 @@ def _percent(share: float | None) -> str:
 def _about_columns() -> str:
     return (
         "`native`: share of the time that native code takes; `planned`: share of the prunable weights that "
-        "autoprune itself would offer for pruning; `load`: of the machine when the model was timed: well above 1, "
-        "other processes ran meanwhile, which interrupt long calls more than short ones, so that speed-ups look "
-        "larger than they are and seconds are too many; `repack s`: with an empty cache, and when the cache "
-        "knows the model; `MB`: peak of the process, and how much repacking added; `error`: of the largest "
-        "output; `loaded`: whether the model that is read from a file computes the same bits."
+        "autoprune itself would offer for pruning; `load`: cores that other processes took while the model was "
+        "timed, which interrupt long calls more than short ones, so that speed-ups look larger than they are; "
+        "`repack s`: with an empty cache, and when the cache knows the model; "
+        "`MB`: peak of the process, and how much repacking added; `error`: of the largest output; "
+        "`loaded`: whether the model that is read from a file computes the same bits."
     )
 
 

@@ -42,6 +42,7 @@ from benchmarks.coverage_models import build
 from benchmarks.coverage_models.pruning import prunable_weights, prune_, randomise_
 from benchmarks.coverage_models.subject import Subject
 from benchmarks.engine import MIN_SAMPLE_MS, WARMUP, rounds
+from benchmarks.lib.others import others
 
 SINCE = re.compile(r"layer by layer, since (.*)", re.DOTALL)
 PROFILED = 5  # calls by which the shares of time are told
@@ -319,11 +320,12 @@ def time_calls(found: Findings, calls: dict[str, Callable[[], object]], seconds:
     """Times all of them in turns."""
     with found.doing("timing it"):
         count = rounds(calls, 1, seconds)
-        times = measure_together(calls, Timing(count, WARMUP, 1, MIN_SAMPLE_MS, lead=1))
+        with others() as other:
+            times = measure_together(calls, Timing(count, WARMUP, 1, MIN_SAMPLE_MS, lead=1))
         dense = {name: taken for name, taken in times.items() if name != REPACKED}
         best = min(dense, key=lambda name: dense[name].median_ms)
         found.put(
-            load=os.getloadavg()[0],
+            load=other.cores,
             times_ms={name: taken.median_ms for name, taken in times.items()},
             over_eager=_over(times, EAGER),
             over_best=_over(times, best),

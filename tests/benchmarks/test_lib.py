@@ -14,6 +14,7 @@ from autoprune.errors import AutopruneError, FileError
 from autoprune.files import append_line
 from autoprune.progress import SILENT
 from benchmarks import BENCHMARKS
+from benchmarks.lib import others as processes
 from benchmarks.lib.command_line import add_report, add_seeds, among, command_line, listed
 from benchmarks.lib.page import page
 from benchmarks.lib.provenance import Machines, Provenance
@@ -194,3 +195,17 @@ def test_committed_pages_are_what_the_committed_rows_say(arguments: list[str], t
     assert command.main([*arguments, "--report", "--output", str(tmp_path)]) == 0
     (written,) = tmp_path.glob("*.md")
     assert written.read_text(encoding="utf-8") == (FOLDER / "results" / written.name).read_text(encoding="utf-8")
+
+
+def test_what_others_take_is_told_without_what_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    busy, ours, clock = iter([100.0, 107.0]), iter([20.0, 22.0]), iter([3.0, 5.0])
+    monkeypatch.setattr(processes, "_busy_s", lambda: next(busy))
+    monkeypatch.setattr(processes, "_own_s", lambda: next(ours))
+    monkeypatch.setattr("benchmarks.lib.others.time.perf_counter", lambda: next(clock))
+    with processes.others() as found:
+        pass
+    assert found.cores == 2.5
+
+
+def test_the_machine_has_been_busy_and_so_have_we() -> None:
+    assert processes._busy_s() > processes._own_s() > 0
