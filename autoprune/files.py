@@ -348,9 +348,11 @@ def read_state(path: Path, what: str) -> dict[str, torch.Tensor]:
 
 
 def _checked_about(path: Path, what: str, tensors: Mapping[str, torch.Tensor], said: Mapping[str, str]) -> Any:
+    if set(said) != {_ABOUT}:  # perhaps somebody's weights, named by mistake: nothing to delete
+        reason = f"{path} holds tensors but nothing that autoprune says of a file, and no checksum"
+        plain = "a plain state dict is read with safetensors.torch.load_file"
+        raise FileError(f"{what} cannot be read: {reason}; {plain}. Name another, or restore a copy.")
     try:
-        if set(said) != {_ABOUT}:
-            raise FileError("it has no checksum: an earlier release wrote it, or something else did")
         return without_checksum(parse_json(said[_ABOUT]), partial(_checksum, tensors))
     except (ValueError, FileError) as error:
         raise _corrupt(path, what, error) from None
