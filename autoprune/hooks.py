@@ -190,8 +190,8 @@ class PruningHooks:
             )
         step = int(inner.pop("hooks.step"))
         try:
-            self._method.load_state(inner)
-        except (KeyError, RuntimeError) as error:
+            self._method.resume(inner)
+        except (AutopruneError, KeyError, RuntimeError) as error:
             raise AutopruneError(f"the state is damaged: {error}.") from None
         self._lifecycle.go_to(step)
 

@@ -398,11 +398,30 @@ def test_what_cannot_be_done_is_said() -> None:
         pruning.load_state_dict(other.state_dict())
     with pytest.raises(AutopruneError, match="damaged"):
         other.load_state_dict({name: value for name, value in other.state_dict().items() if "latent" not in name})
+    with pytest.raises(AutopruneError, match=r"damaged: its 'latent.0' is .* here it is"):
+        other.load_state_dict({**other.state_dict(), "latent.0": torch.zeros(3)})
     for x, y in random_batches(STEPS):
         plain(model)(optimizer, x, y)
         pruning.after_step()
     with pytest.raises(AutopruneError, match="all 6 steps were taken"):
         pruning.after_step()
+
+
+@pytest.mark.parametrize("broken", ["lost", "flat", "of numbers"])
+def test_a_state_whose_masks_do_not_fit_is_refused(broken: str) -> None:
+    pruning = hooks(model := network())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    pruning.start(optimizer, STEPS)
+    for x, y in random_batches(STEPS):
+        plain(model)(optimizer, x, y)
+        pruning.after_step()
+    state = pruning.state_dict()
+    pruning.load_state_dict(state)
+    mask = state.pop("3")
+    if broken != "lost":
+        state["3"] = mask.flatten() if broken == "flat" else mask.float()
+    with pytest.raises(AutopruneError, match=r"damaged: .*'3'"):
+        pruning.load_state_dict(state)
 
 
 def test_an_optimizer_that_evaluates_the_loss_again_is_refused() -> None:

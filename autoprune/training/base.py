@@ -6,8 +6,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, final
 
+import torch
 from torch import Tensor, nn
 
 from autoprune.allocation import Allocation, Cost, Layers, WeightCost, layer_cells
@@ -133,12 +134,14 @@ class SparseTraining(ABC):
             above 0 that span a factor of ten or more are walked on a log scale.
         finds_shares: whether the method spends the plan's budget on the layers as it finds best, rather than as the
             plan says.
+        passing: how the names of those parts of the state begin that come, go or change their shape.
         pruner: the model and its plan, from `start` on.
         masks: what is cut now; True keeps. Reapplied by the method after every optimizer step.
     """
 
     strength_range: ClassVar[tuple[str, float, float] | None] = None
     finds_shares: bool = False
+    passing: ClassVar[tuple[str, ...]] = ()
     pruner: Pruner
     masks: Masks
 
@@ -176,5 +179,27 @@ class SparseTraining(ABC):
         return dict(self.masks)
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Takes back what `state` gave, after `start`."""
+        """Takes back what `state` gave, after `start`; `resume` checks it first."""
         self.masks = dict(state)
+
+    @final
+    def resume(self, state: Mapping[str, Tensor]) -> None:
+        """Takes back a state of this method that comes from elsewhere, after `start`.
+
+        Raises:
+            AutopruneError: it lacks something, or something has another shape or type than in this model.
+        """
+        for name, own in self.state().items():  # a later state may hold more
+            if name.startswith(self.passing):
+                continue
+            given = state.get(name)
+            if given is None:
+                raise AutopruneError(f"it has no {name!r}")
+            if (given.shape, given.dtype) != (own.shape, own.dtype):
+                kind, wanted = (f"{tuple(each.shape)} of {each.dtype}" for each in (given, own))
+                raise AutopruneError(f"its {name!r} is {kind}, here it is {wanted}")
+        self.load_state(state)
+        for name in self.pruner.layers if self.masks else ():  # there are none before the first cut
+            mask, weight = self.masks.get(name), self.pruner.weight(name)
+            if mask is None or (mask.shape, mask.dtype) != (weight.shape, torch.bool):
+                raise AutopruneError(f"it has no mask that fits {name!r}")

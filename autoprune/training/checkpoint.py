@@ -75,7 +75,7 @@ class Checkpoint:
             if self.average is not None:
                 self.average.load_state_dict(_under("average", tensors))
             if self.method is not None:
-                self.method.load_state(_under("method", tensors))
+                self.method.resume(_under("method", tensors))
         except (AutopruneError, RuntimeError, ValueError, TypeError, LookupError) as error:
             raise FileError(f"the training checkpoint {path} does not fit this model ({error}). Delete it.") from None
         return losses

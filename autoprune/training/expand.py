@@ -47,6 +47,7 @@ class Expand(LatentTraining):
 
     strength_range = ("factor", 1.0, 2.0)
     finds_shares = True
+    passing = ("gate.", "precision.")
 
     def __init__(
         self,
