@@ -121,12 +121,12 @@ def _interquartile_means(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def interval(by_task: Mapping[str, Sequence[float]], seed: int = 0) -> tuple[float, float]:
     """95% bootstrap interval of the interquartile mean over all values, resampled within each task (stratified)."""
-    draws = np.random.default_rng(seed)
-    groups = [np.asarray(values, np.float64) for values in by_task.values()]
-    resampled = [
-        np.concatenate([group[draws.integers(0, len(group), len(group))] for group in groups]) for _ in range(RESAMPLES)
-    ]
-    low, high = np.quantile(_interquartile_means(np.array(resampled)), (0.025, 0.975))
+    values = np.concatenate([np.asarray(of_task, np.float64) for of_task in by_task.values()])
+    sizes = np.array([len(of_task) for of_task in by_task.values()])
+    # of each value in a resample: how many its task has, and where they begin
+    counts, starts = np.repeat(sizes, sizes), np.repeat(np.cumsum(sizes) - sizes, sizes)
+    picked = np.random.default_rng(seed).integers(0, np.broadcast_to(counts, (RESAMPLES, len(values))))
+    low, high = np.quantile(_interquartile_means(values[starts + picked]), (0.025, 0.975))
     return float(low), float(high)
 
 
