@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.fx._symbolic_trace as symbolic
+import torch.fx.config as config
 
 from autoprune.errors import AutopruneError
 
@@ -119,6 +120,8 @@ def tracing() -> Iterator[None]:
             (symbolic, "_is_fx_tracing_flag", _TRACED),
             (symbolic.Tracer, "trace", _trace),
             (symbolic, "_Patcher", _Patcher),
+            # which nobody reads, and which takes up to a fifth of the time
+            (config, "do_not_emit_stack_traces", True),
             (export, "_compiling_state_context", _exporting),
             # where they fail they write the whole model to stderr
             (export, "print", _print),

@@ -46,11 +46,11 @@ class Kind(Enum):
     PRESENCE = "nothing: it follows from the fields of its part"  # 1 where its part is given, else 0
 
 
-_DTYPES: Mapping[Kind, type[np.generic]] = {
-    Kind.OFFSET: np.float32,
-    Kind.INT32_ARRAY: np.int32,
-    Kind.INT64_ARRAY: np.int64,
-    Kind.FLOAT32_ARRAY: np.float32,
+_DTYPES: Mapping[Kind, np.dtype[Any]] = {
+    Kind.OFFSET: np.dtype(np.float32),
+    Kind.INT32_ARRAY: np.dtype(np.int32),
+    Kind.INT64_ARRAY: np.dtype(np.int64),
+    Kind.FLOAT32_ARRAY: np.dtype(np.float32),
 }
 """Entries of the arrays that a kind takes."""
 
@@ -92,7 +92,15 @@ PRESENCE = Declaration(Kind.PRESENCE)
 
 
 class Fields(IntEnum):
-    """Base class of kernels' parameters: members are declared, and are the numbers of their entries."""
+    """Base class of kernels' parameters: members are declared, and are the numbers of their entries.
+
+    Attributes:
+        part: the optional part it belongs to; None: it is always given.
+        follows: whether it is never given, but follows from others.
+    """
+
+    part: str | None
+    follows: bool
 
     def __new__(cls, declared: Declaration) -> Self:
         """A member, as it is declared.
@@ -111,22 +119,15 @@ class Fields(IntEnum):
         return member
 
     def __init__(self, declared: Declaration) -> None:
-        self.declared = declared
+        self._kind, self.part = declared.kind, declared.part
+        self.follows = declared.kind is Kind.PRESENCE
+        self._dtype = _DTYPES.get(declared.kind)
+        self._is_array = declared.kind in ARRAYS
 
     @property
     def kind(self) -> Kind:
         """What it holds."""
-        return self.declared.kind
-
-    @property
-    def part(self) -> str | None:
-        """The optional part it belongs to; None: it is always given."""
-        return self.declared.part
-
-    @property
-    def follows(self) -> bool:
-        """Whether it is never given, but follows from others."""
-        return self.kind is Kind.PRESENCE
+        return self._kind
 
     @classmethod
     def load(cls, b: ir.IRBuilder, fields: ir.Value) -> dict[Self, ir.Value]:
@@ -149,14 +150,16 @@ class Fields(IntEnum):
         for field in given:
             if not isinstance(field, cls):
                 raise TypeError(f"{_kernel(cls)} has no field {field!r}.")
+        every = tuple(cls)
         parts = {None, *(field.part for field in given)}
-        if missing := [field for field in cls if field.part in parts and field not in given and not field.follows]:
+        if missing := [field for field in every if field.part in parts and not field.follows and field not in given]:
             names = ", ".join(f"{field.name} (of {field.part})" if field.part else field.name for field in missing)
             raise TypeError(f"{_kernel(cls)} is not given {names}.")
-        values = np.zeros(max(cls) + 1, np.int64)
+        values = np.zeros(every[-1] + 1, np.int64)  # they rise
+        own = values.ctypes.data
         for field, value in given.items():
-            values[field] = field.entry(value) - (values.ctypes.data if field.kind in ARRAYS else 0)
-        for field in cls:
+            values[field] = field.entry(value) - (own if field._is_array else 0)
+        for field in every:
             if field.follows:
                 values[field] = field.part in parts
         return values
@@ -182,7 +185,7 @@ class Fields(IntEnum):
         """
         kind = self.kind
         if isinstance(value, np.ndarray):
-            if kind in _DTYPES and value.dtype == _DTYPES[kind] and value.flags.c_contiguous:
+            if self._dtype is not None and value.dtype == self._dtype and value.flags.c_contiguous:
                 return value.ctypes.data
             found = f"{'a' if value.flags.c_contiguous else 'a scattered'} {value.dtype} array"
         elif kind is Kind.FLOAT and isinstance(value, float):
