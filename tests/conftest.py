@@ -64,6 +64,16 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def no_seeds_for_devices_that_are_not_there() -> Iterator[None]:
+    """Torch writes down its caller's whole stack, for each kind of device, whenever numbers are seeded."""
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in (torch.cuda, torch.xpu, torch.mtia):
+            if not kind.is_available():
+                patch.setattr(kind, "manual_seed_all", lambda seed: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def onnx_functions_read_once() -> Iterator[None]:
     """Torch reads the source of all its ONNX functions for each export, in half the time of a small model's."""
     export = torch.onnx.export
