@@ -27,6 +27,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from autoprune.documents import parse_json
 from autoprune.errors import AutopruneError
 from autoprune.files import read_json, write_json
 from autoprune.model.weights import weight_of
@@ -43,6 +44,7 @@ from autoprune.repack.runtime import program as program_module
 from autoprune.repack.runtime.program import Program
 from autoprune.repack.runtime.recent import Recent
 from autoprune.repack.runtime.thread_pool import Job, Team, team
+from autoprune.repack.tuning import tuning
 from autoprune.repack.tuning.tuning import TuningCache
 from autoprune.repack.weights.packed import pack
 from autoprune.testing import FakeClock
@@ -641,6 +643,46 @@ def test_a_second_repack_times_nothing(tmp_path: Path) -> None:
         weight_of(sparser, "3")[:, 100:] = 0
     assert timed(path, model=sparser) > 0  # the Linear alone
     assert timed(path, model=sparser) == 0
+
+
+def test_a_file_is_parsed_anew_only_where_it_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, parsed = tmp_path / "tuning.json", list[str]()
+    timed(path)
+
+    def counted(text: str) -> Any:
+        parsed.append(text)
+        return parse_json(text)
+
+    monkeypatch.setattr(tuning, "parse_json", counted)
+    found = TuningCache(path).found
+    layers = len(found)
+    assert layers > 0
+    found.clear()  # a cache's own
+    assert len(TuningCache(path).found) == layers
+    assert parsed == []
+    data = read_json(path, "the cache")
+    data["found"].popitem()
+    write_json(path, data)
+    assert len(TuningCache(path).found) == len(TuningCache(path).found) == layers - 1
+    assert parsed == [path.read_text()]
+
+
+@pytest.mark.parametrize(("unsaved_s", "saved_before"), [(60.0, 0), (-1.0, 1)])
+def test_what_was_tuned_before_a_repack_is_stopped_is_kept(
+    unsaved_s: float, saved_before: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "UNSAVED_S", unsaved_s)
+    path = tmp_path / "tuning.json"
+    cache = TuningCache(path)
+
+    def stop(_: str) -> None:
+        if cache.found:
+            assert len(TuningCache(path).found) == saved_before
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        program_of(net(), image(), clock=FakeClock(step_s=1.0), cache=cache, graph=graph(), progress=stop)
+    assert len(TuningCache(path).found) == 1
 
 
 def test_the_cache_lies_where_the_environment_says(

@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autoprune.documents import checksum_of, parse_json, without_checksum
 from autoprune.errors import FileError
-from autoprune.files import cache_folder, read_json, write_json
+from autoprune.files import cache_folder, read_text, write_json
 from autoprune.latency.machine import machine_identity
 from autoprune.latency.quiet import timing
 from autoprune.latency.timer import Clock
@@ -45,6 +46,7 @@ VERSION = 12  # of the kernels: what was tuned for others is not used
 ROUNDS = 5
 PANELS = ((96, 288), (192, 144), (192, 288), (192, 576))  # positions an item, inputs a panel
 ITEMS_A_THREAD = 8  # so that threads finish together
+UNSAVED_S = 1.0  # of timing, that a killed process may lose
 STREAMED = 0.06  # bytes of a Linear's weight, read for few tokens, an operation of the whole model
 
 
@@ -61,26 +63,28 @@ class TuningCache:
         self.changed = False
 
     def _read(self) -> tuple[dict[str, Tiling], dict[str, bool]]:
+        global _LAST
         try:
-            data = read_json(self.path, "the tuning cache")
-            if data["machine"] != self.machine:
-                return {}, {}
-            found = {str(key): tiling_from_json(row) for key, row in data["found"].items()}
-            return found, {str(key): flag(value) for key, value in data["by_sample"].items()}
+            text = read_text(self.path, "the tuning cache")
+            if (last := _LAST) is None or last.text != text:
+                last = _LAST = _Contents.of(text)
         except (FileError, KeyError, TypeError, AttributeError, ValueError):
             return {}, {}
+        return (dict(last.found), dict(last.by_sample)) if last.machine == self.machine else ({}, {})
 
     def save(self) -> None:
         """Writes what is new, beside what others found; a cache that cannot be written costs time, not correctness."""
+        global _LAST
         if not self.changed:
             return
         try:
             with turn(self.path):
                 found, by_sample = self._read()
                 found |= dict(self.found)  # a copy: other threads may add to it
-                rows = {key: asdict(tiling) for key, tiling in found.items()}
+                rows = {key: vars(tiling) for key, tiling in found.items()}
                 by_sample |= dict(self.by_sample)
                 write_json(self.path, {"machine": self.machine, "found": rows, "by_sample": by_sample})
+                _LAST = _Contents(read_text(self.path, "the tuning cache"), self.machine, found, by_sample)
         except FileError as error:
             _say_once(f"what is tuned is not kept, so that every process tunes anew: {error}")
             return
@@ -90,6 +94,26 @@ class TuningCache:
     def path(self) -> Path:
         """Raises FileError where the user has no place for a cache."""
         return self._path or cache_folder() / "tuning.json"
+
+
+@dataclass(frozen=True)
+class _Contents:
+    """What a cache's file says, and its text: every repack reads the file, and to parse that of many layers is slow."""
+
+    text: str
+    machine: Mapping[str, Any]
+    found: Mapping[str, Tiling]
+    by_sample: Mapping[str, bool]
+
+    @classmethod
+    def of(cls, text: str) -> _Contents:
+        """Checks it all; raises FileError, KeyError, TypeError, AttributeError or ValueError."""
+        data = without_checksum(parse_json(text), checksum_of)
+        found = {str(key): tiling_from_json(row) for key, row in data["found"].items()}
+        return cls(text, data["machine"], found, {str(key): flag(value) for key, value in data["by_sample"].items()})
+
+
+_LAST: _Contents | None = None  # of the file that was read or written last
 
 
 @cache
@@ -147,13 +171,19 @@ def tune(
         with torch.inference_mode():
             plan.run_in(frame, inputs)  # so that every layer has an input
         bench = _Bench(plan, frame, inputs, clock, program.target)
+        saved = time.monotonic()
         with timing():  # what is found is remembered: it must not be a neighbour's noise
-            for step in unknown:
-                progress(step.name)
-                if keys[step.name] not in cache.found:
-                    cache.found[keys[step.name]], times[step.name] = bench.fastest(step, layers[step.name])
-                    cache.changed = True
-                    cache.save()  # each: all layers of a large model take minutes
+            try:
+                for step in unknown:
+                    progress(step.name)
+                    if keys[step.name] not in cache.found:
+                        cache.found[keys[step.name]], times[step.name] = bench.fastest(step, layers[step.name])
+                        cache.changed = True
+                    if time.monotonic() - saved > UNSAVED_S:  # all layers of a large model take minutes
+                        cache.save()
+                        saved = time.monotonic()
+            finally:
+                cache.save()
         plan.release(frame)
     for name, key in keys.items():
         tilings[name] = cache.found[key]
