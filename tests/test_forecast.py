@@ -134,6 +134,7 @@ def _stopped(process: subprocess.Popen[str], number: int) -> str:
     pytest.fail("it goes on")
 
 
+@pytest.mark.slow
 def test_engines_whose_times_are_known_are_not_prepared(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(load_config(folder / "small.toml"), folder / "runs" / "small")
     took_s = run.search.all_baselines.prepared_s
@@ -182,6 +183,7 @@ def test_a_method_needs_no_search_and_no_more_minutes_than_given_are_told(folder
     assert isinstance(refused.exception, ConfigError), "a drop alone leaves no plan to make"
 
 
+@pytest.mark.slow
 def test_apply_has_a_dry_run_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(folder))
     (folder / "my_dry_project.py").write_text(PROJECT)

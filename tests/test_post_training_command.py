@@ -89,6 +89,7 @@ def test_it_prunes_to_a_speedup_that_is_measured(config: Path) -> None:
     assert "at least 1.05x faster than the dense model repacked" in result.output
 
 
+@pytest.mark.slow
 def test_a_dry_run_says_how_long_it_takes(config: Path) -> None:
     args = ("--sparsity", "0.5", "--criterion", "magnitude", "--dry-run")
     result = prune(config, "--post-training", *args)
