@@ -63,6 +63,15 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(200_000, 20, 20)
 
 
+@pytest.fixture(scope="module")
+def short_tables() -> Iterator[None]:
+    """Latency tables of few sparsities, for tests of what is done with one; `test_profile.py` measures whole ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("autoprune.evaluation.profile.ANCHORS", (0.5, 0.9, 0.98))
+        patch.setattr("autoprune.evaluation.profile.WHOLE_ANCHORS", (0.0, 0.8))
+        yield
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_seeds_for_devices_that_are_not_there() -> Iterator[None]:
     """Torch writes down its caller's whole stack, for each kind of device, whenever numbers are seeded."""

@@ -27,6 +27,7 @@ from autoprune.plan import LayerPlan, Plan
 from autoprune.testing import fake_table, save_fake_table
 from tests.helpers import SMALL_TOML
 
+pytestmark = pytest.mark.usefixtures("short_tables")
 TOML = f"""
 target = {{speedup = 2.0}}
 {SMALL_TOML}

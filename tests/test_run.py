@@ -34,6 +34,7 @@ from autoprune.report.run_report import write_report
 from autoprune.settings import TrainingSettings
 from autoprune.testing import FakeClock
 
+pytestmark = pytest.mark.usefixtures("short_tables")
 SMALL = {
     "task": {"name": "digits", "widths": [8, 16]},
     "dense": {"epochs": 1, "learning_rate": 0.1},
@@ -73,7 +74,7 @@ def config(**changes: object) -> Config:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(tmp_path_factory: pytest.TempPathFactory, short_tables: None) -> Path:
     """A whole run, made once."""
     folder = tmp_path_factory.mktemp("run")
     write_report(report_of(Run(config(), folder / "digits")))
@@ -146,6 +147,7 @@ def test_what_a_config_names_is_created_once(finished: Path, monkeypatch: pytest
     assert [created.count(choice) for choice in named] == [1, 1]
 
 
+@pytest.mark.slow
 def test_a_final_table_that_is_killed_goes_on(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[int] = []
 
