@@ -25,6 +25,7 @@ from autoprune.model.recurrent.modules import cut_states_
 from autoprune.model.recurrent.names import cell_of
 from autoprune.model.weights import first_names, kind_of, weight_of
 from autoprune.precision import ModelPrecision
+from autoprune.repack.garbage import without_full_collections
 from autoprune.repack.graph.batching import apart
 from autoprune.repack.graph.calls import Signature, record_classes
 from autoprune.repack.graph.capture import CaptureError, capture
@@ -52,6 +53,7 @@ Form = Literal["program", "modules"]
 WHOLE = Protocol(samples=15, warmup=2)  # of a model whose layers were timed one by one
 
 
+@without_full_collections()
 def repack(
     model: nn.Module,
     example_inputs: Any,
