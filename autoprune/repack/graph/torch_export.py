@@ -16,6 +16,7 @@ from torch.export.graph_signature import InputKind
 
 from autoprune.errors import AutopruneError, first_line
 from autoprune.model.copies import own_copy
+from autoprune.repack.graph.light_norms import light_norms
 from autoprune.tracing import ByThread, replaced, tracing
 
 _aten = torch.ops.aten
@@ -97,7 +98,7 @@ def export(
         examples[number] = _of_extent(examples[number], axis, extent)
     try:
         shapes = dynamic_shapes(model, free, Dim.AUTO)
-        with tracing(), _plain_attention(), _simple_extents(), torch.no_grad():
+        with tracing(), _plain_attention(), _simple_extents(), light_norms(), torch.no_grad():
             exported: ExportedProgram = torch.export.export(model, tuple(examples), dynamic_shapes=shapes, strict=False)
             return exported
     except IntricateExtents:
