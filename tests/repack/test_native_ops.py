@@ -173,6 +173,20 @@ def test_attention_takes_any_leading_axes(lanes: int) -> None:
         assert torch.allclose(program(data(*shape)), run(data(*shape)), atol=1e-5)
 
 
+@pytest.mark.parametrize("lanes", [None, 4])
+@pytest.mark.parametrize("queries", [1, 21])
+def test_heads_of_queries_that_share_keys_are_native(queries: int, lanes: int | None) -> None:
+    shared: Run = lambda q, k, v, *mask: F.scaled_dot_product_attention(heads(q, 8), k, v, *mask)  # noqa: E731
+    q, mask = data(2, queries, 16), data(queries, 37)
+    assert_native(shared, q, data(2, 1, 37, 8), data(2, 1, 37, 5), lanes=lanes)
+    assert_native(shared, q, data(2, 2, 37, 8), data(2, 1, 37, 5), mask, lanes=lanes)
+
+
+def test_queries_that_share_one_of_many_keys_are_left_to_torch() -> None:
+    graph = simplified(F.scaled_dot_product_attention, data(1, 2, 5, 8), data(3, 2, 7, 8), data(3, 2, 7, 4))
+    assert [op.kind for op in graph.ops].count("attention") == 0
+
+
 MATRICES: dict[str, tuple[Run, list[tuple[int, ...]]]] = {
     "product": (lambda x, y: x @ y, [(2, 3, 13, 7), (2, 3, 7, 33)]),
     "product of a turned one": (lambda x, y: x @ y.transpose(-2, -1), [(2, 3, 29, 70), (2, 3, 33, 70)]),

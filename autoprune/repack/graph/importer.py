@@ -6,7 +6,7 @@ A lifting that returns None leaves the operator to torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -253,14 +253,34 @@ def _attention(site: Site) -> Result:
         return None
     query, key, value = (site.shape(name) for name in ("query", "key", "value"))
     width = query[-1]
-    alike = query[:-2] == key[:-2] == value[:-2] and key[-2] == value[-2] and width == key[-1]
-    if not alike or len(query) < 3 or not isinstance(width, int):
+    if len(query) < 3 or not isinstance(width, int) or width != key[-1] or key[-2] != value[-2]:
         return None
-    given = tuple(site.name(name) for name in ("query", "key", "value"))
+    given, made = [site.name("query")], list[Op]()
+    for name, shape in (("key", key), ("value", value)):
+        sizes = _expansion(shape[:-2], query[:-2])
+        if sizes is None:
+            return None
+        shared, name = site.name(name), f"{site.output} {name}"
+        if any(size != -1 for size in sizes):  # heads of queries that share one of keys
+            made.append(TorchOp.of(name, "aten.expand.default", ({"ref": shared}, [*sizes, -1, -1])))
+            shared = name
+        given.append(shared)
     if a["attn_mask"] is not None:
-        given = (*given, site.name("attn_mask"))
+        given.append(site.name("attn_mask"))
     scale = a["scale"] if a["scale"] is not None else 1 / math.sqrt(width)
-    return Attention(site.output, given, scale=scale, causal=a["is_causal"])
+    return (*made, Attention(site.output, tuple(given), scale=scale, causal=a["is_causal"]))
+
+
+def _expansion(extents: Sequence[int | str], wanted: Sequence[int | str]) -> list[int] | None:
+    """What `extents` are expanded to, -1 for one that stays; None where they cannot be those that are wanted."""
+    if len(extents) != len(wanted):
+        return None
+    sizes = []
+    for extent, each in zip(extents, wanted, strict=True):
+        if extent != each and (extent != 1 or not isinstance(each, int)):
+            return None
+        sizes.append(-1 if extent == each else int(each))
+    return sizes
 
 
 def _recurrent(site: Site) -> Result:
