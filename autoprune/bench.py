@@ -21,7 +21,7 @@ from autoprune.repack import ProgramModel, RepackedModel, repack
 from autoprune.repack.probes import fresh
 from autoprune.repack.rivals import dense_calls, signal_to_noise_db
 from autoprune.repack.tuning.layer_times import LayerTime, layer_times
-from autoprune.repack.tuning.roofline import fma_gflops, int8_gops, int8_instruction
+from autoprune.repack.tuning.roofline import bf16_gflops, fma_gflops, int8_gops, int8_instruction
 from autoprune.report.bench_tables import EAGER, REPACKED, Bench, Peak
 from autoprune.tasks.batches import in_pieces
 
@@ -163,5 +163,7 @@ def bench_model(
 
 def _peak(precision: Precision) -> Peak:
     """What a core reaches at most in the products of this precision, where it has an instruction for them."""
+    if precision == "bf16":  # layers are in bf16 or float32, whichever is faster
+        return max(Peak("FMA", fma_gflops()), Peak("bf16", bf16_gflops() or 0.0), key=lambda peak: peak.gflops)
     in_bytes = None if precision == "float32" else int8_gops()
     return Peak("FMA", fma_gflops()) if in_bytes is None else Peak(f"int8 {int8_instruction()}", in_bytes)

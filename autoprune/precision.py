@@ -10,8 +10,9 @@ OfLayer = Literal["float32", "int8"]
 
 OF_LAYERS: tuple[OfLayer, ...] = get_args(OfLayer)
 
-Precision = Literal["float32", "int8", "mixed"]
-"""``int8``: weights and activations in bytes wherever a layer can be; ``mixed``: where that costs little."""
+Precision = Literal["float32", "bf16", "int8", "mixed"]
+"""Which layers are rounded: ``bf16``, weights and inputs to bfloat16 where that is faster on this machine; ``int8``,
+weights and activations to bytes wherever a layer can be; ``mixed``, to bytes where that costs little."""
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 

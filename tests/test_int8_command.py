@@ -20,6 +20,7 @@ from autoprune.errors import AutopruneError, ConfigError
 from autoprune.files import read_json
 from autoprune.pipeline import baselines
 from tests.helpers import SMALL_TOML
+from tests.repack.rounded import needs_bf16
 
 MODELS = """
 import torch
@@ -96,6 +97,22 @@ def test_a_model_is_repacked_in_bytes_and_told_by_layer(folder: Path) -> None:
     assert any(row.precision == "int8" for row in fast.report)
 
 
+@needs_bf16
+def test_a_model_is_repacked_in_bf16_without_calibration(folder: Path) -> None:
+    """Which of its layers are, is measured: each is told."""
+    table = rows_of(invoke("repack", *NET, "--precision", "bf16", "--save", "fast.safetensors"), "layer")
+    fast = autoprune.load(folder / "fast.safetensors")
+    assert {row.precision for row in fast.report} <= {"float32", "bf16"}
+    assert all("float32" in row.why for row in fast.report)
+    assert {row.name for row in fast.report} <= {*table}
+
+
+def test_a_run_in_bf16_is_refused_with_the_precisions_it_may_have(folder: Path) -> None:
+    given = ["run", "digits", "--precision", "bf16", "--run-dir", str(folder / "run")]
+    with pytest.raises(ConfigError, match=r"precision.*planned"):
+        CliRunner().invoke(app, given, catch_exceptions=False)
+
+
 def test_a_float32_model_has_no_columns_about_bytes(folder: Path) -> None:
     assert "SNR" not in invoke("repack", *NET, "--save", "fast.safetensors")
 
@@ -127,6 +144,10 @@ def test_a_benchmark_in_bytes_tells_what_they_lose(folder: Path) -> None:
         (["--precision", "int8"], "--precision int8 needs --calibration"),
         (["--precision", "int4"], "Did you mean 'int8'"),
         (["--calibration", "models_of_test_int8:batches"], "--calibration is for --precision int8 or mixed alone"),
+        (
+            ["--precision", "bf16", "--calibration", "models_of_test_int8:batches"],
+            "for --precision int8 or mixed alone",
+        ),
         (["--precision", "int8", "--calibration", "models_of_test_int8:pairs"], "without targets"),
         (["--precision", "int8", "--calibration", "models_of_test_int8:none"], "gives no batch"),
         (["--precision", "int8", "--calibration", "models_of_test_int8:number"], "must return a list of batches"),

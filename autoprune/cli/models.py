@@ -207,7 +207,7 @@ def _given(
     named = next((each for each in PRECISIONS if each == (precision or "float32")), None)
     if named is None:
         raise ConfigError(f"--precision: {did_you_mean(str(precision), PRECISIONS)}")
-    if named == "float32":
+    if named in ("float32", "bf16"):
         only_for("--precision int8 or mixed", {"--calibration": calibration})
     elif calibration is None:
         raise ConfigError(

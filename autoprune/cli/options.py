@@ -35,16 +35,16 @@ Seed = Annotated[int | None, typer.Option(help="Of everything that is drawn: the
 
 def completed_precision(incomplete: str) -> list[str]:
     """Completes a precision."""
-    from autoprune.precision import RUN_PRECISIONS
+    from autoprune.precision import PRECISIONS, RUN_PRECISIONS
 
-    return [name for name in RUN_PRECISIONS if name.startswith(incomplete)]
+    return [name for name in dict.fromkeys((*PRECISIONS, *RUN_PRECISIONS)) if name.startswith(incomplete)]
 
 
 Precision = Annotated[
     str | None,
     typer.Option(
-        help="Of the repacked model: float32, int8, or mixed (int8 where it costs little); of a config's also planned "
-        "(layer by layer, as the search chooses): its key precision.",
+        help="Of the repacked model: float32, int8, or mixed (int8 where it costs little); of a function's also bf16 "
+        "(where that is faster), of a config's also planned (layer by layer, as the search chooses): key precision.",
         autocompletion=completed_precision,
     ),
 ]

@@ -28,6 +28,7 @@ from autoprune.repack.graph.calls import Signature
 from autoprune.repack.graph.demand import check_demand
 from autoprune.repack.graph.ops import LayerOp
 from autoprune.repack.kernels.compiler import unavailable
+from autoprune.repack.lowering.bf16_rules import refusal
 from autoprune.repack.lowering.weights import Weights
 from autoprune.repack.modules.backends import BACKENDS, LayerForm
 from autoprune.repack.modules.replacement import with_submodule
@@ -79,10 +80,12 @@ def load(path: Path | str, model: nn.Module | None = None, *, threads: int | Non
 
     Raises:
         FileError: the file is missing, corrupt, of another version, of another model, or needs `model`.
-        AutopruneError: `threads` is no number of threads.
+        AutopruneError: `threads` is no number of threads, or layers are in bf16 and this machine has no instruction
+            for that.
     """
     check_threads(threads)
     path = given_path(path)
+    made: RepackedModel | None = None
     tensors, about = read_tensors(path, "the packed model")
     try:
         if about["version"] != FILE_VERSION:
@@ -91,11 +94,11 @@ def load(path: Path | str, model: nn.Module | None = None, *, threads: int | Non
         if about["form"] == _PROGRAM:
             program = _read_program(tensors, about, threads, path.stat().st_size)
             names = [each.name for each in program.graph.inputs]
-            return ProgramModel(program, report, Signature.from_json(about["parameters"], names))
-        if about["form"] != _MODULES:
+            made = ProgramModel(program, report, Signature.from_json(about["parameters"], names))
+        elif about["form"] != _MODULES:
             raise FileError(f"its form is {about['form']!r}")
-        if model is not None:
-            return _read_modules(tensors, about, uncompiled_(copy_for_inference(model)), report)
+        elif model is not None:
+            made = _read_modules(tensors, about, uncompiled_(copy_for_inference(model)), report)
     except FileError as error:
         raise FileError(f"the packed model is corrupt: {path} ({error})") from None
     except (OSError, AssertionError) as error:
@@ -110,7 +113,18 @@ def load(path: Path | str, model: nn.Module | None = None, *, threads: int | Non
             f"the packed model {path} is corrupt, or was made of another model ({type(error).__name__}: "
             f"{first_line(error)}). Repack again, or give the model it was made of."
         ) from None
-    raise FileError(f"{path} holds weights alone: give load the model they belong to, as load(path, model).")
+    if made is None:
+        raise FileError(f"{path} holds weights alone: give load the model they belong to, as load(path, model).")
+    if isinstance(made, ProgramModel) and not unavailable():
+        _check_instructions(made.program)
+    return made
+
+
+def _check_instructions(program: Program) -> None:
+    """Raises AutopruneError where this machine lacks an instruction that a program's kernels need."""
+    reason = refusal(program.target)
+    if reason and any(weights.packed.in_bf16 for weights in program.weights.values()):
+        raise AutopruneError(reason)
 
 
 _ROW = {
@@ -181,8 +195,12 @@ def _read_program(tensors: Mapping[str, Tensor], about: Any, threads: int | None
                 raise FileError(f"{op.output!r} is not the layer that was packed")
             if ("scale" in op.tensors) != (packed[op.output].scale is not None):
                 raise FileError(f"{op.output!r} and its packed weight are not of one precision")
+            if op.in_bf16 != packed[op.output].in_bf16:
+                raise FileError(f"of {op.output!r} and its packed weight one is in bf16 and one is not")
             bias = constants[op.tensors["bias"]] if "bias" in op.tensors else None
             weights[op.output] = Weights.of(packed[op.output], bias)
+        elif isinstance(op, LayerOp) and op.in_bf16:
+            raise FileError(f"{op.output!r} is in bf16 and its weight is not packed")
     if set(weights) != set(packed):
         raise FileError("it packs layers that the graph does not have")
     missing = {name for name, tensor in constants.items() if tensor.is_meta} - graph.packed_weights(packed)

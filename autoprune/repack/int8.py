@@ -23,6 +23,8 @@ from autoprune.repack.graph.ir import Graph
 from autoprune.repack.graph.ops import LayerOp
 from autoprune.repack.graph.proofs import proven
 from autoprune.repack.graph.reference import reference
+from autoprune.repack.kernels.compiler import host
+from autoprune.repack.lowering.bf16_rules import refusal
 from autoprune.repack.outputs import noise_of, same_output
 from autoprune.repack.probes import agrees, fresh, probes
 from autoprune.repack.quantize import (
@@ -42,6 +44,7 @@ from autoprune.repack.report import LayerReport
 # two right programs differ by sqrt(2) of that.
 NOISE = 1.5
 LEAST = 1e-4  # of the outputs' size
+_WITHOUT_DATA = ("float32", "bf16")
 FEW, MORE = 256, 7  # numbers that outputs hold; inputs that are tried then
 
 
@@ -50,8 +53,8 @@ class Wish:
     """What precision a model's layers are to have, and where the grids of its values come from.
 
     Attributes:
-        precision: ``float32``; ``int8``: every layer that can be; ``mixed``: those that cost little; by layer: those
-            that are named int8.
+        precision: ``float32``; ``bf16``: layers that are faster so; ``int8``: every layer that can be; ``mixed``: those
+            that cost little; by layer: those that are named int8.
         calibration: batches of inputs, each as the model is called.
         grids: of a fake-quantised model, by place; empty of any other.
     """
@@ -85,19 +88,22 @@ class Wish:
             )
         if modules and self.precision != "float32":
             raise AutopruneError(f"precision={self.precision!r} needs the form 'program': packed modules are float32.")
-        if self.precision == "float32" and self.grids:
+        if self.precision == "bf16" and (reason := refusal(host())):
+            raise AutopruneError(reason)
+        if self.precision in _WITHOUT_DATA and self.grids:
             raise AutopruneError(
                 "the model is fake-quantised: repack it with precision='int8', or make it plain before, with "
                 "autoprune.dequantize_(model)."
             )
-        if self.precision == "float32" and self.calibration is not None:
-            raise AutopruneError("calibration batches are for precision='int8' or 'mixed'; float32 needs none.")
+        if self.precision in _WITHOUT_DATA and self.calibration is not None:
+            told = f"calibration batches are for precision='int8' or 'mixed'; {self.precision} needs none."
+            raise AutopruneError(told)
         if self.grids and self.calibration is not None:
             raise AutopruneError(
                 "the model is fake-quantised and was trained with its grids: leave calibration out, or calibrate it "
                 "anew after autoprune.dequantize_(model)."
             )
-        if self.precision != "float32" and self.calibration is None and not self.grids:
+        if self.precision not in _WITHOUT_DATA and self.calibration is None and not self.grids:
             raise AutopruneError(
                 f"precision={self.precision!r} needs calibration=batches: some inputs of the model, as it will see "
                 "them, from which the ranges of its activations are found (four batches of 32 are plenty)."

@@ -10,6 +10,7 @@ import copy
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -25,6 +26,7 @@ from autoprune.model.recurrent.modules import cut_states_
 from autoprune.model.recurrent.names import cell_of
 from autoprune.model.weights import first_names, kind_of, weight_of
 from autoprune.precision import ModelPrecision
+from autoprune.repack.bf16 import faster_layers, with_bf16
 from autoprune.repack.garbage import without_full_collections
 from autoprune.repack.graph.batching import apart
 from autoprune.repack.graph.calls import Signature, record_classes
@@ -83,8 +85,8 @@ def repack(
             torch.export and torch.compile accept; None: a program where the model can be captured.
         backends: rows of BACKENDS that a layer of the ``modules`` form may have besides ``dense``; all when None.
         choose: names a layer's backend in the ``modules`` form without measuring.
-        precision: ``float32``; ``int8``: weights and activations in bytes wherever a layer can be; ``mixed``: where it
-            costs little; or layers' names with ``float32`` or ``int8``, the others being float32. A program only.
+        precision: ``float32``; ``bf16``: where a layer is faster so; ``int8``: bytes where a layer can be; ``mixed``:
+            where it costs little; or layers' names with ``float32`` or ``int8``, others float32. A program only.
         calibration: for int8: batches of inputs, each as the model is called, from which the ranges of its activations
             are found. None of a model that `quantize_` made ready: it has the grids it was trained with.
         protocol: how layers of the ``modules`` form are timed.
@@ -166,7 +168,15 @@ def _as_program(
     captured = known if known is not None else capture(original, arguments)
     graph = plain = simplify(captured)
     precisions: tuple[LayerPrecision, ...] = ()
-    if wish.precision != "float32":
+    if wish.precision == "bf16":
+        progress("looking which layers are faster in bf16")
+        cache = cache if cache is not None else TuningCache()
+        build = partial(build_whole, inputs=inputs, threads=threads, clock=clock, cache=cache, progress=progress)
+        precisions = faster_layers(graph, packable, build, fresh(inputs), cache)
+        if chosen := [each.output for each in precisions if each.precision == "bf16"]:
+            plain = freed(graph, by_place, inputs)
+            graph = with_bf16(plain, chosen)
+    elif wish.precision != "float32":
         progress("quantising the model")
         plain = freed(graph, by_place, inputs)
         graph, precisions = wish.quantised(plain, captured, original, arguments)
@@ -181,7 +191,7 @@ def _as_program(
     if plain is graph:
         _check(original, arguments, made, wanted)
     elif not reproduces(made.by_place, graph, plain, inputs):
-        raise CaptureError("the captured program does not reproduce the quantised model.")
+        raise CaptureError("the captured program does not reproduce the model with rounded layers.")
     zeros = sparsities(original, lambda: by_place(*fresh(inputs)))
     rows = _report(original, zeros, graph, layers, tuned)
     made.report = tuple(with_precision(row, precisions) for row in rows)
@@ -248,7 +258,8 @@ def packable(graph: Graph) -> dict[str, Layer]:
             if weight.dtype == torch.float32 and not is_depthwise(op, weight):
                 bias = graph.constants[op.tensors["bias"]] if "bias" in op.tensors else None
                 scale = graph.constants[op.tensors["scale"]] if "scale" in op.tensors else None
-                layers[op.output] = Layer(weight, bias, op.conv_groups, gated_together(graph, op), scale)
+                together = gated_together(graph, op)
+                layers[op.output] = Layer(weight, bias, op.conv_groups, together, scale, op.in_bf16)
     return layers
 
 
@@ -261,7 +272,7 @@ def gated_together(graph: Graph, op: LayerOp) -> int:
     return len(weight) // len(graph.constants[source.tensors["weight"]]) if isinstance(source, Gate) else 1
 
 
-def build_program(
+def build_whole(
     graph: Graph, layers: dict[str, Layer], inputs: tuple[Tensor, ...], threads: int | None, clock: Clock,
     cache: TuningCache | None, progress: Callable[[str], None],
 ) -> tuple[Program, Tuned]:  # fmt: skip
@@ -274,11 +285,20 @@ def build_program(
     }
     light = replace(graph, constants=constants)
     tuned = tune(Program(light, weights, threads=threads), layers, inputs, cache, clock, progress)
-    whole = Program(light, tuned.weights, tuned.tilings, threads)
+    return Program(light, tuned.weights, tuned.tilings, threads), tuned
+
+
+def build_program(
+    graph: Graph, layers: dict[str, Layer], inputs: tuple[Tensor, ...], threads: int | None, clock: Clock,
+    cache: TuningCache | None, progress: Callable[[str], None],
+) -> tuple[Program, Tuned]:  # fmt: skip
+    """`build_whole`, or a program that takes batches apart where that is faster."""
+    whole, tuned = build_whole(graph, layers, inputs, threads, clock, cache, progress)
+    light, weights = whole.graph, tuned.weights
     if not apart(light):
         return whole, tuned
     if inputs[0].shape[0] < 2:
-        return Program(light, tuned.weights, tuned.tilings, threads, by_sample=streams_little(whole, inputs)), tuned
+        return Program(light, weights, tuned.tilings, threads, by_sample=streams_little(whole, inputs)), tuned
     draft, one = Program(light, weights, threads=threads, by_sample=True), tuple(x[:1] for x in inputs)
     if draft.split_plan(shapes_of(inputs)) is None:
         return whole, tuned

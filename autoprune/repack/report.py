@@ -32,9 +32,9 @@ class LayerReport:
         packed_us: likewise of the fastest packed form.
         fused: what was folded into it: ``batch norm``, an activation, a sum, or nothing.
         why: the reason for the choice.
-        precision: of its work: ``float32`` or ``int8``.
-        scale, zero_point: of its input's bytes; None in float32.
-        snr_db: how far the quantising error lies below its output, decibels; None in float32.
+        precision: of its work: ``float32``, ``bf16`` or ``int8``.
+        scale, zero_point: of its input's bytes; None unless it is int8.
+        snr_db: how far the rounding error lies below its output, decibels; None in float32.
     """
 
     name: str

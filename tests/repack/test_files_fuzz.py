@@ -31,7 +31,9 @@ from autoprune.registry import Choice
 from autoprune.repack import ProgramModel, RepackedModel, load, repack, save
 from autoprune.repack.graph.activations import ACTIVATIONS
 from autoprune.repack.graph.ops import OPS
+from autoprune.repack.kernels.compiler import host
 from tests.repack.grouped_products import Mixture
+from tests.repack.rounded import in_bf16
 
 X = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 BACKENDS_IN_TURN = {"0": "jit", "3": "torch", "6": "dense", "10": "jit"}
@@ -157,7 +159,7 @@ def sequences() -> nn.Sequential:
 
 BUILDS: dict[str, Callable[[], nn.Module]] = {
     "modules": layers, "maps": Maps, "gated": Silenced, "tokens": Tokens, "decoding": Decoding, "states": States,
-    "routed": Routed, "sequences": sequences, "int8": Maps,
+    "routed": Routed, "sequences": sequences, "int8": Maps, **({"bf16": Maps} if host().bf16 else {}),
 }  # fmt: skip
 MODULES = ("modules", "sequences")
 FORMS = pytest.mark.parametrize("form", BUILDS)
@@ -184,6 +186,8 @@ def repacked(form: str) -> RepackedModel:
         return repack(model, X, form="modules", choose=lambda *_: "jit")
     if form == "int8":
         return repack(model, X, precision="int8", calibration=[X, X.flip(0)], threads=1)
+    if form == "bf16":
+        return in_bf16(model, X)
     if form != "modules":
         return repack(model, X, form="program", threads=1)
     done = repack(model, X, choose=lambda name, _: BACKENDS_IN_TURN[name])
@@ -523,7 +527,7 @@ def test_a_changed_description_is_refused_or_harmless(form: str, path: Path) -> 
         results[outcome(path, form)] += 1
     assert results["refused"] > 50
     assert results["ran"] > 4  # a changed timing is harmless
-    assert results["cannot run"] or form in (*MODULES, "routed", "int8")
+    assert results["cannot run"] or form in (*MODULES, "routed", "int8", "bf16")
 
 
 NUMBERS = [("version",)] + [
@@ -611,6 +615,6 @@ def test_hostile_arrays_with_right_checksums_are_refused_or_harmless(form: str, 
         path.write_bytes(file_of({key: value.contiguous() for key, value in tensors.items()}, about))
         results.setdefault(name.rpartition("|")[2], set()).add(outcome(path, form))
     scales = {"tokens": ["scales"], "int8": ["filter_scales"]}.get(form, [])
-    fields = {"positions", "values", *scales, *([] if form in ("maps", "gated", "int8") else ["rows"])}
+    fields = {"positions", "values", *scales, *([] if form in ("maps", "gated", "int8", "bf16") else ["rows"])}
     assert all("refused" in results[field] for field in fields)
     assert any("ran" in each for each in results.values())

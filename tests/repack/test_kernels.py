@@ -207,6 +207,7 @@ def program_of(
         weight = constants[op.tensors["weight"]] if "weight" in op.tensors else None
         if weight is not None and isinstance(op, LayerOp) and not is_depthwise(op, weight):
             packed = pack(weight, op.conv_groups, size)
+            packed = packed.to_bf16() if op.in_bf16 else packed
             weights[op.output] = Weights.of(packed, constants.get(op.tensors.get("bias", "")))
     return Program(graph, weights, dict.fromkeys(weights, tiling), threads=1, target=target_of(lanes))
 

@@ -81,8 +81,8 @@ def finetune_(
 
 
 def _quantizing(task: Task, inputs: tuple[Any, ...], precision: ModelPrecision) -> Callable[[nn.Module], object] | None:
-    """What fake-quantises a model in training; None in float32."""
-    if precision == "float32":
+    """What fake-quantises a model in training; None where no layer becomes bytes."""
+    if precision == "float32" or precision == "bf16":
         return None
     calibration = task.positional_calibration()
     return partial(quantize_, example_inputs=inputs, calibration=calibration, precision=precision)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from autoprune.latency.engines.base import DenseEngine
-from autoprune.precision import RunPrecision
+from autoprune.precision import Precision, RunPrecision
 from autoprune.registry import Registry
 
 ENGINES: Registry[DenseEngine] = Registry(
@@ -23,13 +23,18 @@ ENGINES: Registry[DenseEngine] = Registry(
 )
 
 
-def baselines(precision: RunPrecision = "float32") -> tuple[str, ...]:
+_ALIKE: Mapping[RunPrecision | Precision, tuple[str, ...]] = {"float32": ("float32",), "bf16": ("float32", "bf16")}
+"""Precision of a repacked model -> those of the engines that do as exact a work; of any where it is not here."""
+
+
+def baselines(precision: RunPrecision | Precision = "float32") -> tuple[str, ...]:
     """The engines that a model repacked in this precision is compared with.
 
-    In float32 those that do the same work as the model itself, all in float32. Who accepts the error of bytes could
-    run the dense model in any precision: all of them.
+    In float32 those that do the same work as the model itself, all in float32; in bf16 those in bf16 too. Who accepts
+    the error of bytes could run the dense model in any precision: all of them.
     """
-    return tuple(name for name in ENGINES if precision != "float32" or ENGINES.get(name).precision == "float32")
+    alike = _ALIKE.get(precision)
+    return tuple(name for name in ENGINES if alike is None or ENGINES.get(name).precision in alike)
 
 
 def best_engine(ms: Mapping[str, float], among: Iterable[str] | None = None) -> str:

@@ -37,6 +37,7 @@ _FUSED: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "wasm32": (),
 }  # family -> sets of features, of which one is enough; that of x86 where a family is not among them
 _PERMIT_TILES = (158, 0x1023, 18)  # arch_prctl, ARCH_REQ_XCOMP_PERM, the state of tile registers
+DOT_BF16 = "vdpbf16ps (AVX512_BF16)"
 OP = "op"  # the function of a kernel's module
 Dot = Literal["vnni", "usdot", "sdot", "madd", "halves", "plain"]
 _DOTS: tuple[tuple[int, tuple[str, ...], Dot], ...] = (
@@ -117,6 +118,11 @@ class Target:
     def amx(self) -> bool:
         """Whether it multiplies tiles of bytes, see `dot_amx`."""
         return self.lanes == 16 and self.dot == "vnni" and self._has("amx-tile", "amx-int8")
+
+    @property
+    def bf16(self) -> bool:
+        """Whether it adds products of two bfloat16 numbers to each 32-bit lane, by one instruction, `DOT_BF16`."""
+        return self.lanes == 16 and self._has("avx512bf16", "avx512vl")
 
     def _has(self, *names: str) -> bool:
         named = [(feature[1:], feature.startswith("+")) for feature in self.features.split(",") if feature]

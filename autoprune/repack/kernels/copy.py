@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import llvmlite.ir as ir
 
+from autoprune.repack.kernels import bf16
 from autoprune.repack.kernels.compiler import Target, kernel
 from autoprune.repack.kernels.fields import NUMBER, OFFSET, SLOT, Fields
 from autoprune.repack.kernels.ir import (
@@ -63,11 +64,11 @@ def copy_map(target: Target) -> ir.Module:
 
 
 @kernel
-def planes(stride: int, target: Target) -> ir.Module:
+def planes(stride: int, target: Target, rounds: bool = False) -> ir.Module:
     """The op that deals columns out to `stride` phases, and rows to theirs; an item is a channel of an image.
 
     Whole rows of the planes are written, their border too, and up to a vector of zeros behind them. One phase each is
-    a map with its border.
+    a map with its border. Where it `rounds`, to bfloat16 numbers.
     """
     module, lanes = ir.Module(), target.lanes
     b, get, item, x, y = _start(module)
@@ -79,9 +80,9 @@ def planes(stride: int, target: Target) -> ir.Module:
         into = at(b, y, b.mul(b.mul(phase, const(stride)), get[Field.Y_PLANE]))
         into = at(b, into, b.mul(row, get[Field.Y_ROW]))
         if stride <= MOST_PHASES:
-            _deal(b, module, get, stride, (line, into, width), lanes)
+            _deal(b, module, get, stride, (line, into, width), lanes, rounds)
         else:
-            _deal_singly(b, get, stride, line, into, width)
+            _deal_singly(b, get, stride, (line, into, width), rounds)
     clear_border(b, y, item, (get[Field.POSITIONS], get[Field.BORDER], get[Field.BORDER_FIRST]))
     b.ret_void()
     return module
@@ -89,7 +90,7 @@ def planes(stride: int, target: Target) -> ir.Module:
 
 def _deal(
     b: ir.IRBuilder, module: ir.Module, get: dict[Field, ir.Value], stride: int,
-    row: tuple[ir.Value, ir.Value, ir.Value], lanes: int,
+    row: tuple[ir.Value, ir.Value, ir.Value], lanes: int, rounds: bool,
 ) -> None:  # fmt: skip
     """A row's columns, a vector of each phase at a time; `row` is (from, to, width)."""
     line, into, whole = row
@@ -105,17 +106,20 @@ def _deal(
             parts.append(masked_load(b, module, at(b, line, start), b.icmp_unsigned("<", index, width), lanes))
         for column in range(stride):
             place = at(b, into, b.mul(const(column), get[Field.Y_PLANE]))
-            store_vector(b, picked(b, parts, column, stride, lanes), at(b, place, position), lanes)
+            made = picked(b, parts, column, stride, lanes)
+            store_vector(b, bf16.rounded(b, made, lanes) if rounds else made, at(b, place, position), lanes)
 
 
 def _deal_singly(
-    b: ir.IRBuilder, get: dict[Field, ir.Value], stride: int, line: ir.Value, into: ir.Value, width: ir.Value
+    b: ir.IRBuilder, get: dict[Field, ir.Value], stride: int, row: tuple[ir.Value, ir.Value, ir.Value], rounds: bool
 ) -> None:
     """The same, a number at a time: code for many phases at once would take long to compile."""
+    line, into, width = row
     with loop(b, const(0), get[Field.Y_ROW]) as position, loop(b, const(0), const(stride)) as column:
         source = b.sub(b.add(b.mul(position, const(stride)), column), get[Field.PAD_W])
         inside = b.icmp_unsigned("<", source, width)
         value = b.load(at(b, line, b.select(inside, source, const(0))))
+        value = bf16.rounded(b, value, 1) if rounds else value
         place = at(b, at(b, into, b.mul(column, get[Field.Y_PLANE])), position)
         b.store(b.select(inside, value, ir.Constant(value.type, 0.0)), place)
 

@@ -9,6 +9,7 @@ from functools import partial
 import llvmlite.ir as ir
 import numpy as np
 
+from autoprune.repack.kernels import bf16
 from autoprune.repack.kernels.ir import F32, I32, clamp, fma, vector
 
 Emit = Callable[[ir.IRBuilder, ir.Module, ir.Value, int], ir.Value]
@@ -319,6 +320,7 @@ Beyond 4 they are exactly x or 0, so that the error does not grow with x.
 
 FUNCTIONS: Mapping[str, Emit] = {
     **ACTIVATIONS,
+    "bf16": lambda b, module, x, lanes: bf16.rounded(b, x, lanes),
     "exp": exp,
     "sqrt": _sqrt,
     "rsqrt": lambda b, module, x, lanes: b.fdiv(splat_float(1.0, lanes), _sqrt(b, module, x, lanes)),

@@ -68,8 +68,8 @@ class Field(Fields):
     RESIDUAL_IMAGE = NUMBER.of("residual")
     MASK = INT32_ARRAY  # per position: -1 inside the map, 0 on its border
     GROUP_POINTER = INT32_ARRAY  # per group: its first kept position; with panels, a group and panel
-    OFFSETS = INT32_ARRAY  # per kept position: floats from an output position to what it reads
-    VALUES = FLOAT32_ARRAY
+    OFFSETS = INT32_ARRAY  # per kept position, two a pair: floats from an output position to what it reads
+    VALUES = FLOAT32_ARRAY  # of pairs: the bits of two bfloat16 numbers each
     BIAS = FLOAT32_ARRAY
     Y_CHANNEL = INT32_ARRAY  # per row: floats from Y to the row's channel
     RESIDUAL_CHANNEL = INT32_ARRAY
@@ -99,7 +99,9 @@ class Field(Fields):
 
 
 @kernel
-def offset_gemm(rows: int, target: Target, activation: str = "", columns: bool = False) -> ir.Module:
+def offset_gemm(
+    rows: int, target: Target, activation: str = "", columns: bool = False, pairs: bool = False
+) -> ir.Module:
     """The op for groups of `rows` filters; compiled once a process.
 
     Args:
@@ -107,24 +109,27 @@ def offset_gemm(rows: int, target: Target, activation: str = "", columns: bool =
         target: what to compile for.
         activation: a row of ACTIVATIONS that is no clamp.
         columns: whether columns are read through masks.
+        pairs: whether weights and inputs are bfloat16 numbers: lists are of pairs of kept positions.
     """
-    return offset_gemm_module(rows, target, activation, columns)
+    return offset_gemm_module(rows, target, activation, columns, pairs)
 
 
-def offset_gemm_module(rows: int, target: Target, activation: str = "", columns: bool = False) -> ir.Module:
+def offset_gemm_module(
+    rows: int, target: Target, activation: str = "", columns: bool = False, pairs: bool = False
+) -> ir.Module:
     """The op, not yet compiled."""
     module, heights = ir.Module(), tiles(rows, target, masks=columns)
-    form = Extra.COLUMNS if columns else Extra.NOTHING
+    form = (Extra.COLUMNS if columns else Extra.NOTHING) | (Extra.PAIRS if pairs else Extra.NOTHING)
     built = {count: tile(module, each, count, target, activation, form) for count, each in heights.items()}
     alone = singles(rows, target, columns)
     single = alone and tile(module, heights[alone.count], alone.count, target, activation, form | Extra.SINGLE)
-    _op(module, rows, built, heights, (alone, single) if alone else None, target.lanes, columns)
+    _op(module, rows, built, heights, (alone, single) if alone else None, target.lanes, form)
     return module
 
 
 def _op(
     module: ir.Module, rows: int, built: dict[int, ir.Function], heights: dict[int, int],
-    single: tuple[Singles, ir.Function] | None, lanes: int, columns: bool,
+    single: tuple[Singles, ir.Function] | None, lanes: int, form: Extra,
 ) -> None:  # fmt: skip
     b, fields, slots, item, thread = op_function(module)
     get = Field.load(b, fields)
@@ -149,7 +154,7 @@ def _op(
         begin = long_at(b, pointer, list_)
         kept = b.sub(long_at(b, pointer, b.add(list_, const(1))), begin)
         row0 = b.mul(group, const(rows))
-        offsets = at(b, pointer_field(b, get[Field.OFFSETS], INTS), begin)
+        offsets = at(b, pointer_field(b, get[Field.OFFSETS], INTS), b.mul(begin, const(1 + (Extra.PAIRS in form))))
         values = at(b, pointer_field(b, get[Field.VALUES], FLOATS), b.mul(begin, const(rows)))
         bias = at(b, pointer_field(b, get[Field.BIAS], FLOATS), row0)
         y_channel = at(b, channels, row0)
@@ -171,7 +176,7 @@ def _op(
                     function = single[1]
                     own = at(b, partials, b.add(b.mul(alone, const(rows)), step))
                     given += [b.sub(alone, position), own]
-                if columns:
+                if Extra.COLUMNS in form:
                     here = at(b, inside, position)
                     given += [get[Field.RUNS], ends, get[Field.COLUMNS], here, get[Field.INSIDE_LENGTH]]
                 b.call(function, given)

@@ -12,6 +12,7 @@ from typing import Any
 
 import llvmlite.ir as ir
 
+from autoprune.repack.kernels import bf16
 from autoprune.repack.kernels.compiler import Target
 from autoprune.repack.kernels.fields import Fields
 from autoprune.repack.kernels.ir import (
@@ -100,13 +101,43 @@ class Extra(Flag):
     SINGLE = auto()
     COLUMNS = auto()
     GATED = auto()
+    PAIRS = auto()
 
 
-_ARGUMENTS = {
+_ARGUMENTS: Mapping[Extra, list[ir.Type]] = {
     Extra.SINGLE: [I64, FLOATS],
     Extra.COLUMNS: [I64, INTS, I64, INTS, I64],
     Extra.GATED: [LONGS, FLOATS],
+    Extra.PAIRS: [],
 }
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """How inputs meet weights.
+
+    Attributes:
+        offsets: of an entry of the list that is walked.
+        read: (builder, places, lanes): what lies at an entry's places.
+        add: (builder, sums, inputs, weights, lanes): the sums and the products.
+    """
+
+    offsets: int
+    read: Callable[[ir.IRBuilder, list[ir.Value], int], ir.Value]
+    add: Callable[[ir.IRBuilder, ir.Value, ir.Value, ir.Value, int], ir.Value]
+
+    def entries(self, b: ir.IRBuilder, k: ir.Value) -> list[ir.Value]:
+        """Which offsets entry `k` has."""
+        first = b.mul(k, const(self.offsets)) if self.offsets > 1 else k
+        return [b.add(first, const(number)) if number else first for number in range(self.offsets)]
+
+
+def _products(b: ir.IRBuilder, sums: ir.Value, inputs: ir.Value, weights: ir.Value, lanes: int) -> ir.Value:
+    return b.call(fma(b.module, lanes), [inputs, weights, sums])
+
+
+FLOATS_ALONE = Meeting(1, lambda b, places, lanes: load_vector(b, places[0], lanes), _products)
+PAIRS = Meeting(2, bf16.pairs_at, bf16.add_products)
 
 
 # long: one function of LLVM IR, emitted block after block; cut apart, its values would be passed around by the dozen.
@@ -122,6 +153,8 @@ def tile(
     - COLUMNS: runs, their ends, columns, what lies inside by column, and how far it is from a column's to the next;
     - GATED: the `kept` positions to walk, each its offset and, 32 bits up, where its weights lie; a factor a row, which
       its sum is multiplied by.
+
+    With PAIRS `kept` counts pairs: two offsets each, and weights that are two bfloat16 numbers a row.
     """
     lanes = target.lanes
     kinds = [FLOATS, INTS, I64, FLOATS, I64, FLOATS, FLOATS, INTS, FLOATS, INTS, I64, INTS, F32, F32, FLOATS, I64]
@@ -134,6 +167,7 @@ def tile(
     alone, partial_alone = _taken(more, Extra.SINGLE, extra) or (None, None)
     runs = _taken(more, Extra.COLUMNS, extra)
     gate = _taken(more, Extra.GATED, extra)
+    meeting = PAIRS if Extra.PAIRS in extra else FLOATS_ALONE
     entry, body, add, finish = (function.append_basic_block(name) for name in ("entry", "body", "add", "finish"))
     b = ir.IRBuilder(entry)
     for row in range(rows):  # written long after: no store has to wait for its cache line
@@ -171,19 +205,24 @@ def tile(
 
         def turn(k: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
             entry_ = b.load(at(b, gate[0], k)) if gate else None
-            source = at(b, x, long_at(b, offsets, k) if entry_ is None else b.sext(b.trunc(entry_, I32), I64))
-            inputs = [kept_by(b, load_vector(b, at(b, source, const(lanes * v)), lanes), bits[v])
-                      for v in range(vectors)]  # fmt: skip
+            if entry_ is None:
+                places = [long_at(b, offsets, each) for each in meeting.entries(b, k)]
+            else:
+                places = [b.sext(b.trunc(entry_, I32), I64)]
+            sources = [at(b, x, each) for each in places]
+            inputs = [
+                kept_by(b, meeting.read(b, [at(b, each, const(lanes * v)) for each in sources], lanes), bits[v])
+                for v in range(vectors)
+            ]
             weights = at(b, w, b.mul(k, pitch) if entry_ is None else b.ashr(entry_, const(32)))
             if not gate:
                 prefetch_ahead(b, module, weights)
             made = []
             for row, weight in enumerate(broadcast(b, weights, rows, lanes, target.by_lane)):
-                for v in range(vectors):
-                    made.append(b.call(fma(module, lanes), [inputs[v], weight, sums[row * vectors + v]]))
+                made += [meeting.add(b, sums[row * vectors + v], inputs[v], weight, lanes) for v in range(vectors)]
             if alone is not None:
-                given = splat(b, kept_by(b, b.load(at(b, source, alone)), bit), rows)
-                made.append(b.call(fma(module, rows), [given, load_vector(b, weights, rows), sums[-1]]))
+                given = splat(b, kept_by(b, meeting.read(b, [at(b, each, alone) for each in sources], 1), bit), rows)
+                made.append(meeting.add(b, sums[-1], given, load_vector(b, weights, rows), rows))
             return made
 
         return fold(b, first, last, sums, turn)

@@ -5,6 +5,8 @@ one broadcast of each token's feature meets the group's weights. Two groups that
 little is pruned, are computed as one, so that each broadcast meets twice the weights. Several tokens stay in registers
 together; where there is but one, it is summed in several independent chains, so that the last bits of its result are
 others than if there were more.
+
+Weights may be pairs of bfloat16 numbers, of two kept features, which are multiplied as floats: half as much to read.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import NamedTuple
 
 import llvmlite.ir as ir
 
+from autoprune.repack.kernels import bf16
 from autoprune.repack.kernels.compiler import Target, kernel
 from autoprune.repack.kernels.fields import FLOAT, FLOAT32_ARRAY, INT32_ARRAY, NUMBER, OFFSET, PRESENCE, SLOT, Fields
 from autoprune.repack.kernels.ir import (
@@ -58,8 +61,8 @@ class Field(Fields):
     Y_TOKEN = NUMBER
     RESIDUAL_TOKEN = NUMBER.of("residual")
     GROUP_POINTER = INT32_ARRAY
-    INDEX = INT32_ARRAY  # per kept position: the feature
-    VALUES = FLOAT32_ARRAY
+    INDEX = INT32_ARRAY  # per kept position, two a pair: the feature
+    VALUES = FLOAT32_ARRAY  # of pairs: the bits of two bfloat16 numbers each
     BIAS = FLOAT32_ARRAY
     OUT_INDEX = INT32_ARRAY  # per row: the filter, -1 for none
     FIRST = INT32_ARRAY  # per group: its first filter when its filters are neighbours, else -1
@@ -72,6 +75,8 @@ class Field(Fields):
     BLOCK = NUMBER  # tokens an item
 
 
+PAIRS = INTS  # to weights, by which the kernels tell what they are
+FEATURES = {FLOATS: 1, PAIRS: 2}  # of an entry of a list
 CHAINS = 6  # of a single token: enough to hide how long a sum takes, and few enough for 16 registers
 
 
@@ -105,10 +110,13 @@ def token_counts(rows: int, target: Target) -> list[int]:
 
 
 @kernel
-def rows_gemm(rows: int, target: Target, activation: str = "", twins: bool = False) -> ir.Module:
-    """The op for groups of `rows` filters, with `twins` computed as one; an item is some groups by some tokens."""
+def rows_gemm(rows: int, target: Target, activation: str = "", twins: bool = False, pairs: bool = False) -> ir.Module:
+    """The op for groups of `rows` filters, with `twins` computed as one; an item is some groups by some tokens.
+
+    Where weights are `pairs`, lists are of pairs of kept features.
+    """
     module = ir.Module()
-    compute = group_product(module, rows, target, activation, twins)
+    compute = group_product(module, rows, target, activation, twins, pairs)
     b, fields, slots, item, _ = op_function(module)
     get = Field.load(b, fields)
     chunk, block = b.srem(item, get[Field.CHUNKS]), b.sdiv(item, get[Field.CHUNKS])
@@ -156,13 +164,14 @@ GroupProduct = Callable[
 
 
 def group_product(
-    module: ir.Module, rows: int, target: Target, activation: str = "", twins: bool = False
+    module: ir.Module, rows: int, target: Target, activation: str = "", twins: bool = False, pairs: bool = False
 ) -> GroupProduct:
     """What emits the product of one group of `rows` filters, or of twins, several tokens together."""
     sizes = (1, 2) if twins else (1,)
     counts = {groups: token_counts(groups * rows, target) for groups in sizes}
+    kind = PAIRS if pairs else FLOATS
     built = {
-        (groups, count): _tile(module, rows, groups, count, target, activation)
+        (groups, count): _tile(module, rows, groups, count, target, activation, kind)
         for groups in sizes
         for count in counts[groups]
     }
@@ -174,8 +183,8 @@ def group_product(
         pointer = pointer_field(b, packed.group_pointer, INTS)
         begin = long_at(b, pointer, group)
         kept = b.sub(long_at(b, pointer, b.add(group, const(1))), begin)
-        index = at(b, pointer_field(b, packed.index, INTS), begin)
-        values = at(b, pointer_field(b, packed.values, FLOATS), b.mul(begin, const(rows)))
+        index = at(b, pointer_field(b, packed.index, INTS), b.mul(begin, const(FEATURES[kind])))
+        values = at(b, pointer_field(b, packed.values, kind), b.mul(begin, const(rows)))
         row0 = b.mul(group, const(rows))
         bias = at(b, pointer_field(b, packed.bias, FLOATS), row0)
         out_index = at(b, pointer_field(b, packed.out_index, INTS), row0)
@@ -226,14 +235,16 @@ def _passes(
                     some(end, count, rest)
 
 
-def _tile(module: ir.Module, size: int, groups: int, tokens: int, target: Target, activation: str) -> ir.Function:
+def _tile(
+    module: ir.Module, size: int, groups: int, tokens: int, target: Target, activation: str, kind: ir.Type
+) -> ir.Function:
     """All filters of a group of `size`, or of as many as keep the same, for `tokens` tokens.
 
-    Where fewer are `inside`, the last of them stands for the others, too.
+    Where fewer are `inside`, the last of them stands for the others, too. `kind`: of a pointer to weights.
     """
     rows = groups * size
     kinds = [
-        I64, FLOATS, I64, INTS, I64, FLOATS, FLOATS, FLOATS, I64, FLOATS, I64, I64, INTS, I64, F32, F32,
+        I64, FLOATS, I64, INTS, I64, kind, FLOATS, FLOATS, I64, FLOATS, I64, I64, INTS, I64, F32, F32,
     ]  # fmt: skip
     function = inner_function(module, f"tile_{rows}x{tokens}", kinds)
     (inside, x, x_token, index, kept, values, bias, y, y_token, residual, residual_token, has_residual, out_index,
@@ -365,8 +376,9 @@ def _step(
     index: ir.Value, values: Sequence[ir.Value], size: int, wide: int, k: ir.Value, step: int,
 ) -> list[list[ir.Value]]:  # fmt: skip
     """What `_walk` does at k."""
-    weights: list[ir.Value] = []
-    made, feature = [], k
+    count = FEATURES[values[0].type]
+    terms: list[list[ir.Value]] = []
+    made, features = [], [k]
     for t, own in enumerate(sums):
         if t == 0 or step > 1:
             here = b.add(k, const(t)) if step > 1 else k
@@ -374,9 +386,14 @@ def _step(
             if len(sums) > 1 and step == 1:  # a single token leaves the processor room to load ahead by itself
                 for line in lines:
                     prefetch_ahead(b, module, line)
-            weights = [load_vector(b, line, wide) for line in lines]
-            feature = long_at(b, index, here)
-        given = splat(b, b.load(at(b, sources[t], feature)), wide)
-        products = zip(weights, own, strict=True)
-        made.append([b.call(fma(module, wide), [weight, given, total]) for weight, total in products])
+            read = [load_vector(b, line, wide) for line in lines]
+            terms = [read] if count == 1 else bf16.halves(b, read, wide)
+            first = here if count == 1 else b.mul(here, const(count))
+            features = [long_at(b, index, b.add(first, const(n)) if n else first) for n in range(count)]
+        added = list(own)
+        for feature, weights in zip(features, terms, strict=True):
+            given = splat(b, b.load(at(b, sources[t], feature)), wide)
+            products = zip(weights, added, strict=True)
+            added = [b.call(fma(module, wide), [weight, given, total]) for weight, total in products]
+        made.append(added)
     return made

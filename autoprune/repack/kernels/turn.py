@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import llvmlite.ir as ir
 
+from autoprune.repack.kernels import bf16
 from autoprune.repack.kernels.compiler import Target, kernel
 from autoprune.repack.kernels.fields import FLOAT, NUMBER, OFFSET, SLOT, Fields
 from autoprune.repack.kernels.ir import (
@@ -48,8 +49,11 @@ class Field(Fields):
 
 
 @kernel
-def into_planes(target: Target) -> ir.Module:
-    """The op; an item is as many tokens as a vector has lanes. A plane is filled to whole vectors."""
+def into_planes(target: Target, rounds: bool = False) -> ir.Module:
+    """The op; an item is as many tokens as a vector has lanes. A plane is filled to whole vectors.
+
+    Where it `rounds`, to bfloat16 numbers.
+    """
     module, lanes = ir.Module(), target.lanes
     b, fields, slots, item, _ = op_function(module)
     get = Field.load(b, fields)
@@ -65,10 +69,12 @@ def into_planes(target: Target) -> ir.Module:
         block = [load_vector(b, at(b, line, feature), lanes) for line in lines]
         for i, turned in enumerate(turned_block(b, block)):
             plane = b.mul(b.add(feature, const(i)), get[Field.PLANES_FEATURE])
+            turned = bf16.rounded(b, turned, lanes) if rounds else turned
             store_vector(b, turned, at(b, planes, b.add(plane, first)), lanes)
     end = smaller(b, b.add(first, const(lanes)), tokens)
     with loop(b, whole, features) as feature, loop(b, first, end) as token:
         value = b.load(at(b, rows, b.add(b.mul(token, get[Field.ROWS_TOKEN]), feature)))
+        value = bf16.rounded(b, value, 1) if rounds else value
         b.store(value, at(b, planes, b.add(b.mul(feature, get[Field.PLANES_FEATURE]), token)))
     b.ret_void()
     return module

@@ -177,8 +177,8 @@ class Lowering:
         made = self.maps[key] = Map((batch, channels, height, width), key[1], key[2])
         self.copy_into(name, made, again=key[1:] != ((1, 1), 0.0))
 
-    def copy_into(self, name: str, made: Map, first: int = 0, again: bool = True) -> None:
-        """Copies the value into a map's channels from the `first` on; where it is one, and `again`, from its map."""
+    def copy_into(self, name: str, made: Map, first: int = 0, again: bool = True, rounds: bool = False) -> None:
+        """Copies the value, or what it `rounds` to in bf16, into channels from `first` on; from its map if `again`."""
         source: Map | View | None = self.maps.get((name, (1, 1), 0.0)) if again else None
         if source is None:
             source = self.plain(name)
@@ -187,7 +187,7 @@ class Lowering:
         shape = (batch, channels, height, width)
 
         def build(*_: Any) -> NativeOp:
-            return map_nodes.copied(name, shape, read.ref(), made.at.ref(first), made.layout, self.target)
+            return map_nodes.copied(name, shape, read.ref(), made.at.ref(first), made.layout, self.target, rounds)
 
         self.steps.append(NativeStep(name, [source.buffer], made.buffer, build))
 

@@ -16,7 +16,7 @@ from autoprune.repack.kernels.gate import scratch as gate_scratch
 from autoprune.repack.kernels.gated_gemm import Dead
 from autoprune.repack.kernels.gated_gemm import scratch as gated_scratch
 from autoprune.repack.kernels.window import Mode
-from autoprune.repack.lowering import byte_map_rules, byte_rules, convolutions, map_nodes
+from autoprune.repack.lowering import bf16_rules, byte_map_rules, byte_rules, convolutions, map_nodes
 from autoprune.repack.lowering.buffers import Buffer
 from autoprune.repack.lowering.context import Lowering
 from autoprune.repack.lowering.geometry import WIDEST_STRIDE, Tiling, Window
@@ -61,6 +61,9 @@ def conv2d(lowering: Lowering, op: ConvolutionOp) -> bool:
     if byte_rules.in_bytes(lowering, op):
         byte_rules.conv2d(lowering, op, window, shape)
         return True
+    if bf16_rules.in_bf16(lowering, op):
+        points = skips(lowering, bf16_rules.name_of(lowering, x), window)
+        x = bf16_rules.rounded_map(lowering, x, (1, 1) if points else window.stride)
     if skips(lowering, x, window):
         given, window = subsampled(lowering, x, window.stride), replace(window, stride=(1, 1))
     elif not isinstance(op, GatedConv2d) and crowded(lowering, window, shape):

@@ -21,6 +21,7 @@ from autoprune.repack.lowering.weights import Weights
 from autoprune.repack.native.op import NativeOp, op_of
 from autoprune.repack.weights.grouping import GROUP_SIZES
 from autoprune.repack.weights.packed import PackedWeight
+from autoprune.repack.weights.pairs import paired
 
 PANEL_BLOCK = 384  # the most positions an item has with panels: their sums must stay in the nearest cache
 RUN = 32  # kept positions of one column that are walked before the next column's, about
@@ -107,7 +108,7 @@ def convolution(
         fields = gated_gemm.Field.shared(given) | _gated(weights, packed, offsets, gated, scratch)
         kernel = gated_gemm.gated_gemm(packed.group_size, target, other)
         return op_of(name, kernel, gated_gemm.Field, fields, items)
-    kernel = offset_gemm.offset_gemm(packed.group_size, target, other, masks is not None)
+    kernel = offset_gemm.offset_gemm(packed.group_size, target, other, masks is not None, packed.in_bf16)
     return op_of(name, kernel, f, given, items)
 
 
@@ -140,7 +141,7 @@ def _lists(
 ) -> dict[offset_gemm.Field, Given]:  # fmt: skip
     """The kept positions: a list for each group, or group and panel; in runs of one mask where there are masks."""
     f = offset_gemm.Field
-    if not tiling.panel and masks is None:
+    if not tiling.panel and masks is None and not packed.in_bf16:
         return {f.GROUP_POINTER: packed.group_pointer, f.OFFSETS: offsets, f.VALUES: packed.values, f.PANELS: 1}
     key = (tiling.panel, tiling.serpentine, None if masks is None else tuple(masks.of_tap.tolist()))
     order, alike = weights.ordered(key, lambda: _ordered(packed, tiling, masks))
@@ -157,7 +158,10 @@ def _lists(
 def _ordered(
     packed: PackedWeight, tiling: Tiling, masks: _Columns | None
 ) -> tuple[NDArray[np.int64], dict[offset_gemm.Field, Given]]:
-    """The order of the kept positions in such lists, and the fields that are alike for inputs of every shape."""
+    """The order of the kept positions in such lists, and the fields that are alike for inputs of every shape.
+
+    Of bfloat16 numbers the lists are of pairs, each two positions of the order.
+    """
     f = offset_gemm.Field
     group = np.repeat(np.arange(packed.groups), np.diff(packed.group_pointer))
     _, number = np.unique(packed.index, return_inverse=True)
@@ -177,12 +181,18 @@ def _ordered(
         given |= {f.RUNS: runs, f.COLUMNS: columns}
     order = np.argsort(lists * runs + run, kind="stable")
     counts = np.bincount(lists * runs + run, minlength=packed.groups * panels * runs).reshape(-1, runs)
+    if packed.in_bf16:
+        pairs = paired(counts)
+        values = pairs.values(packed.halves[order]).view(np.float32)
+        order, counts = order[pairs.places].ravel(), pairs.counts
+    else:
+        values = np.ascontiguousarray(packed.values[order]).view(np.float32)
     ends = counts.cumsum(axis=1)
     if masks is not None:
         given[f.ENDS] = np.ascontiguousarray(ends, np.int32)
     given |= {
         f.GROUP_POINTER: np.concatenate([[0], ends[:, -1].cumsum()]).astype(np.int32),
-        f.VALUES: np.ascontiguousarray(packed.values[order]),
+        f.VALUES: values,
     }
     return order, given
 

@@ -198,8 +198,9 @@ def chunked(channels: int, positions: int) -> tuple[int, int]:
 
 
 def copied(
-    name: str, shape: tuple[int, int, int, int], x: StridedRef, y: StridedRef, layout: MapLayout | None, target: Target
-) -> NativeOp:
+    name: str, shape: tuple[int, int, int, int], x: StridedRef, y: StridedRef, layout: MapLayout | None,
+    target: Target, rounds: bool = False,
+) -> NativeOp:  # fmt: skip
     """A value in another layout.
 
     Args:
@@ -209,6 +210,7 @@ def copied(
         y: likewise; of phase planes, the first one's.
         layout: of y; None where it is no map.
         target: what to compile for.
+        rounds: whether to bfloat16 numbers; y is a map with a border of zeros then.
     """
     f = copy.Field
     batch, channels, height, width = shape
@@ -226,7 +228,7 @@ def copied(
             f.PAD_H: 0, f.PAD_W: 0, f.ROWS: layout.height, f.POSITIONS: layout.positions, f.BORDER: layout.behind,
             f.BORDER_FIRST: layout.before,
         }  # fmt: skip
-    return op_of(name, copy.planes(layout.stride_w, target), f, given, batch * channels)
+    return op_of(name, copy.planes(layout.stride_w, target, rounds), f, given, batch * channels)
 
 
 def _between(x: StridedRef, y: StridedRef) -> dict[copy.Field, Given]:

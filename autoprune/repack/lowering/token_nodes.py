@@ -40,6 +40,7 @@ def linear(
     """
     f = rows_gemm.Field
     packed = weights.packed
+    pointer, index, values = weights.pairs if packed.in_bf16 else (packed.group_pointer, packed.index, packed.values)
     low, high, other = clamped(activation)
     together = rows_gemm.tokens_together(packed.group_size, target)
     block = min(-(-tiling.block // together) * together, max(1, tokens))
@@ -48,7 +49,7 @@ def linear(
     given: dict[rows_gemm.Field, Given] = {
         f.X_SLOT: x.slot, f.X_OFFSET: x.offset_bytes, f.X_TOKEN: x.strides[0],
         f.Y_SLOT: y.slot, f.Y_OFFSET: y.offset_bytes, f.Y_TOKEN: y.strides[0],
-        f.TOKENS: tokens, f.GROUP_POINTER: packed.group_pointer, f.INDEX: packed.index, f.VALUES: packed.values,
+        f.TOKENS: tokens, f.GROUP_POINTER: pointer, f.INDEX: index, f.VALUES: values.view(np.float32),
         f.BIAS: weights.bias_rows, f.OUT_INDEX: np.ascontiguousarray(packed.out_index), f.FIRST: weights.first,
         f.LOW: low, f.HIGH: high, f.GROUPS: packed.groups, f.CHUNK: chunk, f.CHUNKS: chunks, f.BLOCK: block,
     }  # fmt: skip
@@ -59,7 +60,7 @@ def linear(
             f.RESIDUAL_SLOT: residual.slot, f.RESIDUAL_OFFSET: residual.offset_bytes,
             f.RESIDUAL_TOKEN: residual.strides[0],
         }  # fmt: skip
-    kernel = rows_gemm.rows_gemm(packed.group_size, target, other, twins)
+    kernel = rows_gemm.rows_gemm(packed.group_size, target, other, twins, packed.in_bf16)
     return op_of(name, kernel, f, given, -(-tokens // block) * chunks)
 
 
@@ -164,14 +165,17 @@ def sequence(
     return op_of(name, recurrent.recurrent(form, target), f, given, items)
 
 
-def into_planes(name: str, tokens: int, x: StridedRef, y: MapAt, target: Target) -> NativeOp:
-    """Rows (tokens, features) as a map of a channel a feature; the features of a token are neighbours in x."""
+def into_planes(name: str, tokens: int, x: StridedRef, y: MapAt, target: Target, rounds: bool = False) -> NativeOp:
+    """Rows (tokens, features) as a map of a channel a feature; the features of a token are neighbours in x.
+
+    Where it `rounds`, to bfloat16 numbers.
+    """
     f, features = turn.Field, y.layout.channels
     given: dict[turn.Field, Given] = {
         f.ROWS_SLOT: x.slot, f.ROWS_OFFSET: x.offset_bytes, f.ROWS_TOKEN: x.strides[0], f.PLANES_SLOT: y.buffer.slot,
         f.PLANES_OFFSET: y.offset, f.PLANES_FEATURE: y.layout.channel(1), f.TOKENS: tokens, f.FEATURES: features,
     }  # fmt: skip
-    return op_of(name, turn.into_planes(target), f, given, -(-tokens // target.lanes))
+    return op_of(name, turn.into_planes(target, rounds), f, given, -(-tokens // target.lanes))
 
 
 def out_of_planes(

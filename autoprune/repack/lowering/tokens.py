@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from autoprune.errors import AutopruneError
 from autoprune.repack.graph.ops import LayerNorm, Linear, Recurrent, RmsNorm
-from autoprune.repack.lowering import byte_row_nodes, byte_rules, convolutions, token_nodes
+from autoprune.repack.lowering import bf16_rules, byte_row_nodes, byte_rules, convolutions, token_nodes
 from autoprune.repack.lowering.buffers import Buffer
-from autoprune.repack.lowering.context import turn_back, turned
+from autoprune.repack.lowering.context import Lowering, turn_back, turned
 from autoprune.repack.lowering.geometry import Tiling, Window
 from autoprune.repack.lowering.layout import ALIGN
 from autoprune.repack.lowering.steps import Map, NativeStep, is_float, storage_of
 from autoprune.repack.lowering.weights import Weights
 from autoprune.repack.native.op import NativeOp
-
-if TYPE_CHECKING:
-    from autoprune.repack.lowering.context import Lowering
 
 
 def norm(lowering: Lowering, op: LayerNorm | RmsNorm) -> bool:
@@ -96,7 +93,8 @@ def linear(lowering: Lowering, op: Linear) -> bool:
     if tokens >= lowering.target.lanes:
         _by_position(lowering, op, tokens)
         return True
-    x = lowering.rows(op.inputs[0])
+    in_bf16 = bf16_rules.in_bf16(lowering, op)
+    x = (bf16_rules.rounded_rows if in_bf16 else Lowering.rows)(lowering, op.inputs[0])
     residual = None if op.residual is None else lowering.rows(op.residual)
     buffer = lowering.buffers[storage_of(meta)] = Buffer(meta.numel())
 
@@ -115,7 +113,8 @@ def linear(lowering: Lowering, op: Linear) -> bool:
 def _by_position(lowering: Lowering, op: Linear, tokens: int) -> None:
     """A Linear over many tokens as a convolution by one position."""
     out = lowering.constants[op.tensors["weight"]].shape[0]
-    given = turned(lowering, op.inputs[0], tokens)
+    in_bf16 = bf16_rules.in_bf16(lowering, op)
+    given = (bf16_rules.rounded_planes if in_bf16 else turned)(lowering, op.inputs[0], tokens)
     made = Map((1, out, 1, tokens), (1, 1), 0.0).padded((0, 0))
     made.pitch.join(given.pitch)
     scratch = lowering.scratch(convolutions.room_for_panels(op.output, lowering.weights, lowering.tilings))

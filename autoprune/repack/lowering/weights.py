@@ -15,6 +15,7 @@ from autoprune.errors import FileError
 from autoprune.repack.kernels.rows_gemm import Twin
 from autoprune.repack.weights.grouping import GROUP_SIZES
 from autoprune.repack.weights.packed import PackedWeight
+from autoprune.repack.weights.pairs import paired
 from autoprune.repack.weights.quads import QUAD, Quads, quads, row_sums
 
 Ints = NDArray[np.int32]
@@ -60,6 +61,13 @@ class Weights:
     def quads(self, whole: int) -> Quads:
         """A weight of bytes in cells of four channels; see `weights.quads`."""
         return self.ordered(("quads", whole), lambda: quads(self.packed, whole))
+
+    @cached_property
+    def pairs(self) -> tuple[Ints, Ints, Ints]:
+        """Of bfloat16 numbers: each group's first pair, the kept positions of pairs, ``(pairs, 2)``, their weights."""
+        made = paired(np.diff(self.packed.group_pointer).astype(np.int64))
+        pointer = np.concatenate([[0], made.counts.cumsum()]).astype(np.int32)
+        return pointer, np.ascontiguousarray(self.packed.index[made.places]), made.values(self.packed.halves)
 
     @cached_property
     def fills_lanes(self) -> bool:

@@ -78,7 +78,7 @@ class LayerPrecision:
     Attributes:
         layer: the qualified name of its module; that of its output where a pass made it.
         output: the value it defines.
-        precision: ``int8`` or ``float32``.
+        precision: ``int8``, ``bf16`` or ``float32``.
         scale: of the grid of what its weight meets, its input or a state; None where it is float32.
         zero_point: likewise.
         ranges: the range method that found the grid; None for states, whose range is known.

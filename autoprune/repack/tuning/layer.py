@@ -33,6 +33,7 @@ class Layer:
         groups: of a grouped convolution.
         together: neighbouring filters that live or die together, so that only they share a packed group; 0: any may.
         scale: of each filter where the weight becomes bytes; neighbours share a packed group then.
+        bf16: whether the weight, which holds bfloat16 numbers, is packed as such.
     """
 
     weight: Tensor
@@ -40,6 +41,7 @@ class Layer:
     groups: int
     together: int = 0
     scale: Tensor | None = None
+    bf16: bool = False
 
     @cached_property
     def grouping(self) -> Grouping:
@@ -54,7 +56,8 @@ class Layer:
         if self.together:
             rows = np.arange(len(self.weight), dtype=np.int32).reshape(-1, size or self.sizes()[0])
             return Weights.of(pack_rows(self.weight, self.groups, rows), self.bias)
-        return Weights.of(pack(self.weight, self.groups, size or None, self.grouping), self.bias)
+        packed = pack(self.weight, self.groups, size or None, self.grouping)
+        return Weights.of(packed.to_bf16() if self.bf16 else packed, self.bias)
 
     def sizes(self, by_position: bool = False) -> list[int]:
         """Group sizes worth timing, the most promising first."""

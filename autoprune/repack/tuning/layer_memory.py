@@ -89,7 +89,7 @@ def layer_memory(fast: RepackedModel, example_inputs: Any, cache: Cache | None =
                 {
                     name: (_share(one, nonzero), _share(shared, nonzero)) for name, (one, shared) in bits.items()
                 },
-                None if step.form not in MODELLED or packed.scale is not None else fetched(
+                None if step.form not in MODELLED or packed.scale is not None or packed.in_bf16 else fetched(
                     step.build(weights, tiling), step.form, packed.group_size, program.target, frame.slots,
                     cache or Cache(),
                 ),

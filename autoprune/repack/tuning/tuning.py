@@ -59,18 +59,20 @@ class TuningCache:
         self.machine = {key: identity[key] for key in ("cpu", "vector", "llvmlite")} | {
             "version": VERSION, "dot": host().dot, "tiles": host().amx,
         }  # fmt: skip
-        self.found, self.by_sample = self._read()
+        self.found, self.by_sample, self.bf16_gains = self._read()
         self.changed = False
 
-    def _read(self) -> tuple[dict[str, Tiling], dict[str, bool]]:
+    def _read(self) -> tuple[dict[str, Tiling], dict[str, bool], dict[str, float]]:
         global _LAST
         try:
             text = read_text(self.path, "the tuning cache")
             if (last := _LAST) is None or last.text != text:
                 last = _LAST = _Contents.of(text)
         except (FileError, KeyError, TypeError, AttributeError, ValueError):
-            return {}, {}
-        return (dict(last.found), dict(last.by_sample)) if last.machine == self.machine else ({}, {})
+            return {}, {}, {}
+        if last.machine != self.machine:
+            return {}, {}, {}
+        return dict(last.found), dict(last.by_sample), dict(last.bf16_gains)
 
     def save(self) -> None:
         """Writes what is new, beside what others found; a cache that cannot be written costs time, not correctness."""
@@ -79,12 +81,14 @@ class TuningCache:
             return
         try:
             with turn(self.path):
-                found, by_sample = self._read()
+                found, by_sample, gains = self._read()
                 found |= dict(self.found)  # a copy: other threads may add to it
                 rows = {key: vars(tiling) for key, tiling in found.items()}
                 by_sample |= dict(self.by_sample)
-                write_json(self.path, {"machine": self.machine, "found": rows, "by_sample": by_sample})
-                _LAST = _Contents(read_text(self.path, "the tuning cache"), self.machine, found, by_sample)
+                gains |= dict(self.bf16_gains)
+                known = {"machine": self.machine, "found": rows, "by_sample": by_sample, "bf16_gains": gains}
+                write_json(self.path, known)
+                _LAST = _Contents(read_text(self.path, "the tuning cache"), self.machine, found, by_sample, gains)
         except FileError as error:
             _say_once(f"what is tuned is not kept, so that every process tunes anew: {error}")
             return
@@ -104,13 +108,16 @@ class _Contents:
     machine: Mapping[str, Any]
     found: Mapping[str, Tiling]
     by_sample: Mapping[str, bool]
+    bf16_gains: Mapping[str, float]
 
     @classmethod
     def of(cls, text: str) -> _Contents:
         """Checks it all; raises FileError, KeyError, TypeError, AttributeError or ValueError."""
         data = without_checksum(parse_json(text), checksum_of)
         found = {str(key): tiling_from_json(row) for key, row in data["found"].items()}
-        return cls(text, data["machine"], found, {str(key): flag(value) for key, value in data["by_sample"].items()})
+        by_sample = {str(key): flag(value) for key, value in data["by_sample"].items()}
+        gains = {str(key): float(value) for key, value in data["bf16_gains"].items()}
+        return cls(text, data["machine"], found, by_sample, gains)
 
 
 _LAST: _Contents | None = None  # of the file that was read or written last
@@ -254,7 +261,7 @@ def key_of(step: NativeStep, layer: Layer, plan: Plan) -> str:
     densities = [round(layer.density(size) * 20) / 20 for size in GROUP_SIZES]
     what = [op.kind, list(layer.weight.shape), layer.groups, _geometry(op), step.size, densities, plan.threads]
     what += [layer.together, op.gate, op.live] if isinstance(op, GatedConv2d) else []
-    what += ["int8"] if layer.scale is not None else []
+    what += ["int8"] if layer.scale is not None else ["bf16"] if layer.bf16 else []
     return json.dumps(what)
 
 
@@ -309,8 +316,8 @@ class _Bench:
         self, step: NativeStep, weights: Weights, tiling: Tiling, op: NativeOp
     ) -> tuple[Tiling, NativeOp] | None:
         """The tiling in serpentine order and its op, where that would fetch less than `op` does."""
-        if step.form is not Conv2d or weights.packed.scale is not None:
-            return None
+        if step.form is not Conv2d or weights.packed.scale is not None or weights.packed.in_bf16:
+            return None  # what is modelled is how floats are fetched
         other = replace(tiling, serpentine=True)
         made = step.build(weights, other)
         rising, turned = (

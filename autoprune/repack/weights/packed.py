@@ -1,12 +1,12 @@
 """The packed weight: only the kept positions, in the order a kernel reads them.
 
 Filters lie in groups. The filters of a group share their kept positions, so a position is stored once a group, and its
-values, one a filter, lie side by side: floats, or signed bytes and a scale for each filter.
+values, one a filter, lie side by side: floats, bfloat16 numbers, or signed bytes and a scale for each filter.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -17,12 +17,14 @@ from autoprune.errors import FileError
 from autoprune.quantization.grid import WEIGHT_LEVELS
 from autoprune.repack.weights.alignment import on_cache_lines
 from autoprune.repack.weights.grouping import GROUP_SIZES, Grouping
+from autoprune.repack.weights.pairs import Halves, bits_of, from_bits, to_bf16
 
 MAX_EXTENT = 2**31 - 1  # indices are int32
 
 Ints = NDArray[np.int32]
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.int8]
+Values = Floats | Bytes | Halves
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class PackedWeight:
         group_size: filters in a group.
         group_pointer: ``(groups + 1,)``; group g keeps positions ``group_pointer[g] .. group_pointer[g + 1]``.
         index: ``(kept,)`` positions ``channel * kh * kw + tap``, channel counted over the whole input.
-        values: ``(kept, group_size)``; zero where a group has fewer filters.
+        values: ``(kept, group_size)``; zero where a group has fewer filters. Of bfloat16 numbers the bits.
         out_index: ``(groups, group_size)``; the filter each row is, -1 where a group has fewer.
         scale: ``(out,)``, what a filter's values are multiplied by where they are bytes; None where they are floats.
     """
@@ -45,7 +47,7 @@ class PackedWeight:
     group_size: int
     group_pointer: Ints
     index: Ints
-    values: Floats | Bytes
+    values: Values
     out_index: Ints
     scale: Floats | None = None
 
@@ -58,14 +60,31 @@ class PackedWeight:
     def groups(self) -> int:
         return len(self.group_pointer) - 1
 
+    @property
+    def in_bf16(self) -> bool:
+        """Whether its values are bfloat16 numbers."""
+        return self.values.dtype == np.uint16
+
+    @property
+    def halves(self) -> Halves:
+        """Its values, which are bfloat16 numbers: the bits."""
+        assert self.in_bf16
+        return self.values.view(np.uint16)
+
+    def to_bf16(self) -> PackedWeight:
+        """The same weight, of floats, in bfloat16 numbers."""
+        return replace(self, values=on_cache_lines(bits_of(to_bf16(torch.from_numpy(self.values)))))
+
     def unpack(self) -> Tensor:
-        """The dense weight, zeros and all."""
+        """The dense weight, zeros and all, as floats."""
         dense = self.unpack_values()
+        if self.in_bf16:
+            return from_bits(dense.view(np.uint16)).float()
         if self.scale is not None:
             dense = dense * self.scale.reshape(-1, *[1] * (len(self.shape) - 1))
         return torch.from_numpy(dense)
 
-    def unpack_values(self) -> Floats | Bytes:
+    def unpack_values(self) -> Values:
         """The values in their places, zeros and all, in the dense weight's shape."""
         out, columns = self.shape[0], int(np.prod(self.shape[1:], dtype=np.int64))
         dense = np.zeros((out, columns), self.values.dtype)
@@ -91,8 +110,8 @@ class PackedWeight:
         arrays = {"group_pointer": self.group_pointer, "index": self.index, "out_index": self.out_index}
         for name, array in arrays.items():
             _require(array.dtype == np.int32 and array.flags.c_contiguous, f"{name} is {array.dtype}")
-        kind = np.float32 if self.scale is None else np.int8
-        _require(self.values.dtype == kind and self.values.flags.c_contiguous, f"values are {self.values.dtype}")
+        kinds = (np.float32, np.uint16) if self.scale is None else (np.int8,)
+        _require(self.values.dtype in kinds and self.values.flags.c_contiguous, f"values are {self.values.dtype}")
         if self.scale is not None:
             _require(self.scale.dtype == np.float32 and self.scale.shape == shape[:1], f"{len(self.scale)} scales")
             fine = np.isfinite(self.scale) & (self.scale >= np.finfo(np.float32).tiny)

@@ -21,7 +21,8 @@ from autoprune.registry import Choice
 from autoprune.repack.weights.alignment import on_cache_lines
 from autoprune.repack.weights.encodings import ENCODINGS, Cells, smallest
 from autoprune.repack.weights.grouping import GROUP_SIZES
-from autoprune.repack.weights.packed import Bytes, Floats, Ints, PackedWeight, owners, pack_rows
+from autoprune.repack.weights.packed import Floats, Ints, PackedWeight, Values, owners, pack_rows
+from autoprune.repack.weights.pairs import bits_of, from_bits
 
 VALUE_BITS = (32, 8)
 # Unpacking what is told once a filter takes the dense weight: of so many weights one must be kept.
@@ -37,7 +38,7 @@ class StoredWeight:
 
     Attributes:
         about: JSON that says how to read the tensors.
-        tensors: ``positions`` (bytes), ``values`` (float32; int8 with ``scales``, one a row; int8 with
+        tensors: ``positions`` (bytes), ``values`` (float32; bfloat16; int8 with ``scales``, one a row; int8 with
             ``filter_scales`` where the weight is of bytes), and ``rows``, the filter of each row, unless the filters
             are in order.
     """
@@ -55,7 +56,8 @@ def store(packed: PackedWeight, value_bits: int = 32) -> StoredWeight:
 
     Args:
         packed: what to store; kept positions may be in any order within a group, and come back rising.
-        value_bits: 32, or 8 for values rounded to 1/127 of the largest one of their row; bytes stay what they are.
+        value_bits: 32, or 8 for values rounded to 1/127 of the largest one of their row; bytes and bfloat16
+            numbers stay what they are.
 
     Raises:
         AutopruneError: no such number of bits.
@@ -74,7 +76,7 @@ def check_value_bits(value_bits: int) -> None:
         raise AutopruneError(f"values are stored in {' or '.join(map(str, VALUE_BITS))} bits, not {value_bits!r}.")
 
 
-def by_group(packed: PackedWeight) -> tuple[Cells, Floats | Bytes]:
+def by_group(packed: PackedWeight) -> tuple[Cells, Values]:
     """The kept positions of each group, and their values, ``(kept, group_size)``."""
     columns = int(np.prod(packed.shape[1:], dtype=np.int64))
     row = np.repeat(np.arange(packed.groups, dtype=np.int64), np.diff(packed.group_pointer))
@@ -85,14 +87,14 @@ def by_group(packed: PackedWeight) -> tuple[Cells, Floats | Bytes]:
     return Cells(packed.groups, columns, cell[order]), packed.values[order]
 
 
-def by_filter(packed: PackedWeight) -> tuple[Cells, Floats | Bytes]:
+def by_filter(packed: PackedWeight) -> tuple[Cells, Values]:
     """The nonzero positions of each filter, and their values, ``(nonzeros, 1)``."""
     dense = packed.unpack_values().reshape(packed.shape[0], -1)
     kept = np.flatnonzero(dense)
     return Cells(dense.shape[0], dense.shape[1], kept), dense.reshape(-1, 1)[kept]
 
 
-def _store(packed: PackedWeight, cells: Cells, values: Floats | Bytes, shared: bool, value_bits: int) -> StoredWeight:
+def _store(packed: PackedWeight, cells: Cells, values: Values, shared: bool, value_bits: int) -> StoredWeight:
     encoding = smallest(cells)
     about = {
         "shape": list(packed.shape),
@@ -102,7 +104,9 @@ def _store(packed: PackedWeight, cells: Cells, values: Floats | Bytes, shared: b
         "shared": shared,
     }
     tensors = {"positions": torch.from_numpy(ENCODINGS.create(encoding).encode(cells))}
-    if packed.scale is not None:
+    if packed.in_bf16:
+        tensors["values"] = from_bits(values.view(np.uint16))
+    elif packed.scale is not None:
         tensors |= {"values": torch.from_numpy(values), "filter_scales": torch.from_numpy(packed.scale)}
     elif value_bits == 8:
         values = values.astype(np.float32, copy=False)
@@ -131,9 +135,9 @@ def restore(about: Any, tensors: Mapping[str, Tensor]) -> PackedWeight:
     shared, columns = flag(about["shared"]), int(np.prod(shape[1:], dtype=np.int64))
     values, scales, positions = tensors["values"], tensors.get("scales"), tensors["positions"]
     of_filters = tensors.get("filter_scales")
-    kind = torch.float32 if scales is None and of_filters is None else torch.int8
+    kinds = (torch.float32, torch.bfloat16) if scales is None and of_filters is None else (torch.int8,)
     width = size if shared else 1
-    if values.dtype != kind or values.dim() != 2 or values.shape[1] != width:
+    if values.dtype not in kinds or values.dim() != 2 or values.shape[1] != width:
         raise FileError(f"values are {values.dtype} of shape {tuple(values.shape)}")
     if positions.dtype != torch.uint8 or positions.dim() != 1:
         raise FileError(f"positions are {positions.dtype} of shape {tuple(positions.shape)}")
@@ -141,7 +145,7 @@ def restore(about: Any, tensors: Mapping[str, Tensor]) -> PackedWeight:
         raise FileError("its positions cannot be told once a filter")
     encoding = ENCODINGS.create(Choice.from_json(about["encoding"]))
     cells = encoding.decode(positions.numpy(), len(rows) if shared else shape[0], columns, len(values))
-    whole = values.numpy() if scales is None else _dequantise(values.numpy(), scales, cells)
+    whole = _array(values) if scales is None else on_cache_lines(_dequantise(values.numpy(), scales, cells))
     scale = None if of_filters is None else _checked_scales(of_filters, values, shape[0])
     if shared:  # the decoder has checked the positions, and what is above all else that validate would
         pointer = cells.pointer
@@ -149,12 +153,12 @@ def restore(about: Any, tensors: Mapping[str, Tensor]) -> PackedWeight:
         # In 32 bits, half the memory to pass over: what overflows in both terms cancels out.
         index = cells.kept.astype(np.int32)
         index -= np.repeat(before.astype(np.int32), np.diff(pointer))
-        return PackedWeight(
-            shape, conv_groups, size, pointer.astype(np.int32), index, on_cache_lines(whole), rows, scale
-        )
+        return PackedWeight(shape, conv_groups, size, pointer.astype(np.int32), index, whole, rows, scale)
     dense = np.zeros(shape[0] * columns, np.float32)
-    dense[cells.kept] = whole[:, 0]
+    dense[cells.kept] = values.float().numpy()[:, 0] if scales is None else whole[:, 0]
     made = pack_rows(torch.from_numpy(dense).reshape(shape), conv_groups, rows)
+    if values.dtype == torch.bfloat16:
+        return made.to_bf16()
     return made if scale is None else replace(made, values=made.values.astype(np.int8), scale=scale)
 
 
@@ -167,6 +171,11 @@ def _checked_scales(scales: Tensor, values: Tensor, filters: int) -> Floats:
     if values.numel() and int(values.min()) < -WEIGHT_LEVELS:
         raise FileError("a weight is -128 steps")
     return np.ascontiguousarray(scales.numpy())
+
+
+def _array(values: Tensor) -> Values:
+    """Values as packed weights hold them."""
+    return on_cache_lines(bits_of(values) if values.dtype == torch.bfloat16 else values.numpy())
 
 
 def _quantise(values: Floats, cells: Cells) -> tuple[NDArray[np.int8], Floats]:

@@ -48,13 +48,23 @@ class ConvolutionOp(FusedLayerOp):
 
 @dataclass(frozen=True, kw_only=True)
 class Conv2d(ConvolutionOp):
-    """A convolution of every channel."""
+    """A convolution of every channel.
+
+    Attributes:
+        bf16: whether it multiplies bfloat16 numbers.
+    """
 
     kind = "conv2d"
     operands = (1, 2)
 
+    bf16: Flag = False
+
+    @property
+    def in_bf16(self) -> bool:
+        return self.bf16
+
     def evaluate(self, x: list[Any], w: Mapping[str, Tensor], values: Values) -> Tensor:
-        return self.finished(self.convolved(x[0], w), x[1] if len(x) > 1 else None)
+        return self.finished(self.convolved(self.multiplied(x[0]), w), x[1] if len(x) > 1 else None)
 
     def tie_channels(self, bundles: Bundles) -> None:
         if self.groups == 1:

@@ -40,6 +40,11 @@ class LayerOp(Op):
         return 1
 
     @property
+    def in_bf16(self) -> bool:
+        """Whether it multiplies bfloat16 numbers: its weight holds such, and its input is rounded to them."""
+        return False
+
+    @property
     def residual(self) -> str | None:
         """The value that it adds to its result."""
         return None
@@ -89,6 +94,10 @@ class FusedLayerOp(LayerOp):
     @property
     def last_activation(self) -> str | None:
         return self.activation
+
+    def multiplied(self, x: Tensor) -> Tensor:
+        """What its weight meets of an input: rounded where it multiplies bfloat16 numbers."""
+        return x.to(torch.bfloat16).to(x.dtype) if self.in_bf16 else x
 
     def finished(self, y: Tensor, residual: Tensor | None) -> Tensor:
         """The output, given the weighted sums."""
