@@ -30,7 +30,7 @@ from autoprune.repack import pack
 from autoprune.report.console import Console
 from autoprune.report.table import markdown_table
 from autoprune.tasks import TASKS, Task
-from autoprune.training.loop import recalibrate_batch_norm_
+from autoprune.training.batch_norm import recalibrate_batch_norm_
 from benchmarks.lib.command_line import add_seeds, command_line
 from benchmarks.lib.page import page, write_page
 from benchmarks.lib.provenance import Provenance

@@ -2,7 +2,8 @@
 
 from autoprune.registry import Registry
 from autoprune.training.base import Pruner, Signals, SparseTraining
-from autoprune.training.loop import OnSignals, TrainingResult, recalibrate_batch_norm_, train_
+from autoprune.training.batch_norm import recalibrate_batch_norm_
+from autoprune.training.loop import OnSignals, TrainingResult, train_
 
 TRAINING: Registry[SparseTraining] = Registry(
     "training method",

@@ -137,6 +137,7 @@ class SparseTraining(ABC):
         passing: how the names of those parts of the state begin that come, go or change their shape.
         pruner: the model and its plan, from `start` on.
         masks: what is cut now; True keeps. Reapplied by the method after every optimizer step.
+        distillation_factor: on the settings' distillation weight, of the coming steps; read by `train_` alone.
     """
 
     strength_range: ClassVar[tuple[str, float, float] | None] = None
@@ -144,6 +145,7 @@ class SparseTraining(ABC):
     passing: ClassVar[tuple[str, ...]] = ()
     pruner: Pruner
     masks: Masks
+    distillation_factor: float = 1.0
 
     def widen_(self, model: nn.Module, inputs: Any, plan: Plan) -> bool:
         """Widens `model` in place before there is a pruner or an optimizer; False where a method leaves it as it is.
@@ -155,6 +157,9 @@ class SparseTraining(ABC):
     @abstractmethod
     def start(self, pruner: Pruner, total_steps: int) -> None:
         """Prepares for `total_steps` optimizer steps; may cut already. Sets `pruner` and `masks`."""
+
+    def see_loss(self, value: float) -> None:  # noqa: B027 - most methods read none
+        """Precedes `before_step` with the step's loss where `train_` trains; a user's own loop does not tell it."""
 
     def before_step(self, step: int) -> None:  # noqa: B027 - most methods have nothing to do here
         """Precedes each optimizer step, counted from 1; the gradients are those of the masked model."""

@@ -54,14 +54,14 @@ class Checkpoint:
         about = {"version": VERSION, "losses": losses, "run": self.run}
         write_tensors(self.folder / _FILE, tensors, about)
 
-    def load_(self) -> list[float]:
+    def load_(self, *, must_exist: bool = False) -> list[float]:
         """Restores the objects and returns the losses so far; an empty list when there is nothing to resume.
 
         Raises:
-            FileError: the file is corrupt, or was written by another run.
+            FileError: the file is corrupt, was written by another run, or is missing where it must exist.
         """
         path = self.folder / _FILE
-        if not path.exists():
+        if not must_exist and not path.exists():
             return []
         tensors, about = read_tensors(path, "the training checkpoint")
         losses = self._check(path, about)

@@ -13,14 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from autoprune.errors import AutopruneError, NumericalError
 from autoprune.latency.quiet import working
 from autoprune.masks import Batches, Loss, Masks
 from autoprune.model.arguments import call_with
-from autoprune.model.given import called, check_loss, read, read_calibration
-from autoprune.model.inventory import eval_mode, own_modes
+from autoprune.model.given import called, check_loss, read
+from autoprune.model.inventory import own_modes
 from autoprune.progress import SILENT, Bar, Progress
 from autoprune.settings import TrainingSettings, learning_rate, make_optimizer
 from autoprune.training.base import Pruner, Signals, SparseTraining
@@ -168,9 +167,13 @@ class _Trainer:
         with working():  # a timing of another run may come between two steps
             with called(failed):
                 output = call_with(self.model, inputs)
+                if self.distillation:
+                    self.distillation.weight = self._distillation_weight
                 value = self.distillation(output, inputs, target) if self.distillation else self.loss(output, target)
                 check_loss(value)
             _check_finite(value, step, self.total_steps, rate)
+            if self.method:
+                self.method.see_loss(value.item())
             self.optimizer.zero_grad()
             with called(failed):
                 value.backward()
@@ -178,6 +181,16 @@ class _Trainer:
                 nn.utils.clip_grad_norm_(self.parameters, self.settings.clip_norm)
             self._update_(step)
         return value.item()
+
+    @property
+    def _distillation_weight(self) -> float:
+        factor = 1.0 if self.method is None else self.method.distillation_factor
+        return min(1.0, factor * self.settings.distillation_weight)
+
+    def end(self, total_steps: int) -> None:
+        """After the last step; raises NumericalError where it diverged."""
+        self.optimizer.zero_grad()
+        _check_weights(self.parameters, total_steps)
 
     def _update_(self, step: int) -> None:
         """The optimizer's step, and what follows it."""
@@ -204,29 +217,99 @@ def _train_epochs_(
     """All epochs that are not done yet; returns the mean loss of each, those before a resume included."""
     losses = saved.load_() if saved else []
     bar.advance(min(len(losses) * lengths.epoch, lengths.steps))
-    for epoch in range(len(losses) + 1, lengths.epochs + 1):
-        if trainer.quantize_ and epoch == 1 + math.floor(trainer.settings.quantize_from * lengths.epochs):
-            trainer.quantize_(trainer.model)
-        torch.manual_seed(epoch_seed(seed, epoch))
-        trainer.model.train()
-        before = (epoch - 1) * lengths.epoch
-        expected, counted, epoch_loss = min(lengths.epoch, lengths.steps - before), 0, 0.0
-        for number, inputs, target in islice(read(batches, "the training data"), lengths.steps - before):
-            counted += 1
-            failed = f"batch {number} of epoch {epoch} cannot be trained on"
-            value = trainer.take(before + counted, inputs, target, failed)
-            epoch_loss += value
-            bar.advance(1, f"loss {value:.3f}")
-        _check_count(counted, expected, epoch)
-        losses.append(epoch_loss / counted)
+    while len(losses) < lengths.epochs:
+        _train_epoch_(trainer, batches, lengths, seed, losses, bar)
         if saved:
             saved.save(losses)
         if on_epoch:
-            rate = learning_rate(trainer.settings, before + counted, lengths.steps)
-            on_epoch(epoch, {"loss": losses[-1], "learning_rate": rate})
-    trainer.optimizer.zero_grad()
-    _check_weights(trainer.parameters, lengths.steps)
+            rate = learning_rate(trainer.settings, min(len(losses) * lengths.epoch, lengths.steps), lengths.steps)
+            on_epoch(len(losses), {"loss": losses[-1], "learning_rate": rate})
+    trainer.end(lengths.steps)
     return losses
+
+
+class SteppedTraining:
+    """A training of `train_` that its caller takes epoch by epoch, and can save and go on with between two of them.
+
+    It ends with the very weights of `train_`, whose arguments these are. Between two epochs the global random state and
+    the model's mode are the caller's.
+
+    Attributes:
+        losses: mean training loss of each epoch so far.
+        epochs: of the whole training.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Batches,
+        loss: Loss,
+        settings: TrainingSettings,
+        *,
+        seed: int,
+        method: SparseTraining | None = None,
+        pruner: Pruner | None = None,
+        teachers: Sequence[nn.Module] = (),
+    ) -> None:
+        _check_arguments(model, method, pruner)
+        check_teachers(model, settings, teachers)
+        self._model, self._batches, self._seed = model, batches, seed
+        self._pruner, self._teachers = pruner, tuple(teachers)
+        self._lengths = _Lengths.of(settings, count_batches(batches))
+        self._trainer = _Trainer(model, loss, settings, self._lengths.steps, method, None, None)
+        self.losses: list[float] = []
+        self.epochs = self._lengths.epochs
+        with _kept_as_it_was(model, *teachers):
+            torch.manual_seed(epoch_seed(seed, 0))
+            self._trainer.start(pruner, teachers)
+
+    def advance(self) -> float:
+        """Trains one epoch and returns its mean loss; raises AutopruneError when all were taken, and as `train_`."""
+        if len(self.losses) >= self.epochs:
+            raise AutopruneError(f"all {self.epochs} epochs of this training were taken: make another one.")
+        with _kept_as_it_was(self._model, *self._teachers):
+            _train_epoch_(self._trainer, self._batches, self._lengths, self._seed, self.losses, Bar())
+            if len(self.losses) == self.epochs:
+                self._trainer.end(self._lengths.steps)
+        return self.losses[-1]
+
+    def save(self, folder: Path) -> None:
+        """Writes the state after the last epoch into `folder`."""
+        self._checkpoint(folder).save(self.losses)
+
+    def load_(self, folder: Path) -> None:
+        """Goes on from what `save` wrote, of a training made with the same arguments.
+
+        Raises:
+            FileError: there is none, or it is corrupt or of another training.
+        """
+        self.losses = self._checkpoint(folder).load_(must_exist=True)
+
+    def _checkpoint(self, folder: Path) -> Checkpoint:
+        saved = self._trainer.checkpoint(folder, self._seed, self._lengths, self._pruner, self._teachers)
+        assert saved is not None
+        return saved
+
+
+def _train_epoch_(
+    trainer: _Trainer, batches: Batches, lengths: _Lengths, seed: int, losses: list[float], bar: Bar
+) -> None:
+    """Trains the epoch that follows those of `losses`, the mean loss of each, and adds its own."""
+    epoch = len(losses) + 1
+    if trainer.quantize_ and epoch == 1 + math.floor(trainer.settings.quantize_from * lengths.epochs):
+        trainer.quantize_(trainer.model)
+    torch.manual_seed(epoch_seed(seed, epoch))
+    trainer.model.train()
+    before = (epoch - 1) * lengths.epoch
+    expected, counted, epoch_loss = min(lengths.epoch, lengths.steps - before), 0, 0.0
+    for number, inputs, target in islice(read(batches, "the training data"), lengths.steps - before):
+        counted += 1
+        failed = f"batch {number} of epoch {epoch} cannot be trained on"
+        value = trainer.take(before + counted, inputs, target, failed)
+        epoch_loss += value
+        bar.advance(1, f"loss {value:.3f}")
+    _check_count(counted, expected, epoch)
+    losses.append(epoch_loss / counted)
 
 
 def count_batches(batches: Batches) -> int:
@@ -253,37 +336,6 @@ def count_batches(batches: Batches) -> int:
 def epoch_seed(seed: int, epoch: int) -> int:
     """The torch seed of an epoch: unrelated streams for neighbouring seeds and epochs. Epoch 0 is the start."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{epoch}".encode()).digest()[:8]) >> 1
-
-
-def recalibrate_batch_norm_(model: nn.Module, batches: Batches) -> nn.Module:
-    """Recomputes every running mean and variance as the plain average over `batches`; weights stay as they are.
-
-    The statistics of a pruned model are not the dense one's (Li et al. 2020, EagleEye). A model without batch norm is
-    not even run. Modes and momenta are left as they were.
-
-    Raises:
-        AutopruneError: `batches` is empty.
-    """
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
-    if not norms:
-        return model
-    momenta = [norm.momentum for norm in norms]
-    seen = 0
-    try:
-        with eval_mode(model), torch.no_grad():  # dropout must not disturb what the norms see
-            for norm in norms:
-                norm.reset_running_stats()
-                norm.momentum = None  # a cumulative average
-                norm.train()
-            for seen, inputs, _ in read_calibration(batches):
-                with called(f"the model does not run on batch {seen} of the calibration data"):
-                    call_with(model, inputs)
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-    if seen == 0:
-        raise AutopruneError("batch norm cannot be recalibrated on no batches; give at least one.")
-    return model
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from torch.nn import functional
 from autoprune.errors import AutopruneError, GivenError
 from autoprune.masks import collect_statistics
 from autoprune.post_training import prune_post_training
-from autoprune.training.loop import recalibrate_batch_norm_
+from autoprune.training.batch_norm import recalibrate_batch_norm_
 
 NOTHING = torch.zeros(0, 3, 8, 8)
 

@@ -7,7 +7,7 @@ from torch import nn
 from autoprune.evaluation.recovery.base import Recovery, Subject
 from autoprune.masks import apply_masks_
 from autoprune.plan import Plan
-from autoprune.training.loop import recalibrate_batch_norm_
+from autoprune.training.batch_norm import recalibrate_batch_norm_
 
 
 class BatchNorm(Recovery):

@@ -26,7 +26,7 @@ from autoprune.model.weights import as_held, as_read, weight_of
 from autoprune.patterns import PATTERNS
 from autoprune.plan import LayerSpec, Plan
 from autoprune.progress import SILENT, Progress
-from autoprune.training.loop import recalibrate_batch_norm_
+from autoprune.training.batch_norm import recalibrate_batch_norm_
 
 Fit = Literal["dense", "own", "none"]
 _OF_A_LOSS = frozenset({"gradient", "squared_gradient"})

@@ -15,7 +15,7 @@ from autoprune.evaluation.recovery.sums import layer_sums
 from autoprune.masks import Batches, apply_masks_, filter_rows, live_filters
 from autoprune.model.weights import as_held, as_read, weight_of
 from autoprune.plan import LayerSpec, Plan
-from autoprune.training.loop import recalibrate_batch_norm_
+from autoprune.training.batch_norm import recalibrate_batch_norm_
 
 
 class Reconstruct(Recovery):

@@ -11,7 +11,7 @@ from autoprune.checks import check_counts
 from autoprune.evaluation.recovery.base import Recovery, Subject
 from autoprune.evaluation.recovery.finetune import finetune_
 from autoprune.plan import Plan
-from autoprune.training.loop import recalibrate_batch_norm_
+from autoprune.training.batch_norm import recalibrate_batch_norm_
 
 
 class Train(Recovery):
