@@ -1,4 +1,4 @@
-"""Makes Gymnasium know the environment without importing Gymnasium: who only repacks should not wait for it."""
+"""Makes Gymnasium know the environments without importing Gymnasium: who only repacks should not wait for it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,16 @@ from types import ModuleType
 from typing import Any
 
 ENV_ID = "autoprune/Prune-v0"
+STEER_ID = "autoprune/Steer-v0"
+_ENTRIES = {
+    ENV_ID: "autoprune.pipeline.environment:prune_env",
+    STEER_ID: "autoprune.pipeline.steer_problems:steer_env",
+}
 _REGISTRY = "gymnasium.envs.registration"
 
 
 def register() -> None:
-    """Registers the environment: at once where Gymnasium is imported, else as soon as it is."""
+    """Registers the environments: at once where Gymnasium is imported, else as soon as it is."""
     registry = sys.modules.get(_REGISTRY)
     if registry is not None:
         _register(registry)
@@ -23,8 +28,9 @@ def register() -> None:
 
 
 def _register(registry: Any) -> None:
-    if ENV_ID not in registry.registry:
-        registry.register(id=ENV_ID, entry_point="autoprune.pipeline.environment:prune_env")
+    for name, entry in _ENTRIES.items():
+        if name not in registry.registry:
+            registry.register(id=name, entry_point=entry)
 
 
 class _Registering(MetaPathFinder):

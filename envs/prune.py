@@ -184,7 +184,7 @@ class PruneEnv(gymnasium.Env[Observation, Action]):
         """
         if self._step >= self.steps_per_episode:
             raise StepError("there is no episode to take a step in: call reset() first, and again after the last step.")
-        units = _units(action, self.action_space, self.action_names)
+        units = units_of(action, self.action_space, self.action_names)
         before = self._potential
         if self._step == 0:
             self._plan = self.actions.decode(units, "run", self.problem, self._plan, None)
@@ -248,7 +248,8 @@ class PruneEnv(gymnasium.Env[Observation, Action]):
         return self._observer.observe(self._decided, min(self._step, self.steps_per_episode - 1), self._previous)
 
 
-def _units(action: Any, space: spaces.Box, names: Sequence[str]) -> Action:
+def units_of(action: Any, space: spaces.Box, names: Sequence[str]) -> Action:
+    """An action of a box from -1 to 1 as float32, its entries called `names`; raises ActionError where it is none."""
     try:
         units = np.asarray(action.detach() if isinstance(action, Tensor) else action)
     except (ValueError, TypeError, RuntimeError) as error:  # of lists of unequal lengths; of a tensor elsewhere

@@ -19,6 +19,7 @@ TRAINING: Registry[SparseTraining] = Registry(
         "proximal": "autoprune.training.proximal:Proximal",
         "rigl": "autoprune.training.rigl:Rigl",
         "sr_ste": "autoprune.training.sr_ste:SrSte",
+        "steered": "autoprune.training.steered:Steered",
         "thresholds": "autoprune.training.thresholds:Thresholds",
     },
 )
