@@ -9,6 +9,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 from autoprune.envs.family import FamilyEnv
 from autoprune.envs.prune import PruneEnv
+from autoprune.envs.steer import SteerEnv
 
 
 class FamilyEnvs(DummyVecEnv):
@@ -23,7 +24,16 @@ class FamilyEnvs(DummyVecEnv):
         self.steps_per_episode = first.steps_per_episode
 
 
-Episodes = PruneEnv | FamilyEnvs  # what an algorithm is built for
+class SteerEnvs(DummyVecEnv):
+    """Steered trainings side by side."""
+
+    def __init__(self, envs: Sequence[SteerEnv]) -> None:
+        super().__init__([lambda env=env: env for env in envs])  # type: ignore[misc]
+        self.copies = tuple(envs)
+        self.gamma, self.steps_per_episode = envs[0].gamma, envs[0].steps_per_episode
+
+
+Episodes = PruneEnv | FamilyEnvs | SteerEnvs  # what an algorithm is built for
 
 
 def actions_of(env: Episodes) -> int:

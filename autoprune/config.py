@@ -210,19 +210,24 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: something in it cannot be used.
     """
     data = _with_overrides(_read_toml(path), overrides)
-    if "family" in data:
+    if "family" in data or "steering" in data:
         raise ConfigError(f"{path} is about a family of tasks: 'autoprune train' takes it, no other command.")
     return parse_config(data, str(path))
 
 
-def is_generalist(path: Path) -> bool:
-    """Whether the config is one of a family of tasks."""
-    return "family" in _read_toml(path)
+def has_table(path: Path, name: str) -> bool:
+    """Whether the config has a table of this name: ``family`` where a generalist is trained, ``steering`` likewise."""
+    return name in _read_toml(path)
+
+
+def load_as(kind: type[Kind], path: Path, overrides: Sequence[str] = ()) -> Kind:
+    """Like `load_config`, for another kind of config."""
+    return _validated(kind, _with_overrides(_read_toml(path), overrides), str(path))
 
 
 def load_generalist_config(path: Path, overrides: Sequence[str] = ()) -> GeneralistConfig:
     """Like `load_config`, for a family of tasks."""
-    return _validated(GeneralistConfig, _with_overrides(_read_toml(path), overrides), str(path))
+    return load_as(GeneralistConfig, path, overrides)
 
 
 def packaged_configs() -> dict[str, Path]:

@@ -14,7 +14,8 @@ from autoprune.config import (
     GeneralistConfig,
     Section,
     _validated,
-    is_generalist,
+    has_table,
+    load_as,
     load_config,
     load_generalist_config,
     packaged_configs,
@@ -24,12 +25,14 @@ from autoprune.config import (
 from autoprune.envs.actions import ACTIONS
 from autoprune.errors import ConfigError, FileError
 from autoprune.pipeline.choices import create_choices
+from autoprune.pipeline.steering import SteeringConfig
 from autoprune.registry import Choice
 from autoprune.training.recipes import CONVOLUTIONAL, SEQUENTIAL, recipe_for
 
 SHIPPED = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
-CONFIGS = [path for path in SHIPPED if not is_generalist(path)]
-GENERALISTS = [path for path in SHIPPED if is_generalist(path)]
+GENERALISTS = [path for path in SHIPPED if has_table(path, "family")]
+STEERING = [path for path in SHIPPED if has_table(path, "steering")]
+CONFIGS = [path for path in SHIPPED if path not in (*GENERALISTS, *STEERING)]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -50,9 +53,19 @@ def test_shipped_configs_of_families_are_valid_and_no_other_command_s(path: Path
         load_config(path)
 
 
+@pytest.mark.parametrize("path", STEERING, ids=lambda path: path.stem)
+def test_shipped_configs_of_steering_are_valid_and_no_other_command_s(path: Path) -> None:
+    config = load_as(SteeringConfig, path)
+    assert AGENTS.create(config.agent).arguments()["net"]  # type: ignore[attr-defined]
+    assert SteeringConfig.model_validate_json(config.model_dump_json()) == config
+    with pytest.raises(ConfigError, match="autoprune train"):
+        load_config(path)
+
+
 def test_there_are_shipped_configs() -> None:
     assert {"digits", "fashion_mnist"} <= {path.stem for path in CONFIGS}
     assert {path.stem for path in GENERALISTS} == {"generalist"}
+    assert {path.stem for path in STEERING} == {"steering"}
 
 
 def test_a_config_that_comes_along_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,7 +74,7 @@ def test_a_config_that_comes_along_is_found_by_its_name(tmp_path: Path, monkeypa
     for path in CONFIGS:
         assert load_config(Path(path.stem)) == load_config(path)
     for path in GENERALISTS:
-        assert is_generalist(Path(path.stem))
+        assert has_table(Path(path.stem), "family")
         assert load_generalist_config(Path(path.stem)) == load_generalist_config(path)
     Path("digits").mkdir()
     assert load_config(Path("digits")) == load_config(CONFIGS[0]), "a folder of that name is no config"

@@ -37,16 +37,21 @@ def train(
     workers: Workers = None,
     ray: Ray = None,
 ) -> None:
-    """Train the agent: search for a plan and save the policy; of a family of tasks, a policy for any model.
+    """Train the agent: search for a plan and save the policy; of a family of tasks, a policy for any model or training.
 
     Example: autoprune train configs/digits.toml --set search.agent=sac
 
     Example: autoprune train configs/generalist.toml --set family.tasks=40
-    """
-    from autoprune.config import is_generalist
 
-    if is_generalist(config):
+    Example: autoprune train configs/steering.toml --set learning.updates=60
+    """
+    from autoprune.config import has_table
+
+    if has_table(config, "family"):
         _train_generalist(config, run_dir, overrides, workers, ray)
+        return
+    if has_table(config, "steering"):
+        _train_steering(config, run_dir, overrides, workers, ray)
         return
     job = open_run(config, run_dir, overrides, workers=workers, ray=ray)
     best = job.searched.best.measurement
@@ -74,6 +79,24 @@ def _train_generalist(
         f"loss better on tasks it learned from, {100 * best.choosing:+.1f}% on those that chose it, "
         f"{100 * best.held_out:+.1f}% on tasks of other builds, by their surrogates. {directory / 'policy'}\n"
         f"Watch: tensorboard --logdir {directory}. Apply: autoprune apply --policy {directory / 'policy'} ..."
+    )
+
+
+def _train_steering(
+    config: Path, run_dir: Path | None, overrides: list[str] | None, workers: int | None, ray: str | None
+) -> None:
+    from autoprune.config import load_as
+    from autoprune.pipeline.steering import SteeringConfig, SteeringTraining
+
+    if ray is not None or workers is not None:
+        raise ConfigError("steering is learned in one process: leave out --workers and --ray.")
+    directory = run_dir or Path("runs") / config.stem
+    loaded = load_as(SteeringConfig, config, overrides or [])
+    best = SteeringTraining(loaded, directory, progress=console()).train()
+    typer.echo(
+        f"The policy of update {best.update + 1} is kept: its trainings are {best.choosing:+.2f} of the best fixed "
+        f"schedule's loss better than that, on the tasks that chose it. {directory / 'policy'}\n"
+        f'Use it: finetune.method = {{ name = "steered", path = "{directory / "policy"}" }}'
     )
 
 
