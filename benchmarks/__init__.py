@@ -34,5 +34,6 @@ BENCHMARKS: Mapping[str, str] = {
     "recurrent_training": "what pruning costs recurrent networks",
     "scale": "how many trials a minute workers make",
     "speedup_picture": "draws the README's picture from the rows of engine",
+    "steering": "whether a policy that steers fine-tunings beats fixed schedules at equal steps",
     "threads": "whether threads that repack, save, load and call at once disturb each other",
 }
