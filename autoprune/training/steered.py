@@ -169,7 +169,9 @@ class Steered(LatentTraining):
         within = self.masks if orders.regrow == 0.0 else None
         final = {name: max(share, pruner.layers[name].sparsity) for name, share in shares.items()}
         before = self.masks
-        self.set_masks(cut_layers(ranked, pruner.inventory, pruner.plan, shares, within, final))
+        masks = cut_layers(ranked, pruner.inventory, pruner.plan, shares, within, final)
+        whole = {name: torch.ones_like(latent, dtype=torch.bool) for name, latent in self.latent.items()}
+        self.set_masks({**whole, **masks})  # one of each layer, as resuming checks
         self.course.drift, self.course.regrowth = changes(before, self.masks, self.latent)
         self._show_effective_()
 

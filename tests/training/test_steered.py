@@ -18,7 +18,7 @@ from autoprune.registry import Choice
 from autoprune.settings import TrainingSettings, make_optimizer
 from autoprune.testing import check_method
 from autoprune.testing.cases import LOSS, conv_net_pruner, random_batches
-from autoprune.training import TRAINING, train_
+from autoprune.training import TRAINING, steered, train_
 from autoprune.training.schedule import rise
 from autoprune.training.steered import Steered
 from autoprune.training.steering import ACTION_NAMES, LIMIT, OBSERVATION_NAMES, RULES, decode
@@ -234,3 +234,12 @@ def test_a_damaged_policy_is_refused(damage: str, tmp_path: Path) -> None:
 def test_wrong_arguments_are_refused(args: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="steered"):
         TRAINING.create(Choice("steered", args))
+
+
+def test_every_layer_has_a_mask_from_the_first_cut_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A state without one is taken for a damaged one; rules may leave a layer whole."""
+    monkeypatch.setattr(steered, "allocate", lambda *_: {"0": 0.5, "3": 0.0, "5": 0.5})
+    method = taken([action()] * 2)
+    assert set(method.kept[0]) == {"0", "3", "5"}
+    assert bool(method.kept[0]["3"].all())
+    method.resume(method.state())
