@@ -33,7 +33,8 @@ class SteerEnvs(DummyVecEnv):
         self.gamma, self.steps_per_episode = envs[0].gamma, envs[0].steps_per_episode
 
 
-Episodes = PruneEnv | FamilyEnvs | SteerEnvs  # what an algorithm is built for
+Planning = PruneEnv | FamilyEnvs  # whose actions make a plan
+Episodes = Planning | SteerEnvs  # what an algorithm is built for
 
 
 def actions_of(env: Episodes) -> int:

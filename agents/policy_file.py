@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from stable_baselines3.common.base_class import BaseAlgorithm
 
-from autoprune.agents.episodes import Episodes
+from autoprune.agents.episodes import Planning
 from autoprune.envs.observation import OBSERVATION_VERSION
 from autoprune.files import write_json, write_tensors
 from autoprune.registry import Choice
@@ -16,7 +16,7 @@ from autoprune.registry import Choice
 POLICY_VERSION = 2
 
 
-def save_policy(directory: Path, model: BaseAlgorithm, agent: Choice, env: Episodes) -> None:
+def save_policy(directory: Path, model: BaseAlgorithm, agent: Choice, env: Planning) -> None:
     """Writes ``policy.safetensors`` and ``policy.json`` into `directory`."""
     write_tensors(directory / "policy.safetensors", model.policy.state_dict())
     write_json(
