@@ -229,7 +229,6 @@ def test_a_training_that_diverges_ends_the_episode() -> None:
         ({"problems": problem(), "slices": 0}, "slices must be an integer >= 1"),
         ({"problems": problem(), "shaping": -1.0}, "shaping must be a number >= 0"),
     ],
-    ids=str,
 )
 def test_what_cannot_be_asked_for_is_refused(given: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
