@@ -170,8 +170,9 @@ class PruningHooks:
     def state_dict(self) -> dict[str, Tensor]:
         """What to keep, besides the model and the optimizer, to go on later; tensors only."""
         self._lifecycle.check(Event.READ)
-        own = {"hooks.step": torch.tensor(self._lifecycle.step), "hooks.made": torch.tensor(self._made)}
-        return {**self._method.state(), **own}
+        state = self._method.state()
+        figures = {"step": self._lifecycle.step, "made": self._made, "entries": len(state)}
+        return {**state, **{f"hooks.{name}": torch.tensor(figure) for name, figure in figures.items()}}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Takes back a `state_dict`; after `start`, and after the model and the optimizer have theirs.
@@ -181,14 +182,16 @@ class PruningHooks:
         """
         self._lifecycle.check(Event.READ)
         inner = dict(state)
-        if missing := {"hooks.step", "hooks.made"} - inner.keys():
+        if missing := {"hooks.step", "hooks.made", "hooks.entries"} - inner.keys():
             raise AutopruneError(f"this is not a state of pruning hooks: it has no {min(missing)!r}.")
         if int(inner.pop("hooks.made")) != self._made:
             raise AutopruneError(
                 "the state is of hooks that were made otherwise: another method, plan, model or total_steps. With a "
                 "speedup, give the same latency table: one that is measured anew leads to another plan."
             )
-        step = int(inner.pop("hooks.step"))
+        step, entries = int(inner.pop("hooks.step")), int(inner.pop("hooks.entries"))
+        if len(inner) != entries:
+            raise AutopruneError(f"the state is damaged: it has {len(inner)} tensors, of {entries}.")
         try:
             self._method.resume(inner)
         except (AutopruneError, KeyError, RuntimeError) as error:

@@ -396,8 +396,11 @@ def test_what_cannot_be_done_is_said() -> None:
     other.start(torch.optim.SGD(other._pruner.model.parameters(), lr=0.1), STEPS)
     with pytest.raises(AutopruneError, match="made otherwise"):
         pruning.load_state_dict(other.state_dict())
-    with pytest.raises(AutopruneError, match="damaged"):
-        other.load_state_dict({name: value for name, value in other.state_dict().items() if "latent" not in name})
+    with pytest.raises(AutopruneError, match="damaged: it has 10 tensors, of 11"):
+        other.load_state_dict({name: value for name, value in other.state_dict().items() if name != "latent.0"})
+    renamed = {name.replace("latent.0", "latent.9"): value for name, value in other.state_dict().items()}
+    with pytest.raises(AutopruneError, match=r"damaged: it has no 'latent\.0'"):
+        other.load_state_dict(renamed)
     with pytest.raises(AutopruneError, match=r"damaged: its 'latent.0' is .* here it is"):
         other.load_state_dict({**other.state_dict(), "latent.0": torch.zeros(3)})
     for x, y in random_batches(STEPS):
@@ -407,8 +410,16 @@ def test_what_cannot_be_done_is_said() -> None:
         pruning.after_step()
 
 
-@pytest.mark.parametrize("broken", ["lost", "flat", "of numbers"])
-def test_a_state_whose_masks_do_not_fit_is_refused(broken: str) -> None:
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        ("lost", "it has 2 tensors, of 3"),
+        ("renamed", "it has no '3'"),
+        ("flat", "its '3' is"),
+        ("of numbers", "its '3' is"),
+    ],
+)
+def test_a_state_whose_masks_do_not_fit_is_refused(broken: str, said: str) -> None:
     pruning = hooks(model := network())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     pruning.start(optimizer, STEPS)
@@ -419,8 +430,9 @@ def test_a_state_whose_masks_do_not_fit_is_refused(broken: str) -> None:
     pruning.load_state_dict(state)
     mask = state.pop("3")
     if broken != "lost":
-        state["3"] = mask.flatten() if broken == "flat" else mask.float()
-    with pytest.raises(AutopruneError, match=r"damaged: .*'3'"):
+        name = "9" if broken == "renamed" else "3"
+        state[name] = {"flat": mask.flatten(), "of numbers": mask.float()}.get(broken, mask)
+    with pytest.raises(AutopruneError, match=f"damaged: {said}"):
         pruning.load_state_dict(state)
 
 

@@ -204,7 +204,8 @@ class SparseTraining(ABC):
                 kind, wanted = (f"{tuple(each.shape)} of {each.dtype}" for each in (given, own))
                 raise AutopruneError(f"its {name!r} is {kind}, here it is {wanted}")
         self.load_state(state)
-        for name in self.pruner.layers if self.masks else ():  # there are none before the first cut
-            mask, weight = self.masks.get(name), self.pruner.weight(name)
-            if mask is None or (mask.shape, mask.dtype) != (weight.shape, torch.bool):
-                raise AutopruneError(f"it has no mask that fits {name!r}")
+        for name, mask in self.masks.items():  # a layer has none before its first cut
+            if name not in self.pruner.layers:
+                raise AutopruneError(f"it has a mask of {name!r}, which is not pruned")
+            if (mask.shape, mask.dtype) != (self.pruner.weight(name).shape, torch.bool):
+                raise AutopruneError(f"its mask of {name!r} does not fit the weight")

@@ -76,13 +76,16 @@ def test_equals_a_plain_loop() -> None:
     assert (result.epochs, result.steps, result.masks) == (2, 6, None)
 
 
-def run(settings: TrainingSettings, method: str | None, folder: Path | None, stop: int = 0) -> tuple[Any, ...]:
+def run(
+    settings: TrainingSettings, method: str | Choice | None, folder: Path | None, stop: int = 0, sparsity: float = 0.6
+) -> tuple[Any, ...]:
     """Trains anew, killed after epoch `stop`; returns the model, the result and the epochs that ran."""
+    method = Choice(method) if isinstance(method, str) else method
     subject = model()
     pruner = None
     if method:
         inventory = take_inventory(subject, torch.zeros(1, 1, 6, 6), min_weights=1)
-        plan = Plan({name: LayerPlan(0.6, Choice("unstructured")) for name in inventory.names}, Choice(method))
+        plan = Plan({name: LayerPlan(sparsity, Choice("unstructured")) for name in inventory.names}, method)
         pruner = Pruner(subject, inventory, plan, [], LOSS)
     ran: list[int] = []
 
@@ -100,7 +103,7 @@ def run(settings: TrainingSettings, method: str | None, folder: Path | None, sto
             LOSS,
             settings,
             seed=7,
-            method=TRAINING.create(Choice(method)) if method else None,
+            method=TRAINING.create(method) if method else None,
             pruner=pruner,
             checkpoint=folder,
             on_epoch=on_epoch,
@@ -125,6 +128,19 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path, optimizer: str, method
     if method:
         assert all(torch.equal(result.masks[name], again.masks[name]) for name in result.masks)
         assert set(result.masks) == set(again.masks)
+
+
+@pytest.mark.parametrize("method", ["gradual", "adaptive", "rigl"])
+def test_a_killed_run_that_leaves_a_layer_whole_resumes(tmp_path: Path, method: str) -> None:
+    settings = TrainingSettings(epochs=3, learning_rate=0.01, max_steps=9)
+    by_erk = Choice(method, {"allocation": "erk"})
+    whole, result, _ = run(settings, by_erk, None, sparsity=0.05)
+    assert any(bool(mask.all()) for mask in result.masks.values()) or len(result.masks) < 3
+    run(settings, by_erk, tmp_path / "run", 1, sparsity=0.05)
+    resumed, again, ran = run(settings, by_erk, tmp_path / "run", sparsity=0.05)
+    assert ran == [2, 3]
+    assert same(whole, resumed)
+    assert result.losses == again.losses
 
 
 def test_seeds_differ_and_the_global_generator_is_left_alone() -> None:
