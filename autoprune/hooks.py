@@ -181,17 +181,14 @@ class PruningHooks:
             AutopruneError: the state is damaged, or of hooks made with other arguments.
         """
         self._lifecycle.check(Event.READ)
-        inner = dict(state)
-        if missing := {"hooks.step", "hooks.made", "hooks.entries"} - inner.keys():
-            raise AutopruneError(f"this is not a state of pruning hooks: it has no {min(missing)!r}.")
-        if int(inner.pop("hooks.made")) != self._made:
+        inner, made, step = _parts(state)
+        if made != self._made:
             raise AutopruneError(
                 "the state is of hooks that were made otherwise: another method, plan, model or total_steps. With a "
                 "speedup, give the same latency table: one that is measured anew leads to another plan."
             )
-        step, entries = int(inner.pop("hooks.step")), int(inner.pop("hooks.entries"))
-        if len(inner) != entries:
-            raise AutopruneError(f"the state is damaged: it has {len(inner)} tensors, of {entries}.")
+        if not 0 <= step <= self._lifecycle.total:
+            raise AutopruneError(f"the state is damaged: it is of step {step}, of {self._lifecycle.total}.")
         try:
             self._method.resume(inner)
         except (AutopruneError, KeyError, RuntimeError) as error:
@@ -268,3 +265,22 @@ def _inventory(model: nn.Module, example_inputs: Any, keep_dense: Sequence[str])
         inventory = take_inventory(model, example_inputs, keep_dense=keep_dense)
     check_patterns(keep_dense, inventory)
     return inventory
+
+
+def _parts(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int, int]:
+    """The method's state, the number that tells hooks apart, and the step.
+
+    Raises AutopruneError where `state` is no state of hooks, or tensors of it are lost.
+    """
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise AutopruneError(f"a state of pruning hooks maps names to tensors, not {state!r:.60}.")
+    inner, figures = dict(state), []
+    for name in ("hooks.made", "hooks.step", "hooks.entries"):
+        figure = inner.pop(name, None)
+        if figure is None or figure.dtype != torch.int64 or figure.numel() != 1:
+            raise AutopruneError(f"this is not a state of pruning hooks: it has no number {name!r}.")
+        figures.append(int(figure))
+    made, step, entries = figures
+    if len(inner) != entries:
+        raise AutopruneError(f"the state is damaged: it has {len(inner)} tensors, of {entries}.")
+    return inner, made, step

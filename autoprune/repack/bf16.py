@@ -68,7 +68,7 @@ def _told(gain: float | None) -> str:
         return "float32: there was nothing to time"
     if gain >= WORTH:
         return f"{gain:.2f} times as fast as in float32"
-    return f"float32: bf16 takes {1 / gain:.2f} of its time"
+    return f"float32: bf16 takes {1 / gain:.2f} of its time, and would have to take {1 / WORTH:.2f}"
 
 
 def with_bf16(graph: Graph, layers: Collection[str]) -> Graph:

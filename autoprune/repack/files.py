@@ -28,7 +28,7 @@ from autoprune.repack.graph.calls import Signature
 from autoprune.repack.graph.demand import check_demand
 from autoprune.repack.graph.ops import LayerOp
 from autoprune.repack.kernels.compiler import unavailable
-from autoprune.repack.lowering.bf16_rules import refusal
+from autoprune.repack.lowering.bf16_rules import lacking
 from autoprune.repack.lowering.weights import Weights
 from autoprune.repack.modules.backends import BACKENDS, LayerForm
 from autoprune.repack.modules.replacement import with_submodule
@@ -122,9 +122,9 @@ def load(path: Path | str, model: nn.Module | None = None, *, threads: int | Non
 
 def _check_instructions(program: Program) -> None:
     """Raises AutopruneError where this machine lacks an instruction that a program's kernels need."""
-    reason = refusal(program.target)
+    reason = lacking(program.target)
     if reason and any(weights.packed.in_bf16 for weights in program.weights.values()):
-        raise AutopruneError(reason)
+        raise AutopruneError(f"{reason} The file is of another machine: repack the model here.")
 
 
 _ROW = {

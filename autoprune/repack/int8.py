@@ -6,6 +6,7 @@ torch, and that graph, before it was quantised, with the model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,7 +25,7 @@ from autoprune.repack.graph.ops import LayerOp
 from autoprune.repack.graph.proofs import proven
 from autoprune.repack.graph.reference import reference
 from autoprune.repack.kernels.compiler import host
-from autoprune.repack.lowering.bf16_rules import refusal
+from autoprune.repack.lowering.bf16_rules import lacking
 from autoprune.repack.outputs import noise_of, same_output
 from autoprune.repack.probes import agrees, fresh, probes
 from autoprune.repack.quantize import (
@@ -70,8 +71,8 @@ class Wish:
         Raises AutopruneError as `check` does.
         """
         wish = cls(precision, calibration, grids_of(model))
-        wish.check(modules)
         check_named(model, precision)
+        wish.check(modules)
         dequantize_(model, rounded=True)
         return wish
 
@@ -88,7 +89,7 @@ class Wish:
             )
         if modules and self.precision != "float32":
             raise AutopruneError(f"precision={self.precision!r} needs the form 'program': packed modules are float32.")
-        if self.precision == "bf16" and (reason := refusal(host())):
+        if self.precision == "bf16" and (reason := lacking(host())):
             raise AutopruneError(reason)
         if self.precision in _WITHOUT_DATA and self.grids:
             raise AutopruneError(
@@ -180,8 +181,9 @@ def with_precision(row: LayerReport, precisions: Iterable[LayerPrecision]) -> La
     """A layer's row with what became of its precision."""
     for each in precisions:
         if each.layer == row.name:
+            snr_db = each.snr_db if each.snr_db is not None and math.isfinite(each.snr_db) else None  # no error at all
             return replace(
-                row, precision=each.precision, scale=each.scale, zero_point=each.zero_point, snr_db=each.snr_db,
+                row, precision=each.precision, scale=each.scale, zero_point=each.zero_point, snr_db=snr_db,
                 why=f"{row.why}; {each.why}" if each.why else row.why,
             )  # fmt: skip
     return row

@@ -134,7 +134,7 @@ class SparseTraining(ABC):
             above 0 that span a factor of ten or more are walked on a log scale.
         finds_shares: whether the method spends the plan's budget on the layers as it finds best, rather than as the
             plan says.
-        passing: how the names of those parts of the state begin that come, go or change their shape.
+        passing: how the names of those parts of the state begin that change their shape.
         pruner: the model and its plan, from `start` on.
         masks: what is cut now; True keeps. Reapplied by the method after every optimizer step.
         distillation_factor: on the settings' distillation weight, of the coming steps; read by `train_` alone.
@@ -192,14 +192,11 @@ class SparseTraining(ABC):
         """Takes back a state of this method that comes from elsewhere, after `start`.
 
         Raises:
-            AutopruneError: it lacks something, or something has another shape or type than in this model.
+            AutopruneError: something has another shape or type than in this model.
+            KeyError: it lacks something.
         """
-        for name, own in self.state().items():  # a later state may hold more
-            if name.startswith(self.passing):
-                continue
-            given = state.get(name)
-            if given is None:
-                raise AutopruneError(f"it has no {name!r}")
+        for name, own in self.state().items():  # an earlier state may hold less, a later one more
+            given = own if name.startswith(self.passing) else state.get(name, own)
             if (given.shape, given.dtype) != (own.shape, own.dtype):
                 kind, wanted = (f"{tuple(each.shape)} of {each.dtype}" for each in (given, own))
                 raise AutopruneError(f"its {name!r} is {kind}, here it is {wanted}")

@@ -117,7 +117,7 @@ class Bayesian(SparseTraining):
     """
 
     strength_range = ("forget", 0.0, 1.0)
-    passing = ("gates/", "score/", "predicted/")
+    passing = ("predicted/",)
 
     def __init__(
         self,

@@ -47,7 +47,6 @@ class Expand(LatentTraining):
 
     strength_range = ("factor", 1.0, 2.0)
     finds_shares = True
-    passing = ("gate.", "precision.")
 
     def __init__(
         self,

@@ -16,7 +16,7 @@ COUNTED = 8  # the fields after these, of guests, are parts of the first two
 
 @dataclass
 class Others:
-    """Cores that other processes kept busy, on average; none before the end."""
+    """Cores that other processes, or other machines on the same hardware, kept busy; none before the end."""
 
     cores: float = float("nan")
 

@@ -31,6 +31,7 @@ from autoprune.repack.lowering.geometry import Tiling
 from autoprune.repack.lowering.weights import Weights
 from autoprune.repack.runtime import program as programs
 from autoprune.repack.runtime.program import Program
+from autoprune.repack.tuning import both_precisions
 from autoprune.repack.tuning.both_precisions import gains
 from autoprune.repack.tuning.tuning import Tuned, TuningCache
 from autoprune.repack.weights.pairs import LEAST, bits_of, from_bits, paired, to_bf16
@@ -179,6 +180,33 @@ def test_a_linear_is_within_its_roundings_for_any_number_of_tokens(size: int) ->
 
 
 @needs_bf16
+@needs_bf16
+@pytest.mark.parametrize("order", ["lc", "cl", "lcs", "scl", "cs"])
+@pytest.mark.parametrize("rows", [(1, 4), (2, 4), (3, 20)])
+def test_layers_of_any_kind_read_one_rounded_value(order: str, rows: tuple[int, int]) -> None:
+    weights = {"linear": torch.randn(24, 32), "conv": torch.randn(5, 3, 3, 3)}
+    constants = {name: to_bf16(weight).float() for name, weight in weights.items()}
+
+    def conv(name: str, stride: int) -> Conv2d:
+        return Conv2d(
+            name, ("x",), {"weight": "conv"}, stride=(stride, stride), padding=(1, 1), dilation=(1, 1), groups=1,
+            activation=None, bf16=True,
+        )  # fmt: skip
+
+    made = {
+        "l": Linear("l", ("x",), {"weight": "linear"}, activation=None, bf16=True),
+        "c": conv("c", 1),
+        "s": conv("s", 2),
+    }
+    ops, x = [made[each] for each in order], torch.randn(rows[0], 3, rows[1], 32)
+    packed = {op.output: Weights.of(pack(constants[op.tensors["weight"]]).to_bf16(), None) for op in ops}
+    for op in ops:
+        graph = Graph((Input("x", tuple(x.shape), "float32"),), tuple(ops), op.output, constants)
+        with torch.inference_mode():
+            got, wanted = Program(graph, packed, {}, threads=1)(x), reference(graph, (x,))
+        assert torch.allclose(got, wanted, atol=1e-5 * float(wanted.abs().max()))
+
+
 @pytest.mark.parametrize("size", [1, 8, 16])
 def test_what_multiplies_pairs_stays_inside_its_buffers(size: int) -> None:
     """Half of a pair is read two bytes behind where floats are."""
@@ -272,8 +300,9 @@ def test_a_model_is_rounded_and_its_report_says_where_and_why() -> None:
 def test_layers_that_gain_nothing_stay_as_they_are() -> None:
     model = net()
     made, plain = in_bf16(model, X, gain=0.5), repack(model, X, threads=1)
+    told = "packed; float32: bf16 takes 2.00 of its time, and would have to take 0.97"
     assert {row.precision for row in made.report} == {"float32"}
-    assert {row.name: row.why for row in made.report}["one"] == "packed; float32: bf16 takes 2.00 of its time"
+    assert {row.name: row.why for row in made.report}["one"] == told
     with torch.inference_mode():
         assert torch.equal(made(X), plain(X))
 
@@ -323,6 +352,24 @@ def test_a_machine_without_the_instruction_is_told(monkeypatch: pytest.MonkeyPat
         repack(nn.Linear(8, 8).eval(), torch.randn(1, 8), precision="bf16")
 
 
+def test_what_is_not_of_layers_or_of_fake_quantisation_is_refused() -> None:
+    with pytest.raises(AutopruneError, match="layer 'one': its precision is one of"):
+        repack(net(), X, precision={"one": "bf16"})  # type: ignore[dict-item]
+    with pytest.raises(AutopruneError, match="fake quantisation is int8 or mixed"):
+        autoprune.quantize_(net(), X, [X], precision="bf16")  # type: ignore[arg-type]
+
+
+@needs_bf16
+def test_what_is_timed_of_a_layer_begins_with_what_is_given() -> None:
+    model = nn.Conv2d(8, 8, 1, 2).eval()
+    program = in_bf16(model, X.repeat(1, 3, 1, 1)[:, :8]).program
+    form = both_precisions._Form(program, (X.repeat(1, 3, 1, 1)[:, :8],))
+    [layer] = [op.output for op in program.graph.ops]
+    own = next(number for number, step in enumerate(form._steps) if step.layer is not None)
+    assert own > 1  # every point is rounded, a quarter of them is taken
+    assert len(form.layer(layer).ops) == own + 1
+
+
 def test_a_program_for_another_target_is_refused() -> None:
     weight, x = to_bf16(torch.randn(8, 8)).float(), torch.randn(1, 8)
     op = Linear("y", ("x",), {"weight": "w"}, activation=None, bf16=True)
@@ -360,6 +407,20 @@ def test_a_file_holds_bfloat16_numbers_and_gives_the_same_program(tmp_path: Path
 
 
 @needs_bf16
+@pytest.mark.parametrize("precision", [pytest.param("bf16", marks=needs_bf16), "int8"])
+def test_a_model_whose_rounding_makes_no_error_is_saved(precision: str, tmp_path: Path) -> None:
+    dead = nn.Linear(16, 16)
+    nn.init.zeros_(dead.weight)
+    nn.init.zeros_(dead.bias)
+    model = nn.Sequential(dead, nn.ReLU(), nn.Linear(16, 4)).eval()
+    x = torch.randn(3, 16)
+    made = in_bf16(model, x) if precision == "bf16" else repack(model, x, precision="int8", calibration=[x])
+    assert {row.name: row.snr_db for row in made.report}["0"] is None
+    save(made, tmp_path / "dead.safetensors")
+    with torch.inference_mode():
+        assert torch.equal(load(tmp_path / "dead.safetensors")(x), made(x))
+
+
 def test_a_file_is_refused_where_the_instruction_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "net.safetensors"
     save(in_bf16(net(), X), path)

@@ -260,11 +260,11 @@ def _attention(site: Site) -> Result:
         sizes = _expansion(shape[:-2], query[:-2])
         if sizes is None:
             return None
-        shared, name = site.name(name), f"{site.output} {name}"
+        given.append(site.name(name))
         if any(size != -1 for size in sizes):  # heads of queries that share one of keys
-            made.append(TorchOp.of(name, "aten.expand.default", ({"ref": shared}, [*sizes, -1, -1])))
-            shared = name
-        given.append(shared)
+            each = f"{site.output} {name}"
+            made.append(TorchOp.of(each, "aten.expand.default", ({"ref": given[-1]}, [*sizes, -1, -1])))
+            given[-1] = each
     if a["attn_mask"] is not None:
         given.append(site.name("attn_mask"))
     scale = a["scale"] if a["scale"] is not None else 1 / math.sqrt(width)

@@ -19,7 +19,7 @@ from autoprune.repack.lowering.strided_nodes import Function
 from autoprune.repack.native.op import NativeOp
 
 
-def refusal(target: Target) -> str | None:
+def lacking(target: Target) -> str | None:
     """Why layers cannot multiply bfloat16 numbers on a target; None where they can."""
     if target.bf16:
         return None
@@ -37,7 +37,7 @@ def in_bf16(lowering: Lowering, op: LayerOp) -> bool:
     weights = lowering.weights.get(op.output)
     if weights is None or not weights.packed.in_bf16:
         return False
-    if reason := refusal(lowering.target):
+    if reason := lacking(lowering.target):
         raise AutopruneError(reason)
     return True
 
@@ -52,7 +52,9 @@ def rounded_map(lowering: Lowering, name: str, stride: tuple[int, int]) -> str:
     own = name_of(lowering, name)
     key = (own, stride, 0.0)
     if key not in lowering.maps:
-        batch, channels, height, width = lowering.define(own, tuple(lowering.values[name].shape)).shape
+        if own not in lowering.values:  # or it has a place already, as rows
+            lowering.define(own, tuple(lowering.values[name].shape))
+        batch, channels, height, width = lowering.values[own].shape
         made = lowering.maps[key] = Map((batch, channels, height, width), stride, 0.0)
         lowering.copy_into(name, made, rounds=True)
     return own

@@ -186,7 +186,7 @@ def _ordered(
         values = pairs.values(packed.halves[order]).view(np.float32)
         order, counts = order[pairs.places].ravel(), pairs.counts
     else:
-        values = np.ascontiguousarray(packed.values[order]).view(np.float32)
+        values = np.ascontiguousarray(packed.values[order])
     ends = counts.cumsum(axis=1)
     if masks is not None:
         given[f.ENDS] = np.ascontiguousarray(ends, np.int32)

@@ -40,7 +40,10 @@ def linear(
     """
     f = rows_gemm.Field
     packed = weights.packed
-    pointer, index, values = weights.pairs if packed.in_bf16 else (packed.group_pointer, packed.index, packed.values)
+    pointer, index, values = packed.group_pointer, packed.index, packed.values
+    if packed.in_bf16:
+        pointer, index, pairs = weights.pairs
+        values = pairs.view(np.float32)
     low, high, other = clamped(activation)
     together = rows_gemm.tokens_together(packed.group_size, target)
     block = min(-(-tiling.block // together) * together, max(1, tokens))
@@ -49,7 +52,7 @@ def linear(
     given: dict[rows_gemm.Field, Given] = {
         f.X_SLOT: x.slot, f.X_OFFSET: x.offset_bytes, f.X_TOKEN: x.strides[0],
         f.Y_SLOT: y.slot, f.Y_OFFSET: y.offset_bytes, f.Y_TOKEN: y.strides[0],
-        f.TOKENS: tokens, f.GROUP_POINTER: pointer, f.INDEX: index, f.VALUES: values.view(np.float32),
+        f.TOKENS: tokens, f.GROUP_POINTER: pointer, f.INDEX: index, f.VALUES: values,
         f.BIAS: weights.bias_rows, f.OUT_INDEX: np.ascontiguousarray(packed.out_index), f.FIRST: weights.first,
         f.LOW: low, f.HIGH: high, f.GROUPS: packed.groups, f.CHUNK: chunk, f.CHUNKS: chunks, f.BLOCK: block,
     }  # fmt: skip

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from autoprune.errors import AutopruneError
 from autoprune.model.arguments import Arguments
 from autoprune.model.copies import check_inputs, copy_for_inference
 from autoprune.precision import OfLayer
@@ -53,6 +54,8 @@ def quantize_(
     arguments = Arguments.of(example_inputs).ordered(copied)
     arguments = arguments.with_tensors([x.detach().cpu() for x in arguments.tensors])
     check_inputs(arguments.tensors)
+    if isinstance(precision, str) and precision not in ("int8", "mixed"):
+        raise AutopruneError(f"fake quantisation is int8 or mixed, or maps layers to theirs, not {precision!r}.")
     captured = capture(copied, arguments)
     graph = simplify(captured)
     modules = Modules.of(copied, arguments, captured, graph).that_round(model)

@@ -27,7 +27,8 @@ def gains(
 ) -> dict[str, float]:  # fmt: skip
     """Layer -> its time in floats as a multiple of that in bfloat16 numbers; layers with nothing to do are left out.
 
-    What brings a layer's input into the layout that it reads counts, rounding too.
+    What brings a layer's input into the layout that it reads counts, rounding too. One thread computes, whatever the
+    programs' threads.
 
     Args:
         programs: in floats and in bfloat16 numbers, tuned for one thread or several; timed on one.
@@ -65,9 +66,12 @@ class _Form:
     def layer(self, name: str) -> NativeSequence:
         """A layer, behind the steps that make what it reads of values in other layouts."""
         own = next(step for step in self._steps if step.name == name and step.layer is not None)
-        before = [step for step in self._steps if step.op is None and step.writes in own.reads]
+        steps, wanted = [own], set(own.reads)
+        for step in reversed(self._steps[: self._steps.index(own)]):  # as far back as to what an operation makes
+            if step.op is None and step.writes in wanted:
+                steps.insert(0, step)
+                wanted |= set(step.reads)
         weights, tilings = self._program.weights, self._program.tilings
-        steps = [*before, own]
         return NativeSequence([step.build(weights.get(step.name), tilings.get(step.name, Tiling())) for step in steps])
 
 

@@ -62,8 +62,7 @@ def int8_instruction() -> Literal["AMX", "VNNI"] | None:
 
 def bf16_gflops(threads: int = 1, clock: Clock = time.perf_counter) -> float | None:
     """Likewise with dot products of two bfloat16 numbers a lane; None where the CPU has no instruction for them."""
-    has = host().lanes == 16 and "+avx512bf16" in host().features.split(",")
-    return _chains_gops(_bf16_loop(), 2, threads, clock) if has else None
+    return _chains_gops(_bf16_loop(), 2, threads, clock) if host().bf16 else None
 
 
 def _chains_gops(kernel: Kernel, products: int, threads: int, clock: Clock) -> float:
