@@ -525,6 +525,7 @@ OF_COMPARE = ["target={speedup=2.0}", "env.timing=table", f"env.actions={_ACTION
 OWN = ["--model", "identity_project:build", "--data", "identity_project:loaders"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "overrides"),
     [

@@ -230,6 +230,7 @@ def test_a_run_in_bytes_ends_with_the_program_of_bytes(finished: Path) -> None:
     assert rows["repacked"]["score"] == rows["repacked, called anew"]["score"]
 
 
+@pytest.mark.slow
 def test_its_report_tells_precisions_and_whom_it_is_compared_with(finished: Path) -> None:
     page = (finished / "run" / "report.md").read_text()
     assert "the best dense engine of any precision" in page
@@ -240,6 +241,7 @@ def test_its_report_tells_precisions_and_whom_it_is_compared_with(finished: Path
     assert plan["0.0"][-3] == "int8"
 
 
+@pytest.mark.slow
 def test_a_run_of_one_precision_is_not_taken_for_another_s(finished: Path) -> None:
     given = ["repack", str(finished / "small.toml"), "--run-dir", str(finished / "run")]
     with pytest.raises(ConfigError, match=r"these keys differ: .*precision"):

@@ -48,6 +48,7 @@ def prune(config: Path, *args: str) -> Result:
     return CliRunner().invoke(app, ["prune", str(config), *args])
 
 
+@pytest.mark.slow
 def test_a_method_prunes_to_a_sparsity_and_the_table_says_what_it_brought(config: Path) -> None:
     result = prune(config, "--method", "adaptive", "--sparsity", "0.75", "--set", "finetune.method.look_ahead=0")
     assert result.exit_code == 0, result.output

@@ -24,6 +24,7 @@ def in_bytes(evaluator: Evaluator) -> Evaluator:
     return replace(evaluator, subject=replace(evaluator.subject, precision="int8", captured={}), recovery=NoRecovery())
 
 
+@pytest.mark.slow
 def test_a_plan_is_scored_as_the_program_of_bytes_that_it_becomes(in_bytes: Evaluator, plans: list[Plan]) -> None:
     masked = in_bytes.masked_model(plans[1])
     score, fast = in_bytes.scored(masked, plans[1])
@@ -35,6 +36,7 @@ def test_a_plan_is_scored_as_the_program_of_bytes_that_it_becomes(in_bytes: Eval
     assert 0.0 < noise < 0.1
 
 
+@pytest.mark.slow
 def test_the_layers_of_a_table_are_timed_in_bytes(in_bytes: Evaluator, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[set[str]] = []
     timed = ProgramModel.bound_call

@@ -46,6 +46,7 @@ def plan(plans: list[Plan]) -> Plan:
     return plans[1].with_precisions({"2": "int8", "8": "int8"})
 
 
+@pytest.mark.slow
 def test_a_plan_is_scored_with_exactly_its_layers_in_bytes(by_layer: Evaluator, plan: Plan, plans: list[Plan]) -> None:
     masked = by_layer.masked_model(plan)
     score, fast = by_layer.scored(masked, plan)
@@ -66,6 +67,7 @@ def test_a_plan_that_is_not_repacked_is_scored_with_its_roundings(
     assert rounded.latency_ms < plain.latency_ms
 
 
+@pytest.mark.slow
 def test_the_table_has_a_curve_in_each_precision(by_layer: Evaluator, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last layer cannot be int8 here: its curve is that of float32."""
     seen: list[set[str]] = []

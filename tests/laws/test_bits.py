@@ -131,6 +131,7 @@ MODELS: Mapping[str, Callable[[], tuple[nn.Module, Tensor]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_vectors_of_any_width_give_the_same_bits(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)

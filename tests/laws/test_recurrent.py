@@ -199,6 +199,7 @@ def test_orders_of_gates_undo_each_other(gates: int) -> None:
         assert torch.equal(by_unit(values, gates)[:gates], values[:: 12 // gates])
 
 
+@pytest.mark.slow
 @settings(max_examples=15)  # what a copy shares with its original does not hang on sizes
 @given(case=cases(), size=sizes)
 @torch.no_grad()

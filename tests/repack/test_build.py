@@ -101,7 +101,7 @@ def arrays(inputs: tuple[Tensor, ...]) -> list[np.ndarray[Any, Any]]:
 
 
 @needs_compiler
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_built_computes_what_the_program_does(case: str, threads: int, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -251,6 +251,7 @@ def test_the_wrapper_needs_numpy_alone(small: ProgramModel, tmp_path: Path) -> N
 # What is written ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", list(PLATFORMS))
 def test_an_object_needs_nothing_but_memory_functions(target: str, images: ProgramModel, tmp_path: Path) -> None:
     """A 32-bit ARM divides 64-bit numbers by a function of the compiler's own library."""
@@ -286,6 +287,7 @@ def test_a_folder_holds_what_the_report_says(small: ProgramModel, tmp_path: Path
         assert str(tmp_path).encode() not in path.read_bytes(), path.name
 
 
+@pytest.mark.slow
 def test_the_same_program_is_built_to_the_same_bytes(images: ProgramModel, tmp_path: Path) -> None:
     fast = images
     for folder in ("first", "second"):

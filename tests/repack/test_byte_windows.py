@@ -133,6 +133,7 @@ def without_vnni(target: Target) -> Target:
     return replace(target, features=f"{target.features},-avxvnni,-avx512vnni")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phases", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("target", [*TARGETS.values(), *map(without_vnni, TARGETS.values())])
 def test_depthwise_convolutions(target: Target, phases: bool) -> None:

@@ -115,7 +115,7 @@ def run(
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("method", [None, *TRAINING])
-@pytest.mark.parametrize("stop", [1, 3, 4])
+@pytest.mark.parametrize("stop", [1, pytest.param(3, marks=pytest.mark.slow), 4])
 def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path, optimizer: str, method: str | None, stop: int) -> None:
     settings = TrainingSettings(epochs=4, learning_rate=0.01, optimizer=optimizer, warmup=0.2, max_steps=11)
     whole, result, ran = run(settings, method, None)
