@@ -107,6 +107,7 @@ def test_the_penalty_is_for_training_alone() -> None:
     copy.deepcopy(model)  # though it remembers what was computed
 
 
+@pytest.mark.slow
 def test_gated_layers_are_pruned_and_repacked_like_any() -> None:
     model = net()
     gate_channels_(model, X, INNER, Gating(4, 0.5))

@@ -74,6 +74,7 @@ def test_all_kinds_of_models_choose(tmp_path: Path) -> None:
     assert not (learned | choosing) & held_out
 
 
+@pytest.mark.slow
 def test_training_keeps_the_policy_that_the_choosing_tasks_like_best(tmp_path: Path) -> None:
     best = fake(config(), tmp_path).train()
     lines = [json.loads(line) for line in (tmp_path / "judgements.jsonl").read_text().splitlines()]

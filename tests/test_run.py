@@ -226,6 +226,7 @@ def test_workers_change_no_trial_and_are_no_part_of_a_run(copied: Path) -> None:
     assert Run(config(), copied, workers=3).searched == found[0]
 
 
+@pytest.mark.slow
 def test_values_of_eight_bits_are_what_is_measured(finished: Path, tmp_path: Path) -> None:
     kept = shutil.ignore_patterns("config.json", "identity.json", "repacked.safetensors")
     run = Run(config(repack={"value_bits": 8}), Path(shutil.copytree(finished, tmp_path / "eight", ignore=kept)))
@@ -260,6 +261,7 @@ def test_the_report_is_written_again_from_what_is_stored(copied: Path) -> None:
     assert {name: (copied / name).read_bytes() for name in before} == before
 
 
+@pytest.mark.slow
 def test_a_plan_that_was_changed_is_trained_and_measured_anew(copied: Path) -> None:
     run = Run(config(), copied)
     assert run.complete
@@ -298,6 +300,7 @@ def test_what_was_timed_on_another_machine_is_timed_again_or_refused(copied: Pat
         _ = Run(config(), copied).searched
 
 
+@pytest.mark.slow
 def test_an_engine_that_cannot_run_the_model_is_told_in_the_table(
     copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -401,6 +401,7 @@ def test_a_broken_law_is_a_failed_assertion_and_an_error_of_autoprunes() -> None
     assert issubclass(BrokenLaw, AutopruneError)
 
 
+@pytest.mark.slow
 def test_the_checks_need_no_test_framework() -> None:
     code = "import sys, autoprune.testing; assert not {'pytest', '_pytest', 'hypothesis'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -88,6 +88,7 @@ def test_another_thread_does_not_take_itself_for_traced() -> None:
     assert torch.compiler._is_compiling_flag is False
 
 
+@pytest.mark.slow
 def test_no_flag_of_a_tracing_is_seen_elsewhere_at_any_moment(tmp_path: Path) -> None:
     seen: set[tuple[bool, ...]] = set()
     stop = threading.Event()

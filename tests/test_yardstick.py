@@ -183,6 +183,7 @@ def test_a_plan_whose_training_diverges_is_told_and_left_out(tmp_path: Path, mon
     assert all(each.correlation is None for each in found.correlations())
 
 
+@pytest.mark.slow
 def test_without_fine_tuning_nothing_is_judged(tmp_path: Path) -> None:
     comparison = comparison_in(tmp_path / "run")
     jobs = jobs_of([Choice("knapsack"), Choice("random")], 1, (1,))

@@ -78,6 +78,7 @@ def config(teachers: int, **changes: object) -> Config:
     )
 
 
+@pytest.mark.slow
 def test_fine_tuning_hears_them(cache: Path, tmp_path: Path) -> None:
     ends = []
     for teachers in (1, 2):

@@ -80,6 +80,7 @@ def test_operations_are_timed_by_name_on_the_device(pair: tuple[ProgramModel, Pr
     assert all(row.dense_us is None for row in rows)
 
 
+@pytest.mark.slow
 @compiler
 def test_operations_of_a_batch_that_is_computed_by_sample_are_summed() -> None:
     batch = X.repeat(3, 1, 1, 1)

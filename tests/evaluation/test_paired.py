@@ -19,6 +19,7 @@ from tests.evaluation.conftest import PATTERN
 from tests.helpers import measured
 
 
+@pytest.mark.slow
 def test_a_plan_as_fast_as_the_reference_has_its_speed_up(evaluator: Evaluator, plans: list[Plan]) -> None:
     paired = PairedEvaluator(evaluator, plans[1], 3.0)  # by the clock that never varies, all are
     assert [measured(paired(plan)).speedup for plan in plans] == pytest.approx([3.0] * 3)

@@ -64,6 +64,7 @@ def subject(model: nn.Module, x: Tensor) -> Subject:
     return Subject(task, model, inventory, statistics, TrainingSettings(), seed=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "x", "in_programs"),
     [

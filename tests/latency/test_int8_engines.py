@@ -39,6 +39,7 @@ class Squares(nn.Module):
         return x * x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", INT8)
 def test_ranges_come_from_the_calibration_batches(name: str) -> None:
     """Ranges of a hundredth of the inputs' size clip nearly all of them; the right ones clip none."""

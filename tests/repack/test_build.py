@@ -115,6 +115,7 @@ def test_what_is_built_computes_what_the_program_does(case: str, threads: int, t
         assert_same(model(*arrays(inputs)), fast(*inputs))  # nothing is left of another call
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_int8_is_built_to_the_last_bit(tmp_path: Path) -> None:
     torch.manual_seed(0)

@@ -475,6 +475,7 @@ def test_one_channel_always_stays() -> None:
     assert filters(check(nn.Sequential(first, second), 1, 3, 6, 6)) == [1, 4]
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(seed=st.integers(0, 2**31), share=st.sampled_from([0.2, 0.5, 0.8]), padding=st.sampled_from([0, 1]))
 def test_removing_channels_changes_nothing(seed: int, share: float, padding: int) -> None:

@@ -208,6 +208,7 @@ class Named(nn.Module):
         return {"sum": x + image[:, None], "both": (x, image * 2)}
 
 
+@pytest.mark.slow
 def test_several_inputs_and_outputs(tmp_path: Path) -> None:
     model = pruned(Named(), GROUP, 0.5)
     inputs = (torch.randint(7, (2, 5)), torch.randn(2, 8))
@@ -410,6 +411,7 @@ def times_of(gathered_us: float) -> Callable[..., list[dict[str, float]]]:
     return time_cases
 
 
+@pytest.mark.slow
 def test_a_form_is_taken_where_it_is_clearly_faster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(form_choice, "time_cases", times_of(50.0))
     model = pruned(nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 256)), GROUP, 0.75)

@@ -848,6 +848,7 @@ def test_a_sum_whose_filters_fill_no_groups_lies_elsewhere(dead: int, size: int)
     assert same_output(fast(x), model(x))
 
 
+@pytest.mark.slow
 def test_maps_take_the_place_of_maps_of_other_sizes() -> None:
     """And find their own border clear, whatever lay there before."""
     torch.manual_seed(0)
