@@ -112,6 +112,7 @@ def test_a_method_that_misses_the_speedup_prunes_further(config: Path, monkeypat
     assert run.plan == second, "only once"
 
 
+@pytest.mark.slow
 def test_all_that_a_target_asks_for_holds_at_once_and_the_result_is_one_json_object(config: Path) -> None:
     asked = ("--sparsity", "0.5", "--size", "1MB", "--seed", "4")
     result = prune(config, "--method", "gradual", *asked, "--json", "--quiet", "--strict")

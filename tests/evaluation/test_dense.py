@@ -37,6 +37,7 @@ def same(a: nn.Module, b: nn.Module) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
+@pytest.mark.slow
 def test_other_dense_models_are_independent_and_cached(cache: Path) -> None:
     own = dense_model(TASKS.create(TASK), TASK, SETTINGS, 0, SILENT)
     others = other_dense_models(TASK, SETTINGS.to_json(), 0, 2, SILENT)
@@ -53,6 +54,7 @@ def test_other_dense_models_are_independent_and_cached(cache: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in cache.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_a_dense_model_of_other_data_or_another_build_is_not_taken(cache: Path) -> None:
     task = TASKS.create(TASK)
     own = dense_model(task, TASK, SETTINGS, 0, SILENT)

@@ -57,6 +57,7 @@ def test_a_plan_is_scored_with_exactly_its_layers_in_bytes(by_layer: Evaluator, 
     assert plain == pytest.approx(by_layer.score(masked), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_plan_that_is_not_repacked_is_scored_with_its_roundings(
     by_layer: Evaluator, plan: Plan, plans: list[Plan]
 ) -> None:

@@ -92,6 +92,7 @@ def test_every_layer_has_a_curve_for_every_pattern(model: nn.Module, x: Tensor, 
         assert table.parts_ms(table.predict_ms(plan)) == pytest.approx(table.sum_ms(plan))
 
 
+@pytest.mark.slow
 def test_all_steps_of_a_recurrent_weight_are_one_call_of_the_program() -> None:
     """On its own it does one step a call from Python, which takes as long as many of a program's."""
     of = subject(Reader(), torch.randn(4, 5, 16))
@@ -101,6 +102,7 @@ def test_all_steps_of_a_recurrent_weight_are_one_call_of_the_program() -> None:
     assert {name: layer.calls for name, layer in table.layers.items()} == dict.fromkeys(of.inventory.names, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "x", "cells"),
     [(small_cnn(), torch.randn(4, 3, 16, 16), 1 + 2 * 2), (Undecided(), torch.randn(4, 16), 2 * (1 + 2 * 2))],

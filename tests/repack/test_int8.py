@@ -252,7 +252,9 @@ def said(fast: ProgramModel, x: Tensor) -> Any:
     return TorchPlan(fast.program.graph, fast.program.weights).run((x,))
 
 
-@pytest.mark.parametrize("pattern", [pytest.param("dense", marks=pytest.mark.slow), *list(MASKS)[1:]])
+@pytest.mark.parametrize(
+    "pattern", [*(pytest.param(each, marks=pytest.mark.slow) for each in ("dense", "quads")), "any", "single"]
+)
 @pytest.mark.parametrize("name", MODELS)
 def test_the_program_computes_what_the_quantised_graph_says(name: str, pattern: str) -> None:
     fast, _, x = quantised(name, pattern)

@@ -373,6 +373,7 @@ SLIDING: list[Sliding] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lanes", LANES)
 def test_a_sliding_window_stays_inside_its_buffers(lanes: int) -> None:
     generator = torch.Generator().manual_seed(lanes)

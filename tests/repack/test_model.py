@@ -124,6 +124,7 @@ def test_what_follows_a_layer_alone_is_folded_into_it() -> None:
     assert fused == {"stem": "", "c1": "batch norm + relu", "c2": "relu", "head": ""}
 
 
+@pytest.mark.slow
 def test_a_program_fuses_sums_too() -> None:
     class Sum(nn.Module):
         def __init__(self) -> None:
