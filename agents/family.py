@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
-from stable_baselines3.common.utils import set_random_seed
 
 from autoprune.agents.base import Actor, run_episode
-from autoprune.agents.checkpoint import checkpoint_episodes, load_checkpoint_, save_checkpoint
 from autoprune.agents.episodes import FamilyEnvs
 from autoprune.agents.policy_file import MeanAction, save_policy
 from autoprune.agents.sb3 import SB3Agent
+from autoprune.agents.updates import UpdateLearner
 from autoprune.envs.family import FamilyEnv, advantage
 from autoprune.envs.prune import PruneEnv
 from autoprune.randomness import own_randomness
 from autoprune.registry import Choice
-
-CHECKPOINT_EVERY = 10  # updates
 
 
 @dataclass(frozen=True)
@@ -40,7 +36,7 @@ class Update:
     surrogate_errors: tuple[float, ...]
 
 
-class FamilyLearner:
+class FamilyLearner(UpdateLearner[Update]):
     """An agent that learns over a family.
 
     Args:
@@ -53,6 +49,8 @@ class FamilyLearner:
         act: the policy's mean action as it is now.
     """
 
+    checkpoint_every = 10
+
     def __init__(self, agent: SB3Agent, family: FamilyEnv, envs: int, seed: int) -> None:
         self._agent, self._seed = agent, seed
         count = envs if agent.on_policy else 1
@@ -64,24 +62,11 @@ class FamilyLearner:
         self.act = MeanAction(self._model)
         self._model.set_logger(Logger(folder=None, output_formats=[]))
 
-    def learn(self, updates: int, directory: Path, on_update: Callable[[Update], None]) -> None:
-        """Runs what is missing of `updates`; every one starts with fresh episodes, drawn from its own seed."""
-        done = checkpoint_episodes(directory)
-        with own_randomness():
-            if done:
-                load_checkpoint_(directory, self._model)
-            for index in range(done, updates):
-                self._agent.on_episode(self._model, index / updates)
-                on_update(self._update(index))
-                if (index + 1) % CHECKPOINT_EVERY == 0 or index + 1 == updates:
-                    save_checkpoint(directory, self._model, index + 1)
-
-    def _update(self, index: int) -> Update:
-        # What stable-baselines3 draws from are the process's generators, which another process finds in another state.
-        set_random_seed(int(np.random.SeedSequence([self._seed, index]).generate_state(1)[0]))
+    def _update(self, index: int, updates: int) -> Update:
+        self._agent.on_episode(self._model, index / updates)
+        self._begin(self._drawn(index))
         for place, env in enumerate(self._envs.copies):
             env.reseed((self._seed, index, place))
-        self._model._last_obs = None  # what makes stable-baselines3 begin new episodes
         seen = _Seen()
         self._model.learn(self._steps, callback=seen, reset_num_timesteps=False)
         return Update(index, tuple(seen.advantages), tuple(seen.errors))

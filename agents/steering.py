@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.utils import set_random_seed
 from torch import Tensor, nn
 
-from autoprune.agents.checkpoint import checkpoint_episodes, load_checkpoint_, save_checkpoint
 from autoprune.agents.episodes import SteerEnvs
 from autoprune.agents.ppo import PPOAgent
+from autoprune.agents.updates import UpdateLearner
 from autoprune.envs.steer import SteerEnv
 from autoprune.randomness import own_randomness
 from autoprune.training.steering_policy import SteeringPolicy
-
-CHECKPOINT_EVERY = 5  # updates
 
 
 @dataclass(frozen=True)
@@ -37,7 +33,7 @@ class SteeringUpdate:
     advantages: tuple[float, ...]
 
 
-class SteeringLearner:
+class SteeringLearner(UpdateLearner[SteeringUpdate]):
     """PPO over steered trainings.
 
     Args:
@@ -46,6 +42,8 @@ class SteeringLearner:
         seed: of everything that is drawn.
     """
 
+    checkpoint_every = 5
+
     def __init__(self, agent: PPOAgent, envs: Sequence[SteerEnv], seed: int) -> None:
         self._agent, self._seed, self._slices = agent, seed, envs[0].slices
         self._envs = SteerEnvs(envs)
@@ -53,23 +51,10 @@ class SteeringLearner:
             self._model = agent.build(self._envs, seed)
         self._model.set_logger(Logger(folder=None, output_formats=[]))
 
-    def learn(self, updates: int, directory: Path, on_update: Callable[[SteeringUpdate], None]) -> None:
-        """Runs what is missing of `updates`; every one starts with fresh episodes, drawn from its own seed."""
-        done = checkpoint_episodes(directory)
-        with own_randomness():
-            if done:
-                load_checkpoint_(directory, self._model)
-            for index in range(done, updates):
-                on_update(self._update(index))
-                if (index + 1) % CHECKPOINT_EVERY == 0 or index + 1 == updates:
-                    save_checkpoint(directory, self._model, index + 1)
-
-    def _update(self, index: int) -> SteeringUpdate:
-        # What stable-baselines3 draws from are the process's generators, which another process finds in another state.
-        drawn = int(np.random.SeedSequence([self._seed, index]).generate_state(1)[0]) >> 1
-        set_random_seed(drawn)
-        self._envs.seed(drawn)
-        self._model._last_obs = None  # what makes stable-baselines3 begin new episodes
+    def _update(self, index: int, updates: int) -> SteeringUpdate:
+        seed = self._drawn(index) >> 1  # an environment's is so many above it
+        self._begin(seed)
+        self._envs.seed(seed)
         seen = _Seen()
         self._model.learn(1, callback=seen, reset_num_timesteps=False)
         return SteeringUpdate(index, tuple(seen.advantages))

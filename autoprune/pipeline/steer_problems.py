@@ -130,8 +130,8 @@ def steer_problem(
 def at_sparsity(problem: SteerProblem, sparsity: float) -> SteerProblem:
     """The problem with every layer planned at this sparsity."""
     check_numbers(STEER_ID, {"sparsity": sparsity}, 0.0, 1.0, "()")
-    layers = {name: replace(layer, sparsity=sparsity) for name, layer in problem.plan.layers.items()}
-    return replace(problem, plan=replace(problem.plan, layers=layers), fixed={})
+    plan = problem.plan.with_sparsities(dict.fromkeys(problem.plan.layers, sparsity))
+    return replace(problem, plan=plan, fixed={})
 
 
 def at_stake(problem: SteerProblem, slices: int, steps: int) -> tuple[float, float] | None:

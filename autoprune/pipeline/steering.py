@@ -33,6 +33,7 @@ from autoprune.registry import Choice
 from autoprune.tasks.family import Member
 from autoprune.tasks.steering import draw_steering_members
 from autoprune.training.steering import SLICES
+from autoprune.training.steering_policy import MOST_SLICES
 
 CHOOSING = 5  # one in so many tasks chooses among the policies of one training
 JUDGED_SEED = 10_000  # of the trainings that choose: none that are learned on
@@ -42,7 +43,7 @@ class SteeringSection(Section):
     """The tasks that steering is learned on, and their trainings."""
 
     tasks: Annotated[int, Field(ge=CHOOSING)] = 15  # drawn; one in five chooses among policies
-    slices: Annotated[int, Field(ge=1, le=1000)] = SLICES  # of a training, each an order of the policy
+    slices: Annotated[int, Field(ge=1, le=MOST_SLICES)] = SLICES  # of a training, each an order of the policy
     steps: Count = STEPS  # optimizer steps of a slice
     seeds: Count = 4  # trainings of each task, whose fixed schedules are trained once
     shaping: Annotated[float, Field(ge=0.0)] = 0.1

@@ -171,7 +171,7 @@ class Steered(LatentTraining):
         before = self.masks
         masks = cut_layers(ranked, pruner.inventory, pruner.plan, shares, within, final)
         whole = {name: torch.ones_like(latent, dtype=torch.bool) for name, latent in self.latent.items()}
-        self.set_masks({**whole, **masks})  # one of each layer, as resuming checks
+        self.set_masks({**whole, **masks})  # one of each layer: what is given back counts too
         self.course.drift, self.course.regrowth = changes(before, self.masks, self.latent)
         self._show_effective_()
 

@@ -34,9 +34,8 @@ OBSERVATION_NAMES = (*STATE_NAMES, *(f"previous {name}" for name in ACTION_NAMES
 LIMIT = 10.0  # of an observation's numbers, either way
 
 _PACE, _TEMPER = 2.0, 3.0  # an action of 1: cuts e^2 times as fast; a rule weighs e^3 times as much
-_USUAL = {
-    "lamp": 4.0
-}  # log weights at the zero action, 0 for the others: LAMP is the best fixed rule (docs/methods.md)
+_USUAL = {"lamp": 4.0}
+"""Log weights at the zero action, 0 for the others: LAMP is the best fixed rule (docs/methods.md)."""
 _REGROWN = 0.3  # of a layer's kept weights, at most
 _RATE = math.log(3.0)
 _AT_ONCE = 0.95  # of what remains, at most, that the zero action cuts
